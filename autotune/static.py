@@ -1,0 +1,215 @@
+"""What the compiler says of a kernel, with no GPU: registers, spills, shared memory.
+
+A kernel is compiled for a named target exactly as a launch would compile it. Too much shared memory is no compile
+error, so a report compares it with the target's limit. These limits serve analysis only: on a device, its own
+properties are asked.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from mebp_triton.kernels import embedding, matmul, matmul_dx
+from mebp_triton.kernels.configs import Kernel, TileConfig
+from mebp_triton.kernels.layout import Int4Weight, Scheme, group_count, padded
+
+# Bytes of shared memory that one block may ask for (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMITS = {
+    75: 65_536,
+    80: 166_912,
+    86: 101_376,
+    87: 166_912,
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    120: 101_376,
+}
+
+POINTER_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class StaticReport:
+    """One kernel compiled for one target.
+
+    Attributes:
+        kernel: its name.
+        target_sm: compute capability, such as 87.
+        registers: per thread.
+        spill_bytes: per thread, what did not fit into registers (the stack frame).
+        shared_bytes: per block.
+        shared_limit: what a block may ask for on that target.
+    """
+
+    kernel: str
+    target_sm: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+
+    @property
+    def fits(self) -> bool:
+        """A launch would be accepted."""
+        return self.shared_bytes <= self.shared_limit
+
+
+@cache
+def cuobjdump_path() -> Path:
+    """The cuobjdump that Triton ships."""
+    return Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """``cuobjdump``'s resource line of the one kernel in a cubin: REG, STACK, SHARED, LOCAL, ..."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = subprocess.run(
+            [cuobjdump_path(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
+    if not {"REG", "STACK"} <= usage.keys():
+        raise RuntimeError(f"cuobjdump gave no resource usage:\n{dump}")
+    return usage
+
+
+def specialize(kernel: JITFunction, arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict, dict]:
+    """Signature, constants and attributes of a launch with these arguments, as the JIT would derive them.
+
+    A tensor stands for a pointer aligned to 16 bytes. An integer 1 and None become constants; an integer that is a
+    multiple of 16 is known to be one.
+    """
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = POINTER_TYPES[value.dtype]
+            attributes[(index,)] = DIVISIBLE_BY_16
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = DIVISIBLE_BY_16
+    return signature, constants, attributes
+
+
+def compile_for(
+    kernel: JITFunction, arguments: Mapping[str, Any], target_sm: int, options: Mapping[str, Any]
+) -> StaticReport:
+    """Compiles a kernel for a GPU that need not be there.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        arguments: all its arguments by name, as for a launch; tensors may lie on the meta device.
+        target_sm: compute capability, one of ``SHARED_LIMITS``.
+        options: as for a launch: ``num_warps``, ``num_stages``, ...
+
+    Raises:
+        ValueError: an unknown target, or a kernel that belongs to Triton's interpreter.
+    """
+    if target_sm not in SHARED_LIMITS:
+        raise ValueError(f"target_sm must be one of {sorted(SHARED_LIMITS)}, got {target_sm}")
+    if not isinstance(kernel, JITFunction):
+        raise ValueError(f"kernel must be a JIT function, got {type(kernel).__name__}; unset TRITON_INTERPRET")
+    signature, constants, attributes = specialize(kernel, arguments)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", target_sm, 32),
+        options=dict(options),
+    )
+    usage = resource_usage(compiled.asm["cubin"])
+    return StaticReport(
+        kernel=kernel.__name__,
+        target_sm=target_sm,
+        registers=usage["REG"],
+        spill_bytes=usage["STACK"],
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=SHARED_LIMITS[target_sm],
+    )
+
+
+def meta_weight(n: int, k: int, group_size: int, scheme: Scheme, scale_dtype: torch.dtype) -> Int4Weight:
+    """A weight of these shapes without memory."""
+    scales = torch.empty(group_count(k, group_size), n, dtype=scale_dtype, device="meta")
+    return Int4Weight(
+        packed=torch.empty(n, padded(k) // 2, dtype=torch.uint8, device="meta"),
+        scales=scales,
+        in_features=k,
+        group_size=group_size,
+        minimum=torch.empty_like(scales) if scheme == "affine" else None,
+        codebook=torch.empty(16, device="meta") if scheme == "codebook" else None,
+    )
+
+
+def report(
+    kernel: Kernel,
+    config: TileConfig,
+    target_sm: int,
+    dtype: torch.dtype,
+    scheme: Scheme = "symmetric",
+    group_size: int = 64,
+    rank: int = 0,
+    bias: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
+    m: int = 512,
+    n: int = 4096,
+    k: int = 4096,
+) -> StaticReport:
+    """The report of one of our kernels.
+
+    Args:
+        kernel: which one.
+        config: tile sizes.
+        target_sm: compute capability.
+        dtype: of activations, LoRA operands and bias.
+        scheme, group_size, scale_dtype: of the weight.
+        rank: of the LoRA term; 0 for none. The embedding has none.
+        bias: with a bias; ``matmul`` only.
+        m, n, k: a representative shape. Only what a launch specialises on matters: divisibility by 16 and by
+            ``block_k``, and sizes of 1.
+    """
+    weight = meta_weight(n, k, group_size, scheme, scale_dtype)
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if kernel == "matmul":
+        t, b = (meta(m, rank), meta(n, rank)) if rank else (None, None)
+        function = matmul._matmul_kernel
+        arguments = matmul.matmul_arguments(meta(m, k), weight, meta(n) if bias else None, t, b, meta(m, n), config)
+    elif kernel == "matmul_dx":
+        g, a = (meta(m, rank), meta(rank, k)) if rank else (None, None)
+        function = matmul_dx._matmul_dx_kernel
+        arguments = matmul_dx.matmul_dx_arguments(meta(m, n), weight, g, a, meta(m, k), config)
+    elif kernel == "embedding":
+        ids = torch.empty(m, dtype=torch.int64, device="meta")
+        function = embedding._embedding_kernel
+        arguments = embedding.embedding_arguments(ids, weight, meta(m, k), config)
+    else:
+        raise ValueError(f"kernel must be matmul, matmul_dx or embedding, got {kernel!r}")
+    return compile_for(function, arguments, target_sm, config.launch_options())

@@ -1,0 +1,141 @@
+"""Rows of a packed 4-bit table: kernel, launcher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import TileConfig, default_config
+from .layout import Int4Weight
+from .matmul import FLOAT_DTYPES, load_planes, weight_arguments
+
+
+@triton.jit
+def _embedding_kernel(
+    ids_ptr,
+    packed_ptr,
+    scales_ptr,
+    minimum_ptr,
+    codebook_ptr,
+    rows_ptr,
+    M,
+    N,
+    K,
+    stride_im,
+    stride_pn,
+    stride_pj,
+    stride_sg,
+    stride_sn,
+    stride_zg,
+    stride_zn,
+    stride_rm,
+    stride_rk,
+    GROUP: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr,
+    HAS_CODEBOOK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``rows[m, k] = W[ids[m], k]``, one tile per program.
+
+    ids_ptr ``[M]`` int64; packed_ptr, scales_ptr, minimum_ptr, codebook_ptr: the table ``W[N, K]``, see
+    ``load_planes``; rows_ptr ``[M, K]``. An id outside ``0..N-1`` reads nothing and gives a row of NaN.
+    """
+    pid = tl.program_id(0)
+    blocks_m = (M + BLOCK_M - 1) // BLOCK_M
+    offs_m = (pid % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k0 = (pid // blocks_m) * BLOCK_K
+    mask_m = offs_m < M
+    rows_m = offs_m.to(tl.int64)
+    # [BLOCK_M]
+    ids = tl.load(ids_ptr + rows_m * stride_im, mask=mask_m, other=-1)
+    valid = (ids >= 0) & (ids < N)
+    low, high = load_planes(
+        packed_ptr,
+        scales_ptr,
+        minimum_ptr,
+        codebook_ptr,
+        ids,
+        valid,
+        k0,
+        K,
+        stride_pn,
+        stride_pj,
+        stride_sg,
+        stride_sn,
+        stride_zg,
+        stride_zn,
+        GROUP,
+        HAS_MINIMUM,
+        HAS_CODEBOOK,
+        False,
+        BLOCK_K,
+        rows_ptr.dtype.element_ty,
+    )
+    low = tl.where(valid[:, None], low, float("nan"))
+    high = tl.where(valid[:, None], high, float("nan"))
+    offs_j = tl.arange(0, BLOCK_K // 2)
+    offs_k = k0 + offs_j // 32 * 64 + offs_j % 32
+    rows_ptrs = rows_ptr + rows_m[:, None] * stride_rm + offs_k[None, :] * stride_rk
+    tl.store(rows_ptrs, low, mask=mask_m[:, None] & (offs_k < K)[None, :])
+    tl.store(rows_ptrs + 32 * stride_rk, high, mask=mask_m[:, None] & (offs_k + 32 < K)[None, :])
+
+
+def embedding_arguments(ids: Tensor, weight: Int4Weight, rows: Tensor, config: TileConfig) -> dict[str, Any]:
+    """The arguments of ``_embedding_kernel``, by name; the tensors may lie on the meta device."""
+    return {
+        "ids_ptr": ids,
+        **weight_arguments(weight),
+        "rows_ptr": rows,
+        "M": ids.shape[0],
+        "N": weight.out_features,
+        "K": weight.in_features,
+        "stride_im": ids.stride(0),
+        "stride_rm": rows.stride(0),
+        "stride_rk": rows.stride(1),
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+    }
+
+
+def int4_embedding_triton(
+    ids: Tensor, weight: Int4Weight, dtype: torch.dtype, config: TileConfig | None = None
+) -> Tensor:
+    """Rows ``ids`` of the decoded table.
+
+    Args:
+        ids: int64, any shape and strides. Checking them would stall the device: one outside ``0..N-1`` gives a row
+            of NaN.
+        weight: the table ``W[N, K]``.
+        dtype: float32, float16 or bfloat16.
+        config: tile sizes; a default if not given.
+
+    Returns:
+        ``[*ids.shape, K]`` in ``dtype``.
+
+    Raises:
+        ValueError: dtypes or devices do not fit together.
+    """
+    if ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64, got {ids.dtype}")
+    if ids.device != weight.device:
+        raise ValueError(f"ids must be on {weight.device}, where the weight is, got {ids.device}")
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype must be one of {FLOAT_DTYPES}, got {dtype}")
+    n, k = weight.shape
+    flat = ids.reshape(-1)
+    m = flat.shape[0]
+    rows = torch.empty((m, k), dtype=dtype, device=weight.device)
+    if rows.numel():
+        config = config or default_config("embedding", m, n, k, weight.group_size, dtype)
+        grid = (triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_k),)
+        with torch.cuda.device_of(rows):
+            _embedding_kernel[grid](
+                **embedding_arguments(flat, weight, rows, config),
+                **config.launch_options(),
+            )
+    return rows.view(*ids.shape, k)

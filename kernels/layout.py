@@ -1,0 +1,192 @@
+"""The only place that knows where a nibble lies: ``Int4Weight``, ``pack``, ``unpack``.
+
+Planar packing, one copy for both directions. K is cut into chunks of 64. Byte ``j`` (0..31) of a chunk holds
+``code[k0 + j]`` in its low nibble and ``code[k0 + 32 + j]`` in its high nibble, so a run of 32 bytes decodes
+into two runs of 32 neighbouring columns, and every group size (32, 64, 128) has one scale per such run.
+A K that is no multiple of 64 is padded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LAYOUT = "planar64-v1"
+CHUNK = 64
+RUN = CHUNK // 2
+GROUP_SIZES = (32, 64, 128)
+SCALE_DTYPES = (torch.float16, torch.float32)
+
+Scheme = Literal["symmetric", "affine", "codebook"]
+SCHEMES: tuple[Scheme, ...] = ("symmetric", "affine", "codebook")
+
+
+def padded(in_features: int) -> int:
+    """K rounded up to whole chunks of 64."""
+    return -(-in_features // CHUNK) * CHUNK
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Rows of ``scales`` for a logical K: the groups that cover the padded K (a last one may be partial)."""
+    return -(-padded(in_features) // group_size)
+
+
+def pack(codes: Tensor, pad_code: int = 0) -> Tensor:
+    """Packs codes.
+
+    Args:
+        codes: ``[N, K]`` uint8, values 0..15.
+        pad_code: the code that fills K up to a multiple of 64.
+
+    Returns:
+        ``[N, padded(K) // 2]`` uint8.
+    """
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise ValueError(f"codes must be a 2-D uint8 tensor, got {codes.dim()}-D {codes.dtype}")
+    if codes.numel() and int(codes.max()) > 15:
+        raise ValueError(f"codes must lie in 0..15, got {int(codes.max())}")
+    rows, columns = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, padded(columns) - columns), value=pad_code)
+    low, high = codes.view(rows, -1, 2, RUN).unbind(2)
+    return (low | (high << 4)).reshape(rows, -1)
+
+
+def unpack(packed: Tensor, in_features: int) -> Tensor:
+    """The inverse of ``pack``: ``[N, padded(K) // 2]`` uint8 -> ``[N, K]`` uint8 codes 0..15."""
+    rows = packed.shape[0]
+    runs = packed.view(rows, -1, RUN)
+    return torch.stack((runs & 15, runs >> 4), dim=2).view(rows, -1)[:, :in_features]
+
+
+@dataclass(frozen=True, eq=False)
+class Int4Weight:
+    """A logical matrix ``W[N, K]`` (out, in) of 4-bit codes.
+
+    ========== =============================================
+    scheme     decoded weight
+    ========== =============================================
+    symmetric  ``(code - 8) * scales[k // G, n]``
+    affine     ``code * scales[k // G, n] + minimum[k // G, n]``
+    codebook   ``codebook[code] * scales[k // G, n]``
+    ========== =============================================
+
+    Attributes:
+        packed: ``[N, padded(K) // 2]`` uint8, see the module's docstring.
+        scales: ``[ceil(padded(K) / G), N]`` float16 or float32; may be negative.
+        in_features: K.
+        group_size: G, one of 32, 64, 128.
+        minimum: as ``scales``; present for the affine scheme only.
+        codebook: ``[16]`` float32; present for the codebook scheme only.
+
+    Raises:
+        ValueError: shapes, dtypes or the group size do not fit together.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    in_features: int
+    group_size: int
+    minimum: Tensor | None = None
+    codebook: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size}")
+        if self.packed.dtype != torch.uint8 or self.packed.dim() != 2:
+            raise ValueError(f"packed must be 2-D uint8, got {self.packed.dim()}-D {self.packed.dtype}")
+        if self.packed.shape[1] != padded(self.in_features) // 2:
+            raise ValueError(
+                f"packed must have {padded(self.in_features) // 2} columns for in_features={self.in_features}, "
+                f"got {self.packed.shape[1]}"
+            )
+        if self.minimum is not None and self.codebook is not None:
+            raise ValueError("a weight has a minimum (affine) or a codebook, not both")
+        shape = (group_count(self.in_features, self.group_size), self.packed.shape[0])
+        for name, tensor in (("scales", self.scales), ("minimum", self.minimum)):
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+            if tensor.dtype not in SCALE_DTYPES:
+                raise ValueError(f"{name} must be float16 or float32, got {tensor.dtype}")
+        if self.codebook is not None and (self.codebook.shape != (16,) or self.codebook.dtype != torch.float32):
+            raise ValueError(
+                f"codebook must be float32 of shape (16,), got {self.codebook.dtype} {self.codebook.shape}"
+            )
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        group_size: int,
+        minimum: Tensor | None = None,
+        codebook: Tensor | None = None,
+    ) -> Int4Weight:
+        """Packs ``codes`` ``[N, K]`` with ``scales`` (and ``minimum``) of shape ``[ceil(K / G), N]``.
+
+        Padded columns decode to zero in the symmetric scheme; in the others their value is of no meaning,
+        and no operation reads it.
+        """
+        missing = group_count(codes.shape[1], group_size) - scales.shape[0]
+        pad = (0, 0, 0, missing)
+        return cls(
+            packed=pack(codes, pad_code=0 if minimum is not None or codebook is not None else 8),
+            scales=torch.nn.functional.pad(scales, pad).contiguous(),
+            in_features=codes.shape[1],
+            group_size=group_size,
+            minimum=None if minimum is None else torch.nn.functional.pad(minimum, pad).contiguous(),
+            codebook=codebook,
+        )
+
+    @property
+    def scheme(self) -> Scheme:
+        if self.codebook is not None:
+            return "codebook"
+        return "symmetric" if self.minimum is None else "affine"
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The logical ``(N, K)``."""
+        return self.packed.shape[0], self.in_features
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by attribute name."""
+        named = {"packed": self.packed, "scales": self.scales, "minimum": self.minimum, "codebook": self.codebook}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def to(self, device: torch.device | str) -> Int4Weight:
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def rows(self, start: int, stop: int) -> Int4Weight:
+        """Output rows ``start:stop`` as a view."""
+        return replace(
+            self,
+            packed=self.packed[start:stop],
+            scales=self.scales[:, start:stop],
+            minimum=None if self.minimum is None else self.minimum[:, start:stop],
+        )
+
+    def permute_rows(self, order: Tensor) -> Int4Weight:
+        """A copy with its output rows in the given order (exact: groups lie along K)."""
+        return replace(
+            self,
+            packed=self.packed[order],
+            scales=self.scales[:, order],
+            minimum=None if self.minimum is None else self.minimum[:, order],
+        )

@@ -1,0 +1,312 @@
+"""The operations as ``torch.library`` ops (with fake implementations and autograd): what everything above calls.
+
+``backend``: "triton", "panel" (plain torch), or "auto": Triton on a GPU, panels elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .cross_entropy import int4_cross_entropy_panel
+from .layout import Int4Weight
+from .panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel
+
+Backend = Literal["auto", "triton", "panel"]
+BACKENDS: tuple[Backend, ...] = ("auto", "triton", "panel")
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def resolve_backend(backend: str, device: torch.device) -> Literal["triton", "panel"]:
+    """The backend that ``backend`` means on this device. ValueError for an unknown or impossible one."""
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and has_triton() else "panel"
+    if backend == "panel":
+        return "panel"
+    if backend != "triton":
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if not has_triton():
+        raise ValueError("backend 'triton' needs the package triton, which is not installed; use 'panel'")
+    if device.type == "cpu":
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            raise ValueError("backend 'triton' runs on a GPU, and the tensors are on the CPU; use 'panel' or 'auto'")
+    return "triton"
+
+
+def _weight(
+    packed: Tensor, scales: Tensor, minimum: Tensor | None, codebook: Tensor | None, in_features: int, group_size: int
+) -> Int4Weight:
+    return Int4Weight(packed, scales, in_features, group_size, minimum, codebook)
+
+
+@custom_op("mebp_triton::int4_matmul", mutates_args=())
+def _matmul(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    minimum: Tensor | None,
+    codebook: Tensor | None,
+    in_features: int,
+    group_size: int,
+    bias: Tensor | None,
+    t: Tensor | None,
+    b: Tensor | None,
+    backend: str,
+) -> Tensor:
+    weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
+    if resolve_backend(backend, x.device) == "triton":
+        from .matmul import int4_matmul_triton
+
+        return int4_matmul_triton(x, weight, bias, t, b)
+    return int4_matmul_panel(x, weight, bias, t, b)
+
+
+@custom_op("mebp_triton::int4_matmul_dx", mutates_args=())
+def _matmul_dx(
+    dy: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    minimum: Tensor | None,
+    codebook: Tensor | None,
+    in_features: int,
+    group_size: int,
+    g: Tensor | None,
+    a: Tensor | None,
+    backend: str,
+) -> Tensor:
+    weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
+    if resolve_backend(backend, dy.device) == "triton":
+        from .matmul_dx import int4_matmul_dx_triton
+
+        return int4_matmul_dx_triton(dy, weight, g, a)
+    return int4_matmul_dx_panel(dy, weight, g, a)
+
+
+@custom_op("mebp_triton::int4_embedding", mutates_args=())
+def _embedding(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    minimum: Tensor | None,
+    codebook: Tensor | None,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
+    if resolve_backend(backend, packed.device) == "triton":
+        from .embedding import int4_embedding_triton
+
+        return int4_embedding_triton(ids, weight, dtype)
+    return int4_embedding_panel(ids, weight, dtype)
+
+
+@custom_op("mebp_triton::int4_cross_entropy", mutates_args=())
+def _cross_entropy(
+    hidden: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    minimum: Tensor | None,
+    codebook: Tensor | None,
+    in_features: int,
+    group_size: int,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    factors: Sequence[float],
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
+    return int4_cross_entropy_panel(hidden, weight, targets, bias, ignore_index, factors, need_grad)
+
+
+@_matmul.register_fake
+def _(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], packed.shape[0])
+
+
+@_matmul_dx.register_fake
+def _(dy: Tensor, packed: Tensor, scales: Tensor, minimum: Any, codebook: Any, in_features: int, *rest: Any) -> Tensor:
+    return dy.new_empty(dy.shape[0], in_features)
+
+
+@_embedding.register_fake
+def _(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    minimum: Any,
+    codebook: Any,
+    in_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return packed.new_empty((*ids.shape, in_features), dtype=dtype)
+
+
+@_cross_entropy.register_fake
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_grad = rest[-1]
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    count, width = hidden.shape
+    return (
+        hidden.new_empty(count, dtype=wide),
+        hidden.new_empty(count if need_grad else 0, width, dtype=wide),
+        hidden.new_empty(count, dtype=torch.int64),
+    )
+
+
+def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scales, minimum, codebook, in_features, group_size, bias, t, b, backend = inputs
+    ctx.save_for_backward(packed, scales, minimum, codebook, t, b)
+    ctx.meta = (in_features, group_size, backend)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    packed, scales, minimum, codebook, t, b = ctx.saved_tensors
+    in_features, group_size, backend = ctx.meta
+    need = ctx.needs_input_grad
+    dx = dbias = dt = db = None
+    if need[0]:
+        dx = _matmul_dx(dy, packed, scales, minimum, codebook, in_features, group_size, None, None, backend)
+    if need[7]:
+        dbias = dy.sum(0).to(ctx.bias_dtype)
+    if t is not None and b is not None:
+        if need[8]:
+            dt = (dy @ b.to(dy.dtype)).to(t.dtype)
+        if need[9]:
+            db = (dy.t() @ t.to(dy.dtype)).to(b.dtype)
+    return dx, None, None, None, None, None, None, dbias, dt, db, None
+
+
+def _matmul_dx_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, packed, scales, minimum, codebook, in_features, group_size, g, a, backend = inputs
+    ctx.save_for_backward(packed, scales, minimum, codebook, g, a)
+    ctx.meta = (in_features, group_size, backend)
+
+
+def _matmul_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    packed, scales, minimum, codebook, g, a = ctx.saved_tensors
+    in_features, group_size, backend = ctx.meta
+    need = ctx.needs_input_grad
+    ddy = dg = da = None
+    if need[0]:
+        ddy = _matmul(ddx, packed, scales, minimum, codebook, in_features, group_size, None, None, None, backend)
+    if g is not None and a is not None:
+        if need[7]:
+            dg = (ddx @ a.to(ddx.dtype).t()).to(g.dtype)
+        if need[8]:
+            da = (g.to(ddx.dtype).t() @ ddx).to(a.dtype)
+    return ddy, None, None, None, None, None, None, dg, da, None
+
+
+def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, need_grad = inputs[0], inputs[-1]
+    _, grad, argmax = output
+    ctx.mark_non_differentiable(grad, argmax)
+    ctx.save_for_backward(grad)
+    ctx.dtype, ctx.need_grad = hidden.dtype, need_grad
+
+
+def _cross_entropy_backward(ctx: Any, dlosses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if not ctx.need_grad:
+        raise RuntimeError("cross-entropy ran with need_grad=False: it kept nothing to run backward from")
+    (grad,) = ctx.saved_tensors
+    return ((dlosses.unsqueeze(1) * grad).to(ctx.dtype), *([None] * 11))
+
+
+_matmul.register_autograd(_matmul_backward, setup_context=_matmul_setup)
+_matmul_dx.register_autograd(_matmul_dx_backward, setup_context=_matmul_dx_setup)
+_cross_entropy.register_autograd(_cross_entropy_backward, setup_context=_cross_entropy_setup)
+
+
+def _fields(weight: Int4Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+    return weight.packed, weight.scales, weight.minimum, weight.codebook, weight.in_features, weight.group_size
+
+
+def int4_matmul(
+    x: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    t: Tensor | None = None,
+    b: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``Y = X·Wᵀ + bias + t·bᵀ``, differentiable in x, bias, t and b.
+
+    Args:
+        x: ``[..., K]``. weight: ``[N, K]``. bias: ``[N]``.
+        t: ``[..., R]``, LoRA's scaled ``X·Aᵀ``. b: ``[N, R]``, LoRA's B.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+    """
+    _check_width("x", x, weight.in_features)
+    flat = x.reshape(-1, x.shape[-1])
+    t = None if t is None else t.reshape(-1, t.shape[-1])
+    return _matmul(flat, *_fields(weight), bias, t, b, backend).view(*x.shape[:-1], weight.out_features)
+
+
+def int4_matmul_dx(
+    dy: Tensor, weight: Int4Weight, g: Tensor | None = None, a: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """``dX = dY·W + g·a``, differentiable in dy, g and a.
+
+    Args:
+        dy: ``[..., N]``. weight: ``[N, K]``. g: ``[..., R]``, LoRA's scaled ``dY·B``. a: ``[R, K]``, LoRA's A.
+
+    Returns:
+        ``[..., K]`` in dy's dtype.
+    """
+    _check_width("dy", dy, weight.out_features)
+    flat = dy.reshape(-1, dy.shape[-1])
+    g = None if g is None else g.reshape(-1, g.shape[-1])
+    return _matmul_dx(flat, *_fields(weight), g, a, backend).view(*dy.shape[:-1], weight.in_features)
+
+
+def int4_embedding(ids: Tensor, weight: Int4Weight, dtype: torch.dtype, backend: str = "auto") -> Tensor:
+    """Rows ``ids`` (int64, any shape) of the table ``[V, K]``: ``[*ids.shape, K]`` in ``dtype``. Not differentiable."""
+    return _embedding(ids, *_fields(weight), dtype, backend)
+
+
+def int4_cross_entropy(
+    hidden: Tensor,
+    weight: Int4Weight,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    factors: Sequence[float] = (1.0,),
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy per token over the int4 head and the argmax, differentiable in ``hidden``.
+
+    Args:
+        hidden: ``[T, K]``. weight: ``[V, K]``. targets: ``[T]`` int64. bias: ``[V]``, frozen.
+        factors: what the model does to its logits, see ``cross_entropy``.
+
+    Returns:
+        losses ``[T]`` float32 or wider, 0 where ignored; argmax ``[T]`` int64, -1 where ignored.
+    """
+    _check_width("hidden", hidden, weight.in_features)
+    need_grad = torch.is_grad_enabled() and hidden.requires_grad
+    losses, _, argmax = _cross_entropy(hidden, *_fields(weight), targets, bias, ignore_index, list(factors), need_grad)
+    return losses, argmax
+
+
+def _check_width(name: str, tensor: Tensor, width: int) -> None:
+    if tensor.dim() == 0 or tensor.shape[-1] != width:
+        raise ValueError(f"{name} must have {width} columns, got shape {tuple(tensor.shape)}")

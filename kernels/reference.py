@@ -1,0 +1,73 @@
+"""The plain twin of every operation, in any float dtype: what the others are tested against in float64.
+
+Readable first. Nothing but tests and exact exports calls these: they materialise the whole weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import Int4Weight, unpack
+
+
+def decode(weight: Int4Weight, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The decoded weight ``[N, K]``: computed in float32 or wider, then rounded once to ``dtype``.
+
+    With float16 scales the product of a code and a scale is exact in float32, so every path agrees to the bit.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = unpack(weight.packed, weight.in_features)
+    group = torch.arange(weight.in_features, device=weight.device) // weight.group_size
+    scales = weight.scales.to(wide).t()[:, group]
+    if weight.codebook is not None:
+        decoded = weight.codebook.to(wide)[codes.long()] * scales
+    elif weight.minimum is not None:
+        decoded = codes.to(wide) * scales + weight.minimum.to(wide).t()[:, group]
+    else:
+        decoded = (codes.to(wide) - 8) * scales
+    return decoded.to(dtype)
+
+
+def matmul(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None = None, t: Tensor | None = None, b: Tensor | None = None
+) -> Tensor:
+    """``Y = X·Wᵀ + bias + t·bᵀ``: x ``[M, K]``, bias ``[N]``, t ``[M, R]`` (scaled ``X·Aᵀ``), b ``[N, R]``."""
+    y = x @ decode(weight, x.dtype).t()
+    if bias is not None:
+        y = y + bias.to(x.dtype)
+    if t is not None and b is not None:
+        y = y + t.to(x.dtype) @ b.to(x.dtype).t()
+    return y
+
+
+def matmul_dx(dy: Tensor, weight: Int4Weight, g: Tensor | None = None, a: Tensor | None = None) -> Tensor:
+    """``dX = dY·W + g·a``: dy ``[M, N]``, g ``[M, R]`` (scaled ``dY·B``), a ``[R, K]``."""
+    dx = dy @ decode(weight, dy.dtype)
+    if g is not None and a is not None:
+        dx = dx + g.to(dy.dtype) @ a.to(dy.dtype)
+    return dx
+
+
+def embedding(ids: Tensor, weight: Int4Weight, dtype: torch.dtype) -> Tensor:
+    """Rows ``ids`` (any shape, int64) of the decoded table: ``[*ids.shape, K]``."""
+    return decode(weight, dtype)[ids]
+
+
+def cross_entropy(
+    hidden: Tensor,
+    weight: Int4Weight,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss over the valid targets, its gradient to ``hidden``, and the argmax of every row.
+
+    hidden ``[T, K]``, targets ``[T]`` int64, bias ``[N]``; returns a scalar, ``[T, K]`` and ``[T]``.
+    """
+    hidden = hidden.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = matmul(hidden, weight, bias)
+        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, hidden)
+    return loss.detach(), grad, logits.argmax(-1)

@@ -1,0 +1,149 @@
+"""Adapters in PEFT's format, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from . import files
+from .lora import Int4LoRALinear, LoraConfig, lora_config_from_dict
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def adapter_layers(model: Any) -> dict[str, Int4LoRALinear]:
+    """The layers with an adapter, by path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Int4LoRALinear)}
+
+
+def adapter_tensors(model: Any) -> dict[str, Tensor]:
+    """The adapter's tensors by PEFT's names: A ``[R, K]``, B ``[N, R]``."""
+    tensors = {}
+    for name, layer in adapter_layers(model).items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+    return tensors
+
+
+def save_adapter(model: Any, directory: Path | str) -> None:
+    """Writes the adapter of ``model`` into ``directory``, as PEFT would; files of an older one are replaced whole."""
+    config: LoraConfig | None = model.mebp.lora
+    if config is None:
+        raise ValueError("the model has no adapter to save: load it with lora=LoraConfig(...)")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    files.write_bytes(directory / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    files.write_json(directory / CONFIG, _peft_config(config, model))
+
+
+def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
+    # The names that end the adapted layers' paths: PEFT's own "all-linear" would look at its model's layer types.
+    layers = adapter_layers(model)
+    targets: Any = config.target_modules
+    if targets == "all-linear" or config.exclude_modules:
+        targets = _shortest_suffixes(model, layers)
+    return {
+        "alpha_pattern": dict(config.alpha_pattern),
+        "auto_mapping": None,
+        "base_model_name_or_path": os.path.basename(os.path.abspath(model.mebp.store.directory)),
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": config.lora_alpha,
+        "lora_bias": False,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": dict(config.rank_pattern),
+        "revision": None,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": config.use_rslora,
+    }
+
+
+def _shortest_suffixes(model: Any, layers: dict[str, Int4LoRALinear]) -> list[str]:
+    """Last path components that select exactly the adapted layers, or whole paths where those would select more."""
+    suffixes = {name.rpartition(".")[2] for name in layers}
+    selected = {
+        name
+        for name, _ in model.named_modules()
+        if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
+    }
+    return sorted(suffixes) if selected == set(layers) else sorted(layers)
+
+
+def read_adapter_config(directory: Path | str) -> LoraConfig:
+    """The ``LoraConfig`` of a saved adapter. ValueError for one that uses what only PEFT's own layers can do."""
+    path = Path(directory) / CONFIG
+    if not path.exists():
+        raise ValueError(f"{directory} is no adapter: it has no {CONFIG}")
+    values = files.read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold a JSON object")
+    try:
+        return lora_config_from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_adapter_tensors(directory: Path | str) -> dict[str, Tensor]:
+    path = Path(directory) / WEIGHTS
+    files.check_regular(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def load_adapter(model: Any, directory: Path | str) -> None:
+    """Puts a saved adapter's values into ``model``, which must have been loaded with the same layers and ranks.
+
+    ``mebp_triton.load(store, lora=read_adapter_config(directory))`` makes such a model.
+
+    Raises:
+        ValueError: the adapter is of another model or shape; the model keeps its own.
+    """
+    copy_adapter(model, read_adapter_tensors(directory), str(directory))
+    config = read_adapter_config(directory)
+    for name, layer in adapter_layers(model).items():
+        layer.scaling = config.scaling(name)
+
+
+@torch.no_grad()
+def copy_adapter(model: Any, tensors: dict[str, Tensor], what: str) -> None:
+    """All of ``tensors`` into the model's adapter, or none."""
+    own = adapter_tensors(model)
+    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or surplus:
+        word, names = ("lacks", missing) if missing else ("has", surplus)
+        raise ValueError(
+            f"the adapter {what} does not fit this model: it {word} {names[0]}"
+            + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        )
+    for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(
+                f"the adapter {what} does not fit this model: {name} has shape {tuple(tensors[name].shape)}, "
+                f"wanted {tuple(tensor.shape)}"
+            )
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"the adapter {what} is damaged: {name} is not finite")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])

@@ -1,0 +1,264 @@
+"""MeBP (arXiv 2510.03425): every block is one autograd function that keeps its input and recomputes the rest.
+
+``BlockEngine`` puts itself in the place of each block's ``forward``. Under ``no_grad`` it only brings the block's
+weights in and lets them go. With gradients on, the block runs without a graph, its input goes to the checkpoint
+store, and the backward pass brings the weights in again, recomputes, and differentiates. Gradients of trainable
+parameters are returned to autograd as those of the function's inputs, so accumulation, hooks and
+``torch.autograd.grad`` work as everywhere.
+
+What a block does in a step is the selection's to say (LCSB, arXiv 2602.13073):
+
+========== ===================================== ==============================
+treatment  gradient to the block's input         gradients of its parameters
+========== ===================================== ==============================
+train      true                                  true
+exact      true                                  none
+identity   ``dX = dY``; nothing read, recomputed none
+========== ===================================== ==============================
+
+A block whose input needs no gradient, and that is not trained, has no backward at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.cache_utils import Cache
+
+from .stores.checkpoints import Checkpoint, CheckpointStore, DeviceCheckpoints
+
+Treatment = Literal["train", "exact", "identity"]
+Event = Literal["forward", "backward"]
+Pages = AbstractContextManager[object]
+
+
+@dataclass
+class Counters:
+    """How often a block's forward ran, was recomputed, and was passed by its residual connection."""
+
+    forward: int = 0
+    recompute: int = 0
+    identity: int = 0
+
+
+class BlockEngine:
+    """Runs the blocks of a model one by one.
+
+    Args:
+        blocks: the model's blocks, in order.
+        pages: per block, entered while its weights are needed; None where they always lie in place.
+        checkpoints: where the blocks' inputs wait.
+
+    Attributes:
+        treatment: what the selection says of block i at this step; all "train" without one.
+        observer: called with (event, block index) after each block's forward and backward.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        pages: Sequence[Pages] | None = None,
+        checkpoints: CheckpointStore | None = None,
+    ) -> None:
+        self.blocks = list(blocks)
+        self.pages: Sequence[Pages] = pages if pages is not None else [nullcontext()] * len(self.blocks)
+        self.checkpoints = checkpoints if checkpoints is not None else DeviceCheckpoints()
+        self.treatment: Callable[[int], Treatment] = lambda index: "train"
+        self.observer: Callable[[Event, int], None] = lambda event, index: None
+        self.counters = Counters()
+        self._originals: list[Callable[..., Any]] = []
+        for index, block in enumerate(self.blocks):
+            original = block.forward
+            self._originals.append(original)
+            block.forward = functools.wraps(original)(functools.partial(self._run, index, original))  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Gives every block its own forward back."""
+        for block in self.blocks:
+            block.__dict__.pop("forward", None)
+
+    def trainable(self, index: int) -> list[nn.Parameter]:
+        """The block's parameters that require a gradient."""
+        return [parameter for parameter in self.blocks[index].parameters() if parameter.requires_grad]
+
+    def _run(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._forward(index, original, args, kwargs)
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Cache))
+        leaves = [_without_cache(leaf) for leaf in leaves]
+        treatment = self.treatment(index)
+        moving = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        parameters = self.trainable(index) if treatment == "train" else []
+        if not moving and not parameters:
+            with torch.no_grad():
+                args, kwargs = tree_unflatten(leaves, spec)
+                return self._forward(index, original, args, kwargs)
+        hidden = _hidden_place(leaves, args, kwargs)
+        run = _BlockRun(self, index, original, leaves, spec, moving, hidden, treatment, parameters)
+        outputs = _BlockFunction.apply(run, *(leaves[place] for place in moving), *parameters)
+        return run.rebuild(outputs)
+
+    def _forward(self, index: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with self.pages[index]:
+            output = original(*args, **kwargs)
+        self.counters.forward += 1
+        self.observer("forward", index)
+        return output
+
+
+def _without_cache(leaf: Any) -> Any:
+    """A key-value cache cannot be filled twice, so training runs without one."""
+    if not isinstance(leaf, Cache):
+        return leaf
+    if leaf.get_seq_length() > 0:
+        raise ValueError("past_key_values holds tokens: training through a filled cache is not supported")
+    return None
+
+
+def _hidden_place(leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Where among the leaves the block's hidden state is: its first positional argument, or the one of that name."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    places = [place for place, leaf in enumerate(leaves) if leaf is hidden]
+    if not isinstance(hidden, Tensor) or not places:
+        raise ValueError("a block was called without its hidden state as first or as hidden_states argument")
+    return places[0]
+
+
+class _RandomState:
+    """The generators' states, so that a recompute draws the same dropout masks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[self.device] if self.cuda is not None else []):
+            torch.set_rng_state(self.cpu)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
+            yield
+
+
+class _BlockRun:
+    """One call of one block, from its forward to its backward."""
+
+    def __init__(
+        self,
+        engine: BlockEngine,
+        index: int,
+        original: Callable[..., Any],
+        leaves: list[Any],
+        spec: Any,
+        moving: list[int],
+        hidden: int,
+        treatment: Treatment,
+        parameters: list[nn.Parameter],
+    ) -> None:
+        self.engine, self.index, self.original, self.treatment = engine, index, original, treatment
+        self.leaves, self.spec, self.moving, self.hidden = leaves, spec, moving, hidden
+        self.parameters = parameters
+        self.versions = [parameter._version for parameter in parameters]
+        device = leaves[hidden].device
+        kind = device.type
+        self.random = _RandomState(device) if engine.blocks[index].training else None
+        self.autocast: dict[str, Any] = {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        self.checkpoint: Checkpoint | None = None
+        self.output_spec: Any = None
+        self.output_leaves: list[Any] = []
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Runs the block without a graph; afterwards only the checkpoint holds its input."""
+        args, kwargs = tree_unflatten(self.leaves, self.spec)
+        if self.treatment != "identity":
+            self.checkpoint = self.engine.checkpoints.save(self.leaves[self.hidden])
+        output = self.engine._forward(self.index, self.original, args, kwargs)
+        self.leaves = [None if place == self.hidden else leaf for place, leaf in enumerate(self.leaves)]
+        if self.treatment == "identity":
+            self.leaves = []
+        self.output_leaves, self.output_spec = tree_flatten(output)
+        tensors = tuple(leaf for leaf in self.output_leaves if isinstance(leaf, Tensor))
+        self.output_leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in self.output_leaves]
+        return tensors
+
+    def rebuild(self, tensors: tuple[Tensor, ...]) -> Any:
+        """The block's output with the function's tensors in it."""
+        given = iter(tensors)
+        leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self.output_leaves]
+        return tree_unflatten(leaves, self.output_spec)
+
+    def backward(self, grads: tuple[Tensor | None, ...], needed: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of the moving inputs and the parameters, by recomputing the block."""
+        changed = [p._version for p in self.parameters] != self.versions
+        if changed:
+            raise RuntimeError(f"a trainable parameter of block {self.index} changed between forward and backward")
+        assert self.checkpoint is not None
+        leaves = list(self.leaves)
+        leaves[self.hidden] = self.checkpoint.load()
+        for place, need in zip(self.moving, needed, strict=False):
+            leaves[place] = leaves[place].detach().requires_grad_(need)
+        inputs = [leaves[place] for place in self.moving] + self.parameters
+        wanted = [item for item, need in zip(inputs, needed, strict=True) if need]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        random = self.random.replayed() if self.random is not None else nullcontext()
+        with self.engine.pages[self.index], torch.enable_grad(), _only_trainable(self):
+            with random, torch.autocast(**self.autocast):
+                output = self.original(*args, **kwargs)
+            outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        self.engine.counters.recompute += 1
+        self.engine.observer("backward", self.index)
+        given = iter(found)
+        return [next(given) if need else None for need in needed]
+
+
+_TENSOR = object()
+
+
+@contextmanager
+def _only_trainable(run: _BlockRun) -> Iterator[None]:
+    """Within, the parameters of a block that passes the gradient on but is not trained require none."""
+    frozen = run.engine.trainable(run.index) if run.treatment == "exact" else []
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+class _BlockFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: _BlockRun, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.set_materialize_grads(False)
+        outputs = run.forward()
+        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        run: _BlockRun = ctx.run
+        needed = ctx.needs_input_grad[1:]
+        if all(grad is None for grad in grads):
+            return (None, *[None] * len(needed))
+        if run.treatment == "identity":
+            run.engine.counters.identity += 1
+            return (None, *(grads[0] if place == run.hidden else None for place in run.moving))
+        return (None, *run.backward(grads, needed))

@@ -1,0 +1,159 @@
+"""The command ``mebp``: parsing, messages and exit codes. What the commands do lies in ``commands``.
+
+Exit codes: 0 done; 1 the run failed; 2 the user's mistake, one line that says what to do. A traceback only with
+``--debug``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from . import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and a word on what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        for word in message.split():
+            if message.startswith("unrecognized arguments") and word.startswith("--"):
+                known = [option for action in self._all_actions() for option in action.option_strings]
+                near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+                message += f"; did you mean {near[0]}?" if near else ""
+                break
+        print(f"mebp: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _all_actions(self) -> list[argparse.Action]:
+        actions = list(self._actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    actions += parser._actions
+        return actions
+
+
+def _add_settings(parser: argparse.ArgumentParser, settings: type, but: frozenset[str] = frozenset()) -> None:
+    """One flag per field of a dataclass; unset flags stay out of the namespace."""
+    hints = get_type_hints(settings)
+    for item in dataclasses.fields(settings):
+        if item.name in but:
+            continue
+        flag, kind = "--" + item.name.replace("_", "-"), hints[item.name]
+        options: dict[str, Any] = {"dest": item.name, "default": argparse.SUPPRESS, "help": item.metadata["help"]}
+        if item.default not in (None, ""):
+            options["help"] += f" (default: {item.default})"
+        parts = get_args(kind) if get_origin(kind) not in (None, Literal) else (kind,)
+        kind = next(part for part in parts if part is not type(None))
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif get_origin(kind) is Literal:
+            parser.add_argument(flag, choices=get_args(kind), **options)
+        else:
+            parser.add_argument(flag, type=kind, metavar=item.name.split("_")[-1].upper(), **options)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    from .config import TrainConfig
+    from .kernels.layout import GROUP_SIZES, SCHEMES
+    from .kernels.ops import BACKENDS
+
+    parser = _Parser(prog="mebp", description="Fine-tune 4-bit language models with LoRA by true gradients.")
+    parser.add_argument("--version", action="version", version=f"mebp {__version__}")
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help, parents=[common], allow_abbrev=False)
+
+    quantize = command("quantize", "make an int4 store from a model directory or a GGUF file")
+    quantize.add_argument("source", metavar="SRC", help="transformers model directory (safetensors), or .gguf file")
+    quantize.add_argument("store", metavar="OUT", help="the store directory to make")
+    _add_quantize_options(quantize, SCHEMES, GROUP_SIZES)
+
+    train = command("train", "fine-tune a store, or a model that is quantized first")
+    train.add_argument("store", metavar="STORE", help="a store, a model directory or a .gguf file")
+    train.add_argument("--config", metavar="FILE", help="YAML or JSON file of these settings; flags win")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
+    train.add_argument("--resume-from-checkpoint", metavar="DIR", help="go on from this checkpoint directory")
+    _add_settings(train, TrainConfig)
+    _add_quantize_options(train, SCHEMES, GROUP_SIZES)
+
+    evaluate = command("eval", "loss, perplexity and token accuracy on a file")
+    generate = command("generate", "continue a prompt")
+    for sub in (evaluate, generate):
+        sub.add_argument("store", metavar="STORE", help="a store made by mebp quantize")
+        sub.add_argument("--adapter", metavar="DIR", help="adapter in PEFT's format")
+        sub.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+        sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of activations")
+        sub.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels (default: auto)")
+    evaluate.add_argument("--validation-file", required=True, metavar="FILE", help=".txt or .jsonl")
+    evaluate.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    evaluate.add_argument("--max-eval-windows", type=int, metavar="N", help="evenly spaced windows; all by default")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1.0)")
+    generate.add_argument("--seed", type=int, default=42, help="of sampling (default: 42)")
+
+    verify = command("verify", "check every byte of a store against its checksums")
+    verify.add_argument("store", metavar="STORE")
+    command("doctor", "what this machine has, and what is missing")
+    demo = command("demo", "the whole path on a real 135M model: quantize, train, evaluate, generate")
+    demo.add_argument("--output-dir", default="mebp-demo", metavar="DIR", help="(default: mebp-demo)")
+    demo.add_argument("--max-steps", type=int, default=40, metavar="N", help="optimizer steps (default: 40)")
+    demo.add_argument("--compare", action="store_true", help="the same with transformers + PEFT, side by side")
+    return parser
+
+
+def _add_quantize_options(parser: argparse.ArgumentParser, schemes: Sequence[str], group_sizes: Sequence[int]) -> None:
+    parser.add_argument(
+        "--scheme", choices=schemes, help="how codes become weights (default: the GGUF's, or symmetric)"
+    )
+    parser.add_argument(
+        "--group-size", type=int, choices=group_sizes, help="weights per scale (default: the GGUF's, or 64)"
+    )
+    parser.add_argument(
+        "--scale-search",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="search each scale for the least squared error (default: on)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``mebp``; returns the exit code."""
+    arguments = _build_parser().parse_args(argv)
+    from . import commands
+    from .trainer import RunError
+
+    try:
+        run = getattr(commands, f"run_{arguments.command}")
+        run(arguments)
+        return 0
+    except KeyboardInterrupt:
+        print("mebp: interrupted; `mebp train ... --resume` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:  # every failure becomes one line; --debug shows where it came from
+        if arguments.debug:
+            raise
+        users = isinstance(error, ValueError)
+        kind = "" if users or isinstance(error, RunError | OSError) else f"{type(error).__name__}: "
+        line = " ".join(str(error).split())
+        more = "" if users or isinstance(error, RunError) else " (--debug shows where)"
+        print(f"mebp: error: {kind}{line}{more}", file=sys.stderr)
+        return 2 if users else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""What each sub-command of ``mebp`` does. Messages and progress go to standard error, answers to standard output."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import adapter, files
+from .config import TrainConfig, read_config_file
+from .convert import QuantizeReport, quantize
+from .data import load_data
+from .evaluate import evaluate
+from .lora import LoraConfig
+from .memory import peak_resident_bytes
+from .model import load
+from .report import MIB, RunDirectory
+from .stores.format import MANIFEST, Store
+from .trainer import StepResult, Trainer, finetune
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+console = Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[..., None]]:
+    """Yields ``update(done, total, note="", task=description)``; every task has a bar of its own."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(done: int, total: int, note: str = "", task: str = description) -> None:
+            if task not in tasks:
+                tasks[task] = bar.add_task(task, total=total, note=note)
+            bar.update(tasks[task], completed=done, total=total, note=note)
+
+        yield update
+
+
+def answer(arguments: argparse.Namespace, value: dict[str, Any], table: Table) -> None:
+    """The command's result: JSON where asked for, a table otherwise."""
+    if arguments.json:
+        print(json.dumps(value, indent=2))
+    else:
+        Console().print(table)
+
+
+def two_columns(title: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+# --- quantize -------------------------------------------------------------------------------------------------------
+
+
+def quantize_with_progress(source: str, store: Path, arguments: argparse.Namespace) -> QuantizeReport:
+    with progress_bar("quantizing") as update:
+        return quantize(
+            source,
+            store,
+            scheme=arguments.scheme,
+            group_size=arguments.group_size,
+            scale_search=arguments.scale_search,
+            progress=update,
+        )
+
+
+def run_quantize(arguments: argparse.Namespace) -> None:
+    report = quantize_with_progress(arguments.source, Path(arguments.store), arguments)
+    value = {
+        "store": arguments.store,
+        "matrices": len(report.errors),
+        "taken_over": len(report.taken_over),
+        "schemes": sorted(set(report.schemes.values())),
+        "int4_bytes": report.int4_bytes,
+        "float_bytes": report.float_bytes,
+        "relative_error_worst": max(report.errors.values()),
+        "relative_error": report.errors,
+    }
+    table = Table(title=f"{arguments.store}: {report.int4_bytes / MIB:.1f} MiB int4", title_justify="left")
+    for heading in ("layer", "matrices", "scheme", "relative error, median", "worst"):
+        table.add_column(heading)
+    kinds: dict[str, list[str]] = {}
+    for name in report.errors:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    for kind, names in kinds.items():
+        errors = [report.errors[name] for name in names]
+        schemes = ", ".join(sorted({report.schemes[name] for name in names}))
+        median = statistics.median(errors)
+        table.add_row(kind, str(len(names)), schemes, f"{median:.4f}", f"{max(errors):.4f}")
+    answer(arguments, value, table)
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    config = _train_config(arguments)
+    run = RunDirectory(config.output_dir, resume=arguments.resume or bool(arguments.resume_from_checkpoint))
+    checkpoint = Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
+    if arguments.resume:
+        checkpoint = run.checkpoint
+        files.recover_directory(checkpoint)
+    if checkpoint is not None and not (checkpoint / "state.json").exists():
+        raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
+    for name in (config.train_file, config.validation_file):
+        if name is not None:
+            files.check_regular(Path(name))
+    store = _store_for(arguments, config)
+    tokenizer = load_tokenizer(store)
+    _check_length(store, config.max_length)
+    data = load_data(config.train_file, tokenizer, config.max_length)
+    console.print(f"{config.train_file}: {data.report.describe()}", highlight=False)
+    validation = None
+    if config.validation_file:
+        validation = load_data(config.validation_file, tokenizer, config.max_length, name="validation-file")
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.targets(),
+        use_rslora=config.use_rslora,
+    )
+    model = load(
+        store,
+        lora,
+        weights=config.weights or "device",
+        checkpoints=config.checkpoints or "device",
+        device=config.device or "cpu",
+        dtype=DTYPES[config.dtype or "float32"],
+        backend=config.backend,
+        seed=config.seed,
+        scratch_directory=run.directory,
+    )
+    trainer = Trainer(model, data, config, run)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        console.print(f"resuming at step {trainer.step} of {trainer.total_steps}", highlight=False)
+    summary = _train_with_progress(trainer, validation)
+    answer(arguments, summary, two_columns(str(run.directory), _readable(summary)))
+
+
+def _train_config(arguments: argparse.Namespace) -> TrainConfig:
+    settings = read_config_file(arguments.config) if arguments.config else {}
+    known = {item.name for item in dataclasses.fields(TrainConfig)}
+    settings |= {name: value for name, value in vars(arguments).items() if name in known}
+    for name in ("train_file", "output_dir"):
+        if not settings.get(name):
+            raise ValueError(f"--{name.replace('_', '-')} is missing")
+    return TrainConfig(**settings).resolved()
+
+
+def _store_for(arguments: argparse.Namespace, config: TrainConfig) -> Path:
+    """The store itself; or one beside the run, made from a model that is none."""
+    given = Path(arguments.store)
+    if (given / MANIFEST).exists() or (given.is_dir() and not (given / "config.json").exists()):
+        Store(given)
+        if arguments.scheme or arguments.group_size:
+            raise ValueError(f"--scheme and --group-size are for models that are quantized first; {given} is a store")
+        return given
+    beside = Path(config.output_dir.rstrip("/") + "-store")
+    if (beside / MANIFEST).exists():
+        console.print(f"{given} was quantized before: using {beside}", highlight=False)
+        return beside
+    console.print(f"{given} is not a store: quantizing it into {beside}", highlight=False)
+    quantize_with_progress(str(given), beside, arguments)
+    return beside
+
+
+def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any]:
+    recent: deque[float] = deque(maxlen=10)
+    with progress_bar("training") as update:
+
+        def on_step(result: StepResult) -> None:
+            recent.append(result.loss)
+            note = (
+                f"loss {statistics.fmean(recent):.3f}  {result.tokens / max(result.seconds, 1e-9):.0f} tok/s  "
+                f"peak {peak_resident_bytes() / MIB:.0f} MiB"
+            )
+            update(result.step + 1, trainer.total_steps, note)
+
+        def on_evaluation(done: int, total: int) -> None:
+            update(done, total, task="evaluating " + ("after" if recent else "before"))
+
+        return finetune(trainer, validation, on_step, on_evaluation)
+
+
+def _readable(summary: dict[str, Any]) -> dict[str, str]:
+    rows = {}
+    for name, value in summary.items():
+        if value is None:
+            continue
+        if name.endswith("_bytes"):
+            rows[name.removesuffix("_bytes").replace("_", " ")] = f"{value / MIB:.1f} MiB"
+        else:
+            rows[name.replace("_", " ")] = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return rows
+
+
+# --- eval, generate -------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(store: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(store, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{store} has no usable tokenizer: {reason}") from None
+
+
+def _check_length(store: Path, max_length: int) -> None:
+    config = transformers.AutoConfig.from_pretrained(store).get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ValueError(f"max_length {max_length} is longer than the {longest} tokens that the model takes")
+
+
+def load_for_inference(store: Path, arguments: argparse.Namespace) -> Any:
+    """The model with its adapter, weights where inference wants them."""
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
+    lora = adapter.read_adapter_config(arguments.adapter) if arguments.adapter else None
+    model = load(
+        store,
+        lora,
+        weights="file" if device == "cpu" else "device",
+        device=device,
+        dtype=DTYPES[dtype],
+        backend=arguments.backend,
+    )
+    if arguments.adapter:
+        adapter.load_adapter(model, arguments.adapter)
+    return model
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    store = Path(arguments.store)
+    Store(store)
+    files.check_regular(Path(arguments.validation_file))
+    _check_length(store, arguments.max_length)
+    tokenizer = load_tokenizer(store)
+    data = load_data(arguments.validation_file, tokenizer, arguments.max_length, name="validation-file")
+    model = load_for_inference(store, arguments)
+    with progress_bar("evaluating") as update:
+        result = evaluate(model, data, arguments.max_eval_windows, update)
+    value = dataclasses.asdict(result) | {"perplexity": result.perplexity, "peak_rss_bytes": peak_resident_bytes()}
+    answer(arguments, value, two_columns(arguments.validation_file, _readable(value)))
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    store = Path(arguments.store)
+    Store(store)
+    if not arguments.prompt:
+        raise ValueError("--prompt is empty")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    tokenizer = load_tokenizer(store)
+    model = load_for_inference(store, arguments)
+    torch.manual_seed(arguments.seed)
+    streamer = None if arguments.json else transformers.TextStreamer(tokenizer, skip_special_tokens=True)
+    text = generate_text(
+        model,
+        tokenizer,
+        arguments.prompt,
+        arguments.max_new_tokens,
+        chat=arguments.chat,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        streamer=streamer,
+    )
+    if arguments.json:
+        print(json.dumps({"prompt": arguments.prompt, "completion": text}))
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    chat: bool = False,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    streamer: Any = None,
+) -> str:
+    """The continuation alone."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature must be at least 0 and top_p in (0, 1], got {temperature} and {top_p}")
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError("this tokenizer has no chat template: generate without --chat")
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    encoded = {name: encoded[name].to(model.mebp.device) for name in ("input_ids", "attention_mask")}
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        output = model.generate(
+            **encoded, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling
+        )
+    return tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+# --- verify, doctor, demo -------------------------------------------------------------------------------------------
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    store = Store(arguments.store)
+    with progress_bar("verifying") as update:
+        for done, file in enumerate(store.files.values()):
+            file.verify(again=True)
+            file.mapped.drop()
+            update(done + 1, len(store.files))
+    value = {"store": arguments.store, "files": len(store.files), "bytes": store.nbytes(), "whole": True}
+    rows = {"files": len(store.files), "size": f"{store.nbytes() / MIB:.1f} MiB", "checksums": "all agree"}
+    answer(arguments, value, two_columns(arguments.store, rows))
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    from .doctor import examine
+
+    findings = examine()
+    rows = {name: value for name, value in findings.items() if name != "advice"}
+    table = two_columns("this machine", {key.replace("_", " "): value for key, value in rows.items()})
+    answer(arguments, findings, table)
+    if not arguments.json:
+        for line in findings["advice"]:
+            Console().print(f"- {line}", highlight=False)
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from .demo import demonstrate
+
+    value, table = demonstrate(Path(arguments.output_dir), arguments.max_steps, arguments.compare, console)
+    answer(arguments, value, table)

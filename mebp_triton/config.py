@@ -1,0 +1,159 @@
+"""Settings of a training run: one dataclass, from which the command line and configuration files are read.
+
+Names and meanings are those of transformers, TRL and PEFT where they have one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+
+from . import files
+from .kernels.ops import Backend
+from .optim import SchedulerType, UnselectedUpdate
+from .selection import Mode, Schedule
+from .stores.checkpoints import Residency
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Optim = Literal["adamw", "mezo"]
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Every field is a flag of ``mebp train``."""
+
+    train_file: str = _setting("", "what to train on: .txt, or .jsonl with text, prompt/completion or messages")
+    validation_file: str | None = _setting(None, "evaluated before and after")
+    output_dir: str = _setting("", "the run directory: results, adapter, checkpoint, plots")
+    max_steps: int = _setting(0, "optimizer steps; 0 for as many as num_train_epochs make")
+    num_train_epochs: int = _setting(1, "passes over the training file, where max_steps is 0")
+    max_length: int = _setting(512, "tokens per example")
+    max_eval_windows: int | None = _setting(None, "evaluate on that many evenly spaced windows; all by default")
+    per_device_train_batch_size: int = _setting(1, "examples per forward pass")
+    gradient_accumulation_steps: int = _setting(1, "forward passes per optimizer step")
+    lora_r: int = _setting(16, "LoRA rank")
+    lora_alpha: float = _setting(32.0, "LoRA scale: alpha / r")
+    lora_dropout: float = _setting(0.0, "dropout on the LoRA branch's input")
+    use_rslora: bool = _setting(False, "LoRA scale alpha / sqrt(r)")
+    target_modules: str = _setting("all-linear", "all-linear, names separated by commas, or a regular expression")
+    learning_rate: float = _setting(2e-4, "peak learning rate")
+    lr_scheduler_type: SchedulerType = _setting("linear", "decay after the warm-up")
+    warmup_steps: int = _setting(0, "steps of linear warm-up")
+    weight_decay: float = _setting(0.0, "decoupled weight decay")
+    max_grad_norm: float = _setting(1.0, "clip the gradient's global norm; 0 for no clipping")
+    optim: Optim = _setting("adamw", "adamw, or mezo: zeroth order, two forward passes a step")
+    mezo_epsilon: float = _setting(1e-3, "finite-difference step of mezo")
+    seed: int = _setting(42, "of the adapter, the data order, dropout, selection and mezo")
+    selection_mode: Mode = _setting("full", "how the gradient passes blocks that are not selected at a step")
+    selected_ratio: float = _setting(0.5, "the part of the blocks a step trains, where selection_mode is not full")
+    selection_schedule: Schedule = _setting("cyclic", "which blocks a step trains")
+    unselected_update: UnselectedUpdate = _setting("momentum", "what AdamW does to blocks that are not selected")
+    weights: Residency | None = _setting(None, "where weights lie: device, host or file (default: file on a CPU)")
+    checkpoints: Residency | None = _setting(None, "where block inputs wait (default: file on a CPU)")
+    optimizer_state: Residency | None = _setting(None, "where AdamW's moments lie (default: file on a CPU)")
+    device: str | None = _setting(None, "cpu, cuda, cuda:1, ...; by default a GPU if there is one")
+    dtype: Dtype | None = _setting(None, "of activations (default: bfloat16 on a GPU, float32 on a CPU)")
+    backend: Backend = _setting("auto", "kernels: triton, panel (plain torch), or auto")
+    save_steps: int = _setting(100, "write a resumable checkpoint every that many steps, and at the end")
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            _check_choice(name, kind, getattr(self, name))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 < self.selected_ratio <= 1:
+            raise ValueError(f"selected_ratio must lie in (0, 1], got {self.selected_ratio}")
+        if self.optim == "mezo" and self.selection_mode != "full":
+            raise ValueError(f"selection_mode {self.selection_mode!r} needs gradients, and optim 'mezo' makes none")
+
+    def resolved(self) -> TrainConfig:
+        """With the defaults that depend on the machine filled in."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place: Residency = "file" if device == "cpu" else "device"
+        return dataclasses.replace(
+            self,
+            device=device,
+            dtype=self.dtype or ("float32" if device == "cpu" else "bfloat16"),
+            weights=self.weights or place,
+            checkpoints=self.checkpoints or place,
+            optimizer_state=self.optimizer_state or place,
+        )
+
+    def targets(self) -> str | list[str]:
+        """``target_modules`` as ``LoraConfig`` takes it: a list where it is names and commas."""
+        text = self.target_modules
+        names = [name.strip() for name in text.split(",")]
+        plain = all(name.replace(".", "").replace("_", "").isalnum() for name in names)
+        return names if plain and text != "all-linear" else text
+
+
+_LEAST = {
+    "max_steps": 0,
+    "num_train_epochs": 1,
+    "max_length": 2,
+    "max_eval_windows": 1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "lora_r": 1,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "save_steps": 1,
+    "seed": 0,
+}
+
+
+def _check_choice(name: str, kind: Any, value: Any) -> None:
+    """ValueError where ``value`` is none of a Literal's values or of another type than the field's."""
+    allowed = [part for part in (get_args(kind) if get_origin(kind) not in (None, Literal) else [kind])]
+    if value is None and type(None) in allowed:
+        return
+    for part in allowed:
+        if get_origin(part) is Literal:
+            if value in get_args(part):
+                return
+            raise ValueError(f"{name} must be one of {', '.join(get_args(part))}, got {value!r}")
+    plain = tuple(part for part in allowed if part is not type(None))
+    if isinstance(value, bool) and bool not in plain:
+        raise ValueError(f"{name} must be of type {plain[0].__name__}, got {value!r}")
+    if not isinstance(value, plain) and not (float in plain and isinstance(value, int)):
+        raise ValueError(f"{name} must be of type {plain[0].__name__}, got {value!r}")
+
+
+def read_config_file(path: Path | str) -> dict[str, Any]:
+    """A YAML or JSON file of settings: keys are the flags' names, with dashes or underscores.
+
+    Raises:
+        ValueError: unreadable, or a key that is no setting (the nearest one is named).
+    """
+    path = Path(path)
+    text = files.read_bytes(path).decode()
+    try:
+        values = files.parse_json(text, str(path)) if path.suffix == ".json" else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold settings by name, got {type(values).__name__}")
+    known = [item.name for item in dataclasses.fields(TrainConfig)]
+    settings = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"{path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        settings[name] = value
+    return settings

@@ -1,0 +1,152 @@
+"""A model directory or a GGUF file -> a store, one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import files
+from .blocks import find_blocks
+from .importers import Source, open_source, persistent_buffers
+from .kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight, Scheme
+from .kernels.reference import decode
+from .quantization import quantize_matrix
+from .skeleton import Int4Site, build_skeleton, float_names, int4_sites
+from .stores.format import SHARED, StoreWriter, block_file
+
+
+@dataclass
+class QuantizeReport:
+    """What became of every matrix.
+
+    Attributes:
+        errors: relative RMS error by module; 0.0 for codes taken over as they were.
+        taken_over: modules whose 4-bit codes were taken over bit for bit.
+        schemes: scheme by module.
+        float_bytes: bytes of what stayed float.
+        int4_bytes: bytes of what became int4.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    taken_over: list[str] = field(default_factory=list)
+    schemes: dict[str, str] = field(default_factory=dict)
+    float_bytes: int = 0
+    int4_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """``scheme`` and ``group_size`` are what the user asked for, or None for what fits the source."""
+
+    scheme: Scheme | None
+    group_size: int | None
+    scale_search: bool
+
+    def apply(self, value: Tensor | Int4Weight, native: Int4Weight | None) -> tuple[Int4Weight, float]:
+        """``native``: the source's own 4-bit form, which the other matrices of the source follow by default."""
+        if isinstance(value, Int4Weight):
+            if self.scheme in (None, value.scheme) and self.group_size in (None, value.group_size):
+                return value, 0.0
+            value = decode(value, torch.float32)
+        scheme = self.scheme or (native.scheme if native is not None else "symmetric")
+        group_size = self.group_size or (native.group_size if native is not None else 64)
+        return quantize_matrix(value, scheme, group_size, self.scale_search)
+
+
+def quantize(
+    source: Path | str,
+    store: Path | str,
+    scheme: Scheme | None = None,
+    group_size: int | None = None,
+    scale_search: bool = True,
+    blocks: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> QuantizeReport:
+    """Makes the store directory ``store`` from ``source``, a transformers model directory or a GGUF file.
+
+    Args:
+        source: what to read; one tensor is in memory at a time, and one block of int4 weights.
+        store: must not exist, or be empty. It appears whole or not at all.
+        scheme: "symmetric", "affine" or "codebook" (NF4). By default 4-bit matrices of a GGUF file are taken over bit
+            for bit and its others follow their scheme; a model directory's become symmetric.
+        group_size: 32, 64 or 128; by default the GGUF file's, or 64.
+        scale_search: search each group's scale for the least squared error.
+        blocks: path of the block list, where it is not found by itself.
+        progress: called with (matrices done, matrices in all).
+
+    Raises:
+        ValueError: the source cannot be read, or the arguments do not fit; nothing is left behind.
+    """
+    if scheme is not None and scheme not in SCHEMES:
+        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise ValueError(f"group size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
+    target = Path(store)
+    files.check_absent(target)
+    opened = open_source(source)
+    model = build_skeleton(opened.config, torch.float32)
+    opened.bind(model)
+    path, stack = find_blocks(model, blocks)
+    sites, tied = int4_sites(model)
+    floats = float_names(model, sites) + [name for name in persistent_buffers(model) if opened.has(name)]
+    # The source's own 4-bit form is taken from its first linear layer.
+    first = opened.read(f"{next(site.name for site in sites if site.role == 'linear')}.weight")
+    native = first if isinstance(first, Int4Weight) else None
+    job = _Job(opened, _Recipe(scheme, group_size, scale_search), native, len(sites), progress)
+    with files.atomic_directory(target) as directory:
+        opened.save_companions(directory)
+        writer = StoreWriter(directory, opened.description, tied)
+        for index in range(len(stack)):
+            job.write(writer, block_file(index), sites, floats, f"{path}.{index}.")
+        job.write(writer, SHARED, sites, floats, "")
+        writer.finish()
+    return job.report
+
+
+class _Job:
+    """One conversion under way. A tensor belongs to the first file that asks for its prefix."""
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: _Recipe,
+        native: Int4Weight | None,
+        total: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.source, self.recipe, self.native, self.total, self.progress = source, recipe, native, total, progress
+        self.report = QuantizeReport()
+        self.written: set[str] = set()
+
+    def write(self, writer: StoreWriter, file: str, sites: list[Int4Site], floats: list[str], prefix: str) -> None:
+        matrices = {}
+        for site in sites:
+            if site.name.startswith(prefix) and site.name not in self.written:
+                matrices[site.name] = self._matrix(site)
+        kept: dict[str, Tensor] = {}
+        for name in floats:
+            if name.startswith(prefix) and name not in self.written:
+                value = self.source.read(name)
+                kept[name] = decode(value, torch.float32) if isinstance(value, Int4Weight) else value
+        self.written |= matrices.keys() | kept.keys()
+        self.report.float_bytes += sum(tensor.nbytes for tensor in kept.values())
+        self.report.int4_bytes += sum(weight.nbytes for weight, _ in matrices.values())
+        writer.write_file(file, matrices, kept)
+
+    def _matrix(self, site: Int4Site) -> tuple[Int4Weight, float]:
+        value = self.source.read(f"{site.name}.weight")
+        if site.transposed and not isinstance(value, Int4Weight):
+            value = value.t().contiguous()
+        try:
+            weight, error = self.recipe.apply(value, self.native)
+        except ValueError as problem:
+            raise ValueError(f"{site.name}: {problem}") from None
+        self.report.errors[site.name], self.report.schemes[site.name] = error, weight.scheme
+        if weight is value:
+            self.report.taken_over.append(site.name)
+        self.progress(len(self.report.errors), self.total)
+        return weight, error

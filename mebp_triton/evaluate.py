@@ -1,0 +1,55 @@
+"""Loss, perplexity and token accuracy of a model on a file's windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .data import TokenizedData, collate, evenly_spaced
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over ``tokens`` targets. ``loss`` in nats per token."""
+
+    loss: float
+    token_accuracy: float
+    tokens: int
+    windows: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    data: TokenizedData,
+    max_windows: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Over ``max_windows`` evenly spaced windows of ``data``, or all. The model's mode is put back afterwards."""
+    places = evenly_spaced(data, max_windows)
+    device = model.mebp.device
+    training = model.training
+    model.eval()
+    loss, correct, tokens = 0.0, 0, 0
+    try:
+        for done, place in enumerate(places):
+            batch = collate([data[place]], pad_token_id=0)
+            output = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+            counted = model.mebp.loss.statistics
+            loss += float(output.loss) * counted.tokens
+            correct += counted.correct
+            tokens += counted.tokens
+            progress(done + 1, len(places))
+    finally:
+        model.train(training)
+    if tokens == 0:
+        raise ValueError("the evaluation data has no token to predict")
+    return Evaluation(loss / tokens, correct / tokens, tokens, len(places))

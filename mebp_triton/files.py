@@ -1,0 +1,248 @@
+"""Every file operation of the package.
+
+One small module, so that "fail the n-th operation" and "die at the n-th operation" can be tried at every n. Files are
+written to a temporary name beside the target, synced, renamed; then the directory is synced. A reader sees the old
+file or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+import stat
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHECKSUM_CHUNK = 1 << 20
+TEMPORARY_PREFIX = ".mebp-tmp-"
+
+
+class FileError(ValueError):
+    """A file is missing, cut short, changed or not what it should be. The message is one line for the user."""
+
+
+def sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path; what lies there when the block ends takes ``path``'s place, synced, in one rename."""
+    handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        sync_file(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary directory beside ``path`` that becomes ``path`` when the block ends without an error.
+
+    Raises:
+        FileError: ``path`` exists already and is not an empty directory.
+    """
+    check_absent(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        sync_directory(temporary)
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
+    """``write`` fills a new directory that then takes ``path``'s place; the old one is kept until the new one is whole.
+
+    A crash between the two renames leaves the old one as ``<name>.old``; ``recover_directory`` puts it back.
+    """
+    old = path.with_name(path.name + ".old")
+    recover_directory(path)
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+    try:
+        write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        sync_directory(temporary)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_directory(path: Path) -> None:
+    """Finishes a ``replace_directory`` that was interrupted."""
+    old = path.with_name(path.name + ".old")
+    if old.exists():
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
+
+
+def check_absent(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileError(f"{path} exists already: choose another place or remove it")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(data: bytes | str, what: str) -> Any:
+    """Strict JSON: no duplicate keys, no NaN or Infinity. FileError names ``what``."""
+    try:
+        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{what} is not valid JSON: {error}") from None
+
+
+def read_bytes(path: Path, limit: int = 1 << 28) -> bytes:
+    check_regular(path)
+    if path.stat().st_size > limit:
+        raise FileError(f"{path} has {path.stat().st_size} bytes, more than the {limit} that such a file may have")
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> Any:
+    return parse_json(read_bytes(path), str(path))
+
+
+def check_regular(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist") from None
+    except NotADirectoryError:
+        raise FileError(f"{path} does not exist") from None
+    if not stat.S_ISREG(mode):
+        raise FileError(f"{path} is not a regular file")
+
+
+def append_line(path: Path, line: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def checksums(data: memoryview | bytes, chunk: int = CHECKSUM_CHUNK) -> list[int]:
+    """CRC-32 of every ``chunk`` bytes."""
+    view = memoryview(data)
+    return [zlib.crc32(view[start : start + chunk]) for start in range(0, len(view), chunk)]
+
+
+class MappedFile:
+    """A file mapped read-only, whose pages can be dropped from resident memory.
+
+    Args:
+        path: a regular file of exactly ``size`` bytes, which must not shrink while it is mapped: ``check`` sees
+            that it has not, so that a truncated file is an error message instead of a SIGBUS.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        check_regular(path)
+        self.path, self.size = path, size
+        self._file = open(path, "rb")  # noqa: SIM115 - lives as long as the mapping
+        self.check()
+        # A private mapping: torch wants a writable buffer, and nothing written here could reach the file.
+        self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)
+        self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def check(self) -> None:
+        found = os.fstat(self._file.fileno()).st_size
+        if found != self.size:
+            raise FileError(f"{self.path} has {found} bytes and should have {self.size}: it was cut short or changed")
+
+    def view(self) -> memoryview:
+        return memoryview(self._map)
+
+    def drop(self) -> None:
+        """Gives the resident pages back; the next access reads them again."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class ScratchFile:
+    """A temporary file without a name, mapped in slots; gone with the process.
+
+    Slots are preallocated, so a full disk is a clean ``OSError`` here and never a SIGBUS at a later write.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=directory)  # noqa: SIM115 - lives with self
+        self._end = 0
+
+    def slot(self, size: int) -> Slot:
+        length = -(-max(size, 1) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        os.posix_fallocate(self._file.fileno(), self._end, length)
+        slot = Slot(mmap.mmap(self._file.fileno(), length, offset=self._end), size)
+        self._end += length
+        return slot
+
+
+class Slot:
+    """A writable stretch of a ``ScratchFile``: ``bytes`` is a uint8 tensor over it."""
+
+    def __init__(self, mapping: mmap.mmap, size: int) -> None:
+        self._map = mapping
+        self.bytes: Tensor = torch.frombuffer(mapping, dtype=torch.uint8, count=size) if size else torch.empty(0)
+
+    def drop(self) -> None:
+        """Gives the resident pages back; what was written stays in the file."""
+        self._map.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,205 @@
+"""A transformers model directory: ``config.json`` beside ``model.safetensors`` or its shards.
+
+Everything that shows without the weights is checked when it is opened: the config, the index, every shard's header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from . import check_complete, check_shape, one_line, parameter_aliases, persistent_buffers, prepare_config
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Copied byte for byte: rewriting them through a tokenizer object would depend on the version of transformers.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies, by its shard's header."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class SafetensorsDirectory:
+    """The ``Source`` of a model directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.description = f"safetensors directory {path.resolve().name}"
+        self._config_json = _config_json(path)
+        self.config = _config(path, self._config_json)
+        self._entries = _entries(path)
+        self._keys: dict[str, str] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def bind(self, model: PreTrainedModel) -> None:
+        prefix = model.base_model_prefix + "."
+        aliases = parameter_aliases(model)
+        present = {renamed: key for key, renamed in _current_names(model, self._entries).items()}
+        self._keys = {}
+        for name, names in [*aliases.items(), *((name, [name]) for name in persistent_buffers(model))]:
+            spellings = [way for alias in names for way in (alias, prefix + alias, alias.removeprefix(prefix))]
+            found = next((way for way in spellings if way in present), None)
+            if found is not None:
+                self._keys[name] = present[found]
+        check_complete(str(self.path), aliases, self._keys)
+        for key in self._keys.values():
+            entry = self._entries[key]
+            if entry.dtype not in FLOATS:
+                raise ValueError(
+                    f"{entry.file}: {key} is {entry.dtype}, wanted one of {FLOATS}: give the unquantised model"
+                )
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._shapes |= {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def has(self, name: str) -> bool:
+        return name in self._keys
+
+    def read(self, name: str) -> Tensor:
+        entry = self._entries[self._keys[name]]
+        check_shape(str(entry.file), name, entry.shape, self._shapes[name])
+        # Opened anew each time: the map goes away with the tensor, so pages of what was read before do not add up.
+        with _opened(entry.file) as shard:
+            return shard.get_tensor(self._keys[name])
+
+    def save_companions(self, directory: str | os.PathLike[str]) -> None:
+        config = {**self._config_json, "architectures": self.config.architectures}
+        config.pop("auto_map", None)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        Path(directory, "config.json").write_text(text, encoding="utf-8")
+        for pattern in COMPANIONS:
+            for file in sorted(self.path.glob(pattern)):
+                if file.is_file():
+                    target = Path(directory, file.relative_to(self.path))
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, target)
+
+
+def _json_object(file: Path, remedy: str) -> dict[str, Any]:
+    # A FIFO in a file's place would block the reader for ever.
+    if not file.is_file():
+        raise ValueError(f"{file} is missing or not a regular file; {remedy}")
+    with one_line(f"{file} is not valid JSON", remedy):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, wanted an object; {remedy}")
+    return content
+
+
+def _config_json(path: Path) -> dict[str, Any]:
+    content = _json_object(path / "config.json", "give a transformers model directory")
+    for key in ("quantization_config", "compression_config"):
+        if content.get(key):
+            method = content[key].get("quant_method") if isinstance(content[key], dict) else None
+            raise ValueError(
+                f"{path / 'config.json'} has a {key} ({method or 'unnamed'}), "
+                f"which is not supported yet: give the unquantised model"
+            )
+    return content
+
+
+def _config(path: Path, content: dict[str, Any]) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    model_type = content.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        why = "needs code from the checkpoint, which is never run" if "auto_map" in content else "is not known"
+        raise ValueError(
+            f"{path / 'config.json'}: model_type {model_type!r} {why}: give an architecture this transformers has"
+        )
+    with one_line(f"{path / 'config.json'} is not a usable config", "compare it with the model's original"):
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    return prepare_config(config, str(path))
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    """Every tensor in the directory. Of the index only the shard names are used, after a look in each shard."""
+    if (path / INDEX).exists():
+        weight_map = _json_object(path / INDEX, "download it again").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{path / INDEX} has no weight_map of tensor names to shards; download it again")
+        shards = {_shard(path, name): None for name in weight_map.values()}
+        entries = {key: entry for shard in shards for key, entry in _header(shard).items()}
+        check_complete(f"the shards listed in {path / INDEX}", weight_map, entries)
+        return entries
+    if (path / SINGLE).exists():
+        return _header(_shard(path, SINGLE))
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{path} has only pickled weights ({pickles[0]}), which can run code when opened: load the model once "
+            f"where you trust it and save it with save_pretrained as safetensors"
+        )
+    raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}: give a directory with safetensors weights")
+
+
+def _shard(path: Path, name: object) -> Path:
+    """A shard's path. Its name comes from a file, so it may not lead out of the directory."""
+    if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
+        raise ValueError(f"{path / INDEX}: shard {name!r} is no plain *.safetensors file name; download it again")
+    # Hub caches hold links to files, which is fine; anything but a file at the end of the link is not.
+    if not (path / name).is_file():
+        raise ValueError(f"{path / name} is missing or not a regular file; download it again")
+    return path / name
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    with (
+        one_line(f"{file} is not a whole safetensors file", "download it again"),
+        safe_open(str(file), framework="pt", device="cpu") as shard,
+    ):
+        yield shard
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    """Opening compares the header with the file's size, so a truncated shard is found here."""
+    with _opened(file) as shard:
+        keys = list(shard.keys())
+        slices = {key: shard.get_slice(key) for key in keys}
+        return {key: Entry(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+
+
+def _current_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """What this version of transformers calls the tensors that checkpoints know by older names (5.x has a table)."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return {key: key for key in keys}
+    names = {key: key for key in keys}
+    for rename in get_model_conversion_mapping(model):
+        if isinstance(rename, WeightRenaming):
+            names = {key: rename.rename_source_key(name)[0] for key, name in names.items()}
+    return names

@@ -1,0 +1,363 @@
+"""LoRA over an int4 weight: the autograd function and the layers.
+
+``Y = X·Wᵀ + bias + s·(X·Aᵀ)·Bᵀ``; backward, with ``g = s·dY·B``: ``dX = dY·W + g·A``, ``dA = gᵀ·X``,
+``dB = s·dYᵀ·(X·Aᵀ)``. Nothing of size ``[N, K]`` is allocated; ``X·Aᵀ`` ``[M, R]`` is recomputed in backward.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .kernels.layout import Int4Weight
+from .kernels.ops import int4_embedding, int4_matmul, int4_matmul_dx
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Names and meaning as in PEFT.
+
+    Attributes:
+        r: rank, at least 1.
+        lora_alpha: the update is scaled by ``lora_alpha / r`` (``/ sqrt(r)`` with ``use_rslora``).
+        lora_dropout: probability, on the input of the LoRA branch, while training.
+        target_modules: "all-linear" (every linear layer but the head), a list of names (a module matches if its
+            path is the name or ends with "." + name), or one regular expression that must match the whole path.
+        exclude_modules: as ``target_modules``, taken out of what that selected.
+        use_rslora: see ``lora_alpha``.
+        rank_pattern, alpha_pattern: other values for modules whose path ends with the key.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | list[str] | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for rank in (self.r, *self.rank_pattern.values()):
+            if type(rank) is not int or rank < 1:
+                raise ValueError(f"lora rank r must be a whole number of at least 1, got {rank!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
+        if not all(math.isfinite(alpha) for alpha in (self.lora_alpha, *self.alpha_pattern.values())):
+            raise ValueError(f"lora_alpha must be finite, got {self.lora_alpha!r}")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: name modules, or use 'all-linear'")
+
+    def rank(self, path: str) -> int:
+        return _pattern_value(self.rank_pattern, path, self.r)
+
+    def scaling(self, path: str) -> float:
+        alpha = _pattern_value(self.alpha_pattern, path, self.lora_alpha)
+        rank = self.rank(path)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, path: str) -> bool:
+        """Whether the linear layer at ``path`` (never the head) gets an adapter."""
+        if self.exclude_modules and _matches(self.exclude_modules, path):
+            return False
+        return self.target_modules == "all-linear" or _matches(self.target_modules, path)
+
+
+def as_lora_config(config: Any) -> LoraConfig:
+    """A ``LoraConfig`` from ours or from a ``peft.LoraConfig``. ValueError for what only PEFT's layers can do."""
+    if isinstance(config, LoraConfig):
+        return config
+    if getattr(config, "peft_type", None) is None:
+        raise ValueError(f"lora must be a LoraConfig of mebp_triton or of peft, got {type(config).__name__}")
+    values = {key: value for key, value in vars(config).items() if value is not None}
+    return lora_config_from_dict(values)
+
+
+# PEFT's settings that change what an adapter computes, and the values that mean "not used".
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "modules_to_save": ([], ()),
+    "layer_replication": ([], ()),
+    "target_parameters": ([], ()),
+    "trainable_token_indices": ([], {}, ()),
+    "layers_to_transform": ([], ()),
+    "bias": ("none",),
+    "use_bdlora": (False,),
+    "alora_invocation_tokens": ([], ()),
+}
+
+
+def lora_config_from_dict(values: dict[str, Any]) -> LoraConfig:
+    """From the fields of PEFT's ``adapter_config.json``."""
+    kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
+    if str(kind) != "LORA":
+        raise ValueError(f"the adapter is of type {kind!r}; only LORA is supported")
+    for key, unused in UNSUPPORTED.items():
+        value = values.get(key)
+        if value is not None and value not in unused:
+            raise ValueError(f"the adapter uses {key}={value!r}, which is not supported; train it without")
+    known = {item.name for item in fields(LoraConfig)}
+    taken = {key: value for key, value in values.items() if key in known and value is not None}
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(taken.get(key), set | list | tuple):
+            taken[key] = tuple(sorted(taken[key]))
+    return LoraConfig(**taken)
+
+
+def _matches(wanted: str | tuple[str, ...] | list[str], path: str) -> bool:
+    if isinstance(wanted, str):
+        try:
+            return re.fullmatch(wanted, path) is not None
+        except re.error as error:
+            raise ValueError(f"target_modules {wanted!r} is not a regular expression: {error}") from None
+    return any(path == name or path.endswith("." + name) for name in wanted)
+
+
+def _pattern_value(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    for key, value in pattern.items():
+        if path == key or path.endswith("." + key):
+            return value
+    return default
+
+
+class _Int4LoRAFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Int4Weight,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, bias, lora_a, lora_b)
+        ctx.weight, ctx.scaling, ctx.backend = weight, scaling, backend
+        t = (x @ lora_a.to(x.dtype).t()).mul_(scaling)  # [..., R]
+        return int4_matmul(x, weight, bias, t, lora_b, backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias, lora_a, lora_b = ctx.saved_tensors
+        need_x, _, need_bias, need_a, need_b, _, _ = ctx.needs_input_grad
+        dtype = x.dtype
+        dy = dy.to(dtype)
+        g = (dy @ lora_b.to(dtype)).mul_(ctx.scaling) if need_x or need_a else None  # [..., R]
+        dx = int4_matmul_dx(dy, ctx.weight, g, lora_a, ctx.backend) if need_x else None
+        da = _reduce_tokens(g, x, lora_a.dtype) if need_a and g is not None else None
+        db = dbias = None
+        if need_b:
+            t = (x @ lora_a.to(dtype).t()).mul_(ctx.scaling)
+            db = _reduce_tokens(dy, t, lora_b.dtype)
+        if need_bias:
+            dbias = dy.flatten(0, -2).sum(0, dtype=_wide(bias.dtype)).to(bias.dtype)
+        return dx, None, dbias, da, db, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _reduce_tokens(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``leftᵀ·right`` over all tokens, accumulated in float32 or wider: ``[..., P]``, ``[..., Q]`` -> ``[P, Q]``."""
+    wide = torch.promote_types(_wide(left.dtype), _wide(dtype))
+    return (left.flatten(0, -2).to(wide).t() @ right.flatten(0, -2).to(wide)).to(dtype)
+
+
+def int4_lora_linear(
+    x: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    backend: str = "auto",
+) -> Tensor:
+    """``Y = X·Wᵀ + bias + scaling·(X·Aᵀ)·Bᵀ``, differentiable in x, bias, lora_a and lora_b.
+
+    Args:
+        x: ``[..., K]``; under autocast it is cast to the autocast dtype.
+        weight: ``[N, K]``. bias: ``[N]``.
+        lora_a: ``[R, K]``. lora_b: ``[N, R]``. Their gradients come in their own dtype, accumulated in float32.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+    """
+    x = autocast_input(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Int4LoRAFunction.apply(x, weight, bias, lora_a, lora_b, scaling, backend)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x in the dtype in which a linear layer would run here."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+class Int4Module(nn.Module):
+    """What the int4 layers share: a frozen weight whose tensors are put in place, and replaced, from outside."""
+
+    INT4_BUFFERS: ClassVar = ("packed", "scales", "minimum", "codebook")
+
+    in_features: int
+    out_features: int
+    group_size: int
+    backend: str
+    compute_dtype: torch.dtype
+
+    def _init_int4(self, weight: Int4Weight, compute_dtype: torch.dtype, backend: str) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.group_size, self.compute_dtype, self.backend = weight.group_size, compute_dtype, backend
+        self.set_int4(weight)
+
+    def _set_packed(self, packed: Tensor) -> None:
+        raise NotImplementedError
+
+    def _packed(self) -> Tensor:
+        raise NotImplementedError
+
+    def set_int4(self, weight: Int4Weight) -> None:
+        """Puts ``weight``'s tensors in place, without a copy."""
+        self._set_packed(weight.packed)
+        for name in ("scales", "minimum", "codebook"):
+            self._buffers[name] = getattr(weight, name)
+
+    def int4(self) -> Int4Weight:
+        """The weight as it lies now."""
+        scales, minimum, codebook = (self._buffers[name] for name in ("scales", "minimum", "codebook"))
+        assert scales is not None
+        return Int4Weight(self._packed(), scales, self.in_features, self.group_size, minimum, codebook)
+
+
+class Int4Table(Int4Module):
+    """An int4 module whose ``weight`` other code only asks for its dtype, device and shape.
+
+    ``weight`` has those of the decoded table, takes no memory, and is NaN throughout: computing with it shows.
+
+    Attributes:
+        pages: entered while the table is read (a store brings its pages in and drops them afterwards).
+    """
+
+    pages: AbstractContextManager[object, bool | None] = nullcontext()
+
+    def _set_packed(self, packed: Tensor) -> None:
+        self._parameters.pop("weight", None)
+        self._buffers["packed"] = packed
+
+    def _packed(self) -> Tensor:
+        packed = self._buffers["packed"]
+        assert packed is not None
+        return packed
+
+    @property
+    def weight(self) -> Tensor:
+        packed = self._packed()
+        nan = torch.full((), float("nan"), dtype=self.compute_dtype, device=packed.device)
+        return nan.expand(self.out_features, self.in_features)
+
+
+class Int4Linear(Int4Module, nn.Linear):
+    """A frozen linear layer over an int4 weight.
+
+    A subclass of ``nn.Linear`` whose ``weight`` is the packed uint8 tensor: tools that look for a linear layer, such
+    as PEFT, find one and leave its weight alone.
+    """
+
+    def __init__(
+        self, weight: Int4Weight, bias: Tensor | None, compute_dtype: torch.dtype, backend: str = "auto"
+    ) -> None:
+        nn.Module.__init__(self)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._init_int4(weight, compute_dtype, backend)
+
+    def _set_packed(self, packed: Tensor) -> None:
+        self._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
+
+    def _packed(self) -> Tensor:
+        return self.weight.data
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = autocast_input(x)
+        return int4_matmul(x, self.int4(), self.bias, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        scheme = self.int4().scheme
+        return f"in_features={self.in_features}, out_features={self.out_features}, {scheme}, G={self.group_size}"
+
+
+class Int4LoRALinear(Int4Linear):
+    """``Int4Linear`` with a LoRA adapter: ``lora_A`` ``[R, K]`` (PEFT's initialisation), ``lora_B`` ``[N, R]`` (zeros).
+
+    Attributes:
+        fan_in_fan_out: the float layer kept its weight as ``[in, out]``; only who merges the adapter needs to know.
+    """
+
+    fan_in_fan_out = False
+
+    def __init__(
+        self,
+        weight: Int4Weight,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype,
+        rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(weight, bias, compute_dtype, backend)
+        self.scaling = scaling
+        self.lora_dropout = nn.Dropout(dropout)
+        bound = 1 / math.sqrt(self.in_features)
+        a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        device = weight.device if device is None else device
+        self.lora_A = nn.Parameter(a.to(device, adapter_dtype))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=adapter_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.lora_dropout.p > 0:
+            # The two branches see different inputs, so the LoRA one runs by itself.
+            x = autocast_input(x)
+            t = (self.lora_dropout(x) @ self.lora_A.to(x.dtype).t()) * self.scaling
+            return int4_matmul(x, self.int4(), self.bias, t, self.lora_B, self.backend)
+        return int4_lora_linear(x, self.int4(), self.bias, self.lora_A, self.lora_B, self.scaling, self.backend)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.lora_A.shape[0]}"
+
+
+class Int4Embedding(Int4Table, nn.Embedding):  # type: ignore[override,misc]
+    """A frozen embedding over an int4 table; only the rows asked for are decoded.
+
+    Made from an existing embedding by ``replace_embedding``, which keeps what a subclass adds (a scale, say).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with self.pages:
+            return int4_embedding(input, self.int4(), self.compute_dtype, self.backend)
+
+
+def replace_embedding(module: nn.Embedding, weight: Int4Weight, compute_dtype: torch.dtype, backend: str) -> None:
+    """Turns ``module`` into an ``Int4Embedding`` in place.
+
+    A subclass of ``nn.Embedding`` keeps its own forward: its ``super().forward`` then is the int4 one.
+    """
+    kind = type(module)
+    bases = (Int4Embedding,) if kind is nn.Embedding else (kind, Int4Embedding)
+    module.__class__ = type(f"Int4{kind.__name__}", bases, {})
+    assert isinstance(module, Int4Embedding)
+    module._init_int4(weight, compute_dtype, backend)

@@ -1,0 +1,233 @@
+"""The int4 head and the loss over it, in one pass and without logits, under transformers' own modelling code.
+
+A model's forward calls its head, does what it does to the logits (Gemma's soft-capping, Granite's scale), and hands
+them to ``loss_function``. While a loss without logits is wanted, the head returns ``DeferredLogits``, which write
+down those operations instead of computing them; the loss then applies them tile by tile. Any operation that is not
+understood makes the real logits, so the result is exact either way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .kernels.layout import Int4Weight
+from .kernels.ops import int4_cross_entropy, int4_matmul
+from .lora import Int4Table, autocast_input
+
+
+class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
+    """A frozen language-model head over an int4 weight ``[V, K]``, possibly the embedding's.
+
+    Attributes:
+        deferred: while true, ``forward`` returns ``DeferredLogits`` instead of logits.
+    """
+
+    def __init__(
+        self, weight: Int4Weight, bias: Tensor | None, compute_dtype: torch.dtype, backend: str = "auto"
+    ) -> None:
+        nn.Module.__init__(self)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.deferred = False
+        self._init_int4(weight, compute_dtype, backend)
+
+    def forward(self, x: Tensor) -> Any:
+        x = autocast_input(x)
+        return DeferredLogits(x, self, (1.0,)) if self.deferred else self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        with self.pages:
+            return int4_matmul(x, self.int4(), self.bias, backend=self.backend)
+
+
+class DeferredLogits:
+    """Logits ``[..., V]`` that are not computed: a hidden state, the head, and what is done to the result.
+
+    ``factors``: multiplied one after the other, with a tanh between two neighbours.
+    """
+
+    def __init__(self, hidden: Tensor, head: Int4Head, factors: tuple[float, ...]) -> None:
+        self.hidden, self.head, self.factors = hidden, head, factors
+
+    def _times(self, factor: float) -> DeferredLogits:
+        return DeferredLogits(self.hidden, self.head, (*self.factors[:-1], self.factors[-1] * factor))
+
+    def materialize(self) -> Tensor:
+        """The real logits."""
+        logits = self.head.logits(self.hidden) * self.factors[0]
+        for factor in self.factors[1:]:
+            logits = torch.tanh(logits) * factor
+        return logits
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.head.out_features))
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    def float(self) -> DeferredLogits:
+        return self  # the loss is computed in float32 anyway
+
+    def contiguous(self) -> DeferredLogits:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> DeferredLogits:
+        return self  # only the dtype or device of what the loss reads and accumulates anyway
+
+    def tanh(self) -> DeferredLogits:
+        return DeferredLogits(self.hidden, self.head, (*self.factors, 1.0))
+
+    def __mul__(self, other: Any) -> Any:
+        return self._times(float(other)) if isinstance(other, int | float) else _materialized(self, "*") * other
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._times(1.0 / other) if isinstance(other, int | float) else _materialized(self, "/") / other
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        first = args[0] if args else None
+        if isinstance(first, DeferredLogits) and not kwargs:
+            if function is torch.tanh and len(args) == 1:
+                return first.tanh()
+            if function in (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__) and len(args) == 2:
+                return first * args[1]
+            if function in (torch.div, torch.Tensor.div, torch.Tensor.__truediv__) and len(args) == 2:
+                return first / args[1]
+        name = getattr(function, "__name__", str(function))
+        real = [_materialized(item, name) if isinstance(item, DeferredLogits) else item for item in args]
+        named = {
+            key: _materialized(item, name) if isinstance(item, DeferredLogits) else item
+            for key, item in (kwargs or {}).items()
+        }
+        return function(*real, **named)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return _materialized(self, "indexing")[key]
+
+    def __add__(self, other: Any) -> Tensor:
+        return _materialized(self, "+") + other
+
+    def __sub__(self, other: Any) -> Tensor:
+        return _materialized(self, "-") - other
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_materialized(self, name), name)
+
+
+def _materialized(logits: DeferredLogits, operation: str) -> Tensor:
+    warnings.warn(
+        f"the model applies {operation!r} to its logits, so all of them ({tuple(logits.shape)}) are computed: "
+        "the result is the same, the memory is not",
+        stacklevel=3,
+    )
+    return logits.materialize()
+
+
+@dataclass
+class LossStatistics:
+    """Counts of the last loss: targets, and how many of them were the most likely token."""
+
+    tokens: int = 0
+    correct: int = 0
+
+
+class OnePassLoss:
+    """Takes ``model.loss_function``'s place; everything but ``DeferredLogits`` goes to the model's own.
+
+    The mean over the valid targets; or their sum over ``num_items_in_batch`` where the caller gives it, or over
+    ``normalizer`` where that is set: so micro-batches add up to the mean over all tokens of a step. A batch without one
+    valid target has loss 0 and zero gradients.
+
+    Attributes:
+        statistics: of the last call.
+    """
+
+    def __init__(self, fallback: Callable[..., Tensor]) -> None:
+        self.fallback = fallback
+        self.statistics = LossStatistics()
+        self.normalizer: float | None = None
+
+    def __call__(
+        self,
+        logits: Any,
+        labels: Tensor,
+        *args: Any,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not isinstance(logits, DeferredLogits):
+            return self.fallback(
+                logits,
+                labels,
+                *args,
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
+                shift_labels=shift_labels,
+                **kwargs,
+            )
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.reshape(-1).to(logits.device)
+        head = logits.head
+        hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
+        _check_targets(targets, head.out_features, ignore_index)
+        with head.pages:
+            losses, argmax = int4_cross_entropy(hidden, head.int4(), targets, head.bias, ignore_index, logits.factors)
+        valid = int((targets != ignore_index).sum())
+        self.statistics = LossStatistics(valid, int((argmax == targets).sum()))
+        divisor = num_items_in_batch if num_items_in_batch is not None else self.normalizer
+        return losses.sum() / (max(valid, 1) if divisor is None else divisor)
+
+
+def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    if bool(bad.any()):
+        raise ValueError(f"label {int(targets[bad][0])} is not a token of the vocabulary 0..{vocabulary - 1}")
+
+
+def install_loss(model: Any, head: Int4Head) -> OnePassLoss:
+    """Lets ``model(..., labels=...)`` compute its loss in one pass over ``head``.
+
+    ``model(..., labels=..., return_logits=True)`` computes the logits as well, as the model itself would.
+    """
+    loss = OnePassLoss(model.loss_function)
+    model.loss_function = loss
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        wanted = kwargs.pop("return_logits", False)
+        head.deferred = kwargs.get("labels") is not None and not wanted
+        return args, kwargs
+
+    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        head.deferred = False
+        if isinstance(output, dict) and isinstance(output.get("logits"), DeferredLogits):
+            return type(output)(**{key: value for key, value in output.items() if key != "logits"})
+        if isinstance(output, tuple):
+            return tuple(None if isinstance(item, DeferredLogits) else item for item in output)
+        return output
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True, always_call=True)
+    return loss

@@ -1,0 +1,217 @@
+"""The public entry: a store -> a transformers model that trains block by block."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+
+from .backprop import BlockEngine
+from .blocks import find_blocks
+from .kernels.ops import resolve_backend
+from .lora import Int4Linear, Int4LoRALinear, Int4Module, Int4Table, LoraConfig, as_lora_config, replace_embedding
+from .loss import Int4Head, OnePassLoss, install_loss
+from .skeleton import build_skeleton, int4_sites
+from .stores.checkpoints import Residency, checkpoint_store
+from .stores.format import SHARED, Store, block_file
+from .stores.pages import Arena, check_residency, place_weights
+
+
+@dataclass
+class Runtime:
+    """What ``load`` hangs on the model as ``model.mebp``."""
+
+    store: Store
+    engine: BlockEngine
+    loss: OnePassLoss
+    lora: LoraConfig | None
+    device: torch.device
+    backend: str
+
+
+def load(
+    store: Path | str,
+    lora: LoraConfig | Any | None = None,
+    *,
+    weights: Residency = "device",
+    checkpoints: Residency = "device",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    attn_implementation: str | None = None,
+    blocks: str | None = None,
+    seed: int = 0,
+    scratch_directory: Path | str | None = None,
+) -> Any:
+    """The transformers model of ``store``, in eval mode, as ``from_pretrained`` would return it.
+
+    Its linear layers, embedding and head are int4; ``loss.backward()`` runs block by block; only LoRA parameters
+    require gradients. ``model(..., labels=...)`` computes no logits unless called with ``return_logits=True``.
+
+    Args:
+        store: a directory made by ``quantize``.
+        lora: ours or a ``peft.LoraConfig``; None for a frozen model.
+        weights: where the blocks' weights lie: "device", "host", or "file" (memory-mapped, dropped after use).
+        checkpoints: where the blocks' inputs wait for the backward pass: "device", "host" or "file".
+        device, dtype: where and in which dtype activations are computed.
+        adapter_dtype: float32 or bfloat16.
+        backend: "auto", "triton" or "panel".
+        attn_implementation: as in transformers.
+        blocks: the path of the block list, where it is not found by itself.
+        seed: of the adapter's initial values.
+        scratch_directory: where checkpoints in a file go; the system's temporary directory by default.
+
+    Raises:
+        ValueError: the store is damaged, or an argument does not fit.
+    """
+    check_residency("weights", weights)
+    check_residency("checkpoints", checkpoints)
+    if adapter_dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"adapter_dtype must be float32 or bfloat16, got {adapter_dtype}")
+    device = torch.device(device)
+    resolve_backend(backend, device)
+    opened = Store(store)
+    config = lora if lora is None else as_lora_config(lora)
+    model = build_skeleton(AutoConfig.from_pretrained(opened.directory), dtype, attn_implementation)
+    blocks_path, stack = find_blocks(model, blocks)
+    builder = _Builder(opened, model, config, device, dtype, adapter_dtype, backend, seed)
+    replaced, head = builder.replace_modules()
+    builder.place_floats()
+    if config is not None and not builder.adapted:
+        raise ValueError(f"target_modules {config.target_modules!r} matches no linear layer of {type(model).__name__}")
+
+    pages: list[Any] = []
+    arena = Arena(device) if device.type != "cpu" and weights != "device" else None
+    for index in range(len(stack)):
+        prefix = f"{blocks_path}.{index}."
+        inside = {name: replaced.pop(name) for name in list(replaced) if name.startswith(prefix)}
+        pages.append(place_weights(opened, block_file(index), inside, weights, device, arena))
+    shared = place_weights(opened, SHARED, replaced, weights, device, None)
+    for module in model.modules():
+        if isinstance(module, Int4Table):
+            module.pages = shared
+    if opened.tied_head:
+        head.set_int4(model.get_input_embeddings().int4())
+
+    scratch = Path(scratch_directory) if scratch_directory is not None else Path(tempfile.gettempdir())
+    engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch))
+    model.mebp = Runtime(opened, engine, install_loss(model, head), config, device, backend)
+    model.gradient_checkpointing_enable = _no_second_checkpointing
+    return model
+
+
+def _no_second_checkpointing(*args: Any, **kwargs: Any) -> None:
+    """The blocks are checkpointed already; trainers that ask for it again change nothing."""
+
+
+class _Builder:
+    """Fills a skeleton from a store."""
+
+    def __init__(
+        self,
+        store: Store,
+        model: Any,
+        lora: LoraConfig | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        adapter_dtype: torch.dtype,
+        backend: str,
+        seed: int,
+    ) -> None:
+        self.store, self.model, self.lora, self.device = store, model, lora, device
+        self.dtype, self.adapter_dtype, self.backend = dtype, adapter_dtype, backend
+        self.generator = torch.Generator().manual_seed(seed)
+        self.adapted: list[str] = []
+
+    def replace_modules(self) -> tuple[dict[str, Int4Module], Int4Head]:
+        """The int4 modules by name, and the head (among them only if it is not tied)."""
+        sites, tied = int4_sites(self.model)
+        if tied != self.store.tied_head:
+            raise ValueError(f"store {self.store.directory}: config and manifest disagree on whether the head is tied")
+        missing = [site.name for site in sites if site.name not in self.store.matrices]
+        if missing:
+            raise ValueError(f"store {self.store.directory} has no weights for {', '.join(missing[:3])}")
+        head_name = next(name for name, m in self.model.named_modules() if m is self.model.get_output_embeddings())
+        replaced: dict[str, Int4Module] = {}
+        for site in sites:
+            weight, old = self.store.weight(site.name), self.model.get_submodule(site.name)
+            if weight.shape != (site.out_features, site.in_features):
+                wanted = (site.out_features, site.in_features)
+                raise ValueError(
+                    f"store {self.store.directory}: {site.name} is {weight.shape}, the config says {wanted}"
+                )
+            if site.role == "embedding":
+                replace_embedding(old, weight, self.dtype, self.backend)
+                replaced[site.name] = old
+            elif site.role == "linear":
+                replaced[site.name] = self._swap(site.name, self._linear(site.name, old))
+        embedding = replaced[next(site.name for site in sites if site.role == "embedding")]
+        weight = embedding.int4() if tied else self.store.weight(head_name)
+        old = self.model.get_submodule(head_name)
+        head = Int4Head(weight, self._float(f"{head_name}.bias", old.bias), self.dtype, self.backend)
+        self._swap(head_name, head)
+        if not tied:
+            replaced[head_name] = head
+        return replaced, head
+
+    def _linear(self, name: str, old: nn.Linear | Conv1D) -> Int4Linear:
+        weight, bias = self.store.weight(name), self._float(f"{name}.bias", old.bias)
+        if self.lora is None or not self.lora.targets(name):
+            return Int4Linear(weight, bias, self.dtype, self.backend)
+        self.adapted.append(name)
+        layer = Int4LoRALinear(
+            weight,
+            bias,
+            self.dtype,
+            rank=self.lora.rank(name),
+            scaling=self.lora.scaling(name),
+            dropout=self.lora.lora_dropout,
+            backend=self.backend,
+            device=self.device,
+            adapter_dtype=self.adapter_dtype,
+            generator=self.generator,
+        )
+        layer.fan_in_fan_out = isinstance(old, Conv1D)
+        return layer
+
+    def _swap(self, name: str, module: Any) -> Any:
+        parent, _, attribute = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), attribute, module.eval())
+        return module
+
+    def _float(self, name: str, expected: Tensor | None) -> Tensor | None:
+        if expected is None:
+            return None
+        if name not in self.store.floats:
+            raise ValueError(f"store {self.store.directory} has no tensor {name}")
+        value = self.store.float_tensor(name)
+        if value.shape != expected.shape:
+            raise ValueError(
+                f"store {self.store.directory}: {name} has shape {tuple(value.shape)}, "
+                f"the config says {tuple(expected.shape)}"
+            )
+        return value.to(self.device, self.dtype)
+
+    def place_floats(self) -> None:
+        """Parameters that stay float, and the buffers."""
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if parameter.device.type == "meta":
+                parent, _, attribute = name.rpartition(".")
+                value = self._float(name, parameter)
+                assert value is not None
+                self.model.get_submodule(parent)._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+        for name, buffer in list(self.model.named_buffers()):
+            parent, _, attribute = name.rpartition(".")
+            owner = self.model.get_submodule(parent)
+            if isinstance(owner, Int4Module) and attribute in owner.INT4_BUFFERS:
+                continue
+            if name in self.store.floats:
+                buffer = self.store.float_tensor(name).to(buffer.dtype)
+            owner._buffers[attribute] = buffer.to(self.device)

@@ -1,0 +1,136 @@
+"""AdamW over paged state, one group per block, with an explicit rule for the blocks a step did not select."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from .backprop import BlockEngine
+from .stores.checkpoints import Residency
+from .stores.moments import Moments
+
+UnselectedUpdate = Literal["momentum", "none"]
+UNSELECTED_UPDATES: tuple[UnselectedUpdate, ...] = ("momentum", "none")
+SchedulerType = Literal["linear", "cosine", "constant"]
+SCHEDULER_TYPES: tuple[SchedulerType, ...] = ("linear", "cosine", "constant")
+
+
+def block_groups(model: nn.Module, engine: BlockEngine) -> list[list[nn.Parameter]]:
+    """Trainable parameters block by block; a last group has those outside any block, if there are some."""
+    groups = [engine.trainable(index) for index in range(len(engine.blocks))]
+    inside = {id(parameter) for group in groups for parameter in group}
+    outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    return [*groups, outside] if outside else groups
+
+
+class BlockAdamW(torch.optim.Optimizer):
+    """torch's AdamW (its own functional form does the arithmetic), group by group.
+
+    Args:
+        groups: parameters block by block, see ``block_groups``.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
+        unselected_update: what ``step`` does to a group that was not selected. "momentum": a step with a zero
+            gradient, LCSB's implicit update (the moments decay, weight decay acts, the step counts). "none": nothing.
+        residency: where the moments lie: "device", "host" or "file".
+        directory: where "file" puts its file.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[nn.Parameter]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        unselected_update: UnselectedUpdate = "momentum",
+        residency: Residency = "device",
+        directory: Path = Path("."),
+    ) -> None:
+        if unselected_update not in UNSELECTED_UPDATES:
+            raise ValueError(
+                f"unselected update must be one of {', '.join(UNSELECTED_UPDATES)}, got {unselected_update!r}"
+            )
+        self.unselected_update = unselected_update
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__([{"params": list(group)} for group in groups], defaults)
+        self.moments = Moments(groups, residency, directory)
+        self.steps = [[torch.zeros(()) for _ in group] for group in groups]
+
+    @torch.no_grad()
+    def step(self, closure: None = None, selected: Collection[int] | None = None) -> None:  # type: ignore[override]
+        """One step. ``selected``: the groups that were; None for all. Groups beyond the blocks are always."""
+        if closure is not None:
+            raise ValueError("BlockAdamW takes no closure")
+        for index, group in enumerate(self.param_groups):
+            chosen = selected is None or index in selected
+            if chosen or self.unselected_update == "momentum":
+                self._step_group(index, group, chosen)
+
+    def _step_group(self, index: int, group: dict[str, Any], chosen: bool) -> None:
+        places = [place for place, p in enumerate(group["params"]) if p.grad is not None or not chosen]
+        if not places:
+            return
+        parameters = [group["params"][place] for place in places]
+        with self.moments.open(index) as (first, second):
+            working = [p if p.dtype == first[0].dtype else p.to(first[0].dtype) for p in parameters]
+            grads = [
+                p.grad.to(w.dtype) if chosen else torch.zeros_like(w) for p, w in zip(parameters, working, strict=True)
+            ]
+            adamw(
+                working,
+                grads,
+                [first[place] for place in places],
+                [second[place] for place in places],
+                [],
+                [self.steps[index][place] for place in places],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for parameter, worked in zip(parameters, working, strict=True):
+                if worked is not parameter:
+                    parameter.copy_(worked)
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Copies of everything a resume needs, by name."""
+        state = {}
+        for index, buffer in enumerate(self.moments.buffers):
+            state[f"moments.{index}"] = buffer.to("cpu", copy=True)
+            state[f"steps.{index}"] = torch.stack(self.steps[index]) if self.steps[index] else torch.zeros(0)
+        return state
+
+    def import_state(self, state: dict[str, Tensor]) -> None:
+        """Into the moments where they lie, in their own dtype. ValueError if ``state`` is of another model."""
+        for index, buffer in enumerate(self.moments.buffers):
+            saved, steps = state.get(f"moments.{index}"), state.get(f"steps.{index}")
+            if saved is None or steps is None or saved.shape != buffer.shape or saved.dtype != buffer.dtype:
+                raise ValueError(f"the saved optimizer state does not fit block {index} of this model")
+            buffer.copy_(saved)
+            self.steps[index] = [value.clone() for value in steps]
+
+
+def learning_rate(step: int, peak: float, kind: SchedulerType, warmup_steps: int, total_steps: int) -> float:
+    """The rate of optimizer step ``step`` (from 0): a linear warm-up, then linear or half-cosine to 0, or constant.
+
+    The values of ``transformers.get_scheduler``; a function of the step alone, so resuming cannot step it twice.
+    """
+    if kind not in SCHEDULER_TYPES:
+        raise ValueError(f"lr scheduler type must be one of {', '.join(SCHEDULER_TYPES)}, got {kind!r}")
+    if step < warmup_steps:
+        return peak * step / max(1, warmup_steps)
+    if kind == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if kind == "linear":
+        return peak * max(0.0, 1.0 - progress)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))

@@ -1,0 +1,160 @@
+"""The run directory: ``run.json``, ``metrics.jsonl``, the adapter, the resumable checkpoint, and plots."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import __version__, files
+from .evaluate import Evaluation
+from .memory import MemoryWatch
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .data import DataReport
+
+MIB = 1 << 20
+
+
+class RunDirectory:
+    """Where a run writes.
+
+    Args:
+        directory: made by whoever writes into it first.
+        resume: whether it may hold a run already.
+
+    Raises:
+        ValueError: it holds something, and ``resume`` is false.
+    """
+
+    def __init__(self, directory: Path | str, resume: bool = False) -> None:
+        self.directory = Path(directory)
+        if not resume:
+            files.check_absent(self.directory)
+        self.checkpoint = self.directory / "checkpoint"
+        self.adapter = self.directory / "adapter"
+        self.metrics = self.directory / "metrics.jsonl"
+        self.evaluation = self.directory / "evaluation_before.json"
+
+    def create(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        files.append_line(self.metrics, json.dumps(row, allow_nan=False))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def cut_metrics(self, step: int) -> None:
+        """Drops the lines of steps from ``step`` on, and a last line that was cut short."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["step"] < step:
+                kept.append(line + "\n")
+        files.write_bytes(self.metrics, "".join(kept).encode())
+
+    def save_evaluation(self, evaluation: Evaluation | None) -> None:
+        if evaluation is not None:
+            files.write_json(self.evaluation, asdict(evaluation))
+
+    def saved_evaluation(self) -> Evaluation | None:
+        return Evaluation(**files.read_json(self.evaluation)) if self.evaluation.exists() else None
+
+    def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
+        """``run.json`` and, where matplotlib is installed, the plots."""
+        plots = draw_plots(self.directory, self.read_metrics(), watch)
+        record = {
+            **summary,
+            "plots": plots,
+            "data": asdict(data),
+            "settings": asdict(config),
+            "environment": environment(watch.device),
+        }
+        files.write_json(self.directory / "run.json", record)
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions and the machine."""
+    packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "safetensors")
+    versions = {"mebp-triton": __version__, "python": platform.python_version()}
+    for package in packages:
+        if importlib.util.find_spec(package) is not None:
+            versions[package] = importlib.metadata.version(package)
+    name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else platform.machine()
+    return {"versions": versions, "device": name, "platform": platform.platform(), "threads": torch.get_num_threads()}
+
+
+def draw_plots(directory: Path, metrics: list[dict[str, Any]], watch: MemoryWatch) -> list[str]:
+    """Loss over steps, memory over one step, and time per block, as PNG; their names. None without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None or not metrics:
+        return []
+    from matplotlib.figure import Figure
+
+    drawn = []
+
+    def save(figure: Figure, name: str) -> None:
+        with files.atomic_path(directory / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+        drawn.append(name)
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([row["step"] + 1 for row in metrics], [row["loss"] for row in metrics], linewidth=1.2)
+    axes.set(xlabel="step", ylabel="training loss (nats per token)", title="Loss")
+    axes.grid(alpha=0.3)
+    save(figure, "loss.png")
+    if watch.timeline:
+        save(_memory_figure(watch), "memory.png")
+        save(_time_figure(watch), "time_per_block.png")
+    return drawn
+
+
+def _memory_figure(watch: MemoryWatch) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    start = watch.timeline[0][0]
+    seconds = [entry[0] - start for entry in watch.timeline]
+    anonymous = [entry[3] / MIB for entry in watch.timeline]
+    file_backed = [entry[4] / MIB for entry in watch.timeline]
+    axes.stackplot(seconds, anonymous, file_backed, labels=["anonymous", "file-backed"], alpha=0.7)
+    if watch.device.type == "cuda":
+        axes.plot(seconds, [entry[5] / MIB for entry in watch.timeline], color="black", label="device")
+    turn = next((entry[0] - start for entry in watch.timeline if entry[1] == "backward"), None)
+    if turn is not None:
+        axes.axvline(turn, color="grey", linestyle=":", label="first block backward")
+    axes.set(xlabel="seconds", ylabel="MiB", title="Memory over a step", ylim=(0, None))
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _time_figure(watch: MemoryWatch) -> Any:
+    from matplotlib.figure import Figure
+
+    spent: dict[str, dict[int, float]] = {"forward": {}, "backward": {}}
+    for previous, entry in zip(watch.timeline, watch.timeline[1:], strict=False):
+        if previous[1] == entry[1]:  # between two blocks of one pass
+            spent[entry[1]][entry[2]] = (entry[0] - previous[0]) * 1000
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for shift, (event, times) in enumerate(spent.items()):
+        axes.bar([index + 0.4 * shift for index in times], list(times.values()), width=0.4, label=event)
+    axes.set(xlabel="block", ylabel="milliseconds", title="Time per block")
+    axes.legend()
+    return figure

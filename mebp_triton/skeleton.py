@@ -1,0 +1,87 @@
+"""A transformers model without weights, and which of its modules become int4: shared by quantizing and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+Role = Literal["linear", "embedding", "head"]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made within live on the meta device; buffers, which configs and not checkpoints define, are real."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        original(module, name, parameter)
+
+    with mock.patch.object(nn.Module, "register_parameter", register):
+        yield
+
+
+def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
+    """The model of ``config`` in ``dtype`` from transformers' own code, its parameters on the meta device, frozen."""
+    named = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _parameters_on_meta():
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **named)
+        except ValueError as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ValueError(f"transformers makes no causal language model of this config: {first_line}") from None
+    model.requires_grad_(False)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Int4Site:
+    """A module that becomes int4. ``transposed``: its float weight is ``[in, out]`` (GPT-2's Conv1D)."""
+
+    name: str
+    role: Role
+    out_features: int
+    in_features: int
+    transposed: bool = False
+
+
+def int4_sites(model: Any) -> tuple[list[Int4Site], bool]:
+    """Every linear layer, the input embedding and the head of ``model``; and whether the head is the embedding's.
+
+    A tied head is not listed: it has no weight of its own.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(head) is not nn.Linear or not isinstance(embedding, nn.Embedding):
+        raise ValueError(
+            f"{type(model).__name__} has no plain embedding and linear head "
+            f"({type(embedding).__name__}, {type(head).__name__}); such models are not supported"
+        )
+    tied = head.weight is embedding.weight
+    sites = []
+    for name, module in model.named_modules():
+        if module is embedding:
+            sites.append(Int4Site(name, "embedding", *module.weight.shape))
+        elif module is head:
+            if not tied:
+                sites.append(Int4Site(name, "head", *module.weight.shape))
+        elif type(module) is nn.Linear:
+            sites.append(Int4Site(name, "linear", *module.weight.shape))
+        elif type(module) is Conv1D:
+            inputs, outputs = module.weight.shape
+            sites.append(Int4Site(name, "linear", outputs, inputs, transposed=True))
+    return sites, tied
+
+
+def float_names(model: Any, sites: list[Int4Site]) -> list[str]:
+    """Parameters that stay float: norms, biases, and whatever is neither a linear layer nor the embedding."""
+    int4 = {f"{site.name}.weight" for site in sites}
+    return [name for name, _ in model.named_parameters() if name not in int4]

@@ -1,0 +1,1 @@
+"""Files behind tensors: weights, activation checkpoints, optimizer state."""

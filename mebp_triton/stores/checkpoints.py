@@ -1,0 +1,108 @@
+"""Where the blocks' inputs wait for the backward pass: on the device, in host memory, or in a memory-mapped file."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mebp_triton.files import ScratchFile, Slot
+
+Residency = Literal["device", "host", "file"]
+RESIDENCIES: tuple[Residency, ...] = ("device", "host", "file")
+
+
+class Checkpoint(Protocol):
+    def load(self) -> Tensor:
+        """The tensor that was saved, on its device. May be called more than once."""
+        ...
+
+
+class CheckpointStore(Protocol):
+    def save(self, tensor: Tensor) -> Checkpoint: ...
+
+
+class DeviceCheckpoints:
+    """Keeps the tensor itself, no copy; changing it in place before the backward pass is an error."""
+
+    def save(self, tensor: Tensor) -> Checkpoint:
+        return _Kept(tensor)
+
+
+class _Kept:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def load(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError("the input of a block was modified in place between its forward and its backward pass")
+        return self.tensor
+
+
+class HostCheckpoints:
+    """Copies to host memory, pinned where a GPU copies from it."""
+
+    def save(self, tensor: Tensor) -> Checkpoint:
+        if tensor.device.type == "cpu":
+            return _Copied(tensor.detach().clone(), tensor.device)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        return _Copied(copy.copy_(tensor.detach()), tensor.device)
+
+
+class _Copied:
+    def __init__(self, copy: Tensor, device: torch.device) -> None:
+        self.copy, self.device = copy, device
+
+    def load(self) -> Tensor:
+        return self.copy.to(self.device)
+
+
+class FileCheckpoints:
+    """Copies into slots of a nameless memory-mapped file; their pages leave resident memory at once.
+
+    A slot is used again once nothing refers to the checkpoint that had it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.file: ScratchFile | None = None  # made at the first save: loading a model writes nothing
+        self.free: dict[int, list[Slot]] = {}
+
+    def save(self, tensor: Tensor) -> Checkpoint:
+        if self.file is None:
+            self.file = ScratchFile(self.directory)
+        size = tensor.nbytes
+        slots = self.free.setdefault(size, [])
+        slot = slots.pop() if slots else self.file.slot(size)
+        checkpoint = _Filed(slot, tensor)
+        weakref.finalize(checkpoint, slots.append, slot)
+        return checkpoint
+
+
+class _Filed:
+    def __init__(self, slot: Slot, tensor: Tensor) -> None:
+        self.slot, self.shape, self.dtype, self.device = slot, tensor.shape, tensor.dtype, tensor.device
+        if tensor.numel():
+            slot.bytes.view(self.dtype).view(self.shape).copy_(tensor.detach())
+            slot.drop()
+
+    def load(self) -> Tensor:
+        if self.shape.numel() == 0:
+            return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        tensor = self.slot.bytes.view(self.dtype).view(self.shape).to(self.device, copy=True)
+        self.slot.drop()
+        return tensor
+
+
+def checkpoint_store(residency: Residency, directory: Path) -> CheckpointStore:
+    """The store for ``residency``. ``directory`` is where "file" puts its file."""
+    if residency == "device":
+        return DeviceCheckpoints()
+    if residency == "host":
+        return HostCheckpoints()
+    if residency == "file":
+        return FileCheckpoints(directory)
+    raise ValueError(f"checkpoints must be one of {', '.join(RESIDENCIES)}, got {residency!r}")

@@ -1,0 +1,271 @@
+"""The store on disk: a manifest, one safetensors file per block, one for the rest; see docs/store-format.md.
+
+``StoreWriter`` makes one, block by block; ``Store`` opens one and checks all that can be checked without
+reading the weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mebp_triton import files
+from mebp_triton.files import FileError, MappedFile
+from mebp_triton.kernels.layout import GROUP_SIZES, LAYOUT, SCHEMES, Int4Weight, group_count, padded
+
+FORMAT = "mebp-int4-store"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARED = "shared.safetensors"
+HEADER_LIMIT = 1 << 26
+DTYPES = {
+    "U8": torch.uint8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def block_file(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class MatrixInfo:
+    """One int4 matrix: the file it lies in, its logical shape, and how far it is from its source."""
+
+    file: str
+    scheme: str
+    shape: tuple[int, int]
+    group_size: int
+    scale_dtype: str
+    relative_error: float
+
+
+@dataclass
+class StoreWriter:
+    """Writes a store into an empty directory; the manifest comes last and makes it whole."""
+
+    directory: Path
+    source: str
+    tied_head: bool
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    matrices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    floats: dict[str, str] = field(default_factory=dict)
+
+    def write_file(
+        self, name: str, matrices: Mapping[str, tuple[Int4Weight, float]], floats: Mapping[str, Tensor]
+    ) -> None:
+        """One file: ``matrices`` by module name with their relative errors, ``floats`` by parameter name."""
+        tensors: dict[str, Tensor] = {key: tensor.contiguous() for key, tensor in floats.items()}
+        for module, (weight, error) in matrices.items():
+            tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in weight.tensors().items()}
+            info = MatrixInfo(
+                name, weight.scheme, weight.shape, weight.group_size, _dtype_name(weight.scales.dtype), error
+            )
+            self.matrices[module] = asdict(info)
+        data = safetensors.torch.save(tensors)
+        files.write_bytes(self.directory / name, data)
+        self.files[name] = {"bytes": len(data), "crc32": files.checksums(data)}
+        self.floats |= dict.fromkeys(floats, name)
+
+    def finish(self) -> None:
+        files.write_json(
+            self.directory / MANIFEST,
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "layout": LAYOUT,
+                "source": self.source,
+                "tied_head": self.tied_head,
+                "checksum_chunk_bytes": files.CHECKSUM_CHUNK,
+                "files": self.files,
+                "matrices": self.matrices,
+                "floats": self.floats,
+            },
+        )
+
+
+class StoreFile:
+    """One mapped safetensors file of a store, its header checked against its size."""
+
+    def __init__(self, path: Path, size: int, crc32: list[int]) -> None:
+        self.mapped = MappedFile(path, size)
+        self.path, self.crc32 = path, crc32
+        self.verified = False
+        self.start, self.entries = _read_header(path, self.mapped)
+
+    def tensor(self, name: str, source: Tensor | None = None) -> Tensor:
+        """The tensor ``name`` as a view: of the mapping, or of ``source``, a copy of the data section elsewhere."""
+        dtype, shape, begin, end = self.entries[name]
+        data = self.data() if source is None else source
+        return data[begin:end].view(dtype).view(shape)
+
+    def data(self) -> Tensor:
+        """The data section, uint8."""
+        return self.mapped.bytes[self.start :]
+
+    def verify(self, again: bool = False) -> None:
+        """Compares the checksums, once unless ``again``. FileError names the first chunk that differs."""
+        self.mapped.check()
+        if self.verified and not again:
+            return
+        with self.mapped.view() as view:
+            found = files.checksums(view)
+        for index, (left, right) in enumerate(zip(found, self.crc32, strict=True)):
+            if left != right:
+                raise FileError(
+                    f"{self.path} is damaged: checksum of bytes {index * files.CHECKSUM_CHUNK} to "
+                    f"{min((index + 1) * files.CHECKSUM_CHUNK, self.mapped.size)} differs; quantize the model again"
+                )
+        self.verified = True
+
+
+class Store:
+    """An opened store. Opening checks the manifest, every file's size and header; no weight is read.
+
+    Raises:
+        FileError: something is missing, cut short, malformed or contradicts the manifest.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise FileError(f"store {self.directory} is not a directory")
+        if not (self.directory / MANIFEST).exists():
+            raise FileError(f"{self.directory} is not a store: it has no {MANIFEST}; make one with `mebp quantize`")
+        manifest = files.read_json(self.directory / MANIFEST)
+        try:
+            self._read_manifest(manifest)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FileError(
+                f"{self.directory / MANIFEST} is malformed: {type(error).__name__}: {error}; quantize the model again"
+            ) from None
+
+    def _read_manifest(self, manifest: dict[str, Any]) -> None:
+        where = self.directory / MANIFEST
+        for key, wanted in (("format", FORMAT), ("format_version", FORMAT_VERSION), ("layout", LAYOUT)):
+            if manifest[key] != wanted:
+                raise FileError(f"{where}: {key} is {manifest[key]!r}, this version reads {wanted!r}")
+        if manifest["checksum_chunk_bytes"] != files.CHECKSUM_CHUNK:
+            raise FileError(f"{where}: checksum_chunk_bytes must be {files.CHECKSUM_CHUNK}")
+        self.source: str = str(manifest["source"])
+        self.tied_head: bool = manifest["tied_head"] is True
+        self.files: dict[str, StoreFile] = {}
+        for name, entry in manifest["files"].items():
+            if os.path.basename(name) != name or not name.endswith(".safetensors"):
+                raise FileError(f"{where}: {name!r} is not a plain file name")
+            size, crc32 = entry["bytes"], entry["crc32"]
+            if type(size) is not int or size < 8 or len(crc32) != -(-size // files.CHECKSUM_CHUNK):
+                raise FileError(f"{where}: size or checksums of {name} are malformed")
+            self.files[name] = StoreFile(self.directory / name, size, crc32)
+        self.matrices = {name: _matrix_info(name, entry) for name, entry in manifest["matrices"].items()}
+        self.floats: dict[str, str] = dict(manifest["floats"])
+        for name, info in self.matrices.items():
+            self._check_matrix(name, info)
+        for name, file in self.floats.items():
+            if name not in self.files[file].entries:
+                raise FileError(f"{where}: {file} has no tensor {name}")
+
+    def _check_matrix(self, name: str, info: MatrixInfo) -> None:
+        rows, columns = info.shape
+        groups = (group_count(columns, info.group_size), rows)
+        scale = DTYPES[info.scale_dtype]
+        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "packed": (torch.uint8, (rows, padded(columns) // 2)),
+            "scales": (scale, groups),
+        }
+        if info.scheme == "affine":
+            wanted["minimum"] = (scale, groups)
+        if info.scheme == "codebook":
+            wanted["codebook"] = (torch.float32, (16,))
+        entries = self.files[info.file].entries
+        for part, (dtype, shape) in wanted.items():
+            found = entries.get(f"{name}.{part}")
+            if found is None or found[:2] != (dtype, shape):
+                raise FileError(
+                    f"{self.directory / info.file}: tensor {name}.{part} should be {dtype} {shape}, "
+                    f"found {'nothing' if found is None else f'{found[0]} {found[1]}'}"
+                )
+
+    def weight(self, name: str, source: Tensor | None = None) -> Int4Weight:
+        """The int4 matrix of module ``name`` as views, see ``StoreFile.tensor``."""
+        info = self.matrices[name]
+        file = self.files[info.file]
+        has = file.entries.__contains__
+        return Int4Weight(
+            packed=file.tensor(f"{name}.packed", source),
+            scales=file.tensor(f"{name}.scales", source),
+            in_features=info.shape[1],
+            group_size=info.group_size,
+            minimum=file.tensor(f"{name}.minimum", source) if has(f"{name}.minimum") else None,
+            codebook=file.tensor(f"{name}.codebook", source) if has(f"{name}.codebook") else None,
+        )
+
+    def float_tensor(self, name: str) -> Tensor:
+        """A copy of the float parameter ``name``, in the dtype it is stored in."""
+        file = self.files[self.floats[name]]
+        file.verify()
+        return file.tensor(name).clone()
+
+    def nbytes(self) -> int:
+        return sum(file.mapped.size for file in self.files.values())
+
+    def drop(self) -> None:
+        """Gives back every resident page of every file."""
+        for file in self.files.values():
+            file.mapped.drop()
+
+
+def _matrix_info(name: str, entry: dict[str, Any]) -> MatrixInfo:
+    rows, columns = entry["shape"]
+    info = MatrixInfo(**{**entry, "shape": (rows, columns)})
+    sizes_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
+    if info.scheme not in SCHEMES or info.group_size not in GROUP_SIZES or not sizes_fit:
+        raise FileError(f"{MANIFEST}: matrix {name} has scheme {info.scheme!r}, G {info.group_size!r}, {info.shape}")
+    return info
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+Entry = tuple[torch.dtype, tuple[int, ...], int, int]
+
+
+def _read_header(path: Path, mapped: MappedFile) -> tuple[int, dict[str, Entry]]:
+    """Start of the data section and, per tensor, dtype, shape, begin and end within it. All of it checked."""
+    with mapped.view() as view:
+        length = int.from_bytes(view[:8], "little")
+        if not 2 <= length <= min(HEADER_LIMIT, mapped.size - 8):
+            raise FileError(f"{path}: header length {length} does not fit a file of {mapped.size} bytes")
+        header = files.parse_json(bytes(view[8 : 8 + length]), f"header of {path}")
+    start = 8 + length
+    entries: dict[str, Entry] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+        numbers = [begin, end, *shape]
+        if dtype is None or any(type(number) is not int or number < 0 for number in numbers):
+            raise FileError(f"{path}: tensor {name} has a malformed header entry")
+        if end - begin != prod(shape) * dtype.itemsize or end > mapped.size - start or (start + begin) % dtype.itemsize:
+            raise FileError(f"{path}: tensor {name} does not lie within the file as its header says")
+        entries[name] = (dtype, tuple(shape), begin, end)
+    edge = 0
+    for begin, end in sorted(entry[2:] for entry in entries.values()):
+        if begin != edge:
+            raise FileError(f"{path}: tensors overlap or leave a gap at byte {start + edge}")
+        edge = end
+    if edge != mapped.size - start:
+        raise FileError(f"{path}: {mapped.size - start - edge} bytes after the last tensor")
+    return start, entries

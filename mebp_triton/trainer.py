@@ -1,0 +1,310 @@
+"""The training loop: batches -> gradients -> optimizer, with a run directory that can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from . import files
+from .adapter import adapter_tensors, copy_adapter, save_adapter
+from .config import TrainConfig
+from .data import TokenizedData, batches, batches_per_epoch, collate, valid_tokens
+from .evaluate import Evaluation, evaluate
+from .memory import MemoryWatch, peak_resident_bytes
+from .optim import BlockAdamW, block_groups, learning_rate
+from .report import RunDirectory
+from .selection import LayerCyclicManager
+from .zeroth_order import MeZO
+
+# What a resumed run may change: none of these changes the numbers of a step.
+FREE_ON_RESUME = {"output_dir", "validation_file", "max_eval_windows", "weights", "checkpoints", "optimizer_state"}
+FREE_ON_RESUME |= {"save_steps", "backend", "device"}
+
+
+class RunError(RuntimeError):
+    """A run failed for a reason that is no mistake of the user's; the message is one line."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. ``loss`` is the mean over its ``tokens`` targets; ``skipped`` if it had none."""
+
+    step: int
+    loss: float
+    token_accuracy: float
+    tokens: int
+    grad_norm: float | None
+    learning_rate: float
+    seconds: float
+    selected_blocks: list[int]
+    skipped: bool = False
+
+
+class Trainer:
+    """Trains the adapter of a model that ``mebp_triton.load`` made.
+
+    Args:
+        model: with an adapter.
+        data: the training examples.
+        config: resolved settings, see ``TrainConfig.resolved``.
+        run: where results go.
+        pad_token_id: any token; padding is masked.
+    """
+
+    def __init__(
+        self, model: Any, data: TokenizedData, config: TrainConfig, run: RunDirectory, pad_token_id: int = 0
+    ) -> None:
+        self.model, self.data, self.config, self.run, self.pad_token_id = model, data, config, run, pad_token_id
+        self.device: torch.device = model.mebp.device
+        self.selection = LayerCyclicManager(
+            model,
+            ratio=1.0 if config.selection_mode == "full" else config.selected_ratio,
+            mode=config.selection_mode,
+            schedule=config.selection_schedule,
+            seed=config.seed,
+        )
+        run.create()
+        groups = block_groups(model, model.mebp.engine)
+        self.parameters = [parameter for group in groups for parameter in group]
+        self.optimizer: BlockAdamW | None = None
+        self.mezo: MeZO | None = None
+        if config.optim == "mezo":
+            self.mezo = MeZO(self.parameters, config.mezo_epsilon, config.weight_decay)
+        else:
+            assert config.optimizer_state is not None, "settings must be resolved"
+            self.optimizer = BlockAdamW(
+                groups,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                unselected_update=config.unselected_update,
+                residency=config.optimizer_state,
+                directory=run.directory,
+            )
+        self.watch = MemoryWatch(self.device)
+        model.mebp.engine.observer = self.watch
+        per_epoch = batches_per_epoch(len(data), config.per_device_train_batch_size)
+        self.total_steps = config.max_steps or math.ceil(
+            config.num_train_epochs * per_epoch / config.gradient_accumulation_steps
+        )
+        self.step = 0
+
+    def train(self, on_step: Callable[[StepResult], None] = lambda result: None) -> list[StepResult]:
+        """Runs to the last step, writing metrics and checkpoints; the steps that this call made."""
+        config = self.config
+        results: list[StepResult] = []
+        if self.step == 0:
+            torch.manual_seed(config.seed)
+        self.model.train()
+        stream = batches(
+            self.data,
+            config.per_device_train_batch_size,
+            config.seed,
+            start_batch=self.step * config.gradient_accumulation_steps,
+        )
+        record_at = min(self.step + 1, self.total_steps - 1)  # the second step: the first one warms up
+        while self.step < self.total_steps:
+            micro_batches = self._micro_batches(stream)
+            self.watch.recording = self.step == record_at
+            result = self._one_step(micro_batches)
+            self.watch.recording = False
+            self.step += 1
+            self.selection.advance()
+            results.append(result)
+            self.run.append_metrics(asdict(result) | {"peak_rss_bytes": peak_resident_bytes()})
+            on_step(result)
+            if self.step % config.save_steps == 0 or self.step == self.total_steps:
+                self.save_checkpoint()
+        self.model.eval()
+        return results
+
+    def _micro_batches(self, stream: Iterator[list[Any]]) -> list[dict[str, Tensor]]:
+        taken = islice(stream, self.config.gradient_accumulation_steps)
+        collated = [collate(examples, self.pad_token_id) for examples in taken]
+        return [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in collated]
+
+    def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> StepResult:
+        started = time.perf_counter()
+        config = self.config
+        rate = learning_rate(
+            self.step, config.learning_rate, config.lr_scheduler_type, config.warmup_steps, self.total_steps
+        )
+        tokens = sum(valid_tokens(batch) for batch in micro_batches)
+        selected = sorted(self.selection.selected)
+        if tokens == 0:
+            return StepResult(self.step, 0.0, 0.0, 0, None, rate, time.perf_counter() - started, selected, True)
+        norm = None
+        if self.mezo is not None:
+            seed = config.seed + self.step
+            loss, _ = self.mezo.step(lambda: self._forward(micro_batches, tokens, seed)[0], rate, seed)
+            accuracy = self.model.mebp.loss.statistics.correct / max(1, self.model.mebp.loss.statistics.tokens)
+            self._check_finite("loss", loss)
+        else:
+            loss, accuracy = self._forward(micro_batches, tokens, None)
+            self._check_finite("loss", loss)
+            norm = self._update(rate, selected)
+        seconds = time.perf_counter() - started
+        return StepResult(self.step, loss, accuracy, tokens, norm, rate, seconds, selected)
+
+    def _forward(
+        self, micro_batches: list[dict[str, Tensor]], tokens: int, forward_only_seed: int | None
+    ) -> tuple[float, float]:
+        """Loss and token accuracy over the micro-batches; gradients too, unless only forward (with that RNG seed)."""
+        one_pass = self.model.mebp.loss
+        loss, correct = 0.0, 0
+        one_pass.normalizer = tokens
+        context = contextlib.nullcontext() if forward_only_seed is None else torch.no_grad()
+        try:
+            with context:
+                if forward_only_seed is not None:
+                    torch.manual_seed(forward_only_seed)
+                for batch in micro_batches:
+                    output = self.model(**batch, use_cache=False)
+                    if forward_only_seed is None and output.loss.requires_grad:
+                        output.loss.backward()
+                    loss += float(output.loss)
+                    correct += one_pass.statistics.correct
+        finally:
+            one_pass.normalizer = None
+        return loss, correct / tokens
+
+    def _update(self, rate: float, selected: list[int]) -> float:
+        assert self.optimizer is not None
+        limit = self.config.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        self._check_finite("gradient norm", norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step(selected=frozenset(selected) | self._outside())
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _outside(self) -> frozenset[int]:
+        """Groups beyond the blocks: always trained."""
+        assert self.optimizer is not None
+        return frozenset(range(self.selection.count, len(self.optimizer.param_groups)))
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise RunError(
+                f"{what} is {value} at step {self.step}: lower the learning rate, or compute in float32; "
+                f"the last checkpoint is kept"
+            )
+
+    def save_checkpoint(self) -> None:
+        """Adapter, optimizer, random state and position in ``checkpoint/``; the adapter alone in ``adapter/``."""
+        tensors = {f"adapter/{name}": tensor.cpu().contiguous() for name, tensor in adapter_tensors(self.model).items()}
+        if self.optimizer is not None:
+            tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.export_state().items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        data = safetensors.torch.save(tensors)
+        state = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "config": asdict(self.config),
+            "selection": self.selection.state_dict(),
+            "crc32": files.checksums(data),
+        }
+
+        def write(directory: Path) -> None:
+            files.write_bytes(directory / "state.safetensors", data)
+            files.write_json(directory / "state.json", state)
+
+        files.replace_directory(self.run.checkpoint, write)
+        save_adapter(self.model, self.run.adapter)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Goes on from ``checkpoint``, to the same numbers as a run that was not interrupted.
+
+        Raises:
+            ValueError: it is damaged, or of a run with other settings.
+        """
+        files.recover_directory(checkpoint)
+        if not (checkpoint / "state.json").exists():
+            raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
+        state = files.read_json(checkpoint / "state.json")
+        data = files.read_bytes(checkpoint / "state.safetensors", limit=1 << 40)
+        if files.checksums(data) != state["crc32"]:
+            raise ValueError(f"{checkpoint / 'state.safetensors'} is damaged: its checksum differs")
+        ours = asdict(self.config)
+        for name, value in state["config"].items():
+            if name not in FREE_ON_RESUME and ours[name] != value:
+                raise ValueError(f"cannot resume: {name} was {value!r} and now is {ours[name]!r}")
+        if state["total_steps"] != self.total_steps:
+            raise ValueError(f"cannot resume: the data changed ({state['total_steps']} steps, now {self.total_steps})")
+        tensors = safetensors.torch.load(data)
+        split: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "random": {}}
+        for key, tensor in tensors.items():
+            room, _, name = key.partition("/")
+            split[room][name] = tensor
+        copy_adapter(self.model, split["adapter"], str(checkpoint))
+        if self.optimizer is not None:
+            self.optimizer.import_state(split["optimizer"])
+        torch.set_rng_state(split["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in split["random"]:
+            torch.cuda.set_rng_state(split["random"]["cuda"], self.device)
+        self.selection.load_state_dict(state["selection"])
+        self.step = int(state["step"])
+        self.run.cut_metrics(self.step)
+
+
+def finetune(
+    trainer: Trainer,
+    validation: TokenizedData | None,
+    on_step: Callable[[StepResult], None] = lambda result: None,
+    on_evaluation: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots. Returns what ``run.json`` holds."""
+    config, run = trainer.config, trainer.run
+    resumed_at = trainer.step
+    before = run.saved_evaluation() if resumed_at else None
+    random_state = torch.get_rng_state()
+    if before is None:
+        before = _evaluate(trainer, validation, on_evaluation) if resumed_at == 0 else None
+        run.save_evaluation(before)
+    torch.set_rng_state(random_state)
+    started = time.perf_counter()
+    results = trainer.train(on_step)
+    train_seconds = time.perf_counter() - started
+    after = _evaluate(trainer, validation, on_evaluation)
+    tokens = sum(result.tokens for result in results)
+    seconds = [result.seconds for result in results]
+    summary = {
+        "loss_before": before and before.loss,
+        "loss_after": after and after.loss,
+        "token_accuracy_before": before and before.token_accuracy,
+        "token_accuracy_after": after and after.token_accuracy,
+        "perplexity_before": before and before.perplexity,
+        "perplexity_after": after and after.perplexity,
+        "steps": trainer.step,
+        "resumed_at_step": resumed_at or None,
+        "train_loss_last": results[-1].loss if results else None,
+        "tokens_per_second": tokens / train_seconds if results else None,
+        "seconds_per_step_median": statistics.median(seconds) if seconds else None,
+        "trainable_parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "peak_rss_bytes": peak_resident_bytes(),
+        "peak_rss_anonymous_bytes": trainer.watch.peak_anonymous,
+        "peak_device_bytes": trainer.watch.peak_device_bytes(),
+        "planned_peak_bytes": None,
+        "selected_ratio": trainer.selection.ratio,
+        "selection_mode": config.selection_mode,
+        "backend": trainer.model.mebp.backend,
+    }
+    run.finish(summary, config, trainer.data.report, trainer.watch)
+    return summary
+
+
+def _evaluate(trainer: Trainer, data: TokenizedData | None, progress: Callable[[int, int], None]) -> Evaluation | None:
+    return None if data is None else evaluate(trainer.model, data, trainer.config.max_eval_windows, progress)

@@ -1,0 +1,55 @@
+"""MeZO (arXiv 2305.17333): a step from two forward passes, no backward. The baseline for true gradients.
+
+The direction is a seeded normal draw, made again instead of being kept: memory is that of a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+
+class MeZO:
+    """SGD along the projected gradient ``(L(p + eps·z) - L(p - eps·z)) / (2·eps) · z``.
+
+    Args:
+        parameters: what is perturbed and trained.
+        epsilon: the step of the finite difference.
+        weight_decay: decoupled, as in AdamW.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], epsilon: float = 1e-3, weight_decay: float = 0.0) -> None:
+        if not epsilon > 0:
+            raise ValueError(f"mezo epsilon must be positive, got {epsilon!r}")
+        self.parameters, self.epsilon, self.weight_decay = list(parameters), epsilon, weight_decay
+
+    @torch.no_grad()
+    def _move(self, seed: int, scale: float) -> None:
+        generators: dict[torch.device, torch.Generator] = {}
+        for parameter in self.parameters:
+            device = parameter.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(seed)
+            z = torch.randn(parameter.shape, generator=generators[device], device=device, dtype=parameter.dtype)
+            parameter.add_(z, alpha=scale)
+
+    @torch.no_grad()
+    def step(self, loss: Callable[[], float], lr: float, seed: int) -> tuple[float, float]:
+        """One step. ``loss`` runs the forward pass; it must draw the same dropout both times.
+
+        Returns:
+            The mean of the two losses, and the projected gradient.
+        """
+        self._move(seed, self.epsilon)
+        plus = loss()
+        self._move(seed, -2 * self.epsilon)
+        minus = loss()
+        self._move(seed, self.epsilon)
+        projected = (plus - minus) / (2 * self.epsilon)
+        if self.weight_decay:
+            for parameter in self.parameters:
+                parameter.mul_(1 - lr * self.weight_decay)
+        self._move(seed, -lr * projected)
+        return (plus + minus) / 2, projected

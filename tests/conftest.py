@@ -1,0 +1,7 @@
+"""Shared by all tests. The repository's root is taken off ``sys.path``: there, ``kernels`` would shadow another package."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

@@ -1,0 +1,315 @@
+"""``Y = X·Wᵀ + bias + t·bᵀ`` against float64 on the decoded codes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mebp_triton.kernels import reference
+from mebp_triton.kernels.configs import TileConfig
+from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight
+from mebp_triton.kernels.matmul import int4_matmul_triton
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+
+@pytest.fixture
+def check(guarded, assert_accurate):
+    """Runs the kernel on these operands and compares; returns Y."""
+
+    def run(x, weight, bias=None, t=None, b=None, config=None):
+        y = guarded(int4_matmul_triton, x, weight, bias, t, b, config)
+        wide = [None if operand is None else operand.double() for operand in (bias, t, b)]
+        truth = reference.matmul(x.double(), weight, *wide)
+        assert_accurate("y", y, reference.matmul(x, weight, bias, t, b), truth)
+        return y
+
+    return run
+
+
+def test_schemes_and_groups(check, make_weight, normal, dtype, scheme, group_size):
+    m, n, k, r = 33, 70, 200, 5
+    weight = make_weight(n, k, group_size, scheme)
+    bias, t, b = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(n,), (m, r), (n, r)]))
+    check(normal(m, k, dtype=dtype), weight, bias, t, b)
+
+
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129])
+def test_token_counts(check, make_weight, normal, dtype, m):
+    y = check(normal(m, 72, dtype=dtype), make_weight(19, 72))
+    assert y.shape == (m, 19)
+
+
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 64), (5, 1), (3, 33), (65, 31), (63, 65), (64, 64), (130, 127), (17, 192), (2, 449)]
+)
+def test_odd_sizes(check, make_weight, normal, dtype, n, k):
+    for group_size, scheme in zip(GROUP_SIZES, SCHEMES, strict=True):
+        check(normal(40, k, dtype=dtype), make_weight(n, k, group_size, scheme), normal(n, dtype=dtype))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 15, 16, 17, 33, 64])
+def test_ranks(check, make_weight, normal, dtype, rank):
+    t, b = normal(18, rank, dtype=dtype, seed=2), normal(21, rank, dtype=dtype, seed=3)
+    check(normal(18, 65, dtype=dtype), make_weight(21, 65), None, t, b)
+
+
+def test_lora_operands_are_rounded_to_the_dtype_of_x(guarded, make_weight, normal):
+    x, weight = normal(5, 64, dtype=torch.float16), make_weight(20, 64)
+    t, b, bias = normal(5, 8, seed=2), normal(20, 8, seed=3), normal(20, seed=4)
+    mixed = guarded(int4_matmul_triton, x, weight, bias, t, b)
+    assert torch.equal(mixed, guarded(int4_matmul_triton, x, weight, bias, t.half(), b.half()))
+
+
+def test_float32_scales(check, make_weight, normal, dtype, scheme):
+    check(normal(17, 130, dtype=dtype), make_weight(35, 130, 32, scheme, torch.float32))
+
+
+@pytest.mark.parametrize("block_k", [64, 128, 256])
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 64), (128, 32)])
+def test_every_tile_gives_the_answer(check, make_weight, normal, scheme, block_m, block_n, block_k):
+    config = TileConfig(block_m, block_n, block_k)
+    x, t, b = normal(37, 330), normal(37, 4, seed=2), normal(45, 4, seed=3)
+    for group_size in GROUP_SIZES:
+        check(x, make_weight(45, 330, group_size, scheme), None, t, b, config)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda wide: wide[:20, :70],
+        lambda wide: wide[:40:2, 3:73],
+        lambda wide: wide[:20, :140:2],
+        lambda wide: wide.t()[:20, 1:71],
+        lambda wide: wide[:1, :70].expand(20, 70),
+        lambda wide: wide[:20, :1].expand(20, 70),
+    ],
+    ids=["rows", "row-step", "column-step", "transposed", "stride-0-rows", "stride-0-columns"],
+)
+def test_strides_of_x(check, make_weight, normal, dtype, view):
+    x = view(normal(150, 150, dtype=dtype))
+    assert x.shape == (20, 70)
+    check(x, make_weight(9, 70))
+
+
+def test_strides_of_the_others(check, make_weight, normal, scheme):
+    m, n, r = 18, 40, 6
+    weight = make_weight(2 * n, 100, 32, scheme)
+    bias, t, b = normal(2 * n)[::2], normal(r, m).t(), normal(n, 2 * r)[:, ::2]
+    x = normal(m, 100)
+    check(x, weight.rows(7, 7 + n), bias, t, b)
+    check(x, weight.permute_rows(torch.randperm(2 * n)[:n].to(x.device)), bias, t, b)
+    columns_first = Int4Weight(
+        packed=weight.packed.t().contiguous().t(),
+        scales=weight.scales.t().contiguous().t(),
+        in_features=100,
+        group_size=32,
+        minimum=weight.minimum,
+        codebook=weight.codebook,
+    )
+    assert torch.equal(check(x, columns_first), check(x, weight))
+
+
+def every_byte(group_size: int, scheme: str, scale_dtype: torch.dtype, device: str) -> Int4Weight:
+    """``W[8, 64]`` whose packed form holds each byte once."""
+    groups = 2 if group_size == 32 else 1
+    scales = torch.linspace(-0.7, 0.9, 8 * groups).view(groups, 8).to(scale_dtype)
+    return Int4Weight(
+        packed=torch.arange(256, dtype=torch.uint8).view(8, 32),
+        scales=scales,
+        in_features=64,
+        group_size=group_size,
+        minimum=scales.flip(1).contiguous() if scheme == "affine" else None,
+        codebook=torch.linspace(-1, 1.3, 16) if scheme == "codebook" else None,
+    ).to(device)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+def test_identity_gives_the_decoded_weight_to_the_bit(guarded, dtype, scheme, group_size, scale_dtype, device):
+    weight = every_byte(group_size, scheme, scale_dtype, device)
+    y = guarded(int4_matmul_triton, torch.eye(64, dtype=dtype, device=device), weight)
+    assert torch.equal(y.t(), reference.decode(weight, dtype))
+
+
+def test_padding_is_not_read(guarded, make_weight, normal, dtype, scheme):
+    n, k = 20, 70
+    clean = make_weight(n, k, 32, scheme)
+    dirty = make_weight(n, k, 32, scheme)
+    # Column 70 is the seventh of its chunk: low nibbles 6..31 and every high nibble of that chunk are padding.
+    dirty.packed[:, 32 + 6 :] ^= 0xFF
+    dirty.packed[:, 32 : 32 + 6] ^= 0xF0
+    for tensor in (dirty.scales, dirty.minimum):
+        if tensor is not None:
+            tensor[3] = float("nan")
+    x = normal(5, k, dtype=dtype)
+    assert torch.equal(reference.decode(dirty), reference.decode(clean))
+    assert torch.equal(guarded(int4_matmul_triton, x, dirty), guarded(int4_matmul_triton, x, clean))
+
+
+def test_a_nan_stays_in_its_row(guarded, make_weight, normal):
+    x = normal(5, 100)
+    weight = make_weight(20, 100)
+    clean = guarded(int4_matmul_triton, x, weight)
+    x[2, 99] = float("nan")
+    y = guarded(int4_matmul_triton, x, weight)
+    assert y[2].isnan().all()
+    assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+def test_float16_near_overflow(guarded, assert_accurate, make_weight, normal):
+    weight = make_weight(30, 128)
+    x = normal(20, 128, dtype=torch.float16)
+    truth = reference.matmul(x.double(), weight)
+    x = (x * (6e4 / truth.abs().max())).half()
+    truth = reference.matmul(x.double(), weight)
+    assert 5.9e4 < truth.abs().max() < 6.5e4
+    y = guarded(int4_matmul_triton, x, weight)
+    assert_accurate("y", y, reference.matmul(x, weight), truth)
+    # Twice that is beyond float16: infinite where torch's is, with the same sign, and nowhere else.
+    x = x * 2
+    y, same = guarded(int4_matmul_triton, x, weight), reference.matmul(x, weight)
+    assert same.isinf().any() and not same.isinf().all()
+    assert torch.equal(y.isinf(), same.isinf()) and torch.equal(y[y.isinf()], same[y.isinf()])
+
+
+def test_partial_sums_beyond_float16(guarded, device):
+    # 64 products of 4e4 * 4, then their opposites: the sum of each half is beyond float16, the whole is 0.
+    codes = torch.full((16, 128), 12, dtype=torch.uint8)
+    codes[:, 64:] = 4
+    weight = Int4Weight.from_codes(codes, torch.ones(2, 16, dtype=torch.float16), 64).to(device)
+    y = guarded(int4_matmul_triton, torch.full((3, 128), 4e4, dtype=torch.float16, device=device), weight)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+def test_weights_beyond_float16_behave_as_torch(guarded, device):
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2, 4)
+    weight = Int4Weight.from_codes(codes, torch.full((1, 2), 2e4), 64).to(device)
+    x = torch.eye(64, dtype=torch.float16, device=device)[:, :64]
+    y, same = guarded(int4_matmul_triton, x, weight), reference.matmul(x, weight)
+    assert torch.equal(y.nan_to_num(nan=-1), same.nan_to_num(nan=-1))
+
+
+def test_repeats_are_identical(guarded, make_weight, normal, dtype, device):
+    x, weight = normal(65, 200, dtype=dtype), make_weight(70, 200)
+    t, b = normal(65, 16, dtype=dtype, seed=2), normal(70, 16, dtype=dtype, seed=3)
+    first = guarded(int4_matmul_triton, x, weight, None, t, b)
+    for _ in range(100 if device == "cuda" else 2):
+        assert torch.equal(first, guarded(int4_matmul_triton, x, weight, None, t, b))
+
+
+def test_offsets_beyond_31_bits(check, make_weight, normal, sparse, device):
+    if device == "cuda":
+        pytest.skip("addresses without memory behind them exist on the CPU only")
+    small, x = make_weight(5, 64), normal(5, 64)
+    far = sparse(4 * 2**30 + 64).as_strided((5, 32), (2**30, 1))
+    far.copy_(small.packed)
+    weight = Int4Weight(far, small.scales, 64, 64)
+    far_x = sparse(4 * 2**31 + 64 * 4).view(torch.float32).as_strided((5, 64), (2**29, 1))
+    far_x.copy_(x)
+    assert torch.equal(check(far_x, weight), check(x, small))
+
+
+@pytest.mark.gpu
+def test_a_head_of_more_than_31_bits(device):
+    if device != "cuda" or torch.cuda.mem_get_info()[1] < 16 * 2**30:
+        pytest.skip("needs a GPU with 16 GiB")
+    n, k, m = 262_144, 16_384, 8_200
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    weight = Int4Weight(packed, torch.randn(k // 128, n, device=device).half() / 64, k, 128)
+    x = torch.randn(m, k, dtype=torch.float16, device=device)
+    y = int4_matmul_triton(x, weight)
+    assert y.numel() > 2**31
+    last = reference.matmul(x[-64:].double(), weight.rows(n - 64, n))
+    assert (y[-64:, -64:].double() - last).norm() / last.norm() < 5e-4
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        ({"x": torch.zeros(3, 65)}, r"x must have shape \(3, 64\), got \(3, 65\)"),
+        ({"x": torch.zeros(3, 64, dtype=torch.float64)}, "x must be one of .*float64"),
+        ({"x": torch.zeros(3, 64, device="meta")}, "x must be on .* got meta"),
+        ({"bias": torch.zeros(3)}, "bias must have shape"),
+        ({"t": torch.zeros(3, 2)}, "t and b go together"),
+        ({"b": torch.zeros(4, 2)}, "t and b go together"),
+        ({"t": torch.zeros(2, 2), "b": torch.zeros(4, 2)}, "t must have shape"),
+        ({"t": torch.zeros(3, 2), "b": torch.zeros(4, 3)}, "b must have shape"),
+    ],
+)
+def test_mistakes_are_named(make_weight, replace, message, device):
+    operands = {"x": torch.zeros(3, 64), **replace}
+    operands = {name: value if value.device.type == "meta" else value.to(device) for name, value in operands.items()}
+    with pytest.raises(ValueError, match=message):
+        int4_matmul_triton(weight=make_weight(4, 64), **operands)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 80),
+    k=st.integers(1, 200),
+    rank=st.integers(0, 20),
+    scheme=st.sampled_from(SCHEMES),
+    group_size=st.sampled_from(GROUP_SIZES),
+    step=st.integers(1, 3),
+    transposed=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_any_shape(guarded, make_weight, normal, dtype, m, n, k, rank, scheme, group_size, step, transposed, seed):
+    x = normal(k * step, m, dtype=dtype, seed=seed)[::step].t() if transposed else normal(m, k * step, dtype=dtype)
+    x = x if transposed else x[:, ::step]
+    weight = make_weight(n, k, group_size, scheme, seed=seed)
+    t, b = (normal(m, rank, dtype=dtype), normal(n, rank, dtype=dtype, seed=2)) if rank else (None, None)
+    wide = (None, None) if t is None or b is None else (t.double(), b.double())
+    y = guarded(int4_matmul_triton, x, weight, None, t, b)
+    truth = reference.matmul(x.double(), weight, None, *wide)
+    # Each weight and each output is rounded to the dtype, the products and sums to float32.
+    size = x.double().abs() @ reference.decode(weight).abs().t()
+    size += 0 if t is None or b is None else t.double().abs() @ b.double().abs().t()
+    bound = (torch.finfo(dtype).eps + (k + rank) * torch.finfo(torch.float32).eps) * size
+    assert ((y.double() - truth).abs() <= bound + torch.finfo(dtype).tiny).all()
+
+
+def test_under_the_interpreters_own_switch():
+    """``TRITON_INTERPRET=1`` works for a whole process, too."""
+    program = """
+import torch
+from mebp_triton.kernels import reference
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.matmul import int4_matmul_triton
+codes = torch.randint(0, 16, (5, 70), dtype=torch.uint8)
+weight = Int4Weight.from_codes(codes, torch.randn(3, 5), 32)
+x = torch.randn(3, 70)
+torch.testing.assert_close(int4_matmul_triton(x, weight), reference.matmul(x, weight))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+@triton.jit
+def _careless_kernel(x_ptr, y_ptr, N, MASKED: tl.constexpr):
+    offs_n = tl.arange(0, 16)
+    mask = offs_n < N if MASKED else offs_n < 16
+    tl.store(y_ptr + offs_n, tl.load(x_ptr + offs_n, mask=mask))
+
+
+def test_the_interpreter_here_is_strict(device):
+    if device == "cuda":
+        pytest.skip("of the interpreter")
+    from triton.runtime.interpreter import InterpretedFunction
+
+    checked = next(kind for kind in InterpretedFunction.__subclasses__() if kind.__name__ == "CheckedKernel")
+    kernel = checked(_careless_kernel.fn)
+    x, y = torch.zeros(10), torch.zeros(16)
+    kernel[(1,)](x, y, 10, MASKED=True)
+    assert torch.equal(y.isnan(), torch.arange(16) >= 10)
+    with pytest.raises(Exception, match="load of 6 addresses outside"):
+        kernel[(1,)](x, y, 10, MASKED=False)
+    with pytest.raises(Exception, match="store of 6 addresses outside"):
+        kernel[(1,)](y, x, 16, MASKED=False)

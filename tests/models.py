@@ -1,0 +1,167 @@
+"""Tiny, randomly initialised models of many architectures, and the same models as transformers + PEFT sees them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from mebp_triton.convert import quantize
+from mebp_triton.kernels.reference import decode
+from mebp_triton.stores.format import Store
+from transformers import AutoConfig, AutoModelForCausalLM
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _without(*names: str, **more: Any) -> dict[str, Any]:
+    return {key: value for key, value in COMMON.items() if key not in names} | more
+
+
+GQA = COMMON | {"head_dim": 16}
+GPT2 = {
+    "vocab_size": 97,
+    "n_embd": 48,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": COMMON | {"tie_word_embeddings": True},
+    "qwen2": COMMON | {"tie_word_embeddings": False},
+    "qwen3": GQA,
+    "gemma3_text": GQA
+    | {
+        "sliding_window": 8,
+        "final_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "mistral": COMMON | {"sliding_window": 8},
+    "phi3": COMMON | {"rope_scaling": None},
+    "gpt2": GPT2,
+    "gpt_neox": _without("num_key_value_heads", rotary_pct=0.5),
+    "opt": _without("intermediate_size", "num_key_value_heads", ffn_dim=80, word_embed_proj_dim=48),
+    "granite": COMMON | {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+    "phi": COMMON | {"partial_rotary_factor": 0.5},
+}
+ARCHITECTURES = list(SETTINGS)
+
+
+def tiny_config(architecture: str, **changes: Any) -> Any:
+    return AutoConfig.for_model(architecture, **(SETTINGS[architecture] | changes))
+
+
+def save_tiny_model(architecture: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random model of ``architecture`` as ``save_pretrained`` writes it; weights large enough that all of it matters."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+def tiny_store(architecture: str, directory: Path | None = None, *, seed: int = 0, **options: Any) -> Path:
+    """A store of a tiny model; ``options`` are ``quantize``'s, and the config's under ``config``."""
+    root = Path(tempfile.mkdtemp()) if directory is None else directory
+    source = save_tiny_model(architecture, root / "model", seed, **options.pop("config", {}))
+    quantize(source, root / "store", **({"group_size": 32} | options))
+    return root / "store"
+
+
+@torch.no_grad()
+def decoded_model(store: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' own model with the store's decoded weights: what every result is held against."""
+    opened = Store(store)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(store), dtype=dtype)
+    for name in opened.matrices:
+        weight = model.get_submodule(name).weight
+        value = decode(opened.weight(name), dtype)
+        transposed = isinstance(model.get_submodule(name), transformers.pytorch_utils.Conv1D)
+        weight.copy_(value.t() if transposed else value)
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name in opened.floats:
+        named[name].copy_(opened.float_tensor(name))
+    return model.eval()
+
+
+def peft_model(store: Path, model: Any, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+    """``decoded_model`` under PEFT, with the adapter values of ``model`` (ours)."""
+    import peft
+    from mebp_triton.adapter import adapter_tensors
+
+    tensors = adapter_tensors(model)
+    targets = sorted({name.split(".")[-3] for name in tensors})
+    config = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **lora)
+    wrapped = peft.get_peft_model(decoded_model(store, dtype), config, autocast_adapter_dtype=False)
+    named = dict(wrapped.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            named[name.replace(".weight", ".default.weight")].copy_(tensor)
+    return wrapped.eval()
+
+
+def randomize_adapter(model: Any, seed: int = 0, scale: float = 0.05) -> None:
+    """B is zero at first, which would hide every gradient of A."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def batch(rows: int = 2, length: int = 20, padding: str | None = "right", seed: int = 1) -> dict[str, torch.Tensor]:
+    """Random token ids; with ``padding``, all rows but the first are shorter and padded on that side."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if padding is not None:
+        for row in range(1, rows):
+            short = 3 * row
+            mask[row, slice(length - short, None) if padding == "right" else slice(0, short)] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
+
+
+def relative_rms(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    norm = truth.double().norm()
+    return float((ours.double() - truth.double()).norm() / norm) if norm > 0 else float(ours.double().norm())
+
+
+def peft_gradients(wrapped: Any) -> dict[str, torch.Tensor]:
+    """Gradients by the names of ``adapter_tensors``."""
+    return {
+        name.replace(".default.weight", ".weight"): parameter.grad
+        for name, parameter in wrapped.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def our_gradients(model: Any) -> dict[str, torch.Tensor | None]:
+    from mebp_triton.adapter import PREFIX, adapter_layers
+
+    found = {}
+    for name, layer in adapter_layers(model).items():
+        found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.grad
+        found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.grad
+    return found
