@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .layout import RUN, Int4Weight
-from .panel import CHUNK, PanelDecoder, int4_embedding_panel, panel_elements, spans, to_planes
+from .panel import CHUNK, PanelDecoder, from_planes, int4_embedding_panel, panel_elements, spans, to_planes
 
 VOCABULARY_TILE = 1024
 
@@ -110,6 +110,5 @@ def int4_cross_entropy_panel(
     best[valid] = argmax.squeeze(1)
     if need_grad:
         weighted.div_(total)
-        logical = weighted.unflatten(1, (2, chunks, RUN)).transpose(1, 2).flatten(1)[:, :width]
-        grad[valid] = logical - target_slope * int4_embedding_panel(targets, weight, wide)
+        grad[valid] = from_planes(weighted)[:, :width] - target_slope * int4_embedding_panel(targets, weight, wide)
     return losses, grad, best

@@ -2,8 +2,7 @@
 
 A panel is a slice of the weight decoded into a small reused buffer, so no full weight ever exists. Panels are kept in
 *plane order*: the low nibbles' columns of all its chunks, then the high nibbles'. Unpacking is then two
-contiguous byte operations, and only the (much smaller) activations are permuted. The LoRA term rides along
-as extra columns of the reduction: one matmul, one rounding.
+contiguous byte operations, and only the (much smaller) activations are permuted.
 """
 
 from __future__ import annotations
@@ -38,51 +37,31 @@ def _run_groups(first_chunk: int, last_chunk: int, group_size: int, device: torc
 
 
 class PanelDecoder:
-    """Decodes panels of at most ``rows`` x ``chunks`` of one weight into its own reused buffers.
+    """Decodes panels of at most ``rows`` x ``chunks`` of one weight into its own reused buffers."""
 
-    ``extra_columns`` / ``extra_rows`` leave room right of / below the decoded panel for LoRA's factor.
-    """
-
-    def __init__(
-        self,
-        weight: Int4Weight,
-        dtype: torch.dtype,
-        rows: int,
-        chunks: int,
-        extra_columns: int = 0,
-        extra_rows: int = 0,
-    ) -> None:
-        columns = chunks * CHUNK
+    def __init__(self, weight: Int4Weight, dtype: torch.dtype, rows: int, chunks: int) -> None:
+        size = rows * chunks * CHUNK
         device = weight.device
         self.weight = weight
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.codes = torch.empty(rows * columns, dtype=torch.uint8, device=device)
-        self.scratch = None if dtype == self.wide else torch.empty(rows * columns, dtype=self.wide, device=device)
-        self.buffer = torch.empty((rows + extra_rows) * (columns + extra_columns), dtype=dtype, device=device)
-        self.extra_columns, self.extra_rows = extra_columns, extra_rows
+        self.codes = torch.empty(size, dtype=torch.uint8, device=device)
+        self.values = torch.empty(size, dtype=self.wide, device=device)
+        self.rounded = None if dtype == self.wide else torch.empty(size, dtype=dtype, device=device)
 
     def _per_run(self, values: Tensor, groups: Tensor, start: int, stop: int) -> Tensor:
         """Scales or minima as ``[rows, runs, 1]``."""
         return values[:, start:stop].index_select(0, groups).to(self.wide).t().contiguous().unsqueeze(-1)
 
     def __call__(self, start: int, stop: int, first_chunk: int, last_chunk: int) -> Tensor:
-        """The panel of rows ``start:stop`` in plane order: ``[rows + extra_rows, columns + extra_columns]``.
-
-        Only the decoded part is written. The tensor is valid until the next call.
-        """
+        """The panel of rows ``start:stop`` in plane order, ``[rows, columns]``, valid until the next call."""
         rows, half = stop - start, (last_chunk - first_chunk) * RUN
-        columns = 2 * half
-        width = columns + self.extra_columns
-        panel = self.buffer[: (rows + self.extra_rows) * width].view(-1, width)
-        target = panel[:rows, :columns]
-        wide = target if self.scratch is None else self.scratch[: rows * columns].view(rows, columns)
-
+        wide = self.values[: rows * 2 * half].view(rows, -1)
         packed = self.weight.packed[start:stop, first_chunk * RUN : last_chunk * RUN]
-        codes = self.codes[: rows * columns].view(rows, columns)
+        codes = self.codes[: wide.numel()].view(rows, -1)
         torch.bitwise_and(packed, 15, out=codes[:, :half])
         torch.bitwise_right_shift(packed, 4, out=codes[:, half:])
         if self.weight.codebook is not None:
-            wide.copy_(self.weight.codebook.to(self.wide).index_select(0, codes.view(-1).int()).view(rows, columns))
+            wide.copy_(self.weight.codebook.to(self.wide).index_select(0, codes.view(-1).int()).view(rows, -1))
         elif self.weight.minimum is not None:
             wide.copy_(codes)
         else:
@@ -92,28 +71,19 @@ class PanelDecoder:
         runs.mul_(self._per_run(self.weight.scales, groups, start, stop))
         if self.weight.minimum is not None:
             runs.add_(self._per_run(self.weight.minimum, groups, start, stop))
-        if wide is not target:
-            target.copy_(wide)
-        return panel
+        return wide if self.rounded is None else self.rounded[: wide.numel()].view(rows, -1).copy_(wide)
 
 
-def to_planes(x: Tensor, chunks: int, extra: Tensor | None = None) -> Tensor:
-    """``[M, K]`` -> ``[M, chunks * 64 (+ R)]``: columns in plane order, zero-padded, ``extra`` appended."""
-    columns = chunks * CHUNK
-    width = columns + (0 if extra is None else extra.shape[1])
-    planes = x.new_empty(x.shape[0], width)
-    if x.shape[1] != columns:
-        x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-    planes[:, :columns].unflatten(1, (2, chunks, RUN)).copy_(x.unflatten(1, (chunks, 2, RUN)).transpose(1, 2))
-    if extra is not None:
-        planes[:, columns:] = extra
-    return planes
+def to_planes(x: Tensor, chunks: int) -> Tensor:
+    """``[M, K]`` -> ``[M, chunks * 64]``: zero-padded, columns in plane order."""
+    if x.shape[1] != chunks * CHUNK:
+        x = torch.nn.functional.pad(x, (0, chunks * CHUNK - x.shape[1]))
+    return x.unflatten(1, (chunks, 2, RUN)).transpose(1, 2).flatten(1)
 
 
-def from_planes(planes: Tensor, out: Tensor) -> None:
-    """``[M, chunks * 64]`` in plane order -> ``out`` ``[M, <= chunks * 64]`` in logical order."""
-    logical = planes.unflatten(1, (2, -1, RUN)).transpose(1, 2).flatten(1)
-    out.copy_(logical[:, : out.shape[1]])
+def from_planes(planes: Tensor) -> Tensor:
+    """``[M, chunks * 64]`` in plane order -> the same in logical order."""
+    return planes.unflatten(1, (2, -1, RUN)).transpose(1, 2).flatten(1)
 
 
 def int4_matmul_panel(
@@ -121,23 +91,18 @@ def int4_matmul_panel(
 ) -> Tensor:
     """``Y = X·Wᵀ + bias + t·bᵀ``; shapes as ``reference.matmul``."""
     rows, chunks = weight.out_features, weight.packed.shape[1] // RUN
-    y = x.new_empty(x.shape[0], rows)
+    if t is not None and b is not None:
+        t, b = t.to(x.dtype), b.to(x.dtype)
+        y = t @ b.t() if bias is None else torch.addmm(bias.to(x.dtype), t, b.t())
+    else:
+        y = x.new_zeros(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
     if y.numel() == 0:
         return y
-    if b is None or t is None:
-        t = b = None
     step = max(1, panel_elements(x.device) // max(1, chunks * CHUNK))
-    decoder = PanelDecoder(weight, x.dtype, min(step, rows), chunks, extra_columns=0 if b is None else b.shape[1])
-    planes = to_planes(x, chunks, None if t is None else t.to(x.dtype))
-    bias = None if bias is None else bias.to(x.dtype)
+    decoder = PanelDecoder(weight, x.dtype, min(step, rows), chunks)
+    planes = to_planes(x, chunks)
     for start, stop in spans(rows, step):
-        panel = decoder(start, stop, 0, chunks)
-        if b is not None:
-            panel[:, chunks * CHUNK :] = b[start:stop]
-        if bias is None:
-            torch.mm(planes, panel.t(), out=y[:, start:stop])
-        else:
-            torch.addmm(bias[start:stop], planes, panel.t(), out=y[:, start:stop])
+        y[:, start:stop].addmm_(planes, decoder(start, stop, 0, chunks).t())
     return y
 
 
@@ -148,34 +113,25 @@ def int4_matmul_dx_panel(dy: Tensor, weight: Int4Weight, g: Tensor | None = None
     panel is N cut too; the partial sums are then added in float32 or wider.
     """
     rows, chunks = weight.out_features, weight.packed.shape[1] // RUN
-    dx = dy.new_empty(dy.shape[0], weight.in_features)
-    if dx.numel() == 0:
+    if g is not None and a is not None:
+        dx = g.to(dy.dtype) @ a.to(dy.dtype)
+    else:
+        dx = dy.new_zeros(dy.shape[0], weight.in_features)
+    if dx.numel() == 0 or rows == 0:
         return dx
-    if g is None or a is None:
-        g = a = None
     budget = panel_elements(dy.device)
     row_step = min(rows, max(1, budget // CHUNK))
-    chunk_step = max(1, budget // (CHUNK * max(1, row_step)))
-    extra = 0 if a is None else a.shape[0]
-    decoder = PanelDecoder(weight, dy.dtype, row_step, min(chunk_step, chunks), extra_rows=extra)
-    a_planes = None if a is None else to_planes(a.to(dy.dtype), chunks).unflatten(1, (2, chunks, RUN))
-    dy_last = dy if g is None else torch.cat((dy[:, (rows - 1) // row_step * row_step :], g.to(dy.dtype)), dim=1)
-    row_spans = list(spans(rows, row_step))
+    chunk_step = min(chunks, max(1, budget // (CHUNK * row_step)))
+    decoder = PanelDecoder(weight, dy.dtype, row_step, chunk_step)
     for first, last in spans(chunks, chunk_step):
-        total: Tensor | None = None
-        for start, stop in row_spans:
-            panel = decoder(start, stop, first, last)
-            if stop < rows:
-                part = dy[:, start:stop] @ panel[: stop - start]
-            else:
-                if a_planes is not None:
-                    panel[stop - start :].unflatten(1, (2, -1, RUN)).copy_(a_planes[:, :, first:last])
-                part = (dy_last if len(row_spans) == 1 or g is not None else dy[:, start:stop]) @ panel
-            if len(row_spans) > 1:
-                part = part.to(decoder.wide)
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        from_planes(total, dx[:, first * CHUNK : last * CHUNK])
+        if row_step == rows:
+            total = dy @ decoder(0, rows, first, last)
+        else:
+            total = dy.new_zeros(dy.shape[0], (last - first) * CHUNK, dtype=decoder.wide)
+            for start, stop in spans(rows, row_step):
+                total += dy[:, start:stop] @ decoder(start, stop, first, last)
+        columns = dx[:, first * CHUNK : last * CHUNK]
+        columns += from_planes(total)[:, : columns.shape[1]]
     return dx
 
 
@@ -195,5 +151,5 @@ def int4_embedding_panel(ids: Tensor, weight: Int4Weight, dtype: torch.dtype) ->
     step = max(1, panel_elements(weight.device) // max(1, chunks * CHUNK))
     decoder = PanelDecoder(picked, dtype, min(step, flat.shape[0]), chunks)
     for start, stop in spans(flat.shape[0], step):
-        from_planes(decoder(start, stop, 0, chunks), out[start:stop])
+        out[start:stop] = from_planes(decoder(start, stop, 0, chunks))[:, : weight.in_features]
     return out.view(*ids.shape, weight.in_features)

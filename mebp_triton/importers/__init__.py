@@ -38,7 +38,7 @@ class Source(Protocol):
         """
 
     def read(self, name: str) -> Tensor | Int4Weight:
-        """One parameter of the bound model, by its name in ``model.named_parameters()``.
+        """One parameter of the bound model, by its name in ``model.named_parameters()``, or a buffer it has.
 
         Returns:
             A float tensor of the parameter's own shape, or an ``Int4Weight`` whose logical ``[out, in]`` is that shape.
@@ -48,7 +48,7 @@ class Source(Protocol):
         """
 
     def has(self, name: str) -> bool:
-        """Whether the bound source holds this parameter or persistent buffer."""
+        """Whether the bound source holds this parameter or persistent buffer. Only buffers may be absent."""
 
     def save_companions(self, directory: str | os.PathLike[str]) -> None:
         """Writes ``config.json``, ``generation_config.json`` and the tokenizer's files, as far as there are any."""

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from mebp_triton.kernels.layout import Int4Weight
 
-from . import check_complete, check_shape, one_line, parameter_aliases, prepare_config
+from . import check_complete, check_shape, one_line, parameter_aliases, persistent_buffers, prepare_config
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -93,10 +93,11 @@ class GgufFile:
             if entry is not None:
                 stored.setdefault(name, []).append(entry)
         aliases = parameter_aliases(model)
-        found = {name: [stored[alias] for alias in names if alias in stored] for name, names in aliases.items()}
+        wanted = {name: [name] for name in persistent_buffers(model)} | aliases
+        found = {name: [stored[alias] for alias in names if alias in stored] for name, names in wanted.items()}
         self._entries = {name: entries[0] for name, entries in found.items() if entries}
         check_complete(str(self.path), aliases, self._entries)
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def has(self, name: str) -> bool:
         return name in self._entries

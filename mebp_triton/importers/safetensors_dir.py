@@ -74,14 +74,13 @@ class SafetensorsDirectory:
             if found is not None:
                 self._keys[name] = present[found]
         check_complete(str(self.path), aliases, self._keys)
-        for key in self._keys.values():
+        for key in (self._keys[name] for name in aliases):
             entry = self._entries[key]
             if entry.dtype not in FLOATS:
                 raise ValueError(
                     f"{entry.file}: {key} is {entry.dtype}, wanted one of {FLOATS}: give the unquantised model"
                 )
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self._shapes |= {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def has(self, name: str) -> bool:
         return name in self._keys

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BartConfig,
     BertConfig,
     GPT2Config,
     LlamaConfig,
@@ -130,12 +131,43 @@ def test_prefix_is_removed_from_stored_names(tmp_path):
     assert torch.equal(source.read("norm.weight"), model.model.norm.weight)
 
 
+def test_names_that_transformers_has_changed(tmp_path):
+    """Old BERT checkpoints say gamma and beta; the table of such names is transformers' own."""
+    pytest.importorskip("transformers.conversion_mapping", reason="transformers 4 has no table of changed names")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = saved(tmp_path, BertConfig(vocab_size=48, is_decoder=True, **sizes))
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = {}
+    for key, tensor in load_file(tmp_path / "model.safetensors").items():
+        ending = ".".join(key.split(".")[-2:])
+        old[key.removesuffix(ending) + names.get(ending, ending)] = tensor
+    assert any(key.endswith("gamma") for key in old)
+    save_file(old, tmp_path / "model.safetensors")
+    assert_reads(tmp_path, model)
+
+
+def test_buffers_are_read_where_stored(tmp_path):
+    """A persistent buffer may be absent and of any dtype; one that is not persistent is never looked for."""
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.counts": torch.arange(3)}, tmp_path / "model.safetensors")
+    source = open_source(tmp_path)
+    model = on_meta(source.config)
+    model.model.register_buffer("counts", torch.zeros(3))
+    model.model.register_buffer("absent", torch.zeros(3))
+    source.bind(model)
+    assert source.has("model.counts") and source.has("model.norm.weight")
+    assert not source.has("model.absent") and not source.has("model.rotary_emb.inv_freq")
+    assert torch.equal(source.read("model.counts"), torch.arange(3))
+
+
 def test_config_names_the_class_and_no_path(tmp_path):
     saved(tmp_path)
     edit(tmp_path / "config.json", architectures=None, auto_map={"AutoModelForCausalLM": "code.Model"})
     source = open_source(tmp_path)
     assert source.config.architectures == ["LlamaForCausalLM"]
     assert type(on_meta(source.config)).__name__ == "LlamaForCausalLM"
+    assert not hasattr(source.config, "auto_map")
     assert source.description == f"safetensors directory {tmp_path.name}"
     assert str(tmp_path) not in source.config.to_json_string(use_diff=False)
 
@@ -256,7 +288,7 @@ def test_quantised_checkpoint(tmp_path, method):
     assert_refused(tmp_path, method, "not supported yet", "unquantised")
 
 
-@pytest.mark.parametrize("config", [T5Config(), BertConfig(architectures=["BertForMaskedLM"])])
+@pytest.mark.parametrize("config", [T5Config(), BartConfig(), BertConfig(architectures=["BertForMaskedLM"])])
 def test_models_of_another_kind(tmp_path, config):
     config.save_pretrained(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")

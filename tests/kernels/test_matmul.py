@@ -67,6 +67,20 @@ def test_lora_operands_are_rounded_to_the_dtype_of_x(guarded, make_weight, norma
     assert torch.equal(mixed, guarded(int4_matmul_triton, x, weight, bias, t.half(), b.half()))
 
 
+def test_rounded_once(guarded, normal, device):
+    """Bias and LoRA are added before the rounding: where they cancel the product, its low bits are left."""
+    codes = torch.randint(0, 16, (30, 64), dtype=torch.uint8)
+    weight = Int4Weight.from_codes(codes, torch.ones(1, 30, dtype=torch.float16), 64).to(device)
+    x = normal(1, 64, dtype=torch.float16)
+    product = reference.matmul(x.double(), weight)
+    assert (product - product.half()).abs().max() > 1e-3
+    opposite, one = -product.half(), torch.ones(1, 1, dtype=torch.float16, device=device)
+    by_bias = guarded(int4_matmul_triton, x, weight, opposite[0])
+    by_lora = guarded(int4_matmul_triton, x, weight, None, one, opposite.t())
+    for y in (by_bias, by_lora):
+        torch.testing.assert_close(y.double(), product + opposite.double(), rtol=1e-3, atol=1e-4)
+
+
 def test_float32_scales(check, make_weight, normal, dtype, scheme):
     check(normal(17, 130, dtype=dtype), make_weight(35, 130, 32, scheme, torch.float32))
 

@@ -60,6 +60,18 @@ def test_lora_operands_are_rounded_to_the_dtype_of_dy(guarded, make_weight, norm
     assert torch.equal(mixed, guarded(int4_matmul_dx_triton, dy, weight, g.half(), a.half()))
 
 
+def test_rounded_once(guarded, normal, device):
+    """LoRA is added before the rounding: where it cancels the product, the product's low bits are left."""
+    codes = torch.randint(0, 16, (30, 64), dtype=torch.uint8)
+    weight = Int4Weight.from_codes(codes, torch.ones(1, 30, dtype=torch.float16), 64).to(device)
+    dy = normal(1, 30, dtype=torch.float16)
+    product = reference.matmul_dx(dy.double(), weight)
+    assert (product - product.half()).abs().max() > 1e-3
+    opposite, one = -product.half(), torch.ones(1, 1, dtype=torch.float16, device=device)
+    dx = guarded(int4_matmul_dx_triton, dy, weight, one, opposite)
+    torch.testing.assert_close(dx.double(), product + opposite.double(), rtol=1e-3, atol=1e-4)
+
+
 def test_float32_scales(check, make_weight, normal, dtype, scheme):
     check(normal(17, 35, dtype=dtype), make_weight(35, 130, 32, scheme, torch.float32))
 
