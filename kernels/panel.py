@@ -113,25 +113,30 @@ def int4_matmul_dx_panel(dy: Tensor, weight: Int4Weight, g: Tensor | None = None
     panel is N cut too; the partial sums are then added in float32 or wider.
     """
     rows, chunks = weight.out_features, weight.packed.shape[1] // RUN
-    if g is not None and a is not None:
-        dx = g.to(dy.dtype) @ a.to(dy.dtype)
-    else:
-        dx = dy.new_zeros(dy.shape[0], weight.in_features)
-    if dx.numel() == 0 or rows == 0:
+    dx = dy.new_zeros(dy.shape[0], weight.in_features)
+    if dx.numel() == 0:
         return dx
     budget = panel_elements(dy.device)
-    row_step = min(rows, max(1, budget // CHUNK))
+    row_step = max(1, min(rows, budget // CHUNK))
     chunk_step = min(chunks, max(1, budget // (CHUNK * row_step)))
     decoder = PanelDecoder(weight, dy.dtype, row_step, chunk_step)
+    one_reduction = row_step >= rows
+    if g is not None and a is not None:
+        g, a = g.to(dy.dtype), torch.nn.functional.pad(a.to(dy.dtype), (0, chunks * CHUNK - weight.in_features))
     for first, last in spans(chunks, chunk_step):
-        if row_step == rows:
-            total = dy @ decoder(0, rows, first, last)
+        columns = slice(first * CHUNK, last * CHUNK)
+        if g is not None and a is not None:
+            total = g @ to_planes(a[:, columns], last - first)
         else:
-            total = dy.new_zeros(dy.shape[0], (last - first) * CHUNK, dtype=decoder.wide)
-            for start, stop in spans(rows, row_step):
-                total += dy[:, start:stop] @ decoder(start, stop, first, last)
-        columns = dx[:, first * CHUNK : last * CHUNK]
-        columns += from_planes(total)[:, : columns.shape[1]]
+            total = dy.new_zeros(dy.shape[0], (last - first) * CHUNK)
+        total = total if one_reduction else total.to(decoder.wide)
+        for start, stop in spans(rows, row_step):
+            panel = decoder(start, stop, first, last)
+            if one_reduction:
+                total.addmm_(dy, panel)
+            else:
+                total += dy[:, start:stop] @ panel
+        dx[:, columns] = from_planes(total)[:, : dx.shape[1] - columns.start]
     return dx
 
 

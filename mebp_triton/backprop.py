@@ -17,6 +17,9 @@ identity   ``dX = dY``; nothing read, recomputed none
 ========== ===================================== ==============================
 
 A block whose input needs no gradient, and that is not trained, has no backward at all.
+
+A recompute makes what the gradients need, and no gradient needs the output of the block's last linear layer where only
+additions follow it. That product is left out; see ``_TailSkip``.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.cache_utils import Cache
 
+from .lora import Int4LoRALinear
 from .stores.checkpoints import Checkpoint, CheckpointStore, DeviceCheckpoints
 
 Treatment = Literal["train", "exact", "identity"]
@@ -73,11 +77,11 @@ class BlockEngine:
         self.treatment: Callable[[int], Treatment] = lambda index: "train"
         self.observer: Callable[[Event, int], None] = lambda event, index: None
         self.counters = Counters()
-        self._originals: list[Callable[..., Any]] = []
+        self.tails = [_TailSkip(block) for block in self.blocks]
         for index, block in enumerate(self.blocks):
             original = block.forward
-            self._originals.append(original)
-            block.forward = functools.wraps(original)(functools.partial(self._run, index, original))  # type: ignore[method-assign]
+            wrapped = functools.wraps(original)(functools.partial(self._run, index, original))
+            block.forward = wrapped  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Gives every block its own forward back."""
@@ -213,10 +217,8 @@ class _BlockRun:
         inputs = [leaves[place] for place in self.moving] + self.parameters
         wanted = [item for item, need in zip(inputs, needed, strict=True) if need]
         args, kwargs = tree_unflatten(leaves, self.spec)
-        random = self.random.replayed() if self.random is not None else nullcontext()
         with self.engine.pages[self.index], torch.enable_grad(), _only_trainable(self):
-            with random, torch.autocast(**self.autocast):
-                output = self.original(*args, **kwargs)
+            output = self.engine.tails[self.index].run(lambda: self._recompute(args, kwargs))
             outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
             found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
@@ -224,6 +226,69 @@ class _BlockRun:
         self.engine.observer("backward", self.index)
         given = iter(found)
         return [next(given) if need else None for need in needed]
+
+    def _recompute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        random = self.random.replayed() if self.random is not None else nullcontext()
+        with random, torch.autocast(**self.autocast):
+            return self.original(*args, **kwargs)
+
+
+class _TailSkip:
+    """Leaves out the product of a block's last linear layer in recomputes, where no gradient depends on it.
+
+    The first recompute finds out which layer comes last. From then on its output is NaN, not computed, and nothing
+    after it may be saved for the backward pass: whatever has a gradient that depends on the value would be. If
+    something is (a norm or an activation after it, a dropout mask), the recompute is done again in full, and for this
+    block always will be.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.layers = [module for module in block.modules() if isinstance(module, Int4LoRALinear)]
+        self.layer: Int4LoRALinear | None = None
+        self.settled = False
+
+    def run(self, recompute: Callable[[], Any]) -> Any:
+        if not self.settled:
+            return self._find(recompute)
+        if self.layer is None or (self.layer.training and self.layer.lora_dropout.p > 0):
+            return recompute()
+        saved: list[torch.Size] = []
+        entered: list[torch.autograd.graph.saved_tensors_hooks] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            saved.append(tensor.shape)
+            return tensor
+
+        def after(*_: Any) -> None:
+            entered.append(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
+            entered[-1].__enter__()
+
+        hook = self.layer.register_forward_hook(after)
+        self.layer.output_unused = True
+        try:
+            output = recompute()
+        finally:
+            self.layer.output_unused = False
+            hook.remove()
+            for context in reversed(entered):
+                context.__exit__(None, None, None)
+        if saved or len(entered) != 1:
+            self.layer = None
+            return recompute()
+        return output
+
+    def _find(self, recompute: Callable[[], Any]) -> Any:
+        called: list[Int4LoRALinear] = []
+        hooks = [layer.register_forward_hook(lambda module, *_: called.append(module)) for layer in self.layers]
+        try:
+            output = recompute()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.settled = True
+        if called and called.count(called[-1]) == 1:
+            self.layer = called[-1]
+        return output
 
 
 _TENSOR = object()

@@ -86,37 +86,44 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync_file(file)
-        sync_directory(temporary)
-        os.chmod(temporary, 0o777 & ~_umask())
+        _finish_directory(temporary)
         os.replace(temporary, path)
         sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _finish_directory(directory: Path) -> None:
+    """Syncs everything in a temporary directory, and gives it the mode that a new directory has."""
+    for entry in directory.rglob("*"):
+        if entry.is_dir():
+            sync_directory(entry)
+        elif entry.is_file():
+            sync_file(entry)
+    sync_directory(directory)
+    os.chmod(directory, 0o777 & ~_umask())
+
+
 def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` fills a new directory that then takes ``path``'s place; the old one is kept until the new one is whole.
 
-    A crash between the two renames leaves the old one as ``<name>.old``; ``recover_directory`` puts it back.
+    A crash between the two renames leaves the old one as ``<name>.old``; ``recover_directory`` puts it back. An error
+    there puts it back at once.
     """
     old = path.with_name(path.name + ".old")
     recover_directory(path)
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
     try:
         write(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync_file(file)
-        sync_directory(temporary)
+        _finish_directory(temporary)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
         sync_directory(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -241,7 +248,7 @@ class Slot:
 
     def __init__(self, mapping: mmap.mmap, size: int) -> None:
         self._map = mapping
-        self.bytes: Tensor = torch.frombuffer(mapping, dtype=torch.uint8, count=size) if size else torch.empty(0)
+        self.bytes: Tensor = torch.frombuffer(mapping, dtype=torch.uint8)[:size]
 
     def drop(self) -> None:
         """Gives the resident pages back; what was written stays in the file."""

@@ -1,7 +1,7 @@
 """LoRA over an int4 weight: the autograd function and the layers.
 
 ``Y = X·Wᵀ + bias + s·(X·Aᵀ)·Bᵀ``; backward, with ``g = s·dY·B``: ``dX = dY·W + g·A``, ``dA = gᵀ·X``,
-``dB = s·dYᵀ·(X·Aᵀ)``. Nothing of size ``[N, K]`` is allocated; ``X·Aᵀ`` ``[M, R]`` is recomputed in backward.
+``dB = s·dYᵀ·(X·Aᵀ)``. Nothing of size ``[N, K]`` is allocated; ``s·X·Aᵀ`` ``[M, R]`` is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -139,29 +139,28 @@ class _Int4LoRAFunction(torch.autograd.Function):
         lora_b: Tensor,
         scaling: float,
         backend: str,
+        output_unused: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, bias, lora_a, lora_b)
-        ctx.weight, ctx.scaling, ctx.backend = weight, scaling, backend
         t = (x @ lora_a.to(x.dtype).t()).mul_(scaling)  # [..., R]
+        ctx.save_for_backward(x, bias, lora_a, lora_b, t)
+        ctx.weight, ctx.scaling, ctx.backend = weight, scaling, backend
+        if output_unused:
+            return x.new_full((*x.shape[:-1], weight.out_features), float("nan"))
         return int4_matmul(x, weight, bias, t, lora_b, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias, lora_a, lora_b = ctx.saved_tensors
-        need_x, _, need_bias, need_a, need_b, _, _ = ctx.needs_input_grad
+        x, bias, lora_a, lora_b, t = ctx.saved_tensors
+        need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         dtype = x.dtype
         dy = dy.to(dtype)
         g = (dy @ lora_b.to(dtype)).mul_(ctx.scaling) if need_x or need_a else None  # [..., R]
         dx = int4_matmul_dx(dy, ctx.weight, g, lora_a, ctx.backend) if need_x else None
         da = _reduce_tokens(g, x, lora_a.dtype) if need_a and g is not None else None
-        db = dbias = None
-        if need_b:
-            t = (x @ lora_a.to(dtype).t()).mul_(ctx.scaling)
-            db = _reduce_tokens(dy, t, lora_b.dtype)
-        if need_bias:
-            dbias = dy.flatten(0, -2).sum(0, dtype=_wide(bias.dtype)).to(bias.dtype)
-        return dx, None, dbias, da, db, None, None
+        db = _reduce_tokens(dy, t, lora_b.dtype) if need_b else None
+        dbias = dy.flatten(0, -2).sum(0, dtype=_wide(bias.dtype)).to(bias.dtype) if need_bias else None
+        return dx, None, dbias, da, db, None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -182,6 +181,7 @@ def int4_lora_linear(
     lora_b: Tensor,
     scaling: float,
     backend: str = "auto",
+    output_unused: bool = False,
 ) -> Tensor:
     """``Y = X·Wᵀ + bias + scaling·(X·Aᵀ)·Bᵀ``, differentiable in x, bias, lora_a and lora_b.
 
@@ -189,13 +189,14 @@ def int4_lora_linear(
         x: ``[..., K]``; under autocast it is cast to the autocast dtype.
         weight: ``[N, K]``. bias: ``[N]``.
         lora_a: ``[R, K]``. lora_b: ``[N, R]``. Their gradients come in their own dtype, accumulated in float32.
+        output_unused: only the gradients are wanted; the output is not computed and is NaN throughout.
 
     Returns:
         ``[..., N]`` in x's dtype.
     """
     x = autocast_input(x)
     with torch.autocast(x.device.type, enabled=False):
-        return _Int4LoRAFunction.apply(x, weight, bias, lora_a, lora_b, scaling, backend)
+        return _Int4LoRAFunction.apply(x, weight, bias, lora_a, lora_b, scaling, backend, output_unused)
 
 
 def autocast_input(x: Tensor) -> Tensor:
@@ -302,9 +303,11 @@ class Int4LoRALinear(Int4Linear):
 
     Attributes:
         fan_in_fan_out: the float layer kept its weight as ``[in, out]``; only who merges the adapter needs to know.
+        output_unused: see ``int4_lora_linear``.
     """
 
     fan_in_fan_out = False
+    output_unused = False
 
     def __init__(
         self,
@@ -330,11 +333,12 @@ class Int4LoRALinear(Int4Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.lora_dropout.p > 0:
-            # The two branches see different inputs, so the LoRA one runs by itself.
+            # The two branches see different inputs, so the LoRA one has its own operations.
             x = autocast_input(x)
             t = (self.lora_dropout(x) @ self.lora_A.to(x.dtype).t()) * self.scaling
             return int4_matmul(x, self.int4(), self.bias, t, self.lora_B, self.backend)
-        return int4_lora_linear(x, self.int4(), self.bias, self.lora_A, self.lora_B, self.scaling, self.backend)
+        weight, unused = self.int4(), self.output_unused
+        return int4_lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.backend, unused)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.lora_A.shape[0]}"

@@ -6,7 +6,6 @@ reading the weights.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -26,6 +25,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 HEADER_LIMIT = 1 << 26
+# What looking into JSON of another form than expected raises.
+MALFORMED = (KeyError, TypeError, AttributeError, ValueError)
 DTYPES = {
     "U8": torch.uint8,
     "F16": torch.float16,
@@ -146,37 +147,53 @@ class Store:
         manifest = files.read_json(self.directory / MANIFEST)
         try:
             self._read_manifest(manifest)
-        except (KeyError, TypeError, AttributeError) as error:
+        except FileError:
+            raise
+        except MALFORMED as error:
             raise FileError(
                 f"{self.directory / MANIFEST} is malformed: {type(error).__name__}: {error}; quantize the model again"
             ) from None
 
     def _read_manifest(self, manifest: dict[str, Any]) -> None:
         where = self.directory / MANIFEST
-        for key, wanted in (("format", FORMAT), ("format_version", FORMAT_VERSION), ("layout", LAYOUT)):
-            if manifest[key] != wanted:
+        expected = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "layout": LAYOUT,
+            "checksum_chunk_bytes": files.CHECKSUM_CHUNK,
+        }
+        for key, wanted in expected.items():
+            if type(manifest[key]) is not type(wanted) or manifest[key] != wanted:
                 raise FileError(f"{where}: {key} is {manifest[key]!r}, this version reads {wanted!r}")
-        if manifest["checksum_chunk_bytes"] != files.CHECKSUM_CHUNK:
-            raise FileError(f"{where}: checksum_chunk_bytes must be {files.CHECKSUM_CHUNK}")
         self.source: str = str(manifest["source"])
-        self.tied_head: bool = manifest["tied_head"] is True
+        self.tied_head: bool = manifest["tied_head"]
+        if type(self.tied_head) is not bool:
+            raise FileError(f"{where}: tied_head is {self.tied_head!r}, wanted true or false")
         self.files: dict[str, StoreFile] = {}
         for name, entry in manifest["files"].items():
-            if os.path.basename(name) != name or not name.endswith(".safetensors"):
+            if set(name) & set("/\0") or not name.endswith(".safetensors"):
                 raise FileError(f"{where}: {name!r} is not a plain file name")
             size, crc32 = entry["bytes"], entry["crc32"]
-            if type(size) is not int or size < 8 or len(crc32) != -(-size // files.CHECKSUM_CHUNK):
+            whole = type(size) is int and size >= 8 and len(crc32) == -(-size // files.CHECKSUM_CHUNK)
+            if not whole or any(type(checksum) is not int for checksum in crc32):
                 raise FileError(f"{where}: size or checksums of {name} are malformed")
             self.files[name] = StoreFile(self.directory / name, size, crc32)
-        self.matrices = {name: _matrix_info(name, entry) for name, entry in manifest["matrices"].items()}
+        self.matrices = {name: _matrix_info(where, name, entry) for name, entry in manifest["matrices"].items()}
         self.floats: dict[str, str] = dict(manifest["floats"])
-        for name, info in self.matrices.items():
-            self._check_matrix(name, info)
+        named = {
+            (info.file, tensor) for name, info in self.matrices.items() for tensor in self._check_matrix(name, info)
+        }
         for name, file in self.floats.items():
             if name not in self.files[file].entries:
                 raise FileError(f"{where}: {file} has no tensor {name}")
+            named.add((file, name))
+        for file, opened in self.files.items():
+            for name in opened.entries:
+                if (file, name) not in named:
+                    raise FileError(f"{self.directory / file}: tensor {name} is not in {MANIFEST}")
 
-    def _check_matrix(self, name: str, info: MatrixInfo) -> None:
+    def _check_matrix(self, name: str, info: MatrixInfo) -> list[str]:
+        """The tensors of a matrix, all there."""
         rows, columns = info.shape
         groups = (group_count(columns, info.group_size), rows)
         scale = DTYPES[info.scale_dtype]
@@ -196,6 +213,7 @@ class Store:
                     f"{self.directory / info.file}: tensor {name}.{part} should be {dtype} {shape}, "
                     f"found {'nothing' if found is None else f'{found[0]} {found[1]}'}"
                 )
+        return [f"{name}.{part}" for part in wanted]
 
     def weight(self, name: str, source: Tensor | None = None) -> Int4Weight:
         """The int4 matrix of module ``name`` as views, see ``StoreFile.tensor``."""
@@ -226,12 +244,13 @@ class Store:
             file.mapped.drop()
 
 
-def _matrix_info(name: str, entry: dict[str, Any]) -> MatrixInfo:
+def _matrix_info(where: Path, name: str, entry: dict[str, Any]) -> MatrixInfo:
     rows, columns = entry["shape"]
     info = MatrixInfo(**{**entry, "shape": (rows, columns)})
-    sizes_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
-    if info.scheme not in SCHEMES or info.group_size not in GROUP_SIZES or not sizes_fit:
-        raise FileError(f"{MANIFEST}: matrix {name} has scheme {info.scheme!r}, G {info.group_size!r}, {info.shape}")
+    numbers_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
+    numbers_fit &= type(info.relative_error) in (int, float)
+    if info.scheme not in SCHEMES or info.group_size not in GROUP_SIZES or not numbers_fit:
+        raise FileError(f"{where}: matrix {name} is malformed: {entry!r:.300}")
     return info
 
 
@@ -250,17 +269,13 @@ def _read_header(path: Path, mapped: MappedFile) -> tuple[int, dict[str, Entry]]
             raise FileError(f"{path}: header length {length} does not fit a file of {mapped.size} bytes")
         header = files.parse_json(bytes(view[8 : 8 + length]), f"header of {path}")
     start = 8 + length
-    entries: dict[str, Entry] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, (begin, end) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-        numbers = [begin, end, *shape]
-        if dtype is None or any(type(number) is not int or number < 0 for number in numbers):
-            raise FileError(f"{path}: tensor {name} has a malformed header entry")
-        if end - begin != prod(shape) * dtype.itemsize or end > mapped.size - start or (start + begin) % dtype.itemsize:
+    if not isinstance(header, dict):
+        raise FileError(f"{path}: its header is a {type(header).__name__}, wanted an object")
+    entries = {name: _entry(path, name, entry) for name, entry in header.items() if name != "__metadata__"}
+    for name, (dtype, shape, begin, end) in entries.items():
+        aligned = start % dtype.itemsize == 0 and begin % dtype.itemsize == 0  # in the file, and in a copy of its data
+        if end - begin != prod(shape) * dtype.itemsize or end > mapped.size - start or not aligned:
             raise FileError(f"{path}: tensor {name} does not lie within the file as its header says")
-        entries[name] = (dtype, tuple(shape), begin, end)
     edge = 0
     for begin, end in sorted(entry[2:] for entry in entries.values()):
         if begin != edge:
@@ -269,3 +284,13 @@ def _read_header(path: Path, mapped: MappedFile) -> tuple[int, dict[str, Entry]]
     if edge != mapped.size - start:
         raise FileError(f"{path}: {mapped.size - start - edge} bytes after the last tensor")
     return start, entries
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any]) -> Entry:
+    try:
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if isinstance(shape, list) and all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+            return dtype, tuple(shape), begin, end
+    except MALFORMED:
+        pass
+    raise FileError(f"{path}: tensor {name} has a malformed header entry {entry!r:.100}")

@@ -1,0 +1,479 @@
+"""Every file operation made to fail, and the process made to die, at every n: the old state or the new one is left."""
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import stat
+import tempfile
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from mebp_triton import files
+from mebp_triton.files import (
+    TEMPORARY_PREFIX,
+    FileError,
+    MappedFile,
+    ScratchFile,
+    atomic_directory,
+    atomic_path,
+    check_absent,
+    checksums,
+    parse_json,
+    read_bytes,
+    read_json,
+    recover_directory,
+    replace_directory,
+    write_bytes,
+    write_json,
+)
+
+# What the module is allowed to call on the way to a finished file.
+OPERATIONS = [
+    (os, "replace"),
+    (os, "fsync"),
+    (os, "chmod"),
+    (os, "open"),
+    (tempfile, "mkstemp"),
+    (tempfile, "mkdtemp"),
+    (Path, "write_bytes"),
+]
+
+
+class Full(OSError):
+    pass
+
+
+class Operations:
+    """Counts the operations above; the n-th does ``what`` instead."""
+
+    def __init__(self, monkeypatch, fail_at, what):
+        self.count, self.fail_at, self.what = 0, fail_at, what
+        for owner, name in OPERATIONS:
+            monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name)))
+
+    def wrap(self, original):
+        def operation(*args, **kwargs):
+            self.count += 1
+            if self.count == self.fail_at:
+                self.what(args)
+            return original(*args, **kwargs)
+
+        return operation
+
+
+def full(args):
+    raise Full(28, "No space left on device")
+
+
+def half_written(args):
+    """A write that stops in the middle, as a full disk does it."""
+    if len(args) == 2 and isinstance(args[1], bytes):
+        with open(args[0], "wb") as file:
+            file.write(args[1][: len(args[1]) // 2])
+    raise Full(28, "No space left on device")
+
+
+def tree(root):
+    """Every path below ``root`` and what it holds."""
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))
+    }
+
+
+def no_temporaries(root):
+    assert not [path for path in root.rglob("*") if path.name.startswith(TEMPORARY_PREFIX)]
+
+
+# --- the three ways to write: each with its old state, what it does, and its new state -------------------------------
+
+
+def file_before(root):
+    (root / "value.json").write_text("old")
+
+
+def file_write(root):
+    write_bytes(root / "value.json", b"new value")
+
+
+def directory_before(root):
+    pass
+
+
+def directory_write(root):
+    with atomic_directory(root / "store") as temporary:
+        write_bytes(temporary / "a", b"first")
+        (temporary / "b").write_bytes(b"second")
+
+
+def replaced_before(root):
+    (root / "checkpoint").mkdir()
+    (root / "checkpoint" / "state").write_text("old")
+
+
+def replaced_write(root):
+    def write(directory):
+        write_bytes(directory / "state", b"new")
+        write_json(directory / "more.json", {"step": 2})
+
+    replace_directory(root / "checkpoint", write)
+
+
+WAYS = {
+    "file": (file_before, file_write),
+    "directory": (directory_before, directory_write),
+    "replaced": (replaced_before, replaced_write),
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, tmp_path):
+    before, write = WAYS[request.param]
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    before(finished)
+    old = tree(finished)
+    write(finished)
+    root = tmp_path / "tried"
+    root.mkdir()
+    before(root)
+    return root, old, tree(finished), write
+
+
+def attempts(way, monkeypatch, what):
+    """Runs the write with the n-th operation failing, for every n; yields the directory after each failure."""
+    root, _, _, write = way
+    for n in range(1, 100):
+        shutil.copytree(root, root.with_name(f"try-{n}"))
+        place = root.with_name(f"try-{n}")
+        with monkeypatch.context() as patch:
+            operations = Operations(patch, n, what)
+            with contextlib.suppress(Full):
+                write(place)
+        if operations.count < n:
+            assert n > 5, "the operations are not the module's any more"
+            return
+        yield n, place
+    raise AssertionError("never finished")
+
+
+@pytest.mark.parametrize("what", [full, half_written])
+def test_failing_at_any_operation_leaves_old_or_new(way, monkeypatch, what):
+    _, old, new, _ = way
+    seen = []
+    for n, place in attempts(way, monkeypatch, what):
+        no_temporaries(place)
+        # Only a directory whose last sync failed has its predecessor kept beside it.
+        left = {name: value for name, value in tree(place).items() if ".old" not in name}
+        assert left in (old, new), f"operation {n}"
+        seen.append(left == new)
+        recover_directory(place / "checkpoint")
+        assert tree(place) == left
+    assert seen == sorted(seen), "old again after new"
+    assert not seen[0]
+
+
+def test_a_failed_write_can_be_tried_again(way, monkeypatch):
+    _, _, new, write = way
+    for _, place in attempts(way, monkeypatch, full):
+        shutil.rmtree(place / "store", ignore_errors=True)  # a new directory may have appeared: that one refuses
+        write(place)
+        assert tree(place) == new
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_dying_at_any_operation_leaves_old_or_new(way, monkeypatch):
+    root, old, new, write = way
+    reached_the_end = False
+    for n in range(1, 100):
+        place = root.with_name(f"died-{n}")
+        shutil.copytree(root, place)
+        child = os.fork()
+        if child == 0:
+            Operations(monkeypatch, n, lambda args: os._exit(7))
+            try:
+                write(place)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(status) == 0:
+            reached_the_end = True
+            break
+        recover_directory(place / "checkpoint")
+        left = {
+            name: value for name, value in tree(place).items() if not name.split("/")[0].startswith(TEMPORARY_PREFIX)
+        }
+        assert left in (old, new), f"operation {n}"
+        if left == old:  # temporaries of the dead process are in nobody's way
+            write(place)
+            assert new.items() <= tree(place).items()
+    assert reached_the_end and n > 5
+
+
+def test_an_error_in_the_block_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        1 / 0  # noqa: B018
+    assert tree(tmp_path) == {"file": b"old"}
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "store") as temporary:
+        (temporary / "file").write_text("half")
+        1 / 0  # noqa: B018
+    assert tree(tmp_path) == {"file": b"old"}
+
+    def write(directory):
+        (directory / "file").write_text("half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        replace_directory(tmp_path / "checkpoint", write)
+    assert tree(tmp_path) == {"file": b"old", "checkpoint": None}
+
+
+def test_data_is_synced_before_the_rename_and_the_directory_after_it(tmp_path, monkeypatch):
+    log = []
+    real_replace, real_fsync = os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda a, b: (log.append(f"rename {Path(b).name}"), real_replace(a, b)))
+
+    def fsync(handle):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        log.append("sync directory" if path.is_dir() else f"sync {path.stat().st_size}")
+        real_fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_bytes(tmp_path / "a", b"12345")
+    assert log == ["sync 5", "rename a", "sync directory"]
+    log.clear()
+    with atomic_directory(tmp_path / "d") as temporary:
+        (temporary / "x").write_bytes(b"123")
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "y").write_bytes(b"1")
+    rename = log.index("rename d")
+    assert {"sync 3", "sync 1", "sync directory"} <= set(log[:rename])
+    assert log[:rename].count("sync directory") == 2, "a sub-directory's entries are not synced"
+    assert log[rename + 1 :] == ["sync directory"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_permissions_follow_the_umask(tmp_path, mask):
+    previous = os.umask(mask)
+    try:
+        write_bytes(tmp_path / "file", b"x")
+        with atomic_directory(tmp_path / "store"):
+            pass
+        replace_directory(tmp_path / "checkpoint", lambda directory: None)
+    finally:
+        os.umask(previous)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"file": 0o666 & ~mask, "store": 0o777 & ~mask, "checkpoint": 0o777 & ~mask}
+
+
+def test_saving_over_a_mapped_file_leaves_the_map_alone(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * 5000)
+    mapped = MappedFile(path, 5000)
+    write_bytes(path, b"b" * 10)
+    assert set(mapped.bytes.tolist()) == {ord("a")}
+    mapped.check()
+
+
+# --- directories ----------------------------------------------------------------------------------------------------
+
+
+def test_recover_directory(tmp_path):
+    path, old = tmp_path / "checkpoint", tmp_path / "checkpoint.old"
+    recover_directory(path)
+    assert not path.exists()
+    old.mkdir()
+    (old / "state").write_text("old")
+    recover_directory(path)  # died between the two renames
+    assert tree(tmp_path) == {"checkpoint": None, "checkpoint/state": b"old"}
+    old.mkdir()
+    recover_directory(path)  # died after the second
+    assert tree(tmp_path) == {"checkpoint": None, "checkpoint/state": b"old"}
+
+
+def test_check_absent(tmp_path):
+    check_absent(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    check_absent(tmp_path / "empty")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    for used in (tmp_path / "full", tmp_path / "full" / "x"):
+        with pytest.raises(FileError, match="exists already"):
+            check_absent(used)
+        with pytest.raises(FileError, match="exists already"), atomic_directory(used):
+            pass
+    assert tree(tmp_path) == {"empty": None, "full": None, "full/x": b""}
+
+
+def test_an_atomic_directory_takes_an_empty_ones_place(tmp_path):
+    (tmp_path / "store").mkdir()
+    with atomic_directory(tmp_path / "store") as temporary:
+        (temporary / "x").touch()
+    with atomic_directory(tmp_path / "deep" / "er"):
+        pass
+    assert tree(tmp_path) == {"store": None, "store/x": b"", "deep": None, "deep/er": None}
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1, "a": 2}',
+        '{"x": {"a": 1, "b": 2, "a": 1}}',
+        "[NaN]",
+        "[Infinity]",
+        "[-Infinity]",
+        "{",
+        "",
+        "'a'",
+        "[1,]",
+        "[" * 100_000,
+        '{"a":' * 50_000,
+        b"\xff\xfe\x00",
+        "1" * 10_000,
+    ],
+)
+def test_strict_json(text, tmp_path):
+    with pytest.raises(FileError, match="thing is not valid JSON") as caught:
+        parse_json(text, "thing")
+    assert len(str(caught.value)) < 1000
+    path = tmp_path / "value.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(FileError, match="value.json"):
+        read_json(path)
+
+
+def test_json_round_trip(tmp_path):
+    value = {"a": [1, 2.5, None, True, "ä"], "b": {}}
+    write_json(tmp_path / "value.json", value)
+    assert read_json(tmp_path / "value.json") == value
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "value.json", {"loss": float("nan")})
+    assert read_json(tmp_path / "value.json") == value
+    no_temporaries(tmp_path)
+
+
+# --- what may be opened ---------------------------------------------------------------------------------------------
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for name, problem in (
+        ("fifo", "not a regular file"),
+        (".", "not a regular file"),
+        ("nothing", "does not exist"),
+        ("file/below", "does not exist"),
+        ("dangling", "does not exist"),
+    ):
+        for use in (read_bytes, read_json, files.check_regular, lambda path: MappedFile(path, 1)):
+            with pytest.raises(FileError, match=problem):
+                use(tmp_path / name)  # a FIFO would block for ever
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 1 << 40)
+    with pytest.raises(FileError, match="more than"):
+        read_json(tmp_path / "huge")
+
+
+def test_checksums():
+    data = bytes(range(256)) * 3
+    assert checksums(data, 300) == [zlib.crc32(data[:300]), zlib.crc32(data[300:600]), zlib.crc32(data[600:])]
+    assert checksums(b"") == []
+    assert len(checksums(bytes(files.CHECKSUM_CHUNK + 1))) == 2
+
+
+# --- mapped files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4097])
+def test_a_mapped_file_must_have_its_size(tmp_path, size):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4096))
+    with pytest.raises(FileError, match=f"has 4096 bytes and should have {size}"):
+        MappedFile(path, size)
+
+
+def test_a_mapped_file_notices_that_it_shrank(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 64)
+    mapped = MappedFile(path, 16384)
+    mapped.check()
+    os.truncate(path, 100)  # reading bytes 4096.. now would end the process
+    with pytest.raises(FileError, match="cut short"):
+        mapped.check()
+
+
+def test_a_mapped_file_reads_again_after_drop_and_never_writes(tmp_path):
+    path = tmp_path / "file"
+    content = os.urandom(3 * mmap.PAGESIZE + 17)
+    path.write_bytes(content)
+    mapped = MappedFile(path, len(content))
+    assert bytes(mapped.bytes.numpy()) == content
+    mapped.drop()
+    assert bytes(mapped.bytes.numpy()) == content
+    mapped.bytes.zero_()
+    assert path.read_bytes() == content
+    mapped.drop()
+    assert bytes(mapped.view()) == content
+
+
+# --- scratch --------------------------------------------------------------------------------------------------------
+
+
+def test_scratch_slots_are_separate_zero_and_survive_drop(tmp_path):
+    scratch = ScratchFile(tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == [], "a scratch file has a name, so it would outlive the process"
+    sizes = [1, 4096, 5000, 0, 3 * mmap.ALLOCATIONGRANULARITY]
+    slots = [scratch.slot(size) for size in sizes]
+    for number, (slot, size) in enumerate(zip(slots, sizes, strict=True)):
+        assert slot.bytes.dtype == torch.uint8 and slot.bytes.shape == (size,)
+        assert not slot.bytes.any()
+        slot.bytes.fill_(number + 1)
+        slot.drop()
+    for number, slot in enumerate(slots):
+        assert (slot.bytes == number + 1).all()
+
+
+def test_a_full_disk_is_an_error_when_the_slot_is_made(tmp_path, monkeypatch):
+    scratch = ScratchFile(tmp_path)
+    slot = scratch.slot(10)
+    taken = []
+
+    def no_space(handle, offset, length):
+        taken.append((offset, length))
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", no_space)
+        with pytest.raises(OSError, match="No space"):
+            scratch.slot(5000)
+    page = mmap.ALLOCATIONGRANULARITY
+    assert taken == [(page, -(-5000 // page) * page)]
+    scratch.slot(5000).bytes.fill_(7)  # the failed one left no hole
+    assert not slot.bytes.any()
+
+
+def test_slots_are_really_allocated(tmp_path):
+    scratch = ScratchFile(tmp_path)
+    scratch.slot(1 << 20)
+    assert os.fstat(scratch._file.fileno()).st_blocks * 512 >= 1 << 20, "a sparse map dies of SIGBUS on a full disk"
+
+
+def test_append_line(tmp_path):
+    for step in range(2):
+        files.append_line(tmp_path / "log", json.dumps({"step": step}))
+    assert (tmp_path / "log").read_text() == '{"step": 0}\n{"step": 1}\n'
