@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import adapter, files
-from .config import TrainConfig, read_config_file
+from .config import TrainConfig, read_config_file, resolve_device
 from .convert import QuantizeReport, quantize
 from .data import load_data
 from .evaluate import evaluate
@@ -242,7 +242,7 @@ def _check_length(store: Path, max_length: int) -> None:
 
 def load_for_inference(store: Path, arguments: argparse.Namespace) -> Any:
     """The model with its adapter, weights where inference wants them."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(arguments.device)
     dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
     lora = adapter.read_adapter_config(arguments.adapter) if arguments.adapter else None
     model = load(

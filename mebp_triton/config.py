@@ -5,8 +5,10 @@ Names and meanings are those of transformers, TRL and PEFT where they have one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -73,16 +75,24 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        for name in ("learning_rate", "mezo_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 < self.selected_ratio <= 1:
             raise ValueError(f"selected_ratio must lie in (0, 1], got {self.selected_ratio}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+        if self.seed >= 1 << 63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
         if self.optim == "mezo" and self.selection_mode != "full":
             raise ValueError(f"selection_mode {self.selection_mode!r} needs gradients, and optim 'mezo' makes none")
 
     def resolved(self) -> TrainConfig:
         """With the defaults that depend on the machine filled in."""
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = resolve_device(self.device)
         place: Residency = "file" if device == "cpu" else "device"
         return dataclasses.replace(
             self,
@@ -99,6 +109,19 @@ class TrainConfig:
         names = [name.strip() for name in text.split(",")]
         plain = all(name.replace(".", "").replace("_", "").isalnum() for name in names)
         return names if plain and text != "all-linear" else text
+
+
+def resolve_device(name: str | None) -> str:
+    """``name``, or a GPU if there is one and otherwise the CPU. ValueError for a device that is not here."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} GPUs")
+    return name
 
 
 _LEAST = {
@@ -141,19 +164,25 @@ def read_config_file(path: Path | str) -> dict[str, Any]:
         ValueError: unreadable, or a key that is no setting (the nearest one is named).
     """
     path = Path(path)
-    text = files.read_bytes(path).decode()
+    data = files.read_bytes(path)
     try:
-        values = files.parse_json(text, str(path)) if path.suffix == ".json" else yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = files.parse_json(data, str(path)) if path.suffix == ".json" else yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold settings by name, got {type(values).__name__}")
     known = [item.name for item in dataclasses.fields(TrainConfig)]
-    settings = {}
+    kinds = get_type_hints(TrainConfig)
+    settings: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(f"{path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if name in settings:
+            raise ValueError(f"{path}: setting {name!r} stands twice")
+        if kinds[name] is float and isinstance(value, str):  # YAML 1.1 takes 2e-4 for a word
+            with contextlib.suppress(ValueError):
+                value = float(value)
         settings[name] = value
     return settings

@@ -44,7 +44,7 @@ def evaluate(
             batch = collate([data[place]], pad_token_id=0)
             output = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
             counted = model.mebp.loss.statistics
-            loss += float(output.loss) * counted.tokens
+            loss += output.loss.item() * counted.tokens
             correct += counted.correct
             tokens += counted.tokens
             progress(done + 1, len(places))

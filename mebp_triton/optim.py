@@ -113,10 +113,21 @@ class BlockAdamW(torch.optim.Optimizer):
         """Into the moments where they lie, in their own dtype. ValueError if ``state`` is of another model."""
         for index, buffer in enumerate(self.moments.buffers):
             saved, steps = state.get(f"moments.{index}"), state.get(f"steps.{index}")
-            if saved is None or steps is None or saved.shape != buffer.shape or saved.dtype != buffer.dtype:
+            fits = saved is not None and saved.shape == buffer.shape and saved.dtype == buffer.dtype
+            if not fits or steps is None or steps.shape != (len(self.steps[index]),):
                 raise ValueError(f"the saved optimizer state does not fit block {index} of this model")
-            buffer.copy_(saved)
-            self.steps[index] = [value.clone() for value in steps]
+        for index, buffer in enumerate(self.moments.buffers):
+            buffer.copy_(state[f"moments.{index}"])
+            self.steps[index] = [value.clone() for value in state[f"steps.{index}"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every torch optimizer's, so that trainers can save it; the state is ``export_state``'s."""
+        return {**super().state_dict(), "state": self.export_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of ``state_dict``; see ``import_state``."""
+        self.import_state(state_dict["state"])
+        super().load_state_dict({**state_dict, "state": {}})
 
 
 def learning_rate(step: int, peak: float, kind: SchedulerType, warmup_steps: int, total_steps: int) -> float:
@@ -130,7 +141,8 @@ def learning_rate(step: int, peak: float, kind: SchedulerType, warmup_steps: int
         return peak * step / max(1, warmup_steps)
     if kind == "constant":
         return peak
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    decaying = max(1, total_steps - warmup_steps)
     if kind == "linear":
-        return peak * max(0.0, 1.0 - progress)
+        return peak * max(0.0, (total_steps - step) / decaying)
+    progress = (step - warmup_steps) / decaying
     return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -25,6 +27,7 @@ from .memory import MemoryWatch, peak_resident_bytes
 from .optim import BlockAdamW, block_groups, learning_rate
 from .report import RunDirectory
 from .selection import LayerCyclicManager
+from .stores.format import Store
 from .zeroth_order import MeZO
 
 # What a resumed run may change: none of these changes the numbers of a step.
@@ -98,6 +101,7 @@ class Trainer:
             config.num_train_epochs * per_epoch / config.gradient_accumulation_steps
         )
         self.step = 0
+        self.fingerprints = {"training data": _data_checksum(data), "model": _store_checksum(model.mebp.store)}
 
     def train(self, on_step: Callable[[StepResult], None] = lambda result: None) -> list[StepResult]:
         """Runs to the last step, writing metrics and checkpoints; the steps that this call made."""
@@ -172,7 +176,7 @@ class Trainer:
                     output = self.model(**batch, use_cache=False)
                     if forward_only_seed is None and output.loss.requires_grad:
                         output.loss.backward()
-                    loss += float(output.loss)
+                    loss += output.loss.item()
                     correct += one_pass.statistics.correct
         finally:
             one_pass.normalizer = None
@@ -212,7 +216,7 @@ class Trainer:
         data = safetensors.torch.save(tensors)
         state = {
             "step": self.step,
-            "total_steps": self.total_steps,
+            "fingerprints": self.fingerprints,
             "config": asdict(self.config),
             "selection": self.selection.state_dict(),
             "crc32": files.checksums(data),
@@ -236,19 +240,33 @@ class Trainer:
             raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
         state = files.read_json(checkpoint / "state.json")
         data = files.read_bytes(checkpoint / "state.safetensors", limit=1 << 40)
-        if files.checksums(data) != state["crc32"]:
-            raise ValueError(f"{checkpoint / 'state.safetensors'} is damaged: its checksum differs")
+        try:
+            if files.checksums(data) != state["crc32"]:
+                raise ValueError(f"{checkpoint / 'state.safetensors'} is damaged: its checksum differs")
+            self._check_same(state["config"], state["fingerprints"])
+            self._restore(state, safetensors.torch.load(data), checkpoint)
+        except (KeyError, TypeError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{checkpoint / 'state.json'} is malformed, or of another version ({problem})") from None
+
+    def _check_same(self, config: dict[str, Any], fingerprints: dict[str, int]) -> None:
+        """ValueError where the checkpoint's settings, data or model are not these."""
         ours = asdict(self.config)
-        for name, value in state["config"].items():
+        for name, value in config.items():
             if name not in FREE_ON_RESUME and ours[name] != value:
                 raise ValueError(f"cannot resume: {name} was {value!r} and now is {ours[name]!r}")
-        if state["total_steps"] != self.total_steps:
-            raise ValueError(f"cannot resume: the data changed ({state['total_steps']} steps, now {self.total_steps})")
-        tensors = safetensors.torch.load(data)
+        for what, value in self.fingerprints.items():
+            if fingerprints[what] != value:
+                raise ValueError(f"cannot resume: the {what} changed since the checkpoint was written")
+
+    def _restore(self, state: dict[str, Any], tensors: dict[str, Tensor], checkpoint: Path) -> None:
         split: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "random": {}}
         for key, tensor in tensors.items():
             room, _, name = key.partition("/")
             split[room][name] = tensor
+        step = state["step"]
+        if type(step) is not int or not 0 <= step <= self.total_steps:
+            raise ValueError(f"{checkpoint / 'state.json'} is malformed: step {step!r} of {self.total_steps}")
         copy_adapter(self.model, split["adapter"], str(checkpoint))
         if self.optimizer is not None:
             self.optimizer.import_state(split["optimizer"])
@@ -256,8 +274,20 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in split["random"]:
             torch.cuda.set_rng_state(split["random"]["cuda"], self.device)
         self.selection.load_state_dict(state["selection"])
-        self.step = int(state["step"])
+        self.step = step
         self.run.cut_metrics(self.step)
+
+
+def _data_checksum(data: TokenizedData) -> int:
+    checksum = 0
+    for array in (data.ids, data.trained, data.offsets):
+        checksum = zlib.crc32(array, checksum)
+    return checksum
+
+
+def _store_checksum(store: Store) -> int:
+    checksums = {name: file.crc32 for name, file in store.files.items()}
+    return zlib.crc32(json.dumps(checksums, sort_keys=True).encode())
 
 
 def finetune(
