@@ -48,17 +48,16 @@ def pack(codes: Tensor, pad_code: int = 0) -> Tensor:
         raise ValueError(f"codes must be a 2-D uint8 tensor, got {codes.dim()}-D {codes.dtype}")
     if codes.numel() and int(codes.max()) > 15:
         raise ValueError(f"codes must lie in 0..15, got {int(codes.max())}")
-    rows, columns = codes.shape
+    columns = codes.shape[1]
     codes = torch.nn.functional.pad(codes, (0, padded(columns) - columns), value=pad_code)
-    low, high = codes.view(rows, -1, 2, RUN).unbind(2)
-    return (low | (high << 4)).reshape(rows, -1)
+    low, high = codes.unflatten(1, (-1, 2, RUN)).unbind(2)
+    return (low | (high << 4)).flatten(1)
 
 
 def unpack(packed: Tensor, in_features: int) -> Tensor:
     """The inverse of ``pack``: ``[N, padded(K) // 2]`` uint8 -> ``[N, K]`` uint8 codes 0..15."""
-    rows = packed.shape[0]
-    runs = packed.view(rows, -1, RUN)
-    return torch.stack((runs & 15, runs >> 4), dim=2).view(rows, -1)[:, :in_features]
+    runs = packed.unflatten(1, (-1, RUN))
+    return torch.stack((runs & 15, runs >> 4), dim=2).flatten(1)[:, :in_features]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +130,14 @@ class Int4Weight:
         Padded columns decode to zero in the symmetric scheme; in the others their value is of no meaning,
         and no operation reads it.
         """
-        missing = group_count(codes.shape[1], group_size) - scales.shape[0]
-        pad = (0, 0, 0, missing)
+        if group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size}")
+        # Checked before padding, which would hide missing or surplus groups.
+        groups = -(-codes.shape[1] // group_size)
+        for name, tensor in (("scales", scales), ("minimum", minimum)):
+            if tensor is not None and tuple(tensor.shape) != (groups, codes.shape[0]):
+                raise ValueError(f"{name} must have shape {(groups, codes.shape[0])}, got {tuple(tensor.shape)}")
+        pad = (0, 0, 0, group_count(codes.shape[1], group_size) - groups)
         return cls(
             packed=pack(codes, pad_code=0 if minimum is not None or codebook is not None else 8),
             scales=torch.nn.functional.pad(scales, pad).contiguous(),

@@ -50,7 +50,8 @@ class PanelDecoder:
 
     def _per_run(self, values: Tensor, groups: Tensor, start: int, stop: int) -> Tensor:
         """Scales or minima as ``[rows, runs, 1]``."""
-        return values[:, start:stop].index_select(0, groups).to(self.wide).t().contiguous().unsqueeze(-1)
+        chosen = values[:, start:stop].index_select(0, groups).t()
+        return torch.empty(chosen.shape, dtype=self.wide, device=values.device).copy_(chosen).unsqueeze(-1)
 
     def __call__(self, start: int, stop: int, first_chunk: int, last_chunk: int) -> Tensor:
         """The panel of rows ``start:stop`` in plane order, ``[rows, columns]``, valid until the next call."""

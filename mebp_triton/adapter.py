@@ -41,7 +41,7 @@ def save_adapter(model: Any, directory: Path | str) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
-    files.write_bytes(directory / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    files.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt"})
     files.write_json(directory / CONFIG, _peft_config(config, model))
 
 

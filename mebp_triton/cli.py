@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``mebp``; returns the exit code."""
     arguments = _build_parser().parse_args(argv)
     from . import commands
-    from .trainer import RunError
+    from .evaluate import RunError
 
     try:
         run = getattr(commands, f"run_{arguments.command}")

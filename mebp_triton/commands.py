@@ -21,8 +21,9 @@ from rich.table import Table
 from . import adapter, files
 from .config import TrainConfig, read_config_file, resolve_device
 from .convert import QuantizeReport, quantize
-from .data import load_data
+from .data import TokenizedData, load_data
 from .evaluate import evaluate
+from .importers import open_source
 from .lora import LoraConfig
 from .memory import peak_resident_bytes
 from .model import load
@@ -128,17 +129,6 @@ def run_train(arguments: argparse.Namespace) -> None:
         files.recover_directory(checkpoint)
     if checkpoint is not None and not (checkpoint / "state.json").exists():
         raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
-    for name in (config.train_file, config.validation_file):
-        if name is not None:
-            files.check_regular(Path(name))
-    store = _store_for(arguments, config)
-    tokenizer = load_tokenizer(store)
-    _check_length(store, config.max_length)
-    data = load_data(config.train_file, tokenizer, config.max_length)
-    console.print(f"{config.train_file}: {data.report.describe()}", highlight=False)
-    validation = None
-    if config.validation_file:
-        validation = load_data(config.validation_file, tokenizer, config.max_length, name="validation-file")
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -146,6 +136,16 @@ def run_train(arguments: argparse.Namespace) -> None:
         target_modules=config.targets(),
         use_rslora=config.use_rslora,
     )
+    for name in (config.train_file, config.validation_file):
+        if name is not None:
+            files.check_regular(Path(name))
+    given = Path(arguments.store)
+    is_store = _is_store(given, arguments)
+    # Where the tokenizer lies there already, the texts are read first: what is wrong with them shows at once.
+    texts = _load_texts(given, config) if given.is_dir() else None
+    store = given if is_store else _quantized(given, arguments, config)
+    data, validation = texts or _load_texts(store, config)
+    console.print(f"{config.train_file}: {data.report.describe()}", highlight=False)
     model = load(
         store,
         lora,
@@ -175,20 +175,43 @@ def _train_config(arguments: argparse.Namespace) -> TrainConfig:
     return TrainConfig(**settings).resolved()
 
 
-def _store_for(arguments: argparse.Namespace, config: TrainConfig) -> Path:
-    """The store itself; or one beside the run, made from a model that is none."""
-    given = Path(arguments.store)
-    if (given / MANIFEST).exists() or (given.is_dir() and not (given / "config.json").exists()):
-        Store(given)
-        if arguments.scheme or arguments.group_size:
-            raise ValueError(f"--scheme and --group-size are for models that are quantized first; {given} is a store")
-        return given
+def _is_store(given: Path, arguments: argparse.Namespace) -> bool:
+    """Whether ``given`` is a store and not a model. ValueError if it is neither, or a store that cannot be used."""
+    if not (given / MANIFEST).exists() and not (given.is_dir() and not (given / "config.json").exists()):
+        if not given.is_file():  # a GGUF file takes its time to open
+            open_source(given)
+        return False
+    Store(given)
+    if arguments.scheme or arguments.group_size:
+        raise ValueError(f"--scheme and --group-size are for models that are quantized first; {given} is a store")
+    return True
+
+
+def _load_texts(directory: Path, config: TrainConfig) -> tuple[TokenizedData, TokenizedData | None]:
+    """The training and the validation file, tokenized by what lies in ``directory``."""
+    tokenizer = load_tokenizer(directory)
+    _check_length(directory, config.max_length)
+    data = load_data(config.train_file, tokenizer, config.max_length)
+    if not config.validation_file:
+        return data, None
+    return data, load_data(config.validation_file, tokenizer, config.max_length, name="validation-file")
+
+
+def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig) -> Path:
+    """A store beside the run, made from the model ``given``, now or by an earlier try."""
     beside = Path(config.output_dir.rstrip("/") + "-store")
-    if (beside / MANIFEST).exists():
-        console.print(f"{given} was quantized before: using {beside}", highlight=False)
+    if not (beside / MANIFEST).exists():
+        console.print(f"{given} is not a store: quantizing it into {beside}", highlight=False)
+        quantize_with_progress(str(given), beside, arguments)
         return beside
-    console.print(f"{given} is not a store: quantizing it into {beside}", highlight=False)
-    quantize_with_progress(str(given), beside, arguments)
+    found, wanted = Store(beside), open_source(given).description
+    matrices = found.matrices.values()
+    other = found.source != wanted
+    other |= arguments.scheme not in (None, *{info.scheme for info in matrices})
+    other |= arguments.group_size not in (None, *{info.group_size for info in matrices})
+    if other:
+        raise ValueError(f"{beside} is a store of {found.source} made with other options: remove it, or train in it")
+    console.print(f"{given} was quantized before: using {beside}", highlight=False)
     return beside
 
 
@@ -234,7 +257,7 @@ def load_tokenizer(store: Path) -> Any:
 
 
 def _check_length(store: Path, max_length: int) -> None:
-    config = transformers.AutoConfig.from_pretrained(store).get_text_config()
+    config = transformers.AutoConfig.from_pretrained(store, trust_remote_code=False).get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and max_length > longest:
         raise ValueError(f"max_length {max_length} is longer than the {longest} tokens that the model takes")
@@ -262,6 +285,8 @@ def run_eval(arguments: argparse.Namespace) -> None:
     store = Path(arguments.store)
     Store(store)
     files.check_regular(Path(arguments.validation_file))
+    if arguments.max_eval_windows is not None and arguments.max_eval_windows < 1:
+        raise ValueError(f"--max-eval-windows must be at least 1, got {arguments.max_eval_windows}")
     _check_length(store, arguments.max_length)
     tokenizer = load_tokenizer(store)
     data = load_data(arguments.validation_file, tokenizer, arguments.max_length, name="validation-file")

@@ -12,6 +12,10 @@ import torch
 from .data import TokenizedData, collate, evenly_spaced
 
 
+class RunError(RuntimeError):
+    """A run failed for a reason that is no mistake of the user's; the message is one line."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Means over ``tokens`` targets. ``loss`` in nats per token."""
@@ -22,8 +26,9 @@ class Evaluation:
     windows: int
 
     @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+    def perplexity(self) -> float | None:
+        """None where it is too large for a number."""
+        return math.exp(self.loss) if self.loss < 700 else None
 
 
 @torch.no_grad()
@@ -33,7 +38,12 @@ def evaluate(
     max_windows: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Over ``max_windows`` evenly spaced windows of ``data``, or all. The model's mode is put back afterwards."""
+    """Over ``max_windows`` evenly spaced windows of ``data``, or all. The model's mode is put back afterwards.
+
+    Raises:
+        ValueError: there is no token to predict.
+        RunError: the loss is not finite.
+    """
     places = evenly_spaced(data, max_windows)
     device = model.mebp.device
     training = model.training
@@ -52,4 +62,6 @@ def evaluate(
         model.train(training)
     if tokens == 0:
         raise ValueError("the evaluation data has no token to predict")
+    if not math.isfinite(loss):
+        raise RunError(f"the evaluation loss is {loss}: compute in float32, or check the adapter")
     return Evaluation(loss / tokens, correct / tokens, tokens, len(places))

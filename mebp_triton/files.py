@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -68,6 +69,12 @@ def _umask() -> int:
 def write_bytes(path: Path, data: bytes) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """CPU tensors into one safetensors file, without a second copy of them in memory."""
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -192,6 +199,16 @@ def checksums(data: memoryview | bytes, chunk: int = CHECKSUM_CHUNK) -> list[int
     """CRC-32 of every ``chunk`` bytes."""
     view = memoryview(data)
     return [zlib.crc32(view[start : start + chunk]) for start in range(0, len(view), chunk)]
+
+
+def file_checksums(path: Path) -> list[int]:
+    """``checksums`` of a file's bytes, read chunk by chunk."""
+    check_regular(path)
+    found = []
+    with open(path, "rb") as file:
+        while data := file.read(CHECKSUM_CHUNK):
+            found.append(zlib.crc32(data))
+    return found
 
 
 class MappedFile:

@@ -101,11 +101,11 @@ class BlockAdamW(torch.optim.Optimizer):
                 if worked is not parameter:
                     parameter.copy_(worked)
 
-    def export_state(self) -> dict[str, Tensor]:
-        """Copies of everything a resume needs, by name."""
+    def export_state(self, copy: bool = True) -> dict[str, Tensor]:
+        """Everything a resume needs, by name, on the CPU. Without ``copy``: the live moments, where they lie there."""
         state = {}
         for index, buffer in enumerate(self.moments.buffers):
-            state[f"moments.{index}"] = buffer.to("cpu", copy=True)
+            state[f"moments.{index}"] = buffer.to("cpu", copy=copy)
             state[f"steps.{index}"] = torch.stack(self.steps[index]) if self.steps[index] else torch.zeros(0)
         return state
 

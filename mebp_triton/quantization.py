@@ -159,7 +159,7 @@ def _quantize_rows(
 
 
 class _Groups:
-    """Groups ``[rows, groups, G]``, shifted (affine) and scaled by a power of two so that no square under- or overflows.
+    """Groups ``[rows, groups, G]``, shifted (affine) and scaled by a power of two: no square under- or overflows.
 
     All fits are in those units, with scale and minimum already rounded to what will be stored.
     """

@@ -22,7 +22,8 @@ from . import files
 from .adapter import adapter_tensors, copy_adapter, save_adapter
 from .config import TrainConfig
 from .data import TokenizedData, batches, batches_per_epoch, collate, valid_tokens
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, RunError, evaluate
+from .kernels.ops import resolve_backend
 from .memory import MemoryWatch, peak_resident_bytes
 from .optim import BlockAdamW, block_groups, learning_rate
 from .report import RunDirectory
@@ -33,10 +34,6 @@ from .zeroth_order import MeZO
 # What a resumed run may change: none of these changes the numbers of a step.
 FREE_ON_RESUME = {"output_dir", "validation_file", "max_eval_windows", "weights", "checkpoints", "optimizer_state"}
 FREE_ON_RESUME |= {"save_steps", "backend", "device"}
-
-
-class RunError(RuntimeError):
-    """A run failed for a reason that is no mistake of the user's; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +147,15 @@ class Trainer:
         norm = None
         if self.mezo is not None:
             seed = config.seed + self.step
-            loss, _ = self.mezo.step(lambda: self._forward(micro_batches, tokens, seed)[0], rate, seed)
-            accuracy = self.model.mebp.loss.statistics.correct / max(1, self.model.mebp.loss.statistics.tokens)
+            accuracies = []
+
+            def forward() -> float:
+                value, share = self._forward(micro_batches, tokens, seed)
+                accuracies.append(share)
+                return value
+
+            loss, _ = self.mezo.step(forward, rate, seed)
+            accuracy = statistics.fmean(accuracies)
             self._check_finite("loss", loss)
         else:
             loss, accuracy = self._forward(micro_batches, tokens, None)
@@ -209,24 +213,25 @@ class Trainer:
         """Adapter, optimizer, random state and position in ``checkpoint/``; the adapter alone in ``adapter/``."""
         tensors = {f"adapter/{name}": tensor.cpu().contiguous() for name, tensor in adapter_tensors(self.model).items()}
         if self.optimizer is not None:
-            tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.export_state().items()}
+            tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.export_state(copy=False).items()}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
-        data = safetensors.torch.save(tensors)
         state = {
             "step": self.step,
             "fingerprints": self.fingerprints,
             "config": asdict(self.config),
             "selection": self.selection.state_dict(),
-            "crc32": files.checksums(data),
         }
 
         def write(directory: Path) -> None:
-            files.write_bytes(directory / "state.safetensors", data)
-            files.write_json(directory / "state.json", state)
+            path = directory / "state.safetensors"
+            files.write_safetensors(path, tensors)
+            files.write_json(directory / "state.json", state | {"crc32": files.file_checksums(path)})
 
         files.replace_directory(self.run.checkpoint, write)
+        if self.optimizer is not None:
+            self.optimizer.moments.drop()
         save_adapter(self.model, self.run.adapter)
 
     def resume(self, checkpoint: Path) -> None:
@@ -239,12 +244,12 @@ class Trainer:
         if not (checkpoint / "state.json").exists():
             raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
         state = files.read_json(checkpoint / "state.json")
-        data = files.read_bytes(checkpoint / "state.safetensors", limit=1 << 40)
+        path = checkpoint / "state.safetensors"
         try:
-            if files.checksums(data) != state["crc32"]:
-                raise ValueError(f"{checkpoint / 'state.safetensors'} is damaged: its checksum differs")
+            if files.file_checksums(path) != state["crc32"]:
+                raise ValueError(f"{path} is damaged: its checksum differs")
             self._check_same(state["config"], state["fingerprints"])
-            self._restore(state, safetensors.torch.load(data), checkpoint)
+            self._restore(state, safetensors.torch.load_file(path), checkpoint)
         except (KeyError, TypeError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise ValueError(f"{checkpoint / 'state.json'} is malformed, or of another version ({problem})") from None
@@ -267,13 +272,13 @@ class Trainer:
         step = state["step"]
         if type(step) is not int or not 0 <= step <= self.total_steps:
             raise ValueError(f"{checkpoint / 'state.json'} is malformed: step {step!r} of {self.total_steps}")
+        self.selection.load_state_dict(state["selection"])
         copy_adapter(self.model, split["adapter"], str(checkpoint))
         if self.optimizer is not None:
             self.optimizer.import_state(split["optimizer"])
         torch.set_rng_state(split["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in split["random"]:
             torch.cuda.set_rng_state(split["random"]["cuda"], self.device)
-        self.selection.load_state_dict(state["selection"])
         self.step = step
         self.run.cut_metrics(self.step)
 
@@ -281,7 +286,7 @@ class Trainer:
 def _data_checksum(data: TokenizedData) -> int:
     checksum = 0
     for array in (data.ids, data.trained, data.offsets):
-        checksum = zlib.crc32(array, checksum)
+        checksum = zlib.crc32(array.data, checksum)
     return checksum
 
 
@@ -330,7 +335,7 @@ def finetune(
         "planned_peak_bytes": None,
         "selected_ratio": trainer.selection.ratio,
         "selection_mode": config.selection_mode,
-        "backend": trainer.model.mebp.backend,
+        "backend": resolve_backend(trainer.model.mebp.backend, trainer.device),
     }
     run.finish(summary, config, trainer.data.report, trainer.watch)
     return summary

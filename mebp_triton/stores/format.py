@@ -12,7 +12,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -74,9 +73,9 @@ class StoreWriter:
                 name, weight.scheme, weight.shape, weight.group_size, _dtype_name(weight.scales.dtype), error
             )
             self.matrices[module] = asdict(info)
-        data = safetensors.torch.save(tensors)
-        files.write_bytes(self.directory / name, data)
-        self.files[name] = {"bytes": len(data), "crc32": files.checksums(data)}
+        path = self.directory / name
+        files.write_safetensors(path, tensors)
+        self.files[name] = {"bytes": path.stat().st_size, "crc32": files.file_checksums(path)}
         self.floats |= dict.fromkeys(floats, name)
 
     def finish(self) -> None:

@@ -57,3 +57,8 @@ class Moments:
                 buffer.copy_(working)
             if self.slots is not None:
                 self.slots[index].drop()
+
+    def drop(self) -> None:
+        """Gives back the resident pages of moments in a file."""
+        for slot in self.slots or []:
+            slot.drop()

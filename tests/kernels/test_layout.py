@@ -1,0 +1,176 @@
+"""Where each nibble lies, and what an ``Int4Weight`` accepts. The bytes here are written by hand: they are the format."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mebp_triton.kernels.layout import GROUP_SIZES, LAYOUT, Int4Weight, group_count, pack, padded, unpack
+from mebp_triton.kernels.reference import decode
+
+WIDTHS = (1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 449)
+
+
+def random_codes(rows, columns, seed=0):
+    return torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_golden_bytes():
+    assert LAYOUT == "planar64-v1"
+    codes = torch.tensor([[column % 16 for column in range(32)] + [15 - column % 16 for column in range(32)]])
+    expected = bytes.fromhex("f0e1d2c3b4a5968778695a4b3c2d1e0f" * 2)
+    assert bytes(pack(codes.to(torch.uint8))[0].tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    ("column", "byte", "value"),
+    [(0, 0, 0x09), (1, 1, 0x09), (31, 31, 0x09), (32, 0, 0x90), (63, 31, 0x90), (64, 32, 0x09), (96, 32, 0x90)],
+)
+def test_nibble_of_a_column(column, byte, value):
+    codes = torch.zeros(2, 128, dtype=torch.uint8)
+    codes[1, column] = 9
+    expected = torch.zeros(2, 64, dtype=torch.uint8)
+    expected[1, byte] = value
+    assert torch.equal(pack(codes), expected)
+
+
+def test_every_byte_value():
+    packed = torch.arange(256, dtype=torch.uint8).view(8, 32)
+    codes = unpack(packed, 64)
+    for row in range(8):
+        for j in range(32):
+            byte = 32 * row + j
+            assert (int(codes[row, j]), int(codes[row, 32 + j])) == (byte % 16, byte // 16)
+    assert torch.equal(pack(codes), packed)
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_round_trip(rows, columns):
+    codes = random_codes(rows, columns)
+    packed = pack(codes)
+    assert packed.shape == (rows, padded(columns) // 2) and packed.dtype == torch.uint8 and packed.is_contiguous()
+    assert torch.equal(unpack(packed, columns), codes)
+
+
+@pytest.mark.parametrize("pad_code", [0, 8, 15])
+def test_padding_is_the_pad_code(pad_code):
+    codes = unpack(pack(random_codes(2, 33), pad_code), 64)
+    assert (codes[:, 33:] == pad_code).all()
+
+
+def test_pack_takes_any_strides():
+    codes = random_codes(96, 5)
+    assert torch.equal(unpack(pack(codes.t()), 96), codes.t())
+
+
+def test_pack_refuses():
+    with pytest.raises(ValueError, match="0..15, got 16"):
+        pack(torch.tensor([[16]], dtype=torch.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        pack(torch.zeros(2, 64, dtype=torch.int32))
+    with pytest.raises(ValueError, match="2-D"):
+        pack(torch.zeros(64, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("in_features", "group_size", "expected"),
+    [(1, 32, 2), (64, 32, 2), (65, 32, 4), (1, 64, 1), (65, 64, 2), (64, 128, 1), (129, 128, 2), (256, 128, 2)],
+)
+def test_group_count_covers_the_padded_width(in_features, group_size, expected):
+    assert group_count(in_features, group_size) == expected
+
+
+def test_code_zero_is_minus_eight():
+    weight = Int4Weight.from_codes(torch.zeros(1, 64, dtype=torch.uint8), torch.full((1, 1), 0.5).half(), 64)
+    assert (decode(weight) == -4).all()
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_symmetric_padding_decodes_to_zero(columns, group_size):
+    scales = torch.full((-(-columns // group_size), 2), 0.5).half()
+    weight = Int4Weight.from_codes(random_codes(2, columns), scales, group_size)
+    assert weight.scales.shape == (group_count(columns, group_size), 2)
+    whole = decode(dataclasses.replace(weight, in_features=padded(columns)))
+    assert torch.equal(whole[:, :columns], decode(weight))
+    assert (whole[:, columns:] == 0).all()
+
+
+@pytest.fixture
+def weight(make_weight, scheme, group_size):
+    return make_weight(11, 200, group_size, scheme)
+
+
+def test_properties(weight, scheme, group_size):
+    assert weight.scheme == scheme
+    assert weight.shape == (11, 200) and weight.out_features == 11 and weight.device == weight.packed.device
+    groups = group_count(200, group_size)
+    extra = {"symmetric": 0, "affine": 2 * groups * 11, "codebook": 64}[scheme]
+    assert weight.nbytes == 11 * 128 + 2 * groups * 11 + extra
+    names = {"packed", "scales"} | {"symmetric": set(), "affine": {"minimum"}, "codebook": {"codebook"}}[scheme]
+    assert set(weight.tensors()) == names
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 11), (3, 7), (10, 11), (8, 20), (4, 4)])
+def test_rows_are_views(weight, start, stop):
+    part = weight.rows(start, stop)
+    assert torch.equal(decode(part), decode(weight)[start:stop])
+    if start < stop:
+        assert part.packed.data_ptr() == weight.packed.data_ptr() + start * weight.packed.shape[1]
+        assert part.scales.data_ptr() == weight.scales.data_ptr() + start * weight.scales.element_size()
+
+
+def test_permute_rows(weight):
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    permuted = weight.permute_rows(order)
+    assert torch.equal(decode(permuted), decode(weight)[order])
+    assert permuted.packed.data_ptr() != weight.packed.data_ptr()
+
+
+def test_to_moves_every_tensor(weight):
+    moved = weight.to("meta")
+    assert set(moved.tensors()) == set(weight.tensors())
+    assert all(tensor.device.type == "meta" for tensor in moved.tensors().values())
+    assert moved.shape == weight.shape and moved.group_size == weight.group_size
+
+
+ZEROS = torch.zeros(2, 3, dtype=torch.float16)
+PACKED = torch.zeros(3, 64, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 48}, "one of .32, 64, 128., got 48"),
+        ({"packed": PACKED.to(torch.int8)}, "packed must be 2-D uint8"),
+        ({"packed": PACKED[0]}, "packed must be 2-D uint8"),
+        ({"packed": PACKED[:, :32]}, "64 columns for in_features=100, got 32"),
+        ({"in_features": 129}, "96 columns"),
+        ({"scales": ZEROS.t()}, "scales must have shape .2, 3., got .3, 2."),
+        ({"scales": ZEROS[:1]}, "scales must have shape"),
+        ({"scales": ZEROS.bfloat16()}, "scales must be float16 or float32"),
+        ({"minimum": ZEROS[:, :2]}, "minimum must have shape"),
+        ({"minimum": ZEROS.double()}, "minimum must be float16 or float32"),
+        ({"minimum": ZEROS, "codebook": torch.zeros(16)}, "not both"),
+        ({"codebook": torch.zeros(15)}, "codebook must be float32 of shape"),
+        ({"codebook": torch.zeros(16).half()}, "codebook must be float32 of shape"),
+    ],
+)
+def test_int4_weight_refuses(change, message):
+    good = {"packed": PACKED, "scales": ZEROS, "in_features": 100, "group_size": 64}
+    Int4Weight(**good)
+    with pytest.raises(ValueError, match=message):
+        Int4Weight(**{**good, **change})
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3, 5])
+def test_from_codes_refuses_missing_and_surplus_groups(groups):
+    codes = random_codes(3, 100)
+    Int4Weight.from_codes(codes, torch.ones(2, 3), 64, minimum=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="scales must have shape"):
+        Int4Weight.from_codes(codes, torch.ones(groups, 3), 64)
+    with pytest.raises(ValueError, match="minimum must have shape"):
+        Int4Weight.from_codes(codes, torch.ones(2, 3), 64, minimum=torch.ones(groups, 3))
+    with pytest.raises(ValueError, match="group_size must be one of"):
+        Int4Weight.from_codes(codes, torch.ones(2, 3), 0)

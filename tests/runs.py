@@ -1,0 +1,72 @@
+"""A store with a tokenizer, a text to train on, and a trainer: what the tests of whole runs share."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from models import save_tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from mebp_triton.config import TrainConfig
+from mebp_triton.convert import quantize
+from mebp_triton.data import TokenizedData, load_data
+from mebp_triton.lora import LoraConfig
+from mebp_triton.model import load
+from mebp_triton.report import RunDirectory
+from mebp_triton.trainer import Trainer
+
+SUBJECTS = ["the cat", "a dog", "my friend", "this old ship", "one tall tree"]
+VERBS = ["sees", "likes", "follows", "finds", "forgets"]
+OBJECTS = ["the moon", "a red house", "some water", "the long road", "nothing"]
+WORDS = sorted({word for phrase in (*SUBJECTS, *VERBS, *OBJECTS) for word in phrase.split()} | {".", "and"})
+CHAT = "{% for message in messages %}{{ message['content'] }} and {% endfor %}"
+
+
+def sentences(count: int, seed: int = 0) -> str:
+    draw = random.Random(seed)
+    parts = [f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)} ." for _ in range(count)]
+    return " ".join(parts) + "\n"
+
+
+def word_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
+    specials = ["<pad>", "<s>", "</s>", "<unk>"]  # at the ids of the tiny models' configs
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate([*specials, *WORDS])}, unk_token="<unk>"))
+    core.pre_tokenizer = Whitespace()
+    named = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), specials, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat_template, **named)
+
+
+def model_directory(directory: Path, architecture: str = "llama", seed: int = 0, **config: Any) -> Path:
+    """A model with a tokenizer, as a user would download it."""
+    save_tiny_model(architecture, directory, seed, **config)
+    word_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def run_store(root: Path, architecture: str = "llama", seed: int = 0, **config: Any) -> Path:
+    quantize(model_directory(root / "model", architecture, seed, **config), root / "store", group_size=32)
+    return root / "store"
+
+
+def text_data(root: Path, count: int = 40, seed: int = 0, max_length: int = 24) -> TokenizedData:
+    path = root / f"text-{count}-{seed}.txt"
+    path.write_text(sentences(count, seed))
+    return load_data(path, word_tokenizer(), max_length)
+
+
+def trainer(store: Path, data: TokenizedData, output: Path, resume: bool = False, **settings: Any) -> Trainer:
+    """A new model and trainer, as ``mebp train`` makes them. ``load_options`` go to ``load``."""
+    options = settings.pop("load_options", {})
+    chosen: dict[str, Any] = {"lora_r": 4, "lora_alpha": 8.0, "learning_rate": 5e-3, "device": "cpu", "save_steps": 4}
+    config = TrainConfig(train_file="text.txt", output_dir=str(output), **(chosen | settings)).resolved()
+    run = RunDirectory(output, resume=resume)
+    lora = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.targets())
+    assert config.weights and config.checkpoints
+    places: dict[str, Any] = {"weights": config.weights, "checkpoints": config.checkpoints}
+    model = load(store, lora, seed=config.seed, scratch_directory=output, **places, **options)
+    return Trainer(model, data, config, run)

@@ -1,0 +1,310 @@
+"""BlockAdamW against torch's AdamW, bit for bit; what happens to blocks that a step did not select; the schedule."""
+
+import itertools
+
+import pytest
+import torch
+import transformers
+from models import tiny_store
+from torch import nn
+
+import mebp_triton
+from mebp_triton.optim import SCHEDULER_TYPES, BlockAdamW, block_groups, learning_rate
+from mebp_triton.stores.checkpoints import RESIDENCIES
+
+SHAPES = [[(4, 6), (6,)], [(3, 5)], [], [(2, 2, 2), (1,), (7,)]]
+RATES = [1e-2 * (1 - step / 40) for step in range(20)]
+
+
+def parameters(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [[nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in group] for group in SHAPES]
+
+
+def set_gradients(groups, step, dtype=None, scale=1.0):
+    generator = torch.Generator().manual_seed(1000 + step)
+    for parameter in itertools.chain(*groups):
+        grad = scale * torch.randn(parameter.shape, generator=generator)
+        parameter.grad = grad.to(dtype or parameter.dtype)
+
+
+def set_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def moments_of(optimizer, index):
+    with optimizer.moments.open(index) as (first, second):
+        return [m.clone() for m in first], [v.clone() for v in second]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(itertools.chain(*left), itertools.chain(*right), strict=True))
+
+
+# --- against torch --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_twenty_steps_equal_torchs_adamw_bit_for_bit(residency, weight_decay, dtype, tmp_path):
+    ours, theirs = parameters(dtype), parameters(dtype)
+    options = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
+    optimizer = BlockAdamW(ours, residency=residency, directory=tmp_path, **options)
+    reference = torch.optim.AdamW([{"params": group} for group in theirs], **options)
+    for step, rate in enumerate(RATES):
+        for groups, each in ((ours, optimizer), (theirs, reference)):
+            set_gradients(groups, step)
+            set_rate(each, rate)
+            each.step()
+        assert same(ours, theirs), f"step {step}"
+    for index, group in enumerate(theirs):
+        first, second = moments_of(optimizer, index)
+        for place, parameter in enumerate(group):
+            state = reference.state[parameter]
+            assert torch.equal(first[place], state["exp_avg"]) and torch.equal(second[place], state["exp_avg_sq"])
+            assert optimizer.steps[index][place] == state["step"] == len(RATES)
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_momentum_is_torchs_adamw_with_zero_gradients_for_the_unselected(residency, tmp_path):
+    ours, theirs = parameters(), parameters()
+    optimizer = BlockAdamW(ours, weight_decay=0.1, residency=residency, directory=tmp_path)
+    reference = torch.optim.AdamW([{"params": group} for group in theirs], weight_decay=0.1)
+    for step, rate in enumerate(RATES):
+        selected = {0, 3} if step % 3 else {1}
+        set_gradients(ours, step)  # gradients that lie about in unselected blocks do not count
+        set_gradients(theirs, step)
+        for index, group in enumerate(theirs):
+            for parameter in group:
+                if index not in selected:
+                    parameter.grad.zero_()
+        set_rate(optimizer, rate)
+        set_rate(reference, rate)
+        optimizer.step(selected=selected)
+        reference.step()
+        assert same(ours, theirs), f"step {step}"
+
+
+def test_momentum_moves_a_block_without_a_gradient(tmp_path):
+    groups = parameters()
+    optimizer = BlockAdamW(groups, lr=1e-2, directory=tmp_path)
+    set_gradients(groups, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in groups[1]]
+    first, second = moments_of(optimizer, 1)
+    optimizer.zero_grad()
+    optimizer.step(selected={0})
+    assert not torch.equal(groups[1][0], before[0])
+    later_first, later_second = moments_of(optimizer, 1)
+    assert torch.equal(later_first[0], first[0].lerp(torch.zeros_like(first[0]), 0.1))
+    assert torch.equal(later_second[0], second[0] * 0.999)
+    assert optimizer.steps[1][0] == 2
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_none_leaves_everything_of_an_unselected_block_alone(residency, tmp_path):
+    groups = parameters()
+    optimizer = BlockAdamW(
+        groups, lr=1e-2, weight_decay=0.5, unselected_update="none", residency=residency, directory=tmp_path
+    )
+    set_gradients(groups, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in groups[3]], *moments_of(optimizer, 3)
+    for step in range(1, 4):
+        set_gradients(groups, step)
+        optimizer.step(selected={0, 1})
+    assert same(before, (groups[3], *moments_of(optimizer, 3)))
+    assert [float(step) for step in optimizer.steps[3]] == [1, 1, 1]
+    assert [float(step) for step in optimizer.steps[0]] == [4, 4]
+
+
+def test_the_skipped_steps_do_not_enter_the_bias_correction_of_none(tmp_path):
+    """A block selected at steps 0 and 5 of six is one that was trained twice."""
+    ours, theirs = parameters(), parameters()
+    optimizer = BlockAdamW(ours, unselected_update="none", directory=tmp_path)
+    reference = torch.optim.AdamW(theirs[1], weight_decay=0.0)
+    for step in range(6):
+        set_gradients(ours, step)
+        optimizer.step(selected={1} if step in (0, 5) else {0})
+    for step in (0, 5):
+        set_gradients(theirs, step)
+        reference.step()
+    assert torch.equal(ours[1][0], theirs[1][0])
+
+
+@pytest.mark.parametrize("update", ["momentum", "none"])
+def test_a_selected_parameter_without_a_gradient_is_left_alone_as_in_torch(update, tmp_path):
+    ours, theirs = parameters(), parameters()
+    optimizer = BlockAdamW(ours, weight_decay=0.3, unselected_update=update, directory=tmp_path)
+    reference = torch.optim.AdamW([{"params": group} for group in theirs], weight_decay=0.3)
+    for step in range(5):
+        for groups, each in ((ours, optimizer), (theirs, reference)):
+            set_gradients(groups, step)
+            groups[0][1].grad = None
+            if step % 2:
+                groups[1][0].grad = None
+            each.step()
+    assert same(ours, theirs)
+    assert optimizer.steps[0][1] == 0 and optimizer.steps[1][0] == 3 and optimizer.steps[0][0] == 5
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_parameters_keep_float32_moments(residency, dtype, tmp_path):
+    """The step is taken in float32 from what the parameter holds, and rounded once."""
+    ours = parameters(dtype)
+    optimizer = BlockAdamW(ours, weight_decay=0.1, residency=residency, directory=tmp_path)
+    wide = [[nn.Parameter(p.detach().float()) for p in group] for group in ours]
+    reference = torch.optim.AdamW([{"params": group} for group in wide], weight_decay=0.1)
+    for step in range(8):
+        set_gradients(ours, step, scale=1e-3)  # its square is lost in float16
+        for narrow, full in zip(itertools.chain(*ours), itertools.chain(*wide), strict=True):
+            full.grad = narrow.grad.float()
+        optimizer.step()
+        reference.step()
+        with torch.no_grad():
+            for narrow, full in zip(itertools.chain(*ours), itertools.chain(*wide), strict=True):
+                full.copy_(full.to(dtype))
+                assert narrow.dtype == dtype and torch.equal(narrow.float(), full), f"step {step}"
+    assert all(buffer.dtype == torch.float32 for buffer in optimizer.moments.buffers if buffer.numel())
+    first, second = moments_of(optimizer, 0)
+    assert torch.equal(first[0], reference.state[wide[0][0]]["exp_avg"])
+    assert torch.equal(second[0], reference.state[wide[0][0]]["exp_avg_sq"]) and second[0].all()
+
+
+def test_what_it_refuses(tmp_path):
+    with pytest.raises(ValueError, match="unselected update must be one of momentum, none, got 'zero'"):
+        BlockAdamW(parameters(), unselected_update="zero", directory=tmp_path)
+    with pytest.raises(ValueError, match="optimizer state must be one of"):
+        BlockAdamW(parameters(), residency="disk", directory=tmp_path)
+    with pytest.raises(ValueError, match="closure"):
+        BlockAdamW(parameters(), directory=tmp_path).step(lambda: 0.0)
+
+
+# --- saving and restoring -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["export_state", "state_dict"])
+def test_a_restored_optimizer_goes_on_bit_for_bit(residency, dtype, way, tmp_path):
+    straight = parameters(dtype)
+    optimizer = BlockAdamW(straight, weight_decay=0.1, residency=residency, directory=tmp_path)
+    for step in range(4):
+        set_gradients(straight, step)
+        optimizer.step(selected={0, step % 3})
+    state = getattr(optimizer, way)()
+    resumed = [[nn.Parameter(p.detach().clone()) for p in group] for group in straight]
+    other = BlockAdamW(resumed, weight_decay=0.1, residency=residency, directory=tmp_path)
+    buffers = [buffer.data_ptr() for buffer in other.moments.buffers]
+    dtypes = [buffer.dtype for buffer in other.moments.buffers]
+    if way == "export_state":
+        other.import_state(state)
+    else:
+        other.load_state_dict(state)
+    assert [buffer.data_ptr() for buffer in other.moments.buffers] == buffers, "no longer backed by their map"
+    assert [buffer.dtype for buffer in other.moments.buffers] == dtypes
+    if residency == "file":
+        slots = [slot.bytes.data_ptr() for slot in other.moments.slots]
+        assert slots == buffers
+    for step in range(4, 8):
+        for groups, each in ((straight, optimizer), (resumed, other)):
+            set_gradients(groups, step)
+            each.step(selected={0, step % 3})
+    assert same(straight, resumed)
+    assert optimizer.steps == other.steps
+
+
+def test_an_export_is_a_copy(tmp_path):
+    groups = parameters()
+    optimizer = BlockAdamW(groups, directory=tmp_path)
+    state = optimizer.export_state()
+    set_gradients(groups, 0)
+    optimizer.step()
+    assert not any(tensor.any() for tensor in state.values())
+    optimizer.import_state(state)
+    state["moments.0"].fill_(3)
+    state["steps.0"].fill_(3)
+    assert not moments_of(optimizer, 0)[0][0].any() and optimizer.steps[0][0] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("moments.3"),
+        lambda state: state.pop("steps.3"),
+        lambda state: state.update({"moments.3": state["moments.3"][:-1]}),
+        lambda state: state.update({"moments.3": state["moments.3"].half()}),
+        lambda state: state.update({"steps.3": state["steps.3"][:-1]}),
+        lambda state: state.clear(),
+    ],
+)
+def test_a_state_of_another_model_is_refused_and_nothing_is_taken_from_it(change, tmp_path):
+    groups = parameters()
+    optimizer = BlockAdamW(groups, directory=tmp_path)
+    set_gradients(groups, 0)
+    optimizer.step()
+    state = optimizer.export_state()
+    before = optimizer.export_state()
+    for name in state:
+        state[name] = state[name] + 1
+    change(state)
+    with pytest.raises(ValueError, match="does not fit block"):
+        optimizer.import_state(state)
+    after = optimizer.export_state()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_lr_scheduler_of_torch_drives_it(tmp_path):
+    optimizer = BlockAdamW(parameters(), lr=1.0, directory=tmp_path)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125] * 4
+    restored = BlockAdamW(parameters(), lr=1.0, directory=tmp_path)
+    restored.load_state_dict(optimizer.state_dict())
+    assert [group["lr"] for group in restored.param_groups] == [0.125] * 4
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------
+
+
+def test_block_groups(tmp_path):
+    model = mebp_triton.load(tiny_store("llama", tmp_path), lora=mebp_triton.LoraConfig(r=2))
+    groups = block_groups(model, model.mebp.engine)
+    assert len(groups) == 3
+    found = [id(parameter) for group in groups for parameter in group]
+    assert sorted(found) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    for index, group in enumerate(groups):
+        assert len(group) == 14
+        own = {id(p) for p in model.model.layers[index].parameters()}
+        assert {id(p) for p in group} <= own
+    extra = nn.Parameter(torch.zeros(3))
+    model.register_parameter("extra", extra)
+    assert [len(group) for group in block_groups(model, model.mebp.engine)] == [14, 14, 14, 1]
+    assert block_groups(model, model.mebp.engine)[-1][0] is extra
+
+
+# --- the schedule ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SCHEDULER_TYPES)
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (10, 10), (1, 1), (12, 10), (5, 200)])
+def test_the_rate_is_that_of_transformers_at_every_step(kind, warmup, total):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    names = {"constant": "constant_with_warmup"}
+    scheduler = transformers.get_scheduler(names.get(kind, kind), optimizer, warmup, total)
+    for step in range(total + 3):
+        theirs = optimizer.param_groups[0]["lr"]
+        ours = learning_rate(step, 0.3, kind, warmup, total)
+        assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-15), f"step {step}"
+        optimizer.step()
+        scheduler.step()
+
+
+def test_an_unknown_schedule():
+    with pytest.raises(ValueError, match="lr scheduler type must be one of linear, cosine, constant, got 'step'"):
+        learning_rate(0, 1.0, "step", 0, 10)

@@ -1,0 +1,173 @@
+"""The run directory: strict JSON in it, lines that a crash cut short, plots where they can be drawn."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mebp_triton import __version__, files
+from mebp_triton.config import TrainConfig
+from mebp_triton.data import DataReport
+from mebp_triton.evaluate import Evaluation
+from mebp_triton.memory import MemoryWatch
+from mebp_triton.report import RunDirectory, draw_plots, environment
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def rows(count):
+    return [{"step": step, "loss": 3.0 - step / 10} for step in range(count)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = RunDirectory(tmp_path / "deep" / "run")
+    made.create()
+    return made
+
+
+def watched():
+    """A step over three blocks, forwards and backwards."""
+    watch = MemoryWatch(torch.device("cpu"))
+    events = [("forward", 0), ("forward", 1), ("forward", 2), ("backward", 2), ("backward", 0)]
+    watch.timeline = [(10.0 + i / 8, event, block, 1 << 24, 1 << 22, 0) for i, (event, block) in enumerate(events)]
+    return watch
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_appended_and_read(run):
+    assert run.read_metrics() == []
+    for row in rows(4):
+        run.append_metrics(row)
+    assert run.read_metrics() == rows(4)
+    with pytest.raises(ValueError):
+        run.append_metrics({"step": 4, "loss": float("nan")})
+    assert run.read_metrics() == rows(4)
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', '{"step": 4, "loss": 1}', "garbage\n", "\n"])
+def test_cutting_drops_later_steps_and_a_torn_line(run, tail):
+    for row in rows(4):
+        run.append_metrics(row)
+    with open(run.metrics, "a") as file:
+        file.write(tail)
+    run.cut_metrics(3)
+    assert run.read_metrics() == rows(3)
+    assert run.metrics.read_text().endswith("}\n")
+    run.append_metrics({"step": 3, "loss": 1.0})
+    assert len(run.read_metrics()) == 4
+    run.cut_metrics(0)
+    assert run.read_metrics() == [] and run.metrics.read_text() == ""
+
+
+def test_cutting_nothing(run):
+    run.cut_metrics(3)
+    assert not run.metrics.exists()
+
+
+# --- the directory --------------------------------------------------------------------------------------------------
+
+
+def test_a_used_directory_is_refused_unless_resumed(run):
+    RunDirectory(run.directory)  # still empty
+    run.append_metrics({"step": 0})
+    with pytest.raises(files.FileError, match="exists already"):
+        RunDirectory(run.directory)
+    assert RunDirectory(str(run.directory), resume=True).read_metrics() == [{"step": 0}]
+
+
+def test_making_one_writes_nothing_until_created(tmp_path):
+    made = RunDirectory(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    made.create()
+    made.create()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_evaluation_is_kept(run):
+    assert run.saved_evaluation() is None
+    run.save_evaluation(None)
+    assert run.saved_evaluation() is None
+    evaluation = Evaluation(2.5, 0.25, 100, 3)
+    run.save_evaluation(evaluation)
+    assert run.saved_evaluation() == evaluation
+
+
+def test_finishing_writes_everything_that_a_reader_needs(run):
+    for row in rows(3):
+        run.append_metrics(row)
+    config = TrainConfig(train_file="t.txt", device="cpu").resolved()
+    run.finish({"loss_after": None, "steps": 3}, config, DataReport(5, 50, 45, 1, 0), watched())
+    record = json.loads((run.directory / "run.json").read_text())
+    assert record["loss_after"] is None and record["steps"] == 3
+    assert record["settings"]["train_file"] == "t.txt" and record["settings"]["weights"] == "file"
+    assert record["data"] == {"rows": 5, "tokens": 50, "trained_tokens": 45, "truncated_rows": 1, "dropped_rows": 0}
+    assert record["environment"]["versions"]["torch"] and record["environment"]["threads"] >= 1
+    assert record["plots"] == ["loss.png", "memory.png", "time_per_block.png"]
+    assert all((run.directory / name).read_bytes().startswith(PNG) for name in record["plots"])
+    assert not [p for p in run.directory.iterdir() if p.name.startswith(files.TEMPORARY_PREFIX)]
+
+
+# --- plots ----------------------------------------------------------------------------------------------------------
+
+
+def test_plots_without_a_recorded_step(tmp_path):
+    assert draw_plots(tmp_path, rows(2), MemoryWatch(torch.device("cpu"))) == ["loss.png"]
+    assert draw_plots(tmp_path / "nowhere", [], watched()) == []
+
+
+def test_without_matplotlib_there_are_no_plots_and_no_error(tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else real(name, *rest)
+    )
+    assert draw_plots(tmp_path, rows(2), watched()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def shown(monkeypatch, tmp_path, watch):
+    """The axes of every figure that is drawn, by file name."""
+    from matplotlib.figure import Figure
+
+    axes = {}
+    real = files.atomic_path
+
+    def atomic_path(path):
+        axes[path.name] = None
+        return real(path)
+
+    def savefig(figure, *args, **kwargs):
+        axes[next(name for name in axes if axes[name] is None)] = figure.axes[0]
+
+    monkeypatch.setattr(files, "atomic_path", atomic_path)
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    draw_plots(tmp_path, rows(3), watch)
+    return axes
+
+
+def test_the_plots_show_the_numbers(tmp_path, monkeypatch):
+    axes = shown(monkeypatch, tmp_path, watched())
+    line = axes["loss.png"].lines[0]
+    assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [3.0, 2.9, 2.8]
+    # Blocks 1 and 2 forward, block 0 backward took 125 ms; what lies between the passes is no block's.
+    bars = {
+        (round(bar.get_x() + bar.get_width() / 2, 6), bar.get_height()) for bar in axes["time_per_block.png"].patches
+    }
+    assert bars == {(1.0, 125.0), (2.0, 125.0), (0.4, 125.0)}
+    top = max(path.get_extents().y1 for area in axes["memory.png"].collections for path in area.get_paths())
+    assert top == 16 + 4
+
+
+# --- environment ----------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_names_versions_and_no_paths():
+    found = environment(torch.device("cpu"))
+    assert found["versions"]["mebp-triton"] == __version__
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert str(Path.home()) not in json.dumps(found)
+    assert found["device"]
