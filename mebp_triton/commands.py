@@ -39,7 +39,10 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[..., None]]:
-    """Yields ``update(done, total, note="", task=description)``; every task has a bar of its own."""
+    """Yields ``update(done, total, note="", task=description)``; every task has a bar of its own.
+
+    Nothing is shown before the first update, and nothing stays of a bar that a user's mistake ended.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -48,15 +51,23 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as bar:
-        tasks: dict[str, Any] = {}
+    bar = Progress(*columns, console=console)
+    tasks: dict[str, Any] = {}
 
-        def update(done: int, total: int, note: str = "", task: str = description) -> None:
-            if task not in tasks:
-                tasks[task] = bar.add_task(task, total=total, note=note)
-            bar.update(tasks[task], completed=done, total=total, note=note)
+    def update(done: int, total: int, note: str = "", task: str = description) -> None:
+        if task not in tasks:
+            bar.start()
+            tasks[task] = bar.add_task(task, total=total, note=note)
+        bar.update(tasks[task], completed=done, total=total, note=note)
 
+    try:
         yield update
+    except ValueError:
+        bar.live.transient = True
+        raise
+    finally:
+        if tasks:
+            bar.stop()
 
 
 def answer(arguments: argparse.Namespace, value: dict[str, Any], table: Table) -> None:
@@ -145,7 +156,6 @@ def run_train(arguments: argparse.Namespace) -> None:
     texts = _load_texts(given, config) if given.is_dir() else None
     store = given if is_store else _quantized(given, arguments, config)
     data, validation = texts or _load_texts(store, config)
-    console.print(f"{config.train_file}: {data.report.describe()}", highlight=False)
     model = load(
         store,
         lora,
@@ -160,6 +170,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     trainer = Trainer(model, data, config, run)
     if checkpoint is not None:
         trainer.resume(checkpoint)
+    console.print(f"{config.train_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
+    if checkpoint is not None:
         console.print(f"resuming at step {trainer.step} of {trainer.total_steps}", highlight=False)
     summary = _train_with_progress(trainer, validation)
     answer(arguments, summary, two_columns(str(run.directory), _readable(summary)))

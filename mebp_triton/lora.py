@@ -31,7 +31,8 @@ class LoraConfig:
             path is the name or ends with "." + name), or one regular expression that must match the whole path.
         exclude_modules: as ``target_modules``, taken out of what that selected.
         use_rslora: see ``lora_alpha``.
-        rank_pattern, alpha_pattern: other values for modules whose path ends with the key.
+        rank_pattern, alpha_pattern: other values by a regular expression that must match the path, or its end after a
+            dot; the first that does counts.
     """
 
     r: int = 16
@@ -92,6 +93,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_bdlora": (False,),
     "alora_invocation_tokens": ([], ()),
+    "arrow_config": (),
+    "kasa_config": (),
+    "monteclora_config": (),
+    "velora_config": (),
+    # Any other initialisation (PiSSA, OLoRA, CorDA, LoftQ) changes the base weights as well.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -114,18 +121,19 @@ def lora_config_from_dict(values: dict[str, Any]) -> LoraConfig:
 
 def _matches(wanted: str | tuple[str, ...] | list[str], path: str) -> bool:
     if isinstance(wanted, str):
-        try:
-            return re.fullmatch(wanted, path) is not None
-        except re.error as error:
-            raise ValueError(f"target_modules {wanted!r} is not a regular expression: {error}") from None
+        return _fullmatch(wanted, path)
     return any(path == name or path.endswith("." + name) for name in wanted)
 
 
 def _pattern_value(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    for key, value in pattern.items():
-        if path == key or path.endswith("." + key):
-            return value
-    return default
+    return next((value for key, value in pattern.items() if _fullmatch(rf"(.*\.)?({key})", path)), default)
+
+
+def _fullmatch(expression: str, path: str) -> bool:
+    try:
+        return re.fullmatch(expression, path) is not None
+    except re.error as error:
+        raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
 
 
 class _Int4LoRAFunction(torch.autograd.Function):

@@ -234,7 +234,7 @@ class _Groups:
         # Truncation of a positive number plus a half is rounding.
         half = (NF4_BINS - 1) / 2
         bins = ratio.clamp_(-1, 1).mul_(half).add_(half + 0.5).to(torch.int32)
-        return NF4_TABLE.to(bins.device).index_select(0, bins.view(-1)).view_as(ratio)
+        return NF4_TABLE.to(bins.device).index_select(0, bins.flatten()).view_as(bins)
 
     def _refit(self, start: _Fit, best: _Fit | None) -> _Fit:
         """The least-squares scale (and minimum) for the codes of ``start``, where it is better than ``best``."""

@@ -1,0 +1,268 @@
+"""The operations by panels in plain torch, against float64 on the decoded codes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mebp_triton.kernels import panel, reference
+from mebp_triton.kernels.layout import CHUNK, GROUP_SIZES, SCHEMES, Int4Weight, unpack
+from mebp_triton.kernels.panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel
+
+# Plain torch computes bfloat16 rightly everywhere, unlike Triton's interpreter.
+ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=ALL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[None, CHUNK * 5], ids=["one-panel", "small-panels"])
+def panel_size(request, monkeypatch, device):
+    """Runs a test with panels of the usual size, and of so few rows that dX has to cut N as well."""
+    if request.param is not None:
+        monkeypatch.setitem(panel.PANEL_ELEMENTS, device, request.param)
+
+
+@pytest.fixture(params=[1, 3 * CHUNK, 5 * CHUNK, 512, 4096, None], ids=lambda size: f"panel-{size}")
+def any_panel_size(request, monkeypatch, device):
+    if request.param is not None:
+        monkeypatch.setitem(panel.PANEL_ELEMENTS, device, request.param)
+
+
+def check_matmul(assert_accurate, x, weight, bias=None, t=None, b=None):
+    y = int4_matmul_panel(x, weight, bias, t, b)
+    wide = [None if operand is None else operand.double() for operand in (bias, t, b)]
+    truth = reference.matmul(x.double(), weight, *wide)
+    assert_accurate("y", y, reference.matmul(x, weight, bias, t, b), truth)
+    return y
+
+
+def check_dx(assert_accurate, dy, weight, g=None, a=None):
+    dx = int4_matmul_dx_panel(dy, weight, g, a)
+    wide = [None if operand is None else operand.double() for operand in (g, a)]
+    assert_accurate("dx", dx, reference.matmul_dx(dy, weight, g, a), reference.matmul_dx(dy.double(), weight, *wide))
+    return dx
+
+
+def test_schemes_and_groups(assert_accurate, make_weight, normal, dtype, scheme, group_size, panel_size):
+    m, n, k, r = 9, 23, 200, 5
+    weight = make_weight(n, k, group_size, scheme)
+    shapes = [(n,), (m, r), (n, r), (m, n), (m, r), (r, k)]
+    bias, t, b, dy, g, a = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+    check_matmul(assert_accurate, normal(m, k, dtype=dtype), weight, bias, t, b)
+    check_dx(assert_accurate, dy, weight, g, a)
+
+
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 500])
+def test_token_counts(assert_accurate, make_weight, normal, dtype, m):
+    weight = make_weight(19, 72, 32)
+    assert check_matmul(assert_accurate, normal(m, 72, dtype=dtype), weight).shape == (m, 19)
+    assert check_dx(assert_accurate, normal(m, 19, dtype=dtype), weight).shape == (m, 72)
+
+
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 64), (5, 1), (3, 33), (65, 31), (63, 65), (64, 64), (130, 127), (17, 192), (2, 449)]
+)
+def test_odd_sizes(assert_accurate, make_weight, normal, dtype, panel_size, n, k):
+    for group_size, scheme in zip(GROUP_SIZES, SCHEMES, strict=True):
+        weight = make_weight(n, k, group_size, scheme)
+        check_matmul(assert_accurate, normal(4, k, dtype=dtype), weight, normal(n, dtype=dtype))
+        g, a = normal(4, 3, dtype=dtype, seed=2), normal(3, k, dtype=dtype, seed=3)
+        check_dx(assert_accurate, normal(4, n, dtype=dtype), weight, g, a)
+
+
+@pytest.mark.parametrize(("n", "k"), [(576, 1536), (4864, 896), (896, 4864), (6912, 1152)])
+def test_sizes_of_real_models(assert_accurate, make_weight, normal, n, k):
+    weight = make_weight(n, k, 128, "affine")
+    check_matmul(assert_accurate, normal(7, k), weight)
+    check_dx(assert_accurate, normal(7, n), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_long_reductions_in_half_precision(assert_accurate, make_weight, normal, dtype):
+    check_matmul(assert_accurate, normal(2, 16384, dtype=dtype), make_weight(24, 16384))
+    check_dx(assert_accurate, normal(2, 16384, dtype=dtype), make_weight(16384, 24))
+
+
+def test_float16_near_its_limit(assert_accurate, make_weight, normal):
+    weight = make_weight(16, 64)
+    x = (normal(3, 64) * 2e3).half()
+    y = check_matmul(assert_accurate, x, weight)
+    assert y.abs().max() > 1e4
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 33, 64])
+def test_ranks(assert_accurate, make_weight, normal, dtype, rank):
+    weight = make_weight(21, 65)
+    t, b = normal(8, rank, dtype=dtype, seed=2), normal(21, rank, dtype=dtype, seed=3)
+    check_matmul(assert_accurate, normal(8, 65, dtype=dtype), weight, None, t, b)
+    check_dx(assert_accurate, normal(8, 21, dtype=dtype), weight, t, normal(rank, 65, dtype=dtype, seed=4))
+
+
+def test_operands_of_other_dtypes_are_rounded_to_that_of_x(make_weight, normal, dtype):
+    weight = make_weight(20, 70)
+    x, bias, t, b = normal(5, 70, dtype=dtype), normal(20), normal(5, 4), normal(20, 4)
+    mixed = int4_matmul_panel(x, weight, bias, t, b)
+    assert torch.equal(mixed, int4_matmul_panel(x, weight, bias.to(dtype), t.to(dtype), b.to(dtype)))
+    dy, a = normal(5, 20, dtype=dtype), normal(4, 70)
+    assert torch.equal(
+        int4_matmul_dx_panel(dy, weight, t, a), int4_matmul_dx_panel(dy, weight, t.to(dtype), a.to(dtype))
+    )
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
+def test_identity_gives_the_decoded_weight_bit_for_bit(
+    make_weight, dtype, scheme, group_size, scale_dtype, any_panel_size
+):
+    weight = make_weight(40, 150, group_size, scheme, scale_dtype)
+    decoded = reference.decode(weight, dtype)
+    assert torch.equal(int4_matmul_panel(torch.eye(150, dtype=dtype, device=decoded.device), weight).t(), decoded)
+    assert torch.equal(int4_matmul_dx_panel(torch.eye(40, dtype=dtype, device=decoded.device), weight), decoded)
+    everything = torch.arange(40, device=decoded.device)
+    assert torch.equal(int4_embedding_panel(everything, weight, dtype), decoded)
+
+
+def test_float64_is_computed_in_float64(make_weight, normal, scheme, panel_size):
+    weight = make_weight(23, 200, 32, scheme)
+    x, dy = normal(6, 200, dtype=torch.float64), normal(6, 23, dtype=torch.float64)
+    torch.testing.assert_close(int4_matmul_panel(x, weight), reference.matmul(x, weight), rtol=0, atol=1e-12)
+    torch.testing.assert_close(int4_matmul_dx_panel(dy, weight), reference.matmul_dx(dy, weight), rtol=0, atol=1e-12)
+
+
+VIEWS = {
+    "rows": lambda wide: wide[:20, :70],
+    "row-step": lambda wide: wide[:40:2, 3:73],
+    "column-step": lambda wide: wide[:20, :140:2],
+    "transposed": lambda wide: wide.t()[:20, 1:71],
+    "stride-0-rows": lambda wide: wide[:1, :70].expand(20, 70),
+    "stride-0-columns": lambda wide: wide[:20, :1].expand(20, 70),
+    "stride-0": lambda wide: wide[:1, :1].expand(20, 70),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_strides(assert_accurate, make_weight, normal, dtype, panel_size, view):
+    operand = view(normal(150, 150, dtype=dtype))
+    assert operand.shape == (20, 70)
+    check_matmul(assert_accurate, operand, make_weight(9, 70))
+    check_dx(assert_accurate, operand, make_weight(70, 90))
+
+
+def test_strides_of_weight_and_lora(assert_accurate, make_weight, normal, scheme, panel_size):
+    m, n, r = 6, 20, 4
+    weight = make_weight(2 * n, 100, 32, scheme)
+    bias, t, b = normal(2 * n)[::2], normal(r, m).t(), normal(n, 2 * r)[:, ::2]
+    for part in (weight.rows(7, 7 + n), weight.permute_rows(torch.randperm(2 * n)[:n])):
+        check_matmul(assert_accurate, normal(m, 100), part, bias, t, b)
+        check_dx(assert_accurate, normal(m, n), part, t, normal(100, r).t())
+
+
+def test_operands_are_left_as_they_are(make_weight, normal, dtype):
+    weight = make_weight(20, 70, 32, "affine")
+    operands = {"x": normal(5, 70, dtype=dtype), "bias": normal(20, dtype=dtype), "t": normal(5, 4, dtype=dtype)}
+    operands |= {"b": normal(20, 4, dtype=dtype), "dy": normal(5, 20, dtype=dtype), "a": normal(4, 70, dtype=dtype)}
+    before = {name: tensor.clone() for name, tensor in (operands | weight.tensors()).items()}
+    int4_matmul_panel(operands["x"], weight, operands["bias"], operands["t"], operands["b"])
+    int4_matmul_dx_panel(operands["dy"], weight, operands["t"], operands["a"])
+    for name, tensor in (operands | weight.tensors()).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("k", [65, 100])
+def test_what_lies_in_the_padding_of_k_has_no_influence(make_weight, normal, any_panel_size, k):
+    weight = make_weight(11, k, 32, "affine")
+    codes = torch.full((11, 128), 15, dtype=torch.uint8, device=weight.device)
+    codes[:, :k] = unpack(weight.packed, k)
+    scales, minimum = torch.full_like(weight.scales, 9e3), torch.full_like(weight.minimum, -5e4)
+    groups = -(-k // 32)
+    scales[:groups], minimum[:groups] = weight.scales[:groups], weight.minimum[:groups]
+    dirty = Int4Weight(Int4Weight.from_codes(codes, scales, 32, minimum).packed, scales, k, 32, minimum)
+    x, dy = normal(5, k), normal(5, 11)
+    assert torch.equal(int4_matmul_panel(x, dirty), int4_matmul_panel(x, weight))
+    assert torch.equal(int4_matmul_dx_panel(dy, dirty), int4_matmul_dx_panel(dy, weight))
+    ids = torch.arange(11, device=weight.device)
+    assert torch.equal(int4_embedding_panel(ids, dirty, x.dtype), int4_embedding_panel(ids, weight, x.dtype))
+
+
+def test_results_do_not_change_from_run_to_run(make_weight, normal, dtype, panel_size):
+    weight = make_weight(50, 200)
+    x, dy, t, b = normal(9, 200, dtype=dtype), normal(9, 50, dtype=dtype), normal(9, 4), normal(50, 4)
+    first = int4_matmul_panel(x, weight, None, t, b), int4_matmul_dx_panel(dy, weight)
+    for _ in range(20):
+        assert torch.equal(int4_matmul_panel(x, weight, None, t, b), first[0])
+        assert torch.equal(int4_matmul_dx_panel(dy, weight), first[1])
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (5,), (2, 3), (0, 4), (2, 0)])
+def test_embedding_shapes(make_weight, dtype, scheme, any_panel_size, shape):
+    weight = make_weight(13, 70, 64, scheme)
+    ids = torch.randint(0, 13, shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    rows = int4_embedding_panel(ids, weight, dtype)
+    assert rows.shape == (*shape, 70)
+    assert torch.equal(rows, reference.embedding(ids, weight, dtype))
+
+
+def test_no_rows(make_weight, normal):
+    weight = make_weight(4, 70).rows(2, 2)
+    assert int4_matmul_panel(normal(3, 70), weight).shape == (3, 0)
+    assert torch.equal(int4_matmul_dx_panel(normal(3, 0), weight), torch.zeros(3, 70, device=weight.device))
+
+
+def test_plane_order_and_back(normal):
+    x = normal(3, 130)
+    planes = panel.to_planes(x, 3)
+    assert planes.shape == (3, 192)
+    assert torch.equal(planes[:, :32], x[:, :32])  # the first chunk's low nibbles
+    assert torch.equal(planes[:, 32:64], x[:, 64:96])  # the second chunk's low nibbles
+    assert torch.equal(planes[:, 96:128], x[:, 32:64])  # the first chunk's high nibbles
+    assert torch.equal(panel.from_planes(planes)[:, :130], x)
+    assert not panel.from_planes(planes)[:, 130:].any()
+
+
+@pytest.mark.parametrize("function", [int4_matmul_panel, int4_matmul_dx_panel])
+def test_every_code_is_decoded_exactly_once(monkeypatch, make_weight, normal, any_panel_size, function):
+    seen = torch.zeros(23, 4, dtype=torch.int64)
+    decode = panel.PanelDecoder.__call__
+
+    def count(self, start, stop, first, last):
+        seen[start:stop, first:last] += 1
+        return decode(self, start, stop, first, last)
+
+    monkeypatch.setattr(panel.PanelDecoder, "__call__", count)
+    function(normal(2, 200 if function is int4_matmul_panel else 23), make_weight(23, 200))
+    assert (seen == 1).all()
+
+
+class Allocations(TorchDispatchMode):
+    """The elements of the largest tensor made within."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return output
+
+
+@pytest.mark.parametrize("panel_rows", [1, 8])
+def test_no_tensor_is_as_large_as_the_weight(monkeypatch, make_weight, normal, device, scheme, dtype, panel_rows):
+    m, n, k, r = 4, 600, 640, 8
+    monkeypatch.setitem(panel.PANEL_ELEMENTS, device, panel_rows * k)
+    weight = make_weight(n, k, 32, scheme)
+    x, dy, t, b, a = (normal(*shape, dtype=dtype) for shape in ((m, k), (m, n), (m, r), (n, r), (r, k)))
+    # A view of the packed weight is as large as what it views, so the codes are held against N·K / 2.
+    limit = max(panel_rows * k, m * k, m * n, n * r, r * k, n * k // 64 * 2)
+    for function, operands in (
+        (int4_matmul_panel, (x, weight, None, t, b)),
+        (int4_matmul_dx_panel, (dy, weight, t, a)),
+        (int4_embedding_panel, (torch.arange(5, device=device), weight, dtype)),
+    ):
+        with Allocations() as allocations:
+            function(*operands)
+        assert 0 < allocations.largest <= limit, function.__name__
+        assert allocations.largest < n * k // 8

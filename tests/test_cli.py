@@ -1,0 +1,473 @@
+"""The command: what each answers, and that a user's mistake is one line, exit code 2, and nothing written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import decoded_model
+from runs import run_store, sentences, word_tokenizer
+
+from mebp_triton import __version__, commands
+from mebp_triton.cli import main
+from mebp_triton.stores.format import Store
+from mebp_triton.trainer import RunError
+
+COMMANDS = ["quantize", "train", "eval", "generate", "verify", "doctor", "demo"]
+QUICK = ["--max-steps=3", "--max-length=24", "--lora-r=2", "--learning-rate=0.01", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Stores, models, texts and a finished run; tests write elsewhere."""
+    root = tmp_path_factory.mktemp("world")
+    run_store(root)  # root/model, root/store
+    run_store(root / "wide", hidden_size=64)
+    run_store(root / "gpt2", "gpt2")
+    (root / "train.txt").write_text(sentences(60))
+    (root / "held-out.txt").write_text(sentences(12, seed=9))
+    main(["train", str(root / "store"), *texts(root), f"--output-dir={root / 'run'}", *QUICK, "--json"])
+    return root
+
+
+def texts(root):
+    return [f"--train-file={root / 'train.txt'}", f"--validation-file={root / 'held-out.txt'}"]
+
+
+@pytest.fixture
+def mebp(capsys):
+    """Runs the command in this process: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def answer(result):
+    code, out, err = result
+    assert code == 0, err
+    return json.loads(out)
+
+
+def tree(*roots):
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for root in roots for path in [root, *root.rglob("*")]}
+
+
+# --- what the commands answer ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help(mebp, command):
+    code, out, err = mebp(*([] if command is None else [command]), "--help")
+    assert code == 0 and not err and out.startswith("usage: mebp")
+    if command is None:
+        assert all(name in out for name in COMMANDS)
+    else:
+        assert f"usage: mebp {command}" in out and "--json" in out and "--debug" in out
+
+
+def test_version(mebp):
+    assert mebp("--version") == (0, f"mebp {__version__}\n", "")
+
+
+def test_quantize(mebp, world, tmp_path):
+    value = answer(mebp("quantize", world / "model", tmp_path / "store", "--group-size=32", "--json"))
+    opened = Store(tmp_path / "store")
+    assert value["matrices"] == len(opened.matrices) == len(value["relative_error"]) == 22
+    assert value["schemes"] == ["symmetric"] and value["taken_over"] == 0
+    assert value["relative_error_worst"] == max(value["relative_error"].values()) < 0.15
+    assert value["relative_error"] == {name: info.relative_error for name, info in opened.matrices.items()}
+    code, out, _ = mebp("quantize", world / "model", tmp_path / "other", "--scheme=affine", "--no-scale-search")
+    assert code == 0 and "q_proj" in out and "affine" in out
+    plain = Store(tmp_path / "other").matrices
+    assert {info.scheme for info in plain.values()} == {"affine"} and {i.group_size for i in plain.values()} == {64}
+
+
+def test_train_writes_a_run(mebp, world, tmp_path):
+    value = answer(mebp("train", world / "store", *texts(world), f"--output-dir={tmp_path / 'run'}", *QUICK, "--json"))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {key: record[key] for key in value} == value and value["steps"] == 3
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"run.json", "metrics.jsonl", "adapter", "checkpoint", "loss.png", "memory.png"} <= names
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert record["settings"]["lora_r"] == 2 and record["settings"]["learning_rate"] == 0.01
+
+
+def test_the_same_command_gives_the_same_run(world, mebp, tmp_path):
+    value = answer(mebp("train", world / "store", *texts(world), f"--output-dir={tmp_path / 'run'}", *QUICK, "--json"))
+    record = json.loads((world / "run" / "run.json").read_text())
+    for key in ("loss_before", "loss_after", "train_loss_last", "token_accuracy_after"):
+        assert value[key] == record[key], key
+
+
+def test_eval_of_the_adapter_is_what_the_run_said(mebp, world):
+    record = json.loads((world / "run" / "run.json").read_text())
+    held_out = f"--validation-file={world / 'held-out.txt'}"
+    common = ["eval", world / "store", held_out, "--max-length=24", "--json"]
+    after = answer(mebp(*common, f"--adapter={world / 'run' / 'adapter'}"))
+    assert (after["loss"], after["token_accuracy"]) == (record["loss_after"], record["token_accuracy_after"])
+    before = answer(mebp(*common))
+    assert (before["loss"], before["token_accuracy"]) == (record["loss_before"], record["token_accuracy_before"])
+    assert after["loss"] < before["loss"]
+    assert answer(mebp(*common, "--max-eval-windows=2"))["windows"] == 2
+    code, out, _ = mebp(*common[:-1])
+    assert code == 0 and "perplexity" in out
+
+
+def test_generate(mebp, world):
+    tokenizer = word_tokenizer()
+    ids = tokenizer("the cat sees", return_tensors="pt").input_ids
+    plain = decoded_model(world / "store").generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    wanted = tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True)
+    common = ["generate", world / "store", "--prompt=the cat sees", "--max-new-tokens=6"]
+    assert answer(mebp(*common, "--json")) == {"prompt": "the cat sees", "completion": wanted}
+    code, out, _ = mebp(*common)
+    assert code == 0 and wanted in out
+    sampled = [*common, "--temperature=2", "--top-p=0.95", "--json"]
+    first = answer(mebp(*sampled, "--seed=1"))["completion"]
+    assert answer(mebp(*sampled, "--seed=1"))["completion"] == first
+    assert any(answer(mebp(*sampled, f"--seed={seed}"))["completion"] != first for seed in (2, 3))
+    chat = answer(mebp(*common, "--chat", "--json"))["completion"]
+    templated = tokenizer("the cat sees and ", return_tensors="pt").input_ids
+    theirs = decoded_model(world / "store").generate(templated, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert chat == tokenizer.decode(theirs[0, templated.shape[1] :], skip_special_tokens=True)
+    adapted = answer(mebp(*common, f"--adapter={world / 'run' / 'adapter'}", "--json"))
+    assert isinstance(adapted["completion"], str)
+
+
+def test_verify(mebp, world):
+    value = answer(mebp("verify", world / "store", "--json"))
+    size = sum(path.stat().st_size for path in (world / "store").glob("*.safetensors"))
+    assert value == {"store": str(world / "store"), "files": 4, "bytes": size, "whole": True}
+    code, out, _ = mebp("verify", world / "store")
+    assert code == 0 and "all agree" in out
+
+
+def test_doctor(mebp):
+    assert answer(mebp("doctor", "--json"))["self_test"].startswith("int4 products passed")
+    code, out, _ = mebp("doctor")
+    assert code == 0 and "self test" in out and torch.__version__.split("+")[0] in out
+
+
+def test_a_model_is_quantized_first_into_a_store_beside_the_run(mebp, world, tmp_path):
+    command = ["train", world / "model", *texts(world), f"--output-dir={tmp_path / 'run'}", *QUICK, "--json"]
+    code, out, err = mebp(*command)
+    assert code == 0 and "is not a store: quantizing it into" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-store"]
+    assert json.loads(out)["steps"] == 3 and len(Store(tmp_path / "run-store").matrices) == 22
+    shutil.rmtree(tmp_path / "run")
+    code, again, err = mebp(*command)
+    assert code == 0 and "was quantized before: using" in err
+    assert json.loads(again)["loss_after"] == json.loads(out)["loss_after"]
+
+
+def test_a_store_beside_the_run_that_is_another_models_is_not_used(mebp, world, tmp_path):
+    (tmp_path / "run-store").mkdir()
+    shutil.copytree(world / "store", tmp_path / "run-store", dirs_exist_ok=True)
+    shutil.copytree(world / "wide" / "model", tmp_path / "another")
+    before = tree(tmp_path)
+    for source, flags in (
+        (tmp_path / "another", []),
+        (world / "model", ["--scheme=affine"]),
+        (world / "model", ["--group-size=128"]),
+    ):
+        result = mebp("train", source, *texts(world), f"--output-dir={tmp_path / 'run'}", *QUICK, *flags)
+        one_line(result, "run-store is a store of")
+    assert tree(tmp_path) == before
+
+
+def test_resuming_through_the_command(mebp, world, tmp_path):
+    """One process ends after two of four steps, another goes on; the run equals one that never stopped."""
+    command = ["train", str(world / "store"), *texts(world), *QUICK, "--json", "--lora-dropout=0.1"]
+    command[command.index("--max-steps=3")] = "--max-steps=4"
+    whole = answer(mebp(*command, f"--output-dir={tmp_path / 'whole'}"))
+    code = (
+        "import sys, os\n"
+        "from mebp_triton import trainer\n"
+        "real = trainer.Trainer._one_step\n"
+        "trainer.Trainer._one_step = lambda self, b: os._exit(9) if self.step == 3 else real(self, b)\n"
+        "from mebp_triton.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    arguments = [*command, f"--output-dir={tmp_path / 'cut'}", "--save-steps=2"]
+    child = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=quiet(), check=False)
+    assert child.returncode == 9
+    assert not (tmp_path / "cut" / "run.json").exists()
+    code, out, err = mebp(*arguments, "--resume")
+    assert code == 0 and "resuming at step 2 of 4" in err
+    resumed = json.loads(out)
+    assert resumed["resumed_at_step"] == 2
+    for key in ("loss_before", "loss_after", "train_loss_last", "steps"):
+        assert resumed[key] == whole[key], key
+    # From a checkpoint elsewhere, into a new directory.
+    checkpoint = tmp_path / "cut" / "checkpoint"
+    result = mebp(*command, f"--output-dir={tmp_path / 'new'}", f"--resume-from-checkpoint={checkpoint}")
+    assert answer(result)["loss_after"] == whole["loss_after"]
+
+
+def quiet():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def one_line(result, *parts):
+    code, out, err = result
+    assert code == 2, (code, err)
+    assert out == ""
+    assert err.startswith("mebp: error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    for part in parts:
+        assert part in err, err
+
+
+def train(world, tmp_path, *flags, store=None, output="run", train_file=None):
+    train_file = world / "train.txt" if train_file is None else train_file
+    return [
+        "train", store or world / "store", f"--train-file={train_file}", f"--output-dir={tmp_path / output}", *QUICK,
+        *flags,
+    ]  # fmt: skip
+
+
+def put(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return tmp_path / name
+
+
+def without(world, tmp_path, *names, source="model"):
+    copy = tmp_path / "copy"
+    shutil.copytree(world / source, copy, ignore=shutil.ignore_patterns(*names))
+    return copy
+
+
+def cut(world, tmp_path):
+    copy = without(world, tmp_path, source="store")
+    os.truncate(copy / "block-00001.safetensors", 500)
+    return copy
+
+
+def flipped(world, tmp_path):
+    copy = without(world, tmp_path, source="store")
+    content = bytearray((copy / "block-00001.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "block-00001.safetensors").write_bytes(content)
+    return copy
+
+
+def pickled(world, tmp_path):
+    copy = without(world, tmp_path, "*.safetensors")
+    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    return copy
+
+
+def remote_code(world, tmp_path):
+    copy = without(world, tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "mine.py").write_text("raise SystemExit('ran code of the checkpoint')")
+    return copy
+
+
+def evaluate(world, store, *flags):
+    return ["eval", store, f"--validation-file={world / 'held-out.txt'}", "--max-length=24", *flags]
+
+
+# Each: what is typed (given the world and a place for files), and what the line must name.
+MISTAKES = {
+    "missing store": (lambda w, t: ["verify", t / "none"], ["none is not a directory"]),
+    "missing store to train": (lambda w, t: train(w, t, store=t / "none"), ["none does not exist"]),
+    "missing store to evaluate": (lambda w, t: evaluate(w, t / "none"), ["none is not a directory"]),
+    "missing store to generate": (lambda w, t: ["generate", t / "none", "--prompt=the"], ["none is not a directory"]),
+    "an empty directory as store": (lambda w, t: ["verify", t], ["has no manifest.json; make one with `mebp quantize`"]),
+    "a file as store": (lambda w, t: ["verify", w / "train.txt"], ["train.txt is not a directory"]),
+    "a truncated store": (lambda w, t: ["verify", cut(w, t)], ["block-00001.safetensors has 500 bytes", "cut short"]),
+    "training a truncated store": (lambda w, t: train(w, t, store=cut(w, t)), ["has 500 bytes and should have"]),
+    "evaluating a truncated store": (lambda w, t: evaluate(w, cut(w, t)), ["has 500 bytes and should have"]),
+    "verifying a flipped bit": (lambda w, t: ["verify", flipped(w, t)], ["block-00001.safetensors is damaged"]),
+    "no config.json": (lambda w, t: ["quantize", without(w, t, "config.json"), t / "o"], ["config.json is missing"]),
+    "training without config.json": (lambda w, t: train(w, t, store=without(w, t, "config.json")), ["no manifest"]),
+    "only pickles": (lambda w, t: ["quantize", pickled(w, t), t / "o"], ["only pickled weights (pytorch_model.bin)"]),
+    "training pickles": (lambda w, t: train(w, t, store=pickled(w, t)), ["only pickled weights"]),
+    "code in the checkpoint": (lambda w, t: ["quantize", remote_code(w, t), t / "o"], ["'mine'", "never run"]),
+    "training its code": (lambda w, t: train(w, t, store=remote_code(w, t)), ["'mine'", "never run"]),
+    "no weights": (lambda w, t: ["quantize", without(w, t, "*.safetensors"), t / "o"], ["neither model.safetensors"]),
+    "quantizing a text": (lambda w, t: ["quantize", w / "train.txt", t / "o"], ["train.txt"]),
+    "quantizing nothing": (lambda w, t: ["quantize", t / "none", t / "o"], ["none does not exist"]),
+    "quantizing onto something": (lambda w, t: ["quantize", w / "model", w / "store"], ["store exists already"]),
+    "an unknown scheme": (lambda w, t: ["quantize", w / "model", t / "o", "--scheme=nf4"], ["'nf4'", "symmetric"]),
+    "an unknown group size": (lambda w, t: ["quantize", w / "model", t / "o", "--group-size=48"], ["48", "32"]),
+    "options for a store": (lambda w, t: train(w, t, "--scheme=affine"), ["--scheme and --group-size are for models"]),
+    "no tokenizer": (
+        lambda w, t: train(w, t, store=without(w, t, "tokenizer*", source="store")),
+        ["has no usable tokenizer"],
+    ),
+    "a missing training file": (lambda w, t: train(w, t, train_file=t / "none.txt"), ["none.txt does not exist"]),
+    "no training file": (lambda w, t: ["train", w / "store", f"--output-dir={t / 'run'}"], ["--train-file is missing"]),
+    "no output directory": (lambda w, t: ["train", w / "store", "--train-file=a.txt"], ["--output-dir is missing"]),
+    "an empty file": (lambda w, t: train(w, t, train_file=put(t, "a.txt", "")), ["a.txt: nothing to train on"]),
+    "an empty validation file": (
+        lambda w, t: train(w, t, f"--validation-file={put(t, 'v.txt', '')}"),
+        ["validation-file", "v.txt: nothing to train on"],
+    ),
+    "an unknown suffix": (lambda w, t: train(w, t, train_file=put(t, "a.csv", "a,b")), ["unknown suffix '.csv'"]),
+    "broken JSONL": (
+        lambda w, t: train(w, t, train_file=put(t, "a.jsonl", '{"text": "the cat"}\n{"text": \n')),
+        ["a.jsonl:2: broken JSON"],
+    ),
+    "JSONL of other keys": (lambda w, t: train(w, t, train_file=put(t, "a.jsonl", '{"x": 1}\n')), ["a.jsonl", "'text'"]),
+    "not UTF-8": (lambda w, t: train(w, t, train_file=put(t, "a.txt", b"\xff\xfe\x00\xd8")), ["a.txt", "UTF-8"]),
+    "bad data for a model not quantized yet": (
+        lambda w, t: train(w, t, store=w / "model", train_file=put(t, "a.txt", "")),
+        ["a.txt: nothing to train on"],
+    ),
+    "a model too short": (lambda w, t: train(w, t, "--max-length=65"), ["max_length 65", "64 tokens"]),
+    "a model not quantized yet too short": (
+        lambda w, t: train(w, t, "--max-length=65", store=w / "model"),
+        ["max_length 65", "64 tokens"],
+    ),
+    "evaluating too long": (lambda w, t: evaluate(w, w / "store", "--max-length=65"), ["max_length 65", "64"]),
+    "evaluating nothing": (lambda w, t: evaluate(w, w / "store", "--max-eval-windows=0"), ["--max-eval-windows", "0"]),
+    "evaluating a missing file": (
+        lambda w, t: ["eval", w / "store", f"--validation-file={t / 'none.txt'}"],
+        ["none.txt does not exist"],
+    ),
+    "evaluating without a file": (lambda w, t: ["eval", w / "store"], ["--validation-file"]),
+    "rank 0": (lambda w, t: train(w, t, "--lora-r", "0"), ["lora_r must be at least 1, got 0"]),
+    "a negative rate": (lambda w, t: train(w, t, "--learning-rate=-1"), ["learning_rate must be positive, got -1.0"]),
+    "a rate of nan": (lambda w, t: train(w, t, "--learning-rate=nan"), ["learning_rate must be finite, got nan"]),
+    "a word for a number": (lambda w, t: train(w, t, "--max-steps=many"), ["--max-steps", "'many'"]),
+    "dropout 1": (lambda w, t: train(w, t, "--lora-dropout=1"), ["lora_dropout must lie in [0, 1), got 1.0"]),
+    "an unknown mode": (lambda w, t: train(w, t, "--selection-mode=some"), ["--selection-mode", "'some'", "identity"]),
+    "mezo with a selection": (lambda w, t: train(w, t, "--optim=mezo", "--selection-mode=exact"), ["'mezo'"]),
+    "modules that are not there": (lambda w, t: train(w, t, "--target-modules=c_attn"), ["c_attn", "matches no"]),
+    "a broken pattern": (lambda w, t: train(w, t, "--target-modules=(q"), ["(q", "not a regular expression"]),
+    "an unknown flag": (lambda w, t: train(w, t, "--learning-rat=1"), ["--learning-rat", "did you mean --learning-rate?"]),
+    "an abbreviated flag": (lambda w, t: train(w, t, "--learning=1"), ["unrecognized arguments: --learning=1"]),
+    "an unknown command": (lambda w, t: ["trian", w / "store"], ["'trian'", "train"]),
+    "no command": (lambda w, t: [], ["COMMAND"]),
+    "a device that is not here": (lambda w, t: train(w, t, "--device=cuda:99"), ["'cuda:99' is not here"]),
+    "a device that is none": (lambda w, t: train(w, t, "--device=gpu"), ["device must be", "'gpu'"]),
+    "evaluating on no device": (lambda w, t: evaluate(w, w / "store", "--device=gpu"), ["device must be", "'gpu'"]),
+    "a backend that cannot": (lambda w, t: train(w, t, "--backend=triton"), ["'triton'", "panel"]),
+    "a used run directory": (lambda w, t: train(w, w, output="run"), ["run exists already"]),
+    "a file as run directory": (lambda w, t: train(w, w, output="train.txt"), ["train.txt exists already"]),
+    "resuming nothing": (lambda w, t: train(w, t, "--resume"), ["there is no checkpoint in", "to resume from"]),
+    "resuming from elsewhere": (lambda w, t: train(w, t, f"--resume-from-checkpoint={t}"), ["there is no checkpoint"]),
+    "resuming with another rank": (
+        lambda w, t: train(w, w, "--lora-r=4", "--resume"),
+        ["cannot resume: lora_r was 2 and now is 4"],
+    ),
+    "an adapter of another family": (
+        lambda w, t: evaluate(w, w / "gpt2" / "store", f"--adapter={w / 'run' / 'adapter'}"),
+        ["matches no linear layer"],
+    ),
+    "an adapter of another width": (
+        lambda w, t: evaluate(w, w / "wide" / "store", f"--adapter={w / 'run' / 'adapter'}"),
+        ["does not fit this model", "shape"],
+    ),
+    "no adapter": (lambda w, t: evaluate(w, w / "store", f"--adapter={t}"), ["is no adapter", "adapter_config.json"]),
+    "generating with no adapter": (
+        lambda w, t: ["generate", w / "store", "--prompt=the", f"--adapter={t / 'none'}"],
+        ["is no adapter"],
+    ),
+    "an empty prompt": (lambda w, t: ["generate", w / "store", "--prompt="], ["--prompt is empty"]),
+    "no prompt": (lambda w, t: ["generate", w / "store"], ["--prompt"]),
+    "no new tokens": (lambda w, t: ["generate", w / "store", "--prompt=a", "--max-new-tokens=0"], ["got 0"]),
+    "a negative temperature": (lambda w, t: ["generate", w / "store", "--prompt=a", "--temperature=-1"], ["-1.0"]),
+    "a missing settings file": (lambda w, t: train(w, t, f"--config={t / 'a.yaml'}"), ["a.yaml does not exist"]),
+    "an unknown setting": (
+        lambda w, t: train(w, t, f"--config={put(t, 'a.yaml', 'lora-rr: 3')}"),
+        ["unknown setting 'lora-rr'; did you mean 'lora_r'?"],
+    ),
+    "a demo of no steps": (lambda w, t: ["demo", "--max-steps=0", f"--output-dir={t / 'd'}"], ["--max-steps", "got 0"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mebp, world, tmp_path, name):
+    typed, parts = MISTAKES[name]
+    arguments = typed(world, tmp_path)
+    before = tree(world, tmp_path)
+    one_line(mebp(*arguments), *parts)
+    assert tree(world, tmp_path) == before
+
+
+def test_a_mistake_as_json_is_no_json(mebp, world, tmp_path):
+    one_line(mebp("verify", tmp_path / "none", "--json"), "none is not a directory")
+
+
+def test_a_damaged_block_is_found_in_the_step_that_uses_it(mebp, world, tmp_path):
+    """Not a user's mistake alone: loading may have begun, but no adapter comes of it."""
+    code, out, err = mebp(*train(world, tmp_path, store=flipped(world, tmp_path)))
+    assert code == 2 and "block-00001.safetensors is damaged: checksum of bytes" in err and out == ""
+    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_in_a_process_of_its_own(world, tmp_path):
+    """As a shell sees it: nothing but the line on standard error, no traceback, no library's chatter."""
+    program = [sys.executable, "-m", "mebp_triton.cli"]
+    child = subprocess.run(
+        [*program, "train", str(world / "store"), "--train-file=none.txt", f"--output-dir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        env=quiet(),
+        check=False,
+    )
+    assert child.returncode == 2 and child.stdout == ""
+    assert child.stderr == "mebp: error: none.txt does not exist\n"
+    child = subprocess.run(
+        [*program, *evaluate(world, str(world / "store"), "--json")],
+        capture_output=True,
+        text=True,
+        env=quiet(),
+        check=False,
+    )
+    assert child.returncode == 0 and json.loads(child.stdout)["windows"] == 4
+    assert "Traceback" not in child.stderr and "Warning" not in child.stderr
+
+
+# --- failures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RunError("loss is nan"), 1, "mebp: error: loss is nan\n"),
+        (RuntimeError("two\nlines"), 1, "mebp: error: RuntimeError: two lines (--debug shows where)\n"),
+        (KeyError("x"), 1, "mebp: error: KeyError: 'x' (--debug shows where)\n"),
+        (OSError(28, "No space left"), 1, "mebp: error: [Errno 28] No space left (--debug shows where)\n"),
+        (ValueError("a\n  mistake"), 2, "mebp: error: a mistake\n"),
+        (KeyboardInterrupt(), 130, "mebp: interrupted; `mebp train ... --resume` goes on from the last checkpoint\n"),
+        (BrokenPipeError(), 1, ""),
+    ],
+)
+def test_every_failure_has_its_exit_code(mebp, world, monkeypatch, error, code, line):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(commands, "run_verify", fail)
+    assert mebp("verify", world / "store") == (code, "", line)
+    if isinstance(error, Exception) and not isinstance(error, BrokenPipeError):
+        with pytest.raises(type(error)):
+            main(["verify", "x", "--debug"])
+
+
+def test_a_run_whose_loss_is_not_a_number_exits_with_1(mebp, world, tmp_path):
+    code, out, err = mebp(*train(world, tmp_path, "--learning-rate=1e30", "--max-grad-norm=0", "--lora-alpha=1e30"))
+    assert code == 1 and out == ""
+    assert err.splitlines()[-1].startswith("mebp: error: ") and " at step " in err.splitlines()[-1]
+
+
+def test_every_command_is_tried_above():
+    assert {name.removeprefix("run_") for name in vars(commands) if name.startswith("run_")} == set(COMMANDS)
