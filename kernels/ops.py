@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ Backend = Literal["auto", "triton", "panel"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "panel")
 
 
-@cache
+@functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -169,6 +169,17 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Whoever calls ``backward`` under autocast would otherwise get its products rounded."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
+
+
 def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, scales, minimum, codebook, in_features, group_size, bias, t, b, backend = inputs
     ctx.save_for_backward(packed, scales, minimum, codebook, t, b)
@@ -229,8 +240,8 @@ def _cross_entropy_backward(ctx: Any, dlosses: Tensor, *_: Any) -> tuple[Tensor 
     return ((dlosses.unsqueeze(1) * grad).to(ctx.dtype), *([None] * 11))
 
 
-_matmul.register_autograd(_matmul_backward, setup_context=_matmul_setup)
-_matmul_dx.register_autograd(_matmul_dx_backward, setup_context=_matmul_dx_setup)
+_matmul.register_autograd(_without_autocast(_matmul_backward), setup_context=_matmul_setup)
+_matmul_dx.register_autograd(_without_autocast(_matmul_dx_backward), setup_context=_matmul_dx_setup)
 _cross_entropy.register_autograd(_cross_entropy_backward, setup_context=_cross_entropy_setup)
 
 

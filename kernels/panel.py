@@ -111,7 +111,7 @@ def int4_matmul_dx_panel(dy: Tensor, weight: Int4Weight, g: Tensor | None = None
     """``dX = dY·W + g·a``; shapes as ``reference.matmul_dx``.
 
     Panels run along K, so every output is one reduction over N. Only where a single chunk of N rows outgrows a
-    panel is N cut too; the partial sums are then added in float32 or wider.
+    panel is N cut too, and all is then computed in float32 or wider.
     """
     rows, chunks = weight.out_features, weight.packed.shape[1] // RUN
     dx = dy.new_zeros(dy.shape[0], weight.in_features)
@@ -120,23 +120,20 @@ def int4_matmul_dx_panel(dy: Tensor, weight: Int4Weight, g: Tensor | None = None
     budget = panel_elements(dy.device)
     row_step = max(1, min(rows, budget // CHUNK))
     chunk_step = min(chunks, max(1, budget // (CHUNK * row_step)))
-    decoder = PanelDecoder(weight, dy.dtype, row_step, chunk_step)
-    one_reduction = row_step >= rows
+    # Partial sums that were rounded one by one would be less exact than one reduction is.
+    work = dy.dtype if row_step >= rows else torch.promote_types(dy.dtype, torch.float32)
+    decoder = PanelDecoder(weight, work, row_step, chunk_step)
     if g is not None and a is not None:
-        g, a = g.to(dy.dtype), torch.nn.functional.pad(a.to(dy.dtype), (0, chunks * CHUNK - weight.in_features))
+        g = g.to(dy.dtype).to(work)
+        a = torch.nn.functional.pad(a.to(dy.dtype).to(work), (0, chunks * CHUNK - weight.in_features))
     for first, last in spans(chunks, chunk_step):
         columns = slice(first * CHUNK, last * CHUNK)
         if g is not None and a is not None:
             total = g @ to_planes(a[:, columns], last - first)
         else:
-            total = dy.new_zeros(dy.shape[0], (last - first) * CHUNK)
-        total = total if one_reduction else total.to(decoder.wide)
+            total = dy.new_zeros(dy.shape[0], (last - first) * CHUNK, dtype=work)
         for start, stop in spans(rows, row_step):
-            panel = decoder(start, stop, first, last)
-            if one_reduction:
-                total.addmm_(dy, panel)
-            else:
-                total += dy[:, start:stop] @ panel
+            total.addmm_(dy[:, start:stop].to(work), decoder(start, stop, first, last))
         dx[:, columns] = from_planes(total)[:, : dx.shape[1] - columns.start]
     return dx
 

@@ -60,14 +60,16 @@ def progress_bar(description: str) -> Iterator[Callable[..., None]]:
             tasks[task] = bar.add_task(task, total=total, note=note)
         bar.update(tasks[task], completed=done, total=total, note=note)
 
+    finish = bar.stop
     try:
         yield update
     except ValueError:
         bar.live.transient = True
+        finish = bar.live.stop
         raise
     finally:
         if tasks:
-            bar.stop()
+            finish()
 
 
 def answer(arguments: argparse.Namespace, value: dict[str, Any], table: Table) -> None:

@@ -159,16 +159,22 @@ class _Int4LoRAFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias, lora_a, lora_b, t = ctx.saved_tensors
-        need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-        dtype = x.dtype
-        dy = dy.to(dtype)
-        g = (dy @ lora_b.to(dtype)).mul_(ctx.scaling) if need_x or need_a else None  # [..., R]
-        dx = int4_matmul_dx(dy, ctx.weight, g, lora_a, ctx.backend) if need_x else None
-        da = _reduce_tokens(g, x, lora_a.dtype) if need_a and g is not None else None
-        db = _reduce_tokens(dy, t, lora_b.dtype) if need_b else None
-        dbias = dy.flatten(0, -2).sum(0, dtype=_wide(bias.dtype)).to(bias.dtype) if need_bias else None
-        return dx, None, dbias, da, db, None, None, None
+        # Whoever calls backward under autocast would otherwise get its products rounded.
+        with torch.autocast(dy.device.type, enabled=False):
+            return _lora_gradients(ctx, dy)
+
+
+def _lora_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, bias, lora_a, lora_b, t = ctx.saved_tensors
+    need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+    dtype = x.dtype
+    dy = dy.to(dtype)
+    g = (dy @ lora_b.to(dtype)).mul_(ctx.scaling) if need_x or need_a else None  # [..., R]
+    dx = int4_matmul_dx(dy, ctx.weight, g, lora_a, ctx.backend) if need_x else None
+    da = _reduce_tokens(g, x, lora_a.dtype) if need_a and g is not None else None
+    db = _reduce_tokens(dy, t, lora_b.dtype) if need_b else None
+    dbias = dy.flatten(0, -2).sum(0, dtype=_wide(bias.dtype)).to(bias.dtype) if need_bias else None
+    return dx, None, dbias, da, db, None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -68,7 +68,10 @@ class StoreWriter:
         """One file: ``matrices`` by module name with their relative errors, ``floats`` by parameter name."""
         tensors: dict[str, Tensor] = {key: tensor.contiguous() for key, tensor in floats.items()}
         for module, (weight, error) in matrices.items():
-            tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in weight.tensors().items()}
+            parts = weight.tensors()
+            if weight.codebook is not None:
+                parts["codebook"] = weight.codebook.clone()  # safetensors refuses what several matrices share
+            tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
             info = MatrixInfo(
                 name, weight.scheme, weight.shape, weight.group_size, _dtype_name(weight.scales.dtype), error
             )

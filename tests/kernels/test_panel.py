@@ -1,10 +1,8 @@
 """The operations by panels in plain torch, against float64 on the decoded codes."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from allocations import Allocations
 
 from mebp_triton.kernels import panel, reference
 from mebp_triton.kernels.layout import CHUNK, GROUP_SIZES, SCHEMES, Int4Weight, unpack
@@ -74,7 +72,7 @@ def test_odd_sizes(assert_accurate, make_weight, normal, dtype, panel_size, n, k
         check_dx(assert_accurate, normal(4, n, dtype=dtype), weight, g, a)
 
 
-@pytest.mark.parametrize(("n", "k"), [(576, 1536), (4864, 896), (896, 4864), (6912, 1152)])
+@pytest.mark.parametrize(("n", "k"), [(576, 1536), (4864, 896), (1152, 6912)])
 def test_sizes_of_real_models(assert_accurate, make_weight, normal, n, k):
     weight = make_weight(n, k, 128, "affine")
     check_matmul(assert_accurate, normal(7, k), weight)
@@ -191,7 +189,7 @@ def test_results_do_not_change_from_run_to_run(make_weight, normal, dtype, panel
     weight = make_weight(50, 200)
     x, dy, t, b = normal(9, 200, dtype=dtype), normal(9, 50, dtype=dtype), normal(9, 4), normal(50, 4)
     first = int4_matmul_panel(x, weight, None, t, b), int4_matmul_dx_panel(dy, weight)
-    for _ in range(20):
+    for _ in range(10):
         assert torch.equal(int4_matmul_panel(x, weight, None, t, b), first[0])
         assert torch.equal(int4_matmul_dx_panel(dy, weight), first[1])
 
@@ -236,27 +234,13 @@ def test_every_code_is_decoded_exactly_once(monkeypatch, make_weight, normal, an
     assert (seen == 1).all()
 
 
-class Allocations(TorchDispatchMode):
-    """The elements of the largest tensor made within."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return output
-
-
 @pytest.mark.parametrize("panel_rows", [1, 8])
 def test_no_tensor_is_as_large_as_the_weight(monkeypatch, make_weight, normal, device, scheme, dtype, panel_rows):
     m, n, k, r = 4, 600, 640, 8
     monkeypatch.setitem(panel.PANEL_ELEMENTS, device, panel_rows * k)
     weight = make_weight(n, k, 32, scheme)
     x, dy, t, b, a = (normal(*shape, dtype=dtype) for shape in ((m, k), (m, n), (m, r), (n, r), (r, k)))
-    # A view of the packed weight is as large as what it views, so the codes are held against N·K / 2.
-    limit = max(panel_rows * k, m * k, m * n, n * r, r * k, n * k // 64 * 2)
+    largest_operand = max(m * k, m * n, n * r, r * k)
     for function, operands in (
         (int4_matmul_panel, (x, weight, None, t, b)),
         (int4_matmul_dx_panel, (dy, weight, t, a)),
@@ -264,5 +248,4 @@ def test_no_tensor_is_as_large_as_the_weight(monkeypatch, make_weight, normal, d
     ):
         with Allocations() as allocations:
             function(*operands)
-        assert 0 < allocations.largest <= limit, function.__name__
-        assert allocations.largest < n * k // 8
+        assert 0 < allocations.largest <= max(panel_rows * k, largest_operand), function.__name__

@@ -13,7 +13,7 @@ import torch
 
 from mebp_triton import files
 from mebp_triton.files import CHECKSUM_CHUNK, FileError
-from mebp_triton.kernels.layout import Int4Weight, group_count
+from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
 from mebp_triton.stores.format import MANIFEST, SHARED, Store, StoreWriter, block_file
 
@@ -25,7 +25,7 @@ GOLDEN = bytes(range(100, 164))  # one row of 128 codes
 def int4(scheme, seed=0, rows=ROWS, columns=COLUMNS, group_size=GROUP, dtype=torch.float16):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (rows, columns), generator=generator).to(torch.uint8)
-    shape = group_count(columns, group_size), rows
+    shape = -(-columns // group_size), rows
     return Int4Weight.from_codes(
         codes,
         torch.randn(shape, generator=generator).to(dtype),

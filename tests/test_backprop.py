@@ -1,0 +1,241 @@
+"""The block engine: what runs, what is recomputed, what the gradient is where a block is not trained."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import mebp_triton as mebp
+import pytest
+import torch
+from mebp_triton.backprop import BlockEngine
+from models import batch, our_gradients, randomize_adapter, relative_rms, tiny_store
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+
+class Block(nn.Module):
+    """A residual block whose last layer is followed by additions only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, hidden_states: Tensor, scale: Tensor | None = None, flag: str = "") -> tuple[Tensor, str]:
+        out = hidden_states + self.down(torch.tanh(self.up(hidden_states)))
+        return (out if scale is None else out * scale), flag
+
+
+class Stack(nn.Module):
+    def __init__(self, count: int = 4, width: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(count)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, flag = block(hidden_states=x, flag="kept")
+            assert flag == "kept"
+        return x.square().sum()
+
+
+def grads(stack: nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in stack.parameters()]
+
+
+def stacks() -> tuple[Stack, Stack, BlockEngine, Tensor]:
+    plain = Stack()
+    ours = copy.deepcopy(plain)
+    return plain, ours, BlockEngine(ours.blocks), torch.randn(3, 6, dtype=torch.float64)
+
+
+def test_full_equals_plain_autograd() -> None:
+    plain, ours, engine, x = stacks()
+    a, b = plain(x), ours(x)
+    a.backward()
+    b.backward()
+    assert torch.equal(a, b)
+    assert all(torch.equal(left, right) for left, right in zip(grads(plain), grads(ours), strict=True))
+    assert (engine.counters.forward, engine.counters.recompute, engine.counters.identity) == (4, 4, 0)
+
+
+def test_exact_equals_autograd_with_the_others_frozen() -> None:
+    plain, ours, engine, x = stacks()
+    engine.treatment = lambda index: "train" if index in (1, 3) else "exact"
+    for index in (0, 2):
+        plain.blocks[index].requires_grad_(False)
+    plain(x).backward()
+    ours(x).backward()
+    for left, right in zip(grads(plain), grads(ours), strict=True):
+        assert (left is None) == (right is None)
+        assert left is None or torch.equal(left, right)
+    # Block 0 lies below the lowest selected block: no backward. Block 2 passes the gradient on by its recompute.
+    assert (engine.counters.forward, engine.counters.recompute) == (4, 3)
+    assert all(p.requires_grad for p in ours.parameters())
+
+
+def test_identity_equals_a_detached_residual() -> None:
+    plain, ours, engine, x = stacks()
+    engine.treatment = lambda index: "train" if index in (0, 2) else "identity"
+    value = ours(x)
+    value.backward()
+    hidden = x
+    for index, block in enumerate(plain.blocks):
+        out, _ = block(hidden)
+        hidden = out if index in (0, 2) else hidden + (out - hidden).detach()
+    hidden.square().sum().backward()
+    for left, right in zip(grads(plain), grads(ours), strict=True):
+        assert (left is None) == (right is None)
+        assert left is None or relative_rms(right, left) < 1e-12
+    assert torch.equal(value, Stack()(x)), "the forward pass of identity is exact"
+    assert (engine.counters.recompute, engine.counters.identity) == (2, 2)
+
+
+def test_nothing_below_the_lowest_selected_block_runs_backward() -> None:
+    _, ours, engine, x = stacks()
+    engine.treatment = lambda index: "train" if index == 3 else "exact"
+    ours(x).backward()
+    assert (engine.counters.forward, engine.counters.recompute, engine.counters.identity) == (4, 1, 0)
+
+
+def test_no_grad_and_frozen_blocks_have_no_graph() -> None:
+    _, ours, engine, x = stacks()
+    with torch.no_grad():
+        assert not ours(x).requires_grad
+    ours.requires_grad_(False)
+    assert not ours(x).requires_grad
+    assert engine.counters.recompute == 0
+
+
+def test_gradients_accumulate_and_autograd_grad_works() -> None:
+    plain, ours, _, x = stacks()
+    for one in (plain, ours):
+        one.blocks[0].up.weight.grad = torch.ones_like(one.blocks[0].up.weight)
+        one(x).backward()
+        one(2 * x).backward()
+    assert all(torch.equal(left, right) for left, right in zip(grads(plain), grads(ours), strict=True))
+    weight = "blocks.1.down.weight"
+    found = [torch.autograd.grad(one(x), dict(one.named_parameters())[weight])[0] for one in (plain, ours)]
+    assert torch.equal(*found)
+
+
+def test_retained_graph_runs_backward_twice() -> None:
+    plain, ours, _, x = stacks()
+    for one in (plain, ours):
+        loss = one(x)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert all(torch.equal(left, right) for left, right in zip(grads(plain), grads(ours), strict=True))
+
+
+def test_gradient_reaches_inputs_beside_the_hidden_state() -> None:
+    block, twin = Block(6).double(), Block(6).double()
+    twin.load_state_dict(block.state_dict())
+    BlockEngine([block])
+    found = []
+    for one in (block, twin):
+        x = torch.ones(2, 6, dtype=torch.float64, requires_grad=True)
+        scale = torch.full((6,), 2.0, dtype=torch.float64, requires_grad=True)
+        one(x, scale)[0].square().sum().backward()
+        found.append((x.grad, scale.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_selection_changed_between_forward_and_backward_does_not_matter() -> None:
+    plain, ours, engine, x = stacks()
+    loss = ours(x)
+    engine.treatment = lambda index: "identity"
+    loss.backward()
+    plain(x).backward()
+    assert all(torch.equal(left, right) for left, right in zip(grads(plain), grads(ours), strict=True))
+
+
+def test_changed_inputs_and_parameters_are_errors() -> None:
+    _, ours, _, x = stacks()
+    loss = ours(x)
+    with torch.no_grad():
+        ours.blocks[2].up.weight.add_(1)
+    with pytest.raises(RuntimeError, match="block 2 changed"):
+        loss.backward()
+    _, ours, _, x = stacks()
+    loss = ours(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        loss.backward()
+
+
+def test_remove_gives_the_blocks_back() -> None:
+    _, ours, engine, x = stacks()
+    engine.remove()
+    ours(x).backward()
+    assert engine.counters.forward == 0 and "forward" not in ours.blocks[0].__dict__
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return tiny_store("llama")
+
+
+def loaded(store: Any, **options: Any) -> Any:
+    model = mebp.load(store, mebp.LoraConfig(r=4, lora_alpha=8), **options)
+    randomize_adapter(model)
+    return model
+
+
+def test_a_filled_cache_is_refused_and_an_empty_one_ignored(llama: Any) -> None:
+    model, examples = loaded(llama), batch(1, 8, None)
+    model(**examples, use_cache=True).loss.backward()
+    with_cache = our_gradients(model)
+    model.zero_grad()
+    model(**examples, use_cache=False).loss.backward()
+    assert all(torch.equal(with_cache[name], found) for name, found in our_gradients(model).items())
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=examples["input_ids"], past_key_values=cache)
+    with pytest.raises(ValueError, match="filled cache"):
+        model(input_ids=examples["input_ids"], past_key_values=cache)
+
+
+def test_autocast_on_in_forward_and_off_in_backward(llama: Any) -> None:
+    model, examples = loaded(llama), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**examples).loss
+    loss.backward()
+    inner = our_gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**examples).loss.backward()
+    assert all(torch.equal(inner[name], found) for name, found in our_gradients(model).items())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "train", "left_out"),
+    [("llama", True, True), ("gpt2", False, True), ("gpt2", True, False), ("gemma3_text", True, False)],
+)
+def test_the_last_product_is_left_out_only_where_no_gradient_needs_it(
+    architecture: str, train: bool, left_out: bool
+) -> None:
+    """gpt2 has a dropout after its last layer while training, Gemma always a norm."""
+    model = loaded(tiny_store(architecture)).train(train)
+    found = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(**batch()).loss.backward()
+        found.append(our_gradients(model))
+    assert [tail.layer is not None for tail in model.mebp.engine.tails] == [left_out] * 3
+    for later in found[1:]:
+        assert all(torch.equal(found[0][name], later[name]) for name in later)
+
+
+def test_an_engine_alone_and_a_second_checkpointing_change_nothing(llama: Any) -> None:
+    model = loaded(llama)
+    model(**batch()).loss.backward()
+    expected = our_gradients(model)
+    model.zero_grad()
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    before = model.mebp.engine.counters.recompute
+    model(**batch()).loss.backward()
+    assert model.mebp.engine.counters.recompute == before + 3
+    assert all(torch.equal(expected[name], found) for name, found in our_gradients(model).items())
