@@ -1,0 +1,136 @@
+"""Which blocks a step trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mebp_triton as mebp
+import peft
+import pytest
+import torch
+from mebp_triton.selection import MODES, SCHEDULES, select_blocks
+from models import batch, decoded_model, our_gradients, randomize_adapter, tiny_store
+
+
+@pytest.fixture(scope="module")
+def store() -> Any:
+    return tiny_store("llama")
+
+
+def loaded(store: Any) -> Any:
+    model = mebp.load(store, mebp.LoraConfig(r=4, lora_alpha=8))
+    randomize_adapter(model)
+    return model
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 30])
+@pytest.mark.parametrize("ratio", [0.01, 0.25, 0.5, 0.75, 1.0])
+def test_every_schedule_covers_every_block(schedule: Any, count: int, ratio: float) -> None:
+    size = min(count, max(1, round(ratio * count)))
+    seen: list[frozenset[int]] = [select_blocks(step, count, ratio, schedule, seed=3) for step in range(2 * count)]
+    assert {len(chosen) for chosen in seen} == {size}
+    assert frozenset().union(*seen) == frozenset(range(count))
+    if schedule != "strided":  # windows and deals cover all within one round
+        assert frozenset().union(*seen[: -(-count // size)]) == frozenset(range(count))
+
+
+def test_random_follows_the_seed_and_only_the_seed() -> None:
+    def draws(seed: int) -> list[frozenset[int]]:
+        return [select_blocks(step, 12, 0.25, "random", seed) for step in range(8)]
+
+    torch.manual_seed(0)
+    first = draws(1)
+    torch.manual_seed(1)
+    assert draws(1) == first != draws(2)
+    assert len(set(first)) > 4
+
+
+def test_cyclic_windows() -> None:
+    assert [sorted(select_blocks(step, 5, 0.4, "cyclic")) for step in range(4)] == [[0, 1], [2, 3], [0, 4], [1, 2]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ratio_one_is_full_to_the_bit(store: Any, mode: Any) -> None:
+    plain = loaded(store)
+    plain(**batch()).loss.backward()
+    model = loaded(store)
+    mebp.LayerCyclicManager(model, ratio=1.0, mode=mode)
+    model(**batch()).loss.backward()
+    assert all(torch.equal(plain_grad, our_gradients(model)[name]) for name, plain_grad in our_gradients(plain).items())
+
+
+@pytest.mark.parametrize("mode", ["identity", "exact", "freeze"])
+def test_only_selected_blocks_get_gradients_and_the_forward_is_exact(store: Any, mode: Any) -> None:
+    full = loaded(store)
+    expected = full(**batch()).loss
+    expected.backward()
+    truth = our_gradients(full)
+    model = loaded(store)
+    selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode=mode)
+    loss = model(**batch()).loss
+    assert torch.equal(loss, expected)
+    loss.backward()
+    assert selection.selected == (frozenset({2}) if mode == "freeze" else frozenset({0}))
+    for name, grad in our_gradients(model).items():
+        inside = any(f".layers.{index}." in name for index in selection.selected)
+        assert (grad is not None) == inside
+        if inside:
+            # Exact where every block above is passed truly; identity leaves out what the blocks above would do.
+            assert torch.equal(grad, truth[name]) == (mode != "identity")
+
+
+def test_freeze_always_takes_the_topmost(store: Any) -> None:
+    selection = mebp.LayerCyclicManager(loaded(store), ratio=2 / 3, mode="freeze")
+    for _ in range(4):
+        assert selection.selected == frozenset({1, 2})
+        selection.advance()
+
+
+def test_on_plain_transformers_and_peft_models(store: Any) -> None:
+    targets = ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    for model in (decoded_model(store).requires_grad_(True), peft.get_peft_model(decoded_model(store), config)):
+        selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="exact")
+        selection.advance()
+        model(**batch()).loss.backward()
+        blocks = {
+            index: {p.grad is not None for n, p in model.named_parameters() if f".layers.{index}." in n and p.requires_grad}
+            for index in range(3)
+        }
+        assert blocks == {0: {False}, 1: {True}, 2: {False}}
+        model.zero_grad()
+        selection.remove()
+        model(**batch()).loss.backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad and ".layers." in n)
+
+
+def test_state_goes_on_where_it_was(store: Any) -> None:
+    options: dict[str, Any] = {"ratio": 1 / 3, "mode": "exact", "schedule": "random", "seed": 4}
+    first = mebp.LayerCyclicManager(loaded(store), **options)
+    for _ in range(5):
+        first.advance()
+    second = mebp.LayerCyclicManager(loaded(store), **options)
+    second.load_state_dict(first.state_dict())
+    for _ in range(6):
+        assert first.selected == second.selected
+        first.advance()
+        second.advance()
+    other = mebp.LayerCyclicManager(loaded(store), **(options | {"seed": 5}))
+    with pytest.raises(ValueError, match="seed 4, this one 5"):
+        other.load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "half"}, "mode must be one of full, identity, exact, freeze, got 'half'"),
+        ({"schedule": "spiral"}, "schedule must be one of cyclic, strided, random, got 'spiral'"),
+        ({"ratio": 0}, r"\(0, 1\], got 0"),
+        ({"ratio": 1.5}, "got 1.5"),
+        ({"ratio": float("nan")}, "got nan"),
+    ],
+)
+def test_wrong_arguments(store: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mebp.LayerCyclicManager(loaded(store), **options)
