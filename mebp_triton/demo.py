@@ -63,13 +63,15 @@ def demonstrate(directory: Path, steps: int, compare: bool, console: Console) ->
     """Runs all of it in ``directory``; the numbers, and a table of them.
 
     Raises:
-        ValueError: the model's package is missing, ``directory`` is in use, or ``steps`` is below 1.
+        ValueError: the model's package is missing, or PEFT to compare with, ``directory`` is in use, or ``steps`` is below 1.
     """
     from .files import check_absent
 
     if steps < 1:
         raise ValueError(f"--max-steps must be at least 1, got {steps}")
     source = find_model()
+    if compare and importlib.util.find_spec("peft") is None:
+        raise ValueError("--compare needs PEFT: pip install 'mebp-triton[peft]'")
     check_absent(directory)
     started = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
@@ -127,8 +129,6 @@ def compare_with_peft(
     source: Path, train_file: Path, held_out: Path, steps: int, directory: Path, console: Console
 ) -> dict[str, Any]:
     """The same training by transformers + PEFT on the same weights in float32, in its own process."""
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("--compare needs PEFT: pip install 'mebp-triton[peft]'")
     settings = {
         "gguf": str(source),
         "tokenizer": str(directory / "store"),

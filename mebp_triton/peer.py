@@ -30,7 +30,7 @@ def load_base(settings: dict[str, Any]) -> Any:
     if base not in BASES:
         raise ValueError(f"base must be one of {', '.join(BASES)}, got {base!r}")
     dtype = torch.bfloat16 if base.endswith("bfloat16") else torch.float32
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if "gguf" in settings:
         path = Path(settings["gguf"])
         if hasattr(transformers, "GgufConfig"):
@@ -82,7 +82,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(settings["tokenizer"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(settings["tokenizer"], trust_remote_code=False)
     data = load_data(settings["train_file"], tokenizer, settings["max_length"])
     validation = settings.get("validation_file")
     held_out = load_data(validation, tokenizer, settings["max_length"]) if validation else None

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import sys
 from importlib.machinery import ModuleSpec
 from pydoc_data.topics import topics
 
@@ -165,8 +166,8 @@ def test_a_used_directory_and_no_steps_are_refused(monkeypatch, tmp_path):
 
 
 def test_a_command_that_fails_ends_the_demo_with_its_code():
-    with pytest.raises(RuntimeError, match="mebp_triton.cli verify nothing` ended with exit code 2"):
-        demo._mebp(Console(file=io.StringIO()), "verify", "nothing")
+    with pytest.raises(RuntimeError, match=r"`'raise SystemExit\(3\)'` ended with exit code 3"):
+        demo._run([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 # --- the real model -------------------------------------------------------------------------------------------------
@@ -195,4 +196,4 @@ def test_the_real_model_from_end_to_end(tmp_path):
     results = Trainer(model, data, config, RunDirectory(tmp_path / "run")).train()
     losses = [result.loss for result in results]
     assert losses[2] < losses[1] < losses[0] + 1e-3
-    assert evaluate(model, validation, 1).loss == pytest.approx(before.loss, abs=0.5)
+    assert evaluate(model, validation, 1).loss < before.loss + 0.5, "three steps must not spoil it"

@@ -24,7 +24,7 @@ def panel_size(request, monkeypatch, device):
         monkeypatch.setitem(panel.PANEL_ELEMENTS, device, request.param)
 
 
-@pytest.fixture(params=[1, 3 * CHUNK, 5 * CHUNK, 512, 4096, None], ids=lambda size: f"panel-{size}")
+@pytest.fixture(params=[1, 5 * CHUNK, None], ids=lambda size: f"panel-{size}")
 def any_panel_size(request, monkeypatch, device):
     if request.param is not None:
         monkeypatch.setitem(panel.PANEL_ELEMENTS, device, request.param)
@@ -111,10 +111,8 @@ def test_operands_of_other_dtypes_are_rounded_to_that_of_x(make_weight, normal, 
     )
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
-def test_identity_gives_the_decoded_weight_bit_for_bit(
-    make_weight, dtype, scheme, group_size, scale_dtype, any_panel_size
-):
+def test_identity_gives_the_decoded_weight_bit_for_bit(make_weight, dtype, scheme, group_size, any_panel_size):
+    scale_dtype = torch.float32 if group_size == 32 else torch.float16
     weight = make_weight(40, 150, group_size, scheme, scale_dtype)
     decoded = reference.decode(weight, dtype)
     assert torch.equal(int4_matmul_panel(torch.eye(150, dtype=dtype, device=decoded.device), weight).t(), decoded)
@@ -194,13 +192,13 @@ def test_results_do_not_change_from_run_to_run(make_weight, normal, dtype, panel
         assert torch.equal(int4_matmul_dx_panel(dy, weight), first[1])
 
 
-@pytest.mark.parametrize("shape", [(0,), (1,), (5,), (2, 3), (0, 4), (2, 0)])
-def test_embedding_shapes(make_weight, dtype, scheme, any_panel_size, shape):
+def test_embedding_shapes(make_weight, dtype, scheme, any_panel_size):
     weight = make_weight(13, 70, 64, scheme)
-    ids = torch.randint(0, 13, shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
-    rows = int4_embedding_panel(ids, weight, dtype)
-    assert rows.shape == (*shape, 70)
-    assert torch.equal(rows, reference.embedding(ids, weight, dtype))
+    for shape in ((0,), (1,), (5,), (2, 3), (0, 4), (2, 0)):
+        ids = torch.randint(0, 13, shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
+        rows = int4_embedding_panel(ids, weight, dtype)
+        assert rows.shape == (*shape, 70)
+        assert torch.equal(rows, reference.embedding(ids, weight, dtype))
 
 
 def test_no_rows(make_weight, normal):
