@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
 from mebp_triton.demo import find_model
 from mebp_triton.kernels.reference import decode
 from mebp_triton.report import MIB, environment
 from mebp_triton.stores.format import Store
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 SETTINGS: dict[str, Any] = {
     "max_length": 256,

@@ -266,7 +266,7 @@ def int4_matmul(
     Returns:
         ``[..., N]`` in x's dtype.
     """
-    _check_width("x", x, weight.in_features)
+    _check("x", x, weight.in_features, weight)
     flat = x.reshape(-1, x.shape[-1])
     t = None if t is None else t.reshape(-1, t.shape[-1])
     return _matmul(flat, *_fields(weight), bias, t, b, backend).view(*x.shape[:-1], weight.out_features)
@@ -283,7 +283,7 @@ def int4_matmul_dx(
     Returns:
         ``[..., K]`` in dy's dtype.
     """
-    _check_width("dy", dy, weight.out_features)
+    _check("dy", dy, weight.out_features, weight)
     flat = dy.reshape(-1, dy.shape[-1])
     g = None if g is None else g.reshape(-1, g.shape[-1])
     return _matmul_dx(flat, *_fields(weight), g, a, backend).view(*dy.shape[:-1], weight.in_features)
@@ -311,12 +311,15 @@ def int4_cross_entropy(
     Returns:
         losses ``[T]`` float32 or wider, 0 where ignored; argmax ``[T]`` int64, -1 where ignored.
     """
-    _check_width("hidden", hidden, weight.in_features)
+    _check("hidden", hidden, weight.in_features, weight)
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
     losses, _, argmax = _cross_entropy(hidden, *_fields(weight), targets, bias, ignore_index, list(factors), need_grad)
     return losses, argmax
 
 
-def _check_width(name: str, tensor: Tensor, width: int) -> None:
+def _check(name: str, tensor: Tensor, width: int, weight: Int4Weight) -> None:
     if tensor.dim() == 0 or tensor.shape[-1] != width:
         raise ValueError(f"{name} must have {width} columns, got shape {tuple(tensor.shape)}")
+    if tensor.device != weight.device:
+        # The meta device: weights that are brought in only while their block runs.
+        raise ValueError(f"{name} is on {tensor.device} and the int4 weight on {weight.device}")

@@ -63,7 +63,8 @@ def demonstrate(directory: Path, steps: int, compare: bool, console: Console) ->
     """Runs all of it in ``directory``; the numbers, and a table of them.
 
     Raises:
-        ValueError: the model's package is missing, or PEFT to compare with, ``directory`` is in use, or ``steps`` is below 1.
+        ValueError: the model's package is missing, or PEFT to compare with; ``directory`` is in use, or ``steps`` is
+            below 1.
     """
     from .files import check_absent
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from mebp_triton.convert import quantize
 from mebp_triton.kernels.reference import decode
 from mebp_triton.stores.format import Store
-from transformers import AutoConfig, AutoModelForCausalLM
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -108,6 +109,7 @@ def decoded_model(store: Path, dtype: torch.dtype = torch.float32) -> Any:
 def peft_model(store: Path, model: Any, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
     """``decoded_model`` under PEFT, with the adapter values of ``model`` (ours)."""
     import peft
+
     from mebp_triton.adapter import adapter_tensors
 
     tensors = adapter_tensors(model)

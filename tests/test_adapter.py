@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mebp_triton as mebp
 import peft
 import pytest
 import torch
-from mebp_triton.adapter import adapter_layers, adapter_tensors
 from models import batch, decoded_model, randomize_adapter, tiny_store
 from safetensors.torch import load_file, save_file
+
+import mebp_triton as mebp
+from mebp_triton.adapter import adapter_layers, adapter_tensors
 
 TOLERANCE = 1e-4  # logits, absolute
 

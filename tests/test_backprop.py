@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import mebp_triton as mebp
 import pytest
 import torch
-from mebp_triton.backprop import BlockEngine
 from models import batch, our_gradients, randomize_adapter, relative_rms, tiny_store
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+import mebp_triton as mebp
+from mebp_triton.backprop import BlockEngine
 
 
 class Block(nn.Module):

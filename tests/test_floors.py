@@ -16,7 +16,6 @@ TREES = {path: ast.parse((ROOT / path).read_text()) for path in SOURCES}
 TESTED_ELSEWHERE = {
     "mebp_triton/commands.py": "what the commands do is tested through the command, in test_cli",
     "mebp_triton/peer.py": "transformers + PEFT for comparison; test_trainer holds our steps against the same loop",
-    "kernels/ops.py": "tested through the kernels that it chooses between, one test file each",
 }
 # What pyproject.toml calls by another name than Python does, and what our dependencies themselves depend on.
 IMPORT_NAMES = {"pyyaml": "yaml"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import mebp_triton as mebp
 import peft
 import pytest
 import torch
@@ -18,6 +17,8 @@ from models import (
     relative_rms,
     tiny_store,
 )
+
+import mebp_triton as mebp
 
 TOLERANCE = 1e-5  # relative RMS, float32
 

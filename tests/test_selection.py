@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import mebp_triton as mebp
 import peft
 import pytest
 import torch
-from mebp_triton.selection import MODES, SCHEDULES, select_blocks
 from models import batch, decoded_model, our_gradients, randomize_adapter, tiny_store
+
+import mebp_triton as mebp
+from mebp_triton.selection import MODES, SCHEDULES, select_blocks
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,9 @@ def test_on_plain_transformers_and_peft_models(store: Any) -> None:
         selection.advance()
         model(**batch()).loss.backward()
         blocks = {
-            index: {p.grad is not None for n, p in model.named_parameters() if f".layers.{index}." in n and p.requires_grad}
+            index: {
+                p.grad is not None for n, p in model.named_parameters() if f".layers.{index}." in n and p.requires_grad
+            }
             for index in range(3)
         }
         assert blocks == {0: {False}, 1: {True}, 2: {False}}

@@ -1,118 +1,236 @@
-"""The torch.library ops: fakes and autograd agree with what runs, gradients with finite differences."""
-
-from __future__ import annotations
-
-from typing import Any
+"""The ``torch.library`` ops: registration, fake implementations, derivatives, backends."""
 
 import pytest
 import torch
-from mebp_triton.kernels import ops
-from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.lora import int4_lora_linear
-from torch.library import opcheck
 
-SCHEMES = ("symmetric", "affine", "codebook")
+from mebp_triton.kernels import ops, reference
+from mebp_triton.kernels.ops import (
+    BACKENDS,
+    int4_cross_entropy,
+    int4_embedding,
+    int4_matmul,
+    int4_matmul_dx,
+    resolve_backend,
+)
 
-
-def random_weight(n: int, k: int, scheme: str = "symmetric", group_size: int = 32) -> Int4Weight:
-    generator = torch.Generator().manual_seed(n + k)
-    codes = torch.randint(0, 16, (n, k), generator=generator).to(torch.uint8)
-    groups = (-(-k // group_size), n)
-    return Int4Weight.from_codes(
-        codes,
-        torch.randn(groups, generator=generator).half() * 0.1,
-        group_size,
-        minimum=torch.randn(groups, generator=generator).half() if scheme == "affine" else None,
-        codebook=torch.linspace(-1, 1, 16) if scheme == "codebook" else None,
-    )
+PANEL = "panel"
 
 
-def double(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+def fields(weight):
+    return weight.packed, weight.scales, weight.minimum, weight.codebook, weight.in_features, weight.group_size
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("extras", [False, True])
-def test_opcheck(scheme: str, extras: bool) -> None:
-    weight = random_weight(10, 70, scheme)
-    fields: tuple[Any, ...] = ops._fields(weight)
-    x, dy = torch.randn(5, 70, requires_grad=True), torch.randn(5, 10, requires_grad=True)
-    t, b, a, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 3), (10, 3), (3, 70), (10,)))
-    low_rank = (bias, t, b) if extras else (None, None, None)
-    opcheck(ops._matmul, (x, *fields, *low_rank, "panel"))
-    opcheck(ops._matmul_dx, (dy, *fields, *((t, a) if extras else (None, None)), "panel"))
-    opcheck(ops._embedding, (torch.tensor([[3, 0], [9, 3]]), *fields, torch.float32, "panel"))
-    targets = torch.tensor([1, 9, -100, 0, 4])
-    head_bias = torch.randn(10) if extras else None
-    factors = [0.5, 3.0] if extras else [1.0]
-    opcheck(ops._cross_entropy, (x, *fields, targets, head_bias, -100, factors, True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("with_bias", "with_lora"), [(False, False), (True, True)])
+def test_opcheck_matmul(make_weight, normal, scheme, dtype, with_bias, with_lora):
+    bias = normal(7, dtype=dtype).requires_grad_(True) if with_bias else None
+    t, b = (normal(*s, dtype=dtype).requires_grad_(True) if with_lora else None for s in ((3, 4), (7, 4)))
+    x = normal(3, 70, dtype=dtype).requires_grad_(True)
+    args = (x, *fields(make_weight(7, 70, 32, scheme)), bias, t, b, PANEL)
+    torch.library.opcheck(torch.ops.mebp_triton.int4_matmul.default, args)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradients_of_the_products(scheme: str) -> None:
-    torch.manual_seed(0)
-    weight = random_weight(6, 40, scheme)
-    args = (double(3, 40), double(6), double(3, 2), double(6, 2))
-    assert torch.autograd.gradcheck(lambda x, bias, t, b: ops.int4_matmul(x, weight, bias, t, b), args)
-    args = (double(3, 6), double(3, 2), double(2, 40))
-    assert torch.autograd.gradcheck(lambda dy, g, a: ops.int4_matmul_dx(dy, weight, g, a), args)
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_opcheck_matmul_dx(make_weight, normal, scheme, with_lora):
+    g, a = (normal(*shape).requires_grad_(True) if with_lora else None for shape in ((3, 4), (4, 70)))
+    args = (normal(3, 7).requires_grad_(True), *fields(make_weight(7, 70, 32, scheme)), g, a, PANEL)
+    torch.library.opcheck(torch.ops.mebp_triton.int4_matmul_dx.default, args)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradients_of_the_lora_layer(scheme: str) -> None:
-    torch.manual_seed(0)
-    weight = random_weight(6, 40, scheme)
-    args = (double(2, 3, 40), double(6), double(2, 40), double(6, 2))
-    assert torch.autograd.gradcheck(lambda x, bias, a, b: int4_lora_linear(x, weight, bias, a, b, 1.7), args)
+@pytest.mark.parametrize("shape", [(5,), (2, 3)])
+def test_opcheck_embedding(make_weight, scheme, device, shape):
+    ids = torch.randint(0, 7, shape, device=device)
+    args = (ids, *fields(make_weight(7, 70, 32, scheme)), torch.bfloat16, PANEL)
+    torch.library.opcheck(torch.ops.mebp_triton.int4_embedding.default, args)
 
 
-@pytest.mark.parametrize("factors", [(1.0,), (0.3,), (0.5, 2.0), (0.5, 1.5, 3.0)])
-def test_gradients_of_the_loss(factors: tuple[float, ...]) -> None:
-    torch.manual_seed(0)
-    weight, bias = random_weight(11, 40), torch.randn(11, dtype=torch.float64)
-    targets = torch.tensor([3, -100, 10, 0])
-
-    def loss(hidden: torch.Tensor) -> torch.Tensor:
-        return ops.int4_cross_entropy(hidden, weight, targets, bias, factors=factors)[0]
-
-    assert torch.autograd.gradcheck(loss, (double(4, 40),))
+@pytest.mark.parametrize("need_grad", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_opcheck_cross_entropy(make_weight, normal, scheme, device, need_grad, with_bias):
+    targets = torch.tensor([1, -100, 6, 0], device=device)
+    bias = normal(7) if with_bias else None
+    hidden = normal(4, 70).requires_grad_(need_grad)
+    args = (hidden, *fields(make_weight(7, 70, 32, scheme)), targets, bias, -100, [0.2, 5.0], need_grad)
+    torch.library.opcheck(torch.ops.mebp_triton.int4_cross_entropy.default, args)
 
 
-def test_gradients_under_autocast_in_backward() -> None:
-    weight = random_weight(64, 128)
-    found = []
-    for enabled in (False, True):
-        torch.manual_seed(0)
-        tensors = [torch.randn(s, requires_grad=True) for s in ((32, 128), (4, 128), (64, 4))]
-        y = int4_lora_linear(tensors[0], weight, None, tensors[1], tensors[2], 1.0)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            y.square().sum().backward()
-        found.append([tensor.grad for tensor in tensors])
-    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+def test_fake_results_have_the_shape_and_dtype_of_real_ones(make_weight, normal, device):
+    weight = make_weight(7, 70, 32)
+    ids, targets = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.tensor([1, -100, 6], device=device)
+    for function, args in (
+        (int4_matmul, (normal(2, 3, 70, dtype=torch.bfloat16), weight)),
+        (int4_matmul_dx, (normal(2, 3, 7, dtype=torch.bfloat16), weight)),
+        (int4_embedding, (ids, weight, torch.bfloat16)),
+        (int4_cross_entropy, (normal(3, 70, dtype=torch.bfloat16), weight, targets)),
+    ):
+        on_meta = [arg.to("meta") if hasattr(arg, "to") else arg for arg in args]
+        real, fake = function(*args), function(*on_meta)
+        for left, right in zip(*(r if isinstance(r, tuple) else (r,) for r in (real, fake)), strict=True):
+            assert (left.shape, left.dtype) == (right.shape, right.dtype)
+            assert right.device.type == "meta"
 
 
-def test_leading_dimensions_and_empty_batches() -> None:
-    weight = random_weight(10, 70)
-    x = torch.randn(2, 3, 70)
-    y = ops.int4_matmul(x, weight)
-    assert y.shape == (2, 3, 10) and torch.equal(y.view(6, 10), ops.int4_matmul(x.view(6, 70), weight))
-    assert ops.int4_matmul(torch.empty(0, 70), weight).shape == (0, 10)
-    assert ops.int4_matmul_dx(torch.empty(2, 0, 10), weight).shape == (2, 0, 70)
+def wide(normal, *shape, seed=1):
+    return normal(*shape, dtype=torch.float64, seed=seed).requires_grad_(True)
 
 
-def test_wrong_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    weight = random_weight(10, 70)
-    with pytest.raises(ValueError, match="x must have 70 columns, got shape"):
-        ops.int4_matmul(torch.randn(5, 64), weight)
-    with pytest.raises(ValueError, match="dy must have 10 columns"):
-        ops.int4_matmul_dx(torch.randn(5, 70), weight)
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, panel, got 'cuda'"):
-        ops.resolve_backend("cuda", torch.device("cpu"))
-    with pytest.raises(ValueError, match="runs on a GPU"):
-        ops.resolve_backend("triton", torch.device("cpu"))
-    assert ops.resolve_backend("auto", torch.device("cpu")) == "panel"
+def test_gradcheck_matmul(make_weight, normal, scheme):
+    weight = make_weight(5, 70, 32, scheme)
+
+    def function(x, bias, t, b):
+        return int4_matmul(x, weight, bias, t, b, PANEL)
+
+    inputs = wide(normal, 2, 2, 70), wide(normal, 5), wide(normal, 2, 2, 3), wide(normal, 5, 3)
+    assert torch.autograd.gradcheck(function, inputs, atol=1e-7, rtol=1e-6)
+
+
+def test_gradcheck_matmul_dx(make_weight, normal, scheme):
+    weight = make_weight(5, 70, 32, scheme)
+
+    def function(dy, g, a):
+        return int4_matmul_dx(dy, weight, g, a, PANEL)
+
+    inputs = wide(normal, 2, 2, 5), wide(normal, 2, 2, 3), wide(normal, 3, 70)
+    assert torch.autograd.gradcheck(function, inputs, atol=1e-7, rtol=1e-6)
+
+
+def test_second_derivatives(make_weight, normal):
+    weight = make_weight(5, 33, 32)
+
+    def function(x, t, b):
+        return int4_matmul(x, weight, None, t, b, PANEL).tanh()
+
+    inputs = wide(normal, 2, 33), wide(normal, 2, 3), wide(normal, 5, 3)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("factors", [(1.0,), (0.3,), (0.2, 5.0)], ids=str)
+def test_gradcheck_cross_entropy(make_weight, normal, scheme, device, factors):
+    weight, targets = make_weight(7, 33, 32, scheme), torch.tensor([1, -100, 6, 0], device=device)
+    bias = normal(7, dtype=torch.float64)
+
+    def function(hidden):
+        return int4_cross_entropy(hidden, weight, targets, bias, factors=factors)[0]
+
+    assert torch.autograd.gradcheck(function, (wide(normal, 4, 33),), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", ["x", "bias", "t", "b"])
+def test_only_what_requires_a_gradient_gets_one(make_weight, normal, wanted):
+    weight = make_weight(5, 70)
+    operands = {"x": normal(3, 70), "bias": normal(5), "t": normal(3, 2), "b": normal(5, 2)}
+    operands[wanted].requires_grad_(True)
+    y = int4_matmul(operands["x"], weight, operands["bias"], operands["t"], operands["b"])
+    twin = reference.matmul(operands["x"], weight, operands["bias"], operands["t"], operands["b"])
+    (found,) = torch.autograd.grad(y.square().sum(), operands[wanted])
+    (truth,) = torch.autograd.grad(twin.square().sum(), operands[wanted])
+    torch.testing.assert_close(found, truth)
+
+
+def test_gradients_come_in_the_dtype_of_their_operand(make_weight, normal):
+    weight = make_weight(5, 70)
+    x = normal(3, 70, dtype=torch.bfloat16).requires_grad_(True)
+    bias, t, b = normal(5).requires_grad_(True), normal(3, 2).requires_grad_(True), normal(5, 2).requires_grad_(True)
+    int4_matmul(x, weight, bias, t, b).float().sum().backward()
+    for operand in (x, bias, t, b):
+        assert operand.grad.dtype == operand.dtype and operand.grad.isfinite().all()
+
+
+def test_stride_0_gradient(make_weight, normal):
+    """What ``sum()`` hands back is one number with strides 0."""
+    weight, x = make_weight(5, 70), normal(2, 3, 70).requires_grad_(True)
+    int4_matmul(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, reference.decode(weight, torch.float32).sum(0).expand(2, 3, 70))
+
+
+def test_leading_dimensions(make_weight, normal):
+    weight = make_weight(5, 70)
+    for shape in ((70,), (0, 70), (3, 70), (2, 0, 70), (2, 3, 4, 70)):
+        x = normal(*shape)
+        torch.testing.assert_close(int4_matmul(x, weight), reference.matmul(x, weight))
+        dy = normal(*shape[:-1], 5)
+        torch.testing.assert_close(int4_matmul_dx(dy, weight), reference.matmul_dx(dy, weight))
+
+
+def test_lora_operands_have_the_leading_dimensions_of_x(make_weight, normal):
+    weight, x = make_weight(5, 70), normal(2, 3, 70)
+    t, b = normal(2, 3, 4), normal(5, 4)
+    torch.testing.assert_close(int4_matmul(x, weight, None, t, b), reference.matmul(x, weight, None, t, b))
+
+
+def test_cross_entropy_makes_a_gradient_only_where_one_can_be_asked_for(make_weight, normal, device, monkeypatch):
+    weight, targets = make_weight(7, 70), torch.tensor([1, -100, 6], device=device)
+    hidden, asked = normal(3, 70), []
+    panel = ops.int4_cross_entropy_panel
+    monkeypatch.setattr(ops, "int4_cross_entropy_panel", lambda *args: asked.append(args[-1]) or panel(*args))
+    int4_cross_entropy(hidden, weight, targets)
+    with torch.no_grad():
+        int4_cross_entropy(hidden.clone().requires_grad_(True), weight, targets)
+    int4_cross_entropy(hidden.clone().requires_grad_(True), weight, targets)
+    assert asked == [False, False, True]
+
+
+def test_cross_entropy_that_kept_nothing_has_no_backward(make_weight, normal, device):
+    weight, targets = make_weight(7, 70), torch.tensor([1, -100, 6], device=device)
+    hidden = normal(3, 70).requires_grad_(True)
+    losses, *_ = torch.ops.mebp_triton.int4_cross_entropy(hidden, *fields(weight), targets, None, -100, [1.0], False)
+    with pytest.raises(RuntimeError, match="need_grad=False"):
+        losses.sum().backward()
+
+
+def test_cross_entropy_backward_weighs_every_token(make_weight, normal, device):
+    weight, targets = make_weight(7, 70), torch.tensor([1, -100, 6, 2], device=device)
+    hidden = normal(4, 70, dtype=torch.float64).requires_grad_(True)
+    weights = torch.tensor([2.0, 5.0, 0.0, -1.0], dtype=torch.float64, device=device)
+    losses, argmax = int4_cross_entropy(hidden, weight, targets)
+    assert not argmax.requires_grad
+    (losses * weights).sum().backward()
+    truth = reference.cross_entropy(hidden[:1], weight, targets[:1])[1] * 2
+    torch.testing.assert_close(hidden.grad[:1], truth)
+    truth = reference.cross_entropy(hidden[3:], weight, targets[3:])[1] * -1
+    torch.testing.assert_close(hidden.grad[3:], truth)
+    assert not hidden.grad[1:3].any()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda weight: int4_matmul(torch.zeros(3, 71), weight), "x must have 70 columns"),
+        (lambda weight: int4_matmul(torch.zeros(()), weight), "x must have 70 columns"),
+        (lambda weight: int4_matmul_dx(torch.zeros(3, 70), weight), "dy must have 7 columns"),
+        (lambda weight: int4_cross_entropy(torch.zeros(3, 7), weight, torch.zeros(3).long()), "hidden must have 70"),
+    ],
+)
+def test_wrong_widths(make_weight, call, name):
+    with pytest.raises(ValueError, match=name):
+        call(make_weight(7, 70).to("cpu"))
+
+
+def test_auto_means_panels_on_the_cpu_and_triton_on_a_gpu(monkeypatch):
+    assert resolve_backend("auto", torch.device("cpu")) == "panel"
+    assert resolve_backend("panel", torch.device("cuda")) == "panel"
+    assert resolve_backend("auto", torch.device("cuda")) == ("triton" if ops.has_triton() else "panel")
     monkeypatch.setattr(ops, "has_triton", lambda: False)
+    assert resolve_backend("auto", torch.device("cuda")) == "panel"
     with pytest.raises(ValueError, match="not installed"):
-        ops.resolve_backend("triton", torch.device("cuda"))
-    assert ops.resolve_backend("auto", torch.device("cuda")) == "panel"
+        resolve_backend("triton", torch.device("cuda"))
+
+
+@pytest.mark.skipif(not ops.has_triton(), reason="needs the package triton")
+def test_triton_on_the_cpu_is_an_error_outside_of_its_interpreter(monkeypatch, make_weight):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    weight = make_weight(7, 70).to("cpu")
+    ids = torch.zeros(3, dtype=torch.int64)
+    for call in (
+        lambda: int4_matmul(torch.zeros(3, 70), weight, backend="triton"),
+        lambda: int4_matmul_dx(torch.zeros(3, 7), weight, backend="triton"),
+        lambda: int4_embedding(ids, weight, torch.float32, backend="triton"),
+    ):
+        with pytest.raises(ValueError, match="runs on a GPU"):
+            call()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "", "Triton"])
+def test_unknown_backends(backend):
+    with pytest.raises(ValueError, match=f"one of {', '.join(BACKENDS)}, got {backend!r}"):
+        resolve_backend(backend, torch.device("cpu"))
