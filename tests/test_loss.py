@@ -1,0 +1,153 @@
+"""The one-pass loss under transformers' own forward."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import mebp_triton as mebp
+import pytest
+import torch
+from mebp_triton.loss import DeferredLogits
+from models import batch, decoded_model, our_gradients, randomize_adapter, relative_rms, tiny_store
+
+
+@pytest.fixture(scope="module")
+def store() -> Any:
+    return tiny_store("llama")
+
+
+@pytest.fixture
+def model(store: Any) -> Any:
+    loaded = mebp.load(store, mebp.LoraConfig(r=4, lora_alpha=8))
+    randomize_adapter(loaded)
+    return loaded
+
+
+def deferred(model: Any) -> DeferredLogits:
+    return DeferredLogits(torch.randn(2, 5, 48), model.get_output_embeddings(), (1.0,))
+
+
+def test_no_logits_unless_asked_for(model: Any) -> None:
+    out = model(**batch())
+    assert "logits" not in out and out.logits is None
+    asked = model(**batch(), return_logits=True)
+    assert asked.logits.shape == (2, 20, 97)
+    assert abs(asked.loss.item() - out.loss.item()) < 1e-5
+    assert model(input_ids=batch()["input_ids"]).logits.shape == (2, 20, 97)
+
+
+def test_gradients_are_the_same_with_logits(model: Any) -> None:
+    found = []
+    for options in ({}, {"return_logits": True}):
+        model.zero_grad()
+        model(**batch(), **options).loss.backward()
+        found.append(our_gradients(model))
+    assert all(relative_rms(found[0][name], found[1][name]) < 1e-5 for name in found[0])
+
+
+CHAINS = {
+    "scale": lambda z: z * 0.5,
+    "scale from the left": lambda z: 0.5 * z,
+    "quotient": lambda z: z / 4,
+    "soft-capping": lambda z: torch.tanh(z / 3.0) * 3.0,
+    "method": lambda z: (z / 3.0).tanh().float().contiguous() * 3.0,
+    "twice": lambda z: torch.tanh(torch.tanh(z * 0.2) * 2.0) * 5.0,
+    "functions": lambda z: torch.mul(torch.tanh(torch.div(z, 2)), 2),
+    "dtype": lambda z: z.to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_are_recorded_and_exact(model: Any, name: str) -> None:
+    logits = deferred(model)
+    labels = torch.randint(0, 97, (2, 5))
+    logits.hidden.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chained = CHAINS[name](logits)
+    assert isinstance(chained, DeferredLogits)
+    loss = model.mebp.loss(chained, labels)
+    (grad,) = torch.autograd.grad(loss, logits.hidden)
+    hidden = logits.hidden.detach().requires_grad_(True)
+    real = CHAINS[name](model.get_output_embeddings().logits(hidden))
+    truth = torch.nn.functional.cross_entropy(real[:, :-1].reshape(-1, 97), labels[:, 1:].reshape(-1))
+    (truth_grad,) = torch.autograd.grad(truth, hidden)
+    assert abs(loss.item() - truth.item()) < 1e-5
+    assert relative_rms(grad, truth_grad) < 1e-5
+    assert torch.allclose(chained.materialize(), real, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda z: z + 1, lambda z: z - 1, lambda z: z[:, 1:], lambda z: torch.relu(z), lambda z: z.softmax(-1),
+     lambda z: z * torch.ones(97), lambda z: z.view(-1, 97), lambda z: torch.clamp(z, min=0)],
+)  # fmt: skip
+def test_other_operations_make_the_real_logits_and_say_so(model: Any, operation: Any) -> None:
+    logits = deferred(model)
+    with pytest.warns(UserWarning, match="all of them"):
+        found = operation(logits)
+    assert torch.allclose(found, operation(model.get_output_embeddings().logits(logits.hidden)))
+
+
+def test_a_model_that_does_something_else_gets_the_same_loss(store: Any, model: Any) -> None:
+    def bent(self: Any, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        hidden = self.model(*args, **kwargs).last_hidden_state
+        return type(out)(loss=self.loss_function(self.lm_head(hidden).abs(), labels, vocab_size=97))
+
+    out = model(**batch())
+    truth = decoded_model(store)
+    from models import peft_model
+
+    wrapped = peft_model(store, model, r=4, lora_alpha=8).base_model.model
+    model.forward = bent.__get__(model)
+    with pytest.warns(UserWarning, match="abs"):
+        ours = model(**batch()).loss
+    theirs = bent(wrapped, **batch()).loss
+    assert truth is not None and abs(ours.item() - theirs.item()) < 1e-5
+
+
+def test_a_batch_without_a_target_has_loss_and_gradients_zero(model: Any) -> None:
+    examples = batch()
+    examples["labels"] = torch.full_like(examples["labels"], -100)
+    loss = model(**examples).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(grad is not None and not grad.any() for grad in our_gradients(model).values())
+    one_token = {"input_ids": torch.tensor([[5]]), "labels": torch.tensor([[5]])}
+    assert model(**one_token).loss.item() == 0
+
+
+def test_normalization(model: Any) -> None:
+    examples = batch()
+    mean = model(**examples).loss.item()
+    count = int((examples["labels"][:, 1:] != -100).sum())
+    assert model.mebp.loss.statistics.tokens == count
+    model.mebp.loss.normalizer = 2 * count
+    assert model(**examples).loss.item() == pytest.approx(mean / 2, rel=1e-6)
+    given = model(**examples, num_items_in_batch=4 * count).loss.item()
+    assert given == pytest.approx(mean / 4, rel=1e-6), "what the caller gives comes first"
+
+
+def test_statistics_count_the_likeliest_tokens(model: Any) -> None:
+    examples = batch()
+    logits = model(**examples, return_logits=True).logits
+    model(**examples)
+    targets = examples["labels"][:, 1:]
+    right = (logits[:, :-1].argmax(-1) == targets) & (targets != -100)
+    assert model.mebp.loss.statistics.correct == int(right.sum())
+
+
+def test_labels_outside_the_vocabulary(model: Any) -> None:
+    for label in (97, -1, -101):
+        examples = batch()
+        examples["labels"][0, 3] = label
+        with pytest.raises(ValueError, match=f"label {label} is not a token"):
+            model(**examples)
+    assert model(**batch()).loss.isfinite(), "an error leaves the model as it was"
+
+
+def test_the_weight_that_others_see_has_a_shape_and_no_values(model: Any) -> None:
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert table.weight.shape == (97, 48) and table.weight.dtype == torch.float32
+        assert table.weight.isnan().all()
