@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import mebp_triton as mebp
 import pytest
 import torch
-from mebp_triton.loss import DeferredLogits
 from models import batch, decoded_model, our_gradients, randomize_adapter, relative_rms, tiny_store
+
+import mebp_triton as mebp
+from mebp_triton.loss import DeferredLogits
 
 
 @pytest.fixture(scope="module")
