@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,20 @@ def load_adapter(model: Any, directory: Path | str) -> None:
     Raises:
         ValueError: the adapter is of another model or shape; the model keeps its own.
     """
-    copy_adapter(model, read_adapter_tensors(directory), str(directory))
-    config = read_adapter_config(directory)
-    for name, layer in adapter_layers(model).items():
+    config, tensors = read_adapter_config(directory), read_adapter_tensors(directory)
+    layers = adapter_layers(model)
+    for name, layer in layers.items():
+        rank = layer.lora_A.shape[0]
+        if config.rank(name) != rank:
+            raise ValueError(
+                f"the adapter {directory} does not fit this model: {name} has rank {config.rank(name)}, wanted {rank}"
+            )
+    copy_adapter(model, tensors, str(directory))
+    for name, layer in layers.items():
         layer.scaling = config.scaling(name)
+    # So that ``save_adapter`` writes the scaling that is used.
+    scale = {key: getattr(config, key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
+    model.mebp.lora = replace(model.mebp.lora or config, **scale)
 
 
 @torch.no_grad()

@@ -170,7 +170,9 @@ class _BlockRun:
         self.engine, self.index, self.original, self.treatment = engine, index, original, treatment
         self.leaves, self.spec, self.moving, self.hidden = leaves, spec, moving, hidden
         self.parameters = parameters
-        self.versions = [parameter._version for parameter in parameters]
+        # A block that only passes the gradient on is recomputed with its parameters too.
+        self.watched = engine.trainable(index) if treatment != "identity" else []
+        self.versions = [parameter._version for parameter in self.watched]
         device = leaves[hidden].device
         kind = device.type
         self.random = _RandomState(device) if engine.blocks[index].training else None
@@ -206,7 +208,7 @@ class _BlockRun:
 
     def backward(self, grads: tuple[Tensor | None, ...], needed: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of the moving inputs and the parameters, by recomputing the block."""
-        changed = [p._version for p in self.parameters] != self.versions
+        changed = [p._version for p in self.watched] != self.versions
         if changed:
             raise RuntimeError(f"a trainable parameter of block {self.index} changed between forward and backward")
         assert self.checkpoint is not None

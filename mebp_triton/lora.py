@@ -173,7 +173,7 @@ def _lora_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = int4_matmul_dx(dy, ctx.weight, g, lora_a, ctx.backend) if need_x else None
     da = _reduce_tokens(g, x, lora_a.dtype) if need_a and g is not None else None
     db = _reduce_tokens(dy, t, lora_b.dtype) if need_b else None
-    dbias = dy.flatten(0, -2).sum(0, dtype=_wide(bias.dtype)).to(bias.dtype) if need_bias else None
+    dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=_wide(bias.dtype)).to(bias.dtype) if need_bias else None
     return dx, None, dbias, da, db, None, None, None
 
 
@@ -184,7 +184,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _reduce_tokens(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``leftᵀ·right`` over all tokens, accumulated in float32 or wider: ``[..., P]``, ``[..., Q]`` -> ``[P, Q]``."""
     wide = torch.promote_types(_wide(left.dtype), _wide(dtype))
-    return (left.flatten(0, -2).to(wide).t() @ right.flatten(0, -2).to(wide)).to(dtype)
+    left, right = (tensor.reshape(-1, tensor.shape[-1]).to(wide) for tensor in (left, right))
+    return (left.t() @ right).to(dtype)
 
 
 def int4_lora_linear(

@@ -304,12 +304,9 @@ def finetune(
     """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots. Returns what ``run.json`` holds."""
     config, run = trainer.config, trainer.run
     resumed_at = trainer.step
-    before = run.saved_evaluation() if resumed_at else None
-    random_state = torch.get_rng_state()
-    if before is None:
-        before = _evaluate(trainer, validation, on_evaluation) if resumed_at == 0 else None
+    before = run.saved_evaluation() if resumed_at else _evaluate(trainer, validation, on_evaluation)
+    if not resumed_at:
         run.save_evaluation(before)
-    torch.set_rng_state(random_state)
     started = time.perf_counter()
     results = trainer.train(on_step)
     train_seconds = time.perf_counter() - started

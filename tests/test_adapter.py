@@ -156,3 +156,68 @@ def test_a_model_without_adapter_saves_none(llama: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="no adapter to save"):
         mebp.save_adapter(mebp.load(llama), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_patterns_that_are_regular_expressions(llama: Path, tmp_path: Path) -> None:
+    """PEFT matches them so; another reading gives other scalings without a word."""
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=9,
+        target_modules=r".*\.(q_proj|up_proj)",
+        rank_pattern={r"layers\.[01]\.mlp\..*": 2},
+        alpha_pattern={r"model\.layers\.\d\.self_attn.q_proj": 30, "^model.layers.1.mlp.up_proj": 50},
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    wrapped = peft.get_peft_model(decoded_model(llama), config)
+    wrapped.save_pretrained(tmp_path)
+    assert (logits(wrapped.eval()) - logits(ours_with(llama, tmp_path))).abs().max() <= TOLERANCE
+
+
+def test_an_adapter_that_changes_its_base_is_refused(llama: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    peft.get_peft_model(decoded_model(llama), config).save_pretrained(tmp_path)
+    change_config(tmp_path, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        mebp.read_adapter_config(tmp_path)
+
+
+def test_a_loaded_adapters_scaling_is_saved_again(llama: Path, tmp_path: Path) -> None:
+    trained = mebp.load(llama, mebp.LoraConfig(r=2, lora_alpha=40, alpha_pattern={"q_proj": 10}, use_rslora=True))
+    randomize_adapter(trained)
+    mebp.save_adapter(trained, tmp_path / "first")
+    model = mebp.load(llama, mebp.LoraConfig(r=2, lora_alpha=2))
+    mebp.load_adapter(model, tmp_path / "first")
+    mebp.save_adapter(model, tmp_path / "second")
+    again = ours_with(llama, tmp_path / "second")
+    assert torch.equal(logits(model), logits(trained)) and torch.equal(logits(again), logits(trained))
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"r": 4}, {"rank_pattern": {"v_proj": 1}}], ids=str)
+def test_a_config_that_does_not_fit_leaves_the_model_as_it_was(llama: Path, tmp_path: Path, changes: Any) -> None:
+    saved(llama, tmp_path)
+    change_config(tmp_path, **changes)
+    model = mebp.load(llama, mebp.LoraConfig(r=2, lora_alpha=7))
+    randomize_adapter(model)
+    before = logits(model)
+    with pytest.raises(ValueError, match="use_dora|has rank [14], wanted 2"):
+        mebp.load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+def test_saving_replaces_an_older_adapter_whole(llama: Path, tmp_path: Path) -> None:
+    saved(llama, tmp_path, target_modules=["q_proj", "k_proj"])
+    saved(llama, tmp_path, target_modules=["v_proj"])
+    assert {name.split(".")[-3] for name in load_file(tmp_path / "adapter_model.safetensors")} == {"v_proj"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_bfloat16_adapter_keeps_its_dtype(llama: Path, tmp_path: Path) -> None:
+    model = mebp.load(llama, mebp.LoraConfig(r=2), adapter_dtype=torch.bfloat16)
+    randomize_adapter(model)
+    mebp.save_adapter(model, tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    wide = ours_with(llama, tmp_path)
+    assert {tensor.dtype for tensor in adapter_tensors(wide).values()} == {torch.float32}
+    for name, tensor in adapter_tensors(wide).items():
+        assert torch.equal(tensor, adapter_tensors(model)[name].float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -240,3 +241,175 @@ def test_an_engine_alone_and_a_second_checkpointing_change_nothing(llama: Any) -
     model(**batch()).loss.backward()
     assert model.mebp.engine.counters.recompute == before + 3
     assert all(torch.equal(expected[name], found) for name, found in our_gradients(model).items())
+
+
+def test_a_parameter_changed_in_a_block_that_passes_the_gradient_on_is_an_error() -> None:
+    _, ours, engine, x = stacks()
+    engine.treatment = lambda index: "train" if index == 0 else "exact"
+    loss = ours(x)
+    with torch.no_grad():
+        ours.blocks[2].up.weight.add_(1)
+    with pytest.raises(RuntimeError, match="block 2 changed"):
+        loss.backward()
+
+
+def test_identity_does_not_read_the_blocks_it_passes() -> None:
+    """Neither its weights nor its input: both may have changed, and nothing is kept."""
+    plain, ours, engine, x = stacks()
+    engine.treatment = lambda index: "train" if index == 0 else "identity"
+    loss = ours(x)
+    with torch.no_grad():
+        for block in ours.blocks[1:]:
+            for parameter in block.parameters():
+                parameter.fill_(float("nan"))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in ours.blocks[0].parameters())
+    first, _ = plain.blocks[0](x)
+    out = first
+    for block in plain.blocks[1:]:
+        out, _ = block(out)
+    first.backward(2 * out.detach())
+    for left, right in zip(plain.blocks[0].parameters(), ours.blocks[0].parameters(), strict=True):
+        assert relative_rms(right.grad, left.grad) < 1e-12
+
+
+def test_blocks_run_backward_in_reverse_within_their_pages() -> None:
+    events: list[Any] = []
+
+    class Pages:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __enter__(self) -> None:
+            events.append(("in", self.index))
+
+        def __exit__(self, *_: object) -> None:
+            events.append(("out", self.index))
+
+    stack = Stack(3)
+    engine = BlockEngine(stack.blocks, [Pages(index) for index in range(3)])
+    engine.observer = lambda event, index: events.append((event, index))
+    stack(torch.ones(2, 6, dtype=torch.float64)).backward()
+    forward = [(what, index) for index in (0, 1, 2) for what in ("in", "out", "forward")]
+    backward = [(what, index) for index in (2, 1, 0) for what in ("in", "out", "backward")]
+    assert events == forward + backward
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_pages_are_left_when_a_block_fails(when: str) -> None:
+    depth = []
+
+    class Pages:
+        def __enter__(self) -> None:
+            depth.append(1)
+
+        def __exit__(self, *_: object) -> None:
+            depth.pop()
+
+    stack = Stack(2)
+    BlockEngine(stack.blocks, [Pages(), Pages()])
+    loss = stack(torch.ones(2, 6, dtype=torch.float64)) if when == "backward" else None
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("planted")
+
+    stack.blocks[1].down.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError, match="planted"):
+        stack(torch.ones(2, 6, dtype=torch.float64)) if loss is None else loss.backward()
+    assert depth == []
+
+
+def test_a_block_without_its_hidden_state() -> None:
+    _, ours, _, _ = stacks()
+    x = torch.ones(2, 6, dtype=torch.float64, requires_grad=True)
+    for args, kwargs in (((), {"x": x}), ((None, x), {})):
+        with pytest.raises(ValueError, match="without its hidden state"):
+            ours.blocks[0](*args, **kwargs)
+
+
+def test_outputs_that_have_no_gradient_and_arguments_used_twice() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6).double()
+
+        def forward(self, hidden: Tensor, residual: Tensor, mask: Tensor) -> dict[str, Any]:
+            out = self.linear(hidden) + residual
+            return {"out": [out, out.abs()], "mask": mask | (out > 0), "none": None, "number": 3}
+
+    torch.manual_seed(0)
+    plain = Odd()
+    ours = copy.deepcopy(plain)
+    BlockEngine([ours])
+    found = []
+    for one in (plain, ours):
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6).requires_grad_(True)
+        result = one(x, x, torch.zeros(2, 6, dtype=torch.bool))
+        assert result["none"] is None and result["number"] == 3 and result["mask"].dtype == torch.bool
+        (result["out"][1] * 2).sum().backward()  # the first output is not used
+        found.append((x.grad, one.linear.weight.grad, result["mask"]))
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
+def test_parameters_frozen_one_by_one_and_hooks_on_parameters() -> None:
+    plain, ours, _, x = stacks()
+    seen: list[list[float]] = [[], []]
+    for one, notes in ((plain, seen[0]), (ours, seen[1])):
+        one.blocks[1].up.bias.requires_grad_(False)
+        one.blocks[2].up.weight.register_hook(lambda grad, notes=notes: notes.append(float(grad.sum())) or 2 * grad)
+        one(x).backward()
+    assert seen[0] == seen[1] and len(seen[0]) == 1
+    for left, right in zip(grads(plain), grads(ours), strict=True):
+        assert (left is None) == (right is None) and (left is None or torch.equal(left, right))
+
+
+def test_a_leaf_below_the_blocks_gets_its_gradient(llama: Any) -> None:
+    found = []
+    for keep in (True, False):
+        model = loaded(llama)
+        if not keep:
+            model.mebp.engine.remove()
+        embeds = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_(True)
+        model(inputs_embeds=embeds, labels=batch()["labels"]).loss.backward()
+        found.append(embeds.grad)
+    assert relative_rms(*found) < 1e-6
+
+
+@pytest.mark.parametrize("checkpoints", ["device", "host", "file"])
+def test_nothing_stays_behind_after_a_step(llama: Any, checkpoints: Any, tmp_path: Any) -> None:
+    """Neither tensors nor slots of the checkpoint file: they are as many after ten steps as after one."""
+    model = loaded(llama, checkpoints=checkpoints, scratch_directory=tmp_path)
+    store = model.mebp.engine.checkpoints
+    saved: list[Any] = []
+    save = store.save
+
+    def note(tensor: Tensor) -> Any:
+        checkpoint = save(tensor)
+        saved.append(weakref.ref(checkpoint))
+        return checkpoint
+
+    store.save = note
+    ends = set()
+    for _ in range(4):
+        model(**batch()).loss.backward()
+        assert len(saved) == 3 and all(reference() is None for reference in saved)
+        saved.clear()
+        ends.add(store.file._end if checkpoints == "file" else 0)
+    assert len(ends) == 1
+
+
+def test_micro_batches_in_flight_at_once(llama: Any, tmp_path: Any) -> None:
+    """Two forward passes, then their backward passes in either order."""
+    model = loaded(llama, checkpoints="file", scratch_directory=tmp_path)
+    found = []
+    for order in ((0, 1), (1, 0)):
+        model.zero_grad()
+        losses = [model(**batch(seed=seed)).loss for seed in (1, 2)]
+        for place in order:
+            losses[place].backward()
+        found.append(our_gradients(model))
+    model.zero_grad()
+    for seed in (1, 2):
+        model(**batch(seed=seed)).loss.backward()
+    for name, truth in our_gradients(model).items():
+        assert torch.equal(found[0][name], truth) and relative_rms(found[1][name], truth) < 1e-6

@@ -29,6 +29,7 @@ def both(store: Any, lora: dict[str, Any] | None = None, **options: Any) -> tupl
     dtype = options.get("dtype", torch.float32)
     model = mebp.load(store, mebp.LoraConfig(**lora), **options)
     randomize_adapter(model)
+    lora.pop("target_modules", None)  # peft_model takes those of our model
     return model, peft_model(store, model, dtype, **lora)
 
 
@@ -156,3 +157,56 @@ def test_a_peft_config_is_taken() -> None:
     model = mebp.load(tiny_store("llama"), config)
     assert {name.split(".")[-3] for name in our_gradients(model)} == {"q_proj", "down_proj"}
     assert all(tensor.shape[0] == 3 for name, tensor in model.named_parameters() if name.endswith("lora_A"))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "opt"])
+def test_padding_has_no_influence(architecture: str, padding: str) -> None:
+    """Which token pads, how much of it there is, and on which side."""
+    model = mebp.load(tiny_store(architecture), mebp.LoraConfig(r=4, lora_alpha=8))
+    randomize_adapter(model)
+    tight = batch(1, 12, None)
+    model(**tight).loss.backward()
+    truth = our_gradients(model)
+    for token, amount in ((0, 5), (2, 5), (2, 9)):
+        side = (amount, 0) if padding == "left" else (0, amount)
+        padded = {
+            name: torch.nn.functional.pad(tensor, side, value={"input_ids": token, "labels": -100}.get(name, 0))
+            for name, tensor in tight.items()
+        }
+        model.zero_grad()
+        model(**padded).loss.backward()
+        for name, grad in our_gradients(model).items():
+            assert relative_rms(grad, truth[name]) <= TOLERANCE, (name, token, amount)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_exact_selection_gives_the_true_gradients_of_the_selected(architecture: str) -> None:
+    """Also below blocks whose last product is left out of the recompute, and after selections have changed."""
+    model, wrapped = both(tiny_store(architecture))
+    examples = batch()
+    wrapped(**examples).loss.backward()
+    truth = peft_gradients(wrapped)
+    selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="exact")
+    for _ in range(4):
+        (index,) = selection.selected
+        model.zero_grad()
+        model(**examples).loss.backward()
+        for name, grad in our_gradients(model).items():
+            inside = f".{index}." in name
+            assert (grad is not None) == inside, name
+            assert not inside or relative_rms(grad, truth[name]) <= TOLERANCE, name
+        selection.advance()
+
+
+def test_a_lora_that_leaves_out_the_last_layers_of_a_block() -> None:
+    """Then something that is not LoRA follows the last LoRA layer, and its output is needed."""
+    for targets in (["q_proj"], ["o_proj", "k_proj"], ["gate_proj"], ["up_proj", "v_proj"]):
+        model, wrapped = both(tiny_store("llama"), {"target_modules": targets})
+        for seed in (1, 2, 3):
+            examples = batch(seed=seed)
+            model.zero_grad()
+            wrapped.zero_grad()
+            model(**examples).loss.backward()
+            wrapped(**examples).loss.backward()
+            assert_same_gradients(model, wrapped)

@@ -152,3 +152,45 @@ def test_the_weight_that_others_see_has_a_shape_and_no_values(model: Any) -> Non
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         assert table.weight.shape == (97, 48) and table.weight.dtype == torch.float32
         assert table.weight.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda z: 1 + z, lambda z: 1 - z, lambda z: -z, lambda z: z**2, lambda z: abs(z), lambda z: torch.ones(97) + z,
+     lambda z: 2 / z, lambda z: z > 0, lambda z: list(z)[1], lambda z: torch.ones(97) * z, lambda z: z @ torch.ones(97),
+     lambda z: torch.stack([z, z]), lambda z: torch.where(z > 0, z, 0.0)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:the model applies")
+def test_every_operator_works(model: Any, operation: Any) -> None:
+    logits = deferred(model)
+    assert torch.allclose(operation(logits), operation(model.get_output_embeddings().logits(logits.hidden)))
+
+
+def test_output_as_a_tuple(model: Any) -> None:
+    named = model(**batch())
+    loss, *rest = model(**batch(), return_dict=False)
+    assert torch.equal(loss, named.loss) and not any(isinstance(item, DeferredLogits) for item in rest)
+
+
+def test_hidden_states_are_still_returned(model: Any) -> None:
+    out = model(**batch(), output_hidden_states=True)
+    assert len(out.hidden_states) == 4 and "logits" not in out
+
+
+def test_generation_is_not_deferred(model: Any) -> None:
+    model(**batch())
+    ids = batch(1, 6, None)["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 9)
+
+
+def test_num_items_as_a_tensor(model: Any) -> None:
+    """As transformers' Trainer hands it over."""
+    given = model(**batch(), num_items_in_batch=torch.tensor(37)).loss
+    same = model(**batch(), num_items_in_batch=37).loss
+    assert torch.equal(given, same) and given.dim() == 0
+
+
+def test_labels_that_are_shifted_already(model: Any) -> None:
+    examples = batch()
+    shifted = torch.nn.functional.pad(examples["labels"], (0, 1), value=-100)[:, 1:]
+    assert torch.equal(model(**examples, shift_labels=shifted).loss, model(**examples).loss)

@@ -7,7 +7,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import batch, decoded_model, our_gradients, randomize_adapter, tiny_store
+from models import (
+    batch,
+    decoded_model,
+    our_gradients,
+    peft_gradients,
+    peft_model,
+    randomize_adapter,
+    relative_rms,
+    tiny_store,
+)
 
 import mebp_triton as mebp
 from mebp_triton.selection import MODES, SCHEDULES, select_blocks
@@ -137,3 +146,67 @@ def test_state_goes_on_where_it_was(store: Any) -> None:
 def test_wrong_arguments(store: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mebp.LayerCyclicManager(loaded(store), **options)
+
+
+def test_identity_of_a_real_model_equals_a_detached_residual(store: Any) -> None:
+    """Against plain autograd on transformers + PEFT in float64, with the skipped blocks' output detached."""
+    model = mebp.load(store, mebp.LoraConfig(r=4, lora_alpha=8), dtype=torch.float64, adapter_dtype=torch.float64)
+    randomize_adapter(model)
+    wrapped = peft_model(store, model, torch.float64, r=4, lora_alpha=8)
+    selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="identity")
+    for step in range(3):
+        model.zero_grad()
+        wrapped.zero_grad()
+        model(**batch()).loss.backward()
+        hooks = [
+            block.register_forward_hook(lambda _, args, out: args[0] + (out - args[0]).detach())
+            for index, block in enumerate(wrapped.base_model.model.model.layers)
+            if index != step
+        ]
+        examples = batch()
+        logits = wrapped(input_ids=examples["input_ids"], attention_mask=examples["attention_mask"]).logits
+        targets = examples["labels"][:, 1:].reshape(-1)
+        torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 97), targets).backward()
+        for hook in hooks:
+            hook.remove()
+        truth = peft_gradients(wrapped)
+        for name, grad in our_gradients(model).items():
+            inside = f".layers.{step}." in name
+            assert (grad is not None) == inside
+            assert not inside or relative_rms(grad, truth[name]) < 1e-9, name
+        selection.advance()
+
+
+@pytest.mark.parametrize("mode", ["identity", "exact", "freeze"])
+def test_a_peft_model_alone_has_the_gradients_of_ours(store: Any, mode: Any) -> None:
+    ours = loaded(store)
+    theirs = peft_model(store, ours, r=4, lora_alpha=8)
+    for model in (ours, theirs):
+        selection = mebp.LayerCyclicManager(model, ratio=0.6, mode=mode)
+        selection.advance()
+        model(**batch()).loss.backward()
+    truth = peft_gradients(theirs)
+    for name, grad in our_gradients(ours).items():
+        assert (grad is None) == (truth[name] is None), name
+        assert grad is None or relative_rms(grad, truth[name]) < 1e-5, name
+
+
+def test_micro_batches_of_a_step_share_a_selection_and_the_next_step_does_not(store: Any) -> None:
+    model = loaded(store)
+    selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="exact")
+    for step in range(3):
+        for seed in (1, 2):
+            model(**batch(seed=seed)).loss.backward()
+        touched = {name.split(".layers.")[1][0] for name, grad in our_gradients(model).items() if grad is not None}
+        assert touched == {str(step)}
+        model.zero_grad()
+        selection.advance()
+
+
+def test_removed_it_trains_every_block_and_keeps_our_engine(store: Any) -> None:
+    model = loaded(store)
+    selection = mebp.LayerCyclicManager(model, ratio=1 / 3)
+    selection.remove()
+    model(**batch()).loss.backward()
+    assert all(grad is not None for grad in our_gradients(model).values())
+    assert model.mebp.engine.counters.recompute == 3

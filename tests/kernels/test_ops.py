@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mebp_triton.kernels import ops, reference
+from mebp_triton.kernels.layout import SCHEMES
 from mebp_triton.kernels.ops import (
     BACKENDS,
     int4_cross_entropy,
@@ -104,7 +105,7 @@ def test_second_derivatives(make_weight, normal):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("factors", [(1.0,), (0.3,), (0.2, 5.0)], ids=str)
+@pytest.mark.parametrize(("scheme", "factors"), zip(SCHEMES, [(1.0,), (0.3,), (0.2, 5.0)], strict=True), ids=str)
 def test_gradcheck_cross_entropy(make_weight, normal, scheme, device, factors):
     weight, targets = make_weight(7, 33, 32, scheme), torch.tensor([1, -100, 6, 0], device=device)
     bias = normal(7, dtype=torch.float64)

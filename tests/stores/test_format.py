@@ -364,6 +364,18 @@ def test_a_wrong_header_is_refused(store, name):
     refuses(store, BLOCK)
 
 
+def test_two_tensors_over_the_same_bytes_are_refused(tmp_path):
+    """Sizes, shapes and ends all fit; only that one lies over the other is wrong."""
+    writer = StoreWriter(tmp_path, "a test", False)
+    writer.write_file(BLOCK, {}, {"a": torch.zeros(6)})
+    writer.finish()
+    edit(tmp_path, lambda manifest: manifest["floats"].update(b=BLOCK))
+    write_header(tmp_path, lambda header: header.update(b=header["a"]))
+    refuses(tmp_path, BLOCK, "overlap")
+    write_header(tmp_path, lambda header: header["b"].update(shape=[3], data_offsets=[12, 24]))
+    refuses(tmp_path, BLOCK, "overlap")
+
+
 @pytest.mark.parametrize(
     "raw",
     [

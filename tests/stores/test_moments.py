@@ -88,6 +88,33 @@ def _resident(moments):
     return resident
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_moments_of_parameters_on_a_gpu_come_back_from_wherever_they_lie(residency, tmp_path):
+    parameters = [[parameter.cuda() for parameter in group] for group in groups()]
+    moments = Moments(parameters, residency, tmp_path)
+    for number in (0, 2):
+        with moments.open(number) as (first, second):
+            assert all(m.device.type == "cuda" for m in (*first, *second))
+            fill(first, second, number)
+    assert moments.buffers[0].device.type == ("cuda" if residency == "device" else "cpu")
+    for number in (0, 2):
+        with moments.open(number) as (first, second):
+            for place in range(len(first)):
+                assert (first[place] == 10 * number + place + 1).all()
+                assert (second[place] == -10 * number - place - 1).all()
+
+
+def test_dropping_loses_nothing(tmp_path):
+    for residency in RESIDENCIES:
+        moments = Moments(groups(), residency, tmp_path)
+        with moments.open(0) as (first, second):
+            fill(first, second, 1)
+        moments.drop()
+        assert (moments.buffers[0][:15] == 11).all()
+
+
 def test_a_full_disk_is_an_error_at_the_start(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
