@@ -266,10 +266,12 @@ def int4_matmul(
     Returns:
         ``[..., N]`` in x's dtype.
     """
-    _check("x", x, weight.in_features, weight)
+    _check("x", x, weight.in_features, weight, backend)
     flat = x.reshape(-1, x.shape[-1])
     t = None if t is None else t.reshape(-1, t.shape[-1])
-    return _matmul(flat, *_fields(weight), bias, t, b, backend).view(*x.shape[:-1], weight.out_features)
+    with torch.autocast(x.device.type, enabled=False):
+        y = _matmul(flat, *_fields(weight), bias, t, b, backend)
+    return y.view(*x.shape[:-1], weight.out_features)
 
 
 def int4_matmul_dx(
@@ -283,10 +285,12 @@ def int4_matmul_dx(
     Returns:
         ``[..., K]`` in dy's dtype.
     """
-    _check("dy", dy, weight.out_features, weight)
+    _check("dy", dy, weight.out_features, weight, backend)
     flat = dy.reshape(-1, dy.shape[-1])
     g = None if g is None else g.reshape(-1, g.shape[-1])
-    return _matmul_dx(flat, *_fields(weight), g, a, backend).view(*dy.shape[:-1], weight.in_features)
+    with torch.autocast(dy.device.type, enabled=False):
+        dx = _matmul_dx(flat, *_fields(weight), g, a, backend)
+    return dx.view(*dy.shape[:-1], weight.in_features)
 
 
 def int4_embedding(ids: Tensor, weight: Int4Weight, dtype: torch.dtype, backend: str = "auto") -> Tensor:
@@ -312,12 +316,18 @@ def int4_cross_entropy(
         losses ``[T]`` float32 or wider, 0 where ignored; argmax ``[T]`` int64, -1 where ignored.
     """
     _check("hidden", hidden, weight.in_features, weight)
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must have shape {tuple(hidden.shape[:1])}, got {tuple(targets.shape)}")
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
-    losses, _, argmax = _cross_entropy(hidden, *_fields(weight), targets, bias, ignore_index, list(factors), need_grad)
+    fields, chain = _fields(weight), list(factors)
+    with torch.autocast(hidden.device.type, enabled=False):
+        losses, _, argmax = _cross_entropy(hidden, *fields, targets, bias, ignore_index, chain, need_grad)
     return losses, argmax
 
 
-def _check(name: str, tensor: Tensor, width: int, weight: Int4Weight) -> None:
+def _check(name: str, tensor: Tensor, width: int, weight: Int4Weight, backend: str = "panel") -> None:
+    if backend == "triton" and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float32 or float16, or backend 'panel'")
     if tensor.dim() == 0 or tensor.shape[-1] != width:
         raise ValueError(f"{name} must have {width} columns, got shape {tuple(tensor.shape)}")
     if tensor.device != weight.device:

@@ -100,7 +100,7 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
         raise ValueError(f"{path} should hold a JSON object")
     try:
         return lora_config_from_dict(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

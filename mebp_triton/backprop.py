@@ -78,15 +78,20 @@ class BlockEngine:
         self.observer: Callable[[Event, int], None] = lambda event, index: None
         self.counters = Counters()
         self.tails = [_TailSkip(block) for block in self.blocks]
+        self._instance_forwards = [block.__dict__.get("forward") for block in self.blocks]
         for index, block in enumerate(self.blocks):
             original = block.forward
+            if getattr(original, "func", None) is not None and isinstance(original.func.__self__, BlockEngine):
+                raise ValueError("the blocks have an engine already: remove() the other one, or use model.mebp.engine")
             wrapped = functools.wraps(original)(functools.partial(self._run, index, original))
             block.forward = wrapped  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Gives every block its own forward back."""
-        for block in self.blocks:
+        """Gives every block the forward back that it had."""
+        for block, had in zip(self.blocks, self._instance_forwards, strict=True):
             block.__dict__.pop("forward", None)
+            if had is not None:
+                block.forward = had
 
     def trainable(self, index: int) -> list[nn.Parameter]:
         """The block's parameters that require a gradient."""
@@ -96,14 +101,13 @@ class BlockEngine:
         if not torch.is_grad_enabled():
             return self._forward(index, original, args, kwargs)
         leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Cache))
-        leaves = [_without_cache(leaf) for leaf in leaves]
         treatment = self.treatment(index)
         moving = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         parameters = self.trainable(index) if treatment == "train" else []
         if not moving and not parameters:
             with torch.no_grad():
-                args, kwargs = tree_unflatten(leaves, spec)
                 return self._forward(index, original, args, kwargs)
+        leaves = [_without_cache(leaf) for leaf in leaves]
         hidden = _hidden_place(leaves, args, kwargs)
         run = _BlockRun(self, index, original, leaves, spec, moving, hidden, treatment, parameters)
         outputs = _BlockFunction.apply(run, *(leaves[place] for place in moving), *parameters)
@@ -171,8 +175,10 @@ class _BlockRun:
         self.leaves, self.spec, self.moving, self.hidden = leaves, spec, moving, hidden
         self.parameters = parameters
         # A block that only passes the gradient on is recomputed with its parameters too.
-        self.watched = engine.trainable(index) if treatment != "identity" else []
-        self.versions = [parameter._version for parameter in self.watched]
+        # The hidden state is its checkpoint's to watch.
+        held = [leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and place != hidden]
+        self.watched = [*engine.trainable(index), *held] if treatment != "identity" else []
+        self.versions = [tensor._version for tensor in self.watched]
         device = leaves[hidden].device
         kind = device.type
         self.random = _RandomState(device) if engine.blocks[index].training else None
@@ -210,7 +216,7 @@ class _BlockRun:
         """Gradients of the moving inputs and the parameters, by recomputing the block."""
         changed = [p._version for p in self.watched] != self.versions
         if changed:
-            raise RuntimeError(f"a trainable parameter of block {self.index} changed between forward and backward")
+            raise RuntimeError(f"a parameter or an input of block {self.index} changed between forward and backward")
         assert self.checkpoint is not None
         leaves = list(self.leaves)
         leaves[self.hidden] = self.checkpoint.load()

@@ -93,8 +93,11 @@ def quantize(
     path, stack = find_blocks(model, blocks)
     sites, tied = int4_sites(model)
     floats = float_names(model, sites) + [name for name in persistent_buffers(model) if opened.has(name)]
+    linear = [site.name for site in sites if site.role == "linear"]
+    if not linear:
+        raise ValueError(f"{type(model).__name__} has no plain linear layers: its architecture is not supported")
     # The source's own 4-bit form is taken from its first linear layer.
-    first = opened.read(f"{next(site.name for site in sites if site.role == 'linear')}.weight")
+    first = opened.read(f"{linear[0]}.weight")
     native = first if isinstance(first, Int4Weight) else None
     job = _Job(opened, _Recipe(scheme, group_size, scale_search), native, len(sites), progress)
     with files.atomic_directory(target) as directory:

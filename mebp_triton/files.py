@@ -264,7 +264,7 @@ class Slot:
     """A writable stretch of a ``ScratchFile``: ``bytes`` is a uint8 tensor over it."""
 
     def __init__(self, mapping: mmap.mmap, size: int) -> None:
-        self._map = mapping
+        self._map, self.size = mapping, size
         self.bytes: Tensor = torch.frombuffer(mapping, dtype=torch.uint8)[:size]
 
     def drop(self) -> None:

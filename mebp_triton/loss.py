@@ -131,6 +131,10 @@ class DeferredLogits:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name.endswith("_"):
+            raise TypeError(
+                f"deferred logits cannot be changed in place by {name}: call the model with return_logits=True"
+            )
         return getattr(_materialized(self, name), name)
 
 
@@ -152,7 +156,7 @@ class LossStatistics:
 
 
 class OnePassLoss:
-    """Takes ``model.loss_function``'s place; everything but ``DeferredLogits`` goes to the model's own.
+    """Takes ``model.loss_function``'s place, for deferred and for real logits alike.
 
     The mean over the valid targets; or their sum over ``num_items_in_batch`` where the caller gives it, or over
     ``normalizer`` where that is set: so micro-batches add up to the mean over all tokens of a step. A batch without one
@@ -162,8 +166,7 @@ class OnePassLoss:
         statistics: of the last call.
     """
 
-    def __init__(self, fallback: Callable[..., Tensor]) -> None:
-        self.fallback = fallback
+    def __init__(self) -> None:
         self.statistics = LossStatistics()
         self.normalizer: float | None = None
 
@@ -177,26 +180,22 @@ class OnePassLoss:
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if not isinstance(logits, DeferredLogits):
-            return self.fallback(
-                logits,
-                labels,
-                *args,
-                num_items_in_batch=num_items_in_batch,
-                ignore_index=ignore_index,
-                shift_labels=shift_labels,
-                **kwargs,
-            )
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.reshape(-1).to(logits.device)
-        head = logits.head
-        hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
-        _check_targets(targets, head.out_features, ignore_index)
-        with head.pages:
-            losses, argmax = int4_cross_entropy(hidden, head.int4(), targets, head.bias, ignore_index, logits.factors)
+        _check_targets(targets, logits.shape[-1], ignore_index)
+        if isinstance(logits, DeferredLogits):
+            head = logits.head
+            hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
+            with head.pages:
+                bias, factors = head.bias, logits.factors
+                losses, argmax = int4_cross_entropy(hidden, head.int4(), targets, bias, ignore_index, factors)
+        else:
+            real = logits.reshape(-1, logits.shape[-1]).float()
+            losses = nn.functional.cross_entropy(real, targets, ignore_index=ignore_index, reduction="none")
+            argmax = real.argmax(dim=-1)
         valid = int((targets != ignore_index).sum())
-        self.statistics = LossStatistics(valid, int((argmax == targets).sum()))
+        self.statistics = LossStatistics(valid, int(((argmax == targets) & (targets != ignore_index)).sum()))
         divisor = num_items_in_batch if num_items_in_batch is not None else self.normalizer
         return losses.sum() / (max(valid, 1) if divisor is None else divisor)
 
@@ -212,7 +211,7 @@ def install_loss(model: Any, head: Int4Head) -> OnePassLoss:
 
     ``model(..., labels=..., return_logits=True)`` computes the logits as well, as the model itself would.
     """
-    loss = OnePassLoss(model.loss_function)
+    loss = OnePassLoss()
     model.loss_function = loss
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

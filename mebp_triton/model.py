@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,8 @@ def load(
     builder = _Builder(opened, model, config, device, dtype, adapter_dtype, backend, seed)
     replaced, head = builder.replace_modules()
     builder.place_floats()
-    if config is not None and not builder.adapted:
-        raise ValueError(f"target_modules {config.target_modules!r} matches no linear layer of {type(model).__name__}")
+    if config is not None:
+        _check_targets(config, builder.adapted, type(model).__name__)
 
     pages: list[Any] = []
     arena = Arena(device) if device.type != "cpu" and weights != "device" else None
@@ -105,6 +106,16 @@ def load(
     model.mebp = Runtime(opened, engine, install_loss(model, head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing
     return model
+
+
+def _check_targets(config: LoraConfig, adapted: list[str], model: str) -> None:
+    """ValueError where the targets, or one of several, select nothing: a typo would lose a layer."""
+    targets = config.target_modules
+    entries = [targets] if isinstance(targets, str) else [[entry] for entry in targets]
+    for entry in entries:
+        if not any(dataclasses.replace(config, target_modules=entry).targets(name) for name in adapted):
+            named = entry if isinstance(entry, str) else entry[0]
+            raise ValueError(f"target_modules {named!r} matches no linear layer (but the head) of {model}")
 
 
 def _no_second_checkpointing(*args: Any, **kwargs: Any) -> None:
@@ -138,6 +149,9 @@ class _Builder:
         missing = [site.name for site in sites if site.name not in self.store.matrices]
         if missing:
             raise ValueError(f"store {self.store.directory} has no weights for {', '.join(missing[:3])}")
+        surplus = sorted(self.store.matrices.keys() - {site.name for site in sites})
+        if surplus:
+            raise ValueError(f"store {self.store.directory}: its config has no place for {surplus[0]} of its weights")
         head_name = next(name for name, m in self.model.named_modules() if m is self.model.get_output_embeddings())
         replaced: dict[str, Int4Module] = {}
         for site in sites:

@@ -42,11 +42,14 @@ class MeZO:
         Returns:
             The mean of the two losses, and the projected gradient.
         """
-        self._move(seed, self.epsilon)
-        plus = loss()
-        self._move(seed, -2 * self.epsilon)
-        minus = loss()
-        self._move(seed, self.epsilon)
+        losses = []
+        for sign in (1, -1):
+            self._move(seed, sign * self.epsilon)
+            try:
+                losses.append(loss())
+            finally:  # also where the loss raises: the parameters are never left moved
+                self._move(seed, -sign * self.epsilon)
+        plus, minus = losses
         projected = (plus - minus) / (2 * self.epsilon)
         if self.weight_decay:
             for parameter in self.parameters:

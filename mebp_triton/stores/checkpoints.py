@@ -63,36 +63,47 @@ class _Copied:
 class FileCheckpoints:
     """Copies into slots of a nameless memory-mapped file; their pages leave resident memory at once.
 
-    A slot is used again once nothing refers to the checkpoint that had it.
+    A slot is used again, by anything that fits into it, once nothing refers to the checkpoint that had it.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.file: ScratchFile | None = None  # made at the first save: loading a model writes nothing
-        self.free: dict[int, list[Slot]] = {}
+        self.free: list[Slot] = []
 
     def save(self, tensor: Tensor) -> Checkpoint:
+        slot = self._slot(tensor.nbytes)
+        checkpoint = _Filed(slot, tensor)
+        weakref.finalize(checkpoint, self._give_back, slot)
+        return checkpoint
+
+    def _give_back(self, slot: Slot) -> None:
+        self.free.append(slot)
+
+    def _slot(self, size: int) -> Slot:
+        """The smallest free slot that is large enough, or a new one of the next power of two."""
         if self.file is None:
             self.file = ScratchFile(self.directory)
-        size = tensor.nbytes
-        slots = self.free.setdefault(size, [])
-        slot = slots.pop() if slots else self.file.slot(size)
-        checkpoint = _Filed(slot, tensor)
-        weakref.finalize(checkpoint, slots.append, slot)
-        return checkpoint
+        fitting = [slot for slot in self.free if slot.size >= size]
+        if not fitting:
+            return self.file.slot(1 << max(size - 1, 1).bit_length())
+        best = min(fitting, key=lambda slot: slot.size)
+        self.free = [slot for slot in self.free if slot is not best]
+        return best
 
 
 class _Filed:
     def __init__(self, slot: Slot, tensor: Tensor) -> None:
         self.slot, self.shape, self.dtype, self.device = slot, tensor.shape, tensor.dtype, tensor.device
+        self.size = tensor.nbytes
         if tensor.numel():
-            slot.bytes.view(self.dtype).view(self.shape).copy_(tensor.detach())
+            slot.bytes[: self.size].view(self.dtype).view(self.shape).copy_(tensor.detach())
             slot.drop()
 
     def load(self) -> Tensor:
         if self.shape.numel() == 0:
             return torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        tensor = self.slot.bytes.view(self.dtype).view(self.shape).to(self.device, copy=True)
+        tensor = self.slot.bytes[: self.size].view(self.dtype).view(self.shape).to(self.device, copy=True)
         self.slot.drop()
         return tensor
 

@@ -65,10 +65,11 @@ class ArenaPages:
         self._leave()
 
     def __enter__(self) -> None:
-        self.depth += 1
-        if self.depth > 1:
+        if self.depth:
+            self.depth += 1
             return
         self.file.verify()
+        self.depth = 1
         data = self.arena.fill(self, self.file.data() if self.host is None else self.host)
         if self.host is None:
             self.file.mapped.drop()
