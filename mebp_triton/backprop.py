@@ -81,7 +81,7 @@ class BlockEngine:
         self._instance_forwards = [block.__dict__.get("forward") for block in self.blocks]
         for index, block in enumerate(self.blocks):
             original = block.forward
-            if getattr(original, "func", None) is not None and isinstance(original.func.__self__, BlockEngine):
+            if isinstance(original, functools.partial) and isinstance(original.func.__self__, BlockEngine):  # type: ignore
                 raise ValueError("the blocks have an engine already: remove() the other one, or use model.mebp.engine")
             wrapped = functools.wraps(original)(functools.partial(self._run, index, original))
             block.forward = wrapped  # type: ignore[method-assign]

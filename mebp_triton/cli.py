@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from . import __version__
+
+# A path that cannot be: the user's to mend.
+PATH_MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -140,14 +144,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(arguments)
         return 0
     except KeyboardInterrupt:
-        print("mebp: interrupted; `mebp train ... --resume` goes on from the last checkpoint", file=sys.stderr)
+        hint = "; --resume goes on from the last checkpoint" if arguments.command == "train" else ""
+        print(f"mebp: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
     except Exception as error:  # every failure becomes one line; --debug shows where it came from
         if arguments.debug:
             raise
-        users = isinstance(error, ValueError)
+        users = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in PATH_MISTAKES)
         kind = "" if users or isinstance(error, RunError | OSError) else f"{type(error).__name__}: "
         line = " ".join(str(error).split())
         more = "" if users or isinstance(error, RunError) else " (--debug shows where)"

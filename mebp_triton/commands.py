@@ -24,6 +24,7 @@ from .convert import QuantizeReport, quantize
 from .data import TokenizedData, load_data
 from .evaluate import evaluate
 from .importers import open_source
+from .kernels.ops import resolve_backend
 from .lora import LoraConfig
 from .memory import peak_resident_bytes
 from .model import load
@@ -135,8 +136,13 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> None:
     config = _train_config(arguments)
-    run = RunDirectory(config.output_dir, resume=arguments.resume or bool(arguments.resume_from_checkpoint))
+    resolve_backend(config.backend, torch.device(config.device or "cpu"))
     checkpoint = Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
+    if arguments.resume and checkpoint is not None:
+        raise ValueError("--resume and --resume-from-checkpoint are two ways to say the same: give one")
+    # A checkpoint of another run goes on in a new directory; that of this run, in its own.
+    inside = checkpoint is not None and checkpoint.resolve().is_relative_to(Path(config.output_dir).resolve())
+    run = RunDirectory(config.output_dir, resume=arguments.resume or inside)
     if arguments.resume:
         checkpoint = run.checkpoint
         files.recover_directory(checkpoint)
@@ -171,7 +177,11 @@ def run_train(arguments: argparse.Namespace) -> None:
     )
     trainer = Trainer(model, data, config, run)
     if checkpoint is not None:
-        trainer.resume(checkpoint)
+        try:
+            trainer.resume(checkpoint)
+        except ValueError:
+            run.discard_if_empty()
+            raise
     console.print(f"{config.train_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
     if checkpoint is not None:
         console.print(f"resuming at step {trainer.step} of {trainer.total_steps}", highlight=False)
@@ -318,6 +328,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty")
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if not 0 <= arguments.seed < 1 << 63:
+        raise ValueError(f"--seed must lie in 0..2**63-1, got {arguments.seed}")
     tokenizer = load_tokenizer(store)
     model = load_for_inference(store, arguments)
     torch.manual_seed(arguments.seed)
@@ -347,8 +359,8 @@ def generate_text(
     streamer: Any = None,
 ) -> str:
     """The continuation alone."""
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature must be at least 0 and top_p in (0, 1], got {temperature} and {top_p}")
+    if not 0 <= temperature <= 100 or 0 < temperature < 1e-3 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature must be 0 or in [0.001, 100] and top_p in (0, 1], got {temperature} and {top_p}")
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template: generate without --chat")
@@ -359,6 +371,12 @@ def generate_text(
     else:
         encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     encoded = {name: encoded[name].to(model.mebp.device) for name in ("input_ids", "attention_mask")}
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = encoded["input_ids"].shape[1] + max_new_tokens
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"prompt and new tokens together are {length} tokens, more than the {longest} that the model takes"
+        )
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p}

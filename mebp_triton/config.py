@@ -76,6 +76,8 @@ class TrainConfig:
             if value is not None and not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, value in vars(self).items():
+            if name != "seed" and type(value) is int and value >= 1 << 31:
+                raise ValueError(f"{name} must be below 2**31, got {value}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
         for name in ("learning_rate", "mezo_epsilon"):
@@ -87,8 +89,23 @@ class TrainConfig:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
         if self.seed >= 1 << 63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
+        if self.lora_r > 4096:
+            raise ValueError(f"lora_r must be at most 4096, got {self.lora_r}")
+        if self.lora_alpha == 0:
+            raise ValueError("lora_alpha must not be 0: nothing would be trained")
+        if self.dtype == "float16" and self.optim == "adamw":
+            raise ValueError("dtype 'float16' loses small gradients: train in bfloat16 or float32")
         if self.optim == "mezo" and self.selection_mode != "full":
             raise ValueError(f"selection_mode {self.selection_mode!r} needs gradients, and optim 'mezo' makes none")
+
+    def _check_device(self) -> None:
+        if self.device is None or self.device == "cpu":
+            return
+        kind, _, index = self.device.partition(":")
+        if kind != "cuda" or (index and not index.isdigit()):
+            raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
+        if int(index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device {self.device!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
 
     def resolved(self) -> TrainConfig:
         """With the defaults that depend on the machine filled in."""

@@ -46,6 +46,10 @@ class RunDirectory:
     def create(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
 
+    def discard_if_empty(self) -> None:
+        if self.directory.is_dir() and not any(self.directory.iterdir()):
+            self.directory.rmdir()
+
     def append_metrics(self, row: dict[str, Any]) -> None:
         files.append_line(self.metrics, json.dumps(row, allow_nan=False))
 
@@ -68,12 +72,20 @@ class RunDirectory:
                 kept.append(line + "\n")
         files.write_bytes(self.metrics, "".join(kept).encode())
 
-    def save_evaluation(self, evaluation: Evaluation | None) -> None:
+    def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:
+        """``of``: the settings that say what was evaluated."""
         if evaluation is not None:
-            files.write_json(self.evaluation, asdict(evaluation))
+            files.write_json(self.evaluation, {"of": of, "found": asdict(evaluation)})
 
-    def saved_evaluation(self) -> Evaluation | None:
-        return Evaluation(**files.read_json(self.evaluation)) if self.evaluation.exists() else None
+    def saved_evaluation(self, of: dict[str, Any]) -> Evaluation | None:
+        """What ``save_evaluation`` kept, unless it is of something else."""
+        if not self.evaluation.exists():
+            return None
+        saved = files.read_json(self.evaluation)
+        try:
+            return Evaluation(**saved["found"]) if saved["of"] == of else None
+        except (TypeError, KeyError):
+            raise ValueError(f"{self.evaluation} is malformed: remove it to go on without") from None
 
     def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
         """``run.json`` and, where matplotlib is installed, the plots."""

@@ -112,6 +112,7 @@ class Trainer:
             config.per_device_train_batch_size,
             config.seed,
             start_batch=self.step * config.gradient_accumulation_steps,
+            epochs=None if config.max_steps else config.num_train_epochs,
         )
         record_at = min(self.step + 1, self.total_steps - 1)  # the second step: the first one warms up
         while self.step < self.total_steps:
@@ -204,9 +205,9 @@ class Trainer:
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
+            kept = "the last checkpoint is kept" if self.run.checkpoint.exists() else "no checkpoint was written yet"
             raise RunError(
-                f"{what} is {value} at step {self.step}: lower the learning rate, or compute in float32; "
-                f"the last checkpoint is kept"
+                f"{what} is {value} at step {self.step}: lower the learning rate, or compute in float32; {kept}"
             )
 
     def save_checkpoint(self) -> None:
@@ -304,9 +305,10 @@ def finetune(
     """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots. Returns what ``run.json`` holds."""
     config, run = trainer.config, trainer.run
     resumed_at = trainer.step
-    before = run.saved_evaluation() if resumed_at else _evaluate(trainer, validation, on_evaluation)
+    evaluated = {name: getattr(config, name) for name in ("validation_file", "max_eval_windows", "max_length")}
+    before = run.saved_evaluation(evaluated) if resumed_at else _evaluate(trainer, validation, on_evaluation)
     if not resumed_at:
-        run.save_evaluation(before)
+        run.save_evaluation(before, evaluated)
     started = time.perf_counter()
     results = trainer.train(on_step)
     train_seconds = time.perf_counter() - started
