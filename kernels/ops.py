@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -169,12 +170,17 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Whoever calls ``backward`` under autocast would otherwise get its products rounded."""
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Any:
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with _no_autocast(grads[0]):
             return backward(ctx, *grads)
 
     return run
@@ -269,7 +275,7 @@ def int4_matmul(
     _check("x", x, weight.in_features, weight, backend)
     flat = x.reshape(-1, x.shape[-1])
     t = None if t is None else t.reshape(-1, t.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x):
         y = _matmul(flat, *_fields(weight), bias, t, b, backend)
     return y.view(*x.shape[:-1], weight.out_features)
 
@@ -288,7 +294,7 @@ def int4_matmul_dx(
     _check("dy", dy, weight.out_features, weight, backend)
     flat = dy.reshape(-1, dy.shape[-1])
     g = None if g is None else g.reshape(-1, g.shape[-1])
-    with torch.autocast(dy.device.type, enabled=False):
+    with _no_autocast(dy):
         dx = _matmul_dx(flat, *_fields(weight), g, a, backend)
     return dx.view(*dy.shape[:-1], weight.in_features)
 
@@ -320,7 +326,7 @@ def int4_cross_entropy(
         raise ValueError(f"targets must have shape {tuple(hidden.shape[:1])}, got {tuple(targets.shape)}")
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
     fields, chain = _fields(weight), list(factors)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _no_autocast(hidden):
         losses, _, argmax = _cross_entropy(hidden, *fields, targets, bias, ignore_index, chain, need_grad)
     return losses, argmax
 

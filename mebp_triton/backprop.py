@@ -25,6 +25,7 @@ additions follow it. That product is left out; see ``_TailSkip``.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -101,17 +102,24 @@ class BlockEngine:
         if not torch.is_grad_enabled():
             return self._forward(index, original, args, kwargs)
         leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Cache))
+        if any(isinstance(leaf, Cache) for leaf in leaves) and self._trains_any(leaves):
+            leaves = [_without_cache(leaf) for leaf in leaves]
+            args, kwargs = tree_unflatten(leaves, spec)
         treatment = self.treatment(index)
         moving = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         parameters = self.trainable(index) if treatment == "train" else []
         if not moving and not parameters:
             with torch.no_grad():
                 return self._forward(index, original, args, kwargs)
-        leaves = [_without_cache(leaf) for leaf in leaves]
         hidden = _hidden_place(leaves, args, kwargs)
         run = _BlockRun(self, index, original, leaves, spec, moving, hidden, treatment, parameters)
         outputs = _BlockFunction.apply(run, *(leaves[place] for place in moving), *parameters)
         return run.rebuild(outputs)
+
+    def _trains_any(self, leaves: list[Any]) -> bool:
+        """Whether this forward pass makes a graph, here or in another block."""
+        moving = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+        return moving or any(self.trainable(index) for index in range(len(self.blocks)))
 
     def _forward(self, index: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self.pages[index]:
@@ -127,6 +135,7 @@ def _without_cache(leaf: Any) -> Any:
         return leaf
     if leaf.get_seq_length() > 0:
         raise ValueError("past_key_values holds tokens: training through a filled cache is not supported")
+    warnings.warn("gradients are on: the key-value cache stays empty; use torch.no_grad() to generate", stacklevel=4)
     return None
 
 
@@ -225,7 +234,7 @@ class _BlockRun:
         inputs = [leaves[place] for place in self.moving] + self.parameters
         wanted = [item for item, need in zip(inputs, needed, strict=True) if need]
         args, kwargs = tree_unflatten(leaves, self.spec)
-        with self.engine.pages[self.index], torch.enable_grad(), _only_trainable(self):
+        with self.engine.pages[self.index], torch.enable_grad(), _only_trainable(self), _without_hooks(self.parameters):
             output = self.engine.tails[self.index].run(lambda: self._recompute(args, kwargs))
             outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
@@ -313,6 +322,19 @@ def _only_trainable(run: _BlockRun) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within, hooks on the parameters rest: they run when autograd gets the gradients that are found here."""
+    hooks = [(found, dict(found)) for parameter in parameters if (found := parameter._backward_hooks)]
+    for live, _ in hooks:
+        live.clear()
+    try:
+        yield
+    finally:
+        for live, kept in hooks:
+            live.update(kept)
 
 
 class _BlockFunction(torch.autograd.Function):

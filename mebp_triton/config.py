@@ -98,15 +98,6 @@ class TrainConfig:
         if self.optim == "mezo" and self.selection_mode != "full":
             raise ValueError(f"selection_mode {self.selection_mode!r} needs gradients, and optim 'mezo' makes none")
 
-    def _check_device(self) -> None:
-        if self.device is None or self.device == "cpu":
-            return
-        kind, _, index = self.device.partition(":")
-        if kind != "cuda" or (index and not index.isdigit()):
-            raise ValueError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
-        if int(index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device {self.device!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
-
     def resolved(self) -> TrainConfig:
         """With the defaults that depend on the machine filled in."""
         device = resolve_device(self.device)

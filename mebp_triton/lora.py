@@ -77,11 +77,12 @@ def as_lora_config(config: Any) -> LoraConfig:
     if getattr(config, "peft_type", None) is None:
         raise ValueError(f"lora must be a LoraConfig of mebp_triton or of peft, got {type(config).__name__}")
     values = {key: value for key, value in vars(config).items() if value is not None}
+    taken = lora_config_from_dict(values)
     if "target_modules" not in values:
         raise ValueError("peft.LoraConfig without target_modules depends on the architecture: name the modules")
     if values.get("init_lora_weights", True) is not True:
         raise ValueError(f"init_lora_weights={values['init_lora_weights']!r} is not supported: leave it at True")
-    return lora_config_from_dict(values)
+    return taken
 
 
 # PEFT's settings that change what an adapter computes, and the values that mean "not used".

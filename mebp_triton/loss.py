@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .kernels.layout import Int4Weight
 from .kernels.ops import int4_cross_entropy, int4_matmul
@@ -112,21 +113,10 @@ class DeferredLogits:
             if function in (torch.div, torch.Tensor.div, torch.Tensor.__truediv__) and len(args) == 2:
                 return first / args[1]
         name = getattr(function, "__name__", str(function))
-        real = [_materialized(item, name) if isinstance(item, DeferredLogits) else item for item in args]
-        named = {
-            key: _materialized(item, name) if isinstance(item, DeferredLogits) else item
-            for key, item in (kwargs or {}).items()
-        }
-        return function(*real, **named)
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return _materialized(self, "indexing")[key]
-
-    def __add__(self, other: Any) -> Tensor:
-        return _materialized(self, "+") + other
-
-    def __sub__(self, other: Any) -> Tensor:
-        return _materialized(self, "-") - other
+        args, kwargs = tree_map(
+            lambda item: _materialized(item, name) if isinstance(item, DeferredLogits) else item, (args, kwargs or {})
+        )
+        return function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -136,6 +126,30 @@ class DeferredLogits:
                 f"deferred logits cannot be changed in place by {name}: call the model with return_logits=True"
             )
         return getattr(_materialized(self, name), name)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda logits, *others: getattr(_materialized(logits, name), name)(*others)
+
+
+# Python looks for operators on the type, so ``__getattr__`` does not see them.
+for _name in (
+    "getitem",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "rtruediv",
+    "matmul",
+    "pow",
+    "neg",
+    "abs",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+):
+    setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def _materialized(logits: DeferredLogits, operation: str) -> Tensor:

@@ -80,9 +80,8 @@ def load(
     resolve_backend(backend, device)
     opened = Store(store)
     config = lora if lora is None else as_lora_config(lora)
-    model = build_skeleton(
-        AutoConfig.from_pretrained(opened.directory, trust_remote_code=False), dtype, attn_implementation
-    )
+    model_config = AutoConfig.from_pretrained(opened.directory, trust_remote_code=False)
+    model = build_skeleton(model_config, dtype, attn_implementation)
     blocks_path, stack = find_blocks(model, blocks)
     builder = _Builder(opened, model, config, device, dtype, adapter_dtype, backend, seed)
     replaced, head = builder.replace_modules()

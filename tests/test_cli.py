@@ -60,7 +60,9 @@ def answer(result):
 
 
 def tree(*roots):
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for root in roots for path in [root, *root.rglob("*")]}
+    """All that lies there, and of files when they were written."""
+    paths = [path for root in roots for path in root.rglob("*")]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None for path in paths}
 
 
 # --- what the commands answer ---------------------------------------------------------------------------------------
@@ -368,6 +370,18 @@ MISTAKES = {
         lambda w, t: train(w, w, "--lora-r=4", "--resume"),
         ["cannot resume: lora_r was 2 and now is 4"],
     ),
+    "two ways to resume": (
+        lambda w, t: train(w, w, "--resume", f"--resume-from-checkpoint={w / 'run' / 'checkpoint'}"),
+        ["--resume and --resume-from-checkpoint"],
+    ),
+    "resuming into a used directory": (
+        lambda w, t: train(w, w, f"--resume-from-checkpoint={w / 'run' / 'checkpoint'}", output="wide"),
+        ["wide exists already"],
+    ),
+    "resuming elsewhere with another rank": (
+        lambda w, t: train(w, t, f"--resume-from-checkpoint={w / 'run' / 'checkpoint'}", "--lora-r=4"),
+        ["cannot resume: lora_r was 2 and now is 4"],
+    ),
     "an adapter of another family": (
         lambda w, t: evaluate(w, w / "gpt2" / "store", f"--adapter={w / 'run' / 'adapter'}"),
         ["matches no linear layer"],
@@ -384,6 +398,14 @@ MISTAKES = {
     "an empty prompt": (lambda w, t: ["generate", w / "store", "--prompt="], ["--prompt is empty"]),
     "no prompt": (lambda w, t: ["generate", w / "store"], ["--prompt"]),
     "no new tokens": (lambda w, t: ["generate", w / "store", "--prompt=a", "--max-new-tokens=0"], ["got 0"]),
+    "more tokens than the model takes": (
+        lambda w, t: ["generate", w / "store", "--prompt=the cat", "--max-new-tokens=63"],
+        ["65 tokens", "64"],
+    ),
+    "a seed too large": (
+        lambda w, t: ["generate", w / "store", "--prompt=the", f"--seed={1 << 63}"],
+        ["--seed must lie in"],
+    ),
     "a negative temperature": (lambda w, t: ["generate", w / "store", "--prompt=a", "--temperature=-1"], ["-1.0"]),
     "a missing settings file": (lambda w, t: train(w, t, f"--config={t / 'a.yaml'}"), ["a.yaml does not exist"]),
     "an unknown setting": (
@@ -448,7 +470,9 @@ def test_in_a_process_of_its_own(world, tmp_path):
         (KeyError("x"), 1, "mebp: error: KeyError: 'x' (--debug shows where)\n"),
         (OSError(28, "No space left"), 1, "mebp: error: [Errno 28] No space left (--debug shows where)\n"),
         (ValueError("a\n  mistake"), 2, "mebp: error: a mistake\n"),
-        (KeyboardInterrupt(), 130, "mebp: interrupted; `mebp train ... --resume` goes on from the last checkpoint\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "mebp: error: [Errno 2] No such file: 'x'\n"),
+        (PermissionError(13, "Permission denied", "x"), 2, "mebp: error: [Errno 13] Permission denied: 'x'\n"),
+        (KeyboardInterrupt(), 130, "mebp: interrupted\n"),
         (BrokenPipeError(), 1, ""),
     ],
 )
@@ -461,6 +485,12 @@ def test_every_failure_has_its_exit_code(mebp, world, monkeypatch, error, code, 
     if isinstance(error, Exception) and not isinstance(error, BrokenPipeError):
         with pytest.raises(type(error)):
             main(["verify", "x", "--debug"])
+
+
+def test_an_interrupted_training_says_how_to_go_on(mebp, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "run_train", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    line = "mebp: interrupted; --resume goes on from the last checkpoint\n"
+    assert mebp(*train(world, tmp_path)) == (130, "", line)
 
 
 def test_a_run_whose_loss_is_not_a_number_exits_with_1(mebp, world, tmp_path):

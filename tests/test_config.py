@@ -15,6 +15,8 @@ from mebp_triton.config import TrainConfig, read_config_file, resolve_device
 FIELDS = {item.name for item in dataclasses.fields(TrainConfig)}
 WRONG: list[tuple[str, Any, str]] = [
     ("max_steps", -1, "at least 0"),
+    ("max_steps", 1 << 31, "below 2**31"),
+    ("warmup_steps", 1 << 40, "below 2**31"),
     ("num_train_epochs", 0, "at least 1"),
     ("max_length", 1, "at least 2"),
     ("max_eval_windows", 0, "at least 1"),
@@ -22,6 +24,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("gradient_accumulation_steps", 0, "at least 1"),
     ("gradient_accumulation_steps", -3, "at least 1"),
     ("lora_r", 0, "at least 1"),
+    ("lora_r", 4097, "at most 4096"),
     ("lora_r", 8.0, "type int"),
     ("lora_r", True, "type int"),
     ("lora_r", "8", "type int"),
@@ -82,6 +85,14 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(name, value, allowe
 
 def test_every_setting_is_tried_above():
     assert {name for name, _, _ in WRONG} == FIELDS
+
+
+def test_what_could_not_train_is_refused():
+    with pytest.raises(ValueError, match="lora_alpha must not be 0"):
+        TrainConfig(lora_alpha=0)
+    with pytest.raises(ValueError, match="dtype 'float16' loses small gradients"):
+        TrainConfig(dtype="float16")
+    TrainConfig(dtype="float16", optim="mezo")
 
 
 def test_mezo_has_no_gradient_to_select():

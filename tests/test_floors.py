@@ -59,7 +59,7 @@ def wrong_imports(path):
             floors = ("mebp_triton.kernels", "mebp_triton.autotune")
             fine = root in sys.stdlib_module_names | {"torch", "triton"} or any(within(imported, f) for f in floors)
         else:
-            fine = root not in {"tests", "bench", "pytest", "models", "runs"}
+            fine = root not in {"tests", "bench", "pytest", "support", "models", "runs"}
             if within(imported, "mebp_triton.autotune"):
                 fine = name in ("mebp_triton.cli", "mebp_triton.commands")
         if not fine or root in ("kernels", "autotune"):

@@ -89,12 +89,31 @@ def test_making_one_writes_nothing_until_created(tmp_path):
 
 
 def test_an_evaluation_is_kept(run):
-    assert run.saved_evaluation() is None
-    run.save_evaluation(None)
-    assert run.saved_evaluation() is None
+    of = {"validation_file": "v.txt", "max_eval_windows": None, "max_length": 64}
+    assert run.saved_evaluation(of) is None
+    run.save_evaluation(None, of)
+    assert run.saved_evaluation(of) is None
     evaluation = Evaluation(2.5, 0.25, 100, 3)
-    run.save_evaluation(evaluation)
-    assert run.saved_evaluation() == evaluation
+    run.save_evaluation(evaluation, of)
+    assert run.saved_evaluation(of) == evaluation
+    assert run.saved_evaluation(of | {"max_eval_windows": 2}) is None, "of something else"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"of": {}, "found": {"loss": 1}}', '{"of": {}, "found": 3}'])
+def test_a_damaged_evaluation_is_named(run, content):
+    run.evaluation.write_text(content)
+    with pytest.raises(ValueError, match=r"evaluation_before\.json"):
+        run.saved_evaluation({})
+
+
+def test_an_empty_directory_is_given_back(run):
+    run.discard_if_empty()
+    assert not run.directory.exists()
+    run.discard_if_empty()
+    run.create()
+    run.append_metrics({"step": 0})
+    run.discard_if_empty()
+    assert run.read_metrics() == [{"step": 0}]
 
 
 def test_finishing_writes_everything_that_a_reader_needs(run):

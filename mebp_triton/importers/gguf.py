@@ -65,7 +65,7 @@ class GgufFile:
         self.description = f"GGUF {path.name} ({self._arch})"
         _check_supported(path, self._header)
         with one_line(f"{path} gives no config for architecture {self._arch!r}", "give the model as safetensors"):
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         self.config = prepare_config(config, str(path))
         # The name that the file gives itself, taken for a setting.
         self.config.__dict__.pop("_model_name_or_path", None)
@@ -114,7 +114,8 @@ class GgufFile:
         if not self._header.metadata.get("tokenizer.ggml.tokens"):
             return
         with one_line(f"{self.path} gives no tokenizer", "give the model as safetensors"):
-            tokenizer = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+            folder, name = str(self.path.parent), self.path.name
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
         tokenizer.save_pretrained(str(directory))
 
     def _bytes(self, entry: Entry) -> np.ndarray:
