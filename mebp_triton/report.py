@@ -108,7 +108,8 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         if importlib.util.find_spec(package) is not None:
             versions[package] = importlib.metadata.version(package)
     name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else platform.machine()
-    return {"versions": versions, "device": name, "platform": platform.platform(), "threads": torch.get_num_threads()}
+    system = f"{platform.system()} {platform.machine()}"
+    return {"versions": versions, "device": name, "platform": system, "threads": torch.get_num_threads()}
 
 
 def draw_plots(directory: Path, metrics: list[dict[str, Any]], watch: MemoryWatch) -> list[str]:

@@ -137,8 +137,9 @@ def test_a_device_that_is_not_here(monkeypatch):
     assert resolve_device(None) == "cpu"
     with pytest.raises(ValueError, match="device 'cuda' is not here: torch sees 0 GPUs"):
         TrainConfig(device="cuda").resolved()
-    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:N, got 'gpu'"):
-        TrainConfig(device="gpu").resolved()
+    for name in ("gpu", "meta", "mps", "", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "CPU"):
+        with pytest.raises(ValueError, match=f"device must be cpu, cuda or cuda:N, got {name!r}"):
+            TrainConfig(device=name).resolved()
 
 
 @pytest.mark.parametrize(
