@@ -1,4 +1,4 @@
-"""What the compiler says of a kernel, with no GPU: registers, spills, shared memory.
+"""What the compiler says of a kernel, with no GPU: registers, spills, shared memory, instructions of the main loop.
 
 A kernel is compiled for a named target exactly as a launch would compile it. Too much shared memory is no compile
 error, so a report compares it with the target's limit. These limits serve analysis only: on a device, its own
@@ -8,24 +8,20 @@ properties are asked.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from mebp_triton.autotune.sass import LoopCounts, count, cuobjdump, disassemble, main_loops
 from mebp_triton.kernels import embedding, matmul, matmul_dx
-from mebp_triton.kernels.configs import Kernel, TileConfig
+from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig
 from mebp_triton.kernels.layout import Int4Weight, Scheme, group_count, padded
 
 # Bytes of shared memory that one block may ask for (CUDA C++ Programming Guide, technical specifications).
@@ -48,6 +44,8 @@ POINTER_TYPES = {
     torch.int64: "*i64",
 }
 DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
+# Columns of sm_100's tensor memory, where its matrix instructions keep sums.
+TENSOR_MEMORY_LIMIT = 512
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,11 @@ class StaticReport:
         spill_bytes: per thread, what did not fit into registers (the stack frame).
         shared_bytes: per block.
         shared_limit: what a block may ask for on that target.
+        tensor_memory: columns of it per block; sm_100 only.
+        loop: one trip of the main loop; None where no loop has matrix instructions. Of several, the longest.
+        conversions: from integer to float, in all loops with matrix instructions.
+        unpacking_per_weight: integer instructions that unpack, per weight of a tile; None where nothing is known.
+            Above what one decoding takes, several warps decode the same weight.
     """
 
     kernel: str
@@ -69,27 +72,20 @@ class StaticReport:
     spill_bytes: int
     shared_bytes: int
     shared_limit: int
+    tensor_memory: int = 0
+    loop: LoopCounts | None = None
+    conversions: int = 0
+    unpacking_per_weight: float | None = None
 
     @property
     def fits(self) -> bool:
         """A launch would be accepted."""
-        return self.shared_bytes <= self.shared_limit
-
-
-@cache
-def cuobjdump_path() -> Path:
-    """The cuobjdump that Triton ships."""
-    return Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+        return self.shared_bytes <= self.shared_limit and self.tensor_memory <= TENSOR_MEMORY_LIMIT
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
     """``cuobjdump``'s resource line of the one kernel in a cubin: REG, STACK, SHARED, LOCAL, ..."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        dump = subprocess.run(
-            [cuobjdump_path(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    dump = cuobjdump(cubin, "--dump-resource-usage")
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
     if not {"REG", "STACK"} <= usage.keys():
         raise RuntimeError(f"cuobjdump gave no resource usage:\n{dump}")
@@ -142,7 +138,9 @@ def compile_for(
         target=GPUTarget("cuda", target_sm, 32),
         options=dict(options),
     )
-    usage = resource_usage(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    usage = resource_usage(cubin)
+    loops = [count(loop) for loop in main_loops(disassemble(cubin))]
     return StaticReport(
         kernel=kernel.__name__,
         target_sm=target_sm,
@@ -150,6 +148,9 @@ def compile_for(
         spill_bytes=usage["STACK"],
         shared_bytes=compiled.metadata.shared,
         shared_limit=SHARED_LIMITS[target_sm],
+        tensor_memory=getattr(compiled.metadata, "tmem_size", 0),
+        loop=max(loops, key=lambda loop: loop.issue_slots, default=None),
+        conversions=sum(loop.conversions for loop in loops),
     )
 
 
@@ -167,49 +168,51 @@ def meta_weight(n: int, k: int, group_size: int, scheme: Scheme, scale_dtype: to
 
 
 def report(
-    kernel: Kernel,
+    problem: Problem,
     config: TileConfig,
     target_sm: int,
-    dtype: torch.dtype,
-    scheme: Scheme = "symmetric",
-    group_size: int = 64,
-    rank: int = 0,
+    rank: int = 16,
     bias: bool = False,
     scale_dtype: torch.dtype = torch.float16,
-    m: int = 512,
-    n: int = 4096,
-    k: int = 4096,
 ) -> StaticReport:
     """The report of one of our kernels.
 
     Args:
-        kernel: which one.
+        problem: which kernel, on what. Only what a launch specialises on matters of its shape: divisibility by 16 and
+            by ``block_k``, and sizes of 1.
         config: tile sizes.
         target_sm: compute capability.
-        dtype: of activations, LoRA operands and bias.
-        scheme, group_size, scale_dtype: of the weight.
         rank: of the LoRA term; 0 for none. The embedding has none.
         bias: with a bias; ``matmul`` only.
-        m, n, k: a representative shape. Only what a launch specialises on matters: divisibility by 16 and by
-            ``block_k``, and sizes of 1.
-    """
-    weight = meta_weight(n, k, group_size, scheme, scale_dtype)
+        scale_dtype: of the weight's scales.
 
-    def meta(*shape: int) -> Tensor:
+    Raises:
+        ValueError: an unknown kernel or target, or a configuration that the kernel cannot run so.
+    """
+    m, n, k = problem.m, problem.n, problem.k
+    if problem.kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {KERNELS}, got {problem.kernel!r}")
+    if not config.suits(problem):
+        raise ValueError(f"config must suit the problem, got {config} for {problem}")
+    weight = meta_weight(n, k, problem.group_size, problem.scheme, scale_dtype)
+
+    def meta(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    if kernel == "matmul":
+    out_dtype = problem.dtype if config.split == 1 else torch.float32
+    if problem.kernel == "matmul":
         t, b = (meta(m, rank), meta(n, rank)) if rank else (None, None)
-        function = matmul._matmul_kernel
-        arguments = matmul.matmul_arguments(meta(m, k), weight, meta(n) if bias else None, t, b, meta(m, n), config)
-    elif kernel == "matmul_dx":
+        function, x, y = matmul._matmul_kernel, meta(m, k), meta(m, n, dtype=out_dtype)
+        arguments = matmul.matmul_arguments(x, [weight], meta(n) if bias else None, t, b, y, config)
+    elif problem.kernel == "matmul_dx":
         g, a = (meta(m, rank), meta(rank, k)) if rank else (None, None)
-        function = matmul_dx._matmul_dx_kernel
-        arguments = matmul_dx.matmul_dx_arguments(meta(m, n), weight, g, a, meta(m, k), config)
-    elif kernel == "embedding":
-        ids = torch.empty(m, dtype=torch.int64, device="meta")
-        function = embedding._embedding_kernel
-        arguments = embedding.embedding_arguments(ids, weight, meta(m, k), config)
+        function, dx = matmul_dx._matmul_dx_kernel, meta(m, k, dtype=out_dtype)
+        arguments = matmul_dx.matmul_dx_arguments([meta(m, n)], [weight], g, a, dx, config)
     else:
-        raise ValueError(f"kernel must be matmul, matmul_dx or embedding, got {kernel!r}")
-    return compile_for(function, arguments, target_sm, config.launch_options())
+        function, ids = embedding._embedding_kernel, torch.empty(m, dtype=torch.int64, device="meta")
+        arguments = embedding.embedding_arguments(ids, weight, meta(m, k), config)
+    made = compile_for(function, arguments, target_sm, config.launch_options())
+    if made.loop is None:
+        return made
+    decoded = config.block_n * config.block_k / (32 * config.num_warps)
+    return replace(made, unpacking_per_weight=made.loop.unpacking / decoded)

@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels: ``TileConfig``, and a default that always works.
+"""Launch configurations of the Triton kernels: ``Problem``, ``TileConfig``, and a default that always works.
 
 A default is not the fastest. It fits every device (64 KiB of shared memory), spills no register, and needs
 neither a search nor a table.
@@ -11,12 +11,36 @@ from typing import Any, Literal
 
 import torch
 
-from .layout import CHUNK
+from .layout import CHUNK, Scheme
 
 Kernel = Literal["matmul", "matmul_dx", "embedding"]
 KERNELS: tuple[Kernel, ...] = ("matmul", "matmul_dx", "embedding")
+# Those that have a choice to make, and so a place in a table.
+TUNED: tuple[Kernel, ...] = ("matmul", "matmul_dx")
 
 MIN_DOT = 16
+# Weights with one input that one launch can take: q, k and v.
+MOST_MEMBERS = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration is chosen for.
+
+    Attributes:
+        kernel: which one.
+        m, n, k: tokens, out-features (of all members of a group together), in-features.
+        scheme, group_size: of the weight.
+        dtype: of the activations.
+    """
+
+    kernel: Kernel
+    m: int
+    n: int
+    k: int
+    scheme: Scheme = "symmetric"
+    group_size: int = 64
+    dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -30,6 +54,11 @@ class TileConfig:
             whole chunks of 64, of which a tile holds two planes of ``block_k // 2``.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
+        split: into how many parts the reduction is cut. Each part is a float32 partial result of its own; a second
+            pass adds them in order, so the result does not change from run to run.
+        weight_left: the decoded weight is the left operand of the dot (the kernel computes tiles of the transposed
+            result), or the right one.
+        scale_sums: scales multiply float32 sums over a group instead of weights (``matmul``, symmetric scheme).
 
     Raises:
         ValueError: a size that is no power of two, or too small for a tensor core.
@@ -40,15 +69,29 @@ class TileConfig:
     block_k: int
     num_warps: int = 4
     num_stages: int = 2
+    split: int = 1
+    weight_left: bool = True
+    scale_sums: bool = False
 
     def __post_init__(self) -> None:
-        least = {"block_m": MIN_DOT, "block_n": MIN_DOT, "block_k": CHUNK, "num_warps": 1}
+        least = {"block_m": MIN_DOT, "block_n": MIN_DOT, "block_k": CHUNK, "num_warps": 1, "split": 1}
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name in ("weight_left", "scale_sums"):
+                if type(value) is not bool:
+                    raise ValueError(f"{field.name} must be true or false, got {value!r}")
+                continue
             if type(value) is not int or value < least.get(field.name, 1):
                 raise ValueError(f"{field.name} must be an integer >= {least.get(field.name, 1)}, got {value!r}")
             if field.name in least and value & (value - 1):
                 raise ValueError(f"{field.name} must be a power of two, got {value}")
+
+    def suits(self, problem: Problem) -> bool:
+        """Whether the kernel can run so. Only sums within one group can be scaled."""
+        if not self.scale_sums:
+            return True
+        within_group = problem.group_size >= self.block_k or (problem.group_size == 32 and self.block_k == CHUNK)
+        return problem.kernel == "matmul" and problem.scheme == "symmetric" and within_group
 
     def launch_options(self) -> dict[str, Any]:
         """What a launch, or a compilation, needs besides the kernel's own arguments.
@@ -64,25 +107,21 @@ def power_of_two_at_least(value: int, least: int = MIN_DOT, most: int = 128) -> 
     return min(max(1 << max(value - 1, 0).bit_length(), least), most)
 
 
-def default_config(kernel: Kernel, m: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> TileConfig:
-    """A configuration that works for every shape and on every device.
-
-    Args:
-        kernel: which kernel.
-        m, n, k: tokens, out-features, in-features.
-        group_size: columns of K that share a scale.
-        dtype: the activations' dtype.
+def default_config(problem: Problem) -> TileConfig:
+    """A configuration that works for every problem and on every device.
 
     Raises:
         ValueError: no such kernel.
     """
-    if kernel == "embedding":
+    if problem.kernel == "embedding":
         return TileConfig(block_m=16, block_n=MIN_DOT, block_k=CHUNK, num_warps=4, num_stages=1)
-    block_m = power_of_two_at_least(m, most=64)
+    block_m = power_of_two_at_least(problem.m, most=64)
     # Eight warps for 64 rows: where a device has no tensor cores, four would spill.
     num_warps = 8 if block_m == 64 else 4
-    if kernel == "matmul":
+    if problem.kernel == "matmul":
         return TileConfig(block_m=block_m, block_n=64, block_k=CHUNK, num_warps=num_warps, num_stages=3)
-    if kernel == "matmul_dx":
-        return TileConfig(block_m=block_m, block_n=32, block_k=CHUNK, num_warps=num_warps, num_stages=3)
-    raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}")
+    if problem.kernel == "matmul_dx":
+        return TileConfig(
+            block_m=block_m, block_n=32, block_k=CHUNK, num_warps=num_warps, num_stages=3, weight_left=False
+        )
+    raise ValueError(f"kernel must be one of {KERNELS}, got {problem.kernel!r}")

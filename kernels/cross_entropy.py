@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from .layout import RUN, Int4Weight
-from .panel import CHUNK, PanelDecoder, from_planes, int4_embedding_panel, panel_elements, spans, to_planes
+from .panel import CHUNK, PanelDecoder, int4_embedding_panel, panel_elements, spans
 
+# Rows of the head per tile; with the kernels, as many as fit into a panel and into this many logits.
 VOCABULARY_TILE = 1024
+LOGITS = 1 << 22
 
 
 def apply_chain(z: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor | None]:
@@ -37,6 +39,38 @@ def apply_chain(z: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor | N
     return z, slope
 
 
+class RunningSoftmax:
+    """What is known of each row's softmax after some tiles of the vocabulary; every tensor ``[rows, 1]``."""
+
+    def __init__(self, targets: Tensor, wide: torch.dtype, slope: float) -> None:
+        rows, device = targets.shape[0], targets.device
+        self.targets = targets
+        self.maximum = torch.full((rows, 1), float("-inf"), dtype=wide, device=device)
+        self.total = torch.zeros(rows, 1, dtype=wide, device=device)
+        self.at_target = torch.zeros(rows, 1, dtype=wide, device=device)
+        self.target_slope = torch.full((rows, 1), slope, dtype=wide, device=device)
+        self.argmax = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+
+    def update(self, z: Tensor, slope: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
+        """Takes in the logits of the tile from row ``start`` of the head on.
+
+        Returns ``exp(z - maximum)``, in place of ``z``, and ``[rows, 1]``, by which earlier sums shrink.
+        """
+        inside = ((self.targets >= start) & (self.targets < start + z.shape[1])).unsqueeze(1)
+        index = (self.targets - start).clamp_(0, z.shape[1] - 1).unsqueeze(1)
+        self.at_target = torch.where(inside, z.gather(1, index), self.at_target)
+        if slope is not None:
+            self.target_slope = torch.where(inside, slope.gather(1, index), self.target_slope)
+        top, position = z.max(dim=1, keepdim=True)
+        self.argmax = torch.where(top > self.maximum, position + start, self.argmax)
+        moved = torch.maximum(self.maximum, top)
+        shrink = (self.maximum - moved).exp_()
+        self.maximum = moved
+        p = z.sub_(moved).exp_()
+        self.total.mul_(shrink).add_(p.sum(dim=1, keepdim=True))
+        return p, shrink
+
+
 def int4_cross_entropy_panel(
     hidden: Tensor,
     weight: Int4Weight,
@@ -45,6 +79,7 @@ def int4_cross_entropy_panel(
     ignore_index: int = -100,
     factors: Sequence[float] = (1.0,),
     need_grad: bool = True,
+    by_kernel: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss per token, its gradient to that token's hidden state, and the argmax.
 
@@ -55,6 +90,7 @@ def int4_cross_entropy_panel(
         bias: ``[V]``.
         factors: see the module's docstring.
         need_grad: without it the second matmul is left out and the gradient is empty, ``[0, K]``.
+        by_kernel: Triton kernels decode the panels and update the softmax.
 
     Returns:
         losses ``[T]`` (float32, or float64 for float64 hidden states; 0 where ignored), ``d loss_t / d hidden_t``
@@ -70,45 +106,45 @@ def int4_cross_entropy_panel(
         return losses, grad, best
     targets = targets[valid]
     vocabulary, chunks = weight.out_features, weight.packed.shape[1] // RUN
-    tile = min(vocabulary, VOCABULARY_TILE, max(1, 4 * panel_elements(hidden.device) // (chunks * CHUNK)))
-    decoder = PanelDecoder(weight, hidden.dtype, tile, chunks)
-    planes = to_planes(hidden[valid], chunks)
-    rows = valid.shape[0]
-    maximum = torch.full((rows, 1), float("-inf"), dtype=wide, device=hidden.device)
-    total = torch.zeros(rows, 1, dtype=wide, device=hidden.device)
-    at_target = torch.zeros(rows, 1, dtype=wide, device=hidden.device)
-    target_slope = torch.full((rows, 1), factors[0], dtype=wide, device=hidden.device)
-    argmax = torch.zeros(rows, 1, dtype=torch.int64, device=hidden.device)
-    weighted = torch.zeros(rows if need_grad else 0, chunks * CHUNK, dtype=wide, device=hidden.device)
+    rows, panel = valid.shape[0], panel_elements(hidden.device)
+    if by_kernel:
+        tile = min(vocabulary, max(1, panel // (chunks * CHUNK)), max(VOCABULARY_TILE, LOGITS // rows))
+    else:
+        tile = min(vocabulary, VOCABULARY_TILE, max(1, 4 * panel // (chunks * CHUNK)))
+    decoder = PanelDecoder(weight, hidden.dtype, tile, chunks, by_kernel)
+    planes = decoder.arrange(hidden[valid], chunks)
+    softmax = RunningSoftmax(targets, wide, factors[0])
+    weighted = torch.zeros(rows if need_grad else 0, planes.shape[1], dtype=wide, device=hidden.device)
 
     for start, stop in spans(vocabulary, tile):
-        panel = decoder(start, stop, 0, chunks)
-        z = (planes @ panel.t()).to(wide)
-        if bias is not None:
-            z += bias[start:stop].to(wide)
-        z, slope = apply_chain(z, factors)
-        inside = ((targets >= start) & (targets < stop)).unsqueeze(1)
-        index = (targets - start).clamp_(0, stop - start - 1).unsqueeze(1)
-        at_target = torch.where(inside, z.gather(1, index), at_target)
-        if slope is not None:
-            target_slope = torch.where(inside, slope.gather(1, index), target_slope)
-        top, position = z.max(dim=1, keepdim=True)
-        argmax = torch.where(top > maximum, position + start, argmax)
-        moved = torch.maximum(maximum, top)
-        shrink = (maximum - moved).exp_()
-        maximum = moved
-        p = z.sub_(moved).exp_()
-        total.mul_(shrink).add_(p.sum(dim=1, keepdim=True))
-        if need_grad:
-            p = p.mul_(factors[0]) if slope is None else p.mul_(slope)
-            if hidden.dtype == wide:
-                weighted.mul_(shrink).addmm_(p, panel)
-            else:
-                weighted.mul_(shrink).add_(p.to(hidden.dtype) @ panel)
+        head = decoder(start, stop, 0, chunks)
+        z = planes @ head.t()
+        slope = None
+        if bias is not None or len(factors) > 1 or factors[0] != 1.0 or not by_kernel:
+            z = z.to(wide)
+            if bias is not None:
+                z += bias[start:stop].to(wide)
+            z, slope = apply_chain(z, factors)
+        if by_kernel:
+            from .softmax_tile import update_softmax
 
-    losses[valid] = (maximum + total.log() - at_target).squeeze(1)
-    best[valid] = argmax.squeeze(1)
+            p, shrink = update_softmax(softmax, z, slope, start)
+        else:
+            p, shrink = softmax.update(z, slope, start)
+        if need_grad:
+            if slope is not None:
+                p = p.mul_(slope)
+            elif factors[0] != 1.0:
+                p = p.mul_(factors[0])
+            if hidden.dtype == wide:
+                weighted.mul_(shrink).addmm_(p, head)
+            else:
+                weighted.mul_(shrink).add_(p.to(hidden.dtype) @ head)
+
+    losses[valid] = (softmax.maximum + softmax.total.log() - softmax.at_target).squeeze(1)
+    best[valid] = softmax.argmax.squeeze(1)
     if need_grad:
-        weighted.div_(total)
-        grad[valid] = from_planes(weighted)[:, :width] - target_slope * int4_embedding_panel(targets, weight, wide)
+        weighted.div_(softmax.total)
+        rows_of_targets = int4_embedding_panel(targets, weight, wide)
+        grad[valid] = decoder.restore(weighted, width) - softmax.target_slope * rows_of_targets
     return losses, grad, best

@@ -1,4 +1,4 @@
-"""Rows of a packed 4-bit table: kernel, launcher."""
+"""Rows of a packed 4-bit matrix: kernel, launchers. Rows by id are an embedding; consecutive ones are a panel."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, default_config
+from .configs import MIN_DOT, Problem, TileConfig, default_config
+from .decode import load_planes, plane_columns
 from .layout import Int4Weight
-from .matmul import FLOAT_DTYPES, load_planes, weight_arguments
+from .matmul import FLOAT_DTYPES, runs_compiled, weight_arguments
+
+# A panel: 64 rows by two chunks, stored in runs of 64 bytes.
+PANEL_CONFIG = TileConfig(block_m=64, block_n=MIN_DOT, block_k=128, num_warps=4, num_stages=1)
 
 
 @triton.jit
@@ -37,10 +41,12 @@ def _embedding_kernel(
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``rows[m, k] = W[ids[m], k]``, one tile per program.
+    """``rows[m, k] = W[ids[m], k]``, one tile per program; ``W[m, k]`` without ids.
 
     ids_ptr ``[M]`` int64; packed_ptr, scales_ptr, minimum_ptr, codebook_ptr: the table ``W[N, K]``, see
     ``load_planes``; rows_ptr ``[M, K]``. An id outside ``0..N-1`` reads nothing and gives a row of NaN.
@@ -51,8 +57,10 @@ def _embedding_kernel(
     k0 = (pid // blocks_m) * BLOCK_K
     mask_m = offs_m < M
     rows_m = offs_m.to(tl.int64)
-    # [BLOCK_M]
-    ids = tl.load(ids_ptr + rows_m * stride_im, mask=mask_m, other=-1)
+    ids = rows_m
+    if HAS_IDS:
+        # [BLOCK_M]
+        ids = tl.load(ids_ptr + rows_m * stride_im, mask=mask_m, other=-1)
     valid = (ids >= 0) & (ids < N)
     low, high = load_planes(
         packed_ptr,
@@ -75,31 +83,42 @@ def _embedding_kernel(
         False,
         BLOCK_K,
         rows_ptr.dtype.element_ty,
+        ASM,
     )
     low = tl.where(valid[:, None], low, float("nan"))
     high = tl.where(valid[:, None], high, float("nan"))
-    offs_j = tl.arange(0, BLOCK_K // 2)
-    offs_k = k0 + offs_j // 32 * 64 + offs_j % 32
+    offs_k = plane_columns(k0, BLOCK_K)
     rows_ptrs = rows_ptr + rows_m[:, None] * stride_rm + offs_k[None, :] * stride_rk
     tl.store(rows_ptrs, low, mask=mask_m[:, None] & (offs_k < K)[None, :])
     tl.store(rows_ptrs + 32 * stride_rk, high, mask=mask_m[:, None] & (offs_k + 32 < K)[None, :])
 
 
-def embedding_arguments(ids: Tensor, weight: Int4Weight, rows: Tensor, config: TileConfig) -> dict[str, Any]:
+def embedding_arguments(ids: Tensor | None, weight: Int4Weight, rows: Tensor, config: TileConfig) -> dict[str, Any]:
     """The arguments of ``_embedding_kernel``, by name; the tensors may lie on the meta device."""
+    taken = _embedding_kernel.arg_names
     return {
         "ids_ptr": ids,
-        **weight_arguments(weight),
+        **{name: value for name, value in weight_arguments(weight).items() if name in taken},
         "rows_ptr": rows,
-        "M": ids.shape[0],
-        "N": weight.out_features,
+        "M": rows.shape[0],
         "K": weight.in_features,
-        "stride_im": ids.stride(0),
+        "stride_im": 0 if ids is None else ids.stride(0),
         "stride_rm": rows.stride(0),
         "stride_rk": rows.stride(1),
+        "HAS_IDS": ids is not None,
+        "ASM": runs_compiled(_embedding_kernel),
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
     }
+
+
+def _launch(ids: Tensor | None, weight: Int4Weight, rows: Tensor, config: TileConfig) -> None:
+    grid = (triton.cdiv(rows.shape[0], config.block_m) * triton.cdiv(weight.in_features, config.block_k),)
+    with torch.cuda.device_of(rows):
+        _embedding_kernel[grid](
+            **embedding_arguments(ids, weight, rows, config),
+            **config.launch_options(),
+        )
 
 
 def int4_embedding_triton(
@@ -131,11 +150,13 @@ def int4_embedding_triton(
     m = flat.shape[0]
     rows = torch.empty((m, k), dtype=dtype, device=weight.device)
     if rows.numel():
-        config = config or default_config("embedding", m, n, k, weight.group_size, dtype)
-        grid = (triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_k),)
-        with torch.cuda.device_of(rows):
-            _embedding_kernel[grid](
-                **embedding_arguments(flat, weight, rows, config),
-                **config.launch_options(),
-            )
+        problem = Problem("embedding", m, n, k, weight.scheme, weight.group_size, dtype)
+        _launch(flat, weight, rows, config or default_config(problem))
     return rows.view(*ids.shape, k)
+
+
+def decode_rows_triton(weight: Int4Weight, out: Tensor) -> Tensor:
+    """All rows of ``weight`` decoded into ``out`` ``[N, K]`` (float32, float16 or bfloat16), which is returned."""
+    if out.numel():
+        _launch(None, weight, out, PANEL_CONFIG)
+    return out

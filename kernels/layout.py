@@ -187,6 +187,20 @@ class Int4Weight:
             minimum=None if self.minimum is None else self.minimum[:, start:stop],
         )
 
+    def columns(self, start: int, stop: int) -> Int4Weight:
+        """Input columns ``start:stop`` as a view; ``start`` a multiple of 64 and of the group size."""
+        if start % CHUNK or start % self.group_size:
+            raise ValueError(f"columns must start at a multiple of 64 and of the group size, got {start}")
+        stop = min(stop, self.in_features)
+        groups = slice(start // self.group_size, start // self.group_size + group_count(stop - start, self.group_size))
+        return replace(
+            self,
+            packed=self.packed[:, start // 2 : start // 2 + padded(stop - start) // 2],
+            scales=self.scales[groups],
+            in_features=stop - start,
+            minimum=None if self.minimum is None else self.minimum[groups],
+        )
+
     def permute_rows(self, order: Tensor) -> Int4Weight:
         """A copy with its output rows in the given order (exact: groups lie along K)."""
         return replace(

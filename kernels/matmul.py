@@ -1,4 +1,4 @@
-"""``Y = X·Wᵀ (+ bias, + LoRA)`` straight from packed 4-bit weights: decoding, kernel, launcher.
+"""``Y = X·Wᵀ (+ bias, + LoRA)`` straight from packed 4-bit weights, of one weight or of several with one input.
 
 The decoded weights are the left operand of the dot, that is, the kernel computes tiles of Yᵀ: tensor cores then
 take them from registers, and no warp decodes what another one has decoded.
@@ -6,6 +6,7 @@ take them from registers, and no warp decodes what another one has decoded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,129 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, default_config, power_of_two_at_least
+from .configs import MOST_MEMBERS, Problem, TileConfig, default_config, power_of_two_at_least
+from .decode import group_rows, load_planes, of_member, packed_tile, plane_columns, unpack_centred
 from .layout import Int4Weight
+from .split import parts_buffer, sum_parts
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@triton.jit
-def load_group_rows(ptr, offs_n, mask_n, k0, plane, K, stride_g, stride_n, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The scales (or minima) of one plane of a tile, in float32.
-
-    ptr ``[groups, N]``. A plane's run of 32 columns lies within one group, so one row per chunk of 64 is enough.
-    Returns ``[BLOCK_N, 1]`` where the whole tile lies within one group, ``[BLOCK_N, BLOCK_K // 2]`` otherwise.
-    """
-    CHUNKS: tl.constexpr = 1 if GROUP >= BLOCK_K else BLOCK_K // 64
-    offs_c = k0 + tl.arange(0, CHUNKS) * 64
-    offs_g = ((offs_c + plane * 32) // GROUP).to(tl.int64)
-    # [BLOCK_N, CHUNKS]
-    rows = tl.load(
-        ptr + offs_g[None, :] * stride_g + offs_n.to(tl.int64)[:, None] * stride_n,
-        mask=mask_n[:, None] & (offs_c < K)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    if CHUNKS > 1:
-        rows = tl.broadcast_to(rows[:, :, None], (rows.shape[0], CHUNKS, 32))
-        rows = tl.reshape(rows, (rows.shape[0], CHUNKS * 32))
-    return rows
-
-
-@triton.jit
-def decode(
-    codes,
-    scales,
-    minima,
-    codebook_ptr,
-    HAS_MINIMUM: tl.constexpr,
-    HAS_CODEBOOK: tl.constexpr,
-    EXACT_PRODUCT: tl.constexpr,
-):
-    """Codes 0..15 -> float32 weights, the same bits as plain torch gives.
-
-    ``minima`` and ``codebook_ptr`` are read by their schemes only. EXACT_PRODUCT: a code times a scale needs no
-    rounding (float16 scales), so that a fused multiply-add changes nothing.
-    """
-    if HAS_CODEBOOK:
-        # A table in memory is the simple way, not the fast one.
-        return tl.load(codebook_ptr + codes.to(tl.int32)) * scales
-    elif HAS_MINIMUM and EXACT_PRODUCT:
-        return tl.fma(codes.to(tl.float32), scales, minima)
-    elif HAS_MINIMUM:
-        return codes.to(tl.float32) * scales + minima
-    else:
-        return (codes.to(tl.float32) - 8.0) * scales
-
-
-@triton.jit
-def load_planes(
-    packed_ptr,
-    scales_ptr,
-    minimum_ptr,
-    codebook_ptr,
-    offs_n,
-    mask_n,
-    k0,
-    K,
-    stride_pn,
-    stride_pj,
-    stride_sg,
-    stride_sn,
-    stride_zg,
-    stride_zn,
-    GROUP: tl.constexpr,
-    HAS_MINIMUM: tl.constexpr,
-    HAS_CODEBOOK: tl.constexpr,
-    MASK_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Decodes ``W[offs_n, k0 : k0 + BLOCK_K]``: the low and the high plane, each ``[BLOCK_N, BLOCK_K // 2]``.
-
-    packed_ptr ``[N, padded(K) // 2]`` uint8: byte ``c * 32 + j`` holds column ``c * 64 + j`` in its low nibble and
-    ``c * 64 + 32 + j`` in its high nibble. scales_ptr, minimum_ptr ``[groups, N]``; codebook_ptr ``[16]``.
-    k0 is a multiple of 64. Rows with a false mask decode to a finite value without being read; so do, with MASK_K,
-    columns from K on, as zeros (what their padding holds is of no meaning).
-    """
-    offs_j = tl.arange(0, BLOCK_K // 2)
-    # The column of the low nibble; the high nibble's is 32 further on.
-    offs_k = k0 + offs_j // 32 * 64 + offs_j % 32
-    offs_p = (k0 // 2 + offs_j).to(tl.int64)
-    # The packed row goes on to the end of K's last chunk.
-    mask_p = k0 + offs_j // 32 * 64 < K
-    # [BLOCK_N, BLOCK_J]
-    packed = tl.load(
-        packed_ptr + offs_n.to(tl.int64)[:, None] * stride_pn + offs_p[None, :] * stride_pj,
-        mask=mask_n[:, None] & mask_p[None, :],
-        other=0,
-    )
-    # [BLOCK_N, BLOCK_J] or [BLOCK_N, 1]
-    scales_low = load_group_rows(scales_ptr, offs_n, mask_n, k0, 0, K, stride_sg, stride_sn, GROUP, BLOCK_K)
-    minima_low = scales_low
-    if HAS_MINIMUM:
-        minima_low = load_group_rows(minimum_ptr, offs_n, mask_n, k0, 0, K, stride_zg, stride_zn, GROUP, BLOCK_K)
-    scales_high = scales_low
-    minima_high = minima_low
-    if GROUP == 32:
-        scales_high = load_group_rows(scales_ptr, offs_n, mask_n, k0, 1, K, stride_sg, stride_sn, GROUP, BLOCK_K)
-        minima_high = scales_high
-        if HAS_MINIMUM:
-            minima_high = load_group_rows(minimum_ptr, offs_n, mask_n, k0, 1, K, stride_zg, stride_zn, GROUP, BLOCK_K)
-    EXACT: tl.constexpr = scales_ptr.dtype.element_ty == tl.float16
-    low = decode(packed & 0xF, scales_low, minima_low, codebook_ptr, HAS_MINIMUM, HAS_CODEBOOK, EXACT)
-    high = decode(packed >> 4, scales_high, minima_high, codebook_ptr, HAS_MINIMUM, HAS_CODEBOOK, EXACT)
-    if MASK_K:
-        low = tl.where((offs_k < K)[None, :], low, 0.0)
-        high = tl.where((offs_k + 32 < K)[None, :], high, 0.0)
-    return low.to(DTYPE), high.to(DTYPE)
 
 
 @triton.jit
 def _matmul_kernel(
     x_ptr,
     packed_ptr,
+    packed1_ptr,
+    packed2_ptr,
     scales_ptr,
+    scales1_ptr,
+    scales2_ptr,
     minimum_ptr,
+    minimum1_ptr,
+    minimum2_ptr,
     codebook_ptr,
     bias_ptr,
     t_ptr,
@@ -143,6 +41,8 @@ def _matmul_kernel(
     y_ptr,
     M,
     N,
+    N1,
+    N2,
     K,
     R,
     stride_xm,
@@ -150,80 +50,133 @@ def _matmul_kernel(
     stride_pn,
     stride_pj,
     stride_sg,
+    stride_sg1,
+    stride_sg2,
     stride_sn,
     stride_zg,
+    stride_zg1,
+    stride_zg2,
     stride_zn,
     stride_bias,
     stride_tm,
     stride_tr,
     stride_bn,
     stride_br,
-    stride_ym,
-    stride_yn,
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
     MASK_K: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SCALE_SUMS: tl.constexpr,
+    ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``Y = X·Wᵀ + bias + t·bᵀ``, one tile of Yᵀ per program.
+    """``Y = X·Wᵀ + bias + t·bᵀ``, one tile of one member's Yᵀ per program.
 
     x_ptr ``[M, K]``; packed_ptr, scales_ptr, minimum_ptr, codebook_ptr: the weight ``W[N, K]``, see ``load_planes``;
-    bias_ptr ``[N]``; t_ptr ``[M, R]`` (scaled ``X·Aᵀ``); b_ptr ``[N, R]``; y_ptr ``[M, N]``.
+    bias_ptr ``[N + N1 + N2]``; t_ptr ``[M, MEMBERS * R]`` (scaled ``X·Aᵀ`` of each member); b_ptr ``[N + N1 + N2, R]``;
+    y_ptr: the members' ``[M, N]``, ``[M, N1]``, ``[M, N2]``, one after the other.
+    SPLIT: the reduction is cut into that many parts, axis 1 of the grid; each writes such a y of its own, in float32.
     Sums are kept in float32 and rounded once, after bias and LoRA.
     """
     pid = tl.program_id(0)
     # Neighbouring programs share a tile of the weight.
     blocks_m = (M + BLOCK_M - 1) // BLOCK_M
     offs_m = (pid % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (pid // blocks_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = pid // blocks_m
+    member = 0
+    first = 0
+    outs = N
+    if MEMBERS > 1:
+        blocks_0 = (N + BLOCK_N - 1) // BLOCK_N
+        blocks_1 = blocks_0 + (N1 + BLOCK_N - 1) // BLOCK_N
+        member = (block >= blocks_0).to(tl.int32) + (block >= blocks_1).to(tl.int32)
+        block -= of_member(member, 0, blocks_0, blocks_1, MEMBERS)
+        first = of_member(member, 0, N, N + N1, MEMBERS)
+        outs = of_member(member, N, N1, N2, MEMBERS)
+        packed_ptr = of_member(member, packed_ptr, packed1_ptr, packed2_ptr, MEMBERS)
+        scales_ptr = of_member(member, scales_ptr, scales1_ptr, scales2_ptr, MEMBERS)
+        stride_sg = of_member(member, stride_sg, stride_sg1, stride_sg2, MEMBERS)
+        if HAS_MINIMUM:
+            minimum_ptr = of_member(member, minimum_ptr, minimum1_ptr, minimum2_ptr, MEMBERS)
+            stride_zg = of_member(member, stride_zg, stride_zg1, stride_zg2, MEMBERS)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
-    mask_n = offs_n < N
+    mask_n = offs_n < outs
     rows_m = offs_m.to(tl.int64)
-    rows_n = offs_n.to(tl.int64)
-    offs_j = tl.arange(0, BLOCK_K // 2)
+    rows_n = (first + offs_n).to(tl.int64)
     dtype = x_ptr.dtype.element_ty
 
+    k_begin = 0
+    k_end = K
+    if SPLIT > 1:
+        part = tl.program_id(1)
+        share = ((K + BLOCK_K - 1) // BLOCK_K + SPLIT - 1) // SPLIT * BLOCK_K
+        k_begin = part * share
+        k_end = tl.minimum(k_begin + share, K)
+        y_ptr += part.to(tl.int64) * M * (N + N1 + N2)
+
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        w_low, w_high = load_planes(
-            packed_ptr,
-            scales_ptr,
-            minimum_ptr,
-            codebook_ptr,
-            offs_n,
-            mask_n,
-            k0,
-            K,
-            stride_pn,
-            stride_pj,
-            stride_sg,
-            stride_sn,
-            stride_zg,
-            stride_zn,
-            GROUP,
-            HAS_MINIMUM,
-            HAS_CODEBOOK,
-            MASK_K,
-            BLOCK_K,
-            dtype,
-        )
-        offs_k = k0 + offs_j // 32 * 64 + offs_j % 32
+    for k0 in range(k_begin, k_end, BLOCK_K):
+        offs_k = plane_columns(k0, BLOCK_K)
         x_ptrs = x_ptr + rows_m[None, :] * stride_xm + offs_k.to(tl.int64)[:, None] * stride_xk
         # [BLOCK_J, BLOCK_M]
         x_low = tl.load(x_ptrs, mask=mask_m[None, :] & (offs_k < K)[:, None], other=0.0)
-        acc = tl.dot(w_low, x_low, acc, input_precision="ieee")
         # [BLOCK_J, BLOCK_M]
         x_high = tl.load(x_ptrs + 32 * stride_xk, mask=mask_m[None, :] & (offs_k + 32 < K)[:, None], other=0.0)
-        acc = tl.dot(w_high, x_high, acc, input_precision="ieee")
+        if SCALE_SUMS:
+            # Columns from K on meet zeros in x, and a scale of zero where their whole group is padding.
+            packed = packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K)
+            w_low, w_high = unpack_centred(packed, dtype, ASM)
+            # [BLOCK_N, 1]
+            scales = group_rows(scales_ptr, offs_n, mask_n, k0, 0, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+            total = tl.dot(w_low, x_low, input_precision="ieee")
+            if GROUP == 32:
+                acc = tl.fma(total, tl.broadcast_to(scales.to(tl.float32), acc.shape), acc)
+                scales = group_rows(scales_ptr, offs_n, mask_n, k0, 1, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+                total = tl.dot(w_high, x_high, input_precision="ieee")
+            else:
+                total = tl.dot(w_high, x_high, total, input_precision="ieee")
+            acc = tl.fma(total, tl.broadcast_to(scales.to(tl.float32), acc.shape), acc)
+        else:
+            w_low, w_high = load_planes(
+                packed_ptr,
+                scales_ptr,
+                minimum_ptr,
+                codebook_ptr,
+                offs_n,
+                mask_n,
+                k0,
+                K,
+                stride_pn,
+                stride_pj,
+                stride_sg,
+                stride_sn,
+                stride_zg,
+                stride_zn,
+                GROUP,
+                HAS_MINIMUM,
+                HAS_CODEBOOK,
+                MASK_K,
+                BLOCK_K,
+                dtype,
+                ASM,
+            )
+            acc = tl.dot(w_low, x_low, acc, input_precision="ieee")
+            acc = tl.dot(w_high, x_high, acc, input_precision="ieee")
 
+    # Bias and LoRA belong to the first part.
+    ranks = R
+    if SPLIT > 1:
+        ranks = tl.where(k_begin == 0, R, 0)
     if HAS_LORA:
-        for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        for r0 in tl.range(0, ranks, BLOCK_R, num_stages=1):
             offs_r = r0 + tl.arange(0, BLOCK_R)
             mask_r = offs_r < R
             # [BLOCK_N, BLOCK_R]
@@ -234,7 +187,7 @@ def _matmul_kernel(
             )
             # [BLOCK_R, BLOCK_M]
             t = tl.load(
-                t_ptr + rows_m[None, :] * stride_tm + offs_r[:, None] * stride_tr,
+                t_ptr + rows_m[None, :] * stride_tm + (member * R + offs_r)[:, None] * stride_tr,
                 mask=mask_m[None, :] & mask_r[:, None],
                 other=0.0,
             )
@@ -243,33 +196,53 @@ def _matmul_kernel(
     if HAS_BIAS:
         # [BLOCK_N]
         bias = tl.load(bias_ptr + rows_n * stride_bias, mask=mask_n, other=0.0)
+        if SPLIT > 1:
+            bias = tl.where(k_begin == 0, bias, 0.0)
         acc += bias.to(tl.float32)[:, None]
 
+    y_ptrs = y_ptr + first.to(tl.int64) * M if MEMBERS > 1 else y_ptr
     tl.store(
-        y_ptr + rows_m[None, :] * stride_ym + rows_n[:, None] * stride_yn,
+        y_ptrs + rows_m[None, :] * outs + offs_n[:, None],
         acc.to(y_ptr.dtype.element_ty),
         mask=mask_m[None, :] & mask_n[:, None],
     )
 
 
-def weight_arguments(weight: Int4Weight) -> dict[str, Any]:
-    """What every kernel takes of a weight: pointers, strides and the flags of its scheme."""
-    stride_zg, stride_zn = (0, 0) if weight.minimum is None else weight.minimum.stride()
-    return {
-        "packed_ptr": weight.packed,
-        "scales_ptr": weight.scales,
-        "minimum_ptr": weight.minimum,
-        "codebook_ptr": weight.codebook,
-        "stride_pn": weight.packed.stride(0),
-        "stride_pj": weight.packed.stride(1),
-        "stride_sg": weight.scales.stride(0),
-        "stride_sn": weight.scales.stride(1),
-        "stride_zg": stride_zg,
-        "stride_zn": stride_zn,
-        "GROUP": weight.group_size,
-        "HAS_MINIMUM": weight.minimum is not None,
-        "HAS_CODEBOOK": weight.codebook is not None,
+def weight_arguments(*weights: Int4Weight) -> dict[str, Any]:
+    """What every kernel takes of a weight: pointers, strides and the flags of its scheme; of a group, of every member.
+
+    Members that are not there repeat the last one, and have no rows.
+    """
+    head = weights[0]
+    padded = (*weights, *[weights[-1]] * (MOST_MEMBERS - len(weights)))
+    arguments: dict[str, Any] = {
+        "codebook_ptr": head.codebook,
+        "stride_pn": head.packed.stride(0),
+        "stride_pj": head.packed.stride(1),
+        "stride_sn": head.scales.stride(1),
+        "stride_zn": 0 if head.minimum is None else head.minimum.stride(1),
+        "GROUP": head.group_size,
+        "HAS_MINIMUM": head.minimum is not None,
+        "HAS_CODEBOOK": head.codebook is not None,
+        "MEMBERS": len(weights),
     }
+    for index, (weight, suffix) in enumerate(zip(padded, ("", "1", "2"), strict=True)):
+        used = index == 0 or len(weights) > 1
+        minimum = weight.minimum
+        arguments |= {
+            f"packed{suffix}_ptr": weight.packed if used else None,
+            f"scales{suffix}_ptr": weight.scales if used else None,
+            f"minimum{suffix}_ptr": minimum if used else None,
+            f"stride_sg{suffix}": weight.scales.stride(0) if used else 0,
+            f"stride_zg{suffix}": minimum.stride(0) if used and minimum is not None else 0,
+            f"N{suffix}": weight.out_features if index < len(weights) else 0,
+        }
+    return arguments
+
+
+def runs_compiled(kernel: Any) -> bool:
+    """Whether inline PTX can be used: not in Triton's interpreter, and not on ROCm."""
+    return isinstance(kernel, triton.runtime.JITFunction) and torch.version.hip is None
 
 
 def check_operand(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -282,9 +255,30 @@ def check_operand(name: str, tensor: Tensor, shape: tuple[int, ...], device: tor
         raise ValueError(f"{name} must be on {device}, where the weight is, got {tensor.device}")
 
 
+def can_group(weights: Sequence[Int4Weight]) -> bool:
+    """Whether one launch can take these weights with one input: all must be alike but for their rows."""
+    if not 1 <= len(weights) <= MOST_MEMBERS:
+        return False
+    kinds = {
+        (
+            weight.in_features,
+            weight.group_size,
+            weight.scheme,
+            weight.scales.dtype,
+            weight.device,
+            weight.packed.stride(),
+            weight.scales.stride(1),
+            None if weight.minimum is None else (weight.minimum.dtype, weight.minimum.stride(1)),
+        )
+        for weight in weights
+    }
+    # Codebooks hold values that only the device knows: the same tensor, or none.
+    return len(kinds) == 1 and len({None if w.codebook is None else w.codebook.data_ptr() for w in weights}) == 1
+
+
 def matmul_arguments(
     x: Tensor,
-    weight: Int4Weight,
+    weights: Sequence[Int4Weight],
     bias: Tensor | None,
     t: Tensor | None,
     b: Tensor | None,
@@ -292,19 +286,18 @@ def matmul_arguments(
     config: TileConfig,
 ) -> dict[str, Any]:
     """The arguments of ``_matmul_kernel``, by name; the tensors may lie on the meta device."""
-    rank = 0 if t is None else t.shape[1]
+    rank = 0 if b is None else b.shape[1]
     stride_tm, stride_tr = (0, 0) if t is None else t.stride()
     stride_bn, stride_br = (0, 0) if b is None else b.stride()
     return {
         "x_ptr": x,
-        **weight_arguments(weight),
+        **weight_arguments(*weights),
         "bias_ptr": bias,
         "t_ptr": t,
         "b_ptr": b,
         "y_ptr": y,
         "M": x.shape[0],
-        "N": weight.out_features,
-        "K": weight.in_features,
+        "K": weights[0].in_features,
         "R": rank,
         "stride_xm": x.stride(0),
         "stride_xk": x.stride(1),
@@ -313,11 +306,12 @@ def matmul_arguments(
         "stride_tr": stride_tr,
         "stride_bn": stride_bn,
         "stride_br": stride_br,
-        "stride_ym": y.stride(0),
-        "stride_yn": y.stride(1),
         "HAS_BIAS": bias is not None,
         "HAS_LORA": t is not None,
-        "MASK_K": weight.in_features % config.block_k != 0,
+        "MASK_K": weights[0].in_features % config.block_k != 0,
+        "SPLIT": config.split,
+        "SCALE_SUMS": config.scale_sums,
+        "ASM": runs_compiled(_matmul_kernel),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -349,24 +343,54 @@ def int4_matmul_triton(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    (n, k), device = weight.shape, weight.device
-    m = x.shape[0]
+    return int4_matmul_group_triton(x, [weight], bias, t, b, config)[0]
+
+
+def int4_matmul_group_triton(
+    x: Tensor,
+    weights: Sequence[Int4Weight],
+    bias: Tensor | None = None,
+    t: Tensor | None = None,
+    b: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> list[Tensor]:
+    """``int4_matmul_triton`` of several weights ``W_i[N_i, K]`` with one input, in one launch.
+
+    Args:
+        x: ``[M, K]``.
+        weights: at most three, for which ``can_group`` holds.
+        bias: ``[sum N_i]``. t: ``[M, members * R]``. b: ``[sum N_i, R]``: those of the members side by side.
+        config: as for one weight.
+
+    Returns:
+        ``[M, N_i]`` each, contiguous.
+    """
+    if not can_group(weights):
+        raise ValueError(f"{len(weights)} weights cannot share a launch: see can_group")
+    k, device = weights[0].in_features, weights[0].device
+    sizes = [weight.out_features for weight in weights]
+    m, n = x.shape[0], sum(sizes)
     check_operand("x", x, (m, k), device)
     if bias is not None:
         check_operand("bias", bias, (n,), device)
     if (t is None) != (b is None):
         raise ValueError(f"t and b go together, got t={'None' if t is None else 'a tensor'} without its partner")
     if t is not None and b is not None:
-        check_operand("t", t, (m, t.shape[-1]), device)
-        check_operand("b", b, (n, t.shape[1]), device)
-    y = torch.empty((m, n), dtype=x.dtype, device=device)
-    if y.numel() == 0:
-        return y
-    config = config or default_config("matmul", m, n, k, weight.group_size, x.dtype)
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    with torch.cuda.device_of(x):
-        _matmul_kernel[grid](
-            **matmul_arguments(x, weight, bias, t, b, y, config),
-            **config.launch_options(),
-        )
-    return y
+        rank = t.shape[-1] // len(weights)
+        check_operand("t", t, (m, len(weights) * rank), device)
+        check_operand("b", b, (n, rank), device)
+    y = torch.empty((m * n,), dtype=x.dtype, device=device)
+    if y.numel():
+        problem = Problem("matmul", m, n, k, weights[0].scheme, weights[0].group_size, x.dtype)
+        config = config or default_config(problem)
+        if not config.suits(problem):
+            raise ValueError(f"{config} does not suit {problem}")
+        blocks_n = sum(triton.cdiv(size, config.block_n) for size in sizes)
+        out = parts_buffer(y, config.split)
+        with torch.cuda.device_of(x):
+            _matmul_kernel[(triton.cdiv(m, config.block_m) * blocks_n, config.split)](
+                **matmul_arguments(x, weights, bias, t, b, out, config),
+                **config.launch_options(),
+            )
+        sum_parts(out, y, config.split)
+    return [part.view(m, size) for part, size in zip(y.split([m * size for size in sizes]), sizes, strict=True)]

@@ -1,11 +1,13 @@
-"""``dX = dY·W (+ LoRA)`` straight from packed 4-bit weights: kernel, launcher.
+"""``dX = dY·W (+ LoRA)`` straight from packed 4-bit weights, of one weight or of several with one input.
 
 The packing is that of the forward pass. Its two planes of columns become two accumulators, stored to runs of
-neighbouring columns, so nothing is interleaved or transposed.
+neighbouring columns, so nothing is interleaved. Weights that had one input (q, k and v) are one reduction over all
+their rows: dX is written once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,52 +15,73 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, default_config, power_of_two_at_least
+from .configs import MOST_MEMBERS, Problem, TileConfig, default_config, power_of_two_at_least
+from .decode import load_planes, of_member, plane_columns
 from .layout import Int4Weight
-from .matmul import check_operand, load_planes, weight_arguments
+from .matmul import can_group, check_operand, runs_compiled, weight_arguments
+from .split import parts_buffer, sum_parts
 
 
 @triton.jit
 def _matmul_dx_kernel(
     dy_ptr,
+    dy1_ptr,
+    dy2_ptr,
     packed_ptr,
+    packed1_ptr,
+    packed2_ptr,
     scales_ptr,
+    scales1_ptr,
+    scales2_ptr,
     minimum_ptr,
+    minimum1_ptr,
+    minimum2_ptr,
     codebook_ptr,
     g_ptr,
     a_ptr,
     dx_ptr,
     M,
     N,
+    N1,
+    N2,
     K,
     R,
     stride_dym,
+    stride_dym1,
+    stride_dym2,
     stride_dyn,
     stride_pn,
     stride_pj,
     stride_sg,
+    stride_sg1,
+    stride_sg2,
     stride_sn,
     stride_zg,
+    stride_zg1,
+    stride_zg2,
     stride_zn,
     stride_gm,
     stride_gr,
     stride_ar,
     stride_ak,
-    stride_dxm,
-    stride_dxk,
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
     HAS_LORA: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr,
+    ASM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``dX = dY·W + g·a``, one tile of dX per program.
+    """``dX = dY·W + dY1·W1 + dY2·W2 + g·a``, one tile of dX (of its transpose, with WEIGHT_LEFT) per program.
 
     dy_ptr ``[M, N]``; packed_ptr, scales_ptr, minimum_ptr, codebook_ptr: the weight ``W[N, K]``, see ``load_planes``;
-    g_ptr ``[M, R]`` (scaled ``dY·B``); a_ptr ``[R, K]``; dx_ptr ``[M, K]``.
+    g_ptr ``[M, R]`` (scaled ``dY·B``, of all members side by side); a_ptr ``[R, K]``; dx_ptr ``[M, K]``.
+    SPLIT: the reduction is cut into that many parts, axis 1 of the grid; each writes such a dX of its own, in float32.
     Sums are kept in float32 and rounded once.
     """
     pid = tl.program_id(0)
@@ -68,30 +91,54 @@ def _matmul_dx_kernel(
     k0 = (pid // blocks_m) * BLOCK_K
     mask_m = offs_m < M
     rows_m = offs_m.to(tl.int64)
-    offs_j = tl.arange(0, BLOCK_K // 2)
     # The columns of the low plane; those of the high plane are 32 further on.
-    offs_k = k0 + offs_j // 32 * 64 + offs_j % 32
+    offs_k = plane_columns(k0, BLOCK_K)
     columns = offs_k.to(tl.int64)
     mask_low = offs_k < K
     mask_high = offs_k + 32 < K
     dtype = dy_ptr.dtype.element_ty
 
-    acc_low = tl.full((BLOCK_M, BLOCK_K // 2), 0.0, tl.float32)
-    acc_high = tl.full((BLOCK_M, BLOCK_K // 2), 0.0, tl.float32)
-    for n0 in range(0, N, BLOCK_N):
-        offs_n = n0 + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        # [BLOCK_M, BLOCK_N]
-        dy = tl.load(
-            dy_ptr + rows_m[:, None] * stride_dym + offs_n.to(tl.int64)[None, :] * stride_dyn,
-            mask=mask_m[:, None] & mask_n[None, :],
-            other=0.0,
+    # The reduction's steps: each member's rows, by BLOCK_N.
+    steps_0 = (N + BLOCK_N - 1) // BLOCK_N
+    steps_1 = steps_0
+    steps = steps_0
+    if MEMBERS > 1:
+        steps_1 = steps_0 + (N1 + BLOCK_N - 1) // BLOCK_N
+        steps = steps_1 + (N2 + BLOCK_N - 1) // BLOCK_N
+    begin = 0
+    if SPLIT > 1:
+        part = tl.program_id(1)
+        share = (steps + SPLIT - 1) // SPLIT
+        begin = part * share
+        steps = tl.minimum(begin + share, steps)
+        dx_ptr += part.to(tl.int64) * M * K
+
+    if WEIGHT_LEFT:
+        acc_low = tl.full((BLOCK_K // 2, BLOCK_M), 0.0, tl.float32)
+        acc_high = tl.full((BLOCK_K // 2, BLOCK_M), 0.0, tl.float32)
+    else:
+        acc_low = tl.full((BLOCK_M, BLOCK_K // 2), 0.0, tl.float32)
+        acc_high = tl.full((BLOCK_M, BLOCK_K // 2), 0.0, tl.float32)
+    for step in range(begin, steps):
+        member = 0
+        block = step
+        if MEMBERS > 1:
+            member = (step >= steps_0).to(tl.int32) + (step >= steps_1).to(tl.int32)
+            block = step - of_member(member, 0, steps_0, steps_1, MEMBERS)
+        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < of_member(member, N, N1, N2, MEMBERS)
+        dy_ptrs = (
+            of_member(member, dy_ptr, dy1_ptr, dy2_ptr, MEMBERS)
+            + rows_m[:, None] * of_member(member, stride_dym, stride_dym1, stride_dym2, MEMBERS)
+            + offs_n.to(tl.int64)[None, :] * stride_dyn
         )
+        # [BLOCK_M, BLOCK_N]
+        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         # Columns from K on are computed and not stored: they touch no other column.
         w_low, w_high = load_planes(
-            packed_ptr,
-            scales_ptr,
-            minimum_ptr,
+            of_member(member, packed_ptr, packed1_ptr, packed2_ptr, MEMBERS),
+            of_member(member, scales_ptr, scales1_ptr, scales2_ptr, MEMBERS),
+            of_member(member, minimum_ptr, minimum1_ptr, minimum2_ptr, MEMBERS if HAS_MINIMUM else 1),
             codebook_ptr,
             offs_n,
             mask_n,
@@ -99,9 +146,9 @@ def _matmul_dx_kernel(
             K,
             stride_pn,
             stride_pj,
-            stride_sg,
+            of_member(member, stride_sg, stride_sg1, stride_sg2, MEMBERS),
             stride_sn,
-            stride_zg,
+            of_member(member, stride_zg, stride_zg1, stride_zg2, MEMBERS),
             stride_zn,
             GROUP,
             HAS_MINIMUM,
@@ -109,12 +156,24 @@ def _matmul_dx_kernel(
             False,
             BLOCK_K,
             dtype,
+            ASM,
         )
-        acc_low = tl.dot(dy, w_low, acc_low, input_precision="ieee")
-        acc_high = tl.dot(dy, w_high, acc_high, input_precision="ieee")
+        if WEIGHT_LEFT:
+            dy = tl.trans(dy)
+            acc_low = tl.dot(tl.trans(w_low), dy, acc_low, input_precision="ieee")
+            acc_high = tl.dot(tl.trans(w_high), dy, acc_high, input_precision="ieee")
+        else:
+            acc_low = tl.dot(dy, w_low, acc_low, input_precision="ieee")
+            acc_high = tl.dot(dy, w_high, acc_high, input_precision="ieee")
 
+    if WEIGHT_LEFT:
+        acc_low = tl.trans(acc_low)
+        acc_high = tl.trans(acc_high)
     if HAS_LORA:
-        for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        ranks = R
+        if SPLIT > 1:
+            ranks = tl.where(begin == 0, R, 0)
+        for r0 in tl.range(0, ranks, BLOCK_R, num_stages=1):
             offs_r = r0 + tl.arange(0, BLOCK_R)
             mask_r = offs_r < R
             # [BLOCK_M, BLOCK_R]
@@ -131,38 +190,49 @@ def _matmul_dx_kernel(
             a_high = tl.load(a_ptrs + 32 * stride_ak, mask=mask_r[:, None] & mask_high[None, :], other=0.0)
             acc_high = tl.dot(g, a_high.to(dtype), acc_high, input_precision="ieee")
 
-    dx_ptrs = dx_ptr + rows_m[:, None] * stride_dxm + columns[None, :] * stride_dxk
+    dx_ptrs = dx_ptr + rows_m[:, None] * K + columns[None, :]
     out_dtype = dx_ptr.dtype.element_ty
     tl.store(dx_ptrs, acc_low.to(out_dtype), mask=mask_m[:, None] & mask_low[None, :])
-    tl.store(dx_ptrs + 32 * stride_dxk, acc_high.to(out_dtype), mask=mask_m[:, None] & mask_high[None, :])
+    tl.store(dx_ptrs + 32, acc_high.to(out_dtype), mask=mask_m[:, None] & mask_high[None, :])
 
 
 def matmul_dx_arguments(
-    dy: Tensor, weight: Int4Weight, g: Tensor | None, a: Tensor | None, dx: Tensor, config: TileConfig
+    dys: Sequence[Tensor],
+    weights: Sequence[Int4Weight],
+    g: Tensor | None,
+    a: Tensor | None,
+    dx: Tensor,
+    config: TileConfig,
 ) -> dict[str, Any]:
     """The arguments of ``_matmul_dx_kernel``, by name; the tensors may lie on the meta device."""
     rank = 0 if g is None else g.shape[1]
     stride_gm, stride_gr = (0, 0) if g is None else g.stride()
     stride_ar, stride_ak = (0, 0) if a is None else a.stride()
+    padded = (*dys, *[dys[-1]] * (MOST_MEMBERS - len(dys)))
+    grouped = len(weights) > 1
     return {
-        "dy_ptr": dy,
-        **weight_arguments(weight),
+        "dy_ptr": dys[0],
+        "dy1_ptr": padded[1] if grouped else None,
+        "dy2_ptr": padded[2] if grouped else None,
+        **weight_arguments(*weights),
         "g_ptr": g,
         "a_ptr": a,
         "dx_ptr": dx,
-        "M": dy.shape[0],
-        "N": weight.out_features,
-        "K": weight.in_features,
+        "M": dys[0].shape[0],
+        "K": weights[0].in_features,
         "R": rank,
-        "stride_dym": dy.stride(0),
-        "stride_dyn": dy.stride(1),
+        "stride_dym": dys[0].stride(0),
+        "stride_dym1": padded[1].stride(0) if grouped else 0,
+        "stride_dym2": padded[2].stride(0) if grouped else 0,
+        "stride_dyn": dys[0].stride(1),
         "stride_gm": stride_gm,
         "stride_gr": stride_gr,
         "stride_ar": stride_ar,
         "stride_ak": stride_ak,
-        "stride_dxm": dx.stride(0),
-        "stride_dxk": dx.stride(1),
         "HAS_LORA": g is not None,
+        "SPLIT": config.split,
+        "WEIGHT_LEFT": config.weight_left,
+        "ASM": runs_compiled(_matmul_dx_kernel),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -192,22 +262,51 @@ def int4_matmul_dx_triton(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    (n, k), device = weight.shape, weight.device
-    m = dy.shape[0]
-    check_operand("dy", dy, (m, n), device)
+    return int4_matmul_dx_group_triton([dy], [weight], g, a, config)
+
+
+def int4_matmul_dx_group_triton(
+    dys: Sequence[Tensor],
+    weights: Sequence[Int4Weight],
+    g: Tensor | None = None,
+    a: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """``dX = sum dY_i·W_i + g·a`` in one launch, written once.
+
+    Args:
+        dys: ``[M, N_i]`` each, of one dtype.
+        weights: at most three, for which ``can_group`` holds.
+        g: ``[M, R]`` and a: ``[R, K]``: the members' side by side, R the sum of their ranks.
+        config: as for one weight.
+    """
+    if not can_group(weights) or len(dys) != len(weights):
+        raise ValueError(f"{len(dys)} gradients and {len(weights)} weights cannot share a launch: see can_group")
+    k, device = weights[0].in_features, weights[0].device
+    m, dtype = dys[0].shape[0], dys[0].dtype
+    for dy, weight in zip(dys, weights, strict=True):
+        check_operand("dy", dy, (m, weight.out_features), device)
+        if dy.dtype != dtype:
+            raise ValueError(f"the gradients of a group must have one dtype, got {dtype} and {dy.dtype}")
     if (g is None) != (a is None):
         raise ValueError(f"g and a go together, got g={'None' if g is None else 'a tensor'} without its partner")
     if g is not None and a is not None:
         check_operand("g", g, (m, g.shape[-1]), device)
         check_operand("a", a, (g.shape[1], k), device)
-    dx = torch.empty((m, k), dtype=dy.dtype, device=device)
-    if dx.numel() == 0:
-        return dx
-    config = config or default_config("matmul_dx", m, n, k, weight.group_size, dy.dtype)
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_k),)
-    with torch.cuda.device_of(dy):
-        _matmul_dx_kernel[grid](
-            **matmul_dx_arguments(dy, weight, g, a, dx, config),
-            **config.launch_options(),
-        )
+    if len({dy.stride(1) for dy in dys}) > 1:
+        dys = [dy.contiguous() for dy in dys]
+    dx = torch.empty((m, k), dtype=dtype, device=device)
+    if dx.numel():
+        n = sum(weight.out_features for weight in weights)
+        problem = Problem("matmul_dx", m, n, k, weights[0].scheme, weights[0].group_size, dtype)
+        config = config or default_config(problem)
+        if not config.suits(problem):
+            raise ValueError(f"{config} does not suit {problem}")
+        out = parts_buffer(dx, config.split)
+        with torch.cuda.device_of(dx):
+            _matmul_dx_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_k), config.split)](
+                **matmul_dx_arguments(dys, weights, g, a, out, config),
+                **config.launch_options(),
+            )
+        sum_parts(out, dx, config.split)
     return dx

@@ -1,6 +1,7 @@
 """The operations as ``torch.library`` ops (with fake implementations and autograd): what everything above calls.
 
-``backend``: "triton", "panel" (plain torch), or "auto": Triton on a GPU, panels elsewhere. Triton's interpreter
+``backend``: "triton", "panel" (plain torch), or "auto": Triton on a GPU, panels elsewhere. With "triton" the tables
+choose between a fused kernel and panels that a kernel decodes, by problem and device. Triton's interpreter
 (``TRITON_INTERPRET=1``) runs "triton" on the CPU, for tests; its bfloat16 arithmetic is wrong.
 """
 
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from .configs import Kernel, Problem
 from .cross_entropy import int4_cross_entropy_panel
 from .layout import Int4Weight
-from .panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel
+from .panel import int4_embedding_panel, int4_matmul_dx_group_panel, int4_matmul_dx_panel, int4_matmul_panel
+from .tables import Route, architecture_of, choose
 
 Backend = Literal["auto", "triton", "panel"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "panel")
@@ -30,10 +33,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def resolve_backend(backend: str, device: torch.device) -> Literal["triton", "panel"]:
-    """The backend that ``backend`` means on this device. ValueError for an unknown or impossible one."""
+def resolve_backend(
+    backend: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Literal["triton", "panel"]:
+    """The backend that ``backend`` means for this device and dtype. ValueError for an unknown or impossible one."""
     if backend == "auto":
-        return "triton" if device.type == "cuda" and has_triton() else "panel"
+        by_triton = device.type == "cuda" and has_triton() and dtype != torch.float64
+        return "triton" if by_triton else "panel"
     if backend == "panel":
         return "panel"
     if backend != "triton":
@@ -51,6 +57,12 @@ def _weight(
     return Int4Weight(packed, scales, in_features, group_size, minimum, codebook)
 
 
+def _route(kernel: Kernel, operand: Tensor, weights: Sequence[Int4Weight]) -> Route:
+    head, n = weights[0], sum(weight.out_features for weight in weights)
+    problem = Problem(kernel, operand.shape[0], n, head.in_features, head.scheme, head.group_size, operand.dtype)
+    return choose(problem, architecture_of(operand.device))
+
+
 @custom_op("mebp_triton::int4_matmul", mutates_args=())
 def _matmul(
     x: Tensor,
@@ -66,11 +78,14 @@ def _matmul(
     backend: str,
 ) -> Tensor:
     weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
-    if resolve_backend(backend, x.device) == "triton":
-        from .matmul import int4_matmul_triton
+    if resolve_backend(backend, x.device, x.dtype) == "panel":
+        return int4_matmul_panel(x, weight, bias, t, b)
+    config = _route("matmul", x, [weight])
+    if config is None:
+        return int4_matmul_panel(x, weight, bias, t, b, by_kernel=True)
+    from .matmul import int4_matmul_triton
 
-        return int4_matmul_triton(x, weight, bias, t, b)
-    return int4_matmul_panel(x, weight, bias, t, b)
+    return int4_matmul_triton(x, weight, bias, t, b, config)
 
 
 @custom_op("mebp_triton::int4_matmul_dx", mutates_args=())
@@ -87,11 +102,14 @@ def _matmul_dx(
     backend: str,
 ) -> Tensor:
     weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
-    if resolve_backend(backend, dy.device) == "triton":
-        from .matmul_dx import int4_matmul_dx_triton
+    if resolve_backend(backend, dy.device, dy.dtype) == "panel":
+        return int4_matmul_dx_panel(dy, weight, g, a)
+    config = _route("matmul_dx", dy, [weight])
+    if config is None:
+        return int4_matmul_dx_panel(dy, weight, g, a, by_kernel=True)
+    from .matmul_dx import int4_matmul_dx_triton
 
-        return int4_matmul_dx_triton(dy, weight, g, a)
-    return int4_matmul_dx_panel(dy, weight, g, a)
+    return int4_matmul_dx_triton(dy, weight, g, a, config)
 
 
 @custom_op("mebp_triton::int4_embedding", mutates_args=())
@@ -107,7 +125,7 @@ def _embedding(
     backend: str,
 ) -> Tensor:
     weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
-    if resolve_backend(backend, packed.device) == "triton":
+    if resolve_backend(backend, packed.device, dtype) == "triton":
         from .embedding import int4_embedding_triton
 
         return int4_embedding_triton(ids, weight, dtype)
@@ -127,10 +145,12 @@ def _cross_entropy(
     bias: Tensor | None,
     ignore_index: int,
     factors: Sequence[float],
+    backend: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
-    return int4_cross_entropy_panel(hidden, weight, targets, bias, ignore_index, factors, need_grad)
+    by_kernel = resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
+    return int4_cross_entropy_panel(hidden, weight, targets, bias, ignore_index, factors, need_grad, by_kernel)
 
 
 @_matmul.register_fake
@@ -243,7 +263,7 @@ def _cross_entropy_backward(ctx: Any, dlosses: Tensor, *_: Any) -> tuple[Tensor 
     if not ctx.need_grad:
         raise RuntimeError("cross-entropy ran with need_grad=False: it kept nothing to run backward from")
     (grad,) = ctx.saved_tensors
-    return ((dlosses.unsqueeze(1) * grad).to(ctx.dtype), *([None] * 11))
+    return ((dlosses.unsqueeze(1) * grad).to(ctx.dtype), *([None] * 12))
 
 
 _matmul.register_autograd(_without_autocast(_matmul_backward), setup_context=_matmul_setup)
@@ -299,6 +319,99 @@ def int4_matmul_dx(
     return dx.view(*dy.shape[:-1], weight.in_features)
 
 
+def int4_matmul_group(
+    x: Tensor,
+    weights: Sequence[Int4Weight],
+    biases: Sequence[Tensor | None],
+    ts: Sequence[Tensor],
+    bs: Sequence[Tensor],
+    backend: str = "auto",
+) -> list[Tensor]:
+    """``int4_matmul`` of several weights with one input ``[..., K]``: in one launch where a fused kernel takes them.
+
+    Args:
+        weights: ``[N_i, K]`` each; biases: ``[N_i]`` or None.
+        ts: ``[..., R_i]``, LoRA's scaled ``X·A_iᵀ``; bs: ``[N_i, R_i]``.
+
+    Returns:
+        ``[..., N_i]`` each. Not differentiable: for use within an autograd function.
+    """
+    _check("x", x, weights[0].in_features, weights[0], backend)
+    flat = x.reshape(-1, x.shape[-1])
+    ts = [t.reshape(-1, t.shape[-1]) for t in ts]
+    with _no_autocast(x):
+        outputs = _matmul_group(flat, weights, biases, ts, bs, backend)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+def _matmul_group(
+    x: Tensor,
+    weights: Sequence[Int4Weight],
+    biases: Sequence[Tensor | None],
+    ts: Sequence[Tensor],
+    bs: Sequence[Tensor],
+    backend: str,
+) -> list[Tensor]:
+    if resolve_backend(backend, x.device, x.dtype) == "triton" and _alike(weights, bs):
+        config = _route("matmul", x, weights)
+        if config is not None:
+            from .matmul import int4_matmul_group_triton
+
+            bias = None
+            if any(bias is not None for bias in biases):
+                pairs = zip(biases, weights, strict=True)
+                bias = torch.cat([x.new_zeros(w.out_features) if b is None else b.to(x.dtype) for b, w in pairs])
+            t = torch.cat([t.to(x.dtype) for t in ts], dim=1)
+            b = torch.cat([b.to(x.dtype) for b in bs])
+            return int4_matmul_group_triton(x, weights, bias, t, b, config)
+    members = zip(weights, biases, ts, bs, strict=True)
+    return [_matmul(x, *_fields(weight), bias, t, b, backend) for weight, bias, t, b in members]
+
+
+def int4_matmul_dx_group(
+    dys: Sequence[Tensor],
+    weights: Sequence[Int4Weight],
+    g: Tensor | None = None,
+    a: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``sum dY_i·W_i + g·a``, written once.
+
+    Args:
+        dys: ``[..., N_i]`` each. weights: ``[N_i, K]`` each. g: ``[..., R]`` and a: ``[R, K]``: the members' side by
+            side.
+
+    Returns:
+        ``[..., K]`` in dys' dtype. Not differentiable: for use within an autograd function.
+    """
+    for dy, weight in zip(dys, weights, strict=True):
+        _check("dy", dy, weight.out_features, weight, backend)
+    leading, k = dys[0].shape[:-1], weights[0].in_features
+    dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    g = None if g is None else g.reshape(-1, g.shape[-1])
+    with _no_autocast(dys[0]):
+        return _matmul_dx_group(dys, weights, g, a, backend).view(*leading, k)
+
+
+def _matmul_dx_group(
+    dys: Sequence[Tensor], weights: Sequence[Int4Weight], g: Tensor | None, a: Tensor | None, backend: str
+) -> Tensor:
+    if resolve_backend(backend, dys[0].device, dys[0].dtype) == "panel":
+        return int4_matmul_dx_group_panel(dys, weights, g, a)
+    config = _route("matmul_dx", dys[0], weights) if _alike(weights, ()) else None
+    if config is None:
+        return int4_matmul_dx_group_panel(dys, weights, g, a, by_kernel=True)
+    from .matmul_dx import int4_matmul_dx_group_triton
+
+    return int4_matmul_dx_group_triton(dys, weights, g, a, config)
+
+
+def _alike(weights: Sequence[Int4Weight], bs: Sequence[Tensor]) -> bool:
+    from .matmul import can_group
+
+    return can_group(weights) and len({b.shape[1] for b in bs}) <= 1
+
+
 def int4_embedding(ids: Tensor, weight: Int4Weight, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """Rows ``ids`` (int64, any shape) of the table ``[V, K]``: ``[*ids.shape, K]`` in ``dtype``. Not differentiable."""
     return _embedding(ids, *_fields(weight), dtype, backend)
@@ -311,6 +424,7 @@ def int4_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     factors: Sequence[float] = (1.0,),
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy per token over the int4 head and the argmax, differentiable in ``hidden``.
 
@@ -321,17 +435,17 @@ def int4_cross_entropy(
     Returns:
         losses ``[T]`` float32 or wider, 0 where ignored; argmax ``[T]`` int64, -1 where ignored.
     """
-    _check("hidden", hidden, weight.in_features, weight)
+    _check("hidden", hidden, weight.in_features, weight, backend)
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must have shape {tuple(hidden.shape[:1])}, got {tuple(targets.shape)}")
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
     fields, chain = _fields(weight), list(factors)
     with _no_autocast(hidden):
-        losses, _, argmax = _cross_entropy(hidden, *fields, targets, bias, ignore_index, chain, need_grad)
+        losses, _, argmax = _cross_entropy(hidden, *fields, targets, bias, ignore_index, chain, backend, need_grad)
     return losses, argmax
 
 
-def _check(name: str, tensor: Tensor, width: int, weight: Int4Weight, backend: str = "panel") -> None:
+def _check(name: str, tensor: Tensor, width: int, weight: Int4Weight, backend: str) -> None:
     if backend == "triton" and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float32 or float16, or backend 'panel'")
     if tensor.dim() == 0 or tensor.shape[-1] != width:

@@ -7,7 +7,7 @@ contiguous byte operations, and only the (much smaller) activations are permuted
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -37,16 +37,31 @@ def _run_groups(first_chunk: int, last_chunk: int, group_size: int, device: torc
 
 
 class PanelDecoder:
-    """Decodes panels of at most ``rows`` x ``chunks`` of one weight into its own reused buffers."""
+    """Decodes panels of at most ``rows`` x ``chunks`` of one weight into its own reused buffers.
 
-    def __init__(self, weight: Int4Weight, dtype: torch.dtype, rows: int, chunks: int) -> None:
+    In plain torch panels are in plane order. With ``by_kernel`` a Triton kernel decodes them, in logical order.
+    ``arrange`` brings what a panel is multiplied with into the panel's order, ``restore`` a product back.
+    """
+
+    def __init__(self, weight: Int4Weight, dtype: torch.dtype, rows: int, chunks: int, by_kernel: bool = False) -> None:
         size = rows * chunks * CHUNK
         device = weight.device
-        self.weight = weight
+        self.weight, self.by_kernel = weight, by_kernel
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.codes = torch.empty(size, dtype=torch.uint8, device=device)
-        self.values = torch.empty(size, dtype=self.wide, device=device)
-        self.rounded = None if dtype == self.wide else torch.empty(size, dtype=dtype, device=device)
+        self.rounded = None
+        if by_kernel or dtype != self.wide:
+            self.rounded = torch.empty(size, dtype=dtype, device=device)
+        if not by_kernel:
+            self.codes = torch.empty(size, dtype=torch.uint8, device=device)
+            self.values = torch.empty(size, dtype=self.wide, device=device)
+
+    def arrange(self, x: Tensor, chunks: int) -> Tensor:
+        """``[M, columns]`` -> ``[M, width of a panel of that many chunks]``."""
+        return x if self.by_kernel else to_planes(x, chunks)
+
+    def restore(self, x: Tensor, columns: int) -> Tensor:
+        """The inverse: back to logical order, and to ``columns``."""
+        return (x if self.by_kernel else from_planes(x))[:, :columns]
 
     def _per_run(self, values: Tensor, groups: Tensor, start: int, stop: int) -> Tensor:
         """Scales or minima as ``[rows, runs, 1]``."""
@@ -54,7 +69,9 @@ class PanelDecoder:
         return torch.empty(chosen.shape, dtype=self.wide, device=values.device).copy_(chosen).unsqueeze(-1)
 
     def __call__(self, start: int, stop: int, first_chunk: int, last_chunk: int) -> Tensor:
-        """The panel of rows ``start:stop`` in plane order, ``[rows, columns]``, valid until the next call."""
+        """The panel of rows ``start:stop``, ``[rows, columns]``, valid until the next call."""
+        if self.by_kernel:
+            return self._decode_by_kernel(start, stop, first_chunk * CHUNK, last_chunk * CHUNK)
         rows, half = stop - start, (last_chunk - first_chunk) * RUN
         wide = self.values[: rows * 2 * half].view(rows, -1)
         packed = self.weight.packed[start:stop, first_chunk * RUN : last_chunk * RUN]
@@ -74,6 +91,13 @@ class PanelDecoder:
             runs.add_(self._per_run(self.weight.minimum, groups, start, stop))
         return wide if self.rounded is None else self.rounded[: wide.numel()].view(rows, -1).copy_(wide)
 
+    def _decode_by_kernel(self, start: int, stop: int, first: int, last: int) -> Tensor:
+        from .embedding import decode_rows_triton
+
+        part = self.weight.rows(start, stop).columns(first, last)
+        assert self.rounded is not None
+        return decode_rows_triton(part, self.rounded[: (stop - start) * part.in_features].view(part.shape))
+
 
 def to_planes(x: Tensor, chunks: int) -> Tensor:
     """``[M, K]`` -> ``[M, chunks * 64]``: zero-padded, columns in plane order."""
@@ -88,53 +112,74 @@ def from_planes(planes: Tensor) -> Tensor:
 
 
 def int4_matmul_panel(
-    x: Tensor, weight: Int4Weight, bias: Tensor | None = None, t: Tensor | None = None, b: Tensor | None = None
+    x: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    t: Tensor | None = None,
+    b: Tensor | None = None,
+    by_kernel: bool = False,
 ) -> Tensor:
-    """``Y = X·Wᵀ + bias + t·bᵀ``; shapes as ``reference.matmul``."""
+    """``Y = X·Wᵀ + bias + t·bᵀ``; shapes as ``reference.matmul``. ``by_kernel``: see ``PanelDecoder``."""
     rows, chunks = weight.out_features, weight.packed.shape[1] // RUN
-    if t is not None and b is not None:
-        t, b = t.to(x.dtype), b.to(x.dtype)
-        y = t @ b.t() if bias is None else torch.addmm(bias.to(x.dtype), t, b.t())
-    else:
-        y = x.new_zeros(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
+    y = x.new_zeros(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
     if y.numel() == 0:
         return y
     step = max(1, panel_elements(x.device) // max(1, chunks * CHUNK))
-    decoder = PanelDecoder(weight, x.dtype, min(step, rows), chunks)
-    planes = to_planes(x, chunks)
+    decoder = PanelDecoder(weight, x.dtype, min(step, rows), chunks, by_kernel)
+    planes = decoder.arrange(x, chunks)
     for start, stop in spans(rows, step):
         y[:, start:stop].addmm_(planes, decoder(start, stop, 0, chunks).t())
+    if t is not None and b is not None:
+        y.addmm_(t.to(x.dtype), b.to(x.dtype).t())
     return y
 
 
-def int4_matmul_dx_panel(dy: Tensor, weight: Int4Weight, g: Tensor | None = None, a: Tensor | None = None) -> Tensor:
-    """``dX = dY·W + g·a``; shapes as ``reference.matmul_dx``.
+def int4_matmul_dx_panel(
+    dy: Tensor, weight: Int4Weight, g: Tensor | None = None, a: Tensor | None = None, by_kernel: bool = False
+) -> Tensor:
+    """``dX = dY·W + g·a``; shapes as ``reference.matmul_dx``. ``by_kernel``: see ``PanelDecoder``."""
+    return int4_matmul_dx_group_panel([dy], [weight], g, a, by_kernel)
+
+
+def int4_matmul_dx_group_panel(
+    dys: Sequence[Tensor],
+    weights: Sequence[Int4Weight],
+    g: Tensor | None = None,
+    a: Tensor | None = None,
+    by_kernel: bool = False,
+) -> Tensor:
+    """``dX = sum dY_i·W_i + g·a`` for weights of one K.
 
     Panels run along K, so every output is one reduction over N. Only where a single chunk of N rows outgrows a
     panel is N cut too, and all is then computed in float32 or wider.
     """
-    rows, chunks = weight.out_features, weight.packed.shape[1] // RUN
-    dx = dy.new_zeros(dy.shape[0], weight.in_features)
-    if dx.numel() == 0:
-        return dx
-    budget = panel_elements(dy.device)
-    row_step = max(1, min(rows, budget // CHUNK))
-    chunk_step = min(chunks, max(1, budget // (CHUNK * row_step)))
+    head, dtype = weights[0], dys[0].dtype
+    width, chunks = head.in_features, head.packed.shape[1] // RUN
+    dx = dys[0].new_empty(dys[0].shape[0], width)
+    if dx.numel() == 0 or not any(weight.out_features for weight in weights):
+        return dx.zero_()
+    budget = panel_elements(dx.device)
+    most = max(weight.out_features for weight in weights)
+    row_step = max(1, min(most, budget // CHUNK))
+    # A group of 128 columns is not cut.
+    least = max(1, head.group_size // CHUNK)
+    chunk_step = min(chunks, max(least, budget // (CHUNK * row_step) // least * least))
     # Partial sums that were rounded one by one would be less exact than one reduction is.
-    work = dy.dtype if row_step >= rows else torch.promote_types(dy.dtype, torch.float32)
-    decoder = PanelDecoder(weight, work, row_step, chunk_step)
+    work = dtype if row_step >= most else torch.promote_types(dtype, torch.float32)
+    decoders = [PanelDecoder(weight, work, row_step, chunk_step, by_kernel) for weight in weights]
     if g is not None and a is not None:
-        g = g.to(dy.dtype).to(work)
-        a = torch.nn.functional.pad(a.to(dy.dtype).to(work), (0, chunks * CHUNK - weight.in_features))
+        g, a = g.to(dtype).to(work), a.to(dtype).to(work)
     for first, last in spans(chunks, chunk_step):
-        columns = slice(first * CHUNK, last * CHUNK)
+        columns = slice(first * CHUNK, min(last * CHUNK, width))
+        across = columns.stop - columns.start if by_kernel else (last - first) * CHUNK
+        total = dx.new_zeros(dx.shape[0], across, dtype=work)
+        for dy, weight, decoder in zip(dys, weights, decoders, strict=True):
+            for start, stop in spans(weight.out_features, row_step):
+                total.addmm_(dy[:, start:stop].to(work), decoder(start, stop, first, last))
+        # Last: had the sums started from it, a large term would cost them their low bits.
         if g is not None and a is not None:
-            total = g @ to_planes(a[:, columns], last - first)
-        else:
-            total = dy.new_zeros(dy.shape[0], (last - first) * CHUNK, dtype=work)
-        for start, stop in spans(rows, row_step):
-            total.addmm_(dy[:, start:stop].to(work), decoder(start, stop, first, last))
-        dx[:, columns] = from_planes(total)[:, : dx.shape[1] - columns.start]
+            total.addmm_(g, decoders[0].arrange(a[:, columns], last - first))
+        dx[:, columns] = decoders[0].restore(total, columns.stop - columns.start)
     return dx
 
 

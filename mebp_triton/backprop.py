@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.cache_utils import Cache
 
 from .lora import Int4LoRALinear
+from .siblings import Siblings
 from .stores.checkpoints import Checkpoint, CheckpointStore, DeviceCheckpoints
 
 Treatment = Literal["train", "exact", "identity"]
@@ -79,6 +80,7 @@ class BlockEngine:
         self.observer: Callable[[Event, int], None] = lambda event, index: None
         self.counters = Counters()
         self.tails = [_TailSkip(block) for block in self.blocks]
+        self.siblings = [_siblings_in(block) for block in self.blocks]
         self._instance_forwards = [block.__dict__.get("forward") for block in self.blocks]
         for index, block in enumerate(self.blocks):
             original = block.forward
@@ -123,10 +125,23 @@ class BlockEngine:
 
     def _forward(self, index: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self.pages[index]:
-            output = original(*args, **kwargs)
+            output = self._call(index, functools.partial(original, *args, **kwargs))
         self.counters.forward += 1
         self.observer("forward", index)
         return output
+
+    def _call(self, index: int, run: Callable[[], Any]) -> Any:
+        """Runs a block's own forward; afterwards no layer keeps an output for another."""
+        try:
+            return run()
+        finally:
+            for siblings in self.siblings[index]:
+                siblings.forget()
+
+
+def _siblings_in(block: nn.Module) -> set[Siblings]:
+    layers = [module for module in block.modules() if isinstance(module, Int4LoRALinear)]
+    return {layer.siblings for layer in layers if layer.siblings is not None}
 
 
 def _without_cache(leaf: Any) -> Any:
@@ -247,7 +262,7 @@ class _BlockRun:
     def _recompute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         random = self.random.replayed() if self.random is not None else nullcontext()
         with random, torch.autocast(**self.autocast):
-            return self.original(*args, **kwargs)
+            return self.engine._call(self.index, functools.partial(self.original, *args, **kwargs))
 
 
 class _TailSkip:

@@ -66,6 +66,7 @@ def _build_parser() -> argparse.ArgumentParser:
     from .config import TrainConfig
     from .kernels.layout import GROUP_SIZES, SCHEMES
     from .kernels.ops import BACKENDS
+    from .kernels.tables import DTYPES
 
     parser = _Parser(prog="mebp", description="Fine-tune 4-bit language models with LoRA by true gradients.")
     parser.add_argument("--version", action="version", version=f"mebp {__version__}")
@@ -108,6 +109,9 @@ def _build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1.0)")
     generate.add_argument("--seed", type=int, default=42, help="of sampling (default: 42)")
 
+    tune = command("tune", "find the fastest kernel configurations for this device, or for one that is not here")
+    _add_tune_options(tune, SCHEMES, GROUP_SIZES, tuple(DTYPES))
+
     verify = command("verify", "check every byte of a store against its checksums")
     verify.add_argument("store", metavar="STORE")
     command("doctor", "what this machine has, and what is missing")
@@ -116,6 +120,32 @@ def _build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-steps", type=int, default=40, metavar="N", help="optimizer steps (default: 40)")
     demo.add_argument("--compare", action="store_true", help="the same with transformers + PEFT, side by side")
     return parser
+
+
+def _add_tune_options(
+    parser: argparse.ArgumentParser, schemes: Sequence[str], group_sizes: Sequence[int], dtypes: Sequence[str]
+) -> None:
+    shapes = parser.add_mutually_exclusive_group()
+    shapes.add_argument("--store", metavar="DIR", help="tune for the layers of a store, its scheme and group size")
+    shapes.add_argument("--model", metavar="DIR_OR_CONFIG", help="for those of a model directory or a config.json")
+    shapes.add_argument("--shapes", metavar="NxK,...", help="for weights of these sizes (out x in features)")
+    parser.add_argument("--m", metavar="M,...", help="numbers of tokens (default: one for every bucket of the tables)")
+    parser.add_argument("--dtype", choices=dtypes, help="of activations (default: bfloat16; float16 before sm_80)")
+    parser.add_argument(
+        "--scheme", choices=schemes, help="how codes become weights (default: the store's, or symmetric)"
+    )
+    parser.add_argument(
+        "--group-size", type=int, choices=group_sizes, help="weights per scale (default: the store's, or 64)"
+    )
+    parser.add_argument("--target", metavar="SM", help="architecture, such as sm_87 (default: this device's)")
+    parser.add_argument("--offline", action="store_true", help="compile and rank for --target; nothing is measured")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="candidates to measure (default: 8), or with --offline to keep (all)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="the table to write (default: the user's own)")
+    parser.add_argument("--report", action="store_true", help="show what was found before; tune nothing")
+    parser.add_argument("--plot", metavar="FILE", help="draw achieved bandwidth and rate as a PNG")
+    parser.add_argument("--force", action="store_true", help="again, even what was found before")
 
 
 def _add_quantize_options(parser: argparse.ArgumentParser, schemes: Sequence[str], group_sizes: Sequence[int]) -> None:
@@ -144,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(arguments)
         return 0
     except KeyboardInterrupt:
-        hint = "; --resume goes on from the last checkpoint" if arguments.command == "train" else ""
+        hints = {"train": "; --resume goes on from the last checkpoint", "tune": "; the same command goes on"}
+        hint = hints.get(arguments.command, "")
         print(f"mebp: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:

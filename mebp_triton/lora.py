@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .kernels.layout import Int4Weight
-from .kernels.ops import int4_embedding, int4_matmul, int4_matmul_dx
+from .kernels.ops import int4_embedding, int4_matmul, int4_matmul_dx, int4_matmul_dx_group, int4_matmul_group
+
+if TYPE_CHECKING:
+    from .siblings import Siblings
 
 
 @dataclass(frozen=True)
@@ -141,45 +145,95 @@ def _fullmatch(expression: str, path: str) -> bool:
         raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
 
 
+@dataclass(frozen=True)
+class LoraOperand:
+    """One layer's part in a call of ``int4_lora_linears``: weight ``[N, K]``, bias ``[N]``, lora_a ``[R, K]``,
+    lora_b ``[N, R]``."""
+
+    weight: Int4Weight
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
 class _Int4LoRAFunction(torch.autograd.Function):
+    """Of one layer, or of several with one input. Tensors follow as bias, lora_a, lora_b of each."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Int4Weight,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
+        weights: tuple[Int4Weight, ...],
+        scalings: tuple[float, ...],
         backend: str,
         output_unused: bool,
-    ) -> Tensor:
-        t = (x @ lora_a.to(x.dtype).t()).mul_(scaling)  # [..., R]
-        ctx.save_for_backward(x, bias, lora_a, lora_b, t)
-        ctx.weight, ctx.scaling, ctx.backend = weight, scaling, backend
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        biases: Any = tensors[0::3]
+        lora_as: Any = tensors[1::3]
+        lora_bs: Any = tensors[2::3]
+        t = x @ _concatenated(lora_as, x.dtype).t()  # [..., sum of R]
+        ts = t.split([b.shape[1] for b in lora_bs], dim=-1)
+        for part, scaling in zip(ts, scalings, strict=True):
+            part.mul_(scaling)
+        ctx.save_for_backward(x, t, *tensors)
+        ctx.weights, ctx.scalings, ctx.backend = weights, scalings, backend
+        # An output that nobody used brings no gradient: it is then left out of the sums.
+        ctx.set_materialize_grads(False)
         if output_unused:
-            return x.new_full((*x.shape[:-1], weight.out_features), float("nan"))
-        return int4_matmul(x, weight, bias, t, lora_b, backend)
+            return tuple(x.new_full((*x.shape[:-1], weight.out_features), float("nan")) for weight in weights)
+        if len(weights) == 1:
+            return (int4_matmul(x, weights[0], biases[0], t, lora_bs[0], backend),)
+        return tuple(int4_matmul_group(x, weights, biases, ts, lora_bs, backend))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         # Whoever calls backward under autocast would otherwise get its products rounded.
-        with torch.autocast(dy.device.type, enabled=False):
-            return _lora_gradients(ctx, dy)
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return _lora_gradients(ctx, dys)
 
 
-def _lora_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, bias, lora_a, lora_b, t = ctx.saved_tensors
-    need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-    dtype = x.dtype
-    dy = dy.to(dtype)
-    g = (dy @ lora_b.to(dtype)).mul_(ctx.scaling) if need_x or need_a else None  # [..., R]
-    dx = int4_matmul_dx(dy, ctx.weight, g, lora_a, ctx.backend) if need_x else None
-    da = _reduce_tokens(g, x, lora_a.dtype) if need_a and g is not None else None
-    db = _reduce_tokens(dy, t, lora_b.dtype) if need_b else None
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=_wide(bias.dtype)).to(bias.dtype) if need_bias else None
-    return dx, None, dbias, da, db, None, None, None
+def _concatenated(lora_as: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    given = [a.to(dtype) for a in lora_as]
+    return given[0] if len(given) == 1 else torch.cat(given)
+
+
+def _lora_gradients(ctx: Any, dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    x, t, *tensors = ctx.saved_tensors
+    need_x, _, _, _, _, *need = ctx.needs_input_grad
+    ts = t.split([a.shape[0] for a in tensors[1::3]], dim=-1)
+    gradients: list[Tensor | None] = [None] * len(tensors)
+    taken = [index for index, dy in enumerate(dys) if dy is not None]
+    if not taken:
+        return None, None, None, None, None, *gradients
+    rounded: list[Tensor] = []
+    gs: list[Tensor] = []
+    for index in taken:
+        bias, _, lora_b = tensors[3 * index : 3 * index + 3]
+        need_bias, need_a, need_b = need[3 * index : 3 * index + 3]
+        dy: Any = dys[index]
+        dy = dy.to(x.dtype)
+        rounded.append(dy)
+        if need_x or need_a:
+            gs.append((dy @ lora_b.to(x.dtype)).mul_(ctx.scalings[index]))  # [..., R]
+        if need_bias:
+            total = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=_wide(bias.dtype))
+            gradients[3 * index] = total.to(bias.dtype)
+        if need_a:
+            gradients[3 * index + 1] = _reduce_tokens(gs[-1], x, tensors[3 * index + 1].dtype)
+        if need_b:
+            gradients[3 * index + 2] = _reduce_tokens(dy, ts[index], lora_b.dtype)
+    dx = None
+    if need_x:
+        weights = [ctx.weights[index] for index in taken]
+        if len(taken) == 1:
+            dx = int4_matmul_dx(rounded[0], weights[0], gs[0], tensors[3 * taken[0] + 1], ctx.backend)
+        else:
+            a = _concatenated([tensors[3 * index + 1] for index in taken], x.dtype)
+            dx = int4_matmul_dx_group(rounded, weights, torch.cat(gs, dim=-1), a, ctx.backend)
+    return dx, None, None, None, None, *gradients
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -214,9 +268,19 @@ def int4_lora_linear(
     Returns:
         ``[..., N]`` in x's dtype.
     """
+    return int4_lora_linears(x, [LoraOperand(weight, bias, lora_a, lora_b, scaling)], backend, output_unused)[0]
+
+
+def int4_lora_linears(
+    x: Tensor, operands: Sequence[LoraOperand], backend: str = "auto", output_unused: bool = False
+) -> tuple[Tensor, ...]:
+    """``int4_lora_linear`` of several layers with one input: one launch where a kernel takes them, dX written once."""
     x = autocast_input(x)
+    tensors = [tensor for operand in operands for tensor in (operand.bias, operand.lora_a, operand.lora_b)]
+    weights = tuple(operand.weight for operand in operands)
+    scalings = tuple(operand.scaling for operand in operands)
     with torch.autocast(x.device.type, enabled=False):
-        return _Int4LoRAFunction.apply(x, weight, bias, lora_a, lora_b, scaling, backend, output_unused)
+        return _Int4LoRAFunction.apply(x, weights, scalings, backend, output_unused, *tensors)
 
 
 def autocast_input(x: Tensor) -> Tensor:
@@ -324,10 +388,12 @@ class Int4LoRALinear(Int4Linear):
     Attributes:
         fan_in_fan_out: the float layer kept its weight as ``[in, out]``; only who merges the adapter needs to know.
         output_unused: see ``int4_lora_linear``.
+        siblings: the layers that are computed together with this one; see ``siblings``.
     """
 
     fan_in_fan_out = False
     output_unused = False
+    siblings: Siblings | None = None
 
     def __init__(
         self,
@@ -357,8 +423,12 @@ class Int4LoRALinear(Int4Linear):
             x = autocast_input(x)
             t = (self.lora_dropout(x) @ self.lora_A.to(x.dtype).t()) * self.scaling
             return int4_matmul(x, self.int4(), self.bias, t, self.lora_B, self.backend)
-        weight, unused = self.int4(), self.output_unused
-        return int4_lora_linear(x, weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.backend, unused)
+        if self.siblings is not None and not self.output_unused:
+            return self.siblings.output_of(self, x)
+        return int4_lora_linears(x, [self.operand()], self.backend, self.output_unused)[0]
+
+    def operand(self) -> LoraOperand:
+        return LoraOperand(self.int4(), self.bias, self.lora_A, self.lora_B, self.scaling)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.lora_A.shape[0]}"

@@ -203,7 +203,9 @@ class OnePassLoss:
             hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
             with head.pages:
                 bias, factors = head.bias, logits.factors
-                losses, argmax = int4_cross_entropy(hidden, head.int4(), targets, bias, ignore_index, factors)
+                losses, argmax = int4_cross_entropy(
+                    hidden, head.int4(), targets, bias, ignore_index, factors, head.backend
+                )
         else:
             real = logits.reshape(-1, logits.shape[-1]).float()
             losses = nn.functional.cross_entropy(real, targets, ignore_index=ignore_index, reduction="none")

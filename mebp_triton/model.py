@@ -18,6 +18,7 @@ from .blocks import find_blocks
 from .kernels.ops import resolve_backend
 from .lora import Int4Linear, Int4LoRALinear, Int4Module, Int4Table, LoraConfig, as_lora_config, replace_embedding
 from .loss import Int4Head, OnePassLoss, install_loss
+from .siblings import join_siblings
 from .skeleton import build_skeleton, int4_sites
 from .stores.checkpoints import Residency, checkpoint_store
 from .stores.format import SHARED, Store, block_file
@@ -88,6 +89,7 @@ def load(
     builder.place_floats()
     if config is not None:
         _check_targets(config, builder.adapted, type(model).__name__)
+        join_siblings(model, model_config)
 
     pages: list[Any] = []
     arena = Arena(device) if device.type != "cpu" and weights != "device" else None

@@ -8,15 +8,20 @@ import sys
 
 import pytest
 import torch
-from models import decoded_model
+from models import ARCHITECTURES, decoded_model, tiny_config
 from runs import run_store, sentences, word_tokenizer
 
 from mebp_triton import __version__, commands
+from mebp_triton.autotune.log import Trial
+from mebp_triton.autotune.report import describe_route
 from mebp_triton.cli import main
+from mebp_triton.kernels import tables
+from mebp_triton.kernels.configs import Problem
+from mebp_triton.kernels.tables import read_table
 from mebp_triton.stores.format import Store
 from mebp_triton.trainer import RunError
 
-COMMANDS = ["quantize", "train", "eval", "generate", "verify", "doctor", "demo"]
+COMMANDS = ["quantize", "train", "eval", "generate", "tune", "verify", "doctor", "demo"]
 QUICK = ["--max-steps=3", "--max-length=24", "--lora-r=2", "--learning-rate=0.01", "--device=cpu"]
 
 
@@ -281,6 +286,10 @@ def remote_code(world, tmp_path):
     return copy
 
 
+def offline(path, *flags):
+    return ["tune", "--offline", "--target=sm_87", f"--output={path / 'sm_87.json'}", *flags]
+
+
 def evaluate(world, store, *flags):
     return ["eval", store, f"--validation-file={world / 'held-out.txt'}", "--max-length=24", *flags]
 
@@ -412,12 +421,43 @@ MISTAKES = {
         lambda w, t: train(w, t, f"--config={put(t, 'a.yaml', 'lora-rr: 3')}"),
         ["unknown setting 'lora-rr'; did you mean 'lora_r'?"],
     ),
+    "tuning without a device": (
+        lambda w, t: ["tune", "--shapes=64x64", f"--output={t / 'a.json'}"],
+        ["no CUDA device here", "--offline --target sm_87"],
+    ),
+    "tuning for another device": (lambda w, t: ["tune", "--shapes=64x64", "--target=sm_90"], ["no CUDA device here"]),
+    "tuning offline for nobody": (lambda w, t: ["tune", "--offline", "--shapes=64x64"], ["such as --target sm_87"]),
+    "an unknown target": (lambda w, t: ["tune", "--offline", "--target=h100", "--shapes=64x64"], ["'h100'", "sm_90"]),
+    "tuning for no shapes": (lambda w, t: offline(t), ["--store DIR, --model DIR_OR_CONFIG or --shapes"]),
+    "tuning for two things": (lambda w, t: offline(t, "--shapes=4x4", f"--store={w / 'store'}"), ["not allowed with"]),
+    "a shape that is none": (lambda w, t: offline(t, "--shapes=64x64x64"), ["NxK", "'64x64x64'"]),
+    "an M of zero": (lambda w, t: offline(t, "--shapes=64x64", "--m=0"), ["'0'", "1..4096"]),
+    "a limit of zero": (lambda w, t: offline(t, "--shapes=64x64", "--limit=0"), ["--limit must be at least 1, got 0"]),
+    "tuning for a missing store": (lambda w, t: offline(t, f"--store={t / 'none'}"), ["none is not a directory"]),
+    "tuning for a missing model": (lambda w, t: offline(t, f"--model={t / 'none'}"), ["none does not exist"]),
+    "tuning for a broken config": (
+        lambda w, t: offline(t, f"--model={put(t, 'config.json', '{')}"),
+        ["config.json is not a usable config"],
+    ),
+    "tuning for foreign code": (lambda w, t: offline(t, f"--model={remote_code(w, t)}"), ["not a usable config"]),
+    "a directory as table": (
+        lambda w, t: ["tune", "--offline", "--target=sm_87", "--shapes=64x64", f"--output={t}"],
+        ["is a directory", "--output"],
+    ),
+    "a report of nothing": (
+        lambda w, t: ["tune", "--report", "--target=sm_87", f"--output={t / 'a.json'}"],
+        ["nothing was tuned for sm_87 yet", "a.json"],
+    ),
+    "a report that tunes": (lambda w, t: offline(t, "--report"), ["--report tunes nothing"]),
+    "a report of no device": (lambda w, t: ["tune", "--report"], ["such as --target sm_87"]),
     "a demo of no steps": (lambda w, t: ["demo", "--max-steps=0", f"--output-dir={t / 'd'}"], ["--max-steps", "got 0"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(mebp, world, tmp_path, name):
+def test_a_mistake_is_one_line_and_writes_nothing(mebp, world, tmp_path, monkeypatch, name):
+    if "tun" in name or "report" in name:  # what these do depends on the machine
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     typed, parts = MISTAKES[name]
     arguments = typed(world, tmp_path)
     before = tree(world, tmp_path)
@@ -459,6 +499,115 @@ def test_in_a_process_of_its_own(world, tmp_path):
     assert "Traceback" not in child.stderr and "Warning" not in child.stderr
 
 
+# --- tune -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def few_candidates(monkeypatch):
+    """Three, so that compiling takes seconds."""
+    from mebp_triton.autotune import rank
+
+    real = rank.candidates
+    monkeypatch.setattr(rank, "candidates", lambda problem, target: real(problem, target)[:3])
+
+
+def test_tune_offline(mebp, tmp_path, monkeypatch, no_device, few_candidates):
+    """From nothing to the table that a launch reads, the report and the plot."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["tune", "--offline", "--target=sm_87", "--shapes=256x128", "--m=16", "--limit=2"]
+    value = answer(mebp(*command, "--json"))
+    table = tmp_path / "mebp-triton" / "tables" / "sm_87.json"
+    assert value["table"] == str(table) and value["architecture"] == "sm_87" and value["tuned"] == 2
+    assert [(row["kernel"], row["m"], row["n"], row["k"]) for row in value["rows"]] == [
+        ("matmul", 16, 256, 128),
+        ("matmul_dx", 16, 256, 128),
+    ]
+    assert all(row["provenance"] == "static" and row["device"] is None and row["of_copy"] < 1 for row in value["rows"])
+    assert len(read_table(table, "sm_87")) == 2
+    tables.forget_tables()
+    problem = Problem("matmul", 10, 256, 128)
+    assert describe_route(tables.choose(problem, "sm_87")) == value["rows"][0]["route"]
+    # What was ranked is not ranked again; the report shows it.
+    assert answer(mebp(*command, "--json"))["tuned"] == 0
+    reported = answer(mebp("tune", "--report", "--target=sm_87", "--json", f"--plot={tmp_path / 'plot.png'}"))
+    assert reported["rows"] == value["rows"] and list(reported["ceilings"]) == ["data sheet"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    code, out, err = mebp("tune", "--report", "--target=sm_87", "--shapes=256x128", "--m=16")
+    assert code == 0 and "256x128" in out and "predicted" in out and err == ""
+    one_line(mebp("tune", "--report", "--target=sm_87", "--shapes=4096x128"), "no such entry")
+    tables.forget_tables()
+
+
+def ranked_problems(monkeypatch):
+    """Nothing is compiled: what would have been ranked, problem by problem."""
+    from mebp_triton.autotune import tune
+
+    asked = []
+
+    def model_rank(architecture, limit=None, progress=None):
+        return lambda problem: asked.append(problem) or [Trial(None, 1.0)]
+
+    monkeypatch.setattr(tune, "model_rank", model_rank)
+    return asked
+
+
+def test_tune_for_a_store(mebp, world, tmp_path, monkeypatch, no_device):
+    asked = ranked_problems(monkeypatch)
+    answer(mebp(*offline(tmp_path, f"--store={world / 'store'}", "--m=16", "--json")))
+    info = next(iter(Store(world / "store").matrices.values()))
+    assert {(p.scheme, p.group_size, p.dtype) for p in asked} == {(info.scheme, info.group_size, torch.bfloat16)}
+    # All shapes of so small a model lie in the smallest buckets, but for the fused gate and up.
+    assert {(p.kernel, p.n, p.k) for p in asked} >= {(kernel, 160, 48) for kernel in ("matmul", "matmul_dx")}
+    assert len(read_table(tmp_path / "sm_87.json", "sm_87")) == len(asked)
+
+
+@pytest.mark.parametrize(
+    ("target", "flag", "dtype"),
+    [("sm_75", [], torch.float16), ("sm_90", [], torch.bfloat16), ("sm_75", ["--dtype=float32"], torch.float32)],
+)
+def test_tune_for_a_config(mebp, world, tmp_path, monkeypatch, no_device, target, flag, dtype):
+    asked = ranked_problems(monkeypatch)
+    command = ["tune", "--offline", f"--target={target}", f"--output={tmp_path / 'table.json'}", "--scheme=affine"]
+    answer(mebp(*command, f"--model={world / 'model' / 'config.json'}", "--group-size=128", "--json", *flag))
+    assert {(p.scheme, p.group_size, p.dtype) for p in asked} == {("affine", 128, dtype)}
+    assert {p.m for p in asked} == set(tables.M_BUCKETS)
+
+
+GROUPS = {
+    "llama": [[(48, 48), (24, 48), (24, 48)], [(48, 48)], [(80, 48), (80, 48)], [(48, 80)]],
+    "gemma3_text": [[(64, 48), (32, 48), (32, 48)], [(48, 64)], [(80, 48), (80, 48)], [(48, 80)]],
+    "gpt2": [[(144, 48)], [(48, 48)], [(192, 48)], [(48, 192)]],
+    "phi3": [[(96, 48)], [(48, 48)], [(160, 48)], [(48, 80)]],
+    "phi": [[(48, 48), (24, 48), (24, 48)], [(48, 48)], [(80, 48)], [(48, 80)]],
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_that_share_their_input_are_found(architecture):
+    groups = commands._shared_inputs(tiny_config(architecture))
+    blocks = {tuple(map(tuple, groups[i : i + len(groups) // 3])) for i in range(0, len(groups), len(groups) // 3)}
+    assert len(blocks) == 1, "three blocks, all alike"
+    if architecture in GROUPS:
+        assert sorted(map(list, blocks.pop())) == sorted(GROUPS[architecture])
+
+
+def test_a_model_that_cannot_be_followed_is_tuned_layer_by_layer(monkeypatch, capsys):
+    import transformers
+
+    def fail(*arguments, **named):
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", fail)
+    groups = commands._shared_inputs(tiny_config("llama"))
+    assert len(groups) == 21 and all(len(group) == 1 for group in groups)
+    assert "data-dependent" in capsys.readouterr().err
+
+
 # --- failures -------------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +640,11 @@ def test_an_interrupted_training_says_how_to_go_on(mebp, world, tmp_path, monkey
     monkeypatch.setattr(commands, "run_train", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     line = "mebp: interrupted; --resume goes on from the last checkpoint\n"
     assert mebp(*train(world, tmp_path)) == (130, "", line)
+
+
+def test_an_interrupted_tuning_says_how_to_go_on(mebp, monkeypatch):
+    monkeypatch.setattr(commands, "run_tune", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert mebp("tune") == (130, "", "mebp: interrupted; the same command goes on\n")
 
 
 def test_a_run_whose_loss_is_not_a_number_exits_with_1(mebp, world, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
@@ -27,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 dot works on bit patterns: it is not tested there.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 NORMWISE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-MODULES = ("matmul", "matmul_dx", "embedding")
+MODULES = ("decode", "split", "matmul", "matmul_dx", "embedding", "softmax_tile")
 GUARD = 64
 
 
@@ -87,14 +88,27 @@ def triton_kernels() -> Iterator[None]:
         patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", strict_load)
         patch.setattr(interpreter.InterpreterBuilder, "create_masked_store", strict_store)
         for name in MODULES:
-            module = importlib.import_module(f"mebp_triton.kernels.{name}")
-            for attribute, function in list(vars(module).items()):
-                if isinstance(function, JITFunction):
-                    # A device function stays a plain one: it is called with the language patched already.
-                    interpreted = CheckedKernel(function.fn)
-                    is_kernel = attribute.endswith("_kernel")
-                    patch.setattr(module, attribute, interpreted if is_kernel else interpreted.rewrite())
+            interpret(importlib.import_module(f"mebp_triton.kernels.{name}"), patch)
+        # Reductions such as tl.max are functions of the language's own library. (Gluon, which a first launch imports,
+        # checks them while it is imported.)
+        importlib.import_module("triton.experimental.gluon")
+        for attribute, function in list(vars(triton.language.standard).items()):
+            if isinstance(function, JITFunction):
+                library = interpreter.InterpretedFunction(function.fn)
+                patch.setattr(triton.language.standard, attribute, library)
+                if getattr(triton.language, attribute, None) is function:
+                    patch.setattr(triton.language, attribute, library)
         yield
+
+
+def interpret(module: Any, patch: pytest.MonkeyPatch) -> None:
+    """Swaps a module's compiled functions."""
+    for attribute, function in list(vars(module).items()):
+        if isinstance(function, JITFunction):
+            # A device function stays a plain one: it is called with the language patched already.
+            interpreted = CheckedKernel(function.fn)
+            is_kernel = attribute.endswith("_kernel")
+            patch.setattr(module, attribute, interpreted if is_kernel else interpreted.rewrite())
 
 
 @pytest.fixture(scope="session")

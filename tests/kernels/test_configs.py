@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mebp_triton.kernels.configs import KERNELS, TileConfig, default_config, power_of_two_at_least
+from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig, default_config, power_of_two_at_least
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,10 @@ from mebp_triton.kernels.configs import KERNELS, TileConfig, default_config, pow
         ({"num_stages": 0}, "num_stages must be an integer >= 1, got 0"),
         ({"block_m": 16.0}, "block_m must be an integer"),
         ({"block_m": True}, "block_m must be an integer"),
+        ({"split": 3}, "split must be a power of two, got 3"),
+        ({"split": 0}, "split must be an integer >= 1, got 0"),
+        ({"weight_left": 1}, "weight_left must be true or false, got 1"),
+        ({"scale_sums": None}, "scale_sums must be true or false, got None"),
     ],
 )
 def test_mistakes_are_named(replace, message):
@@ -56,14 +60,34 @@ def test_default_works_for_every_shape(kernel):
     sizes = (1, 15, 16, 17, 576, 151_936, 2**31 - 1)
     for m, n, k in itertools.product((0, *sizes), sizes, sizes):
         for group_size, dtype in itertools.product((32, 64, 128), (torch.float32, torch.float16, torch.bfloat16)):
-            assert default_config(kernel, m, n, k, group_size, dtype).block_m <= 64
+            problem = Problem(kernel, m, n, k, "symmetric", group_size, dtype)
+            assert default_config(problem).block_m <= 64 and default_config(problem).suits(problem)
 
 
 def test_default_wastes_no_tile_on_a_few_tokens():
-    assert default_config("matmul", 1, 4096, 4096, 64, torch.float16).block_m == 16
-    assert default_config("matmul_dx", 17, 4096, 4096, 64, torch.float16).block_m == 32
+    assert default_config(Problem("matmul", 1, 4096, 4096)).block_m == 16
+    assert default_config(Problem("matmul_dx", 17, 4096, 4096)).block_m == 32
 
 
 def test_unknown_kernel():
     with pytest.raises(ValueError, match="kernel must be one of .* got 'attention'"):
-        default_config("attention", 1, 1, 1, 64, torch.float16)
+        default_config(Problem("attention", 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme", "group_size", "block_k", "suits"),
+    [
+        ("matmul", "symmetric", 64, 64, True),
+        ("matmul", "symmetric", 128, 128, True),
+        ("matmul", "symmetric", 32, 64, True),
+        ("matmul", "symmetric", 64, 128, False),
+        ("matmul", "symmetric", 32, 128, False),
+        ("matmul", "affine", 64, 64, False),
+        ("matmul", "codebook", 64, 64, False),
+        ("matmul_dx", "symmetric", 64, 64, False),
+    ],
+)
+def test_sums_are_scaled_only_within_a_group(kernel, scheme, group_size, block_k, suits):
+    problem = Problem(kernel, 16, 4096, 4096, scheme, group_size)
+    assert TileConfig(16, 64, block_k, scale_sums=True).suits(problem) == suits
+    assert TileConfig(16, 64, block_k).suits(problem)

@@ -228,3 +228,22 @@ def test_slope_of_the_chain(normal, factors):
     found, slope = apply_chain(z.detach().clone(), factors)
     torch.testing.assert_close(found, value.detach())
     torch.testing.assert_close(torch.full_like(found, factors[0]) if slope is None else slope, truth)
+
+
+@pytest.mark.usefixtures("triton_kernels")
+@pytest.mark.parametrize("factors", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("logits", [1, 8 * 11, 1 << 22])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+def test_by_kernels(make_weight, normal, device, monkeypatch, factors, logits, with_bias):
+    """Decoded and summed up by kernels: the same losses, gradients and argmax."""
+    monkeypatch.setattr(cross_entropy, "LOGITS", logits)
+    monkeypatch.setattr(cross_entropy, "VOCABULARY_TILE", 5)
+    weight, bias = make_weight(37, 70, 32), normal(37) if with_bias else None
+    hidden, targets = normal(11, 70), some_targets(11, 37, device)
+    found = int4_cross_entropy_panel(hidden, weight, targets, bias, factors=factors, by_kernel=True)
+    plain = int4_cross_entropy_panel(hidden, weight, targets, bias, factors=factors)
+    for name, ours, theirs in zip(("losses", "grad", "argmax"), found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    half = int4_cross_entropy_panel(hidden.half(), weight, targets, bias, factors=factors, by_kernel=True)
+    torch.testing.assert_close(half[0], plain[0], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(half[1], plain[1], rtol=5e-2, atol=5e-2)

@@ -174,3 +174,19 @@ def test_from_codes_refuses_missing_and_surplus_groups(groups):
         Int4Weight.from_codes(codes, torch.ones(2, 3), 64, minimum=torch.ones(groups, 3))
     with pytest.raises(ValueError, match="group_size must be one of"):
         Int4Weight.from_codes(codes, torch.ones(2, 3), 0)
+
+
+@pytest.mark.parametrize(("group_size", "start", "stop"), [(32, 0, 64), (64, 64, 192), (128, 128, 200), (32, 192, 400)])
+def test_columns_are_views(group_size, start, stop):
+    codes = torch.randint(0, 16, (5, 200), dtype=torch.uint8)
+    weight = Int4Weight.from_codes(codes, torch.randn(-(-200 // group_size), 5).half(), group_size)
+    part = weight.columns(start, stop)
+    assert part.packed.data_ptr() == weight.packed.data_ptr() + start // 2
+    assert torch.equal(decode(part), decode(weight)[:, start:stop])
+
+
+@pytest.mark.parametrize(("group_size", "start"), [(64, 32), (128, 64)])
+def test_columns_start_with_a_group(group_size, start):
+    weight = Int4Weight.from_codes(torch.zeros(5, 256, dtype=torch.uint8), torch.ones(256 // group_size, 5), group_size)
+    with pytest.raises(ValueError, match="columns must start at"):
+        weight.columns(start, 256)

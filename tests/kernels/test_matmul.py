@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight
-from mebp_triton.kernels.matmul import int4_matmul_triton
+from mebp_triton.kernels.matmul import can_group, int4_matmul_group_triton, int4_matmul_triton
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -296,7 +297,7 @@ def test_under_the_interpreters_own_switch():
 import torch
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.matmul import int4_matmul_triton
+from mebp_triton.kernels.matmul import can_group, int4_matmul_group_triton, int4_matmul_triton
 codes = torch.randint(0, 16, (5, 70), dtype=torch.uint8)
 weight = Int4Weight.from_codes(codes, torch.randn(3, 5), 32)
 x = torch.randn(3, 70)
@@ -327,3 +328,94 @@ def test_the_interpreter_here_is_strict(device):
         kernel[(1,)](x, y, 10, MASKED=False)
     with pytest.raises(Exception, match="store of 6 addresses outside"):
         kernel[(1,)](y, x, 16, MASKED=False)
+
+
+@pytest.mark.parametrize("split", [2, 8])
+@pytest.mark.parametrize("scale_sums", [False, True])
+def test_split_reductions(check, make_weight, normal, dtype, group_size, split, scale_sums):
+    """Also more parts than there are steps; bias and LoRA are counted once."""
+    m, n, k, r = 5, 19, 330, 5
+    config = TileConfig(16, 16, 64, split=split, scale_sums=scale_sums)
+    bias, t, b = normal(n, seed=2), normal(m, r, seed=3), normal(n, r, seed=4)
+    x, weight = normal(m, k, dtype=dtype), make_weight(n, k, group_size)
+    first = check(x, weight, bias, t, b, config)
+    assert all(torch.equal(first, int4_matmul_triton(x, weight, bias, t, b, config)) for _ in range(2))
+
+
+@pytest.mark.parametrize(("group_size", "block_k"), [(32, 64), (64, 64), (128, 64), (128, 128)])
+@pytest.mark.parametrize("k", [1, 33, 64, 97, 330])
+def test_scaled_sums(check, make_weight, normal, dtype, group_size, block_k, k):
+    check(
+        normal(5, k, dtype=dtype), make_weight(19, k, group_size), config=TileConfig(16, 16, block_k, scale_sums=True)
+    )
+
+
+def test_scaled_sums_give_the_decoded_weight_to_the_bit(guarded, dtype, group_size, device):
+    weight = every_byte(group_size, "symmetric", torch.float16, device)
+    config = TileConfig(64, 16, 64, scale_sums=True)
+    y = guarded(int4_matmul_triton, torch.eye(64, dtype=dtype, device=device), weight, config=config)
+    assert torch.equal(y.t(), reference.decode(weight, dtype))
+
+
+def test_scaled_sums_do_not_read_padding(guarded, make_weight, normal, dtype):
+    weight, x = make_weight(20, 70, 32), normal(5, 70, dtype=dtype)
+    config = TileConfig(16, 16, 64, scale_sums=True)
+    clean = guarded(int4_matmul_triton, x, weight, config=config)
+    weight.packed[:, 32 + 6 :] ^= 0xFF
+    weight.scales[3] = float("nan")
+    assert torch.equal(guarded(int4_matmul_triton, x, weight, config=config), clean)
+
+
+def test_a_configuration_that_does_not_suit_is_refused(make_weight, normal):
+    with pytest.raises(ValueError, match="does not suit"):
+        int4_matmul_triton(
+            normal(5, 70), make_weight(20, 70, scheme="affine"), config=TileConfig(16, 16, 64, scale_sums=True)
+        )
+
+
+@pytest.mark.parametrize("sizes", [(20, 33), (18, 1, 17)])
+@pytest.mark.parametrize("config", [None, TileConfig(16, 32, 128, split=2)], ids=["default", "split"])
+def test_group(guarded, assert_accurate, make_weight, normal, dtype, scheme, sizes, config):
+    """One launch gives what a launch for each member gives, to the bit."""
+    m, k, r = 15, 130, 3
+    weights = [make_weight(n, k, 64, scheme, seed=i) for i, n in enumerate(sizes)]
+    if scheme == "codebook":
+        weights = [replace(weight, codebook=weights[0].codebook) for weight in weights]
+    x, total = normal(m, k, dtype=dtype), sum(sizes)
+    bias, t, b = normal(total, seed=2), normal(m, len(sizes) * r, seed=3), normal(total, r, seed=4)
+    found = int4_matmul_group_triton(x, weights, bias, t, b, config)
+    start = 0
+    for index, (n, weight, y) in enumerate(zip(sizes, weights, found, strict=True)):
+        own = bias[start : start + n], t[:, index * r : (index + 1) * r], b[start : start + n]
+        alone = guarded(int4_matmul_triton, x, weight, *own, config)
+        assert y.is_contiguous() and torch.equal(y, alone)
+        truth = reference.matmul(x.double(), weight, *(operand.double() for operand in own))
+        assert_accurate("y", y, reference.matmul(x, weight, *own), truth)
+        start += n
+
+
+def test_group_of_views_with_strides_of_their_own(make_weight, normal):
+    whole, other = make_weight(50, 100, 32), make_weight(12, 100, 32, seed=5)
+    weights = [whole.rows(7, 27), other, whole.rows(30, 50)]
+    x = normal(9, 100)
+    for weight, y in zip(weights, int4_matmul_group_triton(x, weights), strict=True):
+        assert torch.equal(y, int4_matmul_triton(x, weight))
+
+
+def test_what_cannot_share_a_launch(make_weight, normal):
+    weight = make_weight(20, 100, 32)
+    others = {
+        "other group size": make_weight(20, 100, 64),
+        "other width": make_weight(20, 101, 32),
+        "other scheme": make_weight(20, 100, 32, "affine"),
+        "other scales": make_weight(20, 100, 32, scale_dtype=torch.float32),
+    }
+    assert can_group([weight, make_weight(3, 100, 32)]) and not can_group([])
+    assert not can_group([weight] * 4)
+    for name, other in others.items():
+        assert not can_group([weight, other]), name
+        with pytest.raises(ValueError, match="cannot share a launch"):
+            int4_matmul_group_triton(normal(5, 100), [weight, other])
+    with_codebook = make_weight(20, 100, 32, "codebook")
+    assert not can_group([with_codebook, make_weight(20, 100, 32, "codebook", seed=1)])
+    assert can_group([with_codebook, with_codebook.rows(0, 7)])

@@ -1,5 +1,7 @@
 """``dX = dY·W + g·a`` against float64 on the decoded codes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight
-from mebp_triton.kernels.matmul_dx import int4_matmul_dx_triton
+from mebp_triton.kernels.matmul_dx import int4_matmul_dx_group_triton, int4_matmul_dx_triton
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -76,10 +78,11 @@ def test_float32_scales(check, make_weight, normal, dtype, scheme):
     check(normal(17, 35, dtype=dtype), make_weight(35, 130, 32, scheme, torch.float32))
 
 
+@pytest.mark.parametrize("weight_left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("block_k", [64, 128, 256])
 @pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 64), (128, 32)])
-def test_every_tile_gives_the_answer(check, make_weight, normal, scheme, block_m, block_n, block_k):
-    config = TileConfig(block_m, block_n, block_k)
+def test_every_tile_gives_the_answer(check, make_weight, normal, scheme, block_m, block_n, block_k, weight_left):
+    config = TileConfig(block_m, block_n, block_k, weight_left=weight_left)
     dy, g, a = normal(37, 45), normal(37, 4, seed=2), normal(4, 330, seed=3)
     for group_size in GROUP_SIZES:
         check(dy, make_weight(45, 330, group_size, scheme), g, a, config)
@@ -273,3 +276,60 @@ def test_any_shape(guarded, make_weight, normal, dtype, m, n, k, rank, scheme, g
     size += 0 if g is None or a is None else g.double().abs() @ a.double().abs()
     bound = (torch.finfo(dtype).eps + (n + rank) * torch.finfo(torch.float32).eps) * size
     assert ((dx.double() - truth).abs() <= bound + torch.finfo(dtype).tiny).all()
+
+
+@pytest.mark.parametrize("split", [2, 8])
+@pytest.mark.parametrize("weight_left", [False, True], ids=["right", "left"])
+def test_split_reductions(check, make_weight, normal, dtype, group_size, split, weight_left):
+    """Also more parts than there are steps; LoRA is counted once."""
+    m, n, k, r = 5, 83, 70, 5
+    config = TileConfig(16, 16, 64, split=split, weight_left=weight_left)
+    g, a = normal(m, r, seed=3), normal(r, k, seed=4)
+    dy, weight = normal(m, n, dtype=dtype), make_weight(n, k, group_size)
+    first = check(dy, weight, g, a, config)
+    assert all(torch.equal(first, int4_matmul_dx_triton(dy, weight, g, a, config)) for _ in range(2))
+
+
+def test_both_sides_of_the_dot_give_the_same(make_weight, normal, dtype):
+    dy, weight = normal(17, 83, dtype=dtype), make_weight(83, 130)
+    left, right = (TileConfig(16, 16, 64, weight_left=side) for side in (True, False))
+    found = [int4_matmul_dx_triton(dy, weight, config=config) for config in (left, right)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(20, 33), (18, 1, 17)])
+@pytest.mark.parametrize("config", [None, TileConfig(16, 32, 128, split=2)], ids=["default", "split"])
+def test_group(guarded, assert_accurate, make_weight, normal, dtype, scheme, sizes, config):
+    m, k, r = 15, 130, 6
+    weights = [make_weight(n, k, 64, scheme, seed=i) for i, n in enumerate(sizes)]
+    if scheme == "codebook":
+        weights = [replace(weight, codebook=weights[0].codebook) for weight in weights]
+    dys = [normal(m, n, dtype=dtype, seed=i) for i, n in enumerate(sizes)]
+    g, a = normal(m, r, seed=3), normal(r, k, seed=4)
+    dx = guarded(int4_matmul_dx_group_triton, dys, weights, g, a, config)
+    pairs = list(zip(dys, weights, strict=True))
+    truth = sum(reference.matmul_dx(dy.double(), weight) for dy, weight in pairs) + g.double() @ a.double()
+    same = sum(reference.matmul_dx(dy, weight) for dy, weight in pairs) + g.to(dtype) @ a.to(dtype)
+    assert_accurate("dx", dx, same, truth)
+
+
+def test_group_of_views_with_strides_of_their_own(make_weight, normal):
+    whole, other = make_weight(50, 100, 32), make_weight(12, 100, 32, seed=5)
+    weights = [whole.rows(7, 27), other, whole.rows(30, 50)]
+    wide = normal(9, 100)
+    strided = [wide[:, 3:23], normal(9, 12, seed=2), wide[:, 40:60]]
+    expanded = [normal(1, 20).expand(9, 20), normal(12, 9).t(), normal(9, 1).expand(9, 20)]
+    for dys in (strided, expanded):
+        truth = sum(reference.matmul_dx(dy.double(), weight) for dy, weight in zip(dys, weights, strict=True))
+        torch.testing.assert_close(int4_matmul_dx_group_triton(dys, weights).double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_share_a_launch(make_weight, normal):
+    weight = make_weight(20, 100, 32)
+    dy = normal(5, 20)
+    with pytest.raises(ValueError, match="cannot share a launch"):
+        int4_matmul_dx_group_triton([dy, dy], [weight, make_weight(20, 100, 64)])
+    with pytest.raises(ValueError, match="1 gradients and 2 weights"):
+        int4_matmul_dx_group_triton([dy], [weight, weight])
+    with pytest.raises(ValueError, match="one dtype, got torch.float32 and torch.float16"):
+        int4_matmul_dx_group_triton([dy, dy.half()], [weight, weight])

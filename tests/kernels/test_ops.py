@@ -51,7 +51,7 @@ def test_opcheck_cross_entropy(make_weight, normal, scheme, device, need_grad, w
     targets = torch.tensor([1, -100, 6, 0], device=device)
     bias = normal(7) if with_bias else None
     hidden = normal(4, 70).requires_grad_(need_grad)
-    args = (hidden, *fields(make_weight(7, 70, 32, scheme)), targets, bias, -100, [0.2, 5.0], need_grad)
+    args = (hidden, *fields(make_weight(7, 70, 32, scheme)), targets, bias, -100, [0.2, 5.0], PANEL, need_grad)
     torch.library.opcheck(torch.ops.mebp_triton.int4_cross_entropy.default, args)
 
 
@@ -163,7 +163,7 @@ def test_cross_entropy_makes_a_gradient_only_where_one_can_be_asked_for(make_wei
     weight, targets = make_weight(7, 70), torch.tensor([1, -100, 6], device=device)
     hidden, asked = normal(3, 70), []
     panel = ops.int4_cross_entropy_panel
-    monkeypatch.setattr(ops, "int4_cross_entropy_panel", lambda *args: asked.append(args[-1]) or panel(*args))
+    monkeypatch.setattr(ops, "int4_cross_entropy_panel", lambda *args: asked.append(args[-2]) or panel(*args))
     int4_cross_entropy(hidden, weight, targets)
     with torch.no_grad():
         int4_cross_entropy(hidden.clone().requires_grad_(True), weight, targets)
@@ -174,7 +174,8 @@ def test_cross_entropy_makes_a_gradient_only_where_one_can_be_asked_for(make_wei
 def test_cross_entropy_that_kept_nothing_has_no_backward(make_weight, normal, device):
     weight, targets = make_weight(7, 70), torch.tensor([1, -100, 6], device=device)
     hidden = normal(3, 70).requires_grad_(True)
-    losses, *_ = torch.ops.mebp_triton.int4_cross_entropy(hidden, *fields(weight), targets, None, -100, [1.0], False)
+    args = (hidden, *fields(weight), targets, None, -100, [1.0], PANEL, False)
+    losses, *_ = torch.ops.mebp_triton.int4_cross_entropy(*args)
     with pytest.raises(RuntimeError, match="need_grad=False"):
         losses.sum().backward()
 

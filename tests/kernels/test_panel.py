@@ -6,7 +6,12 @@ from allocations import Allocations
 
 from mebp_triton.kernels import panel, reference
 from mebp_triton.kernels.layout import CHUNK, GROUP_SIZES, SCHEMES, Int4Weight, unpack
-from mebp_triton.kernels.panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel
+from mebp_triton.kernels.panel import (
+    int4_embedding_panel,
+    int4_matmul_dx_group_panel,
+    int4_matmul_dx_panel,
+    int4_matmul_panel,
+)
 
 # Plain torch computes bfloat16 rightly everywhere, unlike Triton's interpreter.
 ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,7 +72,7 @@ def test_token_counts(assert_accurate, make_weight, normal, dtype, m):
 def test_odd_sizes(assert_accurate, make_weight, normal, dtype, panel_size, n, k):
     for group_size, scheme in zip(GROUP_SIZES, SCHEMES, strict=True):
         weight = make_weight(n, k, group_size, scheme)
-        check_matmul(assert_accurate, normal(4, k, dtype=dtype), weight, normal(n, dtype=dtype))
+        check_matmul(assert_accurate, normal(40, k, dtype=dtype), weight, normal(n, dtype=dtype))
         g, a = normal(4, 3, dtype=dtype, seed=2), normal(3, k, dtype=dtype, seed=3)
         check_dx(assert_accurate, normal(4, n, dtype=dtype), weight, g, a)
 
@@ -247,3 +252,60 @@ def test_no_tensor_is_as_large_as_the_weight(monkeypatch, make_weight, normal, d
         with Allocations() as allocations:
             function(*operands)
         assert 0 < allocations.largest <= max(panel_rows * k, largest_operand), function.__name__
+
+
+def test_a_large_lora_term_costs_the_sums_nothing(assert_accurate, make_weight, normal):
+    for seed in range(20):
+        weight = make_weight(23, 200, seed=seed)
+        t, b, g, a = (100 * normal(*shape, seed=seed) for shape in ((9, 5), (23, 5), (9, 5), (5, 200)))
+        check_matmul(assert_accurate, normal(9, 200, seed=seed), weight, None, t, b)
+        check_dx(assert_accurate, normal(9, 23, seed=seed), weight, g, a)
+
+
+@pytest.mark.parametrize("sizes", [(20, 33), (40, 16, 17)])
+def test_group_dx(assert_accurate, make_weight, normal, dtype, scheme, panel_size, sizes):
+    """Weights that had one input: one sum."""
+    weights = [make_weight(n, 200, 32, scheme, seed=i) for i, n in enumerate(sizes)]
+    dys = [normal(9, n, dtype=dtype, seed=i) for i, n in enumerate(sizes)]
+    g, a = normal(9, 6, dtype=dtype, seed=3), normal(6, 200, dtype=dtype, seed=4)
+    pairs = list(zip(dys, weights, strict=True))
+    same = sum(reference.matmul_dx(dy, weight) for dy, weight in pairs) + g @ a
+    truth = sum(reference.matmul_dx(dy.double(), weight) for dy, weight in pairs) + g.double() @ a.double()
+    assert_accurate("dx", int4_matmul_dx_group_panel(dys, weights, g, a), same, truth)
+
+
+@pytest.mark.usefixtures("triton_kernels")
+class TestDecodedByAKernel:
+    """The panel route of a GPU: Triton decodes, torch multiplies."""
+
+    @pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
+    def dtype(self, request):
+        return request.param
+
+    def test_both_directions(self, assert_accurate, make_weight, normal, dtype, scheme, group_size, panel_size):
+        m, n, k, r = 5, 23, 330, 3
+        weight = make_weight(n, k, group_size, scheme)
+        shapes = [(m, k), (n,), (m, r), (n, r), (m, n), (m, r), (r, k)]
+        x, bias, t, b, dy, g, a = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+        y, dx = int4_matmul_panel(x, weight, bias, t, b, True), int4_matmul_dx_panel(dy, weight, g, a, True)
+        wide = [operand.double() for operand in (x, bias, t, b, dy, g, a)]
+        truth = reference.matmul(wide[0], weight, *wide[1:4])
+        assert_accurate("y", y, reference.matmul(x, weight, bias, t, b), truth)
+        truth = reference.matmul_dx(wide[4], weight, *wide[5:])
+        assert_accurate("dx", dx, reference.matmul_dx(dy, weight, g, a), truth)
+
+    @pytest.mark.parametrize("k", [64, 65, 200])
+    def test_decoded_weights_are_right_to_the_bit(self, make_weight, dtype, device, scheme, group_size, k):
+        weight = make_weight(70, k, group_size, scheme)
+        decoder = panel.PanelDecoder(weight, dtype, 70, weight.packed.shape[1] // 32, by_kernel=True)
+        whole = reference.decode(weight, dtype)
+        assert torch.equal(decoder(0, 70, 0, weight.packed.shape[1] // 32), whole)
+        if k == 200:
+            assert torch.equal(decoder(7, 40, 2, 4), whole[7:40, 128:200])
+
+    def test_group_dx(self, make_weight, normal):
+        weights = [make_weight(n, 200, 128, seed=n) for n in (20, 33)]
+        dys = [normal(9, 20), normal(9, 33)]
+        truth = sum(reference.matmul_dx(dy.double(), weight) for dy, weight in zip(dys, weights, strict=True))
+        dx = int4_matmul_dx_group_panel(dys, weights, by_kernel=True)
+        torch.testing.assert_close(dx.double(), truth, rtol=1e-4, atol=1e-4)

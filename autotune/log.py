@@ -1,0 +1,198 @@
+"""The log beside a table: of every problem all candidates, what was predicted and measured of each, and why it lost.
+
+JSON: ``{"format": 1, "architecture": "sm_87", "ceilings": {DEVICE: {...}}, "records": [...]}``. A record names its
+problem (a real shape), the device and versions of its measurement (null and the compiler's where there was none), and
+its trials: candidates in the order in which the model ranks them. ``mebp tune`` on a device starts from a log that was
+made elsewhere, and compiles and ranks nothing again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
+from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.tables import DTYPE_NAMES, DTYPES, Route, bucket
+
+from .measure import Ceilings
+
+FORMAT = 1
+SIZE_LIMIT = 1 << 27
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate.
+
+    Attributes:
+        route: a configuration, or None for the panel route.
+        predicted_us: by the model; None if it was dropped before, or never ranked.
+        time_us: measured median; None if it was not timed.
+        samples_us: what it is the median of.
+        reason: why it was dropped, or not timed to the end; None otherwise.
+    """
+
+    route: Route
+    predicted_us: float | None = None
+    time_us: float | None = None
+    samples_us: tuple[float, ...] = ()
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that is known of one problem.
+
+    Attributes:
+        problem: a real shape, one of its bucket.
+        trials: best prediction first.
+        device: the name of the device measured on; None where nothing was.
+        versions: of triton and torch.
+        measured_m: the M that was measured, smaller than the problem's where memory was short; None without a device.
+    """
+
+    problem: Problem
+    trials: tuple[Trial, ...]
+    device: str | None
+    versions: Mapping[str, str]
+    measured_m: int | None = None
+
+
+@dataclass
+class Log:
+    """Records by bucket; ceilings by the name of the device."""
+
+    architecture: str
+    records: dict[Problem, Record] = field(default_factory=dict)
+    ceilings: dict[str, Ceilings] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "architecture": self.architecture,
+            "ceilings": {name: asdict(ceilings) for name, ceilings in self.ceilings.items()},
+            "records": [_record_to_json(record) for record in self.records.values()],
+        }
+
+
+def _record_to_json(record: Record) -> dict[str, Any]:
+    problem = asdict(record.problem) | {"dtype": DTYPE_NAMES[record.problem.dtype]}
+    trials = [asdict(trial) | {"samples_us": list(trial.samples_us)} for trial in record.trials]
+    rest = {"device": record.device, "versions": dict(record.versions), "measured_m": record.measured_m}
+    return {"problem": problem, "trials": trials, **rest}
+
+
+def parse_log(value: Any, architecture: str) -> Log:
+    """A log from its JSON value. ValueError, in one line, for anything that is not as the module's docstring says."""
+    _check_keys(value, {"format", "architecture", "ceilings", "records"}, "a log")
+    if value["format"] != FORMAT or value["architecture"] != architecture:
+        raise ValueError(
+            f"wanted format {FORMAT} of {architecture}, got {value['format']!r} of {value['architecture']!r}"
+        )
+    if not isinstance(value["records"], list) or not isinstance(value["ceilings"], dict):
+        raise ValueError("records must be a list, and ceilings an object")
+    records = [_parse_record(item) for item in value["records"]]
+    ceilings = {name: _parse_ceilings(item) for name, item in value["ceilings"].items()}
+    return Log(architecture, {bucket(record.problem): record for record in records}, ceilings)
+
+
+def _check_keys(value: Any, keys: set[str], what: str) -> None:
+    if not isinstance(value, dict) or value.keys() != keys:
+        raise ValueError(f"{what} has the keys {', '.join(sorted(keys))}")
+
+
+def _parse_ceilings(item: Any) -> Ceilings:
+    _check_keys(item, {"gb_s", "tflop_s"}, "ceilings")
+    rates = item["tflop_s"]
+    if not isinstance(rates, dict) or not all(_is_time(number) for number in (item["gb_s"], *rates.values())):
+        raise ValueError("ceilings are positive numbers")
+    return Ceilings(item["gb_s"], rates)
+
+
+def _parse_record(item: Any) -> Record:
+    _check_keys(item, {field.name for field in fields(Record)}, "a record")
+    if not isinstance(item["trials"], list):
+        raise ValueError("trials must be a list")
+    device, versions, measured_m = item["device"], item["versions"], item["measured_m"]
+    if device is not None and not isinstance(device, str):
+        raise ValueError(f"device must be a name or null, got {device!r}")
+    if not isinstance(versions, dict) or not all(isinstance(text, str) for text in versions.values()):
+        raise ValueError("versions must map names to version strings")
+    if measured_m is not None and not _is_size(measured_m):
+        raise ValueError(f"measured_m must be a positive integer or null, got {measured_m!r}")
+    problem = _parse_problem(item["problem"])
+    trials = tuple(_parse_trial(trial, problem) for trial in item["trials"])
+    return Record(problem, trials, device, versions, measured_m)
+
+
+def _parse_problem(item: Any) -> Problem:
+    _check_keys(item, {field.name for field in fields(Problem)}, "a problem")
+    allowed: dict[str, Any] = {"kernel": TUNED, "scheme": SCHEMES, "group_size": GROUP_SIZES, "dtype": tuple(DTYPES)}
+    for key, values in allowed.items():
+        if type(item[key]) not in (str, int) or item[key] not in values:
+            raise ValueError(f"{key} must be one of {values}, got {item[key]!r}")
+    if not all(_is_size(item[key]) for key in ("m", "n", "k")):
+        raise ValueError("m, n and k must be positive integers")
+    return Problem(**item | {"dtype": DTYPES[item["dtype"]]})
+
+
+def _parse_trial(item: Any, problem: Problem) -> Trial:
+    _check_keys(item, {field.name for field in fields(Trial)}, "a trial")
+    route, samples, reason = item["route"], item["samples_us"], item["reason"]
+    if route is not None:
+        _check_keys(route, {field.name for field in fields(TileConfig)}, "a route")
+        route = TileConfig(**route)
+        if not route.suits(problem):
+            raise ValueError("scale_sums is for matmul with the symmetric scheme, and sums within one group")
+    times = [item[key] for key in ("predicted_us", "time_us") if item[key] is not None]
+    if not isinstance(samples, list) or not all(_is_time(number) for number in [*times, *samples]):
+        raise ValueError("times must be positive numbers")
+    if reason is not None and not isinstance(reason, str):
+        raise ValueError(f"reason must be a text or null, got {reason!r}")
+    return Trial(route, item["predicted_us"], item["time_us"], tuple(samples), reason)
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 1 << 31
+
+
+def log_path(table: Path) -> Path:
+    """The log of a table: beside it, under the same name."""
+    return table.with_suffix(".log")
+
+
+def read_log(path: Path, architecture: str) -> Log:
+    """The log in a file, empty if there is none. A warning, and an empty log, if it cannot be used."""
+    if not path.exists():
+        return Log(architecture)
+    try:
+        if not path.is_file() or path.stat().st_size > SIZE_LIMIT:
+            raise ValueError("it is not a regular file of a log's size")
+        return parse_log(json.loads(path.read_bytes()), architecture)
+    except (ValueError, RecursionError, OSError) as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(f"tuning log {path} is ignored: {reason}; remove it, or tune again", stacklevel=2)
+        return Log(architecture)
+
+
+def keep_measurements(old: Record | None, new: Record) -> Record:
+    """``new``; but where it only predicts what ``old`` has measured, the measured trials of ``old`` stay."""
+    if old is None or old.device is None or new.device is not None:
+        return new
+    predicted = {trial.route: trial.predicted_us for trial in new.trials}
+    timed = {
+        trial.route: replace(trial, predicted_us=predicted[trial.route])
+        for trial in old.trials
+        if trial.time_us is not None and trial.route in predicted
+    }
+    return replace(old, trials=tuple(timed.get(trial.route, trial) for trial in new.trials))

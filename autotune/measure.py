@@ -1,0 +1,366 @@
+"""What a route costs on this device: checked against float64 first, then timed over buffers that outgrow the L2 cache.
+
+A route that does not compile, does not fit or gives wrong numbers has a reason instead of a time.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+
+from mebp_triton.kernels.configs import Problem
+from mebp_triton.kernels.layout import Int4Weight, group_count, padded
+from mebp_triton.kernels.panel import int4_matmul_dx_panel, int4_matmul_panel
+from mebp_triton.kernels.reference import decode
+from mebp_triton.kernels.tables import Route
+
+# LoRA's rank in what is measured: training runs every layer with an adapter.
+RANK = 16
+# Launches in one sample. A device queues about a thousand; the panel route makes several per call.
+WINDOW = 64
+MOST_COPIES = 4096
+SAMPLE_US = 2_000.0
+BUDGET_US = 30_000.0
+FEWEST_SAMPLES, MOST_SAMPLES = 3, 15
+CLEARLY_WORSE = 1.25
+CHUNK_BYTES = 32 << 20
+CHECKED_ROWS = 96
+TAIL_ROWS = 32
+# Relative to the norm; what correct kernels stay below by far.
+NORMWISE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+# Runs something some times and says how many microseconds that took on the device.
+Timer = Callable[[Callable[[], object]], float]
+
+
+class WallTimer:
+    """The clock on the wall, for devices that run what they are told at once (a CPU)."""
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e6
+
+
+class CudaTimer:
+    """The time between two events on a CUDA device.
+
+    To launch a small kernel takes longer than to run it. So the device waits first, until all is queued.
+    """
+
+    CYCLES_PER_US = 2_000  # no less than any device's clock: it waits long enough
+    LONGEST_US = 20_000.0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host_us = 0.0
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        with torch.cuda.device(self.device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            torch.cuda._sleep(int(1.5 * self.host_us * self.CYCLES_PER_US))
+            start.record()
+            self.host_us = min(WallTimer()(run), self.LONGEST_US)
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device has: ``cache_bytes`` of L2, and ``memory_bytes`` that measuring may use."""
+
+    cache_bytes: int
+    memory_bytes: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Limits:
+        """As the device says; half of what is free, as others share it (all of a small device does)."""
+        free, _ = torch.cuda.mem_get_info(device)
+        return cls(torch.cuda.get_device_properties(device).L2_cache_size, free // 2)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one route.
+
+    Attributes:
+        time_us: median microseconds per call; None if it was not timed.
+        samples_us: what it is the median of.
+        reason: why it was not timed, or not to the end; None otherwise.
+    """
+
+    time_us: float | None
+    samples_us: tuple[float, ...] = ()
+    reason: str | None = None
+
+
+def weight_bytes(problem: Problem) -> int:
+    """Bytes of a packed weight, scales and minima in float16."""
+    scales = 2 * group_count(problem.k, problem.group_size) * problem.n
+    return problem.n * padded(problem.k) // 2 + scales * (2 if problem.scheme == "affine" else 1)
+
+
+def bytes_moved(problem: Problem) -> int:
+    """The least that must be read and written: the weight, X and Y."""
+    return weight_bytes(problem) + problem.m * (problem.n + problem.k) * problem.dtype.itemsize
+
+
+def flops(problem: Problem) -> int:
+    return 2 * problem.m * problem.n * problem.k
+
+
+def workspace_bytes(problem: Problem, route: Route) -> int:
+    """What a launch allocates besides its output: partial results, or a panel and the input in the panel's order."""
+    if route is None:
+        return 4 * (16 << 20) + bytes_moved(replace(problem, n=0)) * 2
+    out = problem.n if problem.kernel == "matmul" else problem.k
+    return 0 if route.split == 1 else 4 * route.split * problem.m * out
+
+
+def plan(problem: Problem, limits: Limits) -> tuple[Problem, int]:
+    """The problem as it can be measured here, and how many copies of its operands take turns.
+
+    Copies outgrow the cache twice over, if memory allows. Where not even two fit, M is halved.
+
+    Raises:
+        ValueError: one row does not fit.
+    """
+    wanted = max(2, min(math.ceil(2 * limits.cache_bytes / bytes_moved(problem)), MOST_COPIES))
+    while True:
+        # The decoded weight and a few chunks in float64, for the check.
+        check = problem.n * problem.k * problem.dtype.itemsize + 6 * CHUNK_BYTES
+        room = limits.memory_bytes - check - workspace_bytes(problem, None)
+        copies = min(wanted, room // bytes_moved(problem))
+        if copies >= min(wanted, 2):
+            return problem, copies
+        if problem.m == 1:
+            raise ValueError(
+                f"{problem.n}x{problem.k} needs {check + 2 * bytes_moved(problem) >> 20} MiB to be measured, "
+                f"and {limits.memory_bytes >> 20} MiB may be used: free some memory"
+            )
+        problem = replace(problem, m=problem.m // 2)
+
+
+class Bench:
+    """Random operands of one problem on a device, and what is right for the first of them.
+
+    Args:
+        problem: as ``plan`` returns it, like ``copies``.
+        device: where to run.
+        limits: of the device.
+    """
+
+    def __init__(self, problem: Problem, copies: int, device: torch.device, limits: Limits) -> None:
+        self.problem, self.copies, self.device, self.limits = problem, copies, device, limits
+        # As the operations dispatch: on a GPU the panel route decodes by a kernel.
+        self.by_kernel = device.type == "cuda"
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.out_features = problem.n if problem.kernel == "matmul" else problem.k
+        inputs = problem.k if problem.kernel == "matmul" else problem.n
+        self.weights = self._weights()
+        # [copies, M, K] or [copies, M, N]
+        self.x = self._normal(copies, problem.m, inputs, dtype=problem.dtype)
+        # LoRA's terms: t [M, R] and b [N, R], or g [M, R] and a [R, K].
+        self.low = self._normal(problem.m, RANK, dtype=problem.dtype)
+        turned = self._normal(self.out_features, RANK, dtype=problem.dtype)
+        self.high = turned if problem.kernel == "matmul" else turned.t().contiguous()
+        self.rows = self._checked_rows()
+        self.truth, self.same = self._expected()
+        self.outputs: list[Tensor | None] = [None] * copies
+        self.next = 0
+
+    def _normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+
+    def _weights(self) -> list[Int4Weight]:
+        problem, device = self.problem, self.device
+        shape = (self.copies, problem.n, padded(problem.k) // 2)
+        packed = torch.randint(0, 256, shape, generator=self.generator, device=device, dtype=torch.uint8)
+        groups = (self.copies, group_count(problem.k, problem.group_size), problem.n)
+        scales = self._normal(*groups, dtype=torch.float16).mul_(0.02)
+        minima = self._normal(*groups, dtype=torch.float16).mul_(0.1) if problem.scheme == "affine" else None
+        codebook = None
+        if problem.scheme == "codebook":
+            codebook = self._normal(16, dtype=torch.float32).sort().values
+        return [
+            Int4Weight(
+                packed[copy],
+                scales[copy],
+                problem.k,
+                problem.group_size,
+                None if minima is None else minima[copy],
+                codebook,
+            )
+            for copy in range(self.copies)
+        ]
+
+    def _checked_rows(self) -> Tensor:
+        """Some of the M rows, evenly spaced, and the last ones: float64 is slow on most devices."""
+        m = self.problem.m
+        spread = torch.linspace(0, m - 1, min(m, CHECKED_ROWS)).long()
+        return torch.cat((spread, torch.arange(max(0, m - TAIL_ROWS), m))).unique().to(self.device)
+
+    def _expected(self) -> tuple[Tensor, Tensor]:
+        """The checked rows of the first result in float64, and as torch gets it in the problem's dtype."""
+        weight, problem = self.weights[0], self.problem
+        x, low = self.x[0][self.rows], self.low[self.rows]
+        high = self.high.t() if problem.kernel == "matmul" else self.high
+        truth = low.double() @ high.double()
+        decoded = torch.empty(weight.shape, dtype=problem.dtype, device=self.device)
+        step = max(1, CHUNK_BYTES // (8 * problem.k))
+        for start in range(0, problem.n, step):
+            part = slice(start, min(start + step, problem.n))
+            rows = weight.rows(part.start, part.stop)
+            decoded[part] = decode(rows, problem.dtype)
+            if problem.kernel == "matmul":
+                truth[:, part] += x.double() @ decode(rows).t()
+            else:
+                truth += x[:, part].double() @ decode(rows)
+        same = x @ (decoded.t() if problem.kernel == "matmul" else decoded) + low @ high
+        return truth, same
+
+    def run(self, route: Route, copy: int = 0) -> Tensor:
+        """One call on one of the copies."""
+        x, weight = self.x[copy], self.weights[copy]
+        if self.problem.kernel == "matmul":
+            if route is None:
+                return int4_matmul_panel(x, weight, None, self.low, self.high, self.by_kernel)
+            from mebp_triton.kernels.matmul import int4_matmul_triton
+
+            return int4_matmul_triton(x, weight, None, self.low, self.high, route)
+        if route is None:
+            return int4_matmul_dx_panel(x, weight, self.low, self.high, self.by_kernel)
+        from mebp_triton.kernels.matmul_dx import int4_matmul_dx_triton
+
+        return int4_matmul_dx_triton(x, weight, self.low, self.high, route)
+
+    def reject(self, route: Route) -> str | None:
+        """Why ``route`` cannot be taken: it needs too much, does not compile, or its numbers are wrong."""
+        needed = workspace_bytes(self.problem, route)
+        if needed > self.limits.memory_bytes // 2:
+            return f"needs {needed >> 20} MiB beside its output"
+        try:
+            with poisoned():
+                result = self.run(route)
+            self.synchronize()
+        except (TritonError, RuntimeError) as error:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # raises again if the device itself is lost
+            lines = str(error).strip().splitlines() or [""]
+            return f"{type(error).__name__}: {lines[0][:160]}"
+        return self._wrong(result)
+
+    def _wrong(self, result: Tensor) -> str | None:
+        """As tests judge: twice the error of torch in the same dtype, as maximum and as RMS, and half a rounding."""
+        if tuple(result.shape) != (self.problem.m, self.out_features) or result.dtype != self.problem.dtype:
+            return f"wrong: a result of shape {tuple(result.shape)} in {result.dtype}"
+        if not bool(result.isfinite().all()):
+            return "wrong: not finite, or not written"
+        error, theirs = result[self.rows].double() - self.truth, self.same.double() - self.truth
+        eps = torch.finfo(result.dtype).eps
+        for name, measure in (("largest", _largest), ("RMS", _rms)):
+            found, allowed = measure(error), 2 * measure(theirs) + eps / 2 * measure(self.truth)
+            if not found <= allowed:
+                return f"wrong: {name} error {found:.3g}, allowed {allowed:.3g}"
+        relative = float(error.norm() / self.truth.norm())
+        if relative > NORMWISE[result.dtype]:
+            return f"wrong: relative error {relative:.3g}, allowed {NORMWISE[result.dtype]:.3g}"
+        return None
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def turn(self, route: Route, calls: int) -> None:
+        """So many calls, each on the next copy. Outputs are kept for a turn, so that these move on as well."""
+        for _ in range(calls):
+            self.outputs[self.next] = self.run(route, self.next)
+            self.next = (self.next + 1) % self.copies
+
+    def measure(self, route: Route, timer: Timer, best_us: float = math.inf) -> Measurement:
+        """Checks, then times; stops early where two samples say that it is clearly worse than ``best_us``."""
+        reason = self.reject(route)
+        if reason is not None:
+            return Measurement(None, reason=reason)
+        warm_us = timer(lambda: self.turn(route, 2)) / 2
+        calls = max(1, min(int(SAMPLE_US / max(warm_us, 1e-3)), WINDOW))
+        timer(lambda: self.turn(route, calls))
+        samples: list[float] = []
+        while len(samples) < MOST_SAMPLES:
+            samples.append(timer(lambda: self.turn(route, calls)) / calls)
+            if len(samples) >= 2 and min(samples) > CLEARLY_WORSE * best_us:
+                reason = "clearly slower than the best before it"
+                break
+            if len(samples) >= FEWEST_SAMPLES and sum(samples) * calls > BUDGET_US:
+                break
+        self.outputs = [None] * self.copies
+        return Measurement(statistics.median(samples), tuple(samples), reason)
+
+
+def _largest(error: Tensor) -> float:
+    return float(error.abs().max())
+
+
+def _rms(error: Tensor) -> float:
+    return float(error.square().mean().sqrt())
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within, ``torch.empty`` is full of NaN: what a kernel does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # operations without a deterministic form only warn
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device can do at best, as measured (or as its data sheet says).
+
+    Attributes:
+        gb_s: copying memory, bytes read and written, in 10^9 bytes per second.
+        tflop_s: a large matrix product, 10^12 floating-point operations per second, by the name of the dtype.
+    """
+
+    gb_s: float
+    tflop_s: dict[str, float]
+
+
+def measure_copy_gb_s(device: torch.device, timer: Timer, limits: Limits) -> float:
+    """Copies a buffer far larger than the cache."""
+    size = min(max(1 << 20, 16 * limits.cache_bytes), 1 << 30, limits.memory_bytes // 2)
+    # Random bytes: some devices move zeros faster.
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _median_us(timer, lambda: target.copy_(source)) / 1e3
+
+
+def measure_matmul_tflop_s(device: torch.device, timer: Timer, limits: Limits, dtype: torch.dtype) -> float:
+    """Multiplies square matrices: 8192 wide, or as wide as memory allows; 256 on a CPU."""
+    size = 256 if device.type == "cpu" else 8192
+    while 4 * size * size * dtype.itemsize > limits.memory_bytes:
+        size //= 2
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return 2 * size**3 / _median_us(timer, lambda: torch.mm(left, right, out=out)) / 1e6
+
+
+def _median_us(timer: Timer, run: Callable[[], object]) -> float:
+    timer(run)
+    return statistics.median(timer(run) for _ in range(7))

@@ -1,0 +1,254 @@
+"""The offline half of the tuner: compiles a problem's candidates, drops the unfit, ranks the rest by the model.
+
+``static_table`` does so for many problems of one architecture, and settles on few configurations that serve them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton
+
+from mebp_triton.autotune.model import NOMINAL, predicted_panel_us, predicted_us
+from mebp_triton.autotune.space import candidates
+from mebp_triton.autotune.static import TENSOR_MEMORY_LIMIT, StaticReport, report
+from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
+from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.tables import Entry, Route
+
+# Called with how many of how many compilations are done.
+Progress = Callable[[int, int], None]
+
+# A problem is content with a configuration that others use too, if it is predicted to lose no more than this share.
+TOLERANCE = 0.05
+# Configurations of one kernel and architecture in a shipped table: each of them is compiled again in every test run.
+MOST_CONFIGS = 6
+# A size that every block divides: what a compiled kernel is like does not depend on more of a size.
+EVEN_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A route, what the compiler says of it (None for the panel route), and its predicted time."""
+
+    route: Route
+    report: StaticReport | None
+    predicted_us: float
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A configuration that is not worth measuring, what the compiler says of it (None if it fails), and why."""
+
+    config: TileConfig
+    report: StaticReport | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """``kept``, best first, and ``dropped``, in the order of the search space."""
+
+    kept: list[Candidate]
+    dropped: list[Dropped]
+
+
+def unfit(problem: Problem, made: StaticReport) -> str | None:
+    """Why a compiled configuration is not to be launched for the problem; None if nothing speaks against it."""
+    if made.spill_bytes:
+        return f"spills {made.spill_bytes} bytes a thread"
+    if made.shared_bytes > made.shared_limit:
+        return f"takes {made.shared_bytes} bytes of shared memory, limit {made.shared_limit}"
+    if made.tensor_memory > TENSOR_MEMORY_LIMIT:
+        return f"takes {made.tensor_memory} columns of tensor memory, limit {TENSOR_MEMORY_LIMIT}"
+    if made.loop is None:
+        return "has no main loop with matrix instructions"
+    if made.target_sm >= 80 and made.conversions:
+        return f"converts integers in the main loop, {made.conversions} times a trip"
+    narrow = problem.dtype != torch.float32
+    if made.target_sm == 90 and problem.m >= 64 and narrow and made.loop.tensor != "HGMMA":
+        return f"uses {made.loop.tensor} where sm_90 has HGMMA"
+    return None
+
+
+def rank(problem: Problem, target_sm: int, limit: int | None = None, progress: Progress | None = None) -> Ranking:
+    """All candidates of a problem, compiled and ranked; the panel route is always one.
+
+    Configurations that differ in nothing but their split share the report of the one without.
+
+    Args:
+        problem: ``matmul`` or ``matmul_dx``.
+        target_sm: compute capability, such as 87; no such GPU need be there.
+        limit: how many candidates to keep, besides the panel route; all if not given.
+        progress: is told how many of how many candidates are done.
+    """
+    device = NOMINAL[target_sm]
+    kept: list[Candidate] = []
+    dropped = []
+    configs = candidates(problem, target_sm)
+    for done, config in enumerate(configs, 1):
+        made = compiled(problem, _representative(config), target_sm)
+        reason = made if isinstance(made, str) else unfit(problem, made)
+        if isinstance(made, str) or reason is not None:
+            dropped.append(Dropped(config, None if isinstance(made, str) else made, str(reason)))
+        else:
+            kept.append(Candidate(config, made, predicted_us(problem, config, made, device)))
+        if progress is not None:
+            progress(done, len(configs))
+    kept.sort(key=lambda candidate: candidate.predicted_us)
+    kept = [*kept[:limit], Candidate(None, None, predicted_panel_us(problem, device))]
+    return Ranking(sorted(kept, key=lambda candidate: candidate.predicted_us), dropped)
+
+
+def compiled(
+    problem: Problem, config: TileConfig, target_sm: int, rank: int = 16, bias: bool = False
+) -> StaticReport | str:
+    """The report, shared by all problems that compile to the same code, or what the compiler objects to."""
+    like = replace(problem, m=EVEN_SIZE, n=_alike(problem.n, config.block_n), k=_alike(problem.k, config.block_k))
+    return _compiled(like, config, target_sm, rank, bias)
+
+
+def _alike(size: int, block: int) -> int:
+    """The size that stands for all that are divisible by the same of ``block`` and 16."""
+    return EVEN_SIZE if size % block == 0 else EVEN_SIZE + 16 if size % 16 == 0 else EVEN_SIZE + 1
+
+
+@cache
+def _compiled(problem: Problem, config: TileConfig, target_sm: int, rank: int, bias: bool) -> StaticReport | str:
+    try:
+        return report(problem, config, target_sm, rank, bias)
+    except (triton.TritonError, RuntimeError) as error:
+        return f"does not compile: {(str(error).splitlines() or [''])[-1].strip()}"
+
+
+def static_table(problems: Sequence[Problem], target_sm: int, progress: Progress | None = None) -> list[Entry]:
+    """Entries of a table, chosen without a GPU.
+
+    A configuration is judged by what it compiles to for the symmetric scheme with groups of 64. Before one is chosen,
+    it is compiled for every scheme, group size and 16-bit dtype, and dropped if it is unfit for any of them.
+
+    Args:
+        problems: of 16-bit dtypes, with sizes that are bucket bounds, each once.
+        target_sm: compute capability.
+        progress: is told of the compilations of the ranking, kernel by kernel.
+    """
+    versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
+    entries = []
+    for kernel in TUNED:
+        mine = [problem for problem in problems if problem.kernel == kernel]
+        kinds = list(dict.fromkeys(_kind(problem, target_sm) for problem in mine))
+        settled = dict(zip(kinds, _settle(kinds, _predictions(kinds, target_sm, progress), target_sm), strict=True))
+        for problem in mine:
+            route, time_us = settled[_kind(problem, target_sm)]
+            entries.append(Entry(problem, route, "static", round(time_us, 2), None, versions))
+    return entries
+
+
+def _kind(problem: Problem, target_sm: int) -> Problem:
+    """The problem that stands for all with the same candidates and predictions.
+
+    The model knows of no difference between 16-bit dtypes; only the symmetric scheme has sums to scale, by group.
+    """
+    group_size = problem.group_size if problem.scheme == "symmetric" else 64
+    scheme = "symmetric" if problem.scheme == "symmetric" else "affine"
+    return replace(problem, scheme=scheme, group_size=group_size, dtype=_dtypes(target_sm)[0])
+
+
+def _predictions(problems: Sequence[Problem], target_sm: int, progress: Progress | None) -> list[dict[Route, float]]:
+    """For each problem, predicted microseconds of every route that is fit for it."""
+    device = NOMINAL[target_sm]
+    spaces = [candidates(problem, target_sm) for problem in problems]
+    total = len({_representative(config) for space in spaces for config in space})
+    done: set[TileConfig] = set()
+    times: list[dict[Route, float]] = []
+    for problem, space in zip(problems, spaces, strict=True):
+        routes: dict[Route, float] = {None: predicted_panel_us(problem, device)}
+        for config in space:
+            plain = _representative(config)
+            made = compiled(_plain_problem(problem, config, target_sm), plain, target_sm)
+            if progress is not None and plain not in done:
+                done.add(plain)
+                progress(len(done), total)
+            if not isinstance(made, str) and unfit(problem, made) is None:
+                routes[config] = predicted_us(problem, config, made, device)
+        times.append(routes)
+    return times
+
+
+def _representative(config: TileConfig) -> TileConfig:
+    """The configuration whose report stands for this one: a split hardly changes the main loop."""
+    return replace(config, split=1)
+
+
+def _plain_problem(problem: Problem, config: TileConfig, target_sm: int) -> Problem:
+    """The problem whose report stands for all schemes, group sizes and dtypes."""
+    group_size = max(64, config.block_k) if config.scale_sums else 64
+    return replace(problem, scheme="symmetric", group_size=group_size, dtype=_dtypes(target_sm)[0])
+
+
+def _dtypes(target_sm: int) -> list[torch.dtype]:
+    """What one trains in there: before sm_80 there is no bfloat16."""
+    return [torch.bfloat16, torch.float16] if target_sm >= 80 else [torch.float16]
+
+
+def _settle(problems: Sequence[Problem], times: list[dict[Route, float]], target_sm: int) -> list[tuple[Route, float]]:
+    """A route for each problem, from few configurations: greedily, the one that saves most next, if it is clean."""
+    times = [dict(routes) for routes in times]
+    chosen: list[Route] = [None]
+    while len(chosen) <= MOST_CONFIGS:
+        excess = [_excess(routes, chosen) for routes in times]
+        if max(excess, default=0.0) <= math.log1p(TOLERANCE):
+            break
+        saved: dict[Route, float] = {}
+        for routes, before in zip(times, excess, strict=True):
+            best = min(routes.values())
+            for route, time_us in routes.items():
+                saved[route] = saved.get(route, 0.0) + max(0.0, before - math.log(time_us / best))
+        config = max(saved, key=lambda route: saved[route])
+        assert config is not None, "the panel route is chosen already"
+        if _clean(problems[0], config, target_sm):
+            chosen.append(config)
+        else:
+            for routes in times:
+                routes.pop(config, None)
+    return [
+        min(((route, routes[route]) for route in chosen if route in routes), key=lambda pair: pair[1])
+        for routes in times
+    ]
+
+
+def _excess(routes: dict[Route, float], chosen: Iterable[Route]) -> float:
+    """Logarithm of how much slower the best chosen route is than the best of all."""
+    return math.log(min(routes[route] for route in chosen if route in routes) / min(routes.values()))
+
+
+def _clean(problem: Problem, config: TileConfig, target_sm: int) -> bool:
+    """Whether a configuration is fit for all schemes, group sizes and dtypes that it suits, with LoRA and bias."""
+    plain = compiled(_plain_problem(problem, config, target_sm), _representative(config), target_sm)
+    assert not isinstance(plain, str) and plain.loop is not None
+    # Where it serves many tokens, it has to use HGMMA for all of them.
+    m = 64 if plain.loop.tensor == "HGMMA" else 16
+    for variant, rank, bias in variants(replace(problem, m=m), target_sm):
+        if config.suits(variant):
+            made = compiled(variant, config, target_sm, rank, bias)
+            if isinstance(made, str) or unfit(variant, made) is not None:
+                return False
+    return True
+
+
+def variants(problem: Problem, target_sm: int) -> list[tuple[Problem, int, bool]]:
+    """What a shipped configuration has to be clean for, the hardest first: problem, LoRA rank, whether with bias."""
+    bias = problem.kernel == "matmul"
+    dtypes = _dtypes(target_sm)
+    kinds = [
+        replace(problem, scheme=scheme, group_size=group_size, dtype=dtype)
+        for scheme in reversed(SCHEMES)
+        for group_size in GROUP_SIZES
+        for dtype in dtypes
+    ]
+    plain = [kind for kind in kinds if kind.scheme == "symmetric" and kind.dtype == dtypes[0]]
+    return [(kind, 64, bias) for kind in kinds] + [(kind, 16, False) for kind in plain]

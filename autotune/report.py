@@ -1,0 +1,200 @@
+"""What tuning found, against what the device can do at best, and by what each candidate lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mebp_triton.kernels.tables import DTYPE_NAMES, Entry, Route, Table
+
+from .log import Log, Record
+from .measure import Ceilings, bytes_moved, flops
+from .model import NOMINAL
+from .tune import target_of
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A candidate that lost: by how much (0.3: it takes 30 % longer than the winner), or why without a time."""
+
+    route: str
+    time_us: float | None
+    slower_by: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem.
+
+    Attributes:
+        kernel, m, n, k, scheme, group_size, dtype: of the real problem, or of its bucket where no log names it.
+        route: the winner.
+        provenance: "measured", or "static": then times and rates are predictions.
+        device: the name of the device measured on; None for predictions.
+        time_us: microseconds per call.
+        gb_s, tflop_s: achieved: packed weights, scales, X and Y, and 2·M·N·K; None where no log names the problem.
+        of_copy, of_matmul: the share of the ceilings; None without.
+        lost: the other candidates, fastest first.
+    """
+
+    kernel: str
+    m: int
+    n: int
+    k: int
+    scheme: str
+    group_size: int
+    dtype: str
+    route: str
+    provenance: str
+    device: str | None
+    time_us: float
+    gb_s: float | None
+    tflop_s: float | None
+    of_copy: float | None
+    of_matmul: float | None
+    lost: tuple[Loss, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def describe_route(route: Route) -> str:
+    """ "panel", or block_m x block_n x block_k, warps, stages and the rest in one word each."""
+    if route is None:
+        return "panel"
+    words = [
+        f"{route.block_m}x{route.block_n}x{route.block_k}",
+        f"{route.num_warps}w",
+        f"{route.num_stages}s",
+        f"split{route.split}" if route.split > 1 else "",
+        "" if route.weight_left else "right",
+        "sums" if route.scale_sums else "",
+    ]
+    return " ".join(word for word in words if word)
+
+
+def rows(table: Table, log: Log, nominal: Ceilings) -> list[Row]:
+    """A row for every entry, by shape and M.
+
+    Args:
+        table: winners. log: of the same architecture.
+        nominal: ceilings of predictions.
+    """
+    found = []
+    for entry in table.values():
+        record = log.records.get(entry.problem)
+        if record is not None and record.device != entry.device:
+            record = None  # another run's
+        ceilings = nominal if entry.device is None else log.ceilings.get(entry.device)
+        found.append(_row(entry, record, ceilings))
+    return sorted(found, key=lambda row: (row.kernel, row.dtype, row.scheme, row.n, row.k, row.m))
+
+
+def _row(entry: Entry, record: Record | None, ceilings: Ceilings | None) -> Row:
+    problem = entry.problem if record is None else record.problem
+    if record is not None and record.measured_m is not None:
+        problem = replace(problem, m=record.measured_m)
+    dtype = DTYPE_NAMES[problem.dtype]
+    gb_s = tflop_s = of_copy = of_matmul = None
+    if record is not None:
+        gb_s, tflop_s = bytes_moved(problem) / entry.time_us / 1e3, flops(problem) / entry.time_us / 1e6
+        if ceilings is not None:
+            of_copy = gb_s / ceilings.gb_s
+            of_matmul = tflop_s / ceilings.tflop_s[dtype] if dtype in ceilings.tflop_s else None
+    return Row(
+        **asdict(problem) | {"dtype": dtype},
+        route=describe_route(entry.route),
+        provenance=entry.provenance,
+        device=entry.device,
+        time_us=entry.time_us,
+        gb_s=gb_s,
+        tflop_s=tflop_s,
+        of_copy=of_copy,
+        of_matmul=of_matmul,
+        lost=() if record is None else tuple(_losses(entry, record)),
+    )
+
+
+def _losses(entry: Entry, record: Record) -> Iterable[Loss]:
+    """Those with a time, fastest first; then those without. A measurement says nothing of what was only predicted."""
+    timed, rest = [], []
+    for trial in record.trials:
+        time_us = trial.time_us if entry.provenance == "measured" else trial.predicted_us
+        if trial.route == entry.route:
+            continue
+        if time_us is not None:
+            loss = Loss(describe_route(trial.route), time_us, time_us / entry.time_us - 1, trial.reason)
+            timed.append(loss)
+        elif trial.reason is not None:
+            rest.append(Loss(describe_route(trial.route), None, None, trial.reason))
+    yield from sorted(timed, key=lambda loss: loss.time_us or 0.0)
+    yield from rest
+
+
+def nominal_ceilings(architecture: str) -> Ceilings:
+    """Of the device that stands for an architecture in the model, by its data sheet."""
+    device = NOMINAL[target_of(architecture)]
+    rate = 2 * device.tensor_fma * device.sms * device.clock_ghz / 1e3
+    names = ("float16", "bfloat16") if device.compute_capability >= 80 else ("float16",)
+    return Ceilings(device.bandwidth, dict.fromkeys(names, rate))
+
+
+def ceilings_of(rows: Iterable[Row], log: Log, nominal: Ceilings) -> dict[str, Ceilings]:
+    """The ceilings that the rows are held against, by device; those of predictions as "data sheet"."""
+    rows = list(rows)
+    found = {}
+    for device in dict.fromkeys(row.device for row in rows):
+        ceilings = nominal if device is None else log.ceilings.get(device)
+        if ceilings is not None:
+            names = {row.dtype for row in rows if row.device == device}
+            rates = {name: rate for name, rate in ceilings.tflop_s.items() if name in names}
+            found["data sheet" if device is None else device] = Ceilings(ceilings.gb_s, rates)
+    return found
+
+
+def draw(rows: Iterable[Row], ceilings: dict[str, Ceilings], title: str, path: Path) -> None:
+    """Achieved bandwidth and rate over M as a PNG: a line per kernel and shape; the ceilings dashed.
+
+    Raises:
+        ValueError: matplotlib is not installed, or no row has a rate.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a plot needs matplotlib: pip install 'mebp-triton[plots]'") from None
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.gb_s is not None:
+            word = "" if row.provenance == "measured" else ", predicted"
+            lines.setdefault(f"{row.kernel} {row.n}x{row.k} {row.dtype}{word}", []).append(row)
+    if not lines:
+        raise ValueError("there is nothing to plot: no log beside the table names the shapes; run `mebp tune` first")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    _draw_lines(left, lines, "gb_s", "GB/s: packed weights, scales, X and Y")
+    _draw_lines(right, lines, "tflop_s", "TFLOP/s")
+    for name, ceiling in ceilings.items():
+        _draw_ceiling(left, ceiling.gb_s, f"{name}: copy")
+        for dtype, rate in ceiling.tflop_s.items():
+            _draw_ceiling(right, rate, f"{name}: {dtype}")
+    left.legend(fontsize=7)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _draw_lines(axes: Any, lines: dict[str, list[Row]], attribute: str, label: str) -> None:
+    for name, points in lines.items():
+        points = sorted(points, key=lambda row: row.m)
+        style = {"linestyle": "-" if points[0].kernel == "matmul" else ":", "marker": "."}
+        axes.plot([row.m for row in points], [getattr(row, attribute) for row in points], label=name, **style)
+    axes.set(xlabel="M (tokens)", ylabel=label, yscale="log")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+
+
+def _draw_ceiling(axes: Any, value: float, name: str) -> None:
+    axes.axhline(value, color="black", linestyle="--", linewidth=0.8)
+    axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=7)

@@ -1,0 +1,284 @@
+"""The search: ranks a problem's candidates, measures the best of them, keeps the winner, problem by problem.
+
+What is found is saved after every problem, so a run that was killed goes on where it was. Several processes may write
+into the same files: each reads, merges and writes under a lock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from filelock import FileLock
+
+from mebp_triton.kernels.configs import Problem, default_config
+from mebp_triton.kernels.tables import DTYPE_NAMES, Entry, Route, Table, bucket, read_table, table_to_json
+
+from .log import Log, Record, Trial, keep_measurements, log_path, read_log
+from .measure import (
+    Bench,
+    Ceilings,
+    CudaTimer,
+    Limits,
+    Measurement,
+    Timer,
+    measure_copy_gb_s,
+    measure_matmul_tflop_s,
+    plan,
+)
+from .model import NOMINAL
+from .rank import rank as rank_by_model
+
+LIMIT = 8
+LOCK_SECONDS = 60
+
+# Writes a JSON value into a file, whole or not at all.
+Save = Callable[[Path, Any], None]
+# The candidates of a problem, best prediction first, then those that were dropped.
+Rank = Callable[[Problem], Sequence[Trial]]
+# done, total, what is being done
+Progress = Callable[[int, int, str], None]
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides the device."""
+    return {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
+
+
+def merge(table: Table, entry: Entry) -> Table:
+    """``table`` with a newer entry. What was measured does not give way to a prediction."""
+    old = table.get(entry.problem)
+    if old is not None and old.provenance == "measured" and entry.provenance == "static":
+        return table
+    return table | {entry.problem: entry}
+
+
+def target_of(architecture: str) -> int:
+    """The compute capability whose model serves an architecture: its own, or the last one before it.
+
+    Raises:
+        ValueError: there is none, as for one of another vendor.
+    """
+    number = architecture.removeprefix("sm_")
+    known = [target for target in NOMINAL if number.isdecimal() and target <= int(number)]
+    if not known:
+        raise ValueError(f"no candidates are known for {architecture!r}, only for sm_{min(NOMINAL)} and later")
+    return max(known)
+
+
+def model_rank(architecture: str, limit: int | None = None, progress: Callable[[int, int], None] | None = None) -> Rank:
+    """Candidates compiled and ranked by the model; of those that are fit, at most ``limit`` tiles."""
+    target = target_of(architecture)
+
+    def ranked(problem: Problem) -> list[Trial]:
+        found = rank_by_model(problem, target, limit, progress)
+        kept = [Trial(candidate.route, round(candidate.predicted_us, 3)) for candidate in found.kept]
+        return kept + [Trial(dropped.config, reason=dropped.reason[:160]) for dropped in found.dropped]
+
+    return ranked
+
+
+class Results:
+    """The table and the log of one architecture, in files that several processes write into.
+
+    Args:
+        path: of the table; the log lies beside it.
+        architecture: such as "sm_87".
+        save: writes JSON atomically.
+    """
+
+    def __init__(self, path: Path, architecture: str, save: Save) -> None:
+        self.path, self.architecture, self.save = path, architecture, save
+
+    def table(self) -> Table:
+        return read_table(self.path, self.architecture)
+
+    def log(self) -> Log:
+        return read_log(log_path(self.path), self.architecture)
+
+    def _lock(self) -> FileLock:
+        # Nobody else may write into it: a launch believes what it finds there.
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return FileLock(self.path.with_suffix(".lock"), timeout=LOCK_SECONDS)
+
+    def add(self, entry: Entry | None, record: Record) -> None:
+        """Merges what was found of one problem; ``entry`` is None where no route worked."""
+        with self._lock():
+            log = self.log()
+            key = bucket(record.problem)
+            log.records[key] = keep_measurements(log.records.get(key), record)
+            self.save(log_path(self.path), log.to_json())
+            if entry is not None:
+                self.save(self.path, table_to_json(self.architecture, merge(self.table(), entry).values()))
+
+    def add_ceilings(self, device: str, ceilings: Ceilings) -> None:
+        with self._lock():
+            log = self.log()
+            known = log.ceilings.get(device)
+            rates = ceilings.tflop_s if known is None else known.tflop_s | ceilings.tflop_s
+            log.ceilings[device] = Ceilings(ceilings.gb_s, rates)
+            self.save(log_path(self.path), log.to_json())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device to measure on."""
+
+    device: torch.device
+    name: str
+    limits: Limits
+    timer: Timer
+
+    @classmethod
+    def of(cls, device: torch.device) -> Machine:
+        """Of a CUDA device."""
+        return cls(device, torch.cuda.get_device_name(device), Limits.of(device), CudaTimer(device))
+
+
+def tune(
+    problems: Sequence[Problem],
+    machine: Machine,
+    results: Results,
+    rank: Rank,
+    limit: int = LIMIT,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> list[Problem]:
+    """Measures, for every problem, the ``limit`` best candidates, the default and the panel route.
+
+    The candidates are those of the log, if it knows the problem (it may have been made on another machine); else
+    ``rank``'s. Problems measured before, on this device with these versions, are skipped unless ``force``.
+
+    Returns:
+        The problems that were measured now.
+    """
+    log, table = results.log(), results.table()
+    wanted = [problem for problem in problems if force or not _is_measured(problem, machine, table)]
+    _measure_ceilings(wanted, machine, results, force)
+    for done, problem in enumerate(wanted):
+        if progress is not None:
+            progress(done, len(wanted), describe(problem))
+        known = log.records.get(bucket(problem))
+        ranked = rank(problem) if known is None else known.trials
+        record = measure_problem(problem, _shortlist(problem, ranked, limit, table.get(bucket(problem))), machine)
+        results.add(winner(record), record)
+    if progress is not None and wanted:
+        progress(len(wanted), len(wanted), "")
+    return wanted
+
+
+def tune_offline(
+    problems: Sequence[Problem],
+    results: Results,
+    rank: Rank,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> list[Problem]:
+    """Ranks the candidates of every problem without a device; the best prediction becomes a static entry.
+
+    Problems ranked before with these versions are skipped unless ``force``.
+
+    Returns:
+        The problems that were ranked now.
+    """
+    log, table = results.log(), results.table()
+    wanted = [problem for problem in problems if force or not _is_ranked(problem, log, table)]
+    for done, problem in enumerate(wanted):
+        if progress is not None:
+            progress(done, len(wanted), describe(problem))
+        record = Record(problem, tuple(rank(problem)), None, versions())
+        results.add(winner(record), record)
+    if progress is not None and wanted:
+        progress(len(wanted), len(wanted), "")
+    return wanted
+
+
+def describe(problem: Problem) -> str:
+    return f"{problem.kernel} M={problem.m} {problem.n}x{problem.k}"
+
+
+def _is_measured(problem: Problem, machine: Machine, table: Table) -> bool:
+    entry = table.get(bucket(problem))
+    return (
+        entry is not None
+        and entry.provenance == "measured"
+        and entry.device == machine.name
+        and dict(entry.versions) == versions()
+    )
+
+
+def _is_ranked(problem: Problem, log: Log, table: Table) -> bool:
+    record = log.records.get(bucket(problem))
+    return record is not None and bucket(problem) in table and dict(record.versions) == versions()
+
+
+def _shortlist(problem: Problem, ranked: Iterable[Trial], limit: int, old: Entry | None) -> list[tuple[Trial, bool]]:
+    """All trials, each with whether it is to be measured: the best ranked, what is in use now, and the panel route."""
+    trials = {trial.route: _untimed(trial) for trial in ranked}
+    in_use: list[Route] = [default_config(problem), None] + ([] if old is None else [old.route])
+    for route in in_use:
+        trials.setdefault(route, Trial(route))
+    best = [trial.route for trial in trials.values() if trial.predicted_us is not None and trial.route is not None]
+    chosen = {*best[:limit], *in_use}
+    return [(trial, trial.route in chosen) for trial in trials.values()]
+
+
+def _untimed(trial: Trial) -> Trial:
+    """Without what was measured; a reason stays only where the candidate was dropped before it was ranked."""
+    return Trial(trial.route, trial.predicted_us, reason=trial.reason if trial.predicted_us is None else None)
+
+
+def measure_problem(problem: Problem, shortlist: Sequence[tuple[Trial, bool]], machine: Machine) -> Record:
+    """Measures the marked trials in order, each against the best before it."""
+    trials = [trial for trial, _ in shortlist]
+    chosen = [index for index, (_, marked) in enumerate(shortlist) if marked]
+    try:
+        smaller, copies = plan(problem, machine.limits)
+    except ValueError as error:
+        failed = tuple(replace(trial, reason=str(error)) for trial in trials)
+        return Record(problem, failed, machine.name, versions())
+    bench = Bench(smaller, copies, machine.device, machine.limits)
+    best_us = math.inf
+    for index in chosen:
+        found = bench.measure(trials[index].route, machine.timer, best_us)
+        trials[index] = _with(trials[index], found)
+        if found.time_us is not None:
+            best_us = min(best_us, found.time_us)
+    return Record(problem, tuple(trials), machine.name, versions(), smaller.m)
+
+
+def _with(trial: Trial, found: Measurement) -> Trial:
+    return replace(trial, time_us=found.time_us, samples_us=found.samples_us, reason=found.reason)
+
+
+def winner(record: Record) -> Entry | None:
+    """The entry for the fastest trial: measured if the record is, else predicted. None if no trial works."""
+    measured = record.device is not None
+    times = [
+        (trial.time_us if measured else trial.predicted_us, trial.route)
+        for trial in record.trials
+        if trial.reason is None
+    ]
+    known = [(time_us, route) for time_us, route in times if time_us is not None]
+    if not known:
+        return None
+    time_us, route = min(known, key=lambda pair: pair[0])
+    provenance = "measured" if measured else "static"
+    return Entry(bucket(record.problem), route, provenance, time_us, record.device, record.versions)
+
+
+def _measure_ceilings(problems: Iterable[Problem], machine: Machine, results: Results, force: bool) -> None:
+    """Of the device, and of every dtype among the problems, if the log has none of them."""
+    known = results.log().ceilings.get(machine.name)
+    names = dict.fromkeys(DTYPE_NAMES[problem.dtype] for problem in problems)
+    missing = [name for name in names if force or known is None or name not in known.tflop_s]
+    if not missing:
+        return
+    arguments = (machine.device, machine.timer, machine.limits)
+    rates = {name: measure_matmul_tflop_s(*arguments, getattr(torch, name)) for name in missing}
+    results.add_ceilings(machine.name, Ceilings(measure_copy_gb_s(*arguments), rates))

@@ -1,0 +1,52 @@
+"""For the pytest-benchmark suites: import paths, options of torch, and what of their JSON is kept."""
+
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from mebp_triton.report import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+# As in tests/conftest.py: from the root, ``kernels`` would shadow another package.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+sys.path.append(str(ROOT / "bench"))
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Every sample, the machine's kind and the versions; no names of hosts, no sums that follow from the samples."""
+    kept = [
+        {
+            "group": entry["group"],
+            "problem": entry["extra_info"]["problem"],
+            "side": entry["extra_info"]["side"],
+            "median_seconds": entry["stats"]["median"],
+            "samples_seconds": [round(value, 9) for value in entry["stats"]["data"]],
+        }
+        for entry in output_json["benchmarks"]
+    ]
+    timers = sorted({entry["options"]["timer"] for entry in output_json["benchmarks"]})
+    on_gpu = torch.cuda.is_available()
+    machine = environment(torch.device("cuda") if on_gpu else None) | {"cpu": processor()}
+    commit, when = output_json["commit_info"].get("id"), output_json["datetime"]
+    changed = output_json["commit_info"].get("dirty")
+    output_json.clear()
+    output_json.update(
+        {
+            "machine_info": machine,
+            "timers": timers,
+            "commit": commit,
+            "changed_files": changed,
+            "datetime": when,
+            "benchmarks": kept,
+        }
+    )

@@ -1,0 +1,274 @@
+"""Part ``correctness``: every operation at real shapes against float64 on the decoded codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mebp_triton.autotune.measure import poisoned
+from mebp_triton.kernels import ops
+from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight, Scheme
+from mebp_triton.kernels.reference import cross_entropy, decode
+from mebp_triton.lora import int4_lora_linear
+
+from .accuracy import judge
+from .operands import dtype_name, normal, random_weight, strided
+from .routes import known_routes, route_name, run_dx, run_forward
+from .session import Session
+from .sizes import Shape
+
+RANKS = (16, 0, 1, 64, 5)
+
+
+def correctness(session: Session) -> None:
+    _linear(session)
+    _groups(session)
+    _lora_layer(session)
+    _embedding(session)
+    _cross_entropy(session)
+    _routes(session)
+    _repeats(session)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One weight, and the numbers of tokens to check on it."""
+
+    shape: Shape
+    scheme: Scheme
+    group_size: int
+    dtype: torch.dtype
+    tokens: tuple[int, ...]
+
+
+def cases(session: Session) -> list[Case]:
+    """The usual kind of weight at every M of every shape; then every other kind, M's and shapes taking turns."""
+    sizes = session.sizes
+    kinds = list(product(SCHEMES, GROUP_SIZES, sizes.dtypes))
+    usual, step = ("symmetric", 64, sizes.dtypes[0]), min(4, len(sizes.tokens))
+    found = [Case(shape, *usual, sizes.tokens) for shape in sizes.shapes]
+    for turn, shape in enumerate(sizes.shapes):
+        for index, kind in enumerate(kinds):
+            if kind != usual:
+                found.append(Case(shape, *kind, sizes.tokens[(turn + index) % step :: step]))
+    return found
+
+
+def _linear(session: Session) -> None:
+    """Forward and dX with bias and LoRA, as ``ops`` routes them."""
+    rows = session.results["linear"] = []
+    turn = 0
+    for case in session.while_time("linear", cases(session), share=0.55):
+        weight = random_weight(*case.shape, session.device, case.scheme, case.group_size)
+        known = Decoded(weight, case.dtype)
+        for m in case.tokens:
+            for kernel in ("matmul", "matmul_dx"):
+                turn += 1
+                row = check_linear(known, kernel, m, RANKS[turn % len(RANKS)], turn % 3 == 0, turn % 4 == 0)
+                _record(session, rows, {"kernel": kernel, **_describe(case.shape, weight, case.dtype), "m": m}, row)
+
+
+class Decoded:
+    """A weight, decoded in float64 and in the activations' dtype."""
+
+    def __init__(self, weight: Int4Weight, dtype: torch.dtype) -> None:
+        self.weight, self.dtype = weight, dtype
+        self.truth, self.same = decode(weight), decode(weight, dtype)
+
+
+def check_linear(
+    known: Decoded,
+    kernel: str,
+    m: int,
+    rank: int,
+    bias: bool,
+    transposed: bool,
+    run: Callable[..., Tensor] | None = None,
+) -> dict[str, Any]:
+    """One forward or dX; ``run`` takes the operation's place (a fixed route)."""
+    dtype, device, (n, k) = known.dtype, known.weight.device, known.weight.shape
+    inputs, outputs = (k, n) if kernel == "matmul" else (n, k)
+    make = strided if transposed else normal
+    x = make(m, inputs, dtype=dtype, device=device)
+    low = normal(m, rank, dtype=dtype, device=device) if rank else None
+    high = normal(*((n, rank) if kernel == "matmul" else (rank, k)), dtype=dtype, device=device) if rank else None
+    if high is not None:
+        high *= 0.02 * (inputs / rank) ** 0.5  # LoRA's term is smaller than the weight's
+    added = normal(n, dtype=dtype, device=device) if bias and kernel == "matmul" else None
+    with poisoned():
+        if kernel == "matmul":
+            ours = (run or ops.int4_matmul)(x, known.weight, added, low, high, backend="triton")
+        else:
+            ours = (run or ops.int4_matmul_dx)(x, known.weight, low, high, backend="triton")
+
+    def expected(matrix: Tensor) -> Tensor:
+        to = matrix.dtype
+        y = x.to(to) @ (matrix.t() if kernel == "matmul" else matrix)
+        if low is not None and high is not None:
+            y = y + low.to(to) @ (high.t() if kernel == "matmul" else high).to(to)
+        return y if added is None else y + added.to(to)
+
+    assert ours.shape == (m, outputs) and ours.dtype == dtype
+    found = judge(ours, expected(known.same), expected(known.truth))
+    return {"rank": rank, "bias": added is not None, "transposed": transposed} | found
+
+
+def _groups(session: Session) -> None:
+    """q/k/v and gate/up: one launch forward, and one dX written once."""
+    rows = session.results["groups"] = []
+    todo = list(product(session.sizes.group_shapes, session.sizes.dtypes, session.sizes.tokens[:5]))
+    for shapes, dtype, m in session.while_time("groups", todo, share=0.25):
+        weights = [random_weight(n, k, session.device) for n, k in shapes]
+        x = normal(m, shapes[0][1], dtype=dtype, device=session.device)
+        dys = [normal(m, n, dtype=dtype, device=session.device) for n, _ in shapes]
+        ts = [normal(m, 16, dtype=dtype, device=session.device) for _ in shapes]
+        bs = [normal(n, 16, dtype=dtype, device=session.device) for n, _ in shapes]
+        with poisoned():
+            ys = ops.int4_matmul_group(x, weights, [None] * len(shapes), ts, bs, backend="triton")
+            dx = ops.int4_matmul_dx_group(dys, weights, backend="triton")
+        about = {"shapes": shapes, "dtype": dtype_name(dtype), "m": m}
+        for index, (y, weight, t, b) in enumerate(zip(ys, weights, ts, bs, strict=True)):
+            same, truth = (x.to(to) @ decode(weight, to).t() + t.to(to) @ b.to(to).t() for to in (dtype, torch.float64))
+            found = judge(y, same, truth)
+            _record(session, rows, about | {"kernel": "matmul", "member": index}, found)
+        # The product over the concatenation: torch too rounds once.
+        dy, whole = (
+            torch.cat(dys, dim=1),
+            [torch.cat([decode(w, to) for w in weights]) for to in (dtype, torch.float64)],
+        )
+        _record(session, rows, about | {"kernel": "matmul_dx"}, judge(dx, dy @ whole[0], dy.double() @ whole[1]))
+
+
+def _lora_layer(session: Session) -> None:
+    """The layer's output and all its gradients."""
+    rows = session.results["lora_layer"] = []
+    todo = list(product(session.sizes.shapes[:4], session.sizes.dtypes, session.sizes.tokens[:2]))
+    for shape, dtype, m in session.while_time("lora_layer", todo, share=0.3):
+        if m == 0:
+            continue
+        weight = random_weight(*shape, session.device)
+        about = {**_describe(shape, weight, dtype), "m": m}
+        for name, row in check_lora_layer(weight, dtype, m).items():
+            _record(session, rows, about | {"gradient": name}, row)
+
+
+def check_lora_layer(weight: Int4Weight, dtype: torch.dtype, m: int, rank: int = 16) -> dict[str, dict[str, Any]]:
+    device, (n, k), scaling = weight.device, weight.shape, 2.0
+    values = {
+        "x": normal(m, k, dtype=dtype, device=device),
+        "bias": normal(n, dtype=dtype, device=device),
+        "a": normal(rank, k, dtype=torch.float32, device=device) / k**0.5,
+        "b": normal(n, rank, dtype=torch.float32, device=device),
+    }
+    dy = normal(m, n, dtype=dtype, device=device)
+
+    def results(to: torch.dtype | None, layer: Callable[..., Tensor]) -> dict[str, Tensor]:
+        leaves = {name: (v if to is None else v.to(to)).detach().requires_grad_() for name, v in values.items()}
+        y = layer(leaves["x"], leaves["bias"], leaves["a"], leaves["b"])
+        grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+        return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+    def plain(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        t = x @ a.to(x.dtype).t() * scaling
+        return x @ decode(weight, x.dtype).t() + bias + t @ b.to(x.dtype).t()
+
+    with poisoned():
+        ours = results(None, lambda x, bias, a, b: int4_lora_linear(x, weight, bias, a, b, scaling, "triton"))
+    same, truth = results(None, plain), results(torch.float64, plain)
+    return {name: judge(ours[name], same[name], truth[name]) for name in truth}
+
+
+def _embedding(session: Session) -> None:
+    """Rows are decoded to the bit."""
+    rows = session.results["embedding"] = []
+    v, k = session.sizes.table
+    todo = list(product(SCHEMES, session.sizes.dtypes))
+    for scheme, dtype in session.while_time("embedding", todo, share=0.3):
+        weight = random_weight(v, k, session.device, scheme)
+        ids = torch.randint(0, v, (session.sizes.table_tokens,), device=session.device)
+        with poisoned():
+            ours = ops.int4_embedding(ids, weight, dtype, backend="triton")
+        ok = torch.equal(ours, decode(weight, dtype)[ids])
+        _record(session, rows, _describe((v, k), weight, dtype), {"ok": ok})
+
+
+def _cross_entropy(session: Session) -> None:
+    """Loss and dH over an int4 head."""
+    rows = session.results["cross_entropy"] = []
+    v, k = session.sizes.table
+    todo = list(product(session.sizes.dtypes, ("symmetric", "codebook")))
+    for dtype, scheme in session.while_time("cross_entropy", todo, share=0.4):
+        weight = random_weight(v, k, session.device, scheme)
+        hidden = normal(session.sizes.table_tokens, k, dtype=dtype, device=session.device)
+        targets = torch.randint(0, v, hidden.shape[:1], device=session.device)
+        targets[1] = -100
+        leaf = hidden.clone().requires_grad_()
+        with poisoned():
+            losses, _ = ops.int4_cross_entropy(leaf, weight, targets, backend="triton")
+            loss = losses.sum()
+            loss.backward()
+        true_loss, true_grad, _ = cross_entropy(hidden.double(), weight, targets)
+        same_grad = _torch_cross_entropy(hidden, weight, targets)
+        assert leaf.grad is not None
+        about = _describe((v, k), weight, dtype) | {"loss": loss.item(), "true_loss": true_loss.item()}
+        _record(session, rows, about, judge(leaf.grad, same_grad, true_grad))
+
+
+def _torch_cross_entropy(hidden: Tensor, weight: Int4Weight, targets: Tensor) -> Tensor:
+    """dH as transformers computes it: logits in the activations' dtype, the loss in float32."""
+    leaf = hidden.clone().requires_grad_()
+    logits = leaf @ decode(weight, hidden.dtype).t()
+    torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _route_cases(session: Session) -> Iterator[tuple[str, Shape, Any]]:
+    for kernel in ("matmul", "matmul_dx"):
+        for shape, route in known_routes(session.device, kernel, session.sizes.shapes[:2], session.dtype):
+            yield kernel, shape, route
+
+
+def _routes(session: Session) -> None:
+    """Every route that a launch may take: each configuration of the tables, the defaults, panels."""
+    rows = session.results["routes"] = []
+    for kernel, shape, route in session.while_time("routes", list(_route_cases(session)), share=0.6):
+        weight = random_weight(*shape, session.device)
+        known = Decoded(weight, session.dtype)
+        run = (run_forward if kernel == "matmul" else run_dx)(route)
+        for m in [m for m in session.sizes.tokens if m][:3]:
+            found = check_linear(known, kernel, m, 16, False, False, run)
+            about = {"kernel": kernel, "route": route_name(route), **_describe(shape, weight, session.dtype), "m": m}
+            _record(session, rows, about, found)
+
+
+def _repeats(session: Session) -> None:
+    """One call, again and again: the same bits."""
+    rows = session.results["repeats"] = []
+    for kernel, shape, route in session.while_time("repeats", list(_route_cases(session))):
+        weight = random_weight(*shape, session.device)
+        for m in [m for m in session.sizes.tokens if m][:2]:
+            x = normal(m, shape[1] if kernel == "matmul" else shape[0], dtype=session.dtype, device=session.device)
+            run = (run_forward if kernel == "matmul" else run_dx)(route)
+            first = run(x, weight)
+            different = sum(not torch.equal(run(x, weight), first) for _ in range(session.sizes.repeats))
+            about = {"kernel": kernel, "route": route_name(route), **_describe(shape, weight, session.dtype), "m": m}
+            _record(
+                session, rows, about, {"repeats": session.sizes.repeats, "different": different, "ok": not different}
+            )
+
+
+def _describe(shape: Shape, weight: Int4Weight, dtype: torch.dtype) -> dict[str, Any]:
+    named = {"n": shape[0], "k": shape[1], "scheme": weight.scheme, "group_size": weight.group_size}
+    return named | {"dtype": dtype_name(dtype)}
+
+
+def _record(session: Session, rows: list[dict[str, Any]], about: dict[str, Any], found: dict[str, Any]) -> None:
+    rows.append(about | found)
+    if not found["ok"]:
+        session.fail(f"beyond the rule: {about | found}")

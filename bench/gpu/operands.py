@@ -1,0 +1,60 @@
+"""Random operands: int4 weights, and the same NF4 weight for bitsandbytes and for us."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mebp_triton.kernels.layout import Int4Weight, Scheme
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+
+
+def strided(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A matrix whose rows are not contiguous."""
+    return normal(*shape[::-1], dtype=dtype, device=device).t()
+
+
+def random_weight(
+    n: int, k: int, device: torch.device, scheme: Scheme = "symmetric", group_size: int = 64
+) -> Int4Weight:
+    """Random codes; scales of both signs; decoded entries of a real weight's size."""
+    groups = -(-k // group_size)
+    scales = (0.02 * torch.randn(groups, n, device=device)).half()
+    return Int4Weight.from_codes(
+        torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device),
+        scales,
+        group_size,
+        minimum=(0.1 * torch.randn(groups, n, device=device)).half() if scheme == "affine" else None,
+        codebook=torch.randn(16, device=device).sort().values if scheme == "codebook" else None,
+    )
+
+
+def clone(weight: Int4Weight) -> Int4Weight:
+    """A copy in memory of its own."""
+    parts = {name: tensor.clone() for name, tensor in weight.tensors().items()}
+    return Int4Weight(in_features=weight.in_features, group_size=weight.group_size, **parts)
+
+
+def nf4_pair(n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Any, Int4Weight]:
+    """A random matrix, quantized by bitsandbytes; its packed codes, its state, and the same codes and scales as ours.
+
+    K must be a multiple of 64.
+    """
+    from bitsandbytes import functional
+
+    source = normal(n, k, dtype=dtype, device=device) * 0.02
+    packed, state = functional.quantize_4bit(source, blocksize=64, quant_type="nf4")
+    pairs = packed.view(n, k // 2)
+    # bitsandbytes has a row's first code in the high nibble of its first byte.
+    codes = torch.stack((pairs >> 4, pairs & 15), dim=2).view(n, k)
+    scales = state.absmax.view(n, k // 64).t().contiguous()
+    return packed, state, Int4Weight.from_codes(codes, scales, 64, codebook=state.code.float().to(device))

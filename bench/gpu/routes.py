@@ -1,0 +1,63 @@
+"""The routes of a launch, each by itself: what dispatch chooses among."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mebp_triton.kernels.configs import Kernel, Problem, default_config
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.matmul import int4_matmul_triton
+from mebp_triton.kernels.matmul_dx import int4_matmul_dx_triton
+from mebp_triton.kernels.panel import int4_matmul_dx_panel, int4_matmul_panel
+from mebp_triton.kernels.tables import Route, architecture_of, load_tables
+
+from .sizes import Shape
+
+
+def run_forward(route: Route) -> Callable[..., Tensor]:
+    """``ops.int4_matmul`` by one route."""
+
+    def run(x: Tensor, weight: Int4Weight, bias: Any = None, t: Any = None, b: Any = None, **_: Any) -> Tensor:
+        if route is None:
+            return int4_matmul_panel(x, weight, bias, t, b, by_kernel=True)
+        return int4_matmul_triton(x, weight, bias, t, b, route)
+
+    return run
+
+
+def run_dx(route: Route) -> Callable[..., Tensor]:
+    """``ops.int4_matmul_dx`` by one route."""
+
+    def run(dy: Tensor, weight: Int4Weight, g: Any = None, a: Any = None, **_: Any) -> Tensor:
+        if route is None:
+            return int4_matmul_dx_panel(dy, weight, g, a, by_kernel=True)
+        return int4_matmul_dx_triton(dy, weight, g, a, route)
+
+    return run
+
+
+def route_name(route: Route) -> str:
+    if route is None:
+        return "panel"
+    text = f"{route.block_m}x{route.block_n}x{route.block_k} w{route.num_warps} s{route.num_stages} split{route.split}"
+    return text + (" left" if route.weight_left else " right") + (" sums" if route.scale_sums else "")
+
+
+def known_routes(
+    device: torch.device, kernel: Kernel, shapes: Iterable[Shape], dtype: torch.dtype
+) -> list[tuple[Shape, Route]]:
+    """For each shape: panels, the defaults, and every configuration of the device's tables that suits it."""
+    tables = load_tables(architecture_of(device))
+    found = []
+    for n, k in shapes:
+        problem = Problem(kernel, 16, n, k, dtype=dtype)
+        configs = dict.fromkeys(default_config(Problem(kernel, m, n, k, dtype=dtype)) for m in (16, 512))
+        for entry in tables.values():
+            if entry.problem.kernel == kernel and entry.route is not None and entry.route.suits(problem):
+                configs[entry.route] = None
+        found += [((n, k), route) for route in (None, *configs)]
+    return found

@@ -1,0 +1,144 @@
+"""What the parts run on: the shapes of real models, or tiny ones that rehearse every line on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Shape = tuple[int, int]
+
+# The shapes of the published configurations.
+QWEN2_5: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "Qwen2.5-1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "Qwen2.5-3B": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "vocab_size": 128,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes are (N, K).
+
+    Attributes:
+        dtypes: of the activations; the first is the one that is timed.
+        tokens, shapes: of the correctness cases.
+        group_shapes: weights that share their input.
+        table: (V, K) of the embedding and head. table_tokens: rows looked up, and targets.
+        repeats: how often one call must give the same bits.
+        speed_tokens, speed_shapes: what is timed.
+        tune_tokens, tune_shapes: what is tuned first, as long as time lasts.
+        samples: timed samples of each side.
+        memory_shape, memory_tokens: of the layer whose memory is measured.
+        graph_shape, graph_tokens: of the layer that is compiled and captured.
+        models: configurations by name. sequence_lengths: of the training steps. steps: timed ones.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    tokens: tuple[int, ...]
+    shapes: tuple[Shape, ...]
+    group_shapes: tuple[tuple[Shape, ...], ...]
+    table: Shape
+    table_tokens: int
+    repeats: int
+    speed_tokens: tuple[int, ...]
+    speed_shapes: tuple[Shape, ...]
+    tune_tokens: tuple[int, ...]
+    tune_shapes: tuple[Shape, ...]
+    samples: int
+    memory_shape: Shape
+    memory_tokens: int
+    graph_shape: Shape
+    graph_tokens: int
+    models: dict[str, dict[str, Any]]
+    sequence_lengths: tuple[int, ...]
+    steps: int
+
+
+QWEN_3B_SHAPES = ((11008, 2048), (2048, 11008), (2048, 2048), (256, 2048))
+
+REAL = Sizes(
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    tokens=(500, 1, 33, 2047, 16, 65, 129, 3, 64, 17, 0, 2, 15, 31, 63, 127),
+    shapes=(
+        *QWEN_3B_SHAPES,
+        (896, 4864),
+        (1536, 8960),
+        (6912, 1152),
+        (576, 1536),
+        (2560, 10240),
+        (1001, 328),
+        (151936, 896),
+        (262144, 1152),
+    ),
+    group_shapes=(((2048, 2048), (256, 2048), (256, 2048)), ((4864, 896), (4864, 896))),
+    table=(151936, 2048),
+    table_tokens=500,
+    repeats=100,
+    speed_tokens=(512, 1, 2048, 8, 128, 32, 4096),
+    speed_shapes=((8192, 8192), *QWEN_3B_SHAPES),
+    tune_tokens=(512, 16, 2048, 128, 4096, 64, 32, 1024, 256),
+    tune_shapes=((8192, 8192), *QWEN_3B_SHAPES, (2560, 2048), (22016, 2048)),
+    samples=9,
+    memory_shape=(8192, 8192),
+    memory_tokens=512,
+    graph_shape=(2048, 2048),
+    graph_tokens=256,
+    models=dict(reversed(list(QWEN2_5.items()))),
+    sequence_lengths=(1024, 256, 4096),
+    steps=5,
+)
+
+# bfloat16 is left out: the interpreter computes it wrongly.
+REHEARSAL = Sizes(
+    dtypes=(torch.float32, torch.float16),
+    tokens=(5, 0, 17),
+    shapes=((48, 128), (33, 72)),
+    group_shapes=(((48, 64), (16, 64), (16, 64)), ((32, 64), (32, 64))),
+    table=(96, 64),
+    table_tokens=7,
+    repeats=2,
+    speed_tokens=(1, 16),
+    speed_shapes=((64, 128),),
+    tune_tokens=(16,),
+    tune_shapes=((128, 128),),
+    samples=2,
+    memory_shape=(64, 64),
+    memory_tokens=8,
+    graph_shape=(64, 64),
+    graph_tokens=8,
+    models={"tiny": TINY},
+    sequence_lengths=(16,),
+    steps=2,
+)

@@ -1,0 +1,197 @@
+"""Part ``speed``: forward and dX against cuBLAS, dequantise + cuBLAS, and bitsandbytes, over buffers that take turns.
+
+LoRA and bias are left out on every side: what is timed is the product with the weight.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mebp_triton.autotune.measure import SAMPLE_US, WINDOW, Timer
+from mebp_triton.kernels import ops
+from mebp_triton.kernels.configs import Problem
+from mebp_triton.kernels.embedding import decode_rows_triton
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.reference import decode
+from mebp_triton.kernels.tables import architecture_of, choose
+
+from .accuracy import close
+from .operands import clone, dtype_name, nf4_pair, normal, random_weight
+from .routes import route_name, run_dx, run_forward
+from .session import Session
+from .sizes import Shape
+
+# Relative to the norm: two correct results in the timed dtype are closer than this.
+SAME = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+MOST_COPIES = 256
+
+Call = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to compute a product.
+
+    Attributes:
+        calls: one per copy of the weight, in memory of its own.
+        group: sides of one group compute the same.
+    """
+
+    calls: list[Call]
+    group: str
+
+
+def speed(session: Session) -> None:
+    session.results["dtype"] = dtype_name(session.dtype)
+    session.results["not_run"] = missing_peers()
+    rows = session.results["rows"] = []
+    for shape in session.sizes.speed_shapes:
+        weights = Weights.make(session, shape)
+        left = len(session.sizes.speed_shapes) - session.sizes.speed_shapes.index(shape)
+        todo = list(product(session.sizes.speed_tokens, ("matmul", "matmul_dx")))
+        for m, kernel in session.while_time(f"{shape[0]}x{shape[1]}", todo, share=1 / left):
+            rows.append(compare(session, weights, kernel, m))
+
+
+def missing_peers() -> dict[str, str]:
+    """Which comparisons cannot be made, and why."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # a build for another CUDA raises all sorts of things
+        return {"bitsandbytes": f"{type(error).__name__}: {error}"}
+    return {}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Copies of one random weight for every side; together each kind outgrows the cache twice over."""
+
+    shape: Shape
+    plain: list[Tensor]
+    ours: list[Int4Weight]
+    nf4: list[tuple[Tensor, Any, Int4Weight]]
+
+    @classmethod
+    def make(cls, session: Session, shape: Shape) -> Weights:
+        first = random_weight(*shape, session.device)
+        copies = max(2, min(math.ceil(2 * session.limits().cache_bytes / first.nbytes), MOST_COPIES))
+        decoded = decode(first, session.dtype)
+        few = max(2, min(math.ceil(2 * session.limits().cache_bytes / decoded.nbytes), MOST_COPIES))
+        nf4 = []
+        if not missing_peers():
+            packed, state, ours = nf4_pair(*shape, session.dtype, session.device)
+            nf4 = [(packed.clone(), state, clone(ours)) for _ in range(copies)]
+        return cls(shape, [decoded.clone() for _ in range(few)], [clone(first) for _ in range(copies)], nf4)
+
+    def sides(self, kernel: str) -> dict[str, Side]:
+        forward = kernel == "matmul"
+        run = run_forward if forward else run_dx
+        op = ops.int4_matmul if forward else ops.int4_matmul_dx
+        sides = {
+            "cublas": Side([_times(w, forward) for w in self.plain], "int4"),
+            "ours": Side([partial(_ours, op, w) for w in self.ours], "int4"),
+            "ours_panel": Side([partial(_ours, run(None), w) for w in self.ours], "int4"),
+            "dequantise_cublas": Side([partial(_dequantised, forward, w) for w in self.ours], "int4"),
+        }
+        if self.nf4:
+            sides["ours_nf4"] = Side([partial(_ours, op, w) for _, _, w in self.nf4], "nf4")
+            sides["bitsandbytes"] = Side([_bitsandbytes(p, s, forward) for p, s, _ in self.nf4], "nf4")
+        return sides
+
+
+def _ours(op: Callable[..., Tensor], weight: Int4Weight, x: Tensor) -> Tensor:
+    return op(x, weight, backend="triton")
+
+
+def _times(weight: Tensor, forward: bool) -> Call:
+    return lambda x: x @ (weight.t() if forward else weight)
+
+
+def _dequantised(forward: bool, weight: Int4Weight, x: Tensor) -> Tensor:
+    """What everybody does: the whole weight in 16 bits, then the library."""
+    whole = decode_rows_triton(weight, torch.empty(weight.shape, dtype=x.dtype, device=x.device))
+    return x @ (whole.t() if forward else whole)
+
+
+def _bitsandbytes(packed: Tensor, state: Any, forward: bool) -> Call:
+    """``matmul_4bit``; for dX what its backward does, without the costs of autograd."""
+    import bitsandbytes
+    from bitsandbytes import functional
+
+    if forward:
+        return lambda x: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
+    return lambda dy: torch.matmul(dy, functional.dequantize_4bit(packed, state).to(dy.dtype))
+
+
+def bitsandbytes_dx(dy: Tensor, packed: Tensor, state: Any) -> Tensor:
+    """dX by bitsandbytes' own autograd function."""
+    import bitsandbytes
+
+    x = torch.zeros(dy.shape[0], state.shape[1], dtype=dy.dtype, device=dy.device, requires_grad=True)
+    (dx,) = torch.autograd.grad(bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state), x, dy)
+    return dx
+
+
+def compare(session: Session, weights: Weights, kernel: str, m: int) -> dict[str, Any]:
+    """All sides on one problem: first checked against each other, then timed in turns."""
+    (n, k), dtype = weights.shape, session.dtype
+    x = normal(m, k if kernel == "matmul" else n, dtype=dtype, device=session.device)
+    sides = weights.sides(kernel)
+    row: dict[str, Any] = {"kernel": kernel, "m": m, "n": n, "k": k}
+    row["route"] = route_name(choose(Problem(kernel, m, n, k, dtype=dtype), architecture_of(session.device)))
+    firsts: dict[str, Tensor] = {}
+    if weights.nf4 and kernel == "matmul_dx":
+        firsts["nf4"] = bitsandbytes_dx(x, *weights.nf4[0][:2])
+    for name, side in sides.items():
+        result = side.calls[0](x)
+        if not close(result, firsts.setdefault(side.group, result), SAME[dtype]):
+            session.fail(f"{name} computes something else than the others: {row}")
+            return row | {"wrong": name}
+    samples = in_turns({name: side.calls for name, side in sides.items()}, x, session.timer(), session.sizes.samples)
+    row["bytes_moved"] = weights.ours[0].nbytes + m * (n + k) * dtype.itemsize
+    row["flops"] = 2 * m * n * k
+    row["median_us"] = {name: statistics.median(values) for name, values in samples.items()}
+    row["samples_us"] = samples
+    return row
+
+
+def in_turns(sides: dict[str, list[Call]], x: Tensor, timer: Timer, samples: int) -> dict[str, list[float]]:
+    """Microseconds per call. The sides take turns, so that a clock that moves meets all of them."""
+    windows = {name: Window(calls, x) for name, calls in sides.items()}
+    for window in windows.values():
+        window.warm(timer)
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(samples):
+        for name, window in windows.items():
+            found[name].append(window.sample(timer))
+    return found
+
+
+class Window:
+    """Some calls of one side, each on the next copy of its weight."""
+
+    def __init__(self, calls: Sequence[Call], x: Tensor) -> None:
+        self.calls, self.x, self.next, self.count = calls, x, 0, 2
+
+    def run(self) -> None:
+        for _ in range(self.count):
+            self.calls[self.next](self.x)
+            self.next = (self.next + 1) % len(self.calls)
+
+    def warm(self, timer: Timer) -> None:
+        timer(self.run)
+        once_us = timer(self.run) / self.count
+        self.count = max(1, min(int(SAMPLE_US / max(once_us, 1e-3)), WINDOW))
+        timer(self.run)
+
+    def sample(self, timer: Timer) -> float:
+        return timer(self.run) / self.count

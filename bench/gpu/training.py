@@ -1,0 +1,152 @@
+"""Part ``training``: whole steps at a real model's shapes, ours against transformers + PEFT + bitsandbytes NF4.
+
+Random weights: they cost the same time and memory as trained ones. Both sides get the same model, so their first
+losses must agree (NF4 quantizes it again, within 5 %).
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import mebp_triton as mebp
+from mebp_triton.kernels.reference import decode
+from mebp_triton.memory import peak_resident_bytes
+from mebp_triton.peer import with_adapter
+from mebp_triton.stores.format import Store
+
+from .random_store import write_random_store
+from .session import Session
+
+LORA = {"lora_r": 16, "lora_alpha": 16, "seed": 0}
+SAME_LOSS = 0.05
+
+
+def training(session: Session) -> None:
+    session.results |= {"lora": LORA, "not_run": {}, "rows": []}
+    sizes = session.sizes
+    with tempfile.TemporaryDirectory() as scratch:
+        todo = [(name, side) for name in sizes.models for side in SIDES]
+        for name, side in session.while_time("models", todo):
+            store = Path(scratch) / name
+            if not store.exists():
+                write_random_store(AutoConfig.for_model("qwen2", **sizes.models[name]), store, session.device)
+            run_side(session, side, store)
+    check_same(session)
+
+
+def run_side(session: Session, side: str, store: Path) -> None:
+    """Steps at every length; the reason is recorded where packages or memory are missing."""
+    results = session.results
+    try:
+        model = SIDES[side](session, store)
+        for length in session.while_time(f"{store.name} {side}", session.sizes.sequence_lengths):
+            row = {"model": store.name, "side": side, "sequence_length": length}
+            results["rows"].append(row | steps(session, model, length))
+    except (ImportError, torch.OutOfMemoryError) as error:
+        results["not_run"][f"{store.name} {side}"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    model = None
+    gc.collect()
+    if session.on_gpu:
+        torch.cuda.empty_cache()
+
+
+def check_same(session: Session) -> None:
+    """At every length the sides start from the same loss, or they do not train the same model."""
+    first: dict[tuple[str, int], float] = {}
+    for row in session.results["rows"]:
+        known = first.setdefault((row["model"], row["sequence_length"]), row["losses"][0])
+        if not abs(row["losses"][0] / known - 1) <= SAME_LOSS:
+            session.fail(
+                f"not the same model, or not finite: a first loss of {known}, and of {row['losses'][0]}: {row}"
+            )
+
+
+def ours(session: Session, store: Path, **residency: Any) -> nn.Module:
+    lora = mebp.LoraConfig(r=LORA["lora_r"], lora_alpha=LORA["lora_alpha"])
+    return mebp.load(store, lora=lora, device=session.device, dtype=session.dtype, **residency).train()
+
+
+def ours_in_files(session: Session, store: Path) -> nn.Module:
+    """What takes least memory: weights and checkpoints in files."""
+    return ours(session, store, weights="file", checkpoints="file")
+
+
+def peer(session: Session, store: Path) -> Any:
+    """transformers' model of the store's decoded weights, quantized by bitsandbytes, under PEFT."""
+    import bitsandbytes
+    import peft  # noqa: F401
+
+    opened = Store(store)
+    with session.device:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(store), dtype=session.dtype)
+    with torch.no_grad():
+        named = dict(model.named_parameters())
+        for name in opened.matrices:
+            named[f"{name}.weight"].copy_(decode(opened.weight(name).to(session.device), torch.float32))
+        for name in opened.floats:
+            named[name].copy_(opened.float_tensor(name))
+    del named
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not model.get_output_embeddings():
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, nf4_linear(module, session.dtype, bitsandbytes))
+    model.requires_grad_(False)
+    model.is_loaded_in_4bit = True  # PEFT asks for it
+    if session.on_gpu:
+        # Quantizing held the model in 16 bits: that is no part of a step.
+        gc.collect()
+        torch.cuda.empty_cache()
+    return with_adapter(model, LORA).train()
+
+
+def nf4_linear(module: nn.Linear, dtype: torch.dtype, bitsandbytes: Any) -> nn.Module:
+    has_bias, device = module.bias is not None, module.weight.device
+    layer = bitsandbytes.nn.Linear4bit(
+        module.in_features, module.out_features, has_bias, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    # Moving to a device quantizes, also to the one where it lies.
+    layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to(device)
+    layer.bias = module.bias
+    return layer
+
+
+SIDES: dict[str, Callable[[Session, Path], Any]] = {"mebp": ours, "peft_nf4": peer, "mebp_files": ours_in_files}
+
+
+def steps(session: Session, model: Any, length: int) -> dict[str, Any]:
+    """Forward, backward and AdamW over one sequence; the first step warms up and is not timed."""
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator).to(session.device)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # B is zero at first on both sides: the first loss is that of the base model.
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
+    seconds, losses = [], []
+    for _ in range(session.sizes.steps + 1):
+        if session.on_gpu:
+            torch.cuda.reset_peak_memory_stats(session.device)
+        session.synchronize()
+        started = time.perf_counter()
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+    return {
+        "losses": losses,
+        "step_seconds": seconds,
+        "tokens_per_second": length / statistics.median(seconds[1:]),
+        "peak_device_bytes": torch.cuda.max_memory_allocated(session.device) if session.on_gpu else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(session.device) if session.on_gpu else None,
+        "peak_rss_bytes": peak_resident_bytes(),
+    }

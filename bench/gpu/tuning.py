@@ -1,0 +1,63 @@
+"""Part ``tune``: the autotuner on the shapes of the suite; its table is kept beside the suite's JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+
+from mebp_triton import files
+from mebp_triton.autotune.log import Trial, log_path
+from mebp_triton.autotune.shapes import problems
+from mebp_triton.autotune.tune import Machine, Rank, Results, model_rank, tune
+from mebp_triton.kernels.configs import Problem, default_config
+from mebp_triton.kernels.tables import architecture_of, load_tables, user_table_path
+
+from .session import Session
+
+
+def tuning(session: Session) -> None:
+    """The parts after this one use what it found: it lies where ``choose`` looks."""
+    architecture = architecture_of(session.device) or "cpu"
+    results = Results(user_table_path(architecture), architecture, files.write_json)
+    machine = Machine(session.device, session.device.type, session.limits(), session.timer())
+    if session.on_gpu:
+        machine = Machine.of(session.device)
+    todo = []
+    for m in session.sizes.tune_tokens:
+        todo += problems(session.sizes.tune_shapes, [m], dtype=session.dtype)
+    compiled = model_rank(architecture) if session.on_gpu else rank_nothing
+    # First what the shipped tables think worth choosing, which is little; then all that compiles well.
+    for name, rank in (("shipped", shipped(architecture)), ("compiled", compiled)):
+        found = session.results[name] = []
+        for problem in session.while_time(name, todo):
+            tune([problem], machine, results, rank, force=True)
+            found.append(f"{problem.kernel} M={problem.m} {problem.n}x{problem.k}")
+            keep(session, results)
+
+
+def shipped(architecture: str) -> Rank:
+    """Every configuration of the tables as a candidate; nothing has to be compiled but what is measured."""
+    entries = load_tables(architecture).values()
+
+    def rank(problem: Problem) -> Sequence[Trial]:
+        mine = [entry for entry in entries if entry.problem.kernel == problem.kernel and entry.route is not None]
+        routes = dict.fromkeys(entry.route for entry in mine)
+        return [Trial(route, predicted_us=1.0) for route in routes if route is not None and route.suits(problem)]
+
+    return rank
+
+
+def rank_nothing(problem: Problem) -> Sequence[Trial]:
+    """For a rehearsal: nothing is compiled there, so only the default and the panel route are measured."""
+    return [Trial(default_config(problem), predicted_us=1.0)]
+
+
+def keep(session: Session, results: Results) -> None:
+    """Copies of the table and its log beside the suite's JSON."""
+    for name, path in (("table", results.path), ("log", log_path(results.path))):
+        if path.exists():
+            target = session.output.with_name(f"{session.output.stem}-{name}.json")
+            shutil.copyfile(path, target)
+            session.results[name] = target.name
+    session.results["entries"] = len(json.loads(results.path.read_text())["entries"]) if results.path.exists() else 0

@@ -1,0 +1,165 @@
+"""Everything that needs a GPU, in one run of less than ten minutes; ``--dry-run`` rehearses every part on a CPU.
+
+    python bench/gpu_suite.py --output bench/results/NAME.json [--dry-run] [--parts a,b] [--minutes 9]
+
+Each part runs in a process of its own with a limit of its own: one that fails, hangs or loses the device does not take
+the others along. The JSON is written after every part. The exit code is 1 if any part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# Parts in order, and their share of the time. What one does not use, the next ones get.
+PARTS = {
+    "environment": 20,
+    "correctness": 110,
+    "memory": 15,
+    "graphs": 35,
+    "tune": 110,
+    "speed": 120,
+    "training": 120,
+}
+GRACE = 0.85
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU, in Triton's interpreter")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
+    parser.add_argument("--commit", help="what is measured, where git does not say")
+    chosen = parser.parse_args()
+    chosen.parts = [name for name in PARTS if name in chosen.parts.split(",")]
+    unknown = sorted(set(parser.parse_args().parts.split(",")) - PARTS.keys())
+    if unknown:
+        parser.error(f"--parts must be some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    if not chosen.minutes > 0:
+        parser.error(f"--minutes must be positive, got {chosen.minutes}")
+    return chosen
+
+
+def main() -> int:
+    chosen = arguments()
+    ends = time.monotonic() + 60 * chosen.minutes
+    with tempfile.TemporaryDirectory() as scratch:
+        # The tuned table of this run is the only one of this user's that counts.
+        os.environ["XDG_CACHE_HOME"] = scratch
+        # Asking the driver itself whether there is a device would spoil it for the children.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        if chosen.dry_run:
+            os.environ["TRITON_INTERPRET"] = "1"
+        return run(chosen, ends, Path(scratch))
+
+
+def run(chosen: argparse.Namespace, ends: float, scratch: Path) -> int:
+    from mebp_triton import files
+
+    part(chosen.parts[0])  # imported once, for all children
+    record: dict[str, Any] = {
+        "format": 1,
+        "dry_run": chosen.dry_run,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **commit(chosen.commit),
+        "minutes": chosen.minutes,
+        "parts": {},
+    }
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    for name in chosen.parts:
+        waiting = chosen.parts[chosen.parts.index(name) :]
+        seconds = (ends - time.monotonic()) * PARTS[name] / sum(PARTS[part] for part in waiting)
+        found = run_part(name, chosen, seconds, scratch / f"{name}.json")
+        record["parts"][name] = found
+        files.write_json(chosen.output, record)
+        print(f"{name}: {found['status']} in {found['seconds']:.0f} s", found["error"] or "", flush=True)
+    return int(any(part["status"] != "done" for part in record["parts"].values()))
+
+
+def commit(given: str | None) -> dict[str, Any]:
+    """What is measured: the commit, and whether files differ from it."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": given or git("rev-parse", "HEAD"), "changed_files": None if changes is None else bool(changes)}
+
+
+def run_part(name: str, chosen: argparse.Namespace, seconds: float, kept: Path) -> dict[str, Any]:
+    """One part in a child process, which inherits what is imported; killed when its time is over."""
+    started = time.monotonic()
+    child = multiprocessing.get_context("fork").Process(
+        target=child_main, args=(name, chosen, started + GRACE * seconds, kept)
+    )
+    child.start()
+    child.join(max(seconds, 1.0))
+    killed = child.is_alive()
+    if killed:
+        child.kill()
+        child.join()
+    found: dict[str, Any] = {"results": {}, "failures": [], "error": None}
+    if kept.exists():
+        found = json.loads(kept.read_text())
+    if killed:
+        found["error"] = f"killed after {seconds:.0f} s"
+    elif child.exitcode and found["error"] is None:
+        found["error"] = f"the process ended with exit code {child.exitcode}"
+    elif found["failures"] and found["error"] is None:
+        found["error"] = f"{len(found['failures'])} checks failed; the first: {found['failures'][0]}"
+    return {
+        "status": "failed" if found["error"] else "done",
+        "error": found["error"],
+        "seconds": round(time.monotonic() - started, 2),
+        "limit_seconds": round(seconds, 1),
+        "failures": found["failures"],
+        "results": found["results"],
+    }
+
+
+def child_main(name: str, chosen: argparse.Namespace, deadline: float, kept: Path) -> None:
+    import torch
+    from gpu.session import Session
+    from gpu.sizes import REAL, REHEARSAL
+
+    device = torch.device("cpu" if chosen.dry_run else "cuda:0")
+    session = Session(device, REHEARSAL if chosen.dry_run else REAL, deadline, chosen.output, kept)
+    error = None
+    try:
+        torch.manual_seed(0)
+        part(name)(session)
+        session.synchronize()
+    except Exception as problem:
+        traceback.print_exc()
+        error = f"{type(problem).__name__}: {problem}"[:2000]
+    session.save(now=True, error=error)
+
+
+def part(name: str) -> Any:
+    from gpu.correctness import correctness
+    from gpu.environment import environment
+    from gpu.graphs import graphs
+    from gpu.memory import memory
+    from gpu.speed import speed
+    from gpu.training import training
+    from gpu.tuning import tuning
+
+    found = (environment, correctness, memory, graphs, tuning, speed, training)
+    return dict(zip(PARTS, found, strict=True))[name]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

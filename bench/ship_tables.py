@@ -1,0 +1,64 @@
+"""Writes the tables that are shipped, ``kernels/tables/sm_*.json``: compiled and ranked here, no GPU needed.
+
+    python bench/ship_tables.py [--target 87 --target 90]
+
+For the linear layers of the models below, and their q/k/v and gate/up together; symmetric, groups of 64, bfloat16,
+which stand in for the other schemes, group sizes and float16. An entry that was measured on a device is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mebp_triton import files
+from mebp_triton.autotune.rank import static_table
+from mebp_triton.kernels.configs import TUNED, Problem
+from mebp_triton.kernels.tables import M_BUCKETS, bucket, read_table, table_to_json
+
+TABLES = Path(__file__).parent.parent / "kernels" / "tables"
+TARGETS = (80, 86, 87, 89, 90, 100, 120)
+# Hidden size, size of q, size of k and v, size of gate and up; from the models' config.json.
+MODELS = {
+    "Qwen2.5-0.5B": (896, 896, 128, 4864),
+    "Qwen2.5-1.5B": (1536, 1536, 256, 8960),
+    "Qwen2.5-3B": (2048, 2048, 256, 11008),
+    "Gemma-3-1B": (1152, 1024, 256, 6912),
+    "Gemma-3-4B": (2560, 2048, 1024, 10240),
+    "Llama-3.2-1B": (2048, 2048, 512, 8192),
+    "Llama-3.2-3B": (3072, 3072, 1024, 8192),
+}
+
+
+def shapes() -> set[tuple[int, int]]:
+    """(N, K) of every launch."""
+    found: set[tuple[int, int]] = set()
+    for hidden, q, kv, inner in MODELS.values():
+        found |= {(q, hidden), (kv, hidden), (q + 2 * kv, hidden), (hidden, q)}
+        found |= {(inner, hidden), (2 * inner, hidden), (hidden, inner)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="all by default")
+    arguments = parser.parse_args()
+    sizes = sorted(shapes())
+    problems = {bucket(Problem(kernel, m, n, k)) for kernel in TUNED for m in M_BUCKETS for n, k in sizes}
+    order = sorted(problems, key=lambda problem: (problem.kernel, problem.m, problem.n, problem.k))
+    for target in arguments.target or TARGETS:
+        name = f"sm_{target}"
+        path = TABLES / f"{name}.json"
+        measured = [entry for entry in read_table(path, name).values() if entry.provenance == "measured"]
+        kept = {entry.problem: entry for entry in (*static_table(order, target), *measured)}
+        table = table_to_json(name, kept.values())
+        lines = ",\n".join(json.dumps(entry) for entry in table.pop("entries"))
+        text = json.dumps(table)[:-1] + ', "entries": [\n' + lines + "\n]}\n"
+        TABLES.mkdir(exist_ok=True)
+        files.write_bytes(path, text.encode())
+        print(f"{path}: {len(kept)} entries", flush=True)
+
+
+if __name__ == "__main__":
+    main()

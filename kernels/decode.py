@@ -1,0 +1,287 @@
+"""Decoding tiles of packed 4-bit weights inside a kernel.
+
+Where the compiler emits PTX, codes become floats without a conversion instruction: a code put into the low bits of a
+number with a large enough exponent is that number plus the code (bfloat16 ``0x4300 | code`` is 128 + code, float16
+``0x6400 | code`` 1024 + code, float32 ``0x4B000000 | code`` 2^23 + code), and subtracting that is exact. Four bytes
+give eight weights in seven integer instructions. The plain twin runs everywhere, Triton's interpreter included, and
+gives the same bits.
+
+A scale must round once. In float16 a float16 scale times (code - 8) is one rounded multiplication. In bfloat16 the
+scale is split exactly into two bfloat16 numbers, ``upper + rest``; ``c * rest`` has few enough bits to be exact, so
+that ``fma(c, upper, c * rest)`` rounds once. All else is computed in float32 and rounded at the end.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Four bytes in $4 -> four low nibbles in $0, $1 and four high ones in $2, $3, as pairs of (code - 8).
+_UNPACK_BF16 = """
+    .reg .b32 l, h, one, offset;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 offset, 0xC308C308;
+    and.b32 l, $4, 0x0F0F0F0F;
+    shr.u32 h, $4, 4;
+    and.b32 h, h, 0x0F0F0F0F;
+    prmt.b32 $0, l, 0x43434343, 0x4140;
+    prmt.b32 $1, l, 0x43434343, 0x4342;
+    prmt.b32 $2, h, 0x43434343, 0x4140;
+    prmt.b32 $3, h, 0x43434343, 0x4342;
+    fma.rn.bf16x2 $0, $0, one, offset;
+    fma.rn.bf16x2 $1, $1, one, offset;
+    fma.rn.bf16x2 $2, $2, one, offset;
+    fma.rn.bf16x2 $3, $3, one, offset;
+"""
+_UNPACK_FP16 = """
+    .reg .b32 l, h, offset;
+    mov.b32 offset, 0x64086408;
+    and.b32 l, $4, 0x0F0F0F0F;
+    shr.u32 h, $4, 4;
+    and.b32 h, h, 0x0F0F0F0F;
+    prmt.b32 $0, l, 0x64646464, 0x4140;
+    prmt.b32 $1, l, 0x64646464, 0x4342;
+    prmt.b32 $2, h, 0x64646464, 0x4140;
+    prmt.b32 $3, h, 0x64646464, 0x4342;
+    sub.rn.f16x2 $0, $0, offset;
+    sub.rn.f16x2 $1, $1, offset;
+    sub.rn.f16x2 $2, $2, offset;
+    sub.rn.f16x2 $3, $3, offset;
+"""
+# The scales of the low plane's four weights: high parts in $5, $6, low parts in $7, $8; of the high plane: $9 to $12.
+# bfloat16 has no multiplication before sm_90: adding -0 makes one of a fused multiply-add.
+_SCALE_BF16 = """
+    .reg .b32 none, p;
+    mov.b32 none, 0x80008000;
+    fma.rn.bf16x2 p, $0, $7, none;
+    fma.rn.bf16x2 $0, $0, $5, p;
+    fma.rn.bf16x2 p, $1, $8, none;
+    fma.rn.bf16x2 $1, $1, $6, p;
+    fma.rn.bf16x2 p, $2, $11, none;
+    fma.rn.bf16x2 $2, $2, $9, p;
+    fma.rn.bf16x2 p, $3, $12, none;
+    fma.rn.bf16x2 $3, $3, $10, p;
+"""
+# The scales: $5, $6 of the low plane, $7, $8 of the high one.
+_SCALE_FP16 = """
+    mul.rn.f16x2 $0, $0, $5;
+    mul.rn.f16x2 $1, $1, $6;
+    mul.rn.f16x2 $2, $2, $7;
+    mul.rn.f16x2 $3, $3, $8;
+"""
+# Four bytes in $8 -> four low nibbles in $0 to $3, four high ones in $4 to $7, as float32 code - OFFSET.
+_UNPACK_FP32 = """
+    .reg .b32 l, h;
+    and.b32 l, $8, 0x0F0F0F0F;
+    shr.u32 h, $8, 4;
+    and.b32 h, h, 0x0F0F0F0F;
+    prmt.b32 $0, l, 0x4B000000, 0x7540;
+    prmt.b32 $1, l, 0x4B000000, 0x7541;
+    prmt.b32 $2, l, 0x4B000000, 0x7542;
+    prmt.b32 $3, l, 0x4B000000, 0x7543;
+    prmt.b32 $4, h, 0x4B000000, 0x7540;
+    prmt.b32 $5, h, 0x4B000000, 0x7541;
+    prmt.b32 $6, h, 0x4B000000, 0x7542;
+    prmt.b32 $7, h, 0x4B000000, 0x7543;
+""" + "".join(f"    sub.rn.f32 ${register}, ${register}, OFFSET;\n" for register in range(8))
+
+UNPACK_BF16 = tl.constexpr("{" + _UNPACK_BF16 + "}")
+UNPACK_FP16 = tl.constexpr("{" + _UNPACK_FP16 + "}")
+SCALED_BF16 = tl.constexpr("{" + _UNPACK_BF16 + _SCALE_BF16 + "}")
+SCALED_FP16 = tl.constexpr("{" + _UNPACK_FP16 + _SCALE_FP16 + "}")
+CODES_FP32 = tl.constexpr("{" + _UNPACK_FP32.replace("OFFSET", "0f4B000000") + "}")
+CENTRED_FP32 = tl.constexpr("{" + _UNPACK_FP32.replace("OFFSET", "0f4B000008") + "}")
+
+
+@triton.jit
+def unpack_centred(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Both planes of ``packed`` ``[BLOCK_N, BLOCK_J]`` uint8, as exact ``code - 8`` in DTYPE."""
+    if ASM and tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            UNPACK_BF16, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    elif ASM and tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            UNPACK_FP16, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        low, high = unpack_fp32(packed, True, ASM)
+        return low.to(DTYPE), high.to(DTYPE)
+
+
+@triton.jit
+def unpack_fp32(packed, CENTRED: tl.constexpr, ASM: tl.constexpr):
+    """Both planes as float32 codes, less 8 where CENTRED."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            CENTRED_FP32 if CENTRED else CODES_FP32,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            [packed],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = (packed & 0xF).to(tl.float32)
+        high = (packed >> 4).to(tl.float32)
+        if CENTRED:
+            low -= 8.0
+            high -= 8.0
+    return low, high
+
+
+@triton.jit
+def group_rows(ptr, offs_n, mask_n, k0, plane, K, stride_g, stride_n, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The scales (or minima) of one plane of a tile.
+
+    ptr ``[groups, N]``. A plane's run of 32 columns lies within one group, so one row per chunk of 64 is enough.
+    Returns ``[BLOCK_N, 1]`` where the whole tile lies within one group, ``[BLOCK_N, BLOCK_K // 2]`` otherwise.
+    """
+    CHUNKS: tl.constexpr = 1 if GROUP >= BLOCK_K else BLOCK_K // 64
+    offs_c = k0 + plane * 32 + tl.arange(0, CHUNKS) * 64
+    offs_g = (offs_c // GROUP).to(tl.int64)
+    # [BLOCK_N, CHUNKS]
+    rows = tl.load(
+        ptr + offs_g[None, :] * stride_g + offs_n.to(tl.int64)[:, None] * stride_n,
+        mask=mask_n[:, None] & (offs_c < K)[None, :],
+        other=0.0,
+    )
+    if CHUNKS > 1:
+        rows = tl.broadcast_to(rows[:, :, None], (rows.shape[0], CHUNKS, 32))
+        rows = tl.reshape(rows, (rows.shape[0], CHUNKS * 32))
+    return rows
+
+
+@triton.jit
+def packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K: tl.constexpr):
+    """The bytes ``[BLOCK_N, BLOCK_K // 2]`` of the chunks from k0 on."""
+    offs_j = tl.arange(0, BLOCK_K // 2)
+    # The packed row goes on to the end of K's last chunk.
+    mask_p = k0 + offs_j // 32 * 64 < K
+    return tl.load(
+        packed_ptr + offs_n.to(tl.int64)[:, None] * stride_pn + (k0 // 2 + offs_j).to(tl.int64)[None, :] * stride_pj,
+        mask=mask_n[:, None] & mask_p[None, :],
+        other=0,
+    )
+
+
+@triton.jit
+def plane_columns(k0, BLOCK_K: tl.constexpr):
+    """The columns ``[BLOCK_K // 2]`` of the low plane of the tile from k0 on; the high plane's are 32 further on."""
+    offs_j = tl.arange(0, BLOCK_K // 2)
+    return k0 + offs_j // 32 * 64 + offs_j % 32
+
+
+@triton.jit
+def load_planes(
+    packed_ptr,
+    scales_ptr,
+    minimum_ptr,
+    codebook_ptr,
+    offs_n,
+    mask_n,
+    k0,
+    K,
+    stride_pn,
+    stride_pj,
+    stride_sg,
+    stride_sn,
+    stride_zg,
+    stride_zn,
+    GROUP: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr,
+    HAS_CODEBOOK: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Decodes ``W[offs_n, k0 : k0 + BLOCK_K]``: the low and the high plane, each ``[BLOCK_N, BLOCK_K // 2]``.
+
+    packed_ptr ``[N, padded(K) // 2]`` uint8: byte ``c * 32 + j`` holds column ``c * 64 + j`` in its low nibble and
+    ``c * 64 + 32 + j`` in its high nibble. scales_ptr, minimum_ptr ``[groups, N]``; codebook_ptr ``[16]``.
+    k0 is a multiple of 64. Rows with a false mask decode to a finite value without being read; so do, with MASK_K,
+    columns from K on, as zeros (what their padding holds is of no meaning). The bits are those that plain torch gives.
+    """
+    packed = packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K)
+    # [BLOCK_N, BLOCK_J] or [BLOCK_N, 1]
+    scales_low = group_rows(scales_ptr, offs_n, mask_n, k0, 0, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+    scales_high = scales_low
+    if GROUP == 32:
+        scales_high = group_rows(scales_ptr, offs_n, mask_n, k0, 1, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+    # A code times a float16 scale needs no rounding in float32.
+    EXACT: tl.constexpr = scales_ptr.dtype.element_ty == tl.float16
+    if HAS_CODEBOOK:
+        # The table is one cache line, which every warp reads without a conflict.
+        low = (tl.load(codebook_ptr + (packed & 0xF).to(tl.int32)) * scales_low.to(tl.float32)).to(DTYPE)
+        high = (tl.load(codebook_ptr + (packed >> 4).to(tl.int32)) * scales_high.to(tl.float32)).to(DTYPE)
+    elif HAS_MINIMUM:
+        minima_low = group_rows(minimum_ptr, offs_n, mask_n, k0, 0, K, stride_zg, stride_zn, GROUP, BLOCK_K)
+        minima_high = minima_low
+        if GROUP == 32:
+            minima_high = group_rows(minimum_ptr, offs_n, mask_n, k0, 1, K, stride_zg, stride_zn, GROUP, BLOCK_K)
+        low, high = unpack_fp32(packed, False, ASM)
+        low = affine(low, scales_low, minima_low, EXACT).to(DTYPE)
+        high = affine(high, scales_high, minima_high, EXACT).to(DTYPE)
+    elif ASM and EXACT and tl.float16 == DTYPE:
+        low, high = tl.inline_asm_elementwise(
+            SCALED_FP16,
+            "=r,=r,=r,=r,r,r,r,r,r",
+            [packed, scales_low, scales_high],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    elif ASM and EXACT and tl.bfloat16 == DTYPE:
+        upper_low, rest_low = two_bfloat16(scales_low)
+        upper_high, rest_high = two_bfloat16(scales_high)
+        low, high = tl.inline_asm_elementwise(
+            SCALED_BF16,
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+            [packed, upper_low, rest_low, upper_high, rest_high],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low, high = unpack_fp32(packed, True, ASM)
+        low = (low * scales_low.to(tl.float32)).to(DTYPE)
+        high = (high * scales_high.to(tl.float32)).to(DTYPE)
+    if MASK_K:
+        columns = plane_columns(k0, BLOCK_K)
+        low = tl.where((columns < K)[None, :], low, 0.0)
+        high = tl.where((columns + 32 < K)[None, :], high, 0.0)
+    return low, high
+
+
+@triton.jit
+def two_bfloat16(scales):
+    """Float16 numbers as sums of two bfloat16 ones, exactly: the upper eight bits, and the three that are left.
+
+    Cut off by integers; conversions would round, and go through a slow unit.
+    """
+    wide = scales.to(tl.float32)
+    bits = wide.to(tl.int32, bitcast=True)
+    rest = wide - (bits & -65536).to(tl.float32, bitcast=True)
+    upper = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return upper, (rest.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def affine(codes, scales, minima, EXACT: tl.constexpr):
+    """``codes * scales + minima`` in float32. EXACT: the product needs no rounding: fused or not, it is the same."""
+    scales = scales.to(tl.float32)
+    minima = minima.to(tl.float32)
+    if EXACT:
+        return tl.fma(codes, tl.broadcast_to(scales, codes.shape), tl.broadcast_to(minima, codes.shape))
+    else:
+        return codes * scales + minima
+
+
+@triton.jit
+def of_member(member, first, second, third, MEMBERS: tl.constexpr):
+    """The argument that belongs to a member of a group of weights."""
+    if MEMBERS == 1:
+        return first
+    else:
+        return tl.where(member == 0, first, tl.where(member == 1, second, third))

@@ -1,0 +1,102 @@
+"""The running softmax of the one-pass cross-entropy, updated by one tile of logits in one kernel.
+
+In plain torch a tile costs some twelve launches, each of which reads or writes the tile's logits; this reads them twice
+and writes the probabilities once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .cross_entropy import RunningSoftmax
+
+BLOCK_V = 1024
+
+
+@triton.jit
+def _softmax_tile_kernel(
+    z_ptr,
+    slope_ptr,
+    targets_ptr,
+    maximum_ptr,
+    total_ptr,
+    at_target_ptr,
+    target_slope_ptr,
+    argmax_ptr,
+    shrink_ptr,
+    START,
+    V,
+    stride_zm,
+    HAS_SLOPE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One row per program: ``z`` becomes ``exp(z - maximum)``, and the row's running values take it in.
+
+    z_ptr, slope_ptr ``[rows, V]``: logits of rows START.. of the head, and their derivatives; all others ``[rows]``,
+    float32 but for targets_ptr and argmax_ptr (int64). shrink_ptr gets what earlier sums are multiplied by.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * stride_zm
+    offs_v = tl.arange(0, BLOCK_V)
+    before = tl.load(maximum_ptr + row)
+    top = before
+    place = tl.load(argmax_ptr + row)
+    target = tl.load(targets_ptr + row) - START
+    at_target = 0.0
+    for v0 in range(0, V, BLOCK_V):
+        # [BLOCK_V]
+        z = tl.load(z_ptr + v0 + offs_v, mask=v0 + offs_v < V, other=float("-inf")).to(tl.float32)
+        highest, index = tl.max(z, axis=0, return_indices=True)
+        place = tl.where(highest > top, (START + v0 + index).to(tl.int64), place)
+        top = tl.maximum(top, highest)
+        at_target += tl.sum(tl.where(v0 + offs_v == target, z, 0.0), axis=0)
+
+    if (target >= 0) & (target < V):
+        tl.store(at_target_ptr + row, at_target)
+        if HAS_SLOPE:
+            tl.store(target_slope_ptr + row, tl.load(slope_ptr + row * V + target))
+
+    added = tl.full((BLOCK_V,), 0.0, tl.float32)
+    for v0 in range(0, V, BLOCK_V):
+        mask = v0 + offs_v < V
+        # [BLOCK_V]
+        z = tl.load(z_ptr + v0 + offs_v, mask=mask, other=float("-inf")).to(tl.float32)
+        p = tl.exp(z - top)
+        added += p
+        tl.store(z_ptr + v0 + offs_v, p.to(z_ptr.dtype.element_ty), mask=mask)
+    shrink = tl.exp(before - top)
+    tl.store(shrink_ptr + row, shrink)
+    tl.store(total_ptr + row, tl.load(total_ptr + row) * shrink + tl.sum(added, axis=0))
+    tl.store(maximum_ptr + row, top)
+    tl.store(argmax_ptr + row, place)
+
+
+def update_softmax(softmax: RunningSoftmax, z: Tensor, slope: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
+    """As ``RunningSoftmax.update``; z ``[rows, V]`` in any float dtype, softmax in float32."""
+    rows, tile = z.shape
+    shrink = torch.empty((rows, 1), dtype=torch.float32, device=z.device)
+    with torch.cuda.device_of(z):
+        _softmax_tile_kernel[(rows,)](
+            z,
+            slope,
+            softmax.targets,
+            softmax.maximum,
+            softmax.total,
+            softmax.at_target,
+            softmax.target_slope,
+            softmax.argmax,
+            shrink,
+            start,
+            tile,
+            z.stride(0),
+            HAS_SLOPE=slope is not None,
+            BLOCK_V=BLOCK_V,
+            num_warps=4,
+        )
+    return z, shrink

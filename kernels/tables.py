@@ -1,0 +1,244 @@
+"""Which configuration a launch takes: tables per compute capability, shipped and the user's own, and a rule without.
+
+A table is JSON: ``{"format": 1, "architecture": "sm_90", "entries": [...]}``. An entry names its problem (kernel, m, n,
+k as bucket bounds, scheme, group_size, dtype), its ``route`` ("tile" with a ``config``, or "panel": decode a panel of
+the weight and let the vendor's library multiply), the ``provenance`` ("measured" on a device, or "static": compiled and
+ranked by a model), ``time_us`` (measured or predicted, in microseconds), ``device`` (null for static) and ``versions``.
+
+The device is known by its compute capability, never by its name. Tables are read at the first launch, not at import.
+A damaged table is ignored with a warning; what no table answers, ``default_route`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .configs import TUNED, Problem, TileConfig, default_config
+from .layout import GROUP_SIZES, SCHEMES
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "tables"
+M_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SIZE_BUCKETS = tuple(1 << power for power in range(7, 19))
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SIZE_LIMIT = 1 << 26
+
+Provenance = Literal["measured", "static"]
+# A tile configuration, or None for the panel route.
+Route = TileConfig | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a table says of one bucket.
+
+    Attributes:
+        problem: with m, n and k as bucket bounds.
+        route: a configuration, or None for the panel route.
+        provenance: "measured" or "static".
+        time_us: measured or predicted, microseconds.
+        device: the name of the device measured on; None where nothing was.
+        versions: of triton and torch.
+    """
+
+    problem: Problem
+    route: Route
+    provenance: Provenance
+    time_us: float
+    device: str | None
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        problem = asdict(self.problem) | {"dtype": DTYPE_NAMES[self.problem.dtype]}
+        route = {"route": "panel"} if self.route is None else {"route": "tile", "config": asdict(self.route)}
+        return {
+            **problem,
+            **route,
+            "provenance": self.provenance,
+            "time_us": self.time_us,
+            "device": self.device,
+            "versions": dict(self.versions),
+        }
+
+
+Table = dict[Problem, Entry]
+
+
+def bucket_m(m: int) -> int:
+    """The bound of m's bucket; everything above the last bound is in the last bucket."""
+    return next((bound for bound in M_BUCKETS if m <= bound), M_BUCKETS[-1])
+
+
+def bucket_size(size: int) -> int:
+    """The nearest power of two (by ratio) within the buckets of N and K."""
+    power = round(math.log2(max(size, 1)))
+    return min(max(1 << power, SIZE_BUCKETS[0]), SIZE_BUCKETS[-1])
+
+
+def bucket(problem: Problem) -> Problem:
+    """The problem that stands for ``problem`` in a table."""
+    return replace(problem, m=bucket_m(problem.m), n=bucket_size(problem.n), k=bucket_size(problem.k))
+
+
+def table_to_json(architecture: str, entries: Iterable[Entry]) -> dict[str, Any]:
+    order = sorted(entries, key=lambda entry: str(entry.to_json()))
+    return {"format": FORMAT, "architecture": architecture, "entries": [entry.to_json() for entry in order]}
+
+
+def parse_table(value: Any, architecture: str) -> Table:
+    """A table from its JSON value. ValueError, in one line, for anything that is not as the module's docstring says."""
+    if not isinstance(value, dict) or value.keys() != {"format", "architecture", "entries"}:
+        raise ValueError("a table has the keys format, architecture and entries")
+    if value["format"] != FORMAT:
+        raise ValueError(f"format must be {FORMAT}, got {value['format']!r}")
+    if value["architecture"] != architecture:
+        raise ValueError(f"architecture must be {architecture!r}, got {value['architecture']!r}")
+    if not isinstance(value["entries"], list):
+        raise ValueError("entries must be a list")
+    entries = [_parse_entry(item) for item in value["entries"]]
+    return {entry.problem: entry for entry in entries}
+
+
+def _parse_entry(item: Any) -> Entry:
+    names = {field.name for field in fields(Problem)}
+    keys = names | {"route", "provenance", "time_us", "device", "versions"}
+    if not isinstance(item, dict) or item.keys() - {"config"} != keys:
+        raise ValueError(f"an entry has the keys {', '.join(sorted(keys))}, and config where its route is tile")
+    allowed: dict[str, Any] = {
+        "kernel": TUNED,
+        "scheme": SCHEMES,
+        "group_size": GROUP_SIZES,
+        "dtype": tuple(DTYPES),
+        "m": M_BUCKETS,
+        "n": SIZE_BUCKETS,
+        "k": SIZE_BUCKETS,
+        "route": ("tile", "panel"),
+        "provenance": ("measured", "static"),
+    }
+    for key, values in allowed.items():
+        if type(item[key]) not in (str, int) or item[key] not in values:
+            raise ValueError(f"{key} must be one of {values}, got {item[key]!r}")
+    time_us, versions, device = item["time_us"], item["versions"], item["device"]
+    if type(time_us) not in (int, float) or not 0 < time_us < math.inf:
+        raise ValueError(f"time_us must be a positive number, got {time_us!r}")
+    if not isinstance(versions, dict) or not all(isinstance(text, str) for text in versions.values()):
+        raise ValueError("versions must map names to version strings")
+    if device is not None and not isinstance(device, str):
+        raise ValueError(f"device must be a name or null, got {device!r}")
+    problem = Problem(**{name: item[name] for name in names} | {"dtype": DTYPES[item["dtype"]]})
+    return Entry(problem, _parse_route(item, problem), item["provenance"], float(time_us), device, versions)
+
+
+def _parse_route(item: dict[str, Any], problem: Problem) -> Route:
+    if item["route"] == "panel":
+        if "config" in item:
+            raise ValueError("an entry whose route is panel has no config")
+        return None
+    config = item.get("config")
+    names = {field.name for field in fields(TileConfig)}
+    if not isinstance(config, dict) or config.keys() != names:
+        raise ValueError(f"config has the keys {', '.join(sorted(names))}")
+    route = TileConfig(**config)
+    if not route.suits(problem):
+        raise ValueError("scale_sums is for matmul with the symmetric scheme, and sums within one group")
+    return route
+
+
+def read_table(path: Path, architecture: str) -> Table:
+    """The table in a file, empty if there is none. A warning, and an empty table, if it cannot be used."""
+    try:
+        if not path.exists():
+            return {}
+        _check_trusted(path)
+        return parse_table(json.loads(path.read_bytes()), architecture)
+    except (ValueError, RecursionError, OSError) as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(f"kernel table {path} is ignored: {reason}; remove it, or tune again", stacklevel=2)
+        return {}
+
+
+def _check_trusted(path: Path) -> None:
+    """ValueError for a file that is no regular one of a sane size, or that somebody else may write to."""
+    for place in (path, path.parent):
+        found = place.stat()
+        if place == path and (not stat.S_ISREG(found.st_mode) or found.st_size > SIZE_LIMIT):
+            raise ValueError("it is not a regular file of a table's size")
+        if path.parent != SHIPPED and (found.st_uid != os.geteuid() or found.st_mode & 0o002):
+            raise ValueError(f"{place} belongs to somebody else, or everybody may write to it")
+
+
+def user_table_path(architecture: str) -> Path:
+    """Where ``mebp tune`` keeps this user's own table: under ``$XDG_CACHE_HOME``, or ``~/.cache``."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache_home / "mebp-triton" / "tables" / f"{architecture}.json"
+
+
+@cache
+def load_tables(architecture: str) -> Table:
+    """The shipped table, and over it the user's own. Read once; ``forget_tables`` lets it be read again."""
+    shipped = read_table(SHIPPED / f"{architecture}.json", architecture)
+    return shipped | read_table(user_table_path(architecture), architecture)
+
+
+def forget_tables() -> None:
+    load_tables.cache_clear()
+    choose.cache_clear()
+
+
+@cache
+def architecture_of(device: torch.device) -> str:
+    """The compute capability of a CUDA device, such as "sm_87"; the architecture's name on ROCm; "" elsewhere."""
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, architecture: str) -> Route:
+    """The route that a launch takes.
+
+    The table's entry for the problem's bucket, or for the nearest bucket of N and K with all else equal. Where there is
+    none, the other 16-bit dtype stands in, and then other schemes and group sizes. At last ``default_route``.
+    """
+    table = load_tables(architecture)
+    wanted = bucket(problem)
+    near = [item for item in table if (item.kernel, item.m) == (wanted.kernel, wanted.m) and _akin(item, wanted)]
+    if not near:
+        return default_route(problem)
+    route = table[min(near, key=lambda item: _distance(item, wanted))].route
+    # Only some weights let sums be scaled.
+    return route if route is None or route.suits(problem) else replace(route, scale_sums=False)
+
+
+def _akin(item: Problem, wanted: Problem) -> bool:
+    return (item.dtype == torch.float32) == (wanted.dtype == torch.float32)
+
+
+def _distance(item: Problem, wanted: Problem) -> tuple[Any, ...]:
+    """What differs, the weightiest first; sizes as a ratio."""
+    size = abs(math.log2(item.n / wanted.n)) + abs(math.log2(item.k / wanted.k))
+    other_group = abs(math.log2(item.group_size / wanted.group_size))
+    other_scheme = 0 if item.scheme == wanted.scheme else 1 + SCHEMES.index(item.scheme)
+    return other_scheme, other_group, item.dtype != wanted.dtype, size, item.n, item.k, item.group_size
+
+
+def default_route(problem: Problem) -> Route:
+    """Without a table: tiles for few tokens; from 512 on, where no public fused kernel keeps up, the panel route."""
+    if problem.m >= 512 and problem.dtype != torch.float32:
+        return None
+    return default_config(problem)

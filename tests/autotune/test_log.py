@@ -1,0 +1,120 @@
+"""The log of candidates: read as it was written, and anything else ignored with a warning."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mebp_triton.autotune.log import Log, Record, Trial, keep_measurements, log_path, parse_log, read_log
+from mebp_triton.autotune.measure import Ceilings
+from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.tables import bucket
+
+PROBLEM = Problem("matmul", 16, 896, 896, "symmetric", 64, torch.float16)
+TILE = TileConfig(16, 64, 128, split=4)
+RECORD = Record(
+    PROBLEM,
+    (
+        Trial(TILE, 10.0, 12.5, (12.0, 12.5, 13.0)),
+        Trial(None, 20.0, 50.0, (50.0, 50.0), "clearly slower than the best before it"),
+        Trial(replace(TILE, scale_sums=True, block_k=64), reason="spills 8 bytes a thread"),
+    ),
+    "A device",
+    {"triton": "3.9.0", "torch": "2.13.0"},
+    16,
+)
+
+
+def whole():
+    return Log("sm_87", {bucket(PROBLEM): RECORD}, {"A device": Ceilings(60.0, {"float16": 9.5})})
+
+
+def test_what_is_written_is_read():
+    value = json.loads(json.dumps(whole().to_json(), allow_nan=False))
+    assert parse_log(value, "sm_87") == whole()
+
+
+def test_no_file_is_an_empty_log(tmp_path):
+    assert log_path(Path("a/sm_87.json")) == Path("a/sm_87.log")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_log(tmp_path / "none.log", "sm_87") == Log("sm_87")
+
+
+def change(path, value):
+    """The JSON of the log with the value at ``path`` replaced, or removed (``...``)."""
+    made = json.loads(json.dumps(whole().to_json()))
+    place = made
+    for key in path[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return json.dumps(made)
+
+
+TRIAL = ("records", 0, "trials", 0)
+BROKEN = {
+    "cut short": json.dumps(whole().to_json())[:-7],
+    "binary": "\0\1\2",
+    "a list": "[]",
+    "nested without end": "[" * 100_000,
+    "another format": change(("format",), 2),
+    "another architecture": change(("architecture",), "sm_90"),
+    "a key too many": change(("more",), 1),
+    "no records": change(("records",), {}),
+    "no trials": change(("records", 0, "trials"), None),
+    "a record without versions": change(("records", 0, "versions"), ...),
+    "versions that are numbers": change(("records", 0, "versions", "torch"), 2),
+    "a device that is a number": change(("records", 0, "device"), 3),
+    "an M of zero": change(("records", 0, "measured_m"), 0),
+    "an unknown kernel": change(("records", 0, "problem", "kernel"), "embedding"),
+    "a kernel that is a list": change(("records", 0, "problem", "kernel"), ["matmul"]),
+    "true for a size": change(("records", 0, "problem", "m"), True),
+    "an unknown dtype": change(("records", 0, "problem", "dtype"), "int8"),
+    "a time of zero": change((*TRIAL, "time_us"), 0),
+    "a time that is not a number": change((*TRIAL, "time_us"), float("nan")),
+    "an endless time": change((*TRIAL, "predicted_us"), float("inf")),
+    "samples that are texts": change((*TRIAL, "samples_us"), ["1"]),
+    "an option of Triton's": change((*TRIAL, "route", "ir_override"), "/tmp/x"),
+    "a block of 17": change((*TRIAL, "route", "block_m"), 17),
+    "a flag that is a number": change((*TRIAL, "route", "weight_left"), 1),
+    "a configuration that does not suit": change((*TRIAL, "route", "scale_sums"), True),
+    "a reason that is a number": change((*TRIAL, "reason"), 1),
+    "ceilings below zero": change(("ceilings", "A device", "gb_s"), -1),
+    "ceilings without rates": change(("ceilings", "A device", "tflop_s"), []),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_anything_else_is_ignored_with_a_warning(tmp_path, name):
+    (tmp_path / "sm_87.log").write_text(BROKEN[name])
+    with pytest.warns(UserWarning, match=r"sm_87\.log is ignored: .*; remove it, or tune again") as caught:
+        assert read_log(tmp_path / "sm_87.log", "sm_87") == Log("sm_87")
+    assert "\n" not in str(caught[0].message)
+
+
+def test_a_directory_is_no_log(tmp_path):
+    with pytest.warns(UserWarning, match="not a regular file"):
+        assert read_log(tmp_path, "sm_87") == Log("sm_87")
+
+
+def test_predictions_do_not_wipe_out_measurements():
+    other = TileConfig(32, 64, 64)
+    predicted = Record(PROBLEM, (Trial(other, 5.0), Trial(TILE, 6.0), Trial(None, 7.0)), None, {"triton": "4"})
+    kept = keep_measurements(RECORD, predicted)
+    assert (kept.device, kept.versions, kept.measured_m) == ("A device", RECORD.versions, 16)
+    assert kept.trials == (
+        Trial(other, 5.0),
+        replace(RECORD.trials[0], predicted_us=6.0),
+        replace(RECORD.trials[1], predicted_us=7.0),
+    )
+    # Whatever is measured, or stands alone, is taken as it is.
+    assert keep_measurements(None, predicted) is predicted
+    assert keep_measurements(predicted, RECORD) is RECORD
+    newer = replace(RECORD, device="Another")
+    assert keep_measurements(RECORD, newer) is newer

@@ -1,0 +1,68 @@
+"""The search space: small, the same every time, and nothing in it that a cheap rule can exclude."""
+
+import pytest
+
+from mebp_triton.autotune.model import NOMINAL, grid
+from mebp_triton.autotune.space import MIN_STEPS, candidates
+from mebp_triton.kernels.configs import Problem
+
+M = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SHAPES = ((128, 1024), (1024, 1024), (4096, 4096), (8192, 2048), (2048, 8192), (131072, 2048))
+
+
+@pytest.mark.parametrize("target_sm", sorted(NOMINAL))
+@pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])
+def test_size_and_order(kernel, target_sm):
+    for m in M:
+        for n, k in SHAPES:
+            problem = Problem(kernel, m, n, k)
+            found = candidates(problem, target_sm)
+            assert 8 <= len(found) <= 130
+            assert len(set(found)) == len(found) and found == candidates(problem, target_sm)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("m", M)
+def test_all_suit(m, group_size, scheme):
+    for kernel in ("matmul", "matmul_dx"):
+        problem = Problem(kernel, m, 4096, 4096, scheme, group_size)
+        found = candidates(problem, 90)
+        assert all(config.suits(problem) for config in found)
+        assert any(config.scale_sums for config in found) == (kernel == "matmul" and scheme == "symmetric" and m <= 32)
+        assert all(config.weight_left for config in found) or kernel == "matmul_dx"
+
+
+def test_tiles_follow_the_problem():
+    assert {config.block_m for config in candidates(Problem("matmul", 1, 4096, 4096), 90)} == {16}
+    assert {config.block_m for config in candidates(Problem("matmul", 100, 4096, 4096), 87)} == {64, 128}
+    assert max(config.block_m for config in candidates(Problem("matmul", 4096, 4096, 4096), 90)) == 256
+    assert max(config.block_m for config in candidates(Problem("matmul", 4096, 4096, 4096), 120)) == 128
+    assert {config.block_k for config in candidates(Problem("matmul_dx", 16, 4096, 64), 87)} == {64}
+
+
+def test_both_orders_where_the_newer_instructions_are_missing():
+    def orders(m, target_sm):
+        return {config.weight_left for config in candidates(Problem("matmul_dx", m, 4096, 4096), target_sm)}
+
+    assert orders(512, 87) == orders(16, 90) == {True, False}
+    assert orders(512, 90) == {False}
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])
+def test_splits_fill_the_device_and_no_more(kernel):
+    few = Problem(kernel, 16, 1024, 1024)
+    assert max(config.split for config in candidates(few, 90)) > 1
+    for config in candidates(few, 90):
+        tiles, steps = grid(few, config)
+        if config.split > 1:
+            assert tiles * config.split // 2 < NOMINAL[90].sms and steps >= MIN_STEPS * config.split
+    assert {config.split for config in candidates(Problem(kernel, 4096, 4096, 4096), 90)} == {1}
+    assert {config.split for config in candidates(Problem(kernel, 16, 4096, 4096), 87)} == {1}
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="kernel must be matmul or matmul_dx, got 'embedding'"):
+        candidates(Problem("embedding", 16, 64, 64), 87)
+    with pytest.raises(ValueError, match=r"target_sm must be one of \[75, .* got 70"):
+        candidates(Problem("matmul", 16, 64, 64), 70)

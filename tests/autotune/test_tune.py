@@ -1,0 +1,308 @@
+"""The search: what is measured and kept, going on after a kill, and several processes at once."""
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mebp_triton import files
+from mebp_triton.autotune import rank as ranking
+from mebp_triton.autotune import tune as module
+from mebp_triton.autotune.log import Log, Record, Trial, log_path, read_log
+from mebp_triton.autotune.measure import Ceilings, Limits, Measurement, WallTimer
+from mebp_triton.autotune.tune import (
+    Machine,
+    Results,
+    merge,
+    model_rank,
+    target_of,
+    tune,
+    tune_offline,
+    versions,
+    winner,
+)
+from mebp_triton.kernels.configs import Problem, TileConfig, default_config
+from mebp_triton.kernels.tables import Entry, bucket, read_table
+
+MACHINE = Machine(torch.device("cpu"), "A device", Limits(1 << 16, 1 << 30), WallTimer())
+PROBLEMS = [Problem(kernel, m, 128, 128, dtype=torch.float32) for kernel in ("matmul", "matmul_dx") for m in (16, 64)]
+TILES = [TileConfig(16, 32, 64, num_warps=warps) for warps in (1, 2, 4, 8)]
+
+
+def rank(problem):
+    dropped = Trial(TileConfig(128, 128, 64), reason="spills 8 bytes a thread")
+    return [*(Trial(tile, 10.0 + index) for index, tile in enumerate(TILES)), Trial(None, 100.0), dropped]
+
+
+def no_rank(problem):
+    raise AssertionError("ranked again")
+
+
+@pytest.fixture
+def results(tmp_path):
+    return Results(tmp_path / "tables" / "sm_87.json", "sm_87", files.write_json)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Every route takes ``times[route]`` (50 by default); ``order`` is what was measured, problem by problem."""
+
+    class Told:
+        times = {}
+        order = []
+
+    class FakeBench:
+        def __init__(self, problem, copies, device, limits):
+            self.problem = problem
+
+        def measure(self, route, timer, best_us):
+            Told.order.append((self.problem, route))
+            time_us = Told.times.get(route, 50.0)
+            if isinstance(time_us, str):
+                return Measurement(None, reason=time_us)
+            return Measurement(time_us, (time_us,), "clearly slower" if time_us > 1.25 * best_us else None)
+
+    Told.times, Told.order = {}, []
+    monkeypatch.setattr(module, "Bench", FakeBench)
+    monkeypatch.setattr(module, "measure_copy_gb_s", lambda *arguments: 60.0)
+    monkeypatch.setattr(module, "measure_matmul_tflop_s", lambda *arguments: 9.0)
+    return Told
+
+
+def test_the_winner_is_kept_and_all_others_are_in_the_log(results, measured):
+    measured.times = {TILES[0]: "wrong: not finite", TILES[1]: 20.0, TILES[2]: 12.0, TILES[3]: 1.0, None: 40.0}
+    problem = PROBLEMS[0]
+    told = []
+    assert tune([problem], MACHINE, results, rank, limit=3, progress=lambda *news: told.append(news)) == [problem]
+    assert told == [(0, 1, "matmul M=16 128x128"), (1, 1, "")]
+    # The three best ranked, the panel and the default; the fourth, though fastest, is beyond the limit.
+    assert [route for _, route in measured.order] == [*TILES[:3], None, default_config(problem)]
+    (entry,) = results.table().values()
+    assert entry == Entry(bucket(problem), TILES[2], "measured", 12.0, "A device", versions())
+    log = results.log()
+    trials = {trial.route: trial for trial in log.records[bucket(problem)].trials}
+    assert trials[TILES[0]] == Trial(TILES[0], 10.0, reason="wrong: not finite")
+    assert trials[TILES[1]] == Trial(TILES[1], 11.0, 20.0, (20.0,))
+    assert trials[TILES[3]] == Trial(TILES[3], 13.0)
+    assert trials[None].reason == "clearly slower" and trials[None].time_us == 40.0
+    assert trials[TileConfig(128, 128, 64)].reason == "spills 8 bytes a thread"
+    assert log.ceilings == {"A device": Ceilings(60.0, {"float32": 9.0})}
+
+
+def test_what_is_slower_or_wrong_never_wins():
+    problem = PROBLEMS[0]
+    trials = (
+        Trial(TILES[0], 1.0, 5.0, (5.0,), "clearly slower"),
+        Trial(TILES[1], reason="wrong"),
+        Trial(None, 3.0, 9.0),
+    )
+    assert winner(Record(problem, trials, "A device", {})).route is None
+    assert winner(Record(problem, trials[:2], "A device", {})) is None
+    static = winner(Record(problem, (Trial(TILES[0], reason="spills"), Trial(TILES[1], 4.0)), None, {}))
+    assert (static.route, static.provenance, static.time_us, static.device) == (TILES[1], "static", 4.0, None)
+
+
+def test_where_nothing_works_there_is_no_entry(results, measured):
+    measured.times = dict.fromkeys([*TILES, None, default_config(PROBLEMS[0])], "does not compile")
+    tune(PROBLEMS[:1], MACHINE, results, rank)
+    assert results.table() == {} and len(results.log().records) == 1
+
+
+def test_what_does_not_fit_into_memory_has_a_reason(results, measured):
+    tune(PROBLEMS[:1], replace(MACHINE, limits=Limits(1 << 16, 1 << 20)), results, rank)
+    assert measured.order == [] and results.table() == {}
+    assert "may be used" in results.log().records[bucket(PROBLEMS[0])].trials[0].reason
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_measured_is_skipped(results, measured, monkeypatch):
+    tune(PROBLEMS[:2], MACHINE, results, rank)
+    measured.order.clear()
+    assert tune(PROBLEMS, MACHINE, results, rank) == PROBLEMS[2:]
+    assert {problem for problem, _ in measured.order} == set(PROBLEMS[2:])
+    assert tune(PROBLEMS, MACHINE, results, no_rank) == []
+    # Unless it is asked for, on another device, or with other versions.
+    assert tune(PROBLEMS, MACHINE, results, no_rank, force=True) == PROBLEMS
+    assert tune(PROBLEMS, replace(MACHINE, name="Another"), results, no_rank) == PROBLEMS
+    monkeypatch.setattr(module, "versions", lambda: {"triton": "99", "torch": "99"})
+    assert tune(PROBLEMS, MACHINE, results, no_rank) == PROBLEMS
+
+
+def test_a_killed_run_goes_on(results, measured):
+    def killed(problem):
+        if problem == PROBLEMS[2]:
+            raise KeyboardInterrupt
+        return rank(problem)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(PROBLEMS, MACHINE, results, killed)
+    assert set(results.table()) == {bucket(problem) for problem in PROBLEMS[:2]}
+    assert tune(PROBLEMS, MACHINE, results, rank) == PROBLEMS[2:]
+
+
+def test_starts_from_what_was_ranked_elsewhere(results, measured):
+    """An offline run's files, copied to the device: nothing is compiled or ranked again."""
+    assert tune_offline(PROBLEMS, results, rank) == PROBLEMS
+    assert {entry.provenance for entry in results.table().values()} == {"static"}
+    assert tune_offline(PROBLEMS, results, no_rank) == []
+    tune(PROBLEMS[:1], MACHINE, results, no_rank, limit=1)
+    assert [route for _, route in measured.order] == [TILES[0], None, default_config(PROBLEMS[0])]
+    assert results.table()[bucket(PROBLEMS[0])].provenance == "measured"
+    # Ranking again replaces predictions, and keeps what was measured.
+    assert tune_offline(PROBLEMS, results, rank, force=True) == PROBLEMS
+    assert results.table()[bucket(PROBLEMS[0])].provenance == "measured"
+    assert results.log().records[bucket(PROBLEMS[0])].device == "A device"
+
+
+def test_a_static_entry_is_measured_besides(results, measured):
+    special = TileConfig(32, 64, 64, num_stages=5)
+    entry = Entry(bucket(PROBLEMS[0]), special, "static", 1.0, None, versions())
+    results.add(entry, Record(PROBLEMS[1], (), None, versions()))
+    measured.times = {special: 2.0}
+    tune(PROBLEMS[:1], MACHINE, results, rank, limit=1)
+    assert results.table()[bucket(PROBLEMS[0])].route == special
+
+
+def test_measures_for_true(results):
+    """No fakes. On a CPU panels run, and tiles have a reason there."""
+    on_gpu = torch.cuda.is_available()
+    machine = Machine.of(torch.device("cuda", 0)) if on_gpu else MACHINE
+    (problem,) = tune(PROBLEMS[:1], machine, results, lambda problem: [], limit=1)
+    (entry,) = results.table().values()
+    assert entry.provenance == "measured" and entry.time_us > 0 and entry.device == machine.name
+    log = results.log()
+    assert log.ceilings[machine.name].gb_s > 0 and log.ceilings[machine.name].tflop_s["float32"] > 0
+    trials = {trial.route: trial for trial in log.records[bucket(problem)].trials}
+    assert trials.keys() == {None, default_config(problem)} and trials[None].time_us > 0
+    tile = trials[default_config(problem)]
+    assert tile.time_us > 0 if on_gpu else tile.time_us is None and tile.reason
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def entry_of(provenance="measured", time_us=1.0, route=TILES[0]):
+    return Entry(bucket(PROBLEMS[0]), route, provenance, time_us, None, {})
+
+
+def test_measured_beats_static_and_newer_beats_older():
+    measured, static = entry_of(), entry_of("static")
+    key = measured.problem
+    assert merge({}, static) == {key: static}
+    assert merge({key: static}, measured) == {key: measured}
+    assert merge({key: measured}, static) == {key: measured}
+    assert merge({key: measured}, entry_of(time_us=9.0)) == {key: entry_of(time_us=9.0)}
+    assert merge({key: static}, entry_of("static", 9.0)) == {key: entry_of("static", 9.0)}
+
+
+def test_only_its_user_may_write_there(results):
+    results.add(entry_of(), Record(PROBLEMS[0], (), None, {}))
+    assert stat.S_IMODE(results.path.parent.stat().st_mode) == 0o700
+    assert sorted(path.name for path in results.path.parent.iterdir()) == ["sm_87.json", "sm_87.lock", "sm_87.log"]
+
+
+@pytest.mark.parametrize("garbage", ["", "{", '{"format": 1, "architecture": "sm_90", "entries": []}', "\0" * 99])
+def test_a_damaged_or_foreign_table_is_replaced(results, garbage):
+    results.path.parent.mkdir()
+    results.path.write_text(garbage)
+    log_path(results.path).write_text(garbage)
+    with pytest.warns(UserWarning, match="is ignored"):
+        results.add(entry_of(), Record(PROBLEMS[0], (), None, {}))
+    assert results.table() == {entry_of().problem: entry_of()} and len(results.log().records) == 1
+
+
+WRITER = textwrap.dedent("""
+    import os, sys
+    from pathlib import Path
+    from mebp_triton import files
+    from mebp_triton.autotune.log import Record
+    from mebp_triton.autotune.tune import Results
+    from mebp_triton.kernels.configs import Problem
+    from mebp_triton.kernels.tables import Entry, bucket
+    kernel, dies_at = sys.argv[2], int(sys.argv[3])
+    real, calls = files.sync_file, 0
+    def sync(path):
+        global calls
+        calls += 1
+        if calls == dies_at:
+            os.truncate(path, 10)
+            os._exit(9)
+        real(path)
+    files.sync_file = sync
+    results = Results(Path(sys.argv[1]), "sm_87", files.write_json)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for n in range(7, 19):
+        problem = Problem(kernel, 16, 1 << n, 128)
+        results.add(Entry(bucket(problem), None, "measured", 1.0, "A device", {}), Record(problem, (), None, {}))
+""")
+
+
+def writer(results, kernel, dies_at=0):
+    command = [sys.executable, "-c", WRITER, str(results.path), kernel, str(dies_at)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def go(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_two_processes_that_write_at_once_lose_nothing(results):
+    both = [writer(results, kernel) for kernel in ("matmul", "matmul_dx")]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        go(process)
+    for process in both:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert len(results.table()) == 24 and len(results.log().records) == 24
+
+
+@pytest.mark.parametrize("dies_at", [5, 6])
+def test_a_killed_writer_leaves_the_old_files_and_no_lock(results, dies_at):
+    """The fifth write is the log of the third problem, the sixth its table."""
+    process = writer(results, "matmul", dies_at)
+    go(process)
+    process.communicate(timeout=60)
+    assert process.returncode == 9
+    assert len(read_table(results.path, "sm_87")) == 2
+    assert len(read_log(log_path(results.path), "sm_87").records) == (2 if dies_at == 5 else 3)
+    results.add(entry_of(), Record(PROBLEMS[0], (), None, {}))
+    assert entry_of().problem in results.table()
+
+
+# --- ranking --------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_of_an_architecture():
+    assert [target_of(f"sm_{number}") for number in (75, 87, 88, 103, 121)] == [75, 87, 87, 100, 120]
+    for name in ("sm_70", "gfx942", ""):
+        with pytest.raises(ValueError, match="no candidates are known for"):
+            target_of(name)
+
+
+def test_candidates_of_the_model(monkeypatch):
+    good, greedy = TileConfig(16, 64, 64), TileConfig(128, 128, 128, num_warps=8, num_stages=4)
+    monkeypatch.setattr(ranking, "candidates", lambda problem, target: [greedy, good])
+    problem = Problem("matmul", 16, 896, 896)
+    told = []
+    trials = model_rank("sm_86", progress=lambda *news: told.append(news))(problem)
+    assert {trial.route for trial in trials if trial.predicted_us} == {good, None} and told == [(1, 2), (2, 2)]
+    (dropped,) = [trial for trial in trials if trial.reason]
+    assert dropped.route == greedy and dropped.predicted_us is None
+    predicted = [trial.predicted_us for trial in trials if trial.predicted_us]
+    assert predicted == sorted(predicted)
+
+
+def test_an_empty_log_is_of_its_architecture(results):
+    assert results.log() == Log("sm_87") and results.table() == {}

@@ -1,0 +1,217 @@
+"""Tables: what is read, what is refused, and which route a launch takes."""
+
+import json
+import os
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mebp_triton.kernels import tables
+from mebp_triton.kernels.configs import Problem, TileConfig, default_config
+from mebp_triton.kernels.tables import (
+    Entry,
+    architecture_of,
+    bucket,
+    bucket_m,
+    bucket_size,
+    choose,
+    default_route,
+    parse_table,
+    read_table,
+    table_to_json,
+    user_table_path,
+)
+
+TILE = TileConfig(32, 64, 64, 8, 3, split=2, weight_left=False)
+ENTRY = Entry(Problem("matmul", 64, 2048, 1024), TILE, "static", 12.5, None, {"triton": "3.9.0"})
+PANEL = Entry(replace(ENTRY.problem, m=4096), None, "measured", 900.0, "A GPU", {"triton": "3.9.0"})
+
+
+@pytest.fixture(autouse=True)
+def places(monkeypatch, tmp_path):
+    """Tables of a test's own, shipped and the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    (tmp_path / "shipped").mkdir()
+    tables.forget_tables()
+    yield tmp_path / "shipped", user_table_path("sm_90").parent
+    tables.forget_tables()
+
+
+def write(directory, *entries, architecture="sm_90"):
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = directory / f"{architecture}.json"
+    path.write_text(json.dumps(table_to_json(architecture, entries)))
+    return path
+
+
+def test_buckets():
+    assert [bucket_m(m) for m in (0, 1, 16, 17, 33, 512, 513, 4096, 10**6)] == [
+        16,
+        16,
+        16,
+        32,
+        64,
+        512,
+        1024,
+        4096,
+        4096,
+    ]
+    assert [bucket_size(n) for n in (1, 128, 181, 182, 896, 11008, 10**9)] == [128, 128, 128, 256, 1024, 8192, 2**18]
+    assert bucket(Problem("matmul_dx", 500, 11008, 2048)) == Problem("matmul_dx", 512, 8192, 2048)
+
+
+def test_round_trip():
+    written = json.loads(json.dumps(table_to_json("sm_90", [PANEL, ENTRY])))
+    assert parse_table(written, "sm_90") == {entry.problem: entry for entry in (ENTRY, PANEL)}
+
+
+def broken(**changes):
+    value = table_to_json("sm_90", [ENTRY])
+    for place, new in changes.items():
+        target = value
+        *parents, last = place.split("__")
+        for parent in parents:
+            target = target["entries"][0] if parent == "entry" else target[parent]
+        if new is KeyError:
+            del target[last]
+        else:
+            target[last] = new
+    return value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "format must be 1, got 2"),
+        ({"architecture": "sm_80"}, "architecture must be 'sm_90', got 'sm_80'"),
+        ({"entries": {}}, "entries must be a list"),
+        ({"surplus": 1}, "a table has the keys"),
+        ({"entry__m": 65}, "m must be one of .* got 65"),
+        ({"entry__m": True}, "m must be one of .* got True"),
+        ({"entry__n": 2000}, "n must be one of"),
+        ({"entry__kernel": "embedding"}, "kernel must be one of"),
+        ({"entry__scheme": ["symmetric"]}, "scheme must be one of"),
+        ({"entry__group_size": 16}, "group_size must be one of"),
+        ({"entry__dtype": "float64"}, "dtype must be one of"),
+        ({"entry__provenance": "guessed"}, "provenance must be one of"),
+        ({"entry__time_us": float("nan")}, "time_us must be a positive number"),
+        ({"entry__time_us": 0}, "time_us must be a positive number"),
+        ({"entry__time_us": True}, "time_us must be a positive number"),
+        ({"entry__versions": {"triton": 3}}, "versions must map names"),
+        ({"entry__device": 3}, "device must be a name or null"),
+        ({"entry__ir_override": "x"}, "an entry has the keys"),
+        ({"entry__m": 64, "entry__route": "panel"}, "whose route is panel has no config"),
+        ({"entry__config": KeyError}, "config has the keys"),
+        ({"entry__config__ir_override": "x"}, "config has the keys"),
+        ({"entry__config__block_m": 24}, "block_m must be a power of two"),
+        ({"entry__config__num_warps": "8"}, "num_warps must be an integer"),
+        ({"entry__config__scale_sums": True, "entry__scheme": "affine"}, "scale_sums is for matmul"),
+    ],
+)
+def test_what_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        parse_table(broken(**changes), "sm_90")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b"\xff\xfe", b"null", b'{"format": 1}', b"[" * 100_000, json.dumps(broken(format=9)).encode()],
+)
+def test_garbage_is_ignored_with_a_warning(places, content):
+    shipped, user = places
+    write(shipped, ENTRY)
+    write(user, PANEL).write_bytes(content)
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert choose(ENTRY.problem, "sm_90") == TILE
+
+
+def test_another_devices_table_is_ignored(places):
+    shipped, _ = places
+    write(shipped, ENTRY, architecture="sm_80").rename(shipped / "sm_90.json")
+    with pytest.warns(UserWarning, match="architecture must be 'sm_90'"):
+        assert tables.load_tables("sm_90") == {}
+
+
+def test_a_table_that_others_may_write_to_is_ignored(places):
+    _, user = places
+    path = write(user, ENTRY)
+    assert read_table(path, "sm_90")
+    for place, mode in ((path, 0o646), (user, 0o707)):
+        before = place.stat().st_mode
+        place.chmod(mode)
+        with pytest.warns(UserWarning, match="everybody may write"):
+            assert read_table(path, "sm_90") == {}
+        place.chmod(before)
+
+
+def test_what_is_no_file_is_ignored(places):
+    _, user = places
+    path = write(user, ENTRY)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.warns(UserWarning, match="not a regular file"):
+        assert read_table(path, "sm_90") == {}
+
+
+def test_no_table_is_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tables.load_tables("sm_90") == {}
+
+
+def test_the_users_own_entry_wins(places):
+    shipped, user = places
+    other = replace(ENTRY, route=TileConfig(16, 32, 64))
+    write(shipped, ENTRY, PANEL)
+    write(user, other)
+    assert choose(ENTRY.problem, "sm_90") == other.route
+    assert choose(PANEL.problem, "sm_90") is None
+
+
+def test_the_bucket_and_the_nearest_size(places):
+    near = replace(ENTRY, problem=replace(ENTRY.problem, n=8192), route=TileConfig(64, 64, 64))
+    write(places[0], ENTRY, near, PANEL)
+    assert choose(replace(ENTRY.problem, m=50, n=2100, k=900), "sm_90") == TILE
+    assert choose(replace(ENTRY.problem, n=512), "sm_90") == TILE
+    assert choose(replace(ENTRY.problem, n=16384), "sm_90") == near.route
+    for other in (
+        replace(ENTRY.problem, dtype=torch.float32),
+        replace(ENTRY.problem, kernel="matmul_dx"),
+        replace(ENTRY.problem, m=16),
+    ):
+        assert choose(other, "sm_90") == default_route(other)
+    assert choose(ENTRY.problem, "sm_80") == default_route(ENTRY.problem)
+
+
+def test_what_stands_in_for_what(places):
+    scaled = TileConfig(16, 64, 64, scale_sums=True)
+    half = replace(ENTRY, problem=replace(ENTRY.problem, dtype=torch.float16), route=TileConfig(16, 16, 64))
+    affine = replace(
+        ENTRY, problem=replace(ENTRY.problem, scheme="affine", group_size=32), route=TileConfig(16, 32, 64)
+    )
+    bfloat = replace(ENTRY, route=scaled)
+    write(places[0], half, affine, bfloat)
+    assert choose(ENTRY.problem, "sm_90") == scaled
+    assert choose(half.problem, "sm_90") == half.route
+    assert choose(replace(ENTRY.problem, group_size=128), "sm_90") == scaled
+    assert choose(replace(ENTRY.problem, scheme="affine", group_size=128), "sm_90") == affine.route
+    # The symmetric scheme stands in for a codebook, whose sums cannot be scaled.
+    unscaled = replace(scaled, scale_sums=False)
+    assert choose(replace(ENTRY.problem, scheme="codebook"), "sm_90") == unscaled
+
+
+def test_without_a_table_many_tokens_go_by_panels():
+    few, many = (Problem("matmul", m, 4096, 4096) for m in (511, 512))
+    assert default_route(few) == default_config(few)
+    assert default_route(many) is None
+    assert default_route(replace(many, dtype=torch.float32)) == default_config(many)
+
+
+def test_the_device_is_known_by_its_capability(monkeypatch):
+    assert architecture_of(torch.device("cpu")) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 7))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert architecture_of.__wrapped__(torch.device("cuda", 0)) == "sm_87"
