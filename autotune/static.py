@@ -174,6 +174,7 @@ def report(
     rank: int = 16,
     bias: bool = False,
     scale_dtype: torch.dtype = torch.float16,
+    members: int = 1,
 ) -> StaticReport:
     """The report of one of our kernels.
 
@@ -185,6 +186,7 @@ def report(
         rank: of the LoRA term; 0 for none. The embedding has none.
         bias: with a bias; ``matmul`` only.
         scale_dtype: of the weight's scales.
+        members: weights of one launch, each as the problem says.
 
     Raises:
         ValueError: an unknown kernel or target, or a configuration that the kernel cannot run so.
@@ -195,19 +197,21 @@ def report(
     if not config.suits(problem):
         raise ValueError(f"config must suit the problem, got {config} for {problem}")
     weight = meta_weight(n, k, problem.group_size, problem.scheme, scale_dtype)
+    weights = [weight] * members
 
     def meta(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     out_dtype = problem.dtype if config.split == 1 else torch.float32
     if problem.kernel == "matmul":
-        t, b = (meta(m, rank), meta(n, rank)) if rank else (None, None)
-        function, x, y = matmul._matmul_kernel, meta(m, k), meta(m, n, dtype=out_dtype)
-        arguments = matmul.matmul_arguments(x, [weight], meta(n) if bias else None, t, b, y, config)
+        outs = n * members
+        t, b = (meta(m, rank * members), meta(outs, rank)) if rank else (None, None)
+        function, x, y = matmul._matmul_kernel, meta(m, k), meta(m, outs, dtype=out_dtype)
+        arguments = matmul.matmul_arguments(x, weights, meta(outs) if bias else None, t, b, y, config)
     elif problem.kernel == "matmul_dx":
-        g, a = (meta(m, rank), meta(rank, k)) if rank else (None, None)
+        g, a = (meta(m, rank * members), meta(rank * members, k)) if rank else (None, None)
         function, dx = matmul_dx._matmul_dx_kernel, meta(m, k, dtype=out_dtype)
-        arguments = matmul_dx.matmul_dx_arguments([meta(m, n)], [weight], g, a, dx, config)
+        arguments = matmul_dx.matmul_dx_arguments([meta(m, n)] * members, weights, g, a, dx, config)
     else:
         function, ids = embedding._embedding_kernel, torch.empty(m, dtype=torch.int64, device="meta")
         arguments = embedding.embedding_arguments(ids, weight, meta(m, k), config)

@@ -7,6 +7,7 @@ contiguous byte operations, and only the (much smaller) activations are permuted
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -54,6 +55,12 @@ class PanelDecoder:
         if not by_kernel:
             self.codes = torch.empty(size, dtype=torch.uint8, device=device)
             self.values = torch.empty(size, dtype=self.wide, device=device)
+
+    def with_weight(self, weight: Int4Weight) -> PanelDecoder:
+        """The same for another weight, in the same buffers."""
+        other = copy.copy(self)
+        other.weight = weight
+        return other
 
     def arrange(self, x: Tensor, chunks: int) -> Tensor:
         """``[M, columns]`` -> ``[M, width of a panel of that many chunks]``."""
@@ -121,14 +128,14 @@ def int4_matmul_panel(
 ) -> Tensor:
     """``Y = X·Wᵀ + bias + t·bᵀ``; shapes as ``reference.matmul``. ``by_kernel``: see ``PanelDecoder``."""
     rows, chunks = weight.out_features, weight.packed.shape[1] // RUN
-    y = x.new_zeros(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
+    y = x.new_empty(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
     if y.numel() == 0:
         return y
     step = max(1, panel_elements(x.device) // max(1, chunks * CHUNK))
     decoder = PanelDecoder(weight, x.dtype, min(step, rows), chunks, by_kernel)
     planes = decoder.arrange(x, chunks)
     for start, stop in spans(rows, step):
-        y[:, start:stop].addmm_(planes, decoder(start, stop, 0, chunks).t())
+        y[:, start:stop].addmm_(planes, decoder(start, stop, 0, chunks).t(), beta=0 if bias is None else 1)
     if t is not None and b is not None:
         y.addmm_(t.to(x.dtype), b.to(x.dtype).t())
     return y
@@ -166,20 +173,22 @@ def int4_matmul_dx_group_panel(
     chunk_step = min(chunks, max(least, budget // (CHUNK * row_step) // least * least))
     # Partial sums that were rounded one by one would be less exact than one reduction is.
     work = dtype if row_step >= most else torch.promote_types(dtype, torch.float32)
-    decoders = [PanelDecoder(weight, work, row_step, chunk_step, by_kernel) for weight in weights]
+    decoder = PanelDecoder(head, work, row_step, chunk_step, by_kernel)
+    decoders = [decoder.with_weight(weight) for weight in weights]
     if g is not None and a is not None:
         g, a = g.to(dtype).to(work), a.to(dtype).to(work)
     for first, last in spans(chunks, chunk_step):
         columns = slice(first * CHUNK, min(last * CHUNK, width))
         across = columns.stop - columns.start if by_kernel else (last - first) * CHUNK
-        total = dx.new_zeros(dx.shape[0], across, dtype=work)
-        for dy, weight, decoder in zip(dys, weights, decoders, strict=True):
+        total, beta = dx.new_empty(dx.shape[0], across, dtype=work), 0
+        for dy, weight, decode in zip(dys, weights, decoders, strict=True):
             for start, stop in spans(weight.out_features, row_step):
-                total.addmm_(dy[:, start:stop].to(work), decoder(start, stop, first, last))
+                total.addmm_(dy[:, start:stop].to(work), decode(start, stop, first, last), beta=beta)
+                beta = 1
         # Last: had the sums started from it, a large term would cost them their low bits.
         if g is not None and a is not None:
-            total.addmm_(g, decoders[0].arrange(a[:, columns], last - first))
-        dx[:, columns] = decoders[0].restore(total, columns.stop - columns.start)
+            total.addmm_(g, decoder.arrange(a[:, columns], last - first))
+        dx[:, columns] = decoder.restore(total, columns.stop - columns.start)
     return dx
 
 
