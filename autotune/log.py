@@ -168,7 +168,7 @@ def _is_size(value: Any) -> bool:
 
 def log_path(table: Path) -> Path:
     """The log of a table: beside it, under the same name."""
-    return table.with_suffix(".log")
+    return table.with_name(table.name + ".log")
 
 
 def read_log(path: Path, architecture: str) -> Log:

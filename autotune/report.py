@@ -99,7 +99,8 @@ def _row(entry: Entry, record: Record | None, ceilings: Ceilings | None) -> Row:
         problem = replace(problem, m=record.measured_m)
     dtype = DTYPE_NAMES[problem.dtype]
     gb_s = tflop_s = of_copy = of_matmul = None
-    if record is not None:
+    # What is shipped without a log was predicted for the bounds of its bucket.
+    if record is not None or entry.provenance == "static":
         gb_s, tflop_s = bytes_moved(problem) / entry.time_us / 1e3, flops(problem) / entry.time_us / 1e6
         if ceilings is not None:
             of_copy = gb_s / ceilings.gb_s

@@ -206,8 +206,8 @@ def report(
     if problem.kernel == "matmul":
         outs = n * members
         t, b = (meta(m, rank * members), meta(outs, rank)) if rank else (None, None)
-        function, x, y = matmul._matmul_kernel, meta(m, k), meta(m, outs, dtype=out_dtype)
-        arguments = matmul.matmul_arguments(x, weights, meta(outs) if bias else None, t, b, y, config)
+        function, x, ys = matmul._matmul_kernel, meta(m, k), [meta(m, n, dtype=out_dtype)] * members
+        arguments = matmul.matmul_arguments(x, weights, meta(outs) if bias else None, t, b, ys, config)
     elif problem.kernel == "matmul_dx":
         g, a = (meta(m, rank * members), meta(rank * members, k)) if rank else (None, None)
         function, dx = matmul_dx._matmul_dx_kernel, meta(m, k, dtype=out_dtype)

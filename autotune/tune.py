@@ -17,7 +17,18 @@ import triton
 from filelock import FileLock
 
 from mebp_triton.kernels.configs import Problem, default_config
-from mebp_triton.kernels.tables import DTYPE_NAMES, Entry, Route, Table, bucket, read_table, table_to_json
+from mebp_triton.kernels.tables import (
+    DTYPE_NAMES,
+    Entry,
+    Route,
+    Table,
+    bucket,
+    check_private,
+    read_named_table,
+    read_table,
+    table_to_json,
+    user_table_path,
+)
 
 from .log import Log, Record, Trial, keep_measurements, log_path, read_log
 from .measure import (
@@ -95,8 +106,24 @@ class Results:
     def __init__(self, path: Path, architecture: str, save: Save) -> None:
         self.path, self.architecture, self.save = path, architecture, save
 
+    def check(self) -> None:
+        """ValueError, before any work, if what is found could not be kept there."""
+        if self.path == user_table_path(self.architecture):
+            if self.path.parent.exists():
+                check_private(self.path.parent)
+            return
+        if not self.path.parent.is_dir():
+            raise ValueError(f"{self.path.parent} is no directory: make it first, or choose another place")
+        self.table()
+
     def table(self) -> Table:
-        return read_table(self.path, self.architecture)
+        """What is there. The user's own table is ignored with a warning if it is damaged; one that was named is not."""
+        if self.path == user_table_path(self.architecture):
+            return read_table(self.path, self.architecture)
+        try:
+            return read_named_table(self.path, self.architecture) if self.path.exists() else {}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path} is there already and is no table of {self.architecture}: {error}") from None
 
     def log(self) -> Log:
         return read_log(log_path(self.path), self.architecture)
@@ -104,7 +131,7 @@ class Results:
     def _lock(self) -> FileLock:
         # Nobody else may write into it: a launch believes what it finds there.
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return FileLock(self.path.with_suffix(".lock"), timeout=LOCK_SECONDS)
+        return FileLock(self.path.with_name(self.path.name + ".lock"), timeout=LOCK_SECONDS)
 
     def add(self, entry: Entry | None, record: Record) -> None:
         """Merges what was found of one problem; ``entry`` is None where no route worked."""

@@ -145,6 +145,11 @@ def int4_cross_entropy_panel(
     best[valid] = softmax.argmax.squeeze(1)
     if need_grad:
         weighted.div_(softmax.total)
-        rows_of_targets = int4_embedding_panel(targets, weight, wide)
+        if by_kernel:
+            from .embedding import int4_embedding_triton
+
+            rows_of_targets = int4_embedding_triton(targets, weight, wide)
+        else:
+            rows_of_targets = int4_embedding_panel(targets, weight, wide)
         grad[valid] = decoder.restore(weighted, width) - softmax.target_slope * rows_of_targets
     return losses, grad, best

@@ -85,6 +85,24 @@ _UNPACK_FP32 = """
     prmt.b32 $7, h, 0x4B000000, 0x7543;
 """ + "".join(f"    sub.rn.f32 ${register}, ${register}, OFFSET;\n" for register in range(8))
 
+# Four bytes in $8, the address of 16 float32 numbers in $9: those that the low nibbles name in $0 to $3, the high ones
+# in $4 to $7. The table is one cache line, which a warp reads without a conflict; left to the compiler's pipeline,
+# every weight would be copied to shared memory on its own first.
+_LOOK_UP = """
+    .reg .b32 c;
+    .reg .b64 a;
+""" + "".join(
+    f"""
+    shr.u32 c, $8, {8 * place + 4 * plane};
+    and.b32 c, c, 15;
+    mad.wide.u32 a, c, 4, $9;
+    ld.global.nc.f32 ${4 * plane + place}, [a];
+"""
+    for plane in range(2)
+    for place in range(4)
+)
+
+LOOK_UP = tl.constexpr("{" + _LOOK_UP + "}")
 UNPACK_BF16 = tl.constexpr("{" + _UNPACK_BF16 + "}")
 UNPACK_FP16 = tl.constexpr("{" + _UNPACK_FP16 + "}")
 SCALED_BF16 = tl.constexpr("{" + _UNPACK_BF16 + _SCALE_BF16 + "}")
@@ -98,11 +116,11 @@ def unpack_centred(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """Both planes of ``packed`` ``[BLOCK_N, BLOCK_J]`` uint8, as exact ``code - 8`` in DTYPE."""
     if ASM and tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
-            UNPACK_BF16, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            UNPACK_BF16, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     elif ASM and tl.float16 == DTYPE:
         return tl.inline_asm_elementwise(
-            UNPACK_FP16, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            UNPACK_FP16, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
     else:
         low, high = unpack_fp32(packed, True, ASM)
@@ -115,7 +133,7 @@ def unpack_fp32(packed, CENTRED: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         low, high = tl.inline_asm_elementwise(
             CENTRED_FP32 if CENTRED else CODES_FP32,
-            "=r,=r,=r,=r,=r,=r,=r,=r,r",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
             [packed],
             dtype=(tl.float32, tl.float32),
             is_pure=True,
@@ -127,6 +145,24 @@ def unpack_fp32(packed, CENTRED: tl.constexpr, ASM: tl.constexpr):
         if CENTRED:
             low -= 8.0
             high -= 8.0
+    return low, high
+
+
+@triton.jit
+def look_up(packed, codebook_ptr, ASM: tl.constexpr):
+    """Both planes as float32 numbers of the codebook ``[16]``."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            LOOK_UP,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,l,l,l,l",
+            [packed, codebook_ptr.to(tl.int64)],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = tl.load(codebook_ptr + (packed & 0xF).to(tl.int32))
+        high = tl.load(codebook_ptr + (packed >> 4).to(tl.int32))
     return low, high
 
 
@@ -212,9 +248,9 @@ def load_planes(
     # A code times a float16 scale needs no rounding in float32.
     EXACT: tl.constexpr = scales_ptr.dtype.element_ty == tl.float16
     if HAS_CODEBOOK:
-        # The table is one cache line, which every warp reads without a conflict.
-        low = (tl.load(codebook_ptr + (packed & 0xF).to(tl.int32)) * scales_low.to(tl.float32)).to(DTYPE)
-        high = (tl.load(codebook_ptr + (packed >> 4).to(tl.int32)) * scales_high.to(tl.float32)).to(DTYPE)
+        low, high = look_up(packed, codebook_ptr, ASM)
+        low = (low * scales_low.to(tl.float32)).to(DTYPE)
+        high = (high * scales_high.to(tl.float32)).to(DTYPE)
     elif HAS_MINIMUM:
         minima_low = group_rows(minimum_ptr, offs_n, mask_n, k0, 0, K, stride_zg, stride_zn, GROUP, BLOCK_K)
         minima_high = minima_low
@@ -226,7 +262,7 @@ def load_planes(
     elif ASM and EXACT and tl.float16 == DTYPE:
         low, high = tl.inline_asm_elementwise(
             SCALED_FP16,
-            "=r,=r,=r,=r,r,r,r,r,r",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
             [packed, scales_low, scales_high],
             dtype=(tl.float16, tl.float16),
             is_pure=True,
@@ -237,7 +273,7 @@ def load_planes(
         upper_high, rest_high = two_bfloat16(scales_high)
         low, high = tl.inline_asm_elementwise(
             SCALED_BF16,
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
             [packed, upper_low, rest_low, upper_high, rest_high],
             dtype=(tl.bfloat16, tl.bfloat16),
             is_pure=True,

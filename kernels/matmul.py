@@ -17,7 +17,7 @@ from torch import Tensor
 from .configs import MOST_MEMBERS, Problem, TileConfig, default_config, power_of_two_at_least
 from .decode import group_rows, load_planes, of_member, packed_tile, plane_columns, unpack_centred
 from .layout import Int4Weight
-from .split import parts_buffer, sum_parts
+from .split import parts_of, sum_parts
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,10 +35,14 @@ def _matmul_kernel(
     minimum1_ptr,
     minimum2_ptr,
     codebook_ptr,
+    codebook1_ptr,
+    codebook2_ptr,
     bias_ptr,
     t_ptr,
     b_ptr,
     y_ptr,
+    y1_ptr,
+    y2_ptr,
     M,
     N,
     N1,
@@ -81,8 +85,9 @@ def _matmul_kernel(
 
     x_ptr ``[M, K]``; packed_ptr, scales_ptr, minimum_ptr, codebook_ptr: the weight ``W[N, K]``, see ``load_planes``;
     bias_ptr ``[N + N1 + N2]``; t_ptr ``[M, MEMBERS * R]`` (scaled ``X·Aᵀ`` of each member); b_ptr ``[N + N1 + N2, R]``;
-    y_ptr: the members' ``[M, N]``, ``[M, N1]``, ``[M, N2]``, one after the other.
-    SPLIT: the reduction is cut into that many parts, axis 1 of the grid; each writes such a y of its own, in float32.
+    y_ptr ``[M, N]``, y1_ptr ``[M, N1]``, y2_ptr ``[M, N2]``.
+    SPLIT: the reduction is cut into that many parts, axis 1 of the grid; each writes a y of its own, in float32, all
+    members' outputs further on than the last one.
     Sums are kept in float32 and rounded once, after bias and LoRA.
     """
     pid = tl.program_id(0)
@@ -103,6 +108,9 @@ def _matmul_kernel(
         packed_ptr = of_member(member, packed_ptr, packed1_ptr, packed2_ptr, MEMBERS)
         scales_ptr = of_member(member, scales_ptr, scales1_ptr, scales2_ptr, MEMBERS)
         stride_sg = of_member(member, stride_sg, stride_sg1, stride_sg2, MEMBERS)
+        y_ptr = of_member(member, y_ptr, y1_ptr, y2_ptr, MEMBERS)
+        if HAS_CODEBOOK:
+            codebook_ptr = of_member(member, codebook_ptr, codebook1_ptr, codebook2_ptr, MEMBERS)
         if HAS_MINIMUM:
             minimum_ptr = of_member(member, minimum_ptr, minimum1_ptr, minimum2_ptr, MEMBERS)
             stride_zg = of_member(member, stride_zg, stride_zg1, stride_zg2, MEMBERS)
@@ -126,10 +134,11 @@ def _matmul_kernel(
     for k0 in range(k_begin, k_end, BLOCK_K):
         offs_k = plane_columns(k0, BLOCK_K)
         x_ptrs = x_ptr + rows_m[None, :] * stride_xm + offs_k.to(tl.int64)[:, None] * stride_xk
+        x_ptrs_high = x_ptr + rows_m[None, :] * stride_xm + (offs_k + 32).to(tl.int64)[:, None] * stride_xk
         # [BLOCK_J, BLOCK_M]
         x_low = tl.load(x_ptrs, mask=mask_m[None, :] & (offs_k < K)[:, None], other=0.0)
         # [BLOCK_J, BLOCK_M]
-        x_high = tl.load(x_ptrs + 32 * stride_xk, mask=mask_m[None, :] & (offs_k + 32 < K)[:, None], other=0.0)
+        x_high = tl.load(x_ptrs_high, mask=mask_m[None, :] & (offs_k + 32 < K)[:, None], other=0.0)
         if SCALE_SUMS:
             # Columns from K on meet zeros in x, and a scale of zero where their whole group is padding.
             packed = packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K)
@@ -200,9 +209,8 @@ def _matmul_kernel(
             bias = tl.where(k_begin == 0, bias, 0.0)
         acc += bias.to(tl.float32)[:, None]
 
-    y_ptrs = y_ptr + first.to(tl.int64) * M if MEMBERS > 1 else y_ptr
     tl.store(
-        y_ptrs + rows_m[None, :] * outs + offs_n[:, None],
+        y_ptr + rows_m[None, :] * outs + offs_n[:, None],
         acc.to(y_ptr.dtype.element_ty),
         mask=mask_m[None, :] & mask_n[:, None],
     )
@@ -216,7 +224,6 @@ def weight_arguments(*weights: Int4Weight) -> dict[str, Any]:
     head = weights[0]
     padded = (*weights, *[weights[-1]] * (MOST_MEMBERS - len(weights)))
     arguments: dict[str, Any] = {
-        "codebook_ptr": head.codebook,
         "stride_pn": head.packed.stride(0),
         "stride_pj": head.packed.stride(1),
         "stride_sn": head.scales.stride(1),
@@ -233,6 +240,7 @@ def weight_arguments(*weights: Int4Weight) -> dict[str, Any]:
             f"packed{suffix}_ptr": weight.packed if used else None,
             f"scales{suffix}_ptr": weight.scales if used else None,
             f"minimum{suffix}_ptr": minimum if used else None,
+            f"codebook{suffix}_ptr": weight.codebook if used else None,
             f"stride_sg{suffix}": weight.scales.stride(0) if used else 0,
             f"stride_zg{suffix}": minimum.stride(0) if used and minimum is not None else 0,
             f"N{suffix}": weight.out_features if index < len(weights) else 0,
@@ -272,8 +280,7 @@ def can_group(weights: Sequence[Int4Weight]) -> bool:
         )
         for weight in weights
     }
-    # Codebooks hold values that only the device knows: the same tensor, or none.
-    return len(kinds) == 1 and len({None if w.codebook is None else w.codebook.data_ptr() for w in weights}) == 1
+    return len(kinds) == 1
 
 
 def matmul_arguments(
@@ -282,7 +289,7 @@ def matmul_arguments(
     bias: Tensor | None,
     t: Tensor | None,
     b: Tensor | None,
-    y: Tensor,
+    ys: Sequence[Tensor],
     config: TileConfig,
 ) -> dict[str, Any]:
     """The arguments of ``_matmul_kernel``, by name; the tensors may lie on the meta device."""
@@ -295,7 +302,9 @@ def matmul_arguments(
         "bias_ptr": bias,
         "t_ptr": t,
         "b_ptr": b,
-        "y_ptr": y,
+        "y_ptr": ys[0],
+        "y1_ptr": ys[1] if len(ys) > 1 else None,
+        "y2_ptr": ys[-1] if len(ys) > 1 else None,
         "M": x.shape[0],
         "K": weights[0].in_features,
         "R": rank,
@@ -363,7 +372,7 @@ def int4_matmul_group_triton(
         config: as for one weight.
 
     Returns:
-        ``[M, N_i]`` each, contiguous.
+        ``[M, N_i]`` each.
     """
     if not can_group(weights):
         raise ValueError(f"{len(weights)} weights cannot share a launch: see can_group")
@@ -379,18 +388,18 @@ def int4_matmul_group_triton(
         rank = t.shape[-1] // len(weights)
         check_operand("t", t, (m, len(weights) * rank), device)
         check_operand("b", b, (n, rank), device)
-    y = torch.empty((m * n,), dtype=x.dtype, device=device)
-    if y.numel():
+    ys = [torch.empty((m, size), dtype=x.dtype, device=device) for size in sizes]
+    if m * n:
         problem = Problem("matmul", m, n, k, weights[0].scheme, weights[0].group_size, x.dtype)
         config = config or default_config(problem)
         if not config.suits(problem):
             raise ValueError(f"{config} does not suit {problem}")
         blocks_n = sum(triton.cdiv(size, config.block_n) for size in sizes)
-        out = parts_buffer(y, config.split)
+        outs = parts_of(ys, config.split)
         with torch.cuda.device_of(x):
             _matmul_kernel[(triton.cdiv(m, config.block_m) * blocks_n, config.split)](
-                **matmul_arguments(x, weights, bias, t, b, out, config),
+                **matmul_arguments(x, weights, bias, t, b, outs, config),
                 **config.launch_options(),
             )
-        sum_parts(out, y, config.split)
-    return [part.view(m, size) for part, size in zip(y.split([m * size for size in sizes]), sizes, strict=True)]
+        sum_parts(outs, ys, config.split)
+    return ys

@@ -19,7 +19,7 @@ from .configs import MOST_MEMBERS, Problem, TileConfig, default_config, power_of
 from .decode import load_planes, of_member, plane_columns
 from .layout import Int4Weight
 from .matmul import can_group, check_operand, runs_compiled, weight_arguments
-from .split import parts_buffer, sum_parts
+from .split import parts_of, sum_parts
 
 
 @triton.jit
@@ -37,6 +37,8 @@ def _matmul_dx_kernel(
     minimum1_ptr,
     minimum2_ptr,
     codebook_ptr,
+    codebook1_ptr,
+    codebook2_ptr,
     g_ptr,
     a_ptr,
     dx_ptr,
@@ -134,12 +136,19 @@ def _matmul_dx_kernel(
         )
         # [BLOCK_M, BLOCK_N]
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        # A device function must not be given, and return, a pointer that is None.
+        minima_ptr = minimum_ptr
+        if HAS_MINIMUM:
+            minima_ptr = of_member(member, minimum_ptr, minimum1_ptr, minimum2_ptr, MEMBERS)
+        table_ptr = codebook_ptr
+        if HAS_CODEBOOK:
+            table_ptr = of_member(member, codebook_ptr, codebook1_ptr, codebook2_ptr, MEMBERS)
         # Columns from K on are computed and not stored: they touch no other column.
         w_low, w_high = load_planes(
             of_member(member, packed_ptr, packed1_ptr, packed2_ptr, MEMBERS),
             of_member(member, scales_ptr, scales1_ptr, scales2_ptr, MEMBERS),
-            of_member(member, minimum_ptr, minimum1_ptr, minimum2_ptr, MEMBERS if HAS_MINIMUM else 1),
-            codebook_ptr,
+            minima_ptr,
+            table_ptr,
             offs_n,
             mask_n,
             k0,
@@ -187,13 +196,19 @@ def _matmul_dx_kernel(
             a_low = tl.load(a_ptrs, mask=mask_r[:, None] & mask_low[None, :], other=0.0)
             acc_low = tl.dot(g, a_low.to(dtype), acc_low, input_precision="ieee")
             # [BLOCK_R, BLOCK_J]
-            a_high = tl.load(a_ptrs + 32 * stride_ak, mask=mask_r[:, None] & mask_high[None, :], other=0.0)
+            a_ptrs = a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar + (columns + 32)[None, :] * stride_ak
+            a_high = tl.load(a_ptrs, mask=mask_r[:, None] & mask_high[None, :], other=0.0)
             acc_high = tl.dot(g, a_high.to(dtype), acc_high, input_precision="ieee")
 
     dx_ptrs = dx_ptr + rows_m[:, None] * K + columns[None, :]
     out_dtype = dx_ptr.dtype.element_ty
     tl.store(dx_ptrs, acc_low.to(out_dtype), mask=mask_m[:, None] & mask_low[None, :])
     tl.store(dx_ptrs + 32, acc_high.to(out_dtype), mask=mask_m[:, None] & mask_high[None, :])
+
+
+def _column_stride(dys: Sequence[Tensor]) -> int:
+    """The one stride along N; what a single column says of it is of no meaning."""
+    return next((dy.stride(1) for dy in dys if dy.shape[1] > 1), 1)
 
 
 def matmul_dx_arguments(
@@ -224,7 +239,7 @@ def matmul_dx_arguments(
         "stride_dym": dys[0].stride(0),
         "stride_dym1": padded[1].stride(0) if grouped else 0,
         "stride_dym2": padded[2].stride(0) if grouped else 0,
-        "stride_dyn": dys[0].stride(1),
+        "stride_dyn": _column_stride(dys),
         "stride_gm": stride_gm,
         "stride_gr": stride_gr,
         "stride_ar": stride_ar,
@@ -293,7 +308,7 @@ def int4_matmul_dx_group_triton(
     if g is not None and a is not None:
         check_operand("g", g, (m, g.shape[-1]), device)
         check_operand("a", a, (g.shape[1], k), device)
-    if len({dy.stride(1) for dy in dys}) > 1:
+    if len({dy.stride(1) for dy in dys if dy.shape[1] > 1}) > 1:
         dys = [dy.contiguous() for dy in dys]
     dx = torch.empty((m, k), dtype=dtype, device=device)
     if dx.numel():
@@ -302,11 +317,11 @@ def int4_matmul_dx_group_triton(
         config = config or default_config(problem)
         if not config.suits(problem):
             raise ValueError(f"{config} does not suit {problem}")
-        out = parts_buffer(dx, config.split)
+        (out,) = parts_of([dx], config.split)
         with torch.cuda.device_of(dx):
             _matmul_dx_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_k), config.split)](
                 **matmul_dx_arguments(dys, weights, g, a, out, config),
                 **config.launch_options(),
             )
-        sum_parts(out, dx, config.split)
+        sum_parts([out], [dx], config.split)
     return dx

@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +23,11 @@ from .configs import Kernel, Problem
 from .cross_entropy import int4_cross_entropy_panel
 from .layout import Int4Weight
 from .panel import int4_embedding_panel, int4_matmul_dx_group_panel, int4_matmul_dx_panel, int4_matmul_panel
-from .tables import Route, architecture_of, choose
+from .tables import Route, architecture_of, choose, refuse
 
 Backend = Literal["auto", "triton", "panel"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "panel")
+Result = TypeVar("Result")
 
 
 @functools.cache
@@ -39,6 +41,9 @@ def resolve_backend(
     """The backend that ``backend`` means for this device and dtype. ValueError for an unknown or impossible one."""
     if backend == "auto":
         by_triton = device.type == "cuda" and has_triton() and dtype != torch.float64
+        # Before sm_80 there are no bfloat16 instructions.
+        if by_triton and dtype == torch.bfloat16 and torch.version.hip is None:
+            by_triton = torch.cuda.get_device_capability(device) >= (8, 0)
         return "triton" if by_triton else "panel"
     if backend == "panel":
         return "panel"
@@ -57,10 +62,21 @@ def _weight(
     return Int4Weight(packed, scales, in_features, group_size, minimum, codebook)
 
 
-def _route(kernel: Kernel, operand: Tensor, weights: Sequence[Int4Weight]) -> Route:
+def _routed(
+    kernel: Kernel, operand: Tensor, weights: Sequence[Int4Weight], launch: Callable[[Route], Result]
+) -> Result:
+    """Launches by the route that the tables give. One that the device has no room for is not taken again."""
     head, n = weights[0], sum(weight.out_features for weight in weights)
     problem = Problem(kernel, operand.shape[0], n, head.in_features, head.scheme, head.group_size, operand.dtype)
-    return choose(problem, architecture_of(operand.device))
+    architecture = architecture_of(operand.device)
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return launch(choose(problem, architecture))
+    except OutOfResources as error:
+        warnings.warn(f"{choose(problem, architecture)} does not fit this device ({error}): tune again", stacklevel=2)
+        refuse(problem, architecture)
+    return launch(choose(problem, architecture))
 
 
 @custom_op("mebp_triton::int4_matmul", mutates_args=())
@@ -80,12 +96,15 @@ def _matmul(
     weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
     if resolve_backend(backend, x.device, x.dtype) == "panel":
         return int4_matmul_panel(x, weight, bias, t, b)
-    config = _route("matmul", x, [weight])
-    if config is None:
-        return int4_matmul_panel(x, weight, bias, t, b, by_kernel=True)
-    from .matmul import int4_matmul_triton
 
-    return int4_matmul_triton(x, weight, bias, t, b, config)
+    def launch(route: Route) -> Tensor:
+        if route is None:
+            return int4_matmul_panel(x, weight, bias, t, b, by_kernel=True)
+        from .matmul import int4_matmul_triton
+
+        return int4_matmul_triton(x, weight, bias, t, b, route)
+
+    return _routed("matmul", x, [weight], launch)
 
 
 @custom_op("mebp_triton::int4_matmul_dx", mutates_args=())
@@ -104,12 +123,15 @@ def _matmul_dx(
     weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
     if resolve_backend(backend, dy.device, dy.dtype) == "panel":
         return int4_matmul_dx_panel(dy, weight, g, a)
-    config = _route("matmul_dx", dy, [weight])
-    if config is None:
-        return int4_matmul_dx_panel(dy, weight, g, a, by_kernel=True)
-    from .matmul_dx import int4_matmul_dx_triton
 
-    return int4_matmul_dx_triton(dy, weight, g, a, config)
+    def launch(route: Route) -> Tensor:
+        if route is None:
+            return int4_matmul_dx_panel(dy, weight, g, a, by_kernel=True)
+        from .matmul_dx import int4_matmul_dx_triton
+
+        return int4_matmul_dx_triton(dy, weight, g, a, route)
+
+    return _routed("matmul_dx", dy, [weight], launch)
 
 
 @custom_op("mebp_triton::int4_embedding", mutates_args=())
@@ -188,6 +210,11 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         hidden.new_empty(count if need_grad else 0, width, dtype=wide),
         hidden.new_empty(count, dtype=torch.int64),
     )
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """``[M, N]`` with x's leading dimensions. No view, as a matmul's result is none: it may be changed in place."""
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -297,7 +324,7 @@ def int4_matmul(
     t = None if t is None else t.reshape(-1, t.shape[-1])
     with _no_autocast(x):
         y = _matmul(flat, *_fields(weight), bias, t, b, backend)
-    return y.view(*x.shape[:-1], weight.out_features)
+    return _shaped(y, x)
 
 
 def int4_matmul_dx(
@@ -341,7 +368,7 @@ def int4_matmul_group(
     ts = [t.reshape(-1, t.shape[-1]) for t in ts]
     with _no_autocast(x):
         outputs = _matmul_group(flat, weights, biases, ts, bs, backend)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+    return [_shaped(y, x) for y in outputs]
 
 
 def _matmul_group(
@@ -352,20 +379,26 @@ def _matmul_group(
     bs: Sequence[Tensor],
     backend: str,
 ) -> list[Tensor]:
-    if resolve_backend(backend, x.device, x.dtype) == "triton" and _alike(weights, bs):
-        config = _route("matmul", x, weights)
-        if config is not None:
-            from .matmul import int4_matmul_group_triton
+    def one_by_one() -> list[Tensor]:
+        members = zip(weights, biases, ts, bs, strict=True)
+        return [_matmul(x, *_fields(weight), bias, t, b, backend) for weight, bias, t, b in members]
 
-            bias = None
-            if any(bias is not None for bias in biases):
-                pairs = zip(biases, weights, strict=True)
-                bias = torch.cat([x.new_zeros(w.out_features) if b is None else b.to(x.dtype) for b, w in pairs])
-            t = torch.cat([t.to(x.dtype) for t in ts], dim=1)
-            b = torch.cat([b.to(x.dtype) for b in bs])
-            return int4_matmul_group_triton(x, weights, bias, t, b, config)
-    members = zip(weights, biases, ts, bs, strict=True)
-    return [_matmul(x, *_fields(weight), bias, t, b, backend) for weight, bias, t, b in members]
+    def launch(route: Route) -> list[Tensor]:
+        if route is None:
+            return one_by_one()
+        from .matmul import int4_matmul_group_triton
+
+        bias = None
+        if any(bias is not None for bias in biases):
+            pairs = zip(biases, weights, strict=True)
+            bias = torch.cat([x.new_zeros(w.out_features) if b is None else b.to(x.dtype) for b, w in pairs])
+        t = torch.cat([t.to(x.dtype) for t in ts], dim=1)
+        b = torch.cat([b.to(x.dtype) for b in bs])
+        return int4_matmul_group_triton(x, weights, bias, t, b, route)
+
+    if resolve_backend(backend, x.device, x.dtype) == "panel" or not _alike(weights, bs):
+        return one_by_one()
+    return _routed("matmul", x, weights, launch)
 
 
 def int4_matmul_dx_group(
@@ -396,14 +429,23 @@ def int4_matmul_dx_group(
 def _matmul_dx_group(
     dys: Sequence[Tensor], weights: Sequence[Int4Weight], g: Tensor | None, a: Tensor | None, backend: str
 ) -> Tensor:
+    def launch(route: Route) -> Tensor:
+        if route is None:
+            return int4_matmul_dx_group_panel(dys, weights, g, a, by_kernel=True)
+        from .matmul_dx import int4_matmul_dx_group_triton
+
+        return int4_matmul_dx_group_triton(dys, weights, g, a, route)
+
     if resolve_backend(backend, dys[0].device, dys[0].dtype) == "panel":
         return int4_matmul_dx_group_panel(dys, weights, g, a)
-    config = _route("matmul_dx", dys[0], weights) if _alike(weights, ()) else None
-    if config is None:
-        return int4_matmul_dx_group_panel(dys, weights, g, a, by_kernel=True)
-    from .matmul_dx import int4_matmul_dx_group_triton
-
-    return int4_matmul_dx_group_triton(dys, weights, g, a, config)
+    if _alike(weights, ()):
+        return _routed("matmul_dx", dys[0], weights, launch)
+    # Each by its own route; LoRA's term, which is of all of them, with the last.
+    *first, last = zip(dys, weights, strict=True)
+    total = _matmul_dx(last[0], *_fields(last[1]), g, a, backend)
+    for dy, weight in first:
+        total += _matmul_dx(dy, *_fields(weight), None, None, backend)
+    return total
 
 
 def _alike(weights: Sequence[Int4Weight], bs: Sequence[Tensor]) -> bool:

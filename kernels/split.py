@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -11,30 +13,40 @@ BLOCK = 1024
 
 
 @triton.jit
-def _sum_parts_kernel(parts_ptr, out_ptr, SIZE, SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def _sum_parts_kernel(parts_ptr, out_ptr, SIZE, stride_part, SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """``out[i] = parts[0, i] + parts[1, i] + ...``: parts_ptr ``[SPLIT, SIZE]`` float32, out_ptr ``[SIZE]``."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offs < SIZE
     # [BLOCK_SIZE]
     total = tl.load(parts_ptr + offs, mask=mask, other=0.0)
     for _ in tl.static_range(1, SPLIT):
-        parts_ptr += SIZE
+        parts_ptr += stride_part
         # [BLOCK_SIZE]
         total += tl.load(parts_ptr + offs, mask=mask, other=0.0)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def parts_buffer(out: Tensor, split: int) -> Tensor:
-    """Where a kernel writes: ``out`` itself, or ``[split * out.numel()]`` in float32."""
+def parts_of(outs: Sequence[Tensor], split: int) -> list[Tensor]:
+    """Where a kernel writes: ``outs`` themselves; or, split, the first part of each in one float32 buffer.
+
+    The buffer holds the first parts of all, then the second ones, and so on.
+    """
     if split == 1:
-        return out
-    return torch.empty((split * out.numel(),), dtype=torch.float32, device=out.device)
+        return list(outs)
+    sizes = [out.numel() for out in outs]
+    buffer = torch.empty((split * sum(sizes),), dtype=torch.float32, device=outs[0].device)
+    return [buffer[sum(sizes[:index]) :] for index in range(len(sizes))]
 
 
-def sum_parts(parts: Tensor, out: Tensor, split: int) -> None:
-    """Adds ``parts``, as ``parts_buffer`` made them, into ``out``, rounded once to its dtype."""
+def sum_parts(parts: Sequence[Tensor], outs: Sequence[Tensor], split: int) -> None:
+    """Adds ``parts``, as ``parts_of`` made them, into the contiguous ``outs``, rounded once to their dtype."""
     if split == 1:
         return
-    size = out.numel()
-    with torch.cuda.device_of(out):
-        _sum_parts_kernel[(triton.cdiv(size, BLOCK),)](parts, out, size, SPLIT=split, BLOCK_SIZE=BLOCK, num_warps=4)
+    stride_part = sum(out.numel() for out in outs)
+    for part, out in zip(parts, outs, strict=True):
+        size = out.numel()
+        if size:
+            with torch.cuda.device_of(out):
+                _sum_parts_kernel[(triton.cdiv(size, BLOCK),)](
+                    part, out, size, stride_part, SPLIT=split, BLOCK_SIZE=BLOCK, num_warps=4
+                )

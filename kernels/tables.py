@@ -34,6 +34,8 @@ SIZE_BUCKETS = tuple(1 << power for power in range(7, 19))
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SIZE_LIMIT = 1 << 26
+# What a table may ask for; far more than any device has room for.
+LARGEST = {"block_m": 512, "block_n": 512, "block_k": 512, "num_warps": 32, "num_stages": 8, "split": 64}
 
 Provenance = Literal["measured", "static"]
 # A tile configuration, or None for the panel route.
@@ -151,6 +153,9 @@ def _parse_route(item: dict[str, Any], problem: Problem) -> Route:
     if not isinstance(config, dict) or config.keys() != names:
         raise ValueError(f"config has the keys {', '.join(sorted(names))}")
     route = TileConfig(**config)
+    for name, most in LARGEST.items():
+        if getattr(route, name) > most:
+            raise ValueError(f"{name} must be at most {most}, got {getattr(route, name)}")
     if not route.suits(problem):
         raise ValueError("scale_sums is for matmul with the symmetric scheme, and sums within one group")
     return route
@@ -161,27 +166,35 @@ def read_table(path: Path, architecture: str) -> Table:
     try:
         if not path.exists():
             return {}
-        _check_trusted(path)
-        return parse_table(json.loads(path.read_bytes()), architecture)
+        if path.parent != SHIPPED:
+            check_private(path.parent)
+            check_private(path)
+        return read_named_table(path, architecture)
     except (ValueError, RecursionError, OSError) as error:
         reason = " ".join(str(error).split())
         warnings.warn(f"kernel table {path} is ignored: {reason}; remove it, or tune again", stacklevel=2)
         return {}
 
 
-def _check_trusted(path: Path) -> None:
-    """ValueError for a file that is no regular one of a sane size, or that somebody else may write to."""
-    for place in (path, path.parent):
-        found = place.stat()
-        if place == path and (not stat.S_ISREG(found.st_mode) or found.st_size > SIZE_LIMIT):
-            raise ValueError("it is not a regular file of a table's size")
-        if path.parent != SHIPPED and (found.st_uid != os.geteuid() or found.st_mode & 0o002):
-            raise ValueError(f"{place} belongs to somebody else, or everybody may write to it")
+def read_named_table(path: Path, architecture: str) -> Table:
+    """The table in a file that the user named. ValueError if it cannot be used."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > SIZE_LIMIT:
+        raise ValueError("it is not a regular file of a table's size")
+    return parse_table(json.loads(path.read_bytes()), architecture)
+
+
+def check_private(place: Path) -> None:
+    """ValueError for a file or directory that somebody else may write to: a launch would believe it."""
+    found = place.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o002:
+        raise ValueError(f"{place} belongs to somebody else, or everybody may write to it (chmod o-w)")
 
 
 def user_table_path(architecture: str) -> Path:
-    """Where ``mebp tune`` keeps this user's own table: under ``$XDG_CACHE_HOME``, or ``~/.cache``."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where ``mebp tune`` keeps this user's own table: under ``$XDG_CACHE_HOME`` (absolute), or ``~/.cache``."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache_home = named if named.is_absolute() else Path(os.path.expanduser("~/.cache"))
     return cache_home / "mebp-triton" / "tables" / f"{architecture}.json"
 
 
@@ -194,6 +207,24 @@ def load_tables(architecture: str) -> Table:
 
 def forget_tables() -> None:
     load_tables.cache_clear()
+    choose.cache_clear()
+    _REFUSED.clear()
+
+
+# (architecture, configuration) that a device had no room for.
+_REFUSED: set[tuple[str, TileConfig]] = set()
+
+
+def refuse(problem: Problem, architecture: str) -> None:
+    """From now on ``choose`` gives no launch the configuration that it gave this problem.
+
+    Raises:
+        ValueError: the default itself did not fit: there is nothing else.
+    """
+    route = choose(problem, architecture)
+    if route is None or route == default_config(problem):
+        raise ValueError(f"even the default configuration {route} does not fit this device for {problem}")
+    _REFUSED.add((architecture, route))
     choose.cache_clear()
 
 
@@ -221,8 +252,9 @@ def choose(problem: Problem, architecture: str) -> Route:
     if not near:
         return default_route(problem)
     route = table[min(near, key=lambda item: _distance(item, wanted))].route
-    # Only some weights let sums be scaled.
-    return route if route is None or route.suits(problem) else replace(route, scale_sums=False)
+    if route is not None and not route.suits(problem):
+        route = replace(route, scale_sums=False)  # only some weights let sums be scaled
+    return default_config(problem) if (architecture, route) in _REFUSED else route
 
 
 def _akin(item: Problem, wanted: Problem) -> bool:

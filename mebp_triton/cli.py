@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import errno
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -169,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from . import commands
     from .evaluate import RunError
 
+    warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
     try:
         run = getattr(commands, f"run_{arguments.command}")
         run(arguments)

@@ -401,12 +401,17 @@ def run_tune(arguments: argparse.Namespace) -> None:
     path = Path(arguments.output) if arguments.output else user_table_path(architecture)
     if path.is_dir():
         raise ValueError(f"{path} is a directory: --output names the table's file")
-    problems = _tuned_problems(arguments, architecture)
     results = Results(path, architecture, files.write_json)
+    if not arguments.report:
+        results.check()
+    if arguments.plot and (Path(arguments.plot).is_dir() or not Path(arguments.plot).absolute().parent.is_dir()):
+        raise ValueError(f"--plot {arguments.plot} names no file in an existing directory")
+    problems = _tuned_problems(arguments, architecture)
     tuned = [] if arguments.report else _tune(arguments, problems, results)
     log, table = results.log(), results.table()
     if arguments.report and not arguments.output:
-        table = table or load_tables(architecture)
+        # As a launch finds them: the shipped ones, and over them the user's own.
+        table = load_tables(architecture)
     if problems:
         wanted = {bucket(problem) for problem in problems}
         table = {problem: entry for problem, entry in table.items() if problem in wanted}
@@ -424,7 +429,8 @@ def run_tune(arguments: argparse.Namespace) -> None:
         "ceilings": {name: dataclasses.asdict(ceiling) for name, ceiling in ceilings.items()},
         "rows": [row.to_json() for row in rows],
     }
-    answer(arguments, value, _tune_table(path, rows))
+    shipped = arguments.report and not arguments.output
+    answer(arguments, value, _tune_table(f"kernels on {architecture}" if shipped else str(path), rows))
 
 
 def _tuned_architecture(arguments: argparse.Namespace) -> str:
@@ -509,9 +515,9 @@ def _tune(arguments: argparse.Namespace, problems: list[Any], results: Any) -> l
         return tune.tune(problems, machine, results, rank, arguments.limit or tune.LIMIT, arguments.force, update)
 
 
-def _tune_table(path: Path, rows: list[Any]) -> Table:
+def _tune_table(title: str, rows: list[Any]) -> Table:
     predicted = any(row.provenance == "static" for row in rows)
-    title = str(path) + ("\n* predicted, and held against the data sheet: nothing was measured" if predicted else "")
+    title += "\n* predicted, and held against the data sheet: nothing was measured" if predicted else ""
     table = Table(title=title, title_justify="left")
     for heading in ("kernel", "M", "N x K", "route", "us", "GB/s (of copy)", "TFLOP/s (of matmul)", "next best"):
         table.add_column(heading, overflow="fold")

@@ -535,11 +535,13 @@ def test_tune_offline(mebp, tmp_path, monkeypatch, no_device, few_candidates):
     # What was ranked is not ranked again; the report shows it.
     assert answer(mebp(*command, "--json"))["tuned"] == 0
     reported = answer(mebp("tune", "--report", "--target=sm_87", "--json", f"--plot={tmp_path / 'plot.png'}"))
-    assert reported["rows"] == value["rows"] and list(reported["ceilings"]) == ["data sheet"]
+    # With all that is shipped.
+    assert [row for row in reported["rows"] if row in value["rows"]] == value["rows"]
+    assert list(reported["ceilings"]) == ["data sheet"] and all(row["gb_s"] > 0 for row in reported["rows"])
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     code, out, err = mebp("tune", "--report", "--target=sm_87", "--shapes=256x128", "--m=16")
     assert code == 0 and "256x128" in out and "predicted" in out and err == ""
-    one_line(mebp("tune", "--report", "--target=sm_87", "--shapes=4096x128"), "no such entry")
+    one_line(mebp("tune", "--report", "--target=sm_87", "--shapes=262144x128"), "no such entry")
     tables.forget_tables()
 
 

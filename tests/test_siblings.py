@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -168,6 +169,40 @@ class TestAnythingElseIsComputedAlone:
         compiled = torch.compile(lambda x: [member(x) for member in layers], fullgraph=True, backend="aot_eager")
         for ours, member in zip(compiled(x), layers, strict=True):
             torch.testing.assert_close(ours, int4_lora_linears(x, [member.operand()])[0])
+
+
+@pytest.mark.parametrize("made_within", [False, True])
+def test_inference_mode(made_within: bool) -> None:
+    """Its tensors do not count their changes."""
+    with torch.inference_mode(made_within):
+        layers = layer(20), layer(9, seed=1)
+    joined(*layers)
+    x = torch.randn(4, 70)
+    with torch.no_grad():
+        wanted = [int4_lora_linears(x, [member.operand()])[0] for member in layers]
+    with torch.inference_mode():
+        found = [member(torch.clone(x)) for member in layers] + [member(x) for member in layers]
+    for ours, theirs in zip(found, wanted * 2, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_an_output_can_be_changed_in_place() -> None:
+    """Some modelling code clamps q, k and v."""
+    layers = layer(20), layer(9, seed=1)
+    joined(*layers)
+    x = torch.randn(2, 4, 70, requires_grad=True)
+    sum(member(x).clamp_(-1, 1).sum() for member in layers).backward()
+    assert x.grad is not None
+
+
+def test_a_copy_waits_for_nothing() -> None:
+    first, second = layer(20), layer(9, seed=1)
+    joined(first, second)
+    x = torch.randn(4, 70)
+    first(x)
+    twin = copy.deepcopy(first)
+    assert twin.siblings is not None and twin.siblings.layers[0] is twin and not twin.siblings._waiting
+    torch.testing.assert_close(twin(x), first(x))
 
 
 def test_nothing_is_kept_once_all_are_served() -> None:

@@ -38,7 +38,7 @@ def test_what_is_written_is_read():
 
 
 def test_no_file_is_an_empty_log(tmp_path):
-    assert log_path(Path("a/sm_87.json")) == Path("a/sm_87.log")
+    assert log_path(Path("a/sm_87.json")) == Path("a/sm_87.json.log")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_log(tmp_path / "none.log", "sm_87") == Log("sm_87")

@@ -27,7 +27,7 @@ from mebp_triton.autotune.tune import (
     winner,
 )
 from mebp_triton.kernels.configs import Problem, TileConfig, default_config
-from mebp_triton.kernels.tables import Entry, bucket, read_table
+from mebp_triton.kernels.tables import Entry, bucket, read_table, user_table_path
 
 MACHINE = Machine(torch.device("cpu"), "A device", Limits(1 << 16, 1 << 30), WallTimer())
 PROBLEMS = [Problem(kernel, m, 128, 128, dtype=torch.float32) for kernel in ("matmul", "matmul_dx") for m in (16, 64)]
@@ -205,17 +205,54 @@ def test_measured_beats_static_and_newer_beats_older():
 def test_only_its_user_may_write_there(results):
     results.add(entry_of(), Record(PROBLEMS[0], (), None, {}))
     assert stat.S_IMODE(results.path.parent.stat().st_mode) == 0o700
-    assert sorted(path.name for path in results.path.parent.iterdir()) == ["sm_87.json", "sm_87.lock", "sm_87.log"]
+    assert sorted(path.name for path in results.path.parent.iterdir()) == [
+        "sm_87.json",
+        "sm_87.json.lock",
+        "sm_87.json.log",
+    ]
 
 
 @pytest.mark.parametrize("garbage", ["", "{", '{"format": 1, "architecture": "sm_90", "entries": []}', "\0" * 99])
-def test_a_damaged_or_foreign_table_is_replaced(results, garbage):
-    results.path.parent.mkdir()
+def test_the_users_own_table_is_replaced_where_it_is_damaged_or_foreign(tmp_path, monkeypatch, garbage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    results = Results(user_table_path("sm_87"), "sm_87", files.write_json)
+    results.check()
+    results.path.parent.mkdir(parents=True, mode=0o700)
     results.path.write_text(garbage)
     log_path(results.path).write_text(garbage)
     with pytest.warns(UserWarning, match="is ignored"):
         results.add(entry_of(), Record(PROBLEMS[0], (), None, {}))
     assert results.table() == {entry_of().problem: entry_of()} and len(results.log().records) == 1
+
+
+def test_what_the_user_named_is_not_written_over(results):
+    with pytest.raises(ValueError, match="is no directory"):
+        results.check()
+    results.path.parent.mkdir()
+    results.check()
+    results.path.write_text("important notes")
+    for call in (results.check, lambda: results.add(entry_of(), Record(PROBLEMS[0], (), None, {}))):
+        with pytest.raises(ValueError, match="is there already and is no table of sm_87"):
+            call()
+    assert results.path.read_text() == "important notes"
+
+
+def test_a_named_table_may_lie_where_everybody_writes(results):
+    results.path.parent.mkdir()
+    results.path.parent.chmod(0o777)
+    results.check()
+    for problem in PROBLEMS[:2]:
+        results.add(replace(entry_of(), problem=bucket(problem)), Record(problem, (), None, {}))
+    assert len(results.table()) == 2
+
+
+def test_the_users_own_table_must_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = user_table_path("sm_87")
+    path.parent.mkdir(parents=True)
+    path.parent.chmod(0o777)
+    with pytest.raises(ValueError, match="everybody may write"):
+        Results(path, "sm_87", files.write_json).check()
 
 
 WRITER = textwrap.dedent("""

@@ -1,7 +1,5 @@
 """``dX = dY·W + g·a`` against float64 on the decoded codes."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -258,8 +256,19 @@ def test_mistakes_are_named(make_weight, replace, message, device):
     step=st.integers(0, 3),
     transposed=st.booleans(),
     seed=st.integers(0, 9),
+    config=st.none()
+    | st.builds(
+        TileConfig,
+        st.sampled_from([16, 32]),
+        st.sampled_from([16, 32]),
+        st.sampled_from([64, 128]),
+        split=st.sampled_from([1, 2, 4]),
+        weight_left=st.booleans(),
+    ),
 )
-def test_any_shape(guarded, make_weight, normal, dtype, m, n, k, rank, scheme, group_size, step, transposed, seed):
+def test_any_shape(
+    guarded, make_weight, normal, dtype, m, n, k, rank, scheme, group_size, step, transposed, seed, config
+):
     shape = (n, m) if transposed else (m, n)
     if step:
         dy = normal(shape[0], shape[1] * step, dtype=dtype, seed=seed)[:, ::step]
@@ -269,7 +278,7 @@ def test_any_shape(guarded, make_weight, normal, dtype, m, n, k, rank, scheme, g
     weight = make_weight(n, k, group_size, scheme, seed=seed)
     g, a = (normal(m, rank, dtype=dtype), normal(rank, k, dtype=dtype, seed=2)) if rank else (None, None)
     wide = (None, None) if g is None or a is None else (g.double(), a.double())
-    dx = guarded(int4_matmul_dx_triton, dy, weight, g, a)
+    dx = guarded(int4_matmul_dx_triton, dy, weight, g, a, config)
     truth = reference.matmul_dx(dy.double(), weight, *wide)
     # Each weight and each output is rounded to the dtype, the products and sums to float32.
     size = dy.double().abs() @ reference.decode(weight).abs()
@@ -302,8 +311,6 @@ def test_both_sides_of_the_dot_give_the_same(make_weight, normal, dtype):
 def test_group(guarded, assert_accurate, make_weight, normal, dtype, scheme, sizes, config):
     m, k, r = 15, 130, 6
     weights = [make_weight(n, k, 64, scheme, seed=i) for i, n in enumerate(sizes)]
-    if scheme == "codebook":
-        weights = [replace(weight, codebook=weights[0].codebook) for weight in weights]
     dys = [normal(m, n, dtype=dtype, seed=i) for i, n in enumerate(sizes)]
     g, a = normal(m, r, seed=3), normal(r, k, seed=4)
     dx = guarded(int4_matmul_dx_group_triton, dys, weights, g, a, config)
@@ -319,6 +326,13 @@ def test_group_of_views_with_strides_of_their_own(make_weight, normal):
     wide = normal(9, 100)
     strided = [wide[:, 3:23], normal(9, 12, seed=2), wide[:, 40:60]]
     expanded = [normal(1, 20).expand(9, 20), normal(12, 9).t(), normal(9, 1).expand(9, 20)]
+    single = make_weight(1, 100, 32, seed=6)
+    # A single column: its stride along N says nothing.
+    columns = [normal(1, 9).t(), wide[:, 3:23]]
+    truth = sum(reference.matmul_dx(dy.double(), w) for dy, w in zip(columns, (single, weights[0]), strict=True))
+    for order in (1, -1):
+        dx = int4_matmul_dx_group_triton(columns[::order], [single, weights[0]][::order])
+        torch.testing.assert_close(dx.double(), truth, rtol=1e-4, atol=1e-4)
     for dys in (strided, expanded):
         truth = sum(reference.matmul_dx(dy.double(), weight) for dy, weight in zip(dys, weights, strict=True))
         torch.testing.assert_close(int4_matmul_dx_group_triton(dys, weights).double(), truth, rtol=1e-4, atol=1e-4)

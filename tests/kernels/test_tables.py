@@ -108,6 +108,7 @@ def broken(**changes):
         ({"entry__config__ir_override": "x"}, "config has the keys"),
         ({"entry__config__block_m": 24}, "block_m must be a power of two"),
         ({"entry__config__num_warps": "8"}, "num_warps must be an integer"),
+        ({"entry__config__block_k": 1 << 20}, "block_k must be at most 512, got 1048576"),
         ({"entry__config__scale_sums": True, "entry__scheme": "affine"}, "scale_sums is for matmul"),
     ],
 )
@@ -201,6 +202,26 @@ def test_what_stands_in_for_what(places):
     # The symmetric scheme stands in for a codebook, whose sums cannot be scaled.
     unscaled = replace(scaled, scale_sums=False)
     assert choose(replace(ENTRY.problem, scheme="codebook"), "sm_90") == unscaled
+
+
+def test_what_a_device_has_no_room_for_is_not_chosen_again(places):
+    write(places[0], ENTRY)
+    other = replace(ENTRY.problem, n=8192)
+    assert choose(other, "sm_90") == TILE
+    tables.refuse(ENTRY.problem, "sm_90")
+    assert choose(ENTRY.problem, "sm_90") == default_config(ENTRY.problem)
+    assert choose(other, "sm_90") == default_config(other)
+    with pytest.raises(ValueError, match="even the default"):
+        tables.refuse(ENTRY.problem, "sm_90")
+
+
+def test_no_home_is_no_error(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tables.load_tables("sm_90") == {}
 
 
 def test_without_a_table_many_tokens_go_by_panels():

@@ -1,7 +1,8 @@
 """A few PTX instructions in numpy, so that inline assembly can be checked where no GPU is.
 
 Semantics from NVIDIA's PTX ISA reference: ``prmt`` (default mode), packed half precision with one rounding to nearest
-even, no flush to zero. Every register is a numpy array of uint32: one lane per element.
+even, no flush to zero. Every register is a numpy array of uint32 (uint64
+for addresses): one lane per element.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ OPERATIONS = {
     "and.b32": lambda a, b: a & b,
     "shr.u32": lambda a, b: a >> b,
     "prmt.b32": _prmt,
+    "mad.wide.u32": lambda a, b, c: a.astype(np.uint64) * b.astype(np.uint64) + c.astype(np.uint64),
     "sub.rn.f32": lambda a, b: (_float32(a) - _float32(b)).view(np.uint32),
     "sub.rn.f16x2": lambda a, b: _pack(_halves(a, torch.float16) - _halves(b, torch.float16), torch.float16),
     "mul.rn.f16x2": lambda a, b: _pack(_halves(a, torch.float16) * _halves(b, torch.float16), torch.float16),
@@ -50,9 +52,15 @@ OPERATIONS = {
 }
 
 
-def run(assembly: str, operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Runs a block of inline assembly; ``operands`` are its inputs by name ("$4"). All registers afterwards."""
-    registers = {name: value.astype(np.uint32) for name, value in operands.items()}
+def run(
+    assembly: str, operands: dict[str, np.ndarray], table: np.ndarray | None = None, address: int = 0
+) -> dict[str, np.ndarray]:
+    """Runs a block of inline assembly.
+
+    ``operands`` are its inputs by name ("$4"); ``table`` is float32 memory at ``address``, all that it may read.
+    Returns all registers afterwards.
+    """
+    registers = dict(operands)
     shape = next(iter(registers.values())).shape
     declared: set[str] = set()
 
@@ -64,7 +72,7 @@ def run(assembly: str, operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
     for line in filter(None, (part.strip() for part in re.sub(r"[{}]", "", assembly).split(";"))):
         name, _, rest = line.partition(" ")
-        tokens = [token.strip() for token in rest.replace(".b32 ", "").split(",")]
+        tokens = [token.strip() for token in rest.replace(".b32 ", "").replace(".b64 ", "").split(",")]
         if name == ".reg":
             declared |= set(tokens)
             continue
@@ -72,5 +80,11 @@ def run(assembly: str, operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]
         # bfloat16 and float16 instructions take registers only.
         immediate = any(token[0].isdigit() for token in tokens[1:])
         assert not (immediate and "x2" in name), f"{name} takes no immediate operand"
+        if name == "ld.global.nc.f32":
+            assert table is not None
+            places, rest_bytes = np.divmod(registers[tokens[1].strip("[]")] - np.uint64(address), np.uint64(4))
+            assert not rest_bytes.any() and places.max() < table.size, "reads outside of the table"
+            registers[tokens[0]] = table.view(np.uint32)[places.astype(np.int64)]
+            continue
         registers[tokens[0]] = OPERATIONS[name](*(read(token) for token in tokens[1:]))
     return registers
