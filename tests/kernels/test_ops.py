@@ -1,9 +1,14 @@
 """The ``torch.library`` ops: registration, fake implementations, derivatives, backends."""
 
+import functools
+import warnings
+
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
-from mebp_triton.kernels import ops, reference
+from mebp_triton.kernels import matmul, ops, reference, tables
+from mebp_triton.kernels.configs import Problem, TileConfig, default_config
 from mebp_triton.kernels.layout import SCHEMES
 from mebp_triton.kernels.ops import (
     BACKENDS,
@@ -11,8 +16,11 @@ from mebp_triton.kernels.ops import (
     int4_embedding,
     int4_matmul,
     int4_matmul_dx,
+    int4_matmul_dx_group,
+    int4_matmul_group,
     resolve_backend,
 )
+from mebp_triton.kernels.tables import Entry
 
 PANEL = "panel"
 
@@ -236,3 +244,83 @@ def test_triton_on_the_cpu_is_an_error_outside_of_its_interpreter(monkeypatch, m
 def test_unknown_backends(backend):
     with pytest.raises(ValueError, match=f"one of {', '.join(BACKENDS)}, got {backend!r}"):
         resolve_backend(backend, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("triton_kernels")
+class TestRoutes:
+    """Which launcher an operation takes; in Triton's interpreter."""
+
+    @pytest.fixture(autouse=True)
+    def interpreted(self, monkeypatch, device):
+        if device == "cpu":
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    @pytest.fixture(params=[TileConfig(16, 32, 64, split=2), None], ids=["tile", "panel"])
+    def route(self, request, monkeypatch):
+        monkeypatch.setattr(ops, "choose", lambda problem, architecture: request.param)
+        return request.param
+
+    def test_single(self, make_weight, normal, scheme, route):
+        weight, x, dy = make_weight(20, 70, 32, scheme), normal(2, 3, 70), normal(2, 3, 20)
+        t, b, g, a = normal(2, 3, 4), normal(20, 4, seed=2), normal(2, 3, 4, seed=3), normal(4, 70, seed=4)
+        y, dx = int4_matmul(x, weight, None, t, b, "triton"), int4_matmul_dx(dy, weight, g, a, "triton")
+        torch.testing.assert_close(y, reference.matmul(x, weight, None, t, b), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dx, reference.matmul_dx(dy, weight, g, a), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("group_sizes", [(32, 32, 32), (32, 64, 32)], ids=["alike", "not alike"])
+    @pytest.mark.parametrize("ranks", [(4, 4, 4), (4, 1, 2)], ids=str)
+    def test_group(self, make_weight, normal, scheme, route, group_sizes, ranks):
+        """With a bias for one of three; also members that no launch can take together."""
+        sizes = (20, 1, 33)
+        weights = [make_weight(n, 70, size, scheme, seed=n) for n, size in zip(sizes, group_sizes, strict=True)]
+        x, biases = normal(2, 3, 70), [None, normal(1, seed=5), None]
+        ts = [normal(2, 3, r, seed=r) for r in ranks]
+        bs = [normal(n, r, seed=n) for n, r in zip(sizes, ranks, strict=True)]
+        found = int4_matmul_group(x, weights, biases, ts, bs, "triton")
+        for y, *operands in zip(found, weights, biases, ts, bs, strict=True):
+            torch.testing.assert_close(y, reference.matmul(x, *operands), rtol=1e-4, atol=1e-4)
+        dys = [normal(2, 3, n, seed=n) for n in sizes]
+        g, a = normal(2, 3, sum(ranks)), normal(sum(ranks), 70)
+        truth = sum(reference.matmul_dx(dy, weight) for dy, weight in zip(dys, weights, strict=True)) + g @ a
+        torch.testing.assert_close(int4_matmul_dx_group(dys, weights, g, a, "triton"), truth, rtol=1e-4, atol=1e-4)
+
+    def test_members_that_are_not_alike_have_routes_of_their_own(self, make_weight, normal, monkeypatch):
+        """They must not fall to the panels, whatever the tables say."""
+        asked = []
+        monkeypatch.setattr(ops, "choose", lambda problem, _: asked.append(problem.n) or default_config(problem))
+        monkeypatch.setattr(ops, "int4_matmul_dx_group_panel", lambda *args, **kwargs: pytest.fail("by panels"))
+        weights = [make_weight(20, 70, 32), make_weight(9, 70, 64)]
+        int4_matmul_dx_group([normal(3, 20), normal(3, 9)], weights, backend="triton")
+        assert sorted(asked) == [9, 20]
+
+    def test_what_does_not_fit_the_device_gives_way_to_the_default(self, make_weight, normal, monkeypatch):
+        big = TileConfig(128, 128, 64)
+        original = matmul.int4_matmul_triton
+
+        def launch(*operands):
+            if operands[-1] == big:
+                raise OutOfResources(300_000, 101_376, "shared memory")
+            return original(*operands)
+
+        monkeypatch.setattr(matmul, "int4_matmul_triton", launch)
+        key = tables.bucket(Problem("matmul", 5, 20, 70, dtype=torch.float32))
+        table = {key: Entry(key, big, "static", 1.0, None, {})}
+        monkeypatch.setattr(tables, "load_tables", functools.cache(lambda _: table))
+        x, weight = normal(5, 70), make_weight(20, 70)
+        tables.forget_tables()
+        with pytest.warns(UserWarning, match="does not fit this device .* tune again"):
+            y = int4_matmul(x, weight, backend="triton")
+        torch.testing.assert_close(y, reference.matmul(x, weight), rtol=1e-4, atol=1e-4)
+        # From then on at once.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(int4_matmul(x, weight, backend="triton"), y)
+        tables.forget_tables()
+
+
+def test_bfloat16_before_sm_80_goes_by_panels(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, wanted in (((7, 5), "panel"), ((8, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert resolve_backend("auto", torch.device("cuda"), torch.bfloat16) == wanted
+        assert resolve_backend("auto", torch.device("cuda"), torch.float16) == "triton"
