@@ -79,7 +79,7 @@ def main() -> None:
         times[event.key] += event.self_cpu_time_total / 5e3
     total = sum(times.values())
     result = {
-        "settings": vars(arguments),
+        "settings": vars(arguments) | {"torch": torch.__version__, "threads": torch.get_num_threads()},
         "kept_mib": {key: round(size / 2**20, 3) for key, size in sizes.most_common(20)},
         "kept_mib_total": round(sum(sizes.values()) / 2**20, 2),
         "milliseconds": {key: round(time, 2) for key, time in times.most_common(20)},
