@@ -11,7 +11,7 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mebp_triton.kernels import reference
+from mebp_triton.kernels import matmul, reference
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight
 from mebp_triton.kernels.matmul import can_group, int4_matmul_group_triton, int4_matmul_triton
@@ -305,7 +305,7 @@ def test_under_the_interpreters_own_switch():
     """``TRITON_INTERPRET=1`` works for a whole process, too."""
     program = """
 import torch
-from mebp_triton.kernels import reference
+from mebp_triton.kernels import matmul, reference
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import can_group, int4_matmul_group_triton, int4_matmul_triton
 codes = torch.randint(0, 16, (5, 70), dtype=torch.uint8)
@@ -327,10 +327,7 @@ def _careless_kernel(x_ptr, y_ptr, N, MASKED: tl.constexpr):
 def test_the_interpreter_here_is_strict(device):
     if device == "cuda":
         pytest.skip("of the interpreter")
-    from triton.runtime.interpreter import InterpretedFunction
-
-    checked = next(kind for kind in InterpretedFunction.__subclasses__() if kind.__name__ == "CheckedKernel")
-    kernel = checked(_careless_kernel.fn)
+    kernel = type(matmul._matmul_kernel)(_careless_kernel.fn)
     x, y = torch.zeros(10), torch.zeros(16)
     kernel[(1,)](x, y, 10, MASKED=True)
     assert torch.equal(y.isnan(), torch.arange(16) >= 10)
