@@ -142,7 +142,7 @@ def child_main(name: str, chosen: argparse.Namespace, deadline: float, kept: Pat
         torch.manual_seed(0)
         part(name)(session)
         session.synchronize()
-    except Exception as problem:
+    except Exception as problem:  # one part may fail in any way; it is recorded, and the others run
         traceback.print_exc()
         error = f"{type(problem).__name__}: {problem}"[:2000]
     session.save(now=True, error=error)

@@ -57,7 +57,7 @@ class TileConfig:
         split: into how many parts the reduction is cut. Each part is a float32 partial result of its own; a second
             pass adds them in order, so the result does not change from run to run.
         weight_left: the decoded weight is the left operand of the dot (the kernel computes tiles of the transposed
-            result), or the right one.
+            result), or the right one (``matmul_dx``; ``matmul`` always has it left).
         scale_sums: scales multiply float32 sums over a group instead of weights (``matmul``, symmetric scheme).
 
     Raises:

@@ -16,38 +16,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Four bytes in $4 -> four low nibbles in $0, $1 and four high ones in $2, $3, as pairs of (code - 8).
-_UNPACK_BF16 = """
-    .reg .b32 l, h, one, offset;
+# Four bytes in $4 -> four low nibbles in $0, $1 and four high ones in $2, $3: each in the low byte of 16 bits, with
+# MAGIC in the high one.
+_NIBBLES = """
+    .reg .b32 l, h;
+    and.b32 l, $4, 0x0F0F0F0F;
+    shr.u32 h, $4, 4;
+    and.b32 h, h, 0x0F0F0F0F;
+    prmt.b32 $0, l, MAGIC, 0x4140;
+    prmt.b32 $1, l, MAGIC, 0x4342;
+    prmt.b32 $2, h, MAGIC, 0x4140;
+    prmt.b32 $3, h, MAGIC, 0x4342;
+"""
+# Pairs of code - 8: bfloat16 has no subtraction before sm_90, and times one is exact.
+_UNPACK_BF16 = (
+    _NIBBLES.replace("MAGIC", "0x43434343")
+    + """
+    .reg .b32 one, offset;
     mov.b32 one, 0x3F803F80;
     mov.b32 offset, 0xC308C308;
-    and.b32 l, $4, 0x0F0F0F0F;
-    shr.u32 h, $4, 4;
-    and.b32 h, h, 0x0F0F0F0F;
-    prmt.b32 $0, l, 0x43434343, 0x4140;
-    prmt.b32 $1, l, 0x43434343, 0x4342;
-    prmt.b32 $2, h, 0x43434343, 0x4140;
-    prmt.b32 $3, h, 0x43434343, 0x4342;
-    fma.rn.bf16x2 $0, $0, one, offset;
-    fma.rn.bf16x2 $1, $1, one, offset;
-    fma.rn.bf16x2 $2, $2, one, offset;
-    fma.rn.bf16x2 $3, $3, one, offset;
 """
-_UNPACK_FP16 = """
-    .reg .b32 l, h, offset;
+    + "".join(f"    fma.rn.bf16x2 ${register}, ${register}, one, offset;\n" for register in range(4))
+)
+_UNPACK_FP16 = (
+    _NIBBLES.replace("MAGIC", "0x64646464")
+    + """
+    .reg .b32 offset;
     mov.b32 offset, 0x64086408;
-    and.b32 l, $4, 0x0F0F0F0F;
-    shr.u32 h, $4, 4;
-    and.b32 h, h, 0x0F0F0F0F;
-    prmt.b32 $0, l, 0x64646464, 0x4140;
-    prmt.b32 $1, l, 0x64646464, 0x4342;
-    prmt.b32 $2, h, 0x64646464, 0x4140;
-    prmt.b32 $3, h, 0x64646464, 0x4342;
-    sub.rn.f16x2 $0, $0, offset;
-    sub.rn.f16x2 $1, $1, offset;
-    sub.rn.f16x2 $2, $2, offset;
-    sub.rn.f16x2 $3, $3, offset;
 """
+    + "".join(f"    sub.rn.f16x2 ${register}, ${register}, offset;\n" for register in range(4))
+)
 # The scales of the low plane's four weights: high parts in $5, $6, low parts in $7, $8; of the high plane: $9 to $12.
 # bfloat16 has no multiplication before sm_90: adding -0 makes one of a fused multiply-add.
 _SCALE_BF16 = """

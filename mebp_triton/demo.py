@@ -104,7 +104,13 @@ def demonstrate(directory: Path, steps: int, compare: bool, console: Console) ->
 def _mebp(console: Console, *arguments: str) -> dict[str, Any]:
     """One command in its own process: shown, its progress passed through, its answer read."""
     console.print(f"$ mebp {shlex.join(arguments)}", style="bold", highlight=False, soft_wrap=True)
-    return _run([sys.executable, "-m", "mebp_triton.cli", *arguments, "--json"])
+    return _run([*python_module("mebp_triton.cli"), *arguments, "--json"])
+
+
+def python_module(name: str) -> list[str]:
+    """As ``python -m name``, but never from the working directory: in a clone, the sources there are not installed."""
+    start = "import runpy, sys; sys.path[:] = filter(None, sys.path); "
+    return [sys.executable, "-c", start + f"runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"]
 
 
 def _run(command: list[str]) -> dict[str, Any]:
@@ -139,7 +145,7 @@ def compare_with_peft(
         **{name.replace("-", "_"): value for name, value in SETTINGS.items()},
     }
     console.print("the same with transformers + PEFT (float32, gradient checkpointing) ...", style="bold")
-    return _run([sys.executable, "-m", "mebp_triton.peer", json.dumps(settings)])
+    return _run([*python_module("mebp_triton.peer"), json.dumps(settings)])
 
 
 ROWS = {

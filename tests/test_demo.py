@@ -3,8 +3,10 @@
 import importlib.util
 import io
 import json
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -197,3 +199,12 @@ def test_the_real_model_from_end_to_end(tmp_path):
     losses = [result.loss for result in results]
     assert losses[2] < losses[1] < losses[0] + 1e-3
     assert evaluate(model, validation, 1).loss < before.loss + 0.5, "three steps must not spoil it"
+
+
+def test_its_processes_do_not_run_what_lies_in_the_working_directory(tmp_path: Path) -> None:
+    """In a clone, the package without its kernels does."""
+    (tmp_path / "mebp_triton").mkdir()
+    (tmp_path / "mebp_triton" / "__init__.py").write_text("raise SystemExit('the working directory was imported')")
+    command = [*demo.python_module("mebp_triton.cli"), "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("mebp "), done.stderr

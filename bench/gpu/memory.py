@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mebp_triton.kernels.layout import Scheme
 from mebp_triton.lora import Int4LoRALinear
 from mebp_triton.memory import peak_resident_bytes
 
@@ -30,9 +31,9 @@ def memory(session: Session) -> None:
             session.fail(f"more than {LIMIT_MIB} MiB: {row}")
 
 
-def make_layer(session: Session, n: int, k: int, scheme: str = "symmetric") -> Int4LoRALinear:
+def make_layer(session: Session, n: int, k: int, scheme: Scheme = "symmetric") -> Int4LoRALinear:
     """A layer with an adapter that does something."""
-    weight = random_weight(n, k, session.device, scheme)  # type: ignore[arg-type]
+    weight = random_weight(n, k, session.device, scheme)
     layer = Int4LoRALinear(weight, None, session.dtype, rank=16, scaling=2.0, backend="triton")
     with torch.no_grad():
         layer.lora_B.normal_(0, 0.02)
