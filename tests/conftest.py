@@ -1,7 +1,15 @@
-"""Shared by all tests. The root is taken off ``sys.path``: from there ``kernels`` would shadow another package."""
+"""Shared by all tests. The root is taken off ``sys.path``: from there ``kernels`` would shadow another package.
 
+Kernels are compiled anew in each run: a compiler's cache that an earlier run left would hide what no longer compiles.
+"""
+
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+COMPILED = tempfile.TemporaryDirectory(prefix="mebp-triton-compiled-")
+os.environ["TRITON_CACHE_DIR"] = COMPILED.name

@@ -50,6 +50,20 @@ class CheckedKernel(interpreter.InterpretedFunction):
         super().run(*args, **kwargs)
 
 
+class LibraryFunction(interpreter.InterpretedFunction):
+    """An interpreted function of the language's own library: its call gives ``triton.language.core`` back as it was.
+
+    The one it replaces leaves the interpreter's functions in it, and nothing compiles in this process any more.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        scope = interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        finally:
+            scope.restore()
+
+
 def check_addresses(what: str, pointers: Any, mask: Any) -> None:
     itemsize = pointers.get_element_ty().primitive_bitwidth // 8
     touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
@@ -94,7 +108,7 @@ def triton_kernels() -> Iterator[None]:
         importlib.import_module("triton.experimental.gluon")
         for attribute, function in list(vars(triton.language.standard).items()):
             if isinstance(function, JITFunction):
-                library = interpreter.InterpretedFunction(function.fn)
+                library = LibraryFunction(function.fn)
                 patch.setattr(triton.language.standard, attribute, library)
                 if getattr(triton.language, attribute, None) is function:
                     patch.setattr(triton.language, attribute, library)
