@@ -18,8 +18,7 @@ identity   ``dX = dY``; nothing read, recomputed none
 
 A block whose input needs no gradient, and that is not trained, has no backward at all.
 
-A recompute makes what the gradients need, and no gradient needs the output of the block's last linear layer where only
-additions follow it. That product is left out; see ``_TailSkip``.
+A recompute leaves out the products that it can; see ``recompute``.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.cache_utils import Cache
 
 from .lora import Int4LoRALinear
+from .recompute import Recording, Recompute
 from .siblings import Siblings
 from .stores.checkpoints import Checkpoint, CheckpointStore, DeviceCheckpoints
 
@@ -61,6 +61,7 @@ class BlockEngine:
         blocks: the model's blocks, in order.
         pages: per block, entered while its weights are needed; None where they always lie in place.
         checkpoints: where the blocks' inputs wait.
+        keep_outputs: the outputs of a block's adapted layers wait there as well, and its recompute has no products.
 
     Attributes:
         treatment: what the selection says of block i at this step; all "train" without one.
@@ -72,6 +73,7 @@ class BlockEngine:
         blocks: Iterable[nn.Module],
         pages: Sequence[Pages] | None = None,
         checkpoints: CheckpointStore | None = None,
+        keep_outputs: bool = False,
     ) -> None:
         self.blocks = list(blocks)
         self.pages: Sequence[Pages] = pages if pages is not None else [nullcontext()] * len(self.blocks)
@@ -79,7 +81,8 @@ class BlockEngine:
         self.treatment: Callable[[int], Treatment] = lambda index: "train"
         self.observer: Callable[[Event, int], None] = lambda event, index: None
         self.counters = Counters()
-        self.tails = [_TailSkip(block) for block in self.blocks]
+        self.keep_outputs = keep_outputs
+        self.recomputes = [Recompute(block) for block in self.blocks]
         self.siblings = [_siblings_in(block) for block in self.blocks]
         self._instance_forwards = [block.__dict__.get("forward") for block in self.blocks]
         for index, block in enumerate(self.blocks):
@@ -213,15 +216,21 @@ class _BlockRun:
             "cache_enabled": torch.is_autocast_cache_enabled(),
         }
         self.checkpoint: Checkpoint | None = None
+        self.recording: Recording | None = None
         self.output_spec: Any = None
         self.output_leaves: list[Any] = []
 
     def forward(self) -> tuple[Tensor, ...]:
         """Runs the block without a graph; afterwards only the checkpoint holds its input."""
         args, kwargs = tree_unflatten(self.leaves, self.spec)
+        keeping: AbstractContextManager[object] = nullcontext()
         if self.treatment != "identity":
             self.checkpoint = self.engine.checkpoints.save(self.leaves[self.hidden])
-        output = self.engine._forward(self.index, self.original, args, kwargs)
+            if self.engine.keep_outputs:
+                self.recording = Recording(self.engine.checkpoints)
+                keeping = self.engine.recomputes[self.index].recorded(self.recording)
+        with keeping:
+            output = self.engine._forward(self.index, self.original, args, kwargs)
         self.leaves = [None if place == self.hidden else leaf for place, leaf in enumerate(self.leaves)]
         if self.treatment == "identity":
             self.leaves = []
@@ -250,7 +259,7 @@ class _BlockRun:
         wanted = [item for item, need in zip(inputs, needed, strict=True) if need]
         args, kwargs = tree_unflatten(leaves, self.spec)
         with self.engine.pages[self.index], torch.enable_grad(), _only_trainable(self), _without_hooks(self.parameters):
-            output = self.engine.tails[self.index].run(lambda: self._recompute(args, kwargs))
+            output = self.engine.recomputes[self.index].run(lambda: self._recompute(args, kwargs), self.recording)
             outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
             found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
@@ -263,64 +272,6 @@ class _BlockRun:
         random = self.random.replayed() if self.random is not None else nullcontext()
         with random, torch.autocast(**self.autocast):
             return self.engine._call(self.index, functools.partial(self.original, *args, **kwargs))
-
-
-class _TailSkip:
-    """Leaves out the product of a block's last linear layer in recomputes, where no gradient depends on it.
-
-    The first recompute finds out which layer comes last. From then on its output is NaN, not computed, and nothing
-    after it may be saved for the backward pass: whatever has a gradient that depends on the value would be. If
-    something is (a norm or an activation after it, a dropout mask), the recompute is done again in full, and for this
-    block always will be.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self.layers = [module for module in block.modules() if isinstance(module, Int4LoRALinear)]
-        self.layer: Int4LoRALinear | None = None
-        self.settled = False
-
-    def run(self, recompute: Callable[[], Any]) -> Any:
-        if not self.settled:
-            return self._find(recompute)
-        if self.layer is None or (self.layer.training and self.layer.lora_dropout.p > 0):
-            return recompute()
-        saved: list[torch.Size] = []
-        entered: list[torch.autograd.graph.saved_tensors_hooks] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            saved.append(tensor.shape)
-            return tensor
-
-        def after(*_: Any) -> None:
-            entered.append(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
-            entered[-1].__enter__()
-
-        hook = self.layer.register_forward_hook(after)
-        self.layer.output_unused = True
-        try:
-            output = recompute()
-        finally:
-            self.layer.output_unused = False
-            hook.remove()
-            for context in reversed(entered):
-                context.__exit__(None, None, None)
-        if saved or len(entered) != 1:
-            self.layer = None
-            return recompute()
-        return output
-
-    def _find(self, recompute: Callable[[], Any]) -> Any:
-        called: list[Int4LoRALinear] = []
-        hooks = [layer.register_forward_hook(lambda module, *_: called.append(module)) for layer in self.layers]
-        try:
-            output = recompute()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.settled = True
-        if called and called.count(called[-1]) == 1:
-            self.layer = called[-1]
-        return output
 
 
 _TENSOR = object()

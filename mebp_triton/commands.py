@@ -176,6 +176,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         backend=config.backend,
         seed=config.seed,
         scratch_directory=run.directory,
+        recompute_granularity=config.recompute_granularity or "full",
     )
     trainer = Trainer(model, data, config, run)
     if checkpoint is not None:

@@ -20,6 +20,7 @@ from . import files
 from .kernels.ops import Backend
 from .optim import SchedulerType, UnselectedUpdate
 from .selection import Mode, Schedule
+from .recompute import Granularity
 from .stores.checkpoints import Residency
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -63,6 +64,9 @@ class TrainConfig:
     weights: Residency | None = _setting(None, "where weights lie: device, host or file (default: file on a CPU)")
     checkpoints: Residency | None = _setting(None, "where block inputs wait (default: file on a CPU)")
     optimizer_state: Residency | None = _setting(None, "where AdamW's moments lie (default: file on a CPU)")
+    recompute_granularity: Granularity | None = _setting(
+        None, "full keeps each block's input; selective its linear layers' outputs too (default: selective if it fits)"
+    )
     device: str | None = _setting(None, "cpu, cuda, cuda:1, ...; by default a GPU if there is one")
     dtype: Dtype | None = _setting(None, "of activations (default: bfloat16 on a GPU, float32 on a CPU)")
     backend: Backend = _setting("auto", "kernels: triton, panel (plain torch), or auto")
@@ -109,6 +113,7 @@ class TrainConfig:
             weights=self.weights or place,
             checkpoints=self.checkpoints or place,
             optimizer_state=self.optimizer_state or place,
+            recompute_granularity=self.recompute_granularity or "selective",
         )
 
     def targets(self) -> str | list[str]:

@@ -242,7 +242,7 @@ class MappedFile:
 
 
 class ScratchFile:
-    """A temporary file without a name, mapped in slots; gone with the process.
+    """A temporary file without a name, used in slots; gone with the process.
 
     Slots are preallocated, so a full disk is a clean ``OSError`` here and never a SIGBUS at a later write.
     """
@@ -250,17 +250,51 @@ class ScratchFile:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=directory)  # noqa: SIM115 - lives with self
-        self._end = 0
+        self.end = 0
 
     def slot(self, size: int) -> Slot:
         length = -(-max(size, 1) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        os.posix_fallocate(self._file.fileno(), self._end, length)
-        slot = Slot(mmap.mmap(self._file.fileno(), length, offset=self._end), size)
-        self._end += length
+        os.posix_fallocate(self._file.fileno(), self.end, length)
+        slot = Slot(self._file.fileno(), self.end, size)
+        self.end += length
         return slot
+
+    def mapped_slot(self, size: int) -> MappedSlot:
+        slot = self.slot(size)
+        length = self.end - slot.offset
+        return MappedSlot(mmap.mmap(self._file.fileno(), length, offset=slot.offset), size)
 
 
 class Slot:
+    """A stretch of a ``ScratchFile`` that is read and written by calls: none of it is resident memory of the process.
+
+    The ``ScratchFile`` must live as long.
+    """
+
+    def __init__(self, handle: int, offset: int, size: int) -> None:
+        self._handle, self.offset, self.size = handle, offset, size
+
+    def write(self, tensor: Tensor) -> None:
+        """The bytes of a contiguous CPU tensor, from the slot's start on."""
+        view, done = _raw(tensor), 0
+        while done < len(view):
+            done += os.pwrite(self._handle, view[done:], self.offset + done)
+
+    def read(self, tensor: Tensor) -> None:
+        """Fills a contiguous CPU tensor from the slot's start on."""
+        view, done = _raw(tensor), 0
+        while done < len(view):
+            count = os.preadv(self._handle, [view[done:]], self.offset + done)
+            if count == 0:
+                raise FileError(f"a scratch file ended {len(view) - done} bytes early")
+            done += count
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+class MappedSlot:
     """A writable stretch of a ``ScratchFile``: ``bytes`` is a uint8 tensor over it."""
 
     def __init__(self, mapping: mmap.mmap, size: int) -> None:

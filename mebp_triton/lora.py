@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,7 @@ class _Int4LoRAFunction(torch.autograd.Function):
         weights: tuple[Int4Weight, ...],
         scalings: tuple[float, ...],
         backend: str,
-        output_unused: bool,
+        known: tuple[Tensor, ...] | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         biases: Any = tensors[0::3]
@@ -181,8 +181,8 @@ class _Int4LoRAFunction(torch.autograd.Function):
         ctx.weights, ctx.scalings, ctx.backend = weights, scalings, backend
         # An output that nobody used brings no gradient: it is then left out of the sums.
         ctx.set_materialize_grads(False)
-        if output_unused:
-            return tuple(x.new_full((*x.shape[:-1], weight.out_features), float("nan")) for weight in weights)
+        if known is not None:
+            return known
         if len(weights) == 1:
             return (int4_matmul(x, weights[0], biases[0], t, lora_bs[0], backend),)
         return tuple(int4_matmul_group(x, weights, biases, ts, lora_bs, backend))
@@ -255,7 +255,7 @@ def int4_lora_linear(
     lora_b: Tensor,
     scaling: float,
     backend: str = "auto",
-    output_unused: bool = False,
+    known: Tensor | None = None,
 ) -> Tensor:
     """``Y = X·Wᵀ + bias + scaling·(X·Aᵀ)·Bᵀ``, differentiable in x, bias, lora_a and lora_b.
 
@@ -263,16 +263,17 @@ def int4_lora_linear(
         x: ``[..., K]``; under autocast it is cast to the autocast dtype.
         weight: ``[N, K]``. bias: ``[N]``.
         lora_a: ``[R, K]``. lora_b: ``[N, R]``. Their gradients come in their own dtype, accumulated in float32.
-        output_unused: only the gradients are wanted; the output is not computed and is NaN throughout.
+        known: the output, where it is known already, and only the gradients are wanted. It becomes the result.
 
     Returns:
         ``[..., N]`` in x's dtype.
     """
-    return int4_lora_linears(x, [LoraOperand(weight, bias, lora_a, lora_b, scaling)], backend, output_unused)[0]
+    outputs = None if known is None else (known,)
+    return int4_lora_linears(x, [LoraOperand(weight, bias, lora_a, lora_b, scaling)], backend, outputs)[0]
 
 
 def int4_lora_linears(
-    x: Tensor, operands: Sequence[LoraOperand], backend: str = "auto", output_unused: bool = False
+    x: Tensor, operands: Sequence[LoraOperand], backend: str = "auto", known: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, ...]:
     """``int4_lora_linear`` of several layers with one input: one launch where a kernel takes them, dX written once."""
     x = autocast_input(x)
@@ -280,7 +281,7 @@ def int4_lora_linears(
     weights = tuple(operand.weight for operand in operands)
     scalings = tuple(operand.scaling for operand in operands)
     with torch.autocast(x.device.type, enabled=False):
-        return _Int4LoRAFunction.apply(x, weights, scalings, backend, output_unused, *tensors)
+        return _Int4LoRAFunction.apply(x, weights, scalings, backend, known, *tensors)
 
 
 def autocast_input(x: Tensor) -> Tensor:
@@ -382,18 +383,30 @@ class Int4Linear(Int4Module, nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, {scheme}, G={self.group_size}"
 
 
+class Tape(Protocol):
+    """What a block's recompute need not compute again."""
+
+    def known(self, layer: Int4LoRALinear, x: Tensor) -> Tensor | None:
+        """The output of ``layer`` for ``x`` at its next call, if it is known."""
+        ...
+
+    def passed(self, layer: Int4LoRALinear, y: Tensor) -> None:
+        """A call of ``layer`` gave ``y``."""
+        ...
+
+
 class Int4LoRALinear(Int4Linear):
     """``Int4Linear`` with a LoRA adapter: ``lora_A`` ``[R, K]`` (PEFT's initialisation), ``lora_B`` ``[N, R]`` (zeros).
 
     Attributes:
         fan_in_fan_out: the float layer kept its weight as ``[in, out]``; only who merges the adapter needs to know.
-        output_unused: see ``int4_lora_linear``.
         siblings: the layers that are computed together with this one; see ``siblings``.
+        tape: knows outputs of this layer already, or wants to; see ``backprop``.
     """
 
     fan_in_fan_out = False
-    output_unused = False
     siblings: Siblings | None = None
+    tape: Tape | None = None
 
     def __init__(
         self,
@@ -423,15 +436,27 @@ class Int4LoRALinear(Int4Linear):
             x = autocast_input(x)
             t = (self.lora_dropout(x) @ self.lora_A.to(x.dtype).t()) * self.scaling
             return int4_matmul(x, self.int4(), self.bias, t, self.lora_B, self.backend)
-        if self.siblings is not None and not self.output_unused:
-            return self.siblings.output_of(self, x)
-        return int4_lora_linears(x, [self.operand()], self.backend, self.output_unused)[0]
+        if self.siblings is not None:
+            y = self.siblings.output_of(self, x)
+        else:
+            y = compute_together([self], x)[0]
+        if self.tape is not None:
+            self.tape.passed(self, y)
+        return y
 
     def operand(self) -> LoraOperand:
         return LoraOperand(self.int4(), self.bias, self.lora_A, self.lora_B, self.scaling)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.lora_A.shape[0]}"
+
+
+def compute_together(layers: Sequence[Int4LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of layers with one input; those that a tape knows are not computed, if it knows all of them."""
+    known = [None if layer.tape is None else layer.tape.known(layer, x) for layer in layers]
+    outputs = tuple(y for y in known if y is not None)
+    whole = outputs if len(outputs) == len(layers) else None
+    return int4_lora_linears(x, [layer.operand() for layer in layers], layers[0].backend, whole)
 
 
 class Int4Embedding(Int4Table, nn.Embedding):  # type: ignore[override,misc]

@@ -18,6 +18,7 @@ from .blocks import find_blocks
 from .kernels.ops import resolve_backend
 from .lora import Int4Linear, Int4LoRALinear, Int4Module, Int4Table, LoraConfig, as_lora_config, replace_embedding
 from .loss import Int4Head, OnePassLoss, install_loss
+from .recompute import GRANULARITIES, Granularity
 from .siblings import join_siblings
 from .skeleton import build_skeleton, int4_sites
 from .stores.checkpoints import Residency, checkpoint_store
@@ -51,6 +52,7 @@ def load(
     blocks: str | None = None,
     seed: int = 0,
     scratch_directory: Path | str | None = None,
+    recompute_granularity: Granularity = "full",
 ) -> Any:
     """The transformers model of ``store``, in eval mode, as ``from_pretrained`` would return it.
 
@@ -69,12 +71,17 @@ def load(
         blocks: the path of the block list, where it is not found by itself.
         seed: of the adapter's initial values.
         scratch_directory: where checkpoints in a file go; the system's temporary directory by default.
+        recompute_granularity: "full" keeps each block's input; "selective" the outputs of its adapted linear layers as
+            well, which then are not computed again. Same gradients, to the bit.
 
     Raises:
         ValueError: the store is damaged, or an argument does not fit.
     """
     check_residency("weights", weights)
     check_residency("checkpoints", checkpoints)
+    if recompute_granularity not in GRANULARITIES:
+        known = " or ".join(GRANULARITIES)
+        raise ValueError(f"recompute_granularity must be {known}, got {recompute_granularity!r}")
     if adapter_dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"adapter_dtype must be float32 or bfloat16, got {adapter_dtype}")
     device = torch.device(device)
@@ -105,7 +112,8 @@ def load(
         head.set_int4(model.get_input_embeddings().int4())
 
     scratch = Path(scratch_directory) if scratch_directory is not None else Path(tempfile.gettempdir())
-    engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch))
+    keep_outputs = recompute_granularity == "selective"
+    engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch), keep_outputs)
     model.mebp = Runtime(opened, engine, install_loss(model, head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing
     return model

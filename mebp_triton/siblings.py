@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.configs import MOST_MEMBERS
-from .lora import Int4LoRALinear, int4_lora_linears
+from .lora import Int4LoRALinear, compute_together
 from .skeleton import Int4Site, build_skeleton, int4_sites
 
 
@@ -40,8 +40,8 @@ class Siblings:
         self.forget()
         alone = layer is not self.layers[0] or torch.compiler.is_compiling() or self._drops_out()
         if alone or any(tensor.is_inference() for tensor in self._read(x)):
-            return int4_lora_linears(x, [layer.operand()], layer.backend)[0]
-        outputs = int4_lora_linears(x, [member.operand() for member in self.layers], layer.backend)
+            return compute_together([layer], x)[0]
+        outputs = compute_together(self.layers, x)
         self._waiting = dict(zip(self.layers[1:], outputs[1:], strict=True))
         self._input, self._state = x, self._now(x)
         return outputs[0]

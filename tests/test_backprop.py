@@ -225,7 +225,7 @@ def test_the_last_product_is_left_out_only_where_no_gradient_needs_it(
         model.zero_grad()
         model(**batch()).loss.backward()
         found.append(our_gradients(model))
-    assert [tail.layer is not None for tail in model.mebp.engine.tails] == [left_out] * 3
+    assert [one.last is not None for one in model.mebp.engine.recomputes] == [left_out] * 3
     for later in found[1:]:
         assert all(torch.equal(found[0][name], later[name]) for name in later)
 
@@ -394,7 +394,7 @@ def test_nothing_stays_behind_after_a_step(llama: Any, checkpoints: Any, tmp_pat
         model(**batch()).loss.backward()
         assert len(saved) == 3 and all(reference() is None for reference in saved)
         saved.clear()
-        ends.add(store.file._end if checkpoints == "file" else 0)
+        ends.add(store.file.end if checkpoints == "file" else 0)
     assert len(ends) == 1
 
 

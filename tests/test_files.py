@@ -438,7 +438,7 @@ def test_scratch_slots_are_separate_zero_and_survive_drop(tmp_path):
     scratch = ScratchFile(tmp_path / "made")
     assert list((tmp_path / "made").iterdir()) == [], "a scratch file has a name, so it would outlive the process"
     sizes = [1, 4096, 5000, 0, 3 * mmap.ALLOCATIONGRANULARITY]
-    slots = [scratch.slot(size) for size in sizes]
+    slots = [scratch.mapped_slot(size) for size in sizes]
     for number, (slot, size) in enumerate(zip(slots, sizes, strict=True)):
         assert slot.bytes.dtype == torch.uint8 and slot.bytes.shape == (size,)
         assert not slot.bytes.any()
@@ -448,9 +448,27 @@ def test_scratch_slots_are_separate_zero_and_survive_drop(tmp_path):
         assert (slot.bytes == number + 1).all()
 
 
+def test_what_is_written_to_a_slot_is_read_from_it(tmp_path, monkeypatch):
+    scratch = ScratchFile(tmp_path)
+    tensors = [torch.randn(37), torch.randn(3, 5).bfloat16(), torch.arange(9000, dtype=torch.uint8), torch.zeros(0)]
+    slots = [scratch.slot(tensor.nbytes) for tensor in tensors]
+    real_write, real_read = os.pwrite, os.preadv
+    # The system may write and read less than it was asked to.
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: real_write(handle, data[:1000], offset))
+    monkeypatch.setattr(os, "preadv", lambda handle, views, offset: real_read(handle, [views[0][:700]], offset))
+    for slot, tensor in zip(slots, tensors, strict=True):
+        slot.write(tensor)
+    for slot, tensor in zip(slots, tensors, strict=True):
+        found = torch.empty_like(tensor)
+        slot.read(found)
+        assert torch.equal(found, tensor)
+    with pytest.raises(files.FileError, match="ended"):
+        slots[-1].read(torch.zeros(1 << 20))
+
+
 def test_a_full_disk_is_an_error_when_the_slot_is_made(tmp_path, monkeypatch):
     scratch = ScratchFile(tmp_path)
-    slot = scratch.slot(10)
+    slot = scratch.mapped_slot(10)
     taken = []
 
     def no_space(handle, offset, length):
@@ -463,7 +481,7 @@ def test_a_full_disk_is_an_error_when_the_slot_is_made(tmp_path, monkeypatch):
             scratch.slot(5000)
     page = mmap.ALLOCATIONGRANULARITY
     assert taken == [(page, -(-5000 // page) * page)]
-    scratch.slot(5000).bytes.fill_(7)  # the failed one left no hole
+    scratch.mapped_slot(5000).bytes.fill_(7)  # the failed one left no hole
     assert not slot.bytes.any()
 
 

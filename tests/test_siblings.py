@@ -43,7 +43,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(operands))
         return int4_lora_linears(x, operands, *rest)
 
-    monkeypatch.setattr(siblings, "int4_lora_linears", counted)
     monkeypatch.setattr(lora, "int4_lora_linears", counted)
     return counts
 

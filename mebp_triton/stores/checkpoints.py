@@ -1,4 +1,4 @@
-"""Where the blocks' inputs wait for the backward pass: on the device, in host memory, or in a memory-mapped file."""
+"""Where the blocks' inputs wait for the backward pass: on the device, in host memory, or in a file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ class Checkpoint(Protocol):
         ...
 
 
+class InPlaceChange(RuntimeError):
+    """A tensor that was kept without a copy is not what it was."""
+
+
 class CheckpointStore(Protocol):
     def save(self, tensor: Tensor) -> Checkpoint: ...
 
@@ -38,7 +42,7 @@ class _Kept:
 
     def load(self) -> Tensor:
         if self.tensor._version != self.version:
-            raise RuntimeError("the input of a block was modified in place between its forward and its backward pass")
+            raise InPlaceChange("the input of a block was modified in place between its forward and its backward pass")
         return self.tensor
 
 
@@ -61,7 +65,7 @@ class _Copied:
 
 
 class FileCheckpoints:
-    """Copies into slots of a nameless memory-mapped file; their pages leave resident memory at once.
+    """Written to slots of a nameless file, and read back: what waits there is not resident memory.
 
     A slot is used again, by anything that fits into it, once nothing refers to the checkpoint that had it.
     """
@@ -73,7 +77,7 @@ class FileCheckpoints:
 
     def save(self, tensor: Tensor) -> Checkpoint:
         slot = self._slot(tensor.nbytes)
-        checkpoint = _Filed(slot, tensor)
+        checkpoint = _Filed(self.file, slot, tensor)
         weakref.finalize(checkpoint, self._give_back, slot)
         return checkpoint
 
@@ -81,31 +85,31 @@ class FileCheckpoints:
         self.free.append(slot)
 
     def _slot(self, size: int) -> Slot:
-        """The smallest free slot that is large enough, or a new one of the next power of two."""
+        """The smallest free slot that is large enough and not twice too large, or a new one."""
         if self.file is None:
             self.file = ScratchFile(self.directory)
-        fitting = [slot for slot in self.free if slot.size >= size]
+        fitting = [slot for slot in self.free if size <= slot.size <= 2 * size]
         if not fitting:
-            return self.file.slot(1 << max(size - 1, 1).bit_length())
+            # Rounded up, so that sequences of nearly one length share slots.
+            step = max(1 << max(size - 1, 1).bit_length() >> 3, 4096)
+            return self.file.slot(-(-size // step) * step)
         best = min(fitting, key=lambda slot: slot.size)
         self.free = [slot for slot in self.free if slot is not best]
         return best
 
 
 class _Filed:
-    def __init__(self, slot: Slot, tensor: Tensor) -> None:
-        self.slot, self.shape, self.dtype, self.device = slot, tensor.shape, tensor.dtype, tensor.device
-        self.size = tensor.nbytes
+    def __init__(self, file: ScratchFile | None, slot: Slot, tensor: Tensor) -> None:
+        self.file, self.slot = file, slot
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         if tensor.numel():
-            slot.bytes[: self.size].view(self.dtype).view(self.shape).copy_(tensor.detach())
-            slot.drop()
+            slot.write(tensor.detach().to("cpu").contiguous())
 
     def load(self) -> Tensor:
-        if self.shape.numel() == 0:
-            return torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        tensor = self.slot.bytes[: self.size].view(self.dtype).view(self.shape).to(self.device, copy=True)
-        self.slot.drop()
-        return tensor
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        if tensor.numel():
+            self.slot.read(tensor)
+        return tensor.to(self.device)
 
 
 def checkpoint_store(residency: Residency, directory: Path) -> CheckpointStore:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mebp_triton.files import ScratchFile, Slot
+from mebp_triton.files import MappedSlot, ScratchFile
 
 from .checkpoints import RESIDENCIES, Residency
 
@@ -27,7 +27,7 @@ class Moments:
         if residency not in RESIDENCIES:
             raise ValueError(f"optimizer state must be one of {', '.join(RESIDENCIES)}, got {residency!r}")
         self.groups = [list(group) for group in groups]
-        self.slots: list[Slot] | None = None
+        self.slots: list[MappedSlot] | None = None
         self.buffers: list[Tensor] = []
         scratch = ScratchFile(directory) if residency == "file" else None
         self.slots = [] if scratch is not None else None
@@ -35,7 +35,7 @@ class Moments:
             dtype = torch.float64 if any(p.dtype == torch.float64 for p in group) else torch.float32
             count = 2 * sum(parameter.numel() for parameter in group)
             if scratch is not None and self.slots is not None:
-                slot = scratch.slot(count * dtype.itemsize)  # a new file reads as zeros
+                slot = scratch.mapped_slot(count * dtype.itemsize)  # a new file reads as zeros
                 self.slots.append(slot)
                 self.buffers.append(slot.bytes.view(dtype))
             else:

@@ -53,7 +53,7 @@ def test_a_slot_is_used_again_only_when_nothing_refers_to_its_checkpoint(tmp_pat
     gc.collect()
     third = store.save(torch.full((8,), 3.0))
     assert torch.equal(first.load(), torch.ones(8)) and torch.equal(third.load(), torch.full((8,), 3.0))
-    assert store.file is not None and store.file._end == 2 * 4096
+    assert store.file is not None and store.file.end == 2 * 4096
 
 
 def test_nothing_is_written_before_the_first_save_and_no_file_has_a_name(tmp_path: Path) -> None:
