@@ -2,8 +2,9 @@
 
     python bench/ship_tables.py [--target 87 --target 90]
 
-For the linear layers of the models below, and their q/k/v and gate/up together; symmetric, groups of 64, bfloat16,
-which stand in for the other schemes, group sizes and float16. An entry that was measured on a device is kept.
+For the linear layers of the models in ``random_store.py``, and their q/k/v and gate/up together; symmetric, groups of
+64, bfloat16, which stand in for the other schemes, group sizes and float16. An entry that was measured on a device is
+kept.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
+from random_store import MODELS
+
 from mebp_triton import files
 from mebp_triton.autotune.rank import static_table
 from mebp_triton.kernels.configs import TUNED, Problem
@@ -19,22 +22,15 @@ from mebp_triton.kernels.tables import M_BUCKETS, bucket, read_table, table_to_j
 
 TABLES = Path(__file__).parent.parent / "kernels" / "tables"
 TARGETS = (80, 86, 87, 89, 90, 100, 120)
-# Hidden size, size of q, size of k and v, size of gate and up; from the models' config.json.
-MODELS = {
-    "Qwen2.5-0.5B": (896, 896, 128, 4864),
-    "Qwen2.5-1.5B": (1536, 1536, 256, 8960),
-    "Qwen2.5-3B": (2048, 2048, 256, 11008),
-    "Gemma-3-1B": (1152, 1024, 256, 6912),
-    "Gemma-3-4B": (2560, 2048, 1024, 10240),
-    "Llama-3.2-1B": (2048, 2048, 512, 8192),
-    "Llama-3.2-3B": (3072, 3072, 1024, 8192),
-}
 
 
 def shapes() -> set[tuple[int, int]]:
     """(N, K) of every launch."""
     found: set[tuple[int, int]] = set()
-    for hidden, q, kv, inner in MODELS.values():
+    for model in MODELS.values():
+        hidden, inner = model["hidden_size"], model["intermediate_size"]
+        head = model.get("head_dim", hidden // model["num_attention_heads"])
+        q, kv = head * model["num_attention_heads"], head * model["num_key_value_heads"]
         found |= {(q, hidden), (kv, hidden), (q + 2 * kv, hidden), (hidden, q)}
         found |= {(inner, hidden), (2 * inner, hidden), (hidden, inner)}
     return found

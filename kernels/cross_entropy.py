@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .layout import RUN, Int4Weight
-from .panel import CHUNK, PanelDecoder, int4_embedding_panel, panel_elements, spans
+from .panel import CHUNK, PanelDecoder, from_planes, int4_embedding_panel, panel_elements, spans
 
 # Rows of the head per tile; with the kernels, as many as fit into a panel and into this many logits.
 VOCABULARY_TILE = 1024
@@ -71,6 +71,110 @@ class RunningSoftmax:
         return p, shrink
 
 
+class OnePass:
+    """The loss over a head that comes in parts: ``add`` each part of its rows in order, then ``finish``.
+
+    Args:
+        hidden: ``[T, K]``.
+        targets: ``[T]`` int64; ``ignore_index`` marks a token without a target.
+        bias: ``[V]``.
+        factors: see the module's docstring.
+        need_grad: without it the second matmul is left out and the gradient is empty, ``[0, K]``.
+        by_kernel: Triton kernels decode the panels and update the softmax.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        ignore_index: int = -100,
+        factors: Sequence[float] = (1.0,),
+        need_grad: bool = True,
+        by_kernel: bool = False,
+    ) -> None:
+        self.hidden, self.bias, self.factors = hidden, bias, factors
+        self.need_grad, self.by_kernel = need_grad, by_kernel
+        self.wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.valid = (targets != ignore_index).nonzero().squeeze(1)
+        self.targets = targets[self.valid]
+        self.softmax = RunningSoftmax(self.targets, self.wide, factors[0])
+        self.taken = hidden if self.valid.shape[0] == hidden.shape[0] else hidden[self.valid]
+        self.planes: Tensor | None = None
+        self.weighted = torch.empty(0)
+
+    def add(self, weight: Int4Weight, first: int = 0) -> None:
+        """Takes in rows ``first`` and following of the head."""
+        rows, (vocabulary, _) = self.taken.shape[0], weight.shape
+        if rows == 0:
+            return
+        chunks, panel = weight.packed.shape[1] // RUN, panel_elements(self.hidden.device)
+        if self.by_kernel:
+            tile = min(vocabulary, max(1, panel // (chunks * CHUNK)), max(VOCABULARY_TILE, LOGITS // rows))
+        else:
+            tile = min(vocabulary, VOCABULARY_TILE, max(1, 4 * panel // (chunks * CHUNK)))
+        decoder = PanelDecoder(weight, self.hidden.dtype, tile, chunks, self.by_kernel)
+        if self.planes is None:
+            self.planes = decoder.arrange(self.taken, chunks)
+            shape = rows if self.need_grad else 0, self.planes.shape[1]
+            self.weighted = torch.zeros(shape, dtype=self.wide, device=self.hidden.device)
+        for start, stop in spans(vocabulary, tile):
+            head = decoder(start, stop, 0, chunks)
+            p, shrink = self._update(self.planes @ head.t(), first + start)
+            if not self.need_grad:
+                continue
+            if self.hidden.dtype == self.wide:
+                self.weighted.mul_(shrink).addmm_(p, head)
+            else:
+                self.weighted.mul_(shrink).add_(p.to(self.hidden.dtype) @ head)
+
+    def _update(self, z: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Of the products from row ``start`` on: what the rows weigh in the gradient, and by what the sums shrink."""
+        slope, factors = None, self.factors
+        if self.bias is not None or len(factors) > 1 or factors[0] != 1.0 or not self.by_kernel:
+            z = z.to(self.wide)
+            if self.bias is not None:
+                z += self.bias[start : start + z.shape[1]].to(self.wide)
+            z, slope = apply_chain(z, factors)
+        if self.by_kernel:
+            from .softmax_tile import update_softmax
+
+            p, shrink = update_softmax(self.softmax, z, slope, start)
+        else:
+            p, shrink = self.softmax.update(z, slope, start)
+        if not self.need_grad:
+            return p, shrink
+        if slope is not None:
+            p = p.mul_(slope)
+        elif factors[0] != 1.0:
+            p = p.mul_(factors[0])
+        return p, shrink
+
+    def finish(self, targets_rows: Int4Weight) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``int4_cross_entropy_panel`` returns. ``targets_rows``: the head's rows ``self.targets``."""
+        count, width = self.hidden.shape
+        device, valid, softmax = self.hidden.device, self.valid, self.softmax
+        losses = torch.zeros(count, dtype=self.wide, device=device)
+        grad = torch.zeros(count if self.need_grad else 0, width, dtype=self.wide, device=device)
+        best = torch.full((count,), -1, dtype=torch.int64, device=device)
+        if self.planes is None:
+            return losses, grad, best
+        losses[valid] = (softmax.maximum + softmax.total.log() - softmax.at_target).squeeze(1)
+        best[valid] = softmax.argmax.squeeze(1)
+        if self.need_grad:
+            self.weighted.div_(softmax.total)
+            places = torch.arange(valid.shape[0], device=device)
+            if self.by_kernel:
+                from .embedding import int4_embedding_triton
+
+                rows_of_targets = int4_embedding_triton(places, targets_rows, self.wide)
+            else:
+                rows_of_targets = int4_embedding_panel(places, targets_rows, self.wide)
+            restored = self.weighted if self.by_kernel else from_planes(self.weighted)
+            grad[valid] = restored[:, :width] - softmax.target_slope * rows_of_targets
+        return losses, grad, best
+
+
 def int4_cross_entropy_panel(
     hidden: Tensor,
     weight: Int4Weight,
@@ -81,75 +185,15 @@ def int4_cross_entropy_panel(
     need_grad: bool = True,
     by_kernel: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per token, its gradient to that token's hidden state, and the argmax.
+    """Loss per token, its gradient to that token's hidden state, and the argmax. Arguments: see ``OnePass``.
 
     Args:
-        hidden: ``[T, K]``.
         weight: ``[V, K]``, the head.
-        targets: ``[T]`` int64; ``ignore_index`` marks a token without a target.
-        bias: ``[V]``.
-        factors: see the module's docstring.
-        need_grad: without it the second matmul is left out and the gradient is empty, ``[0, K]``.
-        by_kernel: Triton kernels decode the panels and update the softmax.
 
     Returns:
         losses ``[T]`` (float32, or float64 for float64 hidden states; 0 where ignored), ``d loss_t / d hidden_t``
         ``[T, K]`` in the same dtype, argmax ``[T]`` int64 (-1 where ignored).
     """
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    count, width = hidden.shape
-    losses = torch.zeros(count, dtype=wide, device=hidden.device)
-    grad = torch.zeros(count if need_grad else 0, width, dtype=wide, device=hidden.device)
-    best = torch.full((count,), -1, dtype=torch.int64, device=hidden.device)
-    valid = (targets != ignore_index).nonzero().squeeze(1)
-    if valid.numel() == 0:
-        return losses, grad, best
-    targets = targets[valid]
-    vocabulary, chunks = weight.out_features, weight.packed.shape[1] // RUN
-    rows, panel = valid.shape[0], panel_elements(hidden.device)
-    if by_kernel:
-        tile = min(vocabulary, max(1, panel // (chunks * CHUNK)), max(VOCABULARY_TILE, LOGITS // rows))
-    else:
-        tile = min(vocabulary, VOCABULARY_TILE, max(1, 4 * panel // (chunks * CHUNK)))
-    decoder = PanelDecoder(weight, hidden.dtype, tile, chunks, by_kernel)
-    planes = decoder.arrange(hidden[valid], chunks)
-    softmax = RunningSoftmax(targets, wide, factors[0])
-    weighted = torch.zeros(rows if need_grad else 0, planes.shape[1], dtype=wide, device=hidden.device)
-
-    for start, stop in spans(vocabulary, tile):
-        head = decoder(start, stop, 0, chunks)
-        z = planes @ head.t()
-        slope = None
-        if bias is not None or len(factors) > 1 or factors[0] != 1.0 or not by_kernel:
-            z = z.to(wide)
-            if bias is not None:
-                z += bias[start:stop].to(wide)
-            z, slope = apply_chain(z, factors)
-        if by_kernel:
-            from .softmax_tile import update_softmax
-
-            p, shrink = update_softmax(softmax, z, slope, start)
-        else:
-            p, shrink = softmax.update(z, slope, start)
-        if need_grad:
-            if slope is not None:
-                p = p.mul_(slope)
-            elif factors[0] != 1.0:
-                p = p.mul_(factors[0])
-            if hidden.dtype == wide:
-                weighted.mul_(shrink).addmm_(p, head)
-            else:
-                weighted.mul_(shrink).add_(p.to(hidden.dtype) @ head)
-
-    losses[valid] = (softmax.maximum + softmax.total.log() - softmax.at_target).squeeze(1)
-    best[valid] = softmax.argmax.squeeze(1)
-    if need_grad:
-        weighted.div_(softmax.total)
-        if by_kernel:
-            from .embedding import int4_embedding_triton
-
-            rows_of_targets = int4_embedding_triton(targets, weight, wide)
-        else:
-            rows_of_targets = int4_embedding_panel(targets, weight, wide)
-        grad[valid] = decoder.restore(weighted, width) - softmax.target_slope * rows_of_targets
-    return losses, grad, best
+    one_pass = OnePass(hidden, targets, bias, ignore_index, factors, need_grad, by_kernel)
+    one_pass.add(weight)
+    return one_pass.finish(weight.gather(one_pass.targets))

@@ -187,6 +187,15 @@ class Int4Weight:
             minimum=None if self.minimum is None else self.minimum[:, start:stop],
         )
 
+    def gather(self, ids: Tensor) -> Int4Weight:
+        """A weight of the output rows ``ids`` (int64, ``[T]``), copied."""
+        return replace(
+            self,
+            packed=self.packed.index_select(0, ids),
+            scales=self.scales.index_select(1, ids),
+            minimum=None if self.minimum is None else self.minimum.index_select(1, ids),
+        )
+
     def columns(self, start: int, stop: int) -> Int4Weight:
         """Input columns ``start:stop`` as a view; ``start`` a multiple of 64 and of the group size."""
         if start % CHUNK or start % self.group_size:

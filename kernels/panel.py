@@ -8,8 +8,11 @@ contiguous byte operations, and only the (much smaller) activations are permuted
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +40,43 @@ def _run_groups(first_chunk: int, last_chunk: int, group_size: int, device: torc
     return (torch.cat((low, low + RUN)) // group_size).to(device)
 
 
+_kept = threading.local()
+
+
+def _buffer(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory. On a CPU every thread keeps one buffer of a name: making it anew is page faults, each time.
+
+    Only one of a thread's decoders may have a panel in use.
+    """
+    if device.type != "cpu" or size > panel_elements(device):
+        return torch.empty(size, dtype=dtype, device=device)
+    buffers: dict[tuple[str, torch.dtype], Tensor] = _kept.__dict__
+    found = buffers.get((name, dtype))
+    if found is None or found.numel() < size or found.is_inference():
+        with torch.inference_mode(False):
+            found = torch.empty(size, dtype=dtype)
+        buffers[name, dtype] = found
+    return found[:size]
+
+
+@contextmanager
+def own_buffers(buffers: dict[Any, Tensor]) -> Iterator[None]:
+    """Within, ``buffers`` take the place of those that this thread keeps: for tensors that are no real ones."""
+    kept, outside = _kept.__dict__, dict(_kept.__dict__)
+    _run_groups.cache_clear()
+    kept.clear()
+    kept.update(buffers)
+    try:
+        yield
+    finally:
+        buffers.update(kept)
+        kept.clear()
+        kept.update(outside)
+        _run_groups.cache_clear()
+
+
 class PanelDecoder:
-    """Decodes panels of at most ``rows`` x ``chunks`` of one weight into its own reused buffers.
+    """Decodes panels of at most ``rows`` x ``chunks`` of one weight into reused buffers.
 
     In plain torch panels are in plane order. With ``by_kernel`` a Triton kernel decodes them, in logical order.
     ``arrange`` brings what a panel is multiplied with into the panel's order, ``restore`` a product back.
@@ -51,10 +89,10 @@ class PanelDecoder:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.rounded = None
         if by_kernel or dtype != self.wide:
-            self.rounded = torch.empty(size, dtype=dtype, device=device)
+            self.rounded = _buffer("rounded", size, dtype, device)
         if not by_kernel:
-            self.codes = torch.empty(size, dtype=torch.uint8, device=device)
-            self.values = torch.empty(size, dtype=self.wide, device=device)
+            self.codes = _buffer("codes", size, torch.uint8, device)
+            self.values = _buffer("values", size, self.wide, device)
 
     def with_weight(self, weight: Int4Weight) -> PanelDecoder:
         """The same for another weight, in the same buffers."""
@@ -195,14 +233,7 @@ def int4_matmul_dx_group_panel(
 def int4_embedding_panel(ids: Tensor, weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     """Rows ``ids`` of the table: ``[*ids.shape, K]``. Only the rows asked for are touched."""
     flat = ids.reshape(-1)
-    picked = Int4Weight(
-        packed=weight.packed.index_select(0, flat),
-        scales=weight.scales.index_select(1, flat),
-        in_features=weight.in_features,
-        group_size=weight.group_size,
-        minimum=None if weight.minimum is None else weight.minimum.index_select(1, flat),
-        codebook=weight.codebook,
-    )
+    picked = weight.gather(flat)
     out = torch.empty(flat.shape[0], weight.in_features, dtype=dtype, device=weight.device)
     chunks = weight.packed.shape[1] // RUN
     step = max(1, panel_elements(weight.device) // max(1, chunks * CHUNK))

@@ -36,13 +36,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.cache_utils import Cache
 
 from .lora import Int4LoRALinear
-from .recompute import Recording, Recompute
+from .recompute import Recompute, Recording, Surroundings
 from .siblings import Siblings
 from .stores.checkpoints import Checkpoint, CheckpointStore, DeviceCheckpoints
+from .stores.pages import Pages
+from .stores.waiting import Waiting
 
 Treatment = Literal["train", "exact", "identity"]
 Event = Literal["forward", "backward"]
-Pages = AbstractContextManager[object]
 
 
 @dataclass
@@ -62,6 +63,7 @@ class BlockEngine:
         pages: per block, entered while its weights are needed; None where they always lie in place.
         checkpoints: where the blocks' inputs wait.
         keep_outputs: the outputs of a block's adapted layers wait there as well, and its recompute has no products.
+        waiting: what those who read files count their time in.
 
     Attributes:
         treatment: what the selection says of block i at this step; all "train" without one.
@@ -74,14 +76,16 @@ class BlockEngine:
         pages: Sequence[Pages] | None = None,
         checkpoints: CheckpointStore | None = None,
         keep_outputs: bool = False,
+        waiting: Waiting | None = None,
     ) -> None:
         self.blocks = list(blocks)
-        self.pages: Sequence[Pages] = pages if pages is not None else [nullcontext()] * len(self.blocks)
+        self.pages: Sequence[Pages] = pages if pages is not None else [Pages()] * len(self.blocks)
         self.checkpoints = checkpoints if checkpoints is not None else DeviceCheckpoints()
         self.treatment: Callable[[int], Treatment] = lambda index: "train"
         self.observer: Callable[[Event, int], None] = lambda event, index: None
         self.counters = Counters()
         self.keep_outputs = keep_outputs
+        self.waiting = Waiting() if waiting is None else waiting
         self.recomputes = [Recompute(block) for block in self.blocks]
         self.siblings = [_siblings_in(block) for block in self.blocks]
         self._instance_forwards = [block.__dict__.get("forward") for block in self.blocks]
@@ -128,10 +132,17 @@ class BlockEngine:
 
     def _forward(self, index: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self.pages[index]:
+            if index + 1 < len(self.blocks):
+                self.pages[index + 1].prefetch()
             output = self._call(index, functools.partial(original, *args, **kwargs))
         self.counters.forward += 1
         self.observer("forward", index)
         return output
+
+    def prefetch_below(self, index: int) -> None:
+        """The block whose backward pass comes after that of block ``index``; the first one of the next step at last."""
+        below = (lower for lower in reversed(range(index)) if self.treatment(lower) != "identity")
+        self.pages[next(below, 0)].prefetch()
 
     def _call(self, index: int, run: Callable[[], Any]) -> Any:
         """Runs a block's own forward; afterwards no layer keeps an output for another."""
@@ -166,23 +177,6 @@ def _hidden_place(leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, An
     return places[0]
 
 
-class _RandomState:
-    """The generators' states, so that a recompute draws the same dropout masks."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=[self.device] if self.cuda is not None else []):
-            torch.set_rng_state(self.cpu)
-            if self.cuda is not None:
-                torch.cuda.set_rng_state(self.cuda, self.device)
-            yield
-
-
 class _BlockRun:
     """One call of one block, from its forward to its backward."""
 
@@ -206,15 +200,7 @@ class _BlockRun:
         held = [leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and place != hidden]
         self.watched = [*engine.trainable(index), *held] if treatment != "identity" else []
         self.versions = [tensor._version for tensor in self.watched]
-        device = leaves[hidden].device
-        kind = device.type
-        self.random = _RandomState(device) if engine.blocks[index].training else None
-        self.autocast: dict[str, Any] = {
-            "device_type": kind,
-            "dtype": torch.get_autocast_dtype(kind),
-            "enabled": torch.is_autocast_enabled(kind),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
+        self.surroundings = Surroundings(leaves[hidden].device, random=engine.blocks[index].training)
         self.checkpoint: Checkpoint | None = None
         self.recording: Recording | None = None
         self.output_spec: Any = None
@@ -258,19 +244,25 @@ class _BlockRun:
         inputs = [leaves[place] for place in self.moving] + self.parameters
         wanted = [item for item, need in zip(inputs, needed, strict=True) if need]
         args, kwargs = tree_unflatten(leaves, self.spec)
-        with self.engine.pages[self.index], torch.enable_grad(), _only_trainable(self), _without_hooks(self.parameters):
-            output = self.engine.recomputes[self.index].run(lambda: self._recompute(args, kwargs), self.recording)
-            outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-            found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        with self.engine.pages[self.index]:
+            self.engine.prefetch_below(self.index)
+            found = self._gradients(args, kwargs, wanted, grads)
         self.engine.counters.recompute += 1
         self.engine.observer("backward", self.index)
         given = iter(found)
         return [next(given) if need else None for need in needed]
 
+    def _gradients(
+        self, args: Any, kwargs: Any, wanted: list[Tensor], grads: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad(), _only_trainable(self), _without_hooks(self.parameters):
+            output = self.engine.recomputes[self.index].run(lambda: self._recompute(args, kwargs), self.recording)
+            outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            return torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+
     def _recompute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        random = self.random.replayed() if self.random is not None else nullcontext()
-        with random, torch.autocast(**self.autocast):
+        with self.surroundings.replayed():
             return self.engine._call(self.index, functools.partial(self.original, *args, **kwargs))
 
 

@@ -7,6 +7,7 @@ file or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -25,6 +26,7 @@ from torch import Tensor
 
 CHECKSUM_CHUNK = 1 << 20
 TEMPORARY_PREFIX = ".mebp-tmp-"
+MADV_POPULATE_READ = 22  # Linux; Python has no name for it
 
 
 class FileError(ValueError):
@@ -236,9 +238,39 @@ class MappedFile:
     def view(self) -> memoryview:
         return memoryview(self._map)
 
-    def drop(self) -> None:
-        """Gives the resident pages back; the next access reads them again."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+    def checksums(self) -> list[int]:
+        """``checksums`` of the file, by reading: no page of the mapping becomes resident."""
+        buffer, found = memoryview(bytearray(CHECKSUM_CHUNK)), []
+        for start in range(0, self.size, CHECKSUM_CHUNK):
+            chunk = buffer[: min(CHECKSUM_CHUNK, self.size - start)]
+            _read_fully(self._file.fileno(), chunk, start, self.path)
+            found.append(zlib.crc32(chunk))
+        return found
+
+    def read(self, tensor: Tensor, start: int) -> None:
+        """Fills a contiguous CPU tensor with the bytes from ``start`` on, without the mapping."""
+        _read_fully(self._file.fileno(), _raw(tensor), start, self.path)
+
+    def read_ahead(self, start: int = 0, stop: int | None = None) -> None:
+        """Asks the system to have these bytes in its cache soon; returns at once. Resident memory does not grow."""
+        length = (self.size if stop is None else stop) - start
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+
+    def populate(self, start: int = 0, stop: int | None = None) -> None:
+        """Makes the pages of these bytes resident in one call, which costs far less than a page fault each."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        last = self.size if stop is None else stop
+        with contextlib.suppress(OSError):  # Linux before 5.14 does not know it: then they come one by one
+            self._map.madvise(MADV_POPULATE_READ, first, last - first)
+
+    def drop(self, start: int = 0, stop: int | None = None) -> None:
+        """Gives the resident pages back, or those that lie within ``start:stop``; the next access reads them again."""
+        page = mmap.PAGESIZE
+        first = -(-start // page) * page
+        last = self.size if stop is None else stop // page * page
+        if last > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 class ScratchFile:
@@ -282,16 +314,20 @@ class Slot:
 
     def read(self, tensor: Tensor) -> None:
         """Fills a contiguous CPU tensor from the slot's start on."""
-        view, done = _raw(tensor), 0
-        while done < len(view):
-            count = os.preadv(self._handle, [view[done:]], self.offset + done)
-            if count == 0:
-                raise FileError(f"a scratch file ended {len(view) - done} bytes early")
-            done += count
+        _read_fully(self._handle, _raw(tensor), self.offset, "a scratch file")
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_fully(handle: int, view: memoryview, offset: int, what: Path | str) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done:]], offset + done)
+        if count == 0:
+            raise FileError(f"{what} ended {len(view) - done} bytes early")
+        done += count
 
 
 class MappedSlot:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -327,16 +326,30 @@ class Int4Module(nn.Module):
         return Int4Weight(self._packed(), scales, self.in_features, self.group_size, minimum, codebook)
 
 
+class RowSource(Protocol):
+    """A table that is not in place as a whole."""
+
+    def gather(self, ids: Tensor) -> Int4Weight:
+        """Rows ``ids`` (any shape, flattened) on the device."""
+        ...
+
+    def segments(self) -> Iterator[tuple[int, Int4Weight]]:
+        """All rows in order: the number of the first, and some rows on the device, until the next are asked for."""
+        ...
+
+
 class Int4Table(Int4Module):
     """An int4 module whose ``weight`` other code only asks for its dtype, device and shape.
 
     ``weight`` has those of the decoded table, takes no memory, and is NaN throughout: computing with it shows.
 
     Attributes:
-        pages: entered while the table is read (a store brings its pages in and drops them afterwards).
+        rows: where the rows come from; None where the whole table lies in place.
+        device: where ``weight`` is, for a table that does not lie there.
     """
 
-    pages: AbstractContextManager[object, bool | None] = nullcontext()
+    rows: RowSource | None = None
+    device: torch.device | None = None
 
     def _set_packed(self, packed: Tensor) -> None:
         self._parameters.pop("weight", None)
@@ -350,7 +363,7 @@ class Int4Table(Int4Module):
     @property
     def weight(self) -> Tensor:
         packed = self._packed()
-        nan = torch.full((), float("nan"), dtype=self.compute_dtype, device=packed.device)
+        nan = torch.full((), float("nan"), dtype=self.compute_dtype, device=self.device or packed.device)
         return nan.expand(self.out_features, self.in_features)
 
 
@@ -466,8 +479,10 @@ class Int4Embedding(Int4Table, nn.Embedding):  # type: ignore[override,misc]
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        with self.pages:
+        if self.rows is None:
             return int4_embedding(input, self.int4(), self.compute_dtype, self.backend)
+        places = torch.arange(input.numel(), device=input.device).view(input.shape)
+        return int4_embedding(places, self.rows.gather(input), self.compute_dtype, self.backend)
 
 
 def replace_embedding(module: nn.Embedding, weight: Int4Weight, compute_dtype: torch.dtype, backend: str) -> None:

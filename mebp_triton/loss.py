@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .kernels.cross_entropy import OnePass
 from .kernels.layout import Int4Weight
-from .kernels.ops import int4_cross_entropy, int4_matmul
+from .kernels.ops import int4_cross_entropy, int4_matmul, int4_matmul_dx, resolve_backend
 from .lora import Int4Table, autocast_input
 
 
@@ -42,8 +43,70 @@ class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
         return DeferredLogits(x, self, (1.0,)) if self.deferred else self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        with self.pages:
+        if self.rows is None:
             return int4_matmul(x, self.int4(), self.bias, backend=self.backend)
+        return _WalkedLogits.apply(x, self)
+
+    def cross_entropy(
+        self, hidden: Tensor, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """``int4_cross_entropy`` over this head: losses and argmax, ``[T]``."""
+        if self.rows is None:
+            return int4_cross_entropy(hidden, self.int4(), targets, self.bias, ignore_index, factors, self.backend)
+        return _WalkedLoss.apply(hidden, self, targets, ignore_index, factors)
+
+
+class _WalkedLoss(torch.autograd.Function):
+    """``int4_cross_entropy`` over a head that comes in segments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Int4Head, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor]:
+        assert head.rows is not None
+        by_kernel = resolve_backend(head.backend, hidden.device, hidden.dtype) == "triton"
+        with torch.autocast(hidden.device.type, enabled=False):
+            one_pass = OnePass(hidden, targets, head.bias, ignore_index, factors, ctx.needs_input_grad[0], by_kernel)
+            for first, rows in head.rows.segments():
+                one_pass.add(rows, first)
+            losses, grad, argmax = one_pass.finish(head.rows.gather(one_pass.targets))
+        ctx.save_for_backward(grad)
+        ctx.dtype = hidden.dtype
+        ctx.mark_non_differentiable(argmax)
+        return losses, argmax
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return (grad * dlosses.unsqueeze(1)).to(ctx.dtype), None, None, None, None
+
+
+class _WalkedLogits(torch.autograd.Function):
+    """All logits of a head that comes in segments."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Int4Head) -> Tensor:
+        assert head.rows is not None
+        ctx.head = head
+        logits = x.new_empty(*x.shape[:-1], head.out_features)
+        for first, rows in head.rows.segments():
+            stop = first + rows.out_features
+            bias = None if head.bias is None else head.bias[first:stop]
+            logits[..., first:stop] = int4_matmul(x, rows, bias, backend=head.backend)
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, None]:
+        head: Int4Head = ctx.head
+        assert head.rows is not None
+        wide = torch.promote_types(dlogits.dtype, torch.float32)
+        dx = dlogits.new_zeros(*dlogits.shape[:-1], head.in_features, dtype=wide)
+        for first, rows in head.rows.segments():
+            part = dlogits[..., first : first + rows.out_features]
+            dx += int4_matmul_dx(part, rows, backend=head.backend)
+        return dx.to(dlogits.dtype), None
 
 
 class DeferredLogits:
@@ -201,11 +264,7 @@ class OnePassLoss:
         if isinstance(logits, DeferredLogits):
             head = logits.head
             hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
-            with head.pages:
-                bias, factors = head.bias, logits.factors
-                losses, argmax = int4_cross_entropy(
-                    hidden, head.int4(), targets, bias, ignore_index, factors, head.backend
-                )
+            losses, argmax = head.cross_entropy(hidden, targets, ignore_index, logits.factors)
         else:
             real = logits.reshape(-1, logits.shape[-1]).float()
             losses = nn.functional.cross_entropy(real, targets, ignore_index=ignore_index, reduction="none")

@@ -23,7 +23,9 @@ from .siblings import join_siblings
 from .skeleton import build_skeleton, int4_sites
 from .stores.checkpoints import Residency, checkpoint_store
 from .stores.format import SHARED, Store, block_file
-from .stores.pages import Arena, check_residency, place_weights
+from .stores.pages import Pages, Stager, check_residency, host_copy, place_weights
+from .stores.rows import StoredRows
+from .stores.waiting import Waiting
 
 
 @dataclass
@@ -98,25 +100,46 @@ def load(
         _check_targets(config, builder.adapted, type(model).__name__)
         join_siblings(model, model_config)
 
-    pages: list[Any] = []
-    arena = Arena(device) if device.type != "cpu" and weights != "device" else None
+    waiting = Waiting()
+    stager = Stager(device, waiting) if device.type != "cpu" and weights != "device" else None
+    pages: list[Pages] = []
     for index in range(len(stack)):
         prefix = f"{blocks_path}.{index}."
         inside = {name: replaced.pop(name) for name in list(replaced) if name.startswith(prefix)}
-        pages.append(place_weights(opened, block_file(index), inside, weights, device, arena))
-    shared = place_weights(opened, SHARED, replaced, weights, device, None)
-    for module in model.modules():
-        if isinstance(module, Int4Table):
-            module.pages = shared
+        pages.append(place_weights(opened, block_file(index), inside, weights, device, stager, waiting))
+    _place_tables(opened, replaced, weights, device, stager, waiting)
     if opened.tied_head:
-        head.set_int4(model.get_input_embeddings().int4())
+        table = model.get_input_embeddings()
+        head.set_int4(table.int4())
+        head.rows, head.device = table.rows, table.device
 
     scratch = Path(scratch_directory) if scratch_directory is not None else Path(tempfile.gettempdir())
     keep_outputs = recompute_granularity == "selective"
-    engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch), keep_outputs)
+    engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch, waiting), keep_outputs, waiting)
     model.mebp = Runtime(opened, engine, install_loss(model, head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing
     return model
+
+
+def _place_tables(
+    store: Store,
+    modules: dict[str, Int4Module],
+    weights: Residency,
+    device: torch.device,
+    stager: Stager | None,
+    waiting: Waiting,
+) -> None:
+    """The embedding and the head: resident, or by their rows. Linear layers outside of any block are resident."""
+    tables = {name: module for name, module in modules.items() if isinstance(module, Int4Table)}
+    by_rows = weights == "file" or stager is not None
+    whole = {name: module for name, module in modules.items() if not (by_rows and name in tables)}
+    if whole:
+        place_weights(store, SHARED, whole, "device", device, None, waiting)
+    host = host_copy(store.files[SHARED], device) if by_rows and tables and weights == "host" else None
+    for name, table in tables.items():
+        if by_rows:
+            table.rows, table.device = StoredRows(store, name, device, stager, waiting, host), device
+            table.set_int4(store.weight(name) if device.type == "cpu" else store.weight(name).to("meta"))
 
 
 def _check_targets(config: LoraConfig, adapted: list[str], model: str) -> None:

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import mebp_triton as mebp
 from mebp_triton.backprop import BlockEngine
+from mebp_triton.stores.pages import Pages
 
 
 class Block(nn.Module):
@@ -276,7 +277,7 @@ def test_identity_does_not_read_the_blocks_it_passes() -> None:
 def test_blocks_run_backward_in_reverse_within_their_pages() -> None:
     events: list[Any] = []
 
-    class Pages:
+    class Noted(Pages):
         def __init__(self, index: int) -> None:
             self.index = index
 
@@ -286,20 +287,26 @@ def test_blocks_run_backward_in_reverse_within_their_pages() -> None:
         def __exit__(self, *_: object) -> None:
             events.append(("out", self.index))
 
+        def prefetch(self) -> None:
+            events.append(("ahead", self.index))
+
     stack = Stack(3)
-    engine = BlockEngine(stack.blocks, [Pages(index) for index in range(3)])
+    engine = BlockEngine(stack.blocks, [Noted(index) for index in range(3)])
     engine.observer = lambda event, index: events.append((event, index))
     stack(torch.ones(2, 6, dtype=torch.float64)).backward()
     forward = [(what, index) for index in (0, 1, 2) for what in ("in", "out", "forward")]
     backward = [(what, index) for index in (2, 1, 0) for what in ("in", "out", "backward")]
-    assert events == forward + backward
+    assert [event for event in events if event[0] != "ahead"] == forward + backward
+    # Within a block, the next one is announced: in the end the first one, of the next step.
+    announced = [(events[place - 1], index) for place, (what, index) in enumerate(events) if what == "ahead"]
+    assert announced == [(("in", at), index) for at, index in ((0, 1), (1, 2), (2, 1), (1, 0), (0, 0))]
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_pages_are_left_when_a_block_fails(when: str) -> None:
     depth = []
 
-    class Pages:
+    class Counted(Pages):
         def __enter__(self) -> None:
             depth.append(1)
 
@@ -307,7 +314,7 @@ def test_pages_are_left_when_a_block_fails(when: str) -> None:
             depth.pop()
 
     stack = Stack(2)
-    BlockEngine(stack.blocks, [Pages(), Pages()])
+    BlockEngine(stack.blocks, [Counted(), Counted()])
     loss = stack(torch.ones(2, 6, dtype=torch.float64)) if when == "backward" else None
 
     def fail(*_: Any) -> None:

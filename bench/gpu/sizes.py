@@ -6,37 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from random_store import MODELS
 
 Shape = tuple[int, int]
 
-# The shapes of the published configurations.
-QWEN2_5: dict[str, dict[str, Any]] = {
-    "Qwen2.5-0.5B": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    "Qwen2.5-1.5B": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    "Qwen2.5-3B": {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-}
 TINY = {
+    "model_type": "qwen2",
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -115,7 +90,7 @@ REAL = Sizes(
     memory_tokens=512,
     graph_shape=(2048, 2048),
     graph_tokens=256,
-    models=dict(reversed(list(QWEN2_5.items()))),
+    models={name: MODELS[name] for name in ("Qwen2.5-3B", "Qwen2.5-1.5B", "Qwen2.5-0.5B")},
     sequence_lengths=(1024, 256, 4096),
     steps=5,
 )

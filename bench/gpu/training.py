@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_store import write_random_store
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,7 +25,6 @@ from mebp_triton.memory import peak_resident_bytes
 from mebp_triton.peer import with_adapter
 from mebp_triton.stores.format import Store
 
-from .random_store import write_random_store
 from .session import Session
 
 LORA = {"lora_r": 16, "lora_alpha": 16, "seed": 0}
@@ -39,7 +39,7 @@ def training(session: Session) -> None:
         for name, side in session.while_time("models", todo):
             store = Path(scratch) / name
             if not store.exists():
-                write_random_store(AutoConfig.for_model("qwen2", **sizes.models[name]), store, session.device)
+                write_random_store(AutoConfig.for_model(**sizes.models[name]), store, session.device)
             run_side(session, side, store)
     check_same(session)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mebp_triton.files import ScratchFile, Slot
 
+from .waiting import Waiting
+
 Residency = Literal["device", "host", "file"]
 RESIDENCIES: tuple[Residency, ...] = ("device", "host", "file")
 
@@ -70,14 +72,16 @@ class FileCheckpoints:
     A slot is used again, by anything that fits into it, once nothing refers to the checkpoint that had it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, waiting: Waiting | None = None) -> None:
         self.directory = directory
+        self.waiting = Waiting() if waiting is None else waiting
         self.file: ScratchFile | None = None  # made at the first save: loading a model writes nothing
         self.free: list[Slot] = []
 
     def save(self, tensor: Tensor) -> Checkpoint:
-        slot = self._slot(tensor.nbytes)
-        checkpoint = _Filed(self.file, slot, tensor)
+        with self.waiting.counted():
+            slot = self._slot(tensor.nbytes)
+            checkpoint = _Filed(self, slot, tensor)
         weakref.finalize(checkpoint, self._give_back, slot)
         return checkpoint
 
@@ -88,7 +92,7 @@ class FileCheckpoints:
         """The smallest free slot that is large enough and not twice too large, or a new one."""
         if self.file is None:
             self.file = ScratchFile(self.directory)
-        fitting = [slot for slot in self.free if size <= slot.size <= 2 * size]
+        fitting = [slot for slot in self.free if size <= slot.size <= max(2 * size, 4096)]
         if not fitting:
             # Rounded up, so that sequences of nearly one length share slots.
             step = max(1 << max(size - 1, 1).bit_length() >> 3, 4096)
@@ -99,25 +103,26 @@ class FileCheckpoints:
 
 
 class _Filed:
-    def __init__(self, file: ScratchFile | None, slot: Slot, tensor: Tensor) -> None:
-        self.file, self.slot = file, slot
+    def __init__(self, store: FileCheckpoints, slot: Slot, tensor: Tensor) -> None:
+        self.file, self.waiting, self.slot = store.file, store.waiting, slot
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         if tensor.numel():
             slot.write(tensor.detach().to("cpu").contiguous())
 
     def load(self) -> Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        if tensor.numel():
-            self.slot.read(tensor)
-        return tensor.to(self.device)
+        with self.waiting.counted():
+            tensor = torch.empty(self.shape, dtype=self.dtype)
+            if tensor.numel():
+                self.slot.read(tensor)
+            return tensor.to(self.device)
 
 
-def checkpoint_store(residency: Residency, directory: Path) -> CheckpointStore:
+def checkpoint_store(residency: Residency, directory: Path, waiting: Waiting | None = None) -> CheckpointStore:
     """The store for ``residency``. ``directory`` is where "file" puts its file."""
     if residency == "device":
         return DeviceCheckpoints()
     if residency == "host":
         return HostCheckpoints()
     if residency == "file":
-        return FileCheckpoints(directory)
+        return FileCheckpoints(directory, waiting)
     raise ValueError(f"checkpoints must be one of {', '.join(RESIDENCIES)}, got {residency!r}")

@@ -122,8 +122,7 @@ class StoreFile:
         self.mapped.check()
         if self.verified and not again:
             return
-        with self.mapped.view() as view:
-            found = files.checksums(view)
+        found = self.mapped.checksums()
         for index, (left, right) in enumerate(zip(found, self.crc32, strict=True)):
             if left != right:
                 raise FileError(

@@ -1,32 +1,56 @@
 """Weights brought in while a block runs, and dropped after it.
 
-Where they lie: ``device`` in the device's memory throughout; ``host`` in the host's; ``file`` in the store's files,
-memory-mapped. A device that is not the CPU gets a block's bytes by one copy into an arena that all blocks share.
+Where they lie: ``device`` in the device's memory throughout; ``host`` in the host's; ``file`` in the store's files.
+
+On a CPU weights in files are views of the mapping: entering makes a block's pages resident in one call, leaving gives
+them back, and the next block's are read ahead into the system's cache meanwhile. A device that is not the CPU gets a
+block's bytes by one read and one copy into an arena; with two arenas, a thread, and a stream of its own, the next
+block's read and copy run while this one computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mebp_triton.lora import Int4Module
+from mebp_triton.machine import is_unified
 
 from .checkpoints import RESIDENCIES, Residency
 from .format import Store, StoreFile
+from .waiting import Waiting
 
 
-class MappedPages:
-    """Weights that are views of a mapped file. Leaving gives their resident pages back."""
+class Pages:
+    """Weights that always lie in place. Others are there within: ``with pages: ...``."""
 
-    def __init__(self, file: StoreFile) -> None:
-        self.file = file
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def prefetch(self) -> None:
+        """They will be needed next. Returns at once."""
+
+
+class MappedPages(Pages):
+    """Weights that are views of a mapped file."""
+
+    def __init__(self, file: StoreFile, waiting: Waiting) -> None:
+        self.file, self.waiting = file, waiting
         self.depth = 0
 
     def __enter__(self) -> None:
-        self.file.verify()
+        if self.depth == 0:
+            with self.waiting.counted():
+                self.file.verify()
+                self.file.mapped.populate()
         self.depth += 1
 
     def __exit__(self, *_: object) -> None:
@@ -34,52 +58,164 @@ class MappedPages:
         if self.depth == 0:
             self.file.mapped.drop()
 
-
-class Arena:
-    """A buffer on the device that holds one block's data section at a time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.buffer = torch.empty(0, dtype=torch.uint8, device=device)
-        self.owner: object = None
-
-    def fill(self, owner: object, data: Tensor) -> Tensor:
-        """``data``'s copy on the device; not copied again if ``owner`` was the last to fill."""
-        if self.buffer.numel() < data.numel():
-            self.buffer, self.owner = torch.empty(data.numel(), dtype=torch.uint8, device=self.device), None
-        view = self.buffer[: data.numel()]
-        if self.owner is not owner:
-            view.copy_(data, non_blocking=True)
-            self.owner = owner
-        return view
+    def prefetch(self) -> None:
+        self.file.mapped.read_ahead()
 
 
-class ArenaPages:
-    """Weights that are views of the arena while within, and lie nowhere (on the meta device) otherwise."""
+@dataclass(eq=False)
+class _Arena:
+    """A buffer on the device that holds one block's data section at a time.
+
+    Attributes:
+        owner: whose data it holds, or is about to.
+        filled: done when the copy was started (on a CPU: made).
+        copied: on a GPU, when the copy has ended. free: when the last computation that reads it has.
+    """
+
+    buffer: Tensor
+    owner: ArenaPages | None = None
+    in_use: bool = False
+    filled: Future[None] | None = None
+    staging: Tensor | None = None
+    copied: Any = None
+    free: Any = None
+
+
+@dataclass(eq=False)
+class Stager:
+    """Two arenas on a device, and the thread that fills them."""
+
+    device: torch.device
+    waiting: Waiting
+    arenas: list[_Arena] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.unified = is_unified(self.device)
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="mebp-pages")
+
+    def prefetch(self, owner: ArenaPages) -> None:
+        if self._holding(owner) is None and (arena := self._least_needed()) is not None:
+            self._start(arena, owner)
+
+    def acquire(self, owner: ArenaPages) -> Tensor:
+        """The owner's data section on the device, until ``release``."""
+        arena = self._holding(owner)
+        if arena is None:
+            arena = self._least_needed() or self._new()
+            self._start(arena, owner)
+        assert arena.filled is not None
+        arena.in_use = True
+        try:
+            with self.waiting.counted():
+                arena.filled.result()
+        except BaseException:
+            arena.owner, arena.in_use = None, False
+            raise
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(arena.copied)
+        return arena.buffer[: owner.size]
+
+    def release(self, owner: ArenaPages) -> None:
+        arena = self._holding(owner)
+        assert arena is not None and arena.in_use
+        arena.in_use = False
+        if self.stream is not None:
+            arena.free = torch.cuda.current_stream(self.device).record_event()
+
+    def _holding(self, owner: ArenaPages) -> _Arena | None:
+        return next((arena for arena in self.arenas if arena.owner is owner), None)
+
+    def _least_needed(self) -> _Arena | None:
+        """An arena whose block has run; the one that waits longest. None if there is none and two exist already."""
+        if len(self.arenas) < 2:
+            return self._new()
+        return next((arena for arena in self.arenas if not arena.in_use), None)
+
+    def _new(self) -> _Arena:
+        arena = _Arena(torch.empty(0, dtype=torch.uint8, device=self.device))
+        self.arenas.append(arena)
+        return arena
+
+    def _start(self, arena: _Arena, owner: ArenaPages) -> None:
+        if arena.filled is not None and not arena.filled.done():
+            arena.filled.exception()  # it was read ahead for a block that did not come: the read must end first
+        self.arenas.remove(arena)
+        self.arenas.append(arena)  # the others have waited longer
+        if arena.buffer.numel() < owner.size:
+            # Of the stream that computes, which waits for the copies before it reads.
+            arena.buffer = torch.empty(owner.size, dtype=torch.uint8, device=self.device)
+            if self.stream is not None:
+                arena.free = torch.cuda.current_stream(self.device).record_event()
+        arena.owner = owner
+        arena.filled = self.thread.submit(self._fill, arena, owner)
+
+    def _fill(self, arena: _Arena, owner: ArenaPages) -> None:
+        target = arena.buffer[: owner.size]
+        if self.stream is None:
+            owner.read(target)
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            source = self._source(arena, owner)
+            if arena.free is not None:
+                self.stream.wait_event(arena.free)
+            target.copy_(source, non_blocking=True)
+            arena.copied = self.stream.record_event()
+
+    def _source(self, arena: _Arena, owner: ArenaPages) -> Tensor:
+        """The bytes where the device copies from: pinned, but where host and device memory are one."""
+        if owner.host is not None:
+            return owner.host
+        if self.unified:
+            owner.file.verify()
+            return owner.file.data()
+        if arena.copied is not None:
+            arena.copied.synchronize()
+        if arena.staging is None or arena.staging.numel() < owner.size:
+            arena.staging = torch.empty(owner.size, dtype=torch.uint8, pin_memory=True)
+        owner.read(arena.staging[: owner.size])
+        return arena.staging[: owner.size]
+
+
+class ArenaPages(Pages):
+    """Weights that are views of an arena while within, and lie nowhere (on the meta device) otherwise."""
 
     def __init__(
-        self, store: Store, file: StoreFile, modules: Mapping[str, Int4Module], arena: Arena, host: Tensor | None
+        self, store: Store, file: StoreFile, modules: Mapping[str, Int4Module], stager: Stager, host: Tensor | None
     ) -> None:
-        self.store, self.file, self.modules, self.arena, self.host = store, file, modules, arena, host
+        self.store, self.file, self.modules, self.stager, self.host = store, file, modules, stager, host
+        self.size = file.data().numel()
         self.depth = 0
         self._leave()
+
+    def read(self, target: Tensor) -> None:
+        """The data section into a CPU tensor."""
+        if self.host is not None:
+            target.copy_(self.host)
+            return
+        self.file.verify()
+        self.file.mapped.read(target, self.file.start)
+
+    def prefetch(self) -> None:
+        self.stager.prefetch(self)
 
     def __enter__(self) -> None:
         if self.depth:
             self.depth += 1
             return
-        self.file.verify()
+        self.file.mapped.check()
+        data = self.stager.acquire(self)
         self.depth = 1
-        data = self.arena.fill(self, self.file.data() if self.host is None else self.host)
-        if self.host is None:
-            self.file.mapped.drop()
         for name, module in self.modules.items():
             module.set_int4(self.store.weight(name, data))
 
     def __exit__(self, *_: object) -> None:
         self.depth -= 1
         if self.depth == 0:
+            self.stager.release(self)
             self._leave()
+            if self.host is None:
+                self.file.mapped.drop()
 
     def _leave(self) -> None:
         for name, module in self.modules.items():
@@ -97,27 +233,32 @@ def place_weights(
     modules: Mapping[str, Int4Module],
     residency: Residency,
     device: torch.device,
-    arena: Arena | None,
-) -> AbstractContextManager[object]:
+    stager: Stager | None,
+    waiting: Waiting,
+) -> Pages:
     """Puts the weights of ``modules`` (names in the store) where ``residency`` says; returns what to enter to use them.
 
-    ``arena``: for a device other than the CPU and residency "host" or "file"; without one they become resident.
+    ``stager``: for a device other than the CPU and residency "host" or "file"; without one they become resident.
     """
     file = store.files[file_name]
-    if residency == "file" and device.type == "cpu" and arena is None:
+    if residency == "file" and device.type == "cpu" and stager is None:
         for name, module in modules.items():
             module.set_int4(store.weight(name))
-        return MappedPages(file)
+        return MappedPages(file, waiting)
     file.verify()
-    if residency == "device" or arena is None:
-        data = file.data().to(device, copy=True)
-        file.mapped.drop()
+    if residency == "device" or stager is None:
+        data = torch.empty(file.data().numel(), dtype=torch.uint8)
+        file.mapped.read(data, file.start)
+        data = data.to(device)
         for name, module in modules.items():
             module.set_int4(store.weight(name, data))
-        return nullcontext()
-    host = None
-    if residency == "host":
-        host = file.data().clone()
-        host = host.pin_memory() if device.type == "cuda" else host
-        file.mapped.drop()
-    return ArenaPages(store, file, modules, arena, host)
+        return Pages()
+    return ArenaPages(store, file, modules, stager, host_copy(file, device) if residency == "host" else None)
+
+
+def host_copy(file: StoreFile, device: torch.device) -> Tensor:
+    """The data section in host memory, pinned for a GPU with memory of its own."""
+    pinned = device.type == "cuda" and not is_unified(device)
+    data = torch.empty(file.data().numel(), dtype=torch.uint8, pin_memory=pinned)
+    file.mapped.read(data, file.start)
+    return data

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import batch, our_gradients, randomize_adapter, tiny_store
 
 import mebp_triton as mebp
 from mebp_triton.lora import Int4Module
+from mebp_triton.memory import resident
 from mebp_triton.stores import pages
 from mebp_triton.stores.format import Store, block_file
 
@@ -31,20 +35,27 @@ def block_modules(model: Any, index: int) -> dict[str, Int4Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Int4Module) and name.startswith(prefix)}
 
 
-@pytest.mark.parametrize("residency", ["host", "file"])
-def test_one_arena_for_all_blocks_gives_the_same_gradients(store: Path, residency: Any) -> None:
-    """As on a device that is not the CPU: a block's bytes are copied in when it runs, over the block before."""
-    truth = loaded(store)
-    truth(**batch()).loss.backward()
-    model = loaded(store)
-    arena = pages.Arena(torch.device("cpu"))
-    opened: Store = model.mebp.store
+def staged(model: Any, residency: Any) -> pages.Stager:
+    """The model's blocks in arenas, as on a device that is not the CPU."""
+    device, waiting = torch.device("cpu"), model.mebp.engine.waiting
+    stager = pages.Stager(device, waiting)
     model.mebp.engine.pages = [
         pages.place_weights(
-            opened, block_file(index), block_modules(model, index), residency, torch.device("cpu"), arena
+            model.mebp.store, block_file(index), block_modules(model, index), residency, device, stager, waiting
         )
         for index in range(3)
     ]
+    return stager
+
+
+@pytest.mark.parametrize("residency", ["host", "file"])
+def test_two_arenas_for_all_blocks_give_the_same_gradients(store: Path, residency: Any) -> None:
+    """A block's bytes are copied in when it runs, or before, over those of another."""
+    truth = loaded(store)
+    truth(**batch()).loss.backward()
+    model = loaded(store)
+    stager = staged(model, residency)
+    opened: Store = model.mebp.store
     for _ in range(2):
         model.zero_grad()
         loss = model(**batch()).loss
@@ -52,23 +63,106 @@ def test_one_arena_for_all_blocks_gives_the_same_gradients(store: Path, residenc
         loss.backward()
         assert all(torch.equal(our_gradients(model)[name], grad) for name, grad in our_gradients(truth).items())
     largest = max(opened.files[block_file(index)].data().numel() for index in range(3))
-    assert arena.buffer.numel() == largest
+    assert [arena.buffer.numel() for arena in stager.arenas] == [largest] * 2
+    assert model.mebp.engine.waiting.taken() > 0
     with torch.no_grad():
         assert torch.equal(model(**batch()).loss, truth(**batch()).loss)
 
 
+def test_the_next_block_is_read_while_this_one_runs(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, in the order of the forward and of the backward pass; those passed by are not read."""
+    model = loaded(store)
+    staged(model, "file")
+    events: list[tuple[str, int]] = []
+    read = pages.ArenaPages.read
+
+    def note(entered: pages.ArenaPages, target: torch.Tensor) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        events.append(("read", int(entered.file.path.stem[-1])))
+        read(entered, target)
+
+    monkeypatch.setattr(pages.ArenaPages, "read", note)
+    model.mebp.engine.observer = lambda event, index: events.append((event, index))
+    model(**batch()).loss.backward()
+    order = [index for event, index in events if event == "read"]
+    # 2 and 1 are still there when the backward pass begins, and 0 is when the next step does.
+    assert order == [0, 1, 2, 0]
+    assert events.index(("read", 1)) < events.index(("forward", 1))
+    events.clear()
+    model.mebp.engine.treatment = lambda index: "identity" if index == 1 else "train"
+    model(**batch()).loss.backward()
+    assert [index for event, index in events if event == "read"] == [2, 0]
+
+
+def test_a_slow_reader_is_waited_for(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = loaded(store)
+    expected = truth(**batch()).loss
+    model = loaded(store)
+    staged(model, "file")
+    read = pages.ArenaPages.read
+
+    def slow(entered: pages.ArenaPages, target: torch.Tensor) -> None:
+        target.fill_(255)
+        time.sleep(0.05)
+        read(entered, target)
+
+    monkeypatch.setattr(pages.ArenaPages, "read", slow)
+    assert torch.equal(model(**batch()).loss, expected)
+    assert model.mebp.engine.waiting.taken() >= 0.05
+
+
+def test_an_error_of_the_reader_ends_the_step_and_the_next_one_reads_again(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(store)
+    expected = model(**batch()).loss
+    staged(model, "file")
+
+    def fail(entered: pages.ArenaPages, target: torch.Tensor) -> None:
+        raise OSError("input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pages.ArenaPages, "read", fail)
+        for _ in range(2):
+            with pytest.raises(OSError, match="input/output"):
+                model(**batch())
+    assert torch.equal(model(**batch()).loss, expected)
+
+
 def test_a_weight_used_outside_its_block_is_an_error_not_another_blocks_weight(store: Path) -> None:
     model = loaded(store)
-    arena = pages.Arena(torch.device("cpu"))
-    modules = block_modules(model, 0)
-    entered = pages.place_weights(model.mebp.store, block_file(0), modules, "file", torch.device("cpu"), arena)
-    layer = modules["model.layers.0.self_attn.q_proj"]
+    staged(model, "file")
+    layer = block_modules(model, 0)["model.layers.0.self_attn.q_proj"]
     x = torch.randn(1, 48)
-    with entered:
+    with model.mebp.engine.pages[0]:
         inside = layer(x)
     assert inside.device.type == "cpu"
     with pytest.raises(ValueError, match="the int4 weight on meta"):
         layer(x)
+
+
+def test_pages_in_a_mapped_file_are_resident_only_within(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    config = transformers.LlamaConfig(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=64,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    mebp.quantize(str(directory), tmp_path / "store", scale_search=False)
+    model = mebp.load(tmp_path / "store", weights="file")
+    pages_of_block = model.mebp.engine.pages[0]
+    size = model.mebp.store.files[block_file(0)].data().numel()
+    with pages_of_block:  # the first time, checksums are compared
+        pass
+    before = resident().file_backed
+    with pages_of_block:
+        within = resident().file_backed
+    assert size > 2 << 20 and within - before >= size * 0.95
+    assert resident().file_backed - before < size * 0.05
 
 
 @pytest.mark.parametrize("weights", ["device", "host", "file"])

@@ -1,0 +1,161 @@
+"""Stores of random weights at a model's shapes, written block by block, and the published configurations."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mebp_triton import files
+from mebp_triton.blocks import find_blocks
+from mebp_triton.kernels.layout import CHUNK, RUN, Int4Weight, Scheme, group_count, pack, padded, unpack
+from mebp_triton.skeleton import Int4Site, build_skeleton, float_names, int4_sites
+from mebp_triton.stores.format import SHARED, StoreWriter, block_file
+
+QWEN2_5: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+}
+GEMMA_3: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+LLAMA_3_2: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "intermediate_size": 8192,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 5e5,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+# The published configurations; of Gemma-3-4B the text model, whose table is padded to 262208 rows.
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": QWEN2_5
+    | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "Qwen2.5-1.5B": QWEN2_5
+    | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "Qwen2.5-3B": QWEN2_5
+    | {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
+    "Gemma-3-1B": GEMMA_3
+    | {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "num_attention_heads": 4}
+    | {"num_key_value_heads": 1, "vocab_size": 262144, "sliding_window": 512, "max_position_embeddings": 32768},
+    "Gemma-3-4B": GEMMA_3
+    | {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8}
+    | {"num_key_value_heads": 4, "vocab_size": 262208, "sliding_window": 1024, "max_position_embeddings": 131072}
+    | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "Llama-3.2-1B": LLAMA_3_2 | {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "Llama-3.2-3B": LLAMA_3_2
+    | {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
+}
+
+# Root mean square of a weight whose scale is 1, over all 16 codes; affine about its mean, codebook of NF4.
+RMS: dict[Scheme, float] = {"symmetric": 4.64, "affine": 4.61, "codebook": 0.517}
+
+
+def write_random_store(
+    config: Any,
+    target: Path,
+    device: torch.device,
+    scheme: Scheme = "symmetric",
+    group_size: int = 64,
+    tokenizer: Any = None,
+) -> None:
+    """Entries as large as an initialised model's: activations stay finite through all blocks.
+
+    Draws from torch's global generators. No matrix is ever decoded, and one file's tensors are in memory at a time.
+
+    Args:
+        config: of a causal language model.
+        target: must not exist, or be empty. It appears whole or not at all.
+        device: what draws the codes.
+        scheme, group_size: of every matrix.
+        tokenizer: saved beside the weights.
+
+    Raises:
+        ValueError: transformers makes no such model of the config, or ``target`` is in use.
+    """
+    model = build_skeleton(config, torch.float32)
+    path, stack = find_blocks(model)
+    sites, tied = int4_sites(model)
+    floats = float_names(model, sites)
+    rms = getattr(config, "initializer_range", 0.02)
+    done: set[str] = set()
+
+    def write(writer: StoreWriter, file: str, prefix: str) -> None:
+        mine = [site for site in sites if site.name.startswith(prefix) and site.name not in done]
+        kept = [name for name in floats if name.startswith(prefix) and name not in done]
+        matrices = {site.name: (random_matrix(site, rms, scheme, group_size, device), 0.0) for site in mine}
+        writer.write_file(file, matrices, {name: initial_value(model, name) for name in kept})
+        done.update(matrices, kept)
+
+    with files.atomic_directory(target) as directory:
+        config.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        writer = StoreWriter(directory, "random weights", tied)
+        for index in range(len(stack)):
+            write(writer, block_file(index), f"{path}.{index}.")
+        write(writer, SHARED, "")
+        writer.finish()
+
+
+def random_matrix(site: Int4Site, rms: float, scheme: Scheme, group_size: int, device: torch.device) -> Int4Weight:
+    """Drawn in packed form. Signs of the scales are drawn as well, since the mean of the codes is not zero."""
+    # Importing it starts torch's threads, which a process that forks later must not have.
+    from mebp_triton.quantization import NF4
+
+    n, k = site.out_features, site.in_features
+    packed = torch.empty((n, padded(k) // 2), dtype=torch.uint8, device=device).random_()
+    if k % CHUNK:
+        packed[:, -RUN:] = pack(unpack(packed[:, -RUN:], k % CHUNK), pad_code=8 if scheme == "symmetric" else 0)
+    shape = (group_count(k, group_size), n)
+    signs = torch.randint(0, 2, shape, dtype=torch.int8, device=device) * 2 - 1
+    scales = signs.to(torch.float16) * (rms / RMS[scheme])
+    return Int4Weight(
+        packed=packed,
+        scales=scales,
+        in_features=k,
+        group_size=group_size,
+        minimum=scales * -7.5 if scheme == "affine" else None,
+        codebook=NF4.to(device) if scheme == "codebook" else None,
+    ).to("cpu")
+
+
+def initial_value(model: Any, name: str) -> Tensor:
+    """A float parameter as transformers initialises it: a norm may multiply by its weight, or by one more than it."""
+    owner, _, attribute = name.rpartition(".")
+    module = copy.copy(model.get_submodule(owner))
+    value = nn.Parameter(torch.zeros(model.get_parameter(name).shape), requires_grad=False)
+    # A copy of its own, in which only this parameter is real.
+    module._parameters = module._parameters | {attribute: value}
+    model._init_weights(module)
+    return value.data

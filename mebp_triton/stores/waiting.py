@@ -1,0 +1,28 @@
+"""How long the computation waited for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class Waiting:
+    """Seconds for which the computation waited for data."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def taken(self) -> float:
+        """The seconds so far; counting starts again at 0."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
