@@ -8,9 +8,11 @@ file or the new one.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import mmap
 import os
+import platform
 import shutil
 import stat
 import tempfile
@@ -20,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -31,6 +34,23 @@ MADV_POPULATE_READ = 22  # Linux; Python has no name for it
 
 class FileError(ValueError):
     """A file is missing, cut short, changed or not what it should be. The message is one line for the user."""
+
+
+def _temporary_prefix() -> str:
+    """Names the machine and the process, so that a later one can tell what a crash left behind."""
+    return f"{TEMPORARY_PREFIX}{zlib.crc32(platform.node().encode()):08x}-{os.getpid()}-"
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes temporaries in ``directory`` whose process, on this machine, is no more."""
+    mine = _temporary_prefix().rpartition("-")[0].rpartition("-")[0] + "-"
+    for entry in directory.glob(f"{glob.escape(mine)}*"):
+        process = entry.name[len(mine) :].partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:
@@ -49,7 +69,7 @@ def sync_file(path: Path) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path; what lies there when the block ends takes ``path``'s place, synced, in one rename."""
-    handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -92,7 +112,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     check_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+    remove_leftovers(path.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
     try:
         yield temporary
         _finish_directory(temporary)
@@ -121,7 +142,7 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     """
     old = path.with_name(path.name + ".old")
     recover_directory(path)
-    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
     try:
         write(temporary)
         _finish_directory(temporary)
@@ -281,7 +302,7 @@ class ScratchFile:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=directory)  # noqa: SIM115 - lives with self
+        self._file = tempfile.TemporaryFile(prefix=_temporary_prefix(), dir=directory)  # noqa: SIM115 - lives with self
         self.end = 0
 
     def slot(self, size: int) -> Slot:

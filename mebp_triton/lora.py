@@ -449,10 +449,7 @@ class Int4LoRALinear(Int4Linear):
             x = autocast_input(x)
             t = (self.lora_dropout(x) @ self.lora_A.to(x.dtype).t()) * self.scaling
             return int4_matmul(x, self.int4(), self.bias, t, self.lora_B, self.backend)
-        if self.siblings is not None:
-            y = self.siblings.output_of(self, x)
-        else:
-            y = compute_together([self], x)[0]
+        y = compute_together([self], x)[0] if self.siblings is None else self.siblings.output_of(self, x)
         if self.tape is not None:
             self.tape.passed(self, y)
         return y

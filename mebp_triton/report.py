@@ -45,6 +45,7 @@ class RunDirectory:
 
     def create(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(self.directory)
 
     def discard_if_empty(self) -> None:
         if self.directory.is_dir() and not any(self.directory.iterdir()):

@@ -5,7 +5,10 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -495,3 +498,30 @@ def test_append_line(tmp_path):
     for step in range(2):
         files.append_line(tmp_path / "log", json.dumps({"step": step}))
     assert (tmp_path / "log").read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+# --- leftovers ------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not(tmp_path):
+    """A save is killed in the middle; the next start removes its temporaries, and only those."""
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from mebp_triton import files\n"
+        "def write(directory):\n"
+        "    (directory / 'half').write_bytes(b'x')\n"
+        "    with files.atomic_path(Path(sys.argv[1]) / 'name') as temporary:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "files.replace_directory(Path(sys.argv[1]) / 'checkpoint', write)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    left = list(tmp_path.iterdir())
+    assert len(left) == 2 and all(entry.name.startswith(files.TEMPORARY_PREFIX) for entry in left)
+    (tmp_path / "kept").write_text("mine")
+    other_machine = tmp_path / f"{files.TEMPORARY_PREFIX}00000000-1-abc"
+    other_machine.write_text("of another machine")
+    with files.atomic_path(tmp_path / "name") as living:
+        files.remove_leftovers(tmp_path)
+        assert set(tmp_path.iterdir()) == {living, tmp_path / "kept", other_machine}

@@ -41,12 +41,8 @@ class StoredRows:
         waiting: Waiting,
         host: Tensor | None,
     ) -> None:
-        self.file, self.device, self.stager, self.waiting = (
-            store.files[store.matrices[name].file],
-            device,
-            stager,
-            waiting,
-        )
+        self.file = store.files[store.matrices[name].file]
+        self.device, self.stager, self.waiting = device, stager, waiting
         self.weight = store.weight(name, host)
         self.in_file = host is None
         rows, row_bytes = self.weight.packed.shape

