@@ -92,6 +92,13 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_settings(train, TrainConfig)
     _add_quantize_options(train, SCHEMES, GROUP_SIZES)
 
+    plan = command("plan", "predict the peak memory of a training run, or choose settings for a memory budget")
+    plan.add_argument("model", metavar="MODEL", help="a store, a model directory or a config.json")
+    plan.add_argument("--config", metavar="FILE", help="YAML or JSON file of train's settings; flags win")
+    plan.add_argument("--plot", metavar="FILE", help="draw the moments of a step as a PNG")
+    _add_settings(plan, TrainConfig)
+    _add_quantize_options(plan, SCHEMES, GROUP_SIZES)
+
     evaluate = command("eval", "loss, perplexity and token accuracy on a file")
     generate = command("generate", "continue a prompt")
     for sub in (evaluate, generate):
@@ -115,7 +122,9 @@ def _build_parser() -> argparse.ArgumentParser:
 
     verify = command("verify", "check every byte of a store against its checksums")
     verify.add_argument("store", metavar="STORE")
-    command("doctor", "what this machine has, and what is missing")
+    doctor = command("doctor", "what this machine has, and what is missing")
+    doctor.add_argument("store", metavar="STORE", nargs="?", help="measured too, and compared with the memory here")
+    doctor.add_argument("--scratch-directory", metavar="DIR", help="where files of a run would lie")
     demo = command("demo", "the whole path on a real 135M model: quantize, train, evaluate, generate")
     demo.add_argument("--output-dir", default="mebp-demo", metavar="DIR", help="(default: mebp-demo)")
     demo.add_argument("--max-steps", type=int, default=40, metavar="N", help="optimizer steps (default: 40)")

@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import adapter, files, siblings
-from .config import TrainConfig, read_config_file, resolve_device
+from .allocator import return_free_memory, return_large_freed_memory
+from .config import TrainConfig, parse_size, resolve_device
 from .convert import QuantizeReport, quantize
 from .data import TokenizedData, load_data
 from .evaluate import evaluate
@@ -29,6 +30,9 @@ from .kernels.tables import M_BUCKETS, architecture_of, bucket, load_tables, use
 from .lora import LoraConfig
 from .memory import peak_resident_bytes
 from .model import load
+from .plan import CannotTrace, Plan
+from .plan_command import describe, planner_of, settings_of
+from .plan_command import run_plan as run_plan
 from .report import MIB, RunDirectory
 from .skeleton import build_skeleton, int4_sites
 from .stores.format import MANIFEST, Store
@@ -137,7 +141,8 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
-    config = _train_config(arguments)
+    settings = _train_config(arguments)
+    config = settings.resolved()
     resolve_backend(config.backend, torch.device(config.device or "cpu"))
     checkpoint = Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
     if arguments.resume and checkpoint is not None:
@@ -164,8 +169,15 @@ def run_train(arguments: argparse.Namespace) -> None:
     is_store = _is_store(given, arguments)
     # Where the tokenizer lies there already, the texts are read first: what is wrong with them shows at once.
     texts = _load_texts(given, config) if given.is_dir() else None
+    # A model directory is planned for before it is quantized, so that a budget too small shows at once.
+    plan = _plan(given, arguments, settings) if given.is_dir() else None
     store = given if is_store else _quantized(given, arguments, config)
     data, validation = texts or _load_texts(store, config)
+    if not given.is_dir():
+        plan = _plan(store, arguments, settings)
+    if plan is not None:
+        config = plan.settings
+        _keep_to(plan)
     model = load(
         store,
         lora,
@@ -177,8 +189,10 @@ def run_train(arguments: argparse.Namespace) -> None:
         seed=config.seed,
         scratch_directory=run.directory,
         recompute_granularity=config.recompute_granularity or "full",
+        mlp_chunk_tokens=config.mlp_chunk_tokens,
     )
     trainer = Trainer(model, data, config, run)
+    trainer.planned_peak_bytes = None if plan is None else plan.peak
     if checkpoint is not None:
         try:
             trainer.resume(checkpoint)
@@ -193,13 +207,38 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 
 def _train_config(arguments: argparse.Namespace) -> TrainConfig:
-    settings = read_config_file(arguments.config) if arguments.config else {}
-    known = {item.name for item in dataclasses.fields(TrainConfig)}
-    settings |= {name: value for name, value in vars(arguments).items() if name in known}
+    """As set, not resolved."""
+    settings = settings_of(arguments)
     for name in ("train_file", "output_dir"):
-        if not settings.get(name):
+        if not getattr(settings, name):
             raise ValueError(f"--{name.replace('_', '-')} is missing")
-    return TrainConfig(**settings).resolved()
+    return settings
+
+
+def _plan(given: Path, arguments: argparse.Namespace, settings: TrainConfig) -> Plan | None:
+    """None, with a line that says so, for a model that cannot be planned for; without a budget it still trains."""
+    try:
+        return planner_of(given, _model_config(given), arguments.scheme, arguments.group_size).resolve(settings)
+    except CannotTrace as error:
+        if settings.memory_budget is not None:
+            raise
+        console.print(f"no peak is predicted: {error}", highlight=False)
+        return None
+
+
+def _keep_to(plan: Plan) -> None:
+    """What the plan asks of this process."""
+    settings = plan.settings
+    return_free_memory()  # of the tokenizer and the trace
+    if settings.memory_budget is not None:
+        console.print(describe(plan), highlight=False, soft_wrap=True)
+    if settings.return_freed_memory and not return_large_freed_memory():
+        console.print("return_freed_memory needs glibc, and this is another C library: freed memory may be kept")
+    device = torch.device(settings.device or "cpu")
+    if settings.memory_budget is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        budget = parse_size("memory_budget", settings.memory_budget)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
 
 
 def _is_store(given: Path, arguments: argparse.Namespace) -> bool:
@@ -559,8 +598,16 @@ def run_verify(arguments: argparse.Namespace) -> None:
 def run_doctor(arguments: argparse.Namespace) -> None:
     from .doctor import examine
 
-    findings = examine()
-    rows = {name: value for name, value in findings.items() if name != "advice"}
+    findings = examine(
+        Path(arguments.store) if arguments.store else None,
+        Path(arguments.scratch_directory) if arguments.scratch_directory else None,
+    )
+    hidden = ("advice", "scratch_in_memory", "scratch_on_card")
+    rows = {
+        name: value
+        for name, value in findings.items()
+        if name not in hidden and not name.endswith(("_bytes", "_bytes_per_second"))
+    }
     table = two_columns("this machine", {key.replace("_", " "): value for key, value in rows.items()})
     answer(arguments, findings, table)
     if not arguments.json:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -19,8 +20,8 @@ import yaml
 from . import files
 from .kernels.ops import Backend
 from .optim import SchedulerType, UnselectedUpdate
-from .selection import Mode, Schedule
 from .recompute import Granularity
+from .selection import Mode, Schedule
 from .stores.checkpoints import Residency
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -67,6 +68,12 @@ class TrainConfig:
     recompute_granularity: Granularity | None = _setting(
         None, "full keeps each block's input; selective its linear layers' outputs too (default: selective if it fits)"
     )
+    mlp_chunk_tokens: int | None = _setting(None, "run the MLPs by chunks of that many tokens; 0 for whole (default)")
+    optimizer_in_backward: bool = _setting(False, "step each block as soon as its gradients exist, and free them")
+    return_freed_memory: bool | None = _setting(
+        None, "on a CPU: large freed tensors go back to the system at once, a lower peak, slower (default: on)"
+    )
+    memory_budget: str | None = _setting(None, "900MiB, 4GB, ...: what is not set by hand is chosen to stay inside")
     device: str | None = _setting(None, "cpu, cuda, cuda:1, ...; by default a GPU if there is one")
     dtype: Dtype | None = _setting(None, "of activations (default: bfloat16 on a GPU, float32 on a CPU)")
     backend: Backend = _setting("auto", "kernels: triton, panel (plain torch), or auto")
@@ -99,11 +106,16 @@ class TrainConfig:
             raise ValueError("lora_alpha must not be 0: nothing would be trained")
         if self.dtype == "float16" and self.optim == "adamw":
             raise ValueError("dtype 'float16' loses small gradients: train in bfloat16 or float32")
+        if self.memory_budget is not None:
+            parse_size("memory_budget", self.memory_budget)
         if self.optim == "mezo" and self.selection_mode != "full":
             raise ValueError(f"selection_mode {self.selection_mode!r} needs gradients, and optim 'mezo' makes none")
 
     def resolved(self) -> TrainConfig:
-        """With the defaults that depend on the machine filled in."""
+        """With the defaults that depend on the machine filled in.
+
+        But ``recompute_granularity``, which depends on the model as well: ``plan.chosen`` fills it in.
+        """
         device = resolve_device(self.device)
         place: Residency = "file" if device == "cpu" else "device"
         return dataclasses.replace(
@@ -113,7 +125,8 @@ class TrainConfig:
             weights=self.weights or place,
             checkpoints=self.checkpoints or place,
             optimizer_state=self.optimizer_state or place,
-            recompute_granularity=self.recompute_granularity or "selective",
+            mlp_chunk_tokens=self.mlp_chunk_tokens or 0,
+            return_freed_memory=device == "cpu" if self.return_freed_memory is None else self.return_freed_memory,
         )
 
     def targets(self) -> str | list[str]:
@@ -136,7 +149,23 @@ def resolve_device(name: str | None) -> str:
     return name
 
 
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {f"{prefix}ib": 1 << shift for prefix, shift in (("k", 10), ("m", 20), ("g", 30), ("t", 40))}
+
+
+def parse_size(name: str, text: str) -> int:
+    """Bytes: "900MiB", "1.5 GiB", "4GB", or a plain number of bytes. ValueError names ``name``."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)", text.strip())
+    if found is None or found[2].lower() not in UNITS:
+        raise ValueError(f"{name} must be a size such as 900MiB, 1.5GiB or 4GB, got {text!r}")
+    size = float(found[1]) * UNITS[found[2].lower()]
+    if not 1 <= size < 1 << 60:
+        raise ValueError(f"{name} must be between 1 byte and 2**60 bytes, got {text!r}")
+    return int(size)
+
+
 _LEAST = {
+    "mlp_chunk_tokens": 0,
     "max_steps": 0,
     "num_train_epochs": 1,
     "max_length": 2,

@@ -26,6 +26,7 @@ from .stores.format import SHARED, Store, block_file
 from .stores.pages import Pages, Stager, check_residency, host_copy, place_weights
 from .stores.rows import StoredRows
 from .stores.waiting import Waiting
+from .token_chunks import install_mlp_chunks
 
 
 @dataclass
@@ -55,6 +56,7 @@ def load(
     seed: int = 0,
     scratch_directory: Path | str | None = None,
     recompute_granularity: Granularity = "full",
+    mlp_chunk_tokens: int | None = None,
 ) -> Any:
     """The transformers model of ``store``, in eval mode, as ``from_pretrained`` would return it.
 
@@ -75,6 +77,7 @@ def load(
         scratch_directory: where checkpoints in a file go; the system's temporary directory by default.
         recompute_granularity: "full" keeps each block's input; "selective" the outputs of its adapted linear layers as
             well, which then are not computed again. Same gradients, to the bit.
+        mlp_chunk_tokens: the MLPs run by chunks of that many tokens, forward and backward; None or 0: whole.
 
     Raises:
         ValueError: the store is damaged, or an argument does not fit.
@@ -113,6 +116,7 @@ def load(
         head.set_int4(table.int4())
         head.rows, head.device = table.rows, table.device
 
+    install_mlp_chunks(model, stack, mlp_chunk_tokens)
     scratch = Path(scratch_directory) if scratch_directory is not None else Path(tempfile.gettempdir())
     keep_outputs = recompute_granularity == "selective"
     engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch, waiting), keep_outputs, waiting)

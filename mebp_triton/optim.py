@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +73,69 @@ class BlockAdamW(torch.optim.Optimizer):
             chosen = selected is None or index in selected
             if chosen or self.unselected_update == "momentum":
                 self._step_group(index, group, chosen)
+
+    @contextmanager
+    def step_in_backward(
+        self,
+        selected: Collection[int] | None = None,
+        max_grad_norm: float = math.inf,
+        on_norm: Callable[[int, float], None] = lambda index, norm: None,
+    ) -> Iterator[list[float]]:
+        """Within, one backward pass may run, and steps each selected group as soon as its gradients are complete.
+
+        They are then freed, so that those of one group exist at a time. On leaving, the other groups get what ``step``
+        does to them. Without clipping, the result is that of ``step`` to the bit.
+
+        Args:
+            selected: as for ``step``.
+            max_grad_norm: a group's gradients are scaled down to this norm of their own.
+            on_norm: called with a group's index and the norm of its gradients before it is stepped; may raise.
+
+        Returns:
+            The groups' norms before clipping, which grow with the steps.
+        """
+        norms: list[float] = []
+        missing = {
+            index: {id(parameter) for parameter in group["params"]}
+            for index, group in enumerate(self.param_groups)
+            if selected is None or index in selected
+        }
+
+        @torch.no_grad()
+        def finish(index: int) -> None:
+            del missing[index]
+            group = self.param_groups[index]
+            norm = float(torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm))
+            on_norm(index, norm)
+            norms.append(norm)
+            self._step_group(index, group, True)
+            for parameter in group["params"]:
+                parameter.grad = None
+
+        def hook(index: int, parameter: Tensor) -> None:
+            if index not in missing:
+                raise RuntimeError(f"block {index} got gradients again after its step: only one backward pass may run")
+            missing[index].discard(id(parameter))
+            if not missing[index]:
+                finish(index)
+
+        handles = [
+            parameter.register_post_accumulate_grad_hook(functools.partial(hook, index))
+            for index in missing
+            for parameter in self.param_groups[index]["params"]
+        ]
+        try:
+            yield norms
+        finally:
+            for handle in handles:
+                handle.remove()
+        for index, group in enumerate(self.param_groups):
+            if index in missing and any(parameter.grad is not None for parameter in group["params"]):
+                finish(index)  # some of its parameters have no part in the loss
+        if selected is not None and self.unselected_update == "momentum":
+            with torch.no_grad():
+                for index in sorted(set(range(len(self.param_groups))).difference(selected)):
+                    self._step_group(index, self.param_groups[index], False)
 
     def _step_group(self, index: int, group: dict[str, Any], chosen: bool) -> None:
         places = [place for place, p in enumerate(group["params"]) if p.grad is not None or not chosen]

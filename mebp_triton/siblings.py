@@ -7,7 +7,6 @@ another order, is computed alone.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from .kernels.configs import MOST_MEMBERS
 from .lora import Int4LoRALinear, compute_together
-from .skeleton import Int4Site, build_skeleton, int4_sites
+from .skeleton import Int4Site, int4_sites, meta_model, run_on_meta
 
 
 class Siblings:
@@ -84,8 +83,7 @@ def shared_inputs(config: Any) -> list[list[Int4Site]]:
     Raises:
         ValueError: the model cannot be run like that.
     """
-    # A copy: building a model writes its dtype and attention into the config.
-    model = build_skeleton(copy.deepcopy(config), torch.float32, "eager").to("meta")
+    model = meta_model(config)
     groups: dict[tuple[int, str], list[Int4Site]] = {}
     inputs = []  # kept, so that no two have the same id
 
@@ -99,13 +97,7 @@ def shared_inputs(config: Any) -> list[list[Int4Site]]:
     for site in int4_sites(model)[0]:
         if site.role == "linear":
             watch(site)
-    ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-    mask = torch.zeros(1, 1, 2, 2, device="meta")
-    try:
-        model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
-    except Exception as error:  # a model's own code may raise anything, and loading it must not depend on this
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{type(model).__name__} does not run on the meta device: {reason}") from None
+    run_on_meta(model)
     return list(groups.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,27 @@ def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | N
             raise ValueError(f"transformers makes no causal language model of this config: {first_line}") from None
     model.requires_grad_(False)
     return model.eval()
+
+
+def meta_model(config: Any) -> Any:
+    """The model of ``config`` on the meta device, for ``run_on_meta``."""
+    # A copy: building a model writes its dtype and attention into the config.
+    return build_skeleton(copy.deepcopy(config), torch.float32, "eager").to("meta")
+
+
+def run_on_meta(model: Any) -> None:
+    """Runs ``meta_model``'s modelling code over two tokens, without a number: for hooks that see who gets what.
+
+    Raises:
+        ValueError: the model cannot be run like that.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    mask = torch.zeros(1, 1, 2, 2, device="meta")
+    try:
+        model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
+    except Exception as error:  # a model's own code may raise anything, and loading it must not depend on this
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{type(model).__name__} does not run on the meta device: {reason}") from None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from .zeroth_order import MeZO
 # What a resumed run may change: none of these changes the numbers of a step.
 FREE_ON_RESUME = {"output_dir", "validation_file", "max_eval_windows", "weights", "checkpoints", "optimizer_state"}
 FREE_ON_RESUME |= {"save_steps", "backend", "device", "recompute_granularity"}
+FREE_ON_RESUME |= {"memory_budget", "mlp_chunk_tokens", "return_freed_memory"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Trainer:
     def __init__(
         self, model: Any, data: TokenizedData, config: TrainConfig, run: RunDirectory, pad_token_id: int = 0
     ) -> None:
+        _check_optimizer_in_backward(config)
         self.model, self.data, self.config, self.run, self.pad_token_id = model, data, config, run, pad_token_id
         self.device: torch.device = model.mebp.device
         self.selection = LayerCyclicManager(
@@ -98,6 +100,7 @@ class Trainer:
             config.num_train_epochs * per_epoch / config.gradient_accumulation_steps
         )
         self.step = 0
+        self.planned_peak_bytes: int | None = None
         self.fingerprints = {"training data": _data_checksum(data), "model": _store_checksum(model.mebp.store)}
 
     def train(self, on_step: Callable[[StepResult], None] = lambda result: None) -> list[StepResult]:
@@ -114,6 +117,7 @@ class Trainer:
             start_batch=self.step * config.gradient_accumulation_steps,
             epochs=None if config.max_steps else config.num_train_epochs,
         )
+        self.model.mebp.engine.waiting.taken()  # what evaluations waited for is none of a step's
         record_at = min(self.step + 1, self.total_steps - 1)  # the second step: the first one warms up
         while self.step < self.total_steps:
             micro_batches = self._micro_batches(stream)
@@ -123,7 +127,9 @@ class Trainer:
             self.step += 1
             self.selection.advance()
             results.append(result)
-            self.run.append_metrics(asdict(result) | {"peak_rss_bytes": peak_resident_bytes()})
+            waited = self.model.mebp.engine.waiting.taken()
+            taken = {"seconds_waiting_for_data": waited, "peak_rss_bytes": peak_resident_bytes()}
+            self.run.append_metrics(asdict(result) | taken)
             on_step(result)
             if self.step % config.save_steps == 0 or self.step == self.total_steps:
                 self.save_checkpoint()
@@ -158,6 +164,8 @@ class Trainer:
             loss, _ = self.mezo.step(forward, rate, seed)
             accuracy = statistics.fmean(accuracies)
             self._check_finite("loss", loss)
+        elif config.optimizer_in_backward:
+            loss, accuracy, norm = self._update_in_backward(micro_batches, tokens, rate, selected)
         else:
             loss, accuracy = self._forward(micro_batches, tokens, None)
             self._check_finite("loss", loss)
@@ -179,6 +187,8 @@ class Trainer:
                     torch.manual_seed(forward_only_seed)
                 for batch in micro_batches:
                     output = self.model(**batch, use_cache=False)
+                    if self.config.optimizer_in_backward:
+                        self._check_finite("loss", output.loss.item())
                     if forward_only_seed is None and output.loss.requires_grad:
                         output.loss.backward()
                     loss += output.loss.item()
@@ -192,11 +202,32 @@ class Trainer:
         limit = self.config.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         self._check_finite("gradient norm", norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self._set_rate(rate)
         self.optimizer.step(selected=frozenset(selected) | self._outside())
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _update_in_backward(
+        self, micro_batches: list[dict[str, Tensor]], tokens: int, rate: float, selected: list[int]
+    ) -> tuple[float, float, float]:
+        """Loss, token accuracy and the norm of all gradients, which exist block by block and are gone."""
+        assert self.optimizer is not None
+        self._set_rate(rate)
+
+        def check(index: int, norm: float) -> None:
+            place = f"of block {index}" if index < self.selection.count else "outside the blocks"
+            self._check_finite(f"gradient norm {place}", norm)
+
+        limit = self.config.max_grad_norm or math.inf
+        with self.optimizer.step_in_backward(frozenset(selected) | self._outside(), limit, check) as norms:
+            loss, accuracy = self._forward(micro_batches, tokens, None)
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, accuracy, math.hypot(*norms)
+
+    def _set_rate(self, rate: float) -> None:
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def _outside(self) -> frozenset[int]:
         """Groups beyond the blocks: always trained."""
@@ -284,6 +315,19 @@ class Trainer:
         self.run.cut_metrics(self.step)
 
 
+def _check_optimizer_in_backward(config: TrainConfig) -> None:
+    """ValueError for what cannot be together with it."""
+    if not config.optimizer_in_backward:
+        return
+    if config.optim == "mezo":
+        raise ValueError("optimizer_in_backward steps by gradients, and optim 'mezo' makes none: leave one of them out")
+    if config.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "optimizer_in_backward takes a step in every backward pass, so it needs gradient_accumulation_steps 1, "
+            f"got {config.gradient_accumulation_steps}: leave one of them out"
+        )
+
+
 def _data_checksum(data: TokenizedData) -> int:
     checksum = 0
     for array in (data.ids, data.trained, data.offsets):
@@ -331,7 +375,7 @@ def finetune(
         "peak_rss_bytes": peak_resident_bytes(),
         "peak_rss_anonymous_bytes": trainer.watch.peak_anonymous,
         "peak_device_bytes": trainer.watch.peak_device_bytes(),
-        "planned_peak_bytes": None,
+        "planned_peak_bytes": trainer.planned_peak_bytes,
         "selected_ratio": trainer.selection.ratio,
         "selection_mode": config.selection_mode,
         "backend": resolve_backend(trainer.model.mebp.backend, trainer.device),

@@ -21,7 +21,7 @@ from mebp_triton.kernels.tables import read_table
 from mebp_triton.stores.format import Store
 from mebp_triton.trainer import RunError
 
-COMMANDS = ["quantize", "train", "eval", "generate", "tune", "verify", "doctor", "demo"]
+COMMANDS = ["quantize", "train", "plan", "eval", "generate", "tune", "verify", "doctor", "demo"]
 QUICK = ["--max-steps=3", "--max-length=24", "--lora-r=2", "--learning-rate=0.01", "--device=cpu"]
 
 
@@ -158,6 +158,53 @@ def test_verify(mebp, world):
     assert value == {"store": str(world / "store"), "files": 4, "bytes": size, "whole": True}
     code, out, _ = mebp("verify", world / "store")
     assert code == 0 and "all agree" in out
+
+
+def test_a_budget_chooses_and_is_kept(mebp, world, tmp_path):
+    arguments = ["train", world / "store", *texts(world), *QUICK, f"--output-dir={tmp_path / 'run'}"]
+    code, _, err = mebp(*arguments, "--memory-budget=4GiB")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert code == 0 and "planned peak " in err and "weights device" in err
+    assert record["settings"]["weights"] == "device" and record["settings"]["memory_budget"] == "4GiB"
+    assert 0 < record["planned_peak_bytes"] < 4 << 30
+
+
+def test_a_budget_that_is_too_small_writes_nothing(mebp, world, tmp_path):
+    arguments = ["train", world / "model", *texts(world), *QUICK, f"--output-dir={tmp_path / 'run'}"]
+    code, out, err = mebp(*arguments, "--memory-budget=10MiB")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "memory_budget 10 MiB is too small: the smallest plan needs" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_run_is_planned(world):
+    record = json.loads((world / "run" / "run.json").read_text())
+    assert record["planned_peak_bytes"] > 0
+    assert record["settings"]["recompute_granularity"] in ("full", "selective")
+
+
+def test_a_model_that_cannot_be_planned_for_is_trained(mebp, world, tmp_path, monkeypatch):
+    def failing(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("mebp_triton.plan.TracedModel.run", failing)
+    arguments = ["train", world / "store", *texts(world), *QUICK, f"--output-dir={tmp_path / 'run'}"]
+    code, _, err = mebp(*arguments)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert code == 0 and "no peak is predicted: a model of type llama cannot be traced: RuntimeError: no" in err
+    assert record["planned_peak_bytes"] is None
+    code, _, err = mebp(*arguments[:-1], f"--output-dir={tmp_path / 'other'}", "--memory-budget=4GiB")
+    assert code == 2 and "cannot be traced" in err and not (tmp_path / "other").exists()
+
+
+def test_doctor_with_a_store(mebp, world, tmp_path):
+    value = answer(mebp("doctor", world / "store", f"--scratch-directory={tmp_path}", "--json"))
+    code, out, _ = mebp("doctor", world / "store", f"--scratch-directory={tmp_path}")
+    hidden = [name for name in value if name.endswith(("_bytes", "_bytes_per_second"))]
+    assert code == 0 and hidden and "scratch_in_memory" in value
+    shown = [*hidden, "scratch_in_memory", "scratch_on_card"]
+    assert not any(line.strip().startswith(name.replace("_", " ") + " ") for name in shown for line in out.splitlines())
+    assert mebp("doctor", tmp_path)[0] == 2
 
 
 def test_doctor(mebp):

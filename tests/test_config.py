@@ -10,7 +10,7 @@ import torch
 
 from mebp_triton.cli import _build_parser
 from mebp_triton.commands import _train_config
-from mebp_triton.config import TrainConfig, read_config_file, resolve_device
+from mebp_triton.config import TrainConfig, parse_size, read_config_file, resolve_device
 
 FIELDS = {item.name for item in dataclasses.fields(TrainConfig)}
 WRONG: list[tuple[str, Any, str]] = [
@@ -64,6 +64,19 @@ WRONG: list[tuple[str, Any, str]] = [
     ("weights", "disk", "one of device, host, file"),
     ("checkpoints", "disk", "one of device, host, file"),
     ("optimizer_state", "disk", "one of device, host, file"),
+    ("recompute_granularity", "partial", "one of full, selective"),
+    ("mlp_chunk_tokens", -1, "at least 0"),
+    ("mlp_chunk_tokens", 64.0, "type int"),
+    ("optimizer_in_backward", 1, "type bool"),
+    ("return_freed_memory", "yes", "type bool"),
+    ("memory_budget", 900, "type str"),
+    ("memory_budget", "", "a size such as 900MiB, 1.5GiB or 4GB"),
+    ("memory_budget", "much", "a size such as 900MiB, 1.5GiB or 4GB"),
+    ("memory_budget", "4 XB", "a size such as 900MiB, 1.5GiB or 4GB"),
+    ("memory_budget", "-1GB", "a size such as 900MiB, 1.5GiB or 4GB"),
+    ("memory_budget", "1e9", "a size such as 900MiB, 1.5GiB or 4GB"),
+    ("memory_budget", "0", "between 1 byte and 2**60"),
+    ("memory_budget", "9" * 400, "between 1 byte and 2**60"),
     ("dtype", "float8", "one of float32, bfloat16, float16"),
     ("backend", "cuda", "one of auto, triton, panel"),
     ("save_steps", 0, "at least 1"),
@@ -85,6 +98,24 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(name, value, allowe
 
 def test_every_setting_is_tried_above():
     assert {name for name, _, _ in WRONG} == FIELDS
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("900MiB", 900 << 20),
+        ("1.5 GiB", 3 << 29),
+        ("4GB", 4 * 10**9),
+        ("4gb", 4 * 10**9),
+        (" 512 kib ", 512 << 10),
+        ("123456", 123456),
+        ("7B", 7),
+        ("0.5TiB", 1 << 39),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size("memory_budget", text) == size
+    TrainConfig(memory_budget=text)
 
 
 def test_what_could_not_train_is_refused():
@@ -115,6 +146,9 @@ def test_on_a_cpu_everything_lies_in_files():
     config = TrainConfig(device="cpu", checkpoints="host").resolved()
     assert (config.device, config.dtype) == ("cpu", "float32")
     assert (config.weights, config.checkpoints, config.optimizer_state) == ("file", "host", "file")
+    assert (config.mlp_chunk_tokens, config.return_freed_memory) == (0, True)
+    assert config.recompute_granularity is None  # depends on the model: the plan fills it in
+    assert TrainConfig(device="cpu", return_freed_memory=False).resolved().return_freed_memory is False
     assert config.resolved() == config
     kept = TrainConfig(device="cpu", dtype="bfloat16", weights="device").resolved()
     assert (kept.dtype, kept.weights) == ("bfloat16", "device")
@@ -126,6 +160,7 @@ def test_on_a_gpu_everything_lies_there(monkeypatch):
     config = TrainConfig().resolved()
     assert (config.device, config.dtype) == ("cuda", "bfloat16")
     assert (config.weights, config.checkpoints, config.optimizer_state) == ("device",) * 3
+    assert config.return_freed_memory is False
     assert resolve_device("cuda:1") == "cuda:1"
     with pytest.raises(ValueError, match="device 'cuda:2' is not here: torch sees 2 GPUs"):
         resolve_device("cuda:2")
@@ -250,7 +285,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(write):
     assert (config.max_steps, config.lora_r, config.use_rslora) == (9, 4, False)
     assert (config.selected_ratio, config.selection_mode, config.validation_file) == (0.25, "exact", "v.txt")
     assert config.learning_rate == TrainConfig().learning_rate
-    assert config.weights == "file"
+    assert config.weights is None and config.resolved().weights == "file"
 
 
 def test_a_flag_that_repeats_the_default_wins_as_well(write):
@@ -293,6 +328,9 @@ def test_every_setting_has_a_flag_that_sets_it():
         "weights": "host",
         "checkpoints": "host",
         "optimizer_state": "host",
+        "recompute_granularity": "full",
+        "mlp_chunk_tokens": 64,
+        "memory_budget": "4GB",
         "dtype": "bfloat16",
         "backend": "panel",
         "save_steps": 7,
@@ -302,8 +340,9 @@ def test_every_setting_has_a_flag_that_sets_it():
         "device": "cpu",
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-    config = parse(*flags, "--use-rslora", "--optim=adamw")
+    switches = {"use_rslora", "optimizer_in_backward", "return_freed_memory"}
+    config = parse(*flags, *(f"--{name.replace('_', '-')}" for name in switches), "--optim=adamw")
     assert {name: getattr(config, name) for name in values} == values
-    assert config.use_rslora and values.keys() | {"use_rslora", "optim"} == FIELDS
+    assert all(getattr(config, name) for name in switches) and values.keys() | switches | {"optim"} == FIELDS
     defaults = TrainConfig()
     assert all(getattr(defaults, name) != value for name, value in values.items())

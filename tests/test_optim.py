@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import transformers
-from models import tiny_store
+from models import batch, tiny_store
 from torch import nn
 
 import mebp_triton
@@ -181,6 +181,112 @@ def test_what_it_refuses(tmp_path):
         BlockAdamW(parameters(), residency="disk", directory=tmp_path)
     with pytest.raises(ValueError, match="closure"):
         BlockAdamW(parameters(), directory=tmp_path).step(lambda: 0.0)
+
+
+# --- in the backward pass -------------------------------------------------------------------------------------------
+
+
+def loss_of(groups, step, without=()):
+    """A loss through the groups in order, whose gradients depend on the parameters; ``without``: not in it."""
+    generator = torch.Generator().manual_seed(2000 + step)
+    total = torch.zeros(())
+    for place, parameter in enumerate(itertools.chain(*groups)):
+        weight = torch.randn(parameter.shape, generator=generator)
+        if place not in without:
+            total = total * 0.7 + (parameter.float() - weight).square().sum()
+    return total
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("update", ["momentum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_in_the_backward_pass_equal_steps_after_it_bit_for_bit(residency, update, dtype, tmp_path):
+    made = []
+    for within in (True, False):
+        groups = parameters(dtype)
+        optimizer = BlockAdamW(
+            groups, weight_decay=0.1, unselected_update=update, residency=residency, directory=tmp_path
+        )
+        for step, rate in enumerate(RATES[:6]):
+            selected = None if step == 0 else {0, 3} if step % 2 else {1, 2}
+            for index, group in enumerate(groups):
+                for parameter in group:
+                    parameter.requires_grad_(selected is None or index in selected)
+            loss = loss_of(groups, step, without=(3,) if step == 5 else ())
+            set_rate(optimizer, rate)
+            if within:
+                with optimizer.step_in_backward(selected) as norms:
+                    loss.backward()
+                assert len(norms) == (3 if selected is None else 2 if step % 2 else 1)
+                assert all(parameter.grad is None for parameter in itertools.chain(*groups))
+            else:
+                loss.backward()
+                optimizer.step(selected=selected)
+                optimizer.zero_grad()
+        made.append((groups, optimizer))
+    (ours, one), (theirs, other) = made
+    assert same(ours, theirs) and one.steps == other.steps
+    assert all(torch.equal(left, right) for left, right in zip(one.moments.buffers, other.moments.buffers, strict=True))
+
+
+def test_the_gradients_of_one_block_exist_at_a_time(tmp_path):
+    model = mebp_triton.load(tiny_store("llama", tmp_path), lora=mebp_triton.LoraConfig(r=2))
+    groups = block_groups(model, model.mebp.engine)
+    optimizer = BlockAdamW(groups, lr=1e-2, directory=tmp_path)
+    before = [[parameter.detach().clone() for parameter in group] for group in groups]
+    order = []
+
+    def look(index, norm):
+        order.append(index)
+        for other, group in enumerate(groups):
+            assert all((parameter.grad is not None) == (other == index) for parameter in group)
+            assert all(torch.equal(p, b) for p, b in zip(group, before[other], strict=True)) == (other <= index)
+
+    with optimizer.step_in_backward(on_norm=look) as norms:
+        model(**batch()).loss.backward()
+        assert order == [2, 1, 0] and all(norm > 0 for norm in norms)
+    assert not any(parameter.grad is not None for group in groups for parameter in group)
+    assert not any(parameter._post_accumulate_grad_hooks for group in groups for parameter in group)
+
+
+def test_each_group_is_clipped_by_its_own_norm(tmp_path):
+    ours, theirs = parameters(), parameters()
+    optimizer = BlockAdamW(ours, directory=tmp_path)
+    reference = torch.optim.AdamW([{"params": group} for group in theirs if group], lr=1e-3, weight_decay=0.0)
+    seen = {}
+    for step in range(4):
+        with optimizer.step_in_backward(None, 0.5, seen.__setitem__) as norms:
+            loss_of(ours, step).backward()
+        loss_of(theirs, step).backward()
+        expected = [float(torch.nn.utils.clip_grad_norm_(group, 0.5)) for group in theirs if group]
+        reference.step()
+        reference.zero_grad()
+        assert sorted(norms) == sorted(expected) and min(norms) > 0.5
+        assert [seen[index] for index in sorted(seen)] == expected
+    assert same(ours, theirs)
+
+
+def test_a_norm_that_is_refused_stops_the_pass_before_that_step(tmp_path):
+    groups = parameters()
+    optimizer = BlockAdamW(groups, directory=tmp_path)
+    before = [[parameter.detach().clone() for parameter in group] for group in groups]
+
+    def refuse(index, norm):
+        if index == 1:
+            raise ArithmeticError("planted")
+
+    with pytest.raises(ArithmeticError, match="planted"), optimizer.step_in_backward(on_norm=refuse):
+        loss_of(groups, 0).backward()
+    assert same([groups[1]], [before[1]]) and not any(optimizer.steps[1])
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in itertools.chain(*groups))
+
+
+def test_a_second_backward_pass_is_an_error(tmp_path):
+    groups = parameters()
+    optimizer = BlockAdamW(groups, directory=tmp_path)
+    with pytest.raises(RuntimeError, match="only one backward pass"), optimizer.step_in_backward():
+        for step in range(2):
+            loss_of(groups, step).backward()
 
 
 # --- saving and restoring -------------------------------------------------------------------------------------------

@@ -484,6 +484,104 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(store, dat
     assert not made.run.checkpoint.exists() and made.run.read_metrics() == []
 
 
+# --- the optimizer in the backward pass -----------------------------------------------------------------------------
+
+WITHIN = DEMANDING | {"gradient_accumulation_steps": 1, "optimizer_in_backward": True, "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("update", ["momentum", "none"])
+@pytest.mark.parametrize("mode", ["full", "identity", "exact", "freeze"])
+def test_stepping_in_the_backward_pass_changes_no_bit(store, data, tmp_path, mode, update):
+    settings = WITHIN | {"max_steps": 5, "selection_mode": mode, "unselected_update": update}
+    made = []
+    for within in (True, False):
+        made.append(trainer(store, data, tmp_path / str(within), **(settings | {"optimizer_in_backward": within})))
+        made[-1].train()
+    names = ("step", "loss", "token_accuracy", "tokens", "learning_rate", "selected_blocks")
+    assert metrics(made[0], *names) == metrics(made[1], *names)
+    for ours, theirs in zip(metrics(made[0], "grad_norm"), metrics(made[1], "grad_norm"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5) and ours[0] > 0
+    ours, theirs = (tensors_of(one.run.checkpoint) for one in made)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_resuming_with_the_optimizer_in_the_backward_pass(store, data, tmp_path):
+    settings = WITHIN | {"max_grad_norm": 0.3}
+    straight = trainer(store, data, tmp_path / "straight", **settings)
+    straight.train()
+    made = trainer(store, data, tmp_path / "cut", **settings)
+    with pytest.raises(Crash):
+        made.train(crash_at(5))
+    again = trainer(store, data, tmp_path / "cut", resume=True, **settings)
+    again.resume(again.run.checkpoint)
+    assert again.step == 4
+    again.train()
+    assert metrics(again, "loss", "grad_norm") == metrics(straight, "loss", "grad_norm")
+    ours, theirs = (tensors_of(one.run.checkpoint) for one in (again, straight))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_with_the_optimizer_in_the_backward_pass_each_block_is_clipped_by_its_own_norm(
+    store, data, tmp_path, monkeypatch
+):
+    settings = {"max_steps": 3, "optimizer_in_backward": True, "learning_rate": 1e-2}
+    losses, seen = {}, []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def noted(parameters, most):
+        seen.append((len(parameters), most))
+        return clip(parameters, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    for limit in (0.0, 0.05, 1e9):
+        made = trainer(store, data, tmp_path / str(limit), max_grad_norm=limit, **settings)
+        seen.clear()
+        made.train()
+        assert seen == [(14, limit or math.inf)] * 9  # three blocks, three steps
+        losses[limit] = metrics(made, "loss", "grad_norm")
+    assert losses[0.0] == losses[1e9] != losses[0.05]
+    assert losses[0.0][0] == losses[0.05][0], "the norm is that before clipping"
+
+
+def test_what_the_optimizer_in_the_backward_pass_refuses(store, data, tmp_path):
+    with pytest.raises(ValueError, match="optimizer_in_backward .* needs gradient_accumulation_steps 1, got 3"):
+        trainer(store, data, tmp_path / "run", max_steps=1, optimizer_in_backward=True, gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match="optimizer_in_backward steps by gradients, and optim 'mezo' makes none"):
+        trainer(store, data, tmp_path / "run", max_steps=1, optimizer_in_backward=True, optim="mezo")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_before_any_block_is_stepped(store, data, tmp_path):
+    made = trainer(store, data, tmp_path / "run", max_steps=6, save_steps=2, optimizer_in_backward=True)
+    stepped = []
+
+    def spoil(result):
+        if result.step == 2:
+            with torch.no_grad():
+                made.parameters[0].fill_(float("nan"))
+            stepped.append([[float(step) for step in steps] for steps in made.optimizer.steps])
+
+    with pytest.raises(RunError, match="loss is nan at step 3"):
+        made.train(spoil)
+    assert [[float(step) for step in steps] for steps in made.optimizer.steps] == stepped[0]
+    again = trainer(store, data, tmp_path / "run", resume=True, max_steps=6, save_steps=2, optimizer_in_backward=True)
+    again.resume(again.run.checkpoint)
+    assert len(again.train()) == 4
+
+
+def test_a_blocks_gradient_that_is_not_finite_ends_the_run_before_its_step(store, data, tmp_path):
+    """Those above it have been stepped by then: the last checkpoint has none of it."""
+    made = trainer(store, data, tmp_path / "run", max_steps=2, optimizer_in_backward=True)
+    made.model.model.layers[1].mlp.up_proj.lora_A.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(RunError, match="gradient norm of block 1 is (inf|nan) at step 0: lower the learning rate"):
+        made.train()
+    assert [max(map(float, steps)) for steps in made.optimizer.steps] == [0, 0, 1]
+    assert all(torch.isfinite(tensor).all() for tensor in adapter_of(made).values())
+    assert not made.run.checkpoint.exists() and made.run.read_metrics() == []
+
+
 # --- where things lie -----------------------------------------------------------------------------------------------
 
 

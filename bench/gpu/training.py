@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import mebp_triton as mebp
 from mebp_triton.kernels.reference import decode
 from mebp_triton.memory import peak_resident_bytes
+from mebp_triton.optim import BlockAdamW, block_groups
 from mebp_triton.peer import with_adapter
 from mebp_triton.stores.format import Store
 
@@ -51,7 +52,7 @@ def run_side(session: Session, side: str, store: Path) -> None:
         model = SIDES[side](session, store)
         for length in session.while_time(f"{store.name} {side}", session.sizes.sequence_lengths):
             row = {"model": store.name, "side": side, "sequence_length": length}
-            results["rows"].append(row | steps(session, model, length))
+            results["rows"].append(row | steps(session, model, length, side == LEAST))
     except (ImportError, torch.OutOfMemoryError) as error:
         results["not_run"][f"{store.name} {side}"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     model = None
@@ -71,14 +72,19 @@ def check_same(session: Session) -> None:
             )
 
 
-def ours(session: Session, store: Path, **residency: Any) -> nn.Module:
-    lora = mebp.LoraConfig(r=LORA["lora_r"], lora_alpha=LORA["lora_alpha"])
+def ours(session: Session, store: Path, rank: int = LORA["lora_r"], **residency: Any) -> nn.Module:
+    lora = mebp.LoraConfig(r=rank, lora_alpha=LORA["lora_alpha"])
     return mebp.load(store, lora=lora, device=session.device, dtype=session.dtype, **residency).train()
 
 
 def ours_in_files(session: Session, store: Path) -> nn.Module:
-    """What takes least memory: weights and checkpoints in files."""
+    """Weights and checkpoints in files."""
     return ours(session, store, weights="file", checkpoints="file")
+
+
+def ours_in_least_memory(session: Session, store: Path) -> nn.Module:
+    """Rank 8, all in files, MLPs by chunks; ``steps`` keeps the moments in a file and steps within the backward pass."""
+    return ours(session, store, rank=8, weights="file", checkpoints="file", mlp_chunk_tokens=64)
 
 
 def peer(session: Session, store: Path) -> Any:
@@ -120,16 +126,31 @@ def nf4_linear(module: nn.Linear, dtype: torch.dtype, bitsandbytes: Any) -> nn.M
     return layer
 
 
-SIDES: dict[str, Callable[[Session, Path], Any]] = {"mebp": ours, "peft_nf4": peer, "mebp_files": ours_in_files}
+LEAST = "mebp_least_memory"
+SIDES: dict[str, Callable[[Session, Path], Any]] = {
+    "mebp": ours,
+    "peft_nf4": peer,
+    "mebp_files": ours_in_files,
+    LEAST: ours_in_least_memory,
+}
 
 
-def steps(session: Session, model: Any, length: int) -> dict[str, Any]:
+def steps(session: Session, model: Any, length: int, least_memory: bool = False) -> dict[str, Any]:
     """Forward, backward and AdamW over one sequence; the first step warms up and is not timed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return _steps(session, model, length, Path(scratch) if least_memory else None)
+
+
+def _steps(session: Session, model: Any, length: int, moments: Path | None) -> dict[str, Any]:
+    """``moments``: where AdamW's lie in a file; each block is stepped in the backward pass then."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator).to(session.device)
+    # B is zero at first on all sides: the first loss is that of the base model.
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # B is zero at first on both sides: the first loss is that of the base model.
-    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
+    paged = None
+    if moments is not None:
+        paged = BlockAdamW(block_groups(model, model.mebp.engine), lr=0.0, residency="file", directory=moments)
+    optimizer = paged or torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)
     seconds, losses = [], []
     for _ in range(session.sizes.steps + 1):
         if session.on_gpu:
@@ -137,8 +158,12 @@ def steps(session: Session, model: Any, length: int) -> dict[str, Any]:
         session.synchronize()
         started = time.perf_counter()
         loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
+        if paged is not None:
+            with paged.step_in_backward():
+                loss.backward()
+        else:
+            loss.backward()
+            optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)

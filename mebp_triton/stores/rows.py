@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class StoredRows:
         """The next segment's copy runs while the caller uses this one."""
         coming = stager.thread.submit(self._upload, stager, *self.spans[0])
         for place, (start, _) in enumerate(self.spans):
-            current: Future[tuple[Int4Weight, object]] = coming
+            current: Future[tuple[Int4Weight, Any]] = coming
             if place + 1 < len(self.spans):
                 coming = stager.thread.submit(self._upload, stager, *self.spans[place + 1])
             with self.waiting.counted():
@@ -93,7 +94,7 @@ class StoredRows:
                     tensor.record_stream(stream)  # made on the other stream: not to be used again before this one's end
             yield start, weight
 
-    def _upload(self, stager: Stager, start: int, stop: int) -> tuple[Int4Weight, object]:
+    def _upload(self, stager: Stager, start: int, stop: int) -> tuple[Int4Weight, Any]:
         part = self.weight.rows(start, stop)
         if stager.stream is None:
             part = part.gather(torch.arange(stop - start))

@@ -1,0 +1,142 @@
+"""The live bytes of a computation, found by running it without data: shapes go through it, memory does not.
+
+The code that trains is the code that is traced, so nothing here repeats what it allocates. Tensors are torch's fake
+ones, on the CPU, so that the same kernels are chosen. The int4 operations are opaque to torch; in their place their
+plain-torch panels run, whose buffers are counted like everything else.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .kernels import ops  # noqa: F401 - registers the operations
+from .kernels.cross_entropy import int4_cross_entropy_panel
+from .kernels.layout import Int4Weight
+from .kernels.panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel, own_buffers
+
+OPS = torch.ops.mebp_triton
+
+
+def _matmul(x: Tensor, *rest: Any) -> Tensor:
+    return int4_matmul_panel(x, Int4Weight(rest[0], rest[1], *_tail(rest)), *rest[6:9])
+
+
+def _matmul_dx(dy: Tensor, *rest: Any) -> Tensor:
+    return int4_matmul_dx_panel(dy, Int4Weight(rest[0], rest[1], *_tail(rest)), *rest[6:8])
+
+
+def _embedding(ids: Tensor, *rest: Any) -> Tensor:
+    return int4_embedding_panel(ids, Int4Weight(rest[0], rest[1], *_tail(rest)), rest[6])
+
+
+def _cross_entropy(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weight = Int4Weight(rest[0], rest[1], *_tail(rest))
+    targets, bias, ignore_index, factors, _, need_grad = rest[6:]
+    return int4_cross_entropy_panel(hidden, weight, targets, bias, ignore_index, factors, need_grad)
+
+
+def _tail(rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``Int4Weight``'s further fields from an op's arguments: minimum and codebook come before in_features there."""
+    minimum, codebook, in_features, group_size = rest[2:6]
+    return in_features, group_size, minimum, codebook
+
+
+TWINS: dict[Any, Callable[..., Any]] = {
+    OPS.int4_matmul.default: _matmul,
+    OPS.int4_matmul_dx.default: _matmul_dx,
+    OPS.int4_embedding.default: _embedding,
+    OPS.int4_cross_entropy.default: _cross_entropy,
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are made within and still referred to.
+
+    Attributes:
+        live: bytes now. peak: their maximum since the last ``restart``.
+        fake: torch's mode that makes the tensors; those of one are strangers to another.
+        buffers: those of the panels, which are kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.buffers: dict[Any, Tensor] = {}
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._seen: set[int] = set()
+        self._transient: dict[Any, int] = {}
+
+    def restart(self) -> int:
+        """The peak; a new one begins."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in TWINS:
+            return self._by_twin(func, args)
+        output = _run(func, args, kwargs or {})
+        self._count(output)
+        return output
+
+    def _by_twin(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """The op's output. What its panels need on top is found once for arguments of the same shapes."""
+        key = (func, *(_signature(arg) for arg in args))
+        if key in self._transient:
+            output = func(*args)
+            self._count(output)
+            self.peak = max(self.peak, self.live + self._transient[key])
+            return output
+        before = self.restart()
+        with self:
+            output = TWINS[func](*args)
+        self._transient[key] = self.peak - self.live
+        self.peak = max(self.peak, before)
+        return output
+
+    def _count(self, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in self._seen:
+                    self._seen.add(id(storage))
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.live)
+
+    def _gone(self, name: int, size: int) -> None:
+        self._seen.discard(name)
+        self.live -= size
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """``func`` on fake tensors. What depends on data is answered for the largest case: everything counts."""
+    if func is torch.ops.aten.nonzero.default:
+        (tensor,) = args
+        return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
+    try:
+        return func(*args, **kwargs)
+    except DataDependentOutputException:
+        # A value that Python asks for: no check finds anything wrong, and no count is zero.
+        return False if args[0].dtype == torch.bool else 1
+
+
+def _signature(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return arg.shape, arg.dtype
+    return tuple(arg) if isinstance(arg, list) else arg
+
+
+@contextmanager
+def traced(live: LiveBytes) -> Iterator[None]:
+    """Within, tensors are fake, and those made are counted in ``live``. Real ones that are used become fake."""
+    with own_buffers(live.buffers), live.fake, live:
+        yield

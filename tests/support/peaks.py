@@ -1,0 +1,107 @@
+"""Runs as a program: trains with one set of settings after the other, and prints planned and measured peaks as JSON.
+
+Every peak is this process's own high-water mark, set back between the runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mebp_triton import memory
+from mebp_triton.allocator import return_free_memory, return_large_freed_memory
+from mebp_triton.config import TrainConfig
+from mebp_triton.data import DataReport, TokenizedData
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.tables import DTYPES
+from mebp_triton.model import load
+from mebp_triton.plan import FIRST_STEPS, Inventory, Planner, lora_config
+from mebp_triton.report import RunDirectory
+from mebp_triton.stores.format import Store, StoreWriter
+from mebp_triton.trainer import Trainer
+
+
+def random_tokens(vocabulary: int, rows: int, length: int) -> TokenizedData:
+    ids = np.random.default_rng(0).integers(3, vocabulary, rows * length).astype(np.int32)
+    report = DataReport(rows, ids.size, ids.size, 0, 0)
+    return TokenizedData(ids, np.ones(ids.size, bool), np.arange(rows + 1) * length, report)
+
+
+def random_store(config: Any, directory: Path) -> Path:
+    """A store of random weights, made without a model."""
+    directory.mkdir(parents=True)
+    config.save_pretrained(directory)
+    inventory = Inventory.of_config(config)
+    writer = StoreWriter(directory, "random", inventory.tied_head)
+    for file, tensors in inventory.files.items():
+        matrices = {}
+        for name, info in inventory.matrices.items():
+            if info.file == file:
+                packed = torch.randint(0, 256, tensors[f"{name}.packed"][1], dtype=torch.uint8)
+                scales = torch.full(tensors[f"{name}.scales"][1], 0.005, dtype=torch.float16)
+                matrices[name] = Int4Weight(packed, scales, info.shape[1], info.group_size), 0.0
+        floats = {name: torch.ones(tensors[name][1]) for name, place in inventory.floats.items() if place == file}
+        writer.write_file(file, matrices, floats)
+    writer.finish()
+    return directory
+
+
+def train(store: str, config: TrainConfig) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        model = load(
+            store,
+            lora_config(config),
+            weights=config.weights or "device",
+            checkpoints=config.checkpoints or "device",
+            dtype=DTYPES[config.dtype or "float32"],
+            scratch_directory=directory,
+            recompute_granularity=config.recompute_granularity or "full",
+            mlp_chunk_tokens=config.mlp_chunk_tokens,
+        )
+        vocabulary = model.config.get_text_config().vocab_size
+        rows = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+        data = random_tokens(vocabulary, rows, config.max_length)
+        Trainer(model, data, config, RunDirectory(Path(directory) / "run")).train()
+
+
+def measure(store: str, settings: dict[str, Any]) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    config = TrainConfig(device="cpu", **settings)
+    gc.collect()
+    return_free_memory()
+    floor = memory.resident().total
+    planner = Planner(Inventory.of_store(Store(store)), AutoConfig.from_pretrained(store), floor - FIRST_STEPS)
+    plan = planner.predict(planner.default(config))
+    if plan.settings.return_freed_memory:
+        return_large_freed_memory()
+    del planner
+    return_free_memory()
+    Path("/proc/self/clear_refs").write_text("5")
+    train(store, plan.settings)
+    top = plan.host_peak
+    return {
+        "settings": settings,
+        "floor": floor,
+        "planned": plan.peak,
+        "measured": memory.peak_resident_bytes(),
+        "moment": top.name,
+        "components": top.components,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    if runs[0][1].get("return_freed_memory", True):
+        return_large_freed_memory()
+    train(runs[0][0], TrainConfig(device="cpu", max_steps=2, max_length=64, recompute_granularity="full").resolved())
+    for store, settings in runs:
+        print(json.dumps(measure(store, settings)), flush=True)
