@@ -83,7 +83,7 @@ def ours_in_files(session: Session, store: Path) -> nn.Module:
 
 
 def ours_in_least_memory(session: Session, store: Path) -> nn.Module:
-    """Rank 8, all in files, MLPs by chunks; ``steps`` keeps the moments in a file and steps within the backward pass."""
+    """Rank 8, all in files, MLPs by chunks; ``steps`` has the moments in a file and steps in the backward pass."""
     return ours(session, store, rank=8, weights="file", checkpoints="file", mlp_chunk_tokens=64)
 
 

@@ -60,7 +60,7 @@ def test_every_side_is_timed_with_all_its_samples(rehearsal):
 def test_whole_steps_of_all_sides(rehearsal):
     _, record, _ = rehearsal
     found = record["parts"]["training"]["results"]
-    sides = {"mebp", "mebp_files"} | ({"peft_nf4"} if HAS_PEER else set())
+    sides = {"mebp", "mebp_files", "mebp_least_memory"} | ({"peft_nf4"} if HAS_PEER else set())
     assert {row["side"] for row in found["rows"]} == sides
     assert bool(found["not_run"]) is not HAS_PEER
     for row in found["rows"]:
