@@ -71,7 +71,7 @@ class TrainConfig:
     mlp_chunk_tokens: int | None = _setting(None, "run the MLPs by chunks of that many tokens; 0 for whole (default)")
     optimizer_in_backward: bool = _setting(False, "step each block as soon as its gradients exist, and free them")
     return_freed_memory: bool | None = _setting(
-        None, "on a CPU: large freed tensors go back to the system at once, a lower peak, slower (default: on)"
+        None, "on a CPU: large freed tensors go back to the system at once, a lower peak, slower (default: off)"
     )
     memory_budget: str | None = _setting(None, "900MiB, 4GB, ...: what is not set by hand is chosen to stay inside")
     device: str | None = _setting(None, "cpu, cuda, cuda:1, ...; by default a GPU if there is one")
@@ -126,7 +126,7 @@ class TrainConfig:
             checkpoints=self.checkpoints or place,
             optimizer_state=self.optimizer_state or place,
             mlp_chunk_tokens=self.mlp_chunk_tokens or 0,
-            return_freed_memory=device == "cpu" if self.return_freed_memory is None else self.return_freed_memory,
+            return_freed_memory=bool(self.return_freed_memory),
         )
 
     def targets(self) -> str | list[str]:

@@ -63,6 +63,11 @@ def with_adapter(base: Any, settings: dict[str, Any]) -> Any:
 def evaluate(model: Any, data: TokenizedData, windows: int | None) -> tuple[float, float]:
     """Loss and token accuracy, as ``evaluate.evaluate``."""
     model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            # On CPUs with AVX512-BF16, bitsandbytes (0.50) takes an evaluation as the beginning of inference for good:
+            # it packs the weights for a bfloat16 product that has no gradient, also when training goes on.
+            module.train()
     loss, correct, tokens = 0.0, 0, 0
     for place in evenly_spaced(data, windows):
         batch = collate([data[place]], pad_token_id=0)
