@@ -155,6 +155,11 @@ def run_train(arguments: argparse.Namespace) -> None:
         files.recover_directory(checkpoint)
     if checkpoint is not None and not (checkpoint / "state.json").exists():
         raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
+    if checkpoint is not None and settings.mlp_chunk_tokens is None:
+        # Chunks change the order of sums: the run goes on with those that it, or its plan, began with.
+        begun = files.read_json(checkpoint / "state.json")
+        chunks = begun.get("config", {}).get("mlp_chunk_tokens") if isinstance(begun, dict) else None
+        settings = dataclasses.replace(settings, mlp_chunk_tokens=chunks)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,

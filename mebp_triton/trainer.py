@@ -34,7 +34,7 @@ from .zeroth_order import MeZO
 # What a resumed run may change: none of these changes the numbers of a step.
 FREE_ON_RESUME = {"output_dir", "validation_file", "max_eval_windows", "weights", "checkpoints", "optimizer_state"}
 FREE_ON_RESUME |= {"save_steps", "backend", "device", "recompute_granularity"}
-FREE_ON_RESUME |= {"memory_budget", "mlp_chunk_tokens", "return_freed_memory"}
+FREE_ON_RESUME |= {"memory_budget", "return_freed_memory"}
 
 
 @dataclass(frozen=True)

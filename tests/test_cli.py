@@ -241,10 +241,14 @@ def test_a_store_beside_the_run_that_is_another_models_is_not_used(mebp, world, 
 
 
 def test_resuming_through_the_command(mebp, world, tmp_path):
-    """One process ends after two of four steps, another goes on; the run equals one that never stopped."""
+    """One process ends after two of four steps, another goes on; the run equals one that never stopped.
+
+    With chunks that are not named again: they change the order of sums, so the run keeps them.
+    """
     command = ["train", str(world / "store"), *texts(world), *QUICK, "--json", "--lora-dropout=0.1"]
     command[command.index("--max-steps=3")] = "--max-steps=4"
-    whole = answer(mebp(*command, f"--output-dir={tmp_path / 'whole'}"))
+    chunks = "--mlp-chunk-tokens=7"
+    whole = answer(mebp(*command, chunks, f"--output-dir={tmp_path / 'whole'}"))
     code = (
         "import sys, os\n"
         "from mebp_triton import trainer\n"
@@ -254,7 +258,9 @@ def test_resuming_through_the_command(mebp, world, tmp_path):
         "main(sys.argv[1:])\n"
     )
     arguments = [*command, f"--output-dir={tmp_path / 'cut'}", "--save-steps=2"]
-    child = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, env=quiet(), check=False)
+    child = subprocess.run(
+        [sys.executable, "-c", code, *arguments, chunks], capture_output=True, env=quiet(), check=False
+    )
     assert child.returncode == 9
     assert not (tmp_path / "cut" / "run.json").exists()
     code, out, err = mebp(*arguments, "--resume")
@@ -267,6 +273,10 @@ def test_resuming_through_the_command(mebp, world, tmp_path):
     checkpoint = tmp_path / "cut" / "checkpoint"
     result = mebp(*command, f"--output-dir={tmp_path / 'new'}", f"--resume-from-checkpoint={checkpoint}")
     assert answer(result)["loss_after"] == whole["loss_after"]
+    code, _, err = mebp(
+        *command, f"--output-dir={tmp_path / 'other'}", f"--resume-from-checkpoint={checkpoint}", chunks[:-1] + "8"
+    )
+    assert code == 2 and "mlp_chunk_tokens was 7 and now is 8" in err
 
 
 def quiet():
