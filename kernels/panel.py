@@ -52,7 +52,7 @@ def _buffer(name: str, size: int, dtype: torch.dtype, device: torch.device) -> T
         return torch.empty(size, dtype=dtype, device=device)
     buffers: dict[tuple[str, torch.dtype], Tensor] = _kept.__dict__
     found = buffers.get((name, dtype))
-    if found is None or found.numel() < size or found.is_inference():
+    if found is None or found.numel() < size:
         with torch.inference_mode(False):
             found = torch.empty(size, dtype=dtype)
         buffers[name, dtype] = found

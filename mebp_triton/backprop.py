@@ -140,7 +140,7 @@ class BlockEngine:
         return output
 
     def prefetch_below(self, index: int) -> None:
-        """The block whose backward pass comes after that of block ``index``; the first one of the next step at last."""
+        """The block whose backward pass comes after that of ``index``; after the last one's, the next step's first."""
         below = (lower for lower in reversed(range(index)) if self.treatment(lower) != "identity")
         self.pages[next(below, 0)].prefetch()
 
@@ -245,7 +245,7 @@ class _BlockRun:
         wanted = [item for item, need in zip(inputs, needed, strict=True) if need]
         args, kwargs = tree_unflatten(leaves, self.spec)
         with self.engine.pages[self.index]:
-            self.engine.prefetch_below(self.index)
+            self.engine.prefetch_below(self.index if any(needed[: len(self.moving)]) else 0)
             found = self._gradients(args, kwargs, wanted, grads)
         self.engine.counters.recompute += 1
         self.engine.observer("backward", self.index)

@@ -182,7 +182,9 @@ def run_train(arguments: argparse.Namespace) -> None:
         plan = _plan(store, arguments, settings)
     if plan is not None:
         config = plan.settings
-        _keep_to(plan)
+        if config.memory_budget is not None:
+            console.print(describe(plan), highlight=False, soft_wrap=True)
+    _keep_to(config)
     model = load(
         store,
         lora,
@@ -231,12 +233,9 @@ def _plan(given: Path, arguments: argparse.Namespace, settings: TrainConfig) -> 
         return None
 
 
-def _keep_to(plan: Plan) -> None:
-    """What the plan asks of this process."""
-    settings = plan.settings
+def _keep_to(settings: TrainConfig) -> None:
+    """What the settings ask of this process."""
     return_free_memory()  # of the tokenizer and the trace
-    if settings.memory_budget is not None:
-        console.print(describe(plan), highlight=False, soft_wrap=True)
     if settings.return_freed_memory and not return_large_freed_memory():
         console.print("return_freed_memory needs glibc, and this is another C library: freed memory may be kept")
     device = torch.device(settings.device or "cpu")

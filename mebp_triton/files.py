@@ -37,12 +37,19 @@ class FileError(ValueError):
 
 
 def _temporary_prefix() -> str:
-    """Names the machine and the process, so that a later one can tell what a crash left behind."""
-    return f"{TEMPORARY_PREFIX}{zlib.crc32(platform.node().encode()):08x}-{os.getpid()}-"
+    """Names the machine and the process, so that a later one can tell what a crash left behind.
+
+    A process's number says nothing on another machine, after a reboot, or in another container: so they are told apart.
+    """
+    where = [platform.node()]
+    for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            where.append(os.readlink(source) if source.endswith("/pid") else Path(source).read_text())
+    return f"{TEMPORARY_PREFIX}{zlib.crc32(' '.join(where).encode()):08x}-{os.getpid()}-"
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes temporaries in ``directory`` whose process, on this machine, is no more."""
+    """Removes temporaries in ``directory`` whose process is no more; only those of this boot and container."""
     mine = _temporary_prefix().rpartition("-")[0].rpartition("-")[0] + "-"
     for entry in directory.glob(f"{glob.escape(mine)}*"):
         process = entry.name[len(mine) :].partition("-")[0]
@@ -50,7 +57,8 @@ def remove_leftovers(directory: Path) -> None:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
-                entry.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another user's
+                    entry.unlink()
 
 
 def sync_directory(directory: Path) -> None:

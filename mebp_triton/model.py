@@ -104,7 +104,8 @@ def load(
         join_siblings(model, model_config)
 
     waiting = Waiting()
-    stager = Stager(device, waiting) if device.type != "cpu" and weights != "device" else None
+    largest = max(opened.files[block_file(index)].data().numel() for index in range(len(stack)))
+    stager = Stager(device, waiting, largest) if device.type != "cpu" and weights != "device" else None
     pages: list[Pages] = []
     for index in range(len(stack)):
         prefix = f"{blocks_path}.{index}."

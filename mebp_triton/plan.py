@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -285,7 +287,10 @@ class TracedModel:
         """Within, the MLPs run by chunks; see ``install_mlp_chunks``."""
         if tokens and self.mlps is None:
             inside = {name for name, _ in self.model.named_modules()}
-            self.mlps = [path for path in find_mlps(self.config, self.path) if path in inside]
+            try:
+                self.mlps = [path for path in find_mlps(self.config, self.path) if path in inside]
+            except ValueError:  # then they run whole, as a warning says when the model is loaded
+                self.mlps = []
         mlps = [self.model.get_submodule(path) for path in self.mlps or [] if tokens]
         kinds = [type(mlp) for mlp in mlps]
         for mlp in mlps:
@@ -529,6 +534,8 @@ class Planner:
         free = machine.available_memory_bytes()
         if resolved.checkpoints == "device" and resolved.device != "cpu":
             free = torch.cuda.mem_get_info(torch.device(resolved.device or "cuda"))[0]
+        if resolved.checkpoints == "file":
+            free = min(free, _free_disk(resolved))
         return selective if kept <= free / 2 else dataclasses.replace(resolved, recompute_granularity="full")
 
     def candidates(self, settings: TrainConfig) -> Iterator[TrainConfig]:
@@ -542,7 +549,7 @@ class Planner:
         elif settings.optim == "mezo":
             granularities = ["full"]
         chunks = [resolved.mlp_chunk_tokens]
-        if settings.mlp_chunk_tokens is None:
+        if settings.mlp_chunk_tokens is None and not settings.lora_dropout:  # chunks draw other dropout masks
             tokens = resolved.max_length * resolved.per_device_train_batch_size
             chunks = [chunk for chunk in CHUNKS if chunk < tokens]
         returns = [resolved.return_freed_memory]
@@ -578,7 +585,8 @@ class Planner:
         plans = []
         for candidate in self.candidates(settings):
             plans.append(self.predict(candidate))
-            if plans[-1].peak <= budget:
+            kept = plans[-1].files.get("kept outputs", 0)
+            if plans[-1].peak <= budget and kept <= _free_disk(candidate) / 2:
                 return plans[-1]
         least = min(plans, key=lambda plan: plan.peak)
         raise ValueError(self._refusal(least, budget))
@@ -703,6 +711,13 @@ def _table_bytes(inventory: Inventory, tables: set[str], tokens: int) -> tuple[i
     return segment, gathered
 
 
+def _free_disk(settings: TrainConfig) -> int:
+    """Bytes that are free where the run's scratch files go."""
+    directory = Path(settings.output_dir or ".").absolute()
+    existing = next(place for place in (directory, *directory.parents) if place.is_dir())
+    return shutil.disk_usage(existing).free
+
+
 # --- moments --------------------------------------------------------------------------------------------------------
 
 # What a process takes on top of its imports once it has trained a step, beyond tensors: the model's Python objects,
@@ -739,7 +754,10 @@ def _moments(sizes: _Sizes, step: Traced, settings: TrainConfig, kind: str, fram
     early = max(early, sizes.largest_gradient) if not mezo else 0
     one = 0 if settings.optimizer_state in here else sizes.largest_moments
     stepping = one + step.optimizer if settings.optimizer_in_backward else 0
-    segment, gathered = (sizes.segment, sizes.gathered) if in_file and on_cpu else (0, 0)
+    segment, gathered = (sizes.segment, sizes.gathered) if in_file else (0, 0)
+    if not on_cpu:
+        # Rows are gathered on the host; of the head, one segment is used, one is coming, one is not yet free again.
+        segment, gathered = 3 * segment, 0
     found: dict[str, dict[str, int]] = {}
     found["embedding"] = {"other weights": gathered, "gradients": early, "activations": step.rest}
     waiting = {"checkpoints": checkpoints, "kept outputs": kept, "gradients": early}

@@ -308,6 +308,7 @@ class Trainer:
         copy_adapter(self.model, split["adapter"], str(checkpoint))
         if self.optimizer is not None:
             self.optimizer.import_state(split["optimizer"])
+            self.optimizer.moments.drop()
         torch.set_rng_state(split["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in split["random"]:
             torch.cuda.set_rng_state(split["random"]["cuda"], self.device)

@@ -247,7 +247,7 @@ def test_resuming_through_the_command(mebp, world, tmp_path):
     """
     command = ["train", str(world / "store"), *texts(world), *QUICK, "--json", "--lora-dropout=0.1"]
     command[command.index("--max-steps=3")] = "--max-steps=4"
-    chunks = "--mlp-chunk-tokens=7"
+    chunks = "--mlp-chunk-tokens=12"
     whole = answer(mebp(*command, chunks, f"--output-dir={tmp_path / 'whole'}"))
     code = (
         "import sys, os\n"
@@ -274,9 +274,9 @@ def test_resuming_through_the_command(mebp, world, tmp_path):
     result = mebp(*command, f"--output-dir={tmp_path / 'new'}", f"--resume-from-checkpoint={checkpoint}")
     assert answer(result)["loss_after"] == whole["loss_after"]
     code, _, err = mebp(
-        *command, f"--output-dir={tmp_path / 'other'}", f"--resume-from-checkpoint={checkpoint}", chunks[:-1] + "8"
+        *command, f"--output-dir={tmp_path / 'other'}", f"--resume-from-checkpoint={checkpoint}", "--mlp-chunk-tokens=8"
     )
-    assert code == 2 and "mlp_chunk_tokens was 7 and now is 8" in err
+    assert code == 2 and "mlp_chunk_tokens was 12 and now is 8" in err
 
 
 def quiet():

@@ -124,7 +124,7 @@ def test_the_panels_own_buffers_stay_real():
         int4_matmul(torch.empty(4, 128), weight(4096, 512).rows(0, 256).columns(0, 128), backend="panel")
         assert live.buffers == {}
     assert panel._kept.__dict__ == kept and set(map(type, kept.values())) == {torch.Tensor}
-    assert len(live.buffers) == len(kept)
+    assert set(live.buffers) == {("codes", torch.uint8), ("values", torch.float32)} <= set(kept)
     assert torch.equal(int4_matmul(x, w, backend="panel"), before)
 
 

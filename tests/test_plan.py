@@ -134,7 +134,7 @@ def test_settings_move_the_component_they_are_about(plans):
     kept = found(top, checkpoints="device", recompute_granularity="selective")
     assert kept["kept outputs"] > kept["checkpoints"] > 0 == plain["checkpoints"]
     assert found(mlp_chunk_tokens=8)["activations"] < plain["activations"]
-    assert found(return_freed_memory=False)["allocator"] > plain["allocator"]
+    assert found(return_freed_memory=True)["allocator"] < plain["allocator"]
     mezo = plans.predict(TrainConfig(**SMALL, optim="mezo").resolved())
     assert {moment.components["gradients"] for moment in mezo.host} == {0}
     assert "checkpoints" not in mezo.files and mezo.peak < plans.predict(TrainConfig(**SMALL).resolved()).peak

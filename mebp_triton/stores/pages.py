@@ -83,10 +83,15 @@ class _Arena:
 
 @dataclass(eq=False)
 class Stager:
-    """Two arenas on a device, and the thread that fills them."""
+    """Two arenas on a device, and the thread that fills them.
+
+    Attributes:
+        size: bytes of an arena: those of the largest block.
+    """
 
     device: torch.device
     waiting: Waiting
+    size: int
     arenas: list[_Arena] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -133,7 +138,9 @@ class Stager:
         return next((arena for arena in self.arenas if not arena.in_use), None)
 
     def _new(self) -> _Arena:
-        arena = _Arena(torch.empty(0, dtype=torch.uint8, device=self.device))
+        arena = _Arena(torch.empty(self.size, dtype=torch.uint8, device=self.device))
+        if self.stream is not None:  # the memory may have been another tensor's
+            arena.free = torch.cuda.current_stream(self.device).record_event()
         self.arenas.append(arena)
         return arena
 
@@ -142,11 +149,6 @@ class Stager:
             arena.filled.exception()  # it was read ahead for a block that did not come: the read must end first
         self.arenas.remove(arena)
         self.arenas.append(arena)  # the others have waited longer
-        if arena.buffer.numel() < owner.size:
-            # Of the stream that computes, which waits for the copies before it reads.
-            arena.buffer = torch.empty(owner.size, dtype=torch.uint8, device=self.device)
-            if self.stream is not None:
-                arena.free = torch.cuda.current_stream(self.device).record_event()
         arena.owner = owner
         arena.filled = self.thread.submit(self._fill, arena, owner)
 
@@ -171,8 +173,8 @@ class Stager:
             return owner.file.data()
         if arena.copied is not None:
             arena.copied.synchronize()
-        if arena.staging is None or arena.staging.numel() < owner.size:
-            arena.staging = torch.empty(owner.size, dtype=torch.uint8, pin_memory=True)
+        if arena.staging is None:
+            arena.staging = torch.empty(self.size, dtype=torch.uint8, pin_memory=True)
         owner.read(arena.staging[: owner.size])
         return arena.staging[: owner.size]
 

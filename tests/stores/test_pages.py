@@ -38,7 +38,8 @@ def block_modules(model: Any, index: int) -> dict[str, Int4Module]:
 def staged(model: Any, residency: Any) -> pages.Stager:
     """The model's blocks in arenas, as on a device that is not the CPU."""
     device, waiting = torch.device("cpu"), model.mebp.engine.waiting
-    stager = pages.Stager(device, waiting)
+    sizes = [model.mebp.store.files[block_file(index)].data().numel() for index in range(3)]
+    stager = pages.Stager(device, waiting, max(sizes))
     model.mebp.engine.pages = [
         pages.place_weights(
             model.mebp.store, block_file(index), block_modules(model, index), residency, device, stager, waiting

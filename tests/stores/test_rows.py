@@ -37,7 +37,7 @@ def loaded(architecture: str, **options: Any) -> Any:
 def walk(model: Any, how: str) -> None:
     """Lets the tables' rows come as ``how`` says: as on a CPU, or as to a device, from the file or the host."""
     waiting, store = Waiting(), model.mebp.store
-    stager = None if how == "cpu" else Stager(CPU, waiting)
+    stager = None if how == "cpu" else Stager(CPU, waiting, 0)
     host = host_copy(store.files[SHARED], CPU) if how == "host" else None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {name: module for name, module in model.named_modules() if module in (embedding, head)}

@@ -74,14 +74,12 @@ def train(store: str, config: TrainConfig) -> None:
 def measure(store: str, settings: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    config = TrainConfig(device="cpu", **settings)
+    config = TrainConfig(device="cpu", return_freed_memory=True, **settings)
     gc.collect()
     return_free_memory()
     floor = memory.resident().total
     planner = Planner(Inventory.of_store(Store(store)), AutoConfig.from_pretrained(store), floor - FIRST_STEPS)
     plan = planner.predict(planner.default(config))
-    if plan.settings.return_freed_memory:
-        return_large_freed_memory()
     del planner
     return_free_memory()
     Path("/proc/self/clear_refs").write_text("5")
@@ -100,8 +98,7 @@ def measure(store: str, settings: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
     runs = json.loads(Path(sys.argv[1]).read_text())
-    if runs[0][1].get("return_freed_memory", True):
-        return_large_freed_memory()
+    return_large_freed_memory()
     train(runs[0][0], TrainConfig(device="cpu", max_steps=2, max_length=64, recompute_granularity="full").resolved())
     for store, settings in runs:
         print(json.dumps(measure(store, settings)), flush=True)
