@@ -178,7 +178,7 @@ def paging(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def leak(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Many steps: the peak must not grow after the first ones."""
     with tempfile.TemporaryDirectory() as scratch:
-        row = train(smollm2(Path(scratch))[0], arguments.text, max_steps=200, max_length=64)
+        row = train(smollm2(Path(scratch))[0], arguments.text, max_steps=200, max_length=16)
     show(row)
     peaks = row["step_peak_rss_bytes"]
     print(f"peak after 20 steps {peaks[19] / MIB:.1f} MiB, after 200 {peaks[-1] / MIB:.1f} MiB")
