@@ -96,11 +96,11 @@ def load(
     model_config = AutoConfig.from_pretrained(opened.directory, trust_remote_code=False)
     model = build_skeleton(model_config, dtype, attn_implementation)
     blocks_path, stack = find_blocks(model, blocks)
-    builder = _Builder(opened, model, config, device, dtype, adapter_dtype, backend, seed)
+    builder = Builder(opened, model, config, device, dtype, adapter_dtype, backend, seed)
     replaced, head = builder.replace_modules()
     builder.place_floats()
     if config is not None:
-        _check_targets(config, builder.adapted, type(model).__name__)
+        check_targets(config, builder.adapted, type(model).__name__)
         join_siblings(model, model_config)
 
     waiting = Waiting()
@@ -147,7 +147,7 @@ def _place_tables(
             table.set_int4(store.weight(name) if device.type == "cpu" else store.weight(name).to("meta"))
 
 
-def _check_targets(config: LoraConfig, adapted: list[str], model: str) -> None:
+def check_targets(config: LoraConfig, adapted: list[str], model: str) -> None:
     """ValueError where the targets, or one of several, select nothing: a typo would lose a layer."""
     targets = config.target_modules
     entries = [targets] if isinstance(targets, str) else [[entry] for entry in targets]
@@ -161,7 +161,7 @@ def _no_second_checkpointing(*args: Any, **kwargs: Any) -> None:
     """The blocks are checkpointed already; trainers that ask for it again change nothing."""
 
 
-class _Builder:
+class Builder:
     """Fills a skeleton from a store."""
 
     def __init__(

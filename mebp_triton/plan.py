@@ -34,7 +34,7 @@ from .kernels.panel import PANEL_ELEMENTS, PANEL_ELEMENTS_DEFAULT
 from .kernels.tables import DTYPES as COMPUTE_DTYPES
 from .lora import Int4Module, Int4Table, LoraConfig
 from .loss import install_loss
-from .model import _Builder, _check_targets
+from .model import Builder, check_targets
 from .optim import BlockAdamW, block_groups
 from .recompute import Granularity
 from .selection import select_blocks
@@ -43,7 +43,8 @@ from .skeleton import build_skeleton, float_names, int4_sites
 from .stores.checkpoints import Checkpoint, CheckpointStore, DeviceCheckpoints, HostCheckpoints, Residency
 from .stores.format import SHARED, MatrixInfo, Store, block_file
 from .stores.rows import SEGMENT_BYTES, SEGMENT_STEP, StoredRows
-from .token_chunks import _chunk, find_mlps
+from .stores.waiting import Waiting
+from .token_chunks import chunk_mlp, find_mlps
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -249,7 +250,7 @@ class TracedModel:
         store: Any = _ShapesOnly(inventory, "the model")
         with self._tracing():
             cpu = torch.device("cpu")
-            builder = _Builder(store, self.model, lora, cpu, self.dtype, torch.float32, "panel", settings.seed)
+            builder = Builder(store, self.model, lora, cpu, self.dtype, torch.float32, "panel", settings.seed)
             replaced, self.head = builder.replace_modules()
             builder.place_floats()
             for name, module in replaced.items():
@@ -259,7 +260,7 @@ class TracedModel:
                 self.head.rows = self.model.get_input_embeddings().rows
         self.tables = {name for name, module in replaced.items() if isinstance(module, Int4Table)}
         adapted = [name for name in every if name not in self.tables and lora.targets(name)]
-        _check_targets(lora, adapted, type(self.model).__name__)
+        check_targets(lora, adapted, type(self.model).__name__)
         stack.extend(others)  # layers that share inputs are looked for in the whole model
         join_siblings(self.model, config)
         del stack[self.depth :]
@@ -294,7 +295,7 @@ class TracedModel:
         mlps = [self.model.get_submodule(path) for path in self.mlps or [] if tokens]
         kinds = [type(mlp) for mlp in mlps]
         for mlp in mlps:
-            _chunk(mlp, tokens)
+            chunk_mlp(mlp, tokens)
         try:
             yield
         finally:
@@ -374,7 +375,6 @@ class TracedModel:
 
 def _rows(store: Any, name: str) -> StoredRows:
     """A table's rows in a file, in the segments in which they are walked."""
-    from .stores.pages import Waiting
 
     rows = StoredRows(store, name, torch.device("cpu"), None, Waiting(), None)
     rows.spans = [(0, min(2 * VOCABULARY_TILE, rows.spans[-1][1]))]  # a tile is like another

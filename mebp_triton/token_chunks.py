@@ -223,7 +223,7 @@ def install_mlp_chunks(model: Any, stack: nn.ModuleList, tokens: int | None) -> 
         warnings.warn(f"{error}; its MLPs run whole, mlp_chunk_tokens={tokens} changes nothing", stacklevel=3)
         return
     for path in paths:
-        _chunk(model.get_submodule(path), tokens)
+        chunk_mlp(model.get_submodule(path), tokens)
     prefixes = [f"{blocks}.{index}." for index in range(len(stack))]
     without = sum(not any(path.startswith(prefix) for path in paths) for prefix in prefixes)
     if without:
@@ -234,7 +234,7 @@ def install_mlp_chunks(model: Any, stack: nn.ModuleList, tokens: int | None) -> 
         )
 
 
-def _chunk(module: nn.Module, tokens: int) -> None:
+def chunk_mlp(module: nn.Module, tokens: int) -> None:
     kind = type(module)
     module.__class__ = type(f"Chunked{kind.__name__}", (ChunkedMLP, kind), {})
     assert isinstance(module, ChunkedMLP)

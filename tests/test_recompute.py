@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, our_gradients, randomize_adapter, tiny_store
+from models import batch, our_gradients, randomize_adapter, step, tiny_store
 from torch import Tensor, nn
 
 import mebp_triton as mebp
@@ -30,13 +30,6 @@ def loaded(architecture: str, granularity: Any, dropout: float = 0.0, **options:
     model = mebp.load(stored(architecture), config, recompute_granularity=granularity, **options)
     randomize_adapter(model)
     return model
-
-
-def step(model: Any, seed: int = 0, **examples: Any) -> dict[str, Tensor | None]:
-    model.zero_grad()
-    torch.manual_seed(seed)
-    model(**(examples or batch()), use_cache=False).loss.backward()
-    return our_gradients(model)
 
 
 def assert_equal(ours: dict[str, Any], truth: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import Allocations
-from models import ARCHITECTURES, batch, our_gradients, randomize_adapter, relative_rms, tiny_config, tiny_store
+from models import ARCHITECTURES, batch, our_gradients, randomize_adapter, relative_rms, step, tiny_config, tiny_store
 from torch import Tensor, nn
 
 import mebp_triton as mebp
@@ -33,13 +33,6 @@ def loaded(store: Any, tokens: int | None, dropout: float = 0.0, **options: Any)
     model = mebp.load(store, config, mlp_chunk_tokens=tokens, **options)
     randomize_adapter(model)
     return model
-
-
-def step(model: Any, seed: int = 0, **examples: Any) -> dict[str, Tensor | None]:
-    model.zero_grad()
-    torch.manual_seed(seed)
-    model(**(examples or batch()), use_cache=False).loss.backward()
-    return our_gradients(model)
 
 
 def assert_same(ours: dict[str, Any], truth: dict[str, Any], tolerance: float = 0.0) -> None:

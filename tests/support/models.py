@@ -167,3 +167,11 @@ def our_gradients(model: Any) -> dict[str, torch.Tensor | None]:
         found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.grad
         found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.grad
     return found
+
+
+def step(model: Any, seed: int = 0, **examples: Any) -> dict[str, torch.Tensor | None]:
+    """Our gradients of one forward and backward pass, by ``batch()`` or by ``examples``."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    model(**(examples or batch()), use_cache=False).loss.backward()
+    return our_gradients(model)
