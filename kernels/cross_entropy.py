@@ -112,7 +112,9 @@ class OnePass:
         if self.by_kernel:
             tile = min(vocabulary, max(1, panel // (chunks * CHUNK)), max(VOCABULARY_TILE, LOGITS // rows))
         else:
-            tile = min(vocabulary, VOCABULARY_TILE, max(1, 4 * panel // (chunks * CHUNK)))
+            # A power of two, so that a head that comes in segments has the tiles of a whole one, and its rounding.
+            tile = 1 << (min(VOCABULARY_TILE, max(1, 4 * panel // (chunks * CHUNK))).bit_length() - 1)
+            tile = min(vocabulary, tile)
         decoder = PanelDecoder(weight, self.hidden.dtype, tile, chunks, self.by_kernel)
         if self.planes is None:
             self.planes = decoder.arrange(self.taken, chunks)

@@ -110,6 +110,15 @@ class TrainConfig:
             parse_size("memory_budget", self.memory_budget)
         if self.optim == "mezo" and self.selection_mode != "full":
             raise ValueError(f"selection_mode {self.selection_mode!r} needs gradients, and optim 'mezo' makes none")
+        if self.optimizer_in_backward and self.optim == "mezo":
+            raise ValueError(
+                "optimizer_in_backward steps by gradients, and optim 'mezo' makes none: leave one of them out"
+            )
+        if self.optimizer_in_backward and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "optimizer_in_backward takes a step in every backward pass, so it needs gradient_accumulation_steps 1, "
+                f"got {self.gradient_accumulation_steps}: leave one of them out"
+            )
 
     def resolved(self) -> TrainConfig:
         """With the defaults that depend on the machine filled in.

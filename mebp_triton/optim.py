@@ -166,24 +166,36 @@ class BlockAdamW(torch.optim.Optimizer):
                 if worked is not parameter:
                     parameter.copy_(worked)
 
-    def export_state(self, copy: bool = True) -> dict[str, Tensor]:
-        """Everything a resume needs, by name, on the CPU. Without ``copy``: the live moments, where they lie there."""
-        state = {}
-        for index, buffer in enumerate(self.moments.buffers):
-            state[f"moments.{index}"] = buffer.to("cpu", copy=copy)
-            state[f"steps.{index}"] = torch.stack(self.steps[index]) if self.steps[index] else torch.zeros(0)
-        return state
+    def export_group(self, index: int, copy: bool = True) -> dict[str, Tensor]:
+        """What a resume needs of a group, on the CPU. Without ``copy``: the live moments, where they lie there."""
+        steps = torch.stack(self.steps[index]) if self.steps[index] else torch.zeros(0)
+        return {"moments": self.moments.buffers[index].to("cpu", copy=copy), "steps": steps}
+
+    def import_group(self, index: int, state: dict[str, Tensor]) -> None:
+        """Into the moments where they lie, in their own dtype. ValueError if ``state`` is of another model."""
+        self._check_group(index, state)
+        self.moments.buffers[index].copy_(state["moments"])
+        self.steps[index] = [value.clone() for value in state["steps"]]
+
+    def _check_group(self, index: int, state: dict[str, Tensor]) -> None:
+        buffer, saved, steps = self.moments.buffers[index], state.get("moments"), state.get("steps")
+        fits = saved is not None and saved.shape == buffer.shape and saved.dtype == buffer.dtype
+        if not fits or steps is None or steps.shape != (len(self.steps[index]),):
+            raise ValueError(f"the saved optimizer state does not fit block {index} of this model")
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Everything a resume needs, by name, on the CPU."""
+        groups = range(len(self.param_groups))
+        return {f"{name}.{index}": value for index in groups for name, value in self.export_group(index).items()}
 
     def import_state(self, state: dict[str, Tensor]) -> None:
-        """Into the moments where they lie, in their own dtype. ValueError if ``state`` is of another model."""
-        for index, buffer in enumerate(self.moments.buffers):
-            saved, steps = state.get(f"moments.{index}"), state.get(f"steps.{index}")
-            fits = saved is not None and saved.shape == buffer.shape and saved.dtype == buffer.dtype
-            if not fits or steps is None or steps.shape != (len(self.steps[index]),):
-                raise ValueError(f"the saved optimizer state does not fit block {index} of this model")
-        for index, buffer in enumerate(self.moments.buffers):
-            buffer.copy_(state[f"moments.{index}"])
-            self.steps[index] = [value.clone() for value in state[f"steps.{index}"]]
+        """Of ``export_state``. ValueError, and nothing is changed, if ``state`` is of another model."""
+        split: list[dict[str, Tensor]] = [{} for _ in self.param_groups]
+        for index, group in enumerate(split):
+            group |= {name: state[f"{name}.{index}"] for name in ("moments", "steps") if f"{name}.{index}" in state}
+            self._check_group(index, group)
+        for index, group in enumerate(split):
+            self.import_group(index, group)
 
     def state_dict(self) -> dict[str, Any]:
         """As every torch optimizer's, so that trainers can save it; the state is ``export_state``'s."""

@@ -9,6 +9,7 @@ SmolLM2-135M (symmetric, G = 32) a KL divergence of 0.30 in place of 0.25 over i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,7 +29,6 @@ NF4 = torch.tensor(
 NF4_BOUNDS = (NF4[1:] + NF4[:-1]) / 2
 # The nearest level by table, ten times as fast as a binary search and off only next to a bound: good for the search.
 NF4_BINS = 4096
-NF4_TABLE = NF4[torch.bucketize(torch.linspace(-1, 1, NF4_BINS), NF4_BOUNDS)]
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CHUNK_ELEMENTS = 1 << 18  # 1 MiB in float32: the temporaries of the search stay in cache
@@ -159,6 +159,12 @@ def _quantize_rows(
     )
 
 
+@functools.cache
+def _nf4_table() -> Tensor:
+    """The levels of ``NF4_BINS`` evenly spaced values. Not made on import: torch's threads would not survive a fork."""
+    return NF4[torch.bucketize(torch.linspace(-1, 1, NF4_BINS), NF4_BOUNDS)]
+
+
 class _Groups:
     """Groups ``[rows, groups, G]``, shifted (affine) and scaled by a power of two: no square under- or overflows.
 
@@ -235,7 +241,7 @@ class _Groups:
         # Truncation of a positive number plus a half is rounding.
         half = (NF4_BINS - 1) / 2
         bins = ratio.clamp_(-1, 1).mul_(half).add_(half + 0.5).to(torch.int32)
-        return NF4_TABLE.to(bins.device).index_select(0, bins.flatten()).view_as(bins)
+        return _nf4_table().to(bins.device).index_select(0, bins.flatten()).view_as(bins)
 
     def _refit(self, start: _Fit, best: _Fit | None) -> _Fit:
         """The least-squares scale (and minimum) for the codes of ``start``, where it is better than ``best``."""

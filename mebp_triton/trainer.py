@@ -35,6 +35,7 @@ from .zeroth_order import MeZO
 FREE_ON_RESUME = {"output_dir", "validation_file", "max_eval_windows", "weights", "checkpoints", "optimizer_state"}
 FREE_ON_RESUME |= {"save_steps", "backend", "device", "recompute_granularity"}
 FREE_ON_RESUME |= {"memory_budget", "return_freed_memory"}
+STATE = "state.safetensors"  # of a checkpoint: adapter and random state
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ class Trainer:
     def __init__(
         self, model: Any, data: TokenizedData, config: TrainConfig, run: RunDirectory, pad_token_id: int = 0
     ) -> None:
-        _check_optimizer_in_backward(config)
         self.model, self.data, self.config, self.run, self.pad_token_id = model, data, config, run, pad_token_id
         self.device: torch.device = model.mebp.device
         self.selection = LayerCyclicManager(
@@ -241,11 +241,14 @@ class Trainer:
                 f"{what} is {value} at step {self.step}: lower the learning rate, or compute in float32; {kept}"
             )
 
+    def _optimizer_files(self) -> list[str]:
+        """The files of a checkpoint that hold the optimizer's state, a group each."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return [f"optimizer-{index:05d}.safetensors" for index in range(len(groups))]
+
     def save_checkpoint(self) -> None:
         """Adapter, optimizer, random state and position in ``checkpoint/``; the adapter alone in ``adapter/``."""
         tensors = {f"adapter/{name}": tensor.cpu().contiguous() for name, tensor in adapter_tensors(self.model).items()}
-        if self.optimizer is not None:
-            tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.export_state(copy=False).items()}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
@@ -257,13 +260,15 @@ class Trainer:
         }
 
         def write(directory: Path) -> None:
-            path = directory / "state.safetensors"
-            files.write_safetensors(path, tensors)
-            files.write_json(directory / "state.json", state | {"crc32": files.file_checksums(path)})
+            files.write_safetensors(directory / STATE, tensors)
+            for index, name in enumerate(self._optimizer_files()):  # one by one, so that no two are in memory
+                assert self.optimizer is not None
+                files.write_safetensors(directory / name, self.optimizer.export_group(index, copy=False))
+                self.optimizer.moments.drop(index)
+            crc32 = {name: files.file_checksums(directory / name) for name in (STATE, *self._optimizer_files())}
+            files.write_json(directory / "state.json", state | {"crc32": crc32})
 
         files.replace_directory(self.run.checkpoint, write)
-        if self.optimizer is not None:
-            self.optimizer.moments.drop()
         save_adapter(self.model, self.run.adapter)
 
     def resume(self, checkpoint: Path) -> None:
@@ -276,29 +281,30 @@ class Trainer:
         if not (checkpoint / "state.json").exists():
             raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
         state = files.read_json(checkpoint / "state.json")
-        path = checkpoint / "state.safetensors"
         try:
-            if files.file_checksums(path) != state["crc32"]:
-                raise ValueError(f"{path} is damaged: its checksum differs")
+            for name in (STATE, *self._optimizer_files()):
+                if files.file_checksums(checkpoint / name) != state["crc32"][name]:
+                    raise ValueError(f"{checkpoint / name} is damaged: its checksum differs")
             self._check_same(state["config"], state["fingerprints"])
-            self._restore(state, safetensors.torch.load_file(path), checkpoint)
+            self._restore(state, checkpoint)
         except (KeyError, TypeError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise ValueError(f"{checkpoint / 'state.json'} is malformed, or of another version ({problem})") from None
 
     def _check_same(self, config: dict[str, Any], fingerprints: dict[str, int]) -> None:
         """ValueError where the checkpoint's settings, data or model are not these."""
+        defaults = asdict(TrainConfig().resolved())  # of settings that are newer than the checkpoint
         ours = asdict(self.config)
-        for name, value in config.items():
+        for name, value in (defaults | config).items():
             if name not in FREE_ON_RESUME and ours[name] != value:
                 raise ValueError(f"cannot resume: {name} was {value!r} and now is {ours[name]!r}")
         for what, value in self.fingerprints.items():
             if fingerprints[what] != value:
                 raise ValueError(f"cannot resume: the {what} changed since the checkpoint was written")
 
-    def _restore(self, state: dict[str, Any], tensors: dict[str, Tensor], checkpoint: Path) -> None:
-        split: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "random": {}}
-        for key, tensor in tensors.items():
+    def _restore(self, state: dict[str, Any], checkpoint: Path) -> None:
+        split: dict[str, dict[str, Tensor]] = {"adapter": {}, "random": {}}
+        for key, tensor in safetensors.torch.load_file(checkpoint / STATE).items():
             room, _, name = key.partition("/")
             split[room][name] = tensor
         step = state["step"]
@@ -306,27 +312,15 @@ class Trainer:
             raise ValueError(f"{checkpoint / 'state.json'} is malformed: step {step!r} of {self.total_steps}")
         self.selection.load_state_dict(state["selection"])
         copy_adapter(self.model, split["adapter"], str(checkpoint))
-        if self.optimizer is not None:
-            self.optimizer.import_state(split["optimizer"])
-            self.optimizer.moments.drop()
+        for index, name in enumerate(self._optimizer_files()):
+            assert self.optimizer is not None
+            self.optimizer.import_group(index, safetensors.torch.load_file(checkpoint / name))
+            self.optimizer.moments.drop(index)
         torch.set_rng_state(split["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in split["random"]:
             torch.cuda.set_rng_state(split["random"]["cuda"], self.device)
         self.step = step
         self.run.cut_metrics(self.step)
-
-
-def _check_optimizer_in_backward(config: TrainConfig) -> None:
-    """ValueError for what cannot be together with it."""
-    if not config.optimizer_in_backward:
-        return
-    if config.optim == "mezo":
-        raise ValueError("optimizer_in_backward steps by gradients, and optim 'mezo' makes none: leave one of them out")
-    if config.gradient_accumulation_steps != 1:
-        raise ValueError(
-            "optimizer_in_backward takes a step in every backward pass, so it needs gradient_accumulation_steps 1, "
-            f"got {config.gradient_accumulation_steps}: leave one of them out"
-        )
 
 
 def _data_checksum(data: TokenizedData) -> int:

@@ -341,8 +341,17 @@ def test_every_setting_has_a_flag_that_sets_it():
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     switches = {"use_rslora", "optimizer_in_backward", "return_freed_memory"}
-    config = parse(*flags, *(f"--{name.replace('_', '-')}" for name in switches), "--optim=adamw")
+    config = parse(*flags, "--optim=adamw")
     assert {name: getattr(config, name) for name in values} == values
+    required = ("--train-file=t", "--output-dir=o")
+    config = parse(*required, *(f"--{name.replace('_', '-')}" for name in switches))  # not with accumulation
     assert all(getattr(config, name) for name in switches) and values.keys() | switches | {"optim"} == FIELDS
     defaults = TrainConfig()
     assert all(getattr(defaults, name) != value for name, value in values.items())
+
+
+def test_what_the_optimizer_in_the_backward_pass_refuses():
+    with pytest.raises(ValueError, match="optimizer_in_backward .* needs gradient_accumulation_steps 1, got 3"):
+        TrainConfig(optimizer_in_backward=True, gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match="optimizer_in_backward steps by gradients, and optim 'mezo' makes none"):
+        TrainConfig(optimizer_in_backward=True, optim="mezo")

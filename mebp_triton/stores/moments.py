@@ -55,10 +55,9 @@ class Moments:
         finally:
             if working is not buffer:
                 buffer.copy_(working)
-            if self.slots is not None:
-                self.slots[index].drop()
+            self.drop(index)
 
-    def drop(self) -> None:
-        """Gives back the resident pages of moments in a file."""
-        for slot in self.slots or []:
-            slot.drop()
+    def drop(self, index: int) -> None:
+        """Gives back the resident pages of a group's moments, where they lie in a file."""
+        if self.slots is not None:
+            self.slots[index].drop()

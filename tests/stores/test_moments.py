@@ -111,7 +111,7 @@ def test_dropping_loses_nothing(tmp_path):
         moments = Moments(groups(), residency, tmp_path)
         with moments.open(0) as (first, second):
             fill(first, second, 1)
-        moments.drop()
+        moments.drop(0)
         assert (moments.buffers[0][:15] == 11).all()
 
 
