@@ -336,7 +336,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(store, data, interrupted, t
 
 def test_a_setting_newer_than_the_checkpoint_had_its_default_then(store, data, interrupted, tmp_path):
     shutil.copytree(interrupted, tmp_path / "run")
-    edit(lambda state: state["config"].pop("optimizer_in_backward") and None)(tmp_path / "run" / "checkpoint")
+    edit(lambda state: state["config"].__delitem__("optimizer_in_backward"))(tmp_path / "run" / "checkpoint")
     made = trainer(store, data, tmp_path / "run", resume=True, **DEMANDING)
     made.resume(made.run.checkpoint)
     settings = DEMANDING | {"optimizer_in_backward": True, "gradient_accumulation_steps": 1}
