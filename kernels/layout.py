@@ -175,8 +175,8 @@ class Int4Weight:
         named = {"packed": self.packed, "scales": self.scales, "minimum": self.minimum, "codebook": self.codebook}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def to(self, device: torch.device | str) -> Int4Weight:
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+    def to(self, device: torch.device | str, copy: bool = False) -> Int4Weight:
+        return replace(self, **{name: tensor.to(device, copy=copy) for name, tensor in self.tensors().items()})
 
     def rows(self, start: int, stop: int) -> Int4Weight:
         """Output rows ``start:stop`` as a view."""

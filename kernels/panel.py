@@ -28,6 +28,17 @@ def panel_elements(device: torch.device) -> int:
     return PANEL_ELEMENTS.get(device.type, PANEL_ELEMENTS_DEFAULT)
 
 
+@contextmanager
+def cpu_panels(elements: int | None) -> Iterator[None]:
+    """Within, panels on the CPU have that many elements, so that what a device's take can be counted; None: as ever."""
+    usual = PANEL_ELEMENTS["cpu"]
+    PANEL_ELEMENTS["cpu"] = usual if elements is None else elements
+    try:
+        yield
+    finally:
+        PANEL_ELEMENTS["cpu"] = usual
+
+
 def spans(length: int, step: int) -> Iterator[tuple[int, int]]:
     """Consecutive ``(start, stop)`` of at most ``step`` that cover ``length``."""
     return ((start, min(start + step, length)) for start in range(0, length, step))

@@ -27,12 +27,11 @@ from .evaluate import evaluate
 from .importers import one_line, open_source
 from .kernels.ops import resolve_backend
 from .kernels.tables import M_BUCKETS, architecture_of, bucket, load_tables, user_table_path
-from .lora import LoraConfig
 from .memory import peak_resident_bytes
 from .model import load
-from .plan import CannotTrace, Plan
-from .plan_command import describe, planner_of, settings_of
-from .plan_command import run_plan as run_plan
+from .planning.command import describe, planner_of, settings_of
+from .planning.command import run_plan as run_plan
+from .planning.planner import CannotTrace, Plan
 from .report import MIB, RunDirectory
 from .skeleton import build_skeleton, int4_sites
 from .stores.format import MANIFEST, Store
@@ -160,13 +159,6 @@ def run_train(arguments: argparse.Namespace) -> None:
         begun = files.read_json(checkpoint / "state.json")
         chunks = begun.get("config", {}).get("mlp_chunk_tokens") if isinstance(begun, dict) else None
         settings = dataclasses.replace(settings, mlp_chunk_tokens=chunks)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.targets(),
-        use_rslora=config.use_rslora,
-    )
     for name in (config.train_file, config.validation_file):
         if name is not None:
             files.check_regular(Path(name))
@@ -184,10 +176,10 @@ def run_train(arguments: argparse.Namespace) -> None:
         config = plan.settings
         if config.memory_budget is not None:
             console.print(describe(plan), highlight=False, soft_wrap=True)
-    _keep_to(config)
+    _keep_to(config, plan)
     model = load(
         store,
-        lora,
+        config.lora(),
         weights=config.weights or "device",
         checkpoints=config.checkpoints or "device",
         device=config.device or "cpu",
@@ -233,7 +225,7 @@ def _plan(given: Path, arguments: argparse.Namespace, settings: TrainConfig) -> 
         return None
 
 
-def _keep_to(settings: TrainConfig) -> None:
+def _keep_to(settings: TrainConfig, plan: Plan | None) -> None:
     """What the settings ask of this process."""
     return_free_memory()  # of the tokenizer and the trace
     if settings.return_freed_memory and not return_large_freed_memory():
@@ -242,6 +234,8 @@ def _keep_to(settings: TrainConfig) -> None:
     if settings.memory_budget is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         budget = parse_size("memory_budget", settings.memory_budget)
+        if plan is not None and plan.shared:
+            budget -= plan.host_peak.total
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
 
 

@@ -19,6 +19,7 @@ import yaml
 
 from . import files
 from .kernels.ops import Backend
+from .lora import LoraConfig
 from .optim import SchedulerType, UnselectedUpdate
 from .recompute import Granularity
 from .selection import Mode, Schedule
@@ -136,6 +137,16 @@ class TrainConfig:
             optimizer_state=self.optimizer_state or place,
             mlp_chunk_tokens=self.mlp_chunk_tokens or 0,
             return_freed_memory=bool(self.return_freed_memory),
+        )
+
+    def lora(self) -> LoraConfig:
+        """The adapter that the settings describe."""
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.targets(),
+            use_rslora=self.use_rslora,
         )
 
     def targets(self) -> str | list[str]:

@@ -137,14 +137,18 @@ def _place_tables(
     """The embedding and the head: resident, or by their rows. Linear layers outside of any block are resident."""
     tables = {name: module for name, module in modules.items() if isinstance(module, Int4Table)}
     by_rows = weights == "file" or stager is not None
-    whole = {name: module for name, module in modules.items() if not (by_rows and name in tables)}
-    if whole:
-        place_weights(store, SHARED, whole, "device", device, None, waiting)
-    host = host_copy(store.files[SHARED], device) if by_rows and tables and weights == "host" else None
+    if not by_rows:
+        place_weights(store, SHARED, modules, "device", device, None, waiting)
+        return
+    if outside := modules.keys() - tables.keys():
+        store.files[SHARED].verify()
+        for name in outside:
+            modules[name].set_int4(store.weight(name).to(device, copy=True))
+        store.files[SHARED].mapped.drop()
+    host = host_copy(store.files[SHARED], device) if weights == "host" else None
     for name, table in tables.items():
-        if by_rows:
-            table.rows, table.device = StoredRows(store, name, device, stager, waiting, host), device
-            table.set_int4(store.weight(name) if device.type == "cpu" else store.weight(name).to("meta"))
+        table.rows, table.device = StoredRows(store, name, device, stager, waiting, host), device
+        table.set_int4(store.weight(name) if device.type == "cpu" else store.weight(name).to("meta"))
 
 
 def check_targets(config: LoraConfig, adapted: list[str], model: str) -> None:

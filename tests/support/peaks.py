@@ -22,7 +22,9 @@ from mebp_triton.data import DataReport, TokenizedData
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.tables import DTYPES
 from mebp_triton.model import load
-from mebp_triton.plan import FIRST_STEPS, Inventory, Planner, lora_config
+from mebp_triton.planning.inventory import Inventory
+from mebp_triton.planning.moments import FIRST_STEPS
+from mebp_triton.planning.planner import Planner
 from mebp_triton.report import RunDirectory
 from mebp_triton.stores.format import Store, StoreWriter
 from mebp_triton.trainer import Trainer
@@ -57,7 +59,7 @@ def train(store: str, config: TrainConfig) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = load(
             store,
-            lora_config(config),
+            config.lora(),
             weights=config.weights or "device",
             checkpoints=config.checkpoints or "device",
             dtype=DTYPES[config.dtype or "float32"],

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from mebp_triton.footprint import LiveBytes, traced
 from mebp_triton.kernels import panel
 from mebp_triton.kernels.layout import Int4Weight, group_count
 from mebp_triton.kernels.ops import int4_cross_entropy, int4_embedding, int4_matmul, int4_matmul_dx
+from mebp_triton.planning.footprint import LiveBytes, traced
 
 MIB = 1 << 20
 

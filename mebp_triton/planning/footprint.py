@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .kernels import ops  # noqa: F401 - registers the operations
-from .kernels.cross_entropy import int4_cross_entropy_panel
-from .kernels.layout import Int4Weight
-from .kernels.panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel, own_buffers
+from mebp_triton.kernels import ops  # noqa: F401 - registers the operations
+from mebp_triton.kernels.cross_entropy import int4_cross_entropy_panel
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel, own_buffers
 
 OPS = torch.ops.mebp_triton
 

@@ -11,11 +11,14 @@ from typing import Any
 
 from rich.table import Table
 
-from . import files
-from .config import TrainConfig, parse_size, read_config_file
-from .plan import COMPONENTS, Inventory, Moment, Plan, Planner
-from .report import MIB
-from .stores.format import MANIFEST, Store
+from mebp_triton import files
+from mebp_triton.config import TrainConfig, parse_size, read_config_file
+from mebp_triton.report import MIB
+from mebp_triton.stores.format import MANIFEST, Store
+
+from .inventory import Inventory
+from .moments import COMPONENTS, Moment
+from .planner import Plan, Planner
 
 CHOSEN: tuple[str, ...] = ("weights", "checkpoints", "optimizer_state", "recompute_granularity", "mlp_chunk_tokens")
 CHOSEN += ("return_freed_memory",)
@@ -117,7 +120,7 @@ def draw(plan: Plan, path: Path) -> None:
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
-    from .commands import _check_length, _model_config, answer, load_tokenizer
+    from mebp_triton.commands import _check_length, _model_config, answer, load_tokenizer
 
     settings, given = settings_of(arguments), Path(arguments.model)
     path = Path(arguments.plot) if arguments.plot else None

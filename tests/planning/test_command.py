@@ -8,8 +8,8 @@ from models import tiny_store
 from PIL import Image
 
 from mebp_triton.cli import main
-from mebp_triton.plan import COMPONENTS
-from mebp_triton.plan_command import CHOSEN
+from mebp_triton.planning.command import CHOSEN
+from mebp_triton.planning.moments import COMPONENTS
 
 SETTINGS = ["--device=cpu", "--max-length=32", "--lora-r=4"]
 
@@ -46,7 +46,7 @@ def test_json(plan, store):
 def test_table(plan, store, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = plan(store, *SETTINGS)
-    assert code == 0 and "planned peak" in out and "saving a checkpoint" in out and "files: store" in out
+    assert code == 0 and "planned peak" in out and "optimizer step" in out and "files: store" in out
     assert all(name in out for name in ("framework", "LoRA", "gradients", "activations", "total"))
 
 

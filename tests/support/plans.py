@@ -1,0 +1,24 @@
+"""What tests of the planner share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from mebp_triton.planning.inventory import Inventory
+from mebp_triton.planning.planner import Plan, Planner
+from mebp_triton.stores.format import Store
+
+SMALL: dict[str, Any] = {"device": "cpu", "max_length": 32, "lora_r": 4}
+
+
+def planner(store: Path, **options: Any) -> Planner:
+    return Planner(Inventory.of_store(Store(store)), AutoConfig.from_pretrained(store), **options)
+
+
+def at(plan: Plan, moment: str) -> dict[str, int]:
+    """The components at a moment."""
+    (found,) = [one.components for one in (plan.device or plan.host) if one.name == moment]
+    return found
