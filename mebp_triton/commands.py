@@ -265,7 +265,8 @@ def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig) 
     """A store beside the run, made from the model ``given``, now or by an earlier try."""
     beside = Path(config.output_dir.rstrip("/") + "-store")
     if not (beside / MANIFEST).exists():
-        console.print(f"{given} is not a store: quantizing it into {beside}", highlight=False)
+        outside = ", outside of the memory budget" if config.memory_budget is not None else ""
+        console.print(f"{given} is not a store: quantizing it into {beside}{outside}", highlight=False)
         quantize_with_progress(str(given), beside, arguments)
         return beside
     found, wanted = Store(beside), open_source(given).description

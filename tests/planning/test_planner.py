@@ -159,6 +159,6 @@ def test_a_process_of_its_own_takes_what_was_planned(tmp_path):
     (tmp_path / "text.txt").write_text(sentences(1000, 0))
     command = [sys.executable, "-m", "mebp_triton.cli", "train", str(tmp_path / "store"), "--device=cpu"]
     command += ["--train-file", str(tmp_path / "text.txt"), "--output-dir", str(tmp_path / "run"), "--max-steps=3"]
-    subprocess.run([*command, "--max-length=512", "--json"], check=True, capture_output=True)
+    subprocess.run([*command, "--max-length=128", "--json"], check=True, capture_output=True)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["peak_rss_bytes"] == pytest.approx(record["planned_peak_bytes"], rel=0.1)
