@@ -67,16 +67,23 @@ def test_what_was_set_by_hand_stays(plans):
 def test_the_first_that_fits_is_chosen(plans):
     settings = TrainConfig(**SMALL, memory_budget="1GiB")
     candidates = list(plans.candidates(settings))
-    peaks = [plans.predict(candidate).peak for candidate in candidates]
-    for index, peak in enumerate(peaks):
-        if peak < min(peaks[:index], default=1 << 60):
-            chosen = plans.choose(dataclasses.replace(settings, memory_budget=str(math.ceil(peak * 1.05))))
+    needed = [plans.predict(candidate).needed for candidate in candidates]
+    for index, size in enumerate(needed):
+        if size < min(needed[:index], default=1 << 60):
+            chosen = plans.choose(dataclasses.replace(settings, memory_budget=str(size)))
             assert dataclasses.replace(chosen.settings, memory_budget="1GiB") == candidates[index]
-            assert chosen.peak == peak
-            without_reserve = dataclasses.replace(settings, memory_budget=str(int(peak * 1.04)))
+            assert chosen.needed == size
+            tighter = dataclasses.replace(settings, memory_budget=str(size - 1))
             with contextlib.suppress(ValueError):
-                assert plans.choose(without_reserve).settings != chosen.settings
-    assert min(peaks) < peaks[0]
+                assert plans.choose(tighter).needed < size
+    assert min(needed) < needed[0]
+
+
+def test_a_reserve_is_kept(plans):
+    kept, returned = (
+        plans.predict(TrainConfig(**SMALL, return_freed_memory=value).resolved()) for value in (False, True)
+    )
+    assert kept.needed == math.ceil(1.1 * kept.peak) and returned.needed == math.ceil(1.05 * returned.peak)
 
 
 def test_nothing_fits(store):
