@@ -57,7 +57,8 @@ def watched(command: Sequence[str], limit: int | None = None, environment: dict[
             except OSError:
                 if shutil.which("systemd-run") is None:
                     raise
-                command = ["systemd-run", "--user", "--scope", "-q", "-p", f"MemoryMax={limit}", *command]
+                limits = ["-p", f"MemoryMax={limit}", "-p", "MemorySwapMax=0"]
+                command = ["systemd-run", "--user", "--scope", "-q", *limits, *command]
         return _run(command, group, environment)
 
 

@@ -51,6 +51,7 @@ def train(store: Path, text: Path, limit: int | None = None, **settings: Any) ->
     seconds = statistics.median(step["seconds"] for step in timed)
     waited = statistics.median(step["seconds_waiting_for_data"] for step in timed)
     chosen = ("weights", "checkpoints", "optimizer_state", "recompute_granularity", "mlp_chunk_tokens")
+    chosen += ("return_freed_memory",)
     return {
         "store": store.name,
         "settings": settings,
@@ -99,8 +100,10 @@ def steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         show(free)
         hard = train(store, arguments.text, limit, **settings)
         show(hard)
-        if free.get("losses") != hard.get("losses"):
-            raise SystemExit(f"{store}: other losses under the limit: {free.get('losses')}, {hard.get('losses')}")
+        if free["returncode"] or hard["returncode"]:
+            raise SystemExit(f"{store}: a run failed: {free['error'] or hard['error']}")
+        if free["losses"] != hard["losses"]:
+            raise SystemExit(f"{store}: other losses under the limit: {free['losses']}, {hard['losses']}")
         if free["peak_rss_bytes"] > limit:
             raise SystemExit(f"{store}: a peak of {free['peak_rss_bytes']} bytes, and the limit is {limit}")
         rows += [free, hard]
@@ -182,6 +185,8 @@ def leak(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     show(row)
     peaks = row["step_peak_rss_bytes"]
     print(f"peak after 20 steps {peaks[19] / MIB:.1f} MiB, after 200 {peaks[-1] / MIB:.1f} MiB")
+    if peaks[-1] > peaks[19] + 8 * MIB:
+        raise SystemExit("the peak grew")
     return [row]
 
 

@@ -102,7 +102,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """CPU tensors into one safetensors file, without a second copy of them in memory."""
+    """CPU tensors into one safetensors file, without a second copy of them in memory (safetensors 0.8)."""
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
 

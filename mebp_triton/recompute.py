@@ -151,7 +151,8 @@ class Recompute:
     The first recompute finds out which layer comes last. From then on its output is NaN, not computed, and nothing
     after it may be saved for the backward pass: whatever has a gradient that depends on the value would be. If
     something is (a norm or an activation after it, a dropout mask), the recompute is done again in full, and for this
-    block always will be.
+    block always will be. An autograd function after it that keeps a value by itself, and not by ``save_for_backward``,
+    is not seen: its gradient would be NaN.
     """
 
     def __init__(self, block: nn.Module) -> None:

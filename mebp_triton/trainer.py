@@ -31,7 +31,7 @@ from .selection import LayerCyclicManager
 from .stores.format import Store
 from .zeroth_order import MeZO
 
-# What a resumed run may change: none of these changes the numbers of a step.
+# What a resumed run may change: none of these changes the numbers of a step, but for rounding on another device.
 FREE_ON_RESUME = {"output_dir", "validation_file", "max_eval_windows", "weights", "checkpoints", "optimizer_state"}
 FREE_ON_RESUME |= {"save_steps", "backend", "device", "recompute_granularity"}
 FREE_ON_RESUME |= {"memory_budget", "return_freed_memory"}
@@ -193,6 +193,7 @@ class Trainer:
                         output.loss.backward()
                     loss += output.loss.item()
                     correct += one_pass.statistics.correct
+                    del output  # and what waits for its backward pass, before the next one's is kept
         finally:
             one_pass.normalizer = None
         return loss, correct / tokens

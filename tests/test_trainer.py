@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -770,3 +771,20 @@ def test_the_padding_token_does_not_matter(store, data, tmp_path):
         made.pad_token_id = pad
         losses.append([replace(result, seconds=0) for result in made.train()])
     assert losses[0] == losses[1]
+
+
+def test_micro_batches_do_not_wait_for_each_other(store, data, tmp_path):
+    """What waits for a backward pass is gone before the next micro-batch's is kept."""
+    made = trainer(store, data, tmp_path / "run", max_steps=2, gradient_accumulation_steps=3, checkpoints="device")
+    checkpoints, alive, most = made.model.mebp.engine.checkpoints, [], []
+    original = checkpoints.save
+
+    def save(tensor):
+        checkpoint = original(tensor)
+        alive.append(weakref.ref(checkpoint))
+        most.append(sum(one() is not None for one in alive))
+        return checkpoint
+
+    checkpoints.save = save
+    made.train()
+    assert len(alive) == 2 * 3 * 3 and max(most) == 3

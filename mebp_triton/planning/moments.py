@@ -9,7 +9,7 @@ from mebp_triton.config import TrainConfig
 from mebp_triton.lora import Int4Module
 from mebp_triton.selection import select_blocks
 from mebp_triton.stores.format import SHARED, block_file
-from mebp_triton.stores.rows import SEGMENT_BYTES, SEGMENT_STEP
+from mebp_triton.stores.rows import segment_rows
 
 from .inventory import Inventory, nbytes
 from .trace import Traced, TracedModel
@@ -51,10 +51,8 @@ class Sizes:
 
     def __init__(self, inventory: Inventory, model: TracedModel, step: Traced, settings: TrainConfig) -> None:
         kinds = model.kinds
-        count = len(kinds)
+        self.count = count = len(kinds)
         place = [kinds.index(kind) for kind in kinds]  # of the traced block of the same kind
-        if model.depth > 1 and len(set(kinds)) == 1:
-            place = [0] * count
         mezo = settings.optim == "mezo"
         selected = count
         if settings.selection_mode != "full":
@@ -116,8 +114,7 @@ def _table_bytes(inventory: Inventory, tables: set[str], tokens: int) -> tuple[i
         packed = tensors[f"{name}.packed"]
         scales = sum(nbytes(tensors[f"{name}.{part}"]) for part in ("scales", "minimum") if f"{name}.{part}" in tensors)
         rows, row_bytes = packed[1]
-        step = max(SEGMENT_BYTES // max(1, row_bytes) // SEGMENT_STEP, 1) * SEGMENT_STEP
-        segment = max(segment, min(step, rows) * row_bytes + scales)
+        segment = max(segment, min(segment_rows(row_bytes), rows) * row_bytes + scales)
         gathered = max(gathered, min(nbytes(packed), tokens * (FAULT_AROUND + row_bytes)) + scales)
     return segment, gathered
 
@@ -126,9 +123,10 @@ def _table_bytes(inventory: Inventory, tables: set[str], tokens: int) -> tuple[i
 # pages of torch's libraries that were not touched before, MKL's and oneDNN's buffers.
 FIRST_STEPS = 34 << 20
 # Without ``return_freed_memory`` glibc keeps freed memory in its heap, where small tensors that live on (gradients)
-# lie among large ones that went. Measured as a part of what activations take: 0.6 to 1.3 for models of 6 to 8 blocks,
-# 0.95 for Qwen2.5-0.5B, 2.5 for Gemma-3-4B (256 tokens), 1.7 to 2.3 for SmolLM2-135M (256 to 2048).
-KEPT_BY_ALLOCATOR = 2.2
+# lie among large ones that went: the more blocks, the more gaps. Measured as a part of what activations take: 0.4 to
+# 1.3 for models of 6 to 8 blocks, 0.95 for Qwen2.5-0.5B (24), 1.7 to 2.3 for SmolLM2-135M (30), 2.0 for Qwen2.5-3B
+# (36), 2.5 and 3.1 for Gemma-3-4B (34).
+KEPT_BY_ALLOCATOR_PER_BLOCK = 0.07
 
 
 def moments_here(sizes: Sizes, step: Traced, settings: TrainConfig, kind: str, framework: int) -> tuple[Moment, ...]:
@@ -199,7 +197,8 @@ def _add_allocator(moments: dict[str, dict[str, int]], sizes: Sizes, step: Trace
         for name, components in moments.items()
     }
     anonymous = {name: sum(components.values()) - mapped[name] for name, components in moments.items()}
-    scattered = int(KEPT_BY_ALLOCATOR * (max(step.forward, step.backward, step.loss) - step.rest))
+    share = KEPT_BY_ALLOCATOR_PER_BLOCK * sizes.count
+    scattered = int(share * (max(step.forward, step.backward, step.loss) - step.rest))
     for name, components in moments.items():
         components["allocator"] = max(anonymous.values()) - anonymous[name] + scattered
 
@@ -211,7 +210,11 @@ def moments_beside(sizes: Sizes, settings: TrainConfig, framework: int) -> tuple
         "framework": framework,
         # Read through two buffers of one block; a copy in host memory is read from where it lies.
         "weights of blocks": {"device": 0, "host": sizes.blocks, "file": 2 * sizes.largest_block}[weights or "device"],
-        "other weights": {"device": 0, "host": sizes.shared, "file": sizes.segment}[weights or "device"],
+        "other weights": {
+            "device": 0,
+            "host": sizes.shared,
+            "file": max(sizes.segment, sizes.gathered),
+        }[weights or "device"],
         "optimizer state": sizes.moments if settings.optimizer_state == "host" else 0,
         "checkpoints": sizes.checkpoints if settings.checkpoints == "host" else 0,
         "kept outputs": sizes.kept if settings.checkpoints == "host" else 0,

@@ -220,8 +220,9 @@ class TracedModel:
                 for parameter in group:
                     parameter.grad = None
         starts = [0, *counts[: self.depth - 1]]
-        inputs = tuple(waiting.saved[start] for start in starts) if not mezo else (0,) * self.depth
-        outputs = tuple(sum(waiting.saved[start + 1 : stop]) for start, stop in zip(starts, counts, strict=False))
+        spans = list(zip(starts, counts, strict=False))  # a block below the lowest adapted one saves nothing
+        inputs = tuple(waiting.saved[start] if stop > start else 0 for start, stop in spans)
+        outputs = tuple(sum(waiting.saved[start + 1 : stop]) for start, stop in spans)
         backward = max([*phases["backward"], tail]) if not mezo else 0
         kept_to_the_end = held > inputs[0] + outputs[0]
         return Traced(max(phases["forward"]), loss, backward, optimizer, rest, inputs, outputs, kept_to_the_end)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mebp_triton.files import ScratchFile, Slot
+from mebp_triton.machine import is_unified
 
 from .waiting import Waiting
 
@@ -54,7 +55,8 @@ class HostCheckpoints:
     def save(self, tensor: Tensor) -> Checkpoint:
         if tensor.device.type == "cpu":
             return _Copied(tensor.detach().clone(), tensor.device)
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        pinned = tensor.device.type == "cuda" and not is_unified(tensor.device)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
         return _Copied(copy.copy_(tensor.detach()), tensor.device)
 
 
@@ -63,7 +65,7 @@ class _Copied:
         self.copy, self.device = copy, device
 
     def load(self) -> Tensor:
-        return self.copy.to(self.device)
+        return self.copy.to(self.device, copy=True)  # whoever gets it may change it, and it may be loaded again
 
 
 class FileCheckpoints:

@@ -259,7 +259,8 @@ def place_weights(
 
 
 def host_copy(file: StoreFile, device: torch.device) -> Tensor:
-    """The data section in host memory, pinned for a GPU with memory of its own."""
+    """The data section in host memory, verified, and pinned for a GPU with memory of its own."""
+    file.verify()
     pinned = device.type == "cuda" and not is_unified(device)
     data = torch.empty(file.data().numel(), dtype=torch.uint8, pin_memory=pinned)
     file.mapped.read(data, file.start)

@@ -23,6 +23,11 @@ SEGMENT_BYTES = 8 << 20
 SEGMENT_STEP = 1024
 
 
+def segment_rows(row_bytes: int) -> int:
+    """The rows of a segment, of that many packed bytes each."""
+    return max(SEGMENT_BYTES // max(1, row_bytes) // SEGMENT_STEP, 1) * SEGMENT_STEP
+
+
 class StoredRows:
     """The rows of a matrix of a store.
 
@@ -49,7 +54,7 @@ class StoredRows:
         rows, row_bytes = self.weight.packed.shape
         self.start = self.file.start + self.file.entries[f"{name}.packed"][2]
         self.row_bytes = row_bytes
-        step = max(SEGMENT_BYTES // max(1, row_bytes) // SEGMENT_STEP, 1) * SEGMENT_STEP
+        step = segment_rows(row_bytes)
         self.spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def gather(self, ids: Tensor) -> Int4Weight:

@@ -125,3 +125,24 @@ def test_linear_layers_outside_of_blocks_are_resident_and_counted():
     assert at(plan, "optimizer step")["other weights"] == size
     table = model.get_input_embeddings().int4().nbytes
     assert size < table, "the whole file would be more than these"
+
+
+def test_blocks_below_the_lowest_adapted_one_keep_nothing(store):
+    target = r"model\.layers\.2\..*_proj"
+    settings = TrainConfig(**SMALL, target_modules=target, recompute_granularity="full").resolved()
+    plan = planner(store, framework=0).predict(settings)
+    model = load(store, settings.lora()).train()
+    sizes = []
+    original = model.mebp.engine.checkpoints.save
+    model.mebp.engine.checkpoints.save = lambda tensor: sizes.append(tensor.nbytes) or original(tensor)
+    ids = torch.ones(1, settings.max_length, dtype=torch.int64)
+    model(input_ids=ids, labels=ids)
+    assert len(sizes) == 1 and plan.files["checkpoints"] == sizes[0]
+
+
+def test_rows_that_are_gathered_count_on_the_host(store, monkeypatch):
+    settings = dataclasses.replace(TrainConfig(**SMALL).resolved(), device="cuda", dtype="bfloat16", weights="file")
+    monkeypatch.setattr(machine, "is_unified", lambda device: False)
+    table = Store(store).weight("model.embed_tokens")
+    host = planner(store, framework=0).predict(settings).host_peak.components
+    assert host["other weights"] >= table.nbytes, "a small table comes in whole, by the pages around its rows"

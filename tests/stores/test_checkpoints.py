@@ -33,6 +33,14 @@ def test_a_copy_does_not_follow_its_source(residency: Any, tmp_path: Path) -> No
     assert torch.equal(checkpoint.load(), torch.ones(4))
 
 
+@pytest.mark.parametrize("residency", ["host", "file"])
+def test_what_is_loaded_may_be_changed_and_is_loaded_again_as_it_was(residency: Any, tmp_path: Path) -> None:
+    tensor = torch.arange(6.0)
+    checkpoint = checkpoint_store(residency, tmp_path).save(tensor)
+    checkpoint.load().mul_(0.5)
+    assert torch.equal(checkpoint.load(), tensor)
+
+
 def test_on_the_device_a_change_in_place_is_an_error(tmp_path: Path) -> None:
     tensor = torch.ones(4)
     checkpoint = checkpoint_store("device", tmp_path).save(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import mebp_triton as mebp
 from mebp_triton.lora import Int4Module
 from mebp_triton.memory import resident
 from mebp_triton.stores import pages
-from mebp_triton.stores.format import Store, block_file
+from mebp_triton.stores.format import SHARED, Store, block_file
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,17 @@ def test_a_flipped_bit_is_found_on_first_use(weights: Any, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="block-00001.* is damaged"):
         model = loaded(damaged, weights=weights)
         model(**batch())
+
+
+def test_a_host_copy_is_verified(store: Path, tmp_path: Path) -> None:
+    """Of the embedding too, whose file may have no other reader."""
+    damaged = tmp_path / "store"
+    shutil.copytree(store, damaged)
+    data = bytearray((damaged / SHARED).read_bytes())
+    data[-20] ^= 1
+    (damaged / SHARED).write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        pages.host_copy(Store(damaged).files[SHARED], torch.device("cpu"))
 
 
 def test_a_file_that_shrinks_while_mapped_is_an_error(tmp_path: Path) -> None:
