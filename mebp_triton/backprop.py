@@ -27,7 +27,6 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from .siblings import Siblings
 from .stores.checkpoints import Checkpoint, CheckpointStore, DeviceCheckpoints
 from .stores.pages import Pages
 from .stores.waiting import Waiting
+
 
 class BlockEngine(BlockRunner):
     """Runs the blocks of a model one by one.

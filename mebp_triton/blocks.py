@@ -115,6 +115,9 @@ class BlockRunner:
         """The block's parameters that require a gradient."""
         return [parameter for parameter in self.blocks[index].parameters() if parameter.requires_grad]
 
+    def selected_anew(self) -> None:
+        """The selection is about to change."""
+
     def is_below(self, index: int, hidden: Tensor | None) -> bool:
         """Whether the block lies below the lowest one that is trained at this step, and nothing beneath it is trained.
 

@@ -225,7 +225,9 @@ class BlockAdamW(torch.optim.Optimizer):
         """Of ``export_state``. ValueError, and nothing is changed, if ``state`` is of another model."""
         split: list[dict[str, Tensor]] = [{} for _ in self.param_groups]
         for index, group in enumerate(split):
-            group |= {name: state[f"{name}.{index}"] for name in ("moments", "steps", "lag") if f"{name}.{index}" in state}
+            group |= {
+                name: state[f"{name}.{index}"] for name in ("moments", "steps", "lag") if f"{name}.{index}" in state
+            }
             self._check_group(index, group)
         for index, group in enumerate(split):
             self.import_group(index, group)

@@ -126,13 +126,17 @@ class LayerCyclicManager:
             return sample_blocks(self.step, self.norms, self.ratio, self.seed)
         return select_blocks(self.step, self.count, self.ratio, self.schedule, self.seed)
 
+    def _select_anew(self) -> None:
+        self.engine.selected_anew()
+        self.selected = self._select()
+
     def treatment(self, index: int) -> Treatment:
         if index in self.selected:
             return "train"
         return "identity" if self.mode == "identity" else "exact"
 
     def record_norms(self, norms: Mapping[int, float]) -> None:
-        """Takes the gradient norms of this step's blocks into the running ones; one that is not finite tells nothing."""
+        """Takes the gradient norms of this step's blocks into the running ones; one that is not finite is left out."""
         for index, norm in norms.items():
             before = self.norms[index]
             if not math.isfinite(norm):
@@ -142,19 +146,28 @@ class LayerCyclicManager:
     def advance(self) -> None:
         """To the next selection: call it once per optimizer step, after all micro-batches' backward passes."""
         self.step += 1
-        self.selected = self._select()
+        self._select_anew()
 
     def attach(self, optimizer: torch.optim.Optimizer, unselected_update: UnselectedUpdate = "momentum") -> None:
         """Every step of ``optimizer`` advances the selection, until ``detach`` or ``remove``.
 
         Args:
-            optimizer: any of torch's over the model's parameters; not ``BlockAdamW``, which is told what is selected.
+            optimizer: any of torch's over all of the blocks' trainable parameters; not ``BlockAdamW``, which is told
+                what is selected.
             unselected_update: "momentum": the blocks that are not selected are stepped with a gradient of zero, as LCSB
                 does; "none": they are left as they are.
         """
         if unselected_update not in UNSELECTED_UPDATES:
             known = ", ".join(UNSELECTED_UPDATES)
             raise ValueError(f"unselected update must be one of {known}, got {unselected_update!r}")
+
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for index in range(self.count):
+            if any(id(parameter) not in held for parameter in self.engine.trainable(index)):
+                raise ValueError(
+                    f"the optimizer lacks trainable parameters of block {index}: make it of all that require a "
+                    f"gradient, before the first forward pass"
+                )
 
         def before(*_: Any) -> None:
             if self.schedule == "importance":
@@ -193,7 +206,7 @@ class LayerCyclicManager:
             raise ValueError(f"the saved selection is of {len(state['norms'])} blocks, this one of {self.count}")
         self.norms = [None if norm is None else float(norm) for norm in state["norms"]]
         self.step = int(state["step"])
-        self.selected = self._select()
+        self._select_anew()
 
     def remove(self) -> None:
         """Back to training every block; takes off the hooks that this manager put on."""

@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 from models import batch, decoded_model, tiny_store
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mebp_triton as mebp
 from mebp_triton.blocks import find_blocks
@@ -99,9 +100,65 @@ def test_what_is_not_needed_does_not_run(plain: Any, mode: Any, checkpointing: s
     step(model)
     again = [1 if index == chosen or (mode != "identity" and index > chosen) else 0 for index in range(4)]
     assert calls == ([1] * 4 if checkpointing == "none" else [1 + more for more in again])
-    counters = selection.engine.counters.taken()
-    assert counters["recompute"] == (0 if checkpointing == "none" else sum(again))
-    assert counters["forward"] == 4
+    assert selection.engine.counters.taken()["forward"] == 4
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(width, width), 0
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.calls += 1
+        return hidden_states + torch.tanh(self.layer(hidden_states))
+
+
+class Around(nn.Module):
+    """Checkpoints lie around the blocks, so that recomputes come through their hooks."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(6) for _ in range(4)).double()
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x.square().sum()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("mode", ["identity", "exact", "freeze"])
+def test_checkpoints_around_the_blocks(mode: Any, reentrant: bool) -> None:
+    x = torch.randn(3, 6, dtype=torch.float64)
+    model, other = Around(reentrant), Around(False)
+    selection = mebp.LayerCyclicManager(model, ratio=0.25, mode=mode, blocks="blocks")
+    for _ in range(4):
+        model.zero_grad()
+        model(x.clone().requires_grad_(True)).backward()
+        other.load_state_dict(model.state_dict())
+        hidden = x
+        for index, block in enumerate(other.blocks):
+            block.requires_grad_(index in selection.selected)
+            out = block(hidden)
+            passed = mode == "identity" and index not in selection.selected
+            hidden = hidden + (out - hidden).detach() if passed else out
+        other.zero_grad()
+        hidden.square().sum().backward()
+        lowest = min(selection.selected)
+        for index, (block, truth) in enumerate(zip(model.blocks, other.blocks, strict=True)):
+            assert (block.layer.weight.grad is None) == (index not in selection.selected), index
+            if index in selection.selected:
+                torch.testing.assert_close(block.layer.weight.grad, truth.layer.weight.grad, rtol=1e-12, atol=1e-14)
+            again = index in selection.selected or (mode != "identity" and index > lowest)
+            assert block.calls == 1 + again, index
+            block.calls = 0
+        selection.advance()
+
+
+def keep(outputs: dict[int, Tensor], index: int, _: Any, args: Any, output: Tensor) -> None:
+    outputs[index] = output
 
 
 def test_nothing_below_the_lowest_selected_block_has_a_graph(plain: Any) -> None:
@@ -114,7 +171,7 @@ def test_nothing_below_the_lowest_selected_block_has_a_graph(plain: Any) -> None
             selection.advance()
         outputs: dict[int, Tensor] = {}
         for index, block in enumerate(blocks):
-            block.register_forward_hook(lambda _, args, out, index=index: outputs.update({index: out}))
+            block.register_forward_hook(functools.partial(keep, outputs, index))
         step(model)
         lowest = min(selection.selected)
         assert lowest >= 2
@@ -234,6 +291,18 @@ def test_an_attached_optimizer_advances_and_updates_as_said(plain: Any, update: 
     assert selection.step == 6
     with pytest.raises(ValueError, match="unselected update must be one of momentum, none, got 'zero'"):
         selection.attach(optimizers[0], "zero")  # type: ignore[arg-type]
+
+
+def test_an_optimizer_that_lacks_parameters_is_refused(plain: Any) -> None:
+    """In mode "exact" those that are not selected require no gradient between the forward pass and the next step."""
+    model = copied(plain)
+    selection = mebp.LayerCyclicManager(model, ratio=0.25, mode="exact")
+    step(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match="the optimizer lacks trainable parameters of block 1: make it of all"):
+        selection.attach(optimizer)
+    selection.advance()
+    selection.attach(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
 
 
 def test_importance_follows_the_gradients_of_a_plain_model(plain: Any) -> None:

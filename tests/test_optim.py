@@ -98,8 +98,8 @@ def test_momentum_is_torchs_adamw_with_zero_gradients_for_the_unselected(
             set_rate(each, 1e-2 * (1 - step / 250))
         optimizer.step(selected=selected)
         reference.step()
-        for mine, other in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
-            assert (mine - other).abs().max() <= limit * other.abs().max(), f"step {step}"
+        mine, other = (torch.cat([p.detach().flatten() for p in itertools.chain(*groups)]) for groups in (ours, theirs))
+        assert (mine - other).abs().max() <= limit * other.abs().max(), f"step {step}"
     assert any(optimizer.lag)
     for index, group in enumerate(theirs):
         for place, parameter in enumerate(group):
