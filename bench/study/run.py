@@ -79,8 +79,10 @@ def settings_of(row: dict[str, Any], seed: int, steps: int, run: Path) -> TrainC
     return config
 
 
-def train(store: Path, texts: Sequence[Path], row: dict[str, Any], seed: int, steps: Sequence[int]) -> dict[str, Any]:
-    """A run to the last of ``steps``, evaluated on the held-out text after each of them."""
+def train(
+    store: Path, texts: Sequence[Path], row: dict[str, Any], seed: int, steps: int, evaluated: Sequence[int]
+) -> dict[str, Any]:
+    """A run of ``steps``, with a look at the held-out text after those that are ``evaluated``."""
     training, held_out = (tokenized(store, path, (COMMON | row)["max_length"]) for path in texts)
     found: dict[str, Any] = {"settings": row, "seed": seed, "evaluations": {}, "losses": [], "seconds": []}
     with tempfile.TemporaryDirectory() as scratch:
