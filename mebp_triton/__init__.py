@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .adapter import load_adapter as load_adapter
     from .adapter import read_adapter_config as read_adapter_config
     from .adapter import save_adapter as save_adapter
+    from .callback import SelectionCallback as SelectionCallback
     from .convert import quantize as quantize
     from .kernels.layout import Int4Weight as Int4Weight
     from .lora import Int4Linear as Int4Linear
@@ -32,6 +33,7 @@ _HOMES = {
     "LayerCyclicManager": "selection",
     "LoraConfig": "lora",
     "int4_lora_linear": "lora",
+    "SelectionCallback": "callback",
     "load": "model",
     "load_adapter": "adapter",
     "quantize": "convert",

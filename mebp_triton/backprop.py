@@ -27,14 +27,14 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.cache_utils import Cache
 
+from .blocks import BlockRunner, Treatment, hidden_state
 from .lora import Int4LoRALinear
 from .recompute import Recompute, Recording, Surroundings
 from .siblings import Siblings
@@ -42,20 +42,8 @@ from .stores.checkpoints import Checkpoint, CheckpointStore, DeviceCheckpoints
 from .stores.pages import Pages
 from .stores.waiting import Waiting
 
-Treatment = Literal["train", "exact", "identity"]
-Event = Literal["forward", "backward"]
 
-
-@dataclass
-class Counters:
-    """How often a block's forward ran, was recomputed, and was passed by its residual connection."""
-
-    forward: int = 0
-    recompute: int = 0
-    identity: int = 0
-
-
-class BlockEngine:
+class BlockEngine(BlockRunner):
     """Runs the blocks of a model one by one.
 
     Args:
@@ -64,10 +52,6 @@ class BlockEngine:
         checkpoints: where the blocks' inputs wait.
         keep_outputs: the outputs of a block's adapted layers wait there as well, and its recompute has no products.
         waiting: what those who read files count their time in.
-
-    Attributes:
-        treatment: what the selection says of block i at this step; all "train" without one.
-        observer: called with (event, block index) after each block's forward and backward.
     """
 
     def __init__(
@@ -78,34 +62,13 @@ class BlockEngine:
         keep_outputs: bool = False,
         waiting: Waiting | None = None,
     ) -> None:
-        self.blocks = list(blocks)
+        super().__init__(blocks, self._run)
         self.pages: Sequence[Pages] = pages if pages is not None else [Pages()] * len(self.blocks)
         self.checkpoints = checkpoints if checkpoints is not None else DeviceCheckpoints()
-        self.treatment: Callable[[int], Treatment] = lambda index: "train"
-        self.observer: Callable[[Event, int], None] = lambda event, index: None
-        self.counters = Counters()
         self.keep_outputs = keep_outputs
         self.waiting = Waiting() if waiting is None else waiting
         self.recomputes = [Recompute(block) for block in self.blocks]
         self.siblings = [_siblings_in(block) for block in self.blocks]
-        self._instance_forwards = [block.__dict__.get("forward") for block in self.blocks]
-        for index, block in enumerate(self.blocks):
-            original = block.forward
-            if isinstance(original, functools.partial) and isinstance(original.func.__self__, BlockEngine):  # type: ignore
-                raise ValueError("the blocks have an engine already: remove() the other one, or use model.mebp.engine")
-            wrapped = functools.wraps(original)(functools.partial(self._run, index, original))
-            block.forward = wrapped  # type: ignore[method-assign]
-
-    def remove(self) -> None:
-        """Gives every block the forward back that it had."""
-        for block, had in zip(self.blocks, self._instance_forwards, strict=True):
-            block.__dict__.pop("forward", None)
-            if had is not None:
-                block.forward = had
-
-    def trainable(self, index: int) -> list[nn.Parameter]:
-        """The block's parameters that require a gradient."""
-        return [parameter for parameter in self.blocks[index].parameters() if parameter.requires_grad]
 
     def _run(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -115,12 +78,13 @@ class BlockEngine:
             leaves = [_without_cache(leaf) for leaf in leaves]
             args, kwargs = tree_unflatten(leaves, spec)
         treatment = self.treatment(index)
+        below = self.is_below(index, hidden_state(args, kwargs))
         moving = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         parameters = self.trainable(index) if treatment == "train" else []
-        if not moving and not parameters:
+        if below or not moving and not parameters:
             with torch.no_grad():
                 return self._forward(index, original, args, kwargs)
-        hidden = _hidden_place(leaves, args, kwargs)
+        hidden = next(place for place, leaf in enumerate(leaves) if leaf is hidden_state(args, kwargs))
         run = _BlockRun(self, index, original, leaves, spec, moving, hidden, treatment, parameters)
         outputs = _BlockFunction.apply(run, *(leaves[place] for place in moving), *parameters)
         return run.rebuild(outputs)
@@ -168,15 +132,6 @@ def _without_cache(leaf: Any) -> Any:
     return None
 
 
-def _hidden_place(leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Where among the leaves the block's hidden state is: its first positional argument, or the one of that name."""
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    places = [place for place, leaf in enumerate(leaves) if leaf is hidden]
-    if not isinstance(hidden, Tensor) or not places:
-        raise ValueError("a block was called without its hidden state as first or as hidden_states argument")
-    return places[0]
-
-
 class _BlockRun:
     """One call of one block, from its forward to its backward."""
 
@@ -212,6 +167,7 @@ class _BlockRun:
         keeping: AbstractContextManager[object] = nullcontext()
         if self.treatment != "identity":
             self.checkpoint = self.engine.checkpoints.save(self.leaves[self.hidden])
+            self.engine.counters.checkpoint += 1
             if self.engine.keep_outputs:
                 self.recording = Recording(self.engine.checkpoints)
                 keeping = self.engine.recomputes[self.index].recorded(self.recording)

@@ -1,10 +1,13 @@
-"""Finds the repeated blocks of a Hugging Face model from its module tree."""
+"""The repeated blocks of a Hugging Face model: found in its module tree, and run by someone else."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -43,3 +46,94 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         names = ", ".join(entry[1] for entry in shallowest)
         raise ValueError(f"{type(model).__name__} has several lists of {count} blocks ({names}); choose with blocks=")
     return shallowest[0][1], shallowest[0][2]
+
+
+Treatment = Literal["train", "exact", "identity"]
+Event = Literal["forward", "backward"]
+
+
+@dataclass
+class Counters:
+    """How often a block's forward ran, was computed again, and was passed by; and how many inputs were kept."""
+
+    forward: int = 0
+    recompute: int = 0
+    identity: int = 0
+    checkpoint: int = 0
+
+    def taken(self) -> dict[str, int]:
+        """The counts since the last call."""
+        counts = asdict(self)
+        for name in counts:
+            setattr(self, name, 0)
+        return counts
+
+
+class BlockRunner:
+    """Stands in the place of each block's ``forward``, until ``remove``.
+
+    Args:
+        blocks: the model's blocks, in order.
+        run: called in place of block i's forward with i, that forward, and its arguments.
+
+    Attributes:
+        treatment: what the selection says of block i at this step; all "train" without one.
+        observer: called with (event, block index) after each block's forward and backward.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], run: Callable[..., Any]) -> None:
+        self.blocks = list(blocks)
+        self.treatment: Callable[[int], Treatment] = lambda index: "train"
+        self.observer: Callable[[Event, int], None] = lambda event, index: None
+        self.counters = Counters()
+        self._lowest, self._trained_beneath = 0, True
+        self._had = [block.__dict__.get("forward") for block in self.blocks]
+        self._put: list[Any] = []
+        self._removed = False
+        others = (getattr(block.forward, "block_runner", None) for block in self.blocks)
+        if any(other is not None and not other._removed for other in others):
+            raise ValueError("the blocks have an engine already: remove() the other one, or use model.mebp.engine")
+        for index, block in enumerate(self.blocks):
+            wrapped = functools.wraps(block.forward)(functools.partial(self._enter, run, index, block.forward))
+            wrapped.block_runner = self  # type: ignore[attr-defined]
+            block.forward = wrapped  # type: ignore[method-assign]
+            self._put.append(wrapped)
+
+    def _enter(self, run: Callable[..., Any], index: int, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        return original(*args, **kw) if self._removed else run(index, original, *args, **kw)
+
+    def remove(self) -> None:
+        """Gives every block the forward back that it had; where others wrapped ours since, it only calls that."""
+        self._removed = True
+        for block, had, put in zip(self.blocks, self._had, self._put, strict=True):
+            if block.__dict__.get("forward") is put:
+                del block.forward
+                if had is not None:
+                    block.forward = had
+
+    def trainable(self, index: int) -> list[nn.Parameter]:
+        """The block's parameters that require a gradient."""
+        return [parameter for parameter in self.blocks[index].parameters() if parameter.requires_grad]
+
+    def selected_anew(self) -> None:
+        """The selection is about to change."""
+
+    def is_below(self, index: int, hidden: Tensor | None) -> bool:
+        """Whether the block lies below the lowest one that is trained at this step, and nothing beneath it is trained.
+
+        ``hidden``: its input; None when it is recomputed. A leaf has nothing beneath it that is trained, also where it
+        requires a gradient for gradient checkpointing's sake.
+        """
+        if index == 0 and hidden is not None:
+            trained = (place for place in range(len(self.blocks)) if self.treatment(place) == "train")
+            self._lowest = next(trained, len(self.blocks))
+            self._trained_beneath = hidden.requires_grad and not hidden.is_leaf
+        return index < self._lowest and not self._trained_beneath
+
+
+def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A block's input: its first positional argument, or the one of that name."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise ValueError("a block was called without its hidden state as first or as hidden_states argument")
+    return hidden

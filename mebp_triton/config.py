@@ -20,9 +20,9 @@ import yaml
 from . import files
 from .kernels.ops import Backend
 from .lora import LoraConfig
-from .optim import SchedulerType, UnselectedUpdate
+from .optim import SchedulerType
 from .recompute import Granularity
-from .selection import Mode, Schedule
+from .selection import Mode, Schedule, UnselectedUpdate
 from .stores.checkpoints import Residency
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from .backprop import BlockEngine
+from .blocks import BlockRunner
+from .selection import UNSELECTED_UPDATES, UnselectedUpdate
 from .stores.checkpoints import Residency
 from .stores.moments import Moments
 
-UnselectedUpdate = Literal["momentum", "none"]
-UNSELECTED_UPDATES: tuple[UnselectedUpdate, ...] = ("momentum", "none")
 SchedulerType = Literal["linear", "cosine", "constant"]
 SCHEDULER_TYPES: tuple[SchedulerType, ...] = ("linear", "cosine", "constant")
 
 
-def block_groups(model: nn.Module, engine: BlockEngine) -> list[list[nn.Parameter]]:
+def block_groups(model: nn.Module, engine: BlockRunner) -> list[list[nn.Parameter]]:
     """Trainable parameters block by block; a last group has those outside any block, if there are some."""
     groups = [engine.trainable(index) for index in range(len(engine.blocks))]
     inside = {id(parameter) for group in groups for parameter in group}
@@ -39,6 +38,8 @@ class BlockAdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
         unselected_update: what ``step`` does to a group that was not selected. "momentum": a step with a zero
             gradient, LCSB's implicit update (the moments decay, weight decay acts, the step counts). "none": nothing.
+            A zero gradient only scales the moments, so they are left as they are until their group is selected again:
+            what they lag behind is a number. The parameters move at each step, as the next forward pass needs them.
         residency: where the moments lie: "device", "host" or "file".
         directory: where "file" puts its file.
     """
@@ -63,6 +64,7 @@ class BlockAdamW(torch.optim.Optimizer):
         super().__init__([{"params": list(group)} for group in groups], defaults)
         self.moments = Moments(groups, residency, directory)
         self.steps = [[torch.zeros(()) for _ in group] for group in groups]
+        self.lag = [0] * len(self.steps)
 
     @torch.no_grad()
     def step(self, closure: None = None, selected: Collection[int] | None = None) -> None:  # type: ignore[override]
@@ -70,9 +72,10 @@ class BlockAdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("BlockAdamW takes no closure")
         for index, group in enumerate(self.param_groups):
-            chosen = selected is None or index in selected
-            if chosen or self.unselected_update == "momentum":
-                self._step_group(index, group, chosen)
+            if selected is None or index in selected:
+                self._step_group(index, group)
+            elif self.unselected_update == "momentum":
+                self._coast(index, group)
 
     @contextmanager
     def step_in_backward(
@@ -108,7 +111,7 @@ class BlockAdamW(torch.optim.Optimizer):
             norm = float(torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm))
             on_norm(index, norm)
             norms.append(norm)
-            self._step_group(index, group, True)
+            self._step_group(index, group)
             for parameter in group["params"]:
                 parameter.grad = None
 
@@ -135,18 +138,45 @@ class BlockAdamW(torch.optim.Optimizer):
         if selected is not None and self.unselected_update == "momentum":
             with torch.no_grad():
                 for index in sorted(set(range(len(self.param_groups))).difference(selected)):
-                    self._step_group(index, self.param_groups[index], False)
+                    self._coast(index, self.param_groups[index])
 
-    def _step_group(self, index: int, group: dict[str, Any], chosen: bool) -> None:
-        places = [place for place, p in enumerate(group["params"]) if p.grad is not None or not chosen]
+    def _coast(self, index: int, group: dict[str, Any]) -> None:
+        """A step with a zero gradient; the moments are read, not written."""
+        if not group["params"]:
+            return
+        self.lag[index] += 1
+        lag, (beta1, beta2) = self.lag[index], group["betas"]
+        with self.moments.open(index, changes=False) as (first, second):
+            for parameter, m, v, steps in zip(group["params"], first, second, self.steps[index], strict=True):
+                count = float(steps) + lag
+                bias1, bias2 = 1 - beta1**count, 1 - beta2**count
+                spread = v.sqrt().mul_(math.sqrt(beta2**lag / bias2)).add_(group["eps"])
+                working = parameter if parameter.dtype == m.dtype else parameter.to(m.dtype)
+                working.mul_(1 - group["lr"] * group["weight_decay"])
+                working.addcdiv_(m, spread, value=-group["lr"] * beta1**lag / bias1)
+                if working is not parameter:
+                    parameter.copy_(working)
+
+    def _catch_up(self, index: int, group: dict[str, Any], first: list[Tensor], second: list[Tensor]) -> None:
+        """The steps with a zero gradient that the moments lag behind."""
+        lag, self.lag[index] = self.lag[index], 0
+        if lag == 0:
+            return
+        for moments, beta in zip((first, second), group["betas"], strict=True):
+            for moment in moments:
+                moment.mul_(beta**lag)
+        for steps in self.steps[index]:
+            steps += lag
+
+    def _step_group(self, index: int, group: dict[str, Any]) -> None:
+        places = [place for place, p in enumerate(group["params"]) if p.grad is not None]
         if not places:
             return
         parameters = [group["params"][place] for place in places]
         with self.moments.open(index) as (first, second):
+            self._catch_up(index, group, first, second)
             working = [p if p.dtype == first[0].dtype else p.to(first[0].dtype) for p in parameters]
-            grads = [
-                p.grad.to(w.dtype) if chosen else torch.zeros_like(w) for p, w in zip(parameters, working, strict=True)
-            ]
+            grads = [p.grad.to(w.dtype) for p, w in zip(parameters, working, strict=True)]
             adamw(
                 working,
                 grads,
@@ -169,18 +199,21 @@ class BlockAdamW(torch.optim.Optimizer):
     def export_group(self, index: int, copy: bool = True) -> dict[str, Tensor]:
         """What a resume needs of a group, on the CPU. Without ``copy``: the live moments, where they lie there."""
         steps = torch.stack(self.steps[index]) if self.steps[index] else torch.zeros(0)
-        return {"moments": self.moments.buffers[index].to("cpu", copy=copy), "steps": steps}
+        moments = self.moments.buffers[index].to("cpu", copy=copy)
+        return {"moments": moments, "steps": steps, "lag": torch.tensor(self.lag[index])}
 
     def import_group(self, index: int, state: dict[str, Tensor]) -> None:
         """Into the moments where they lie, in their own dtype. ValueError if ``state`` is of another model."""
         self._check_group(index, state)
         self.moments.buffers[index].copy_(state["moments"])
         self.steps[index] = [value.clone() for value in state["steps"]]
+        self.lag[index] = int(state["lag"])
 
     def _check_group(self, index: int, state: dict[str, Tensor]) -> None:
         buffer, saved, steps = self.moments.buffers[index], state.get("moments"), state.get("steps")
         fits = saved is not None and saved.shape == buffer.shape and saved.dtype == buffer.dtype
-        if not fits or steps is None or steps.shape != (len(self.steps[index]),):
+        counted = steps is not None and steps.shape == (len(self.steps[index]),) and state.get("lag") is not None
+        if not fits or not counted:
             raise ValueError(f"the saved optimizer state does not fit block {index} of this model")
 
     def export_state(self) -> dict[str, Tensor]:
@@ -192,7 +225,9 @@ class BlockAdamW(torch.optim.Optimizer):
         """Of ``export_state``. ValueError, and nothing is changed, if ``state`` is of another model."""
         split: list[dict[str, Tensor]] = [{} for _ in self.param_groups]
         for index, group in enumerate(split):
-            group |= {name: state[f"{name}.{index}"] for name in ("moments", "steps") if f"{name}.{index}" in state}
+            group |= {
+                name: state[f"{name}.{index}"] for name in ("moments", "steps", "lag") if f"{name}.{index}" in state
+            }
             self._check_group(index, group)
         for index, group in enumerate(split):
             self.import_group(index, group)

@@ -27,7 +27,7 @@ from .kernels.ops import resolve_backend
 from .memory import MemoryWatch, peak_resident_bytes
 from .optim import BlockAdamW, block_groups, learning_rate
 from .report import RunDirectory
-from .selection import LayerCyclicManager
+from .selection import LayerCyclicManager, gradient_norm
 from .stores.format import Store
 from .zeroth_order import MeZO
 
@@ -117,7 +117,8 @@ class Trainer:
             start_batch=self.step * config.gradient_accumulation_steps,
             epochs=None if config.max_steps else config.num_train_epochs,
         )
-        self.model.mebp.engine.waiting.taken()  # what evaluations waited for is none of a step's
+        self.model.mebp.engine.waiting.taken()  # what evaluations waited for and ran is none of a step's
+        self.model.mebp.engine.counters.taken()
         record_at = min(self.step + 1, self.total_steps - 1)  # the second step: the first one warms up
         while self.step < self.total_steps:
             micro_batches = self._micro_batches(stream)
@@ -129,6 +130,7 @@ class Trainer:
             results.append(result)
             waited = self.model.mebp.engine.waiting.taken()
             taken = {"seconds_waiting_for_data": waited, "peak_rss_bytes": peak_resident_bytes()}
+            taken |= {f"blocks_{name}": count for name, count in self.model.mebp.engine.counters.taken().items()}
             self.run.append_metrics(asdict(result) | taken)
             on_step(result)
             if self.step % config.save_steps == 0 or self.step == self.total_steps:
@@ -203,6 +205,10 @@ class Trainer:
         limit = self.config.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         self._check_finite("gradient norm", norm)
+        if self.selection.schedule == "importance":
+            groups, clipped = self.optimizer.param_groups, max(1.0, norm / limit)
+            norms = {index: clipped * gradient_norm(groups[index]["params"]) for index in selected}
+            self.selection.record_norms(norms)
         self._set_rate(rate)
         self.optimizer.step(selected=frozenset(selected) | self._outside())
         self.optimizer.zero_grad(set_to_none=True)
@@ -218,11 +224,15 @@ class Trainer:
         def check(index: int, norm: float) -> None:
             place = f"of block {index}" if index < self.selection.count else "outside the blocks"
             self._check_finite(f"gradient norm {place}", norm)
+            found[index] = norm
 
+        found: dict[int, float] = {}
         limit = self.config.max_grad_norm or math.inf
         with self.optimizer.step_in_backward(frozenset(selected) | self._outside(), limit, check) as norms:
             loss, accuracy = self._forward(micro_batches, tokens, None)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.selection.schedule == "importance":
+            self.selection.record_norms({index: found[index] for index in selected if index in found})
         return loss, accuracy, math.hypot(*norms)
 
     def _set_rate(self, rate: float) -> None:

@@ -420,3 +420,26 @@ def test_micro_batches_in_flight_at_once(llama: Any, tmp_path: Any) -> None:
         model(**batch(seed=seed)).loss.backward()
     for name, truth in our_gradients(model).items():
         assert torch.equal(found[0][name], truth) and relative_rms(found[1][name], truth) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["identity", "exact", "freeze"])
+def test_nothing_below_the_lowest_selected_block_runs_again_for_trainers_that_ask_for_input_gradients(
+    mode: Any,
+) -> None:
+    """They make a leaf of the embedding's output, for gradient checkpointing's sake."""
+    model = mebp.load(tiny_store("llama"), mebp.LoraConfig(r=4, lora_alpha=8))
+    randomize_adapter(model)
+    selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode=mode)
+    selection.advance()
+    selection.advance()
+    assert selection.selected == {2}
+    model(**batch()).loss.backward()
+    truth = our_gradients(model)
+    model.zero_grad()
+    model.enable_input_require_grads()
+    counters = model.mebp.engine.counters
+    counters.taken()
+    model(**batch()).loss.backward()
+    assert counters.taken() == {"forward": 3, "recompute": 1, "identity": 0, "checkpoint": 1}
+    for name, gradient in our_gradients(model).items():
+        assert gradient is truth[name] is None or torch.equal(gradient, truth[name])

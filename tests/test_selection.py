@@ -19,7 +19,7 @@ from models import (
 )
 
 import mebp_triton as mebp
-from mebp_triton.selection import MODES, SCHEDULES, select_blocks
+from mebp_triton.selection import MODES, SCHEDULES, gradient_norm, sample_blocks, select_blocks, selected_count
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def loaded(store: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [schedule for schedule in SCHEDULES if schedule != "importance"])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 30])
 @pytest.mark.parametrize("ratio", [0.01, 0.25, 0.5, 0.75, 1.0])
 def test_every_schedule_covers_every_block(schedule: Any, count: int, ratio: float) -> None:
@@ -54,6 +54,41 @@ def test_random_follows_the_seed_and_only_the_seed() -> None:
     torch.manual_seed(1)
     assert draws(1) == first != draws(2)
     assert len(set(first)) > 4
+
+
+def test_a_sample_grows_with_the_norms_and_leaves_none_out() -> None:
+    norms = [4.0, 1.0, 1.0, 0.0, 2.0, 1.0]
+    draws = [sample_blocks(step, norms, 1 / 3, seed=7) for step in range(3000)]
+    assert {len(draw) for draw in draws} == {selected_count(6, 1 / 3)} == {2}
+    assert draws[:50] == [sample_blocks(step, norms, 1 / 3, seed=7) for step in range(50)]
+    assert draws[:50] != [sample_blocks(step, norms, 1 / 3, seed=8) for step in range(50)]
+    often = [sum(index in draw for draw in draws) / len(draws) for index in range(6)]
+    assert often[0] > often[4] > often[1] > often[3] > 0.02
+    assert abs(often[1] - often[2]) < 0.05
+    # One of six: the probability is the weight itself, four fifths by norm and a fifth even.
+    single = [sample_blocks(step, norms, 0.1, seed=7) for step in range(6000)]
+    for index, norm in enumerate(norms):
+        expected = 0.8 * norm / 9 + 0.2 / 6
+        assert abs(sum(index in draw for draw in single) / len(single) - expected) < 0.025
+
+
+def test_blocks_without_a_norm_count_as_the_largest() -> None:
+    draws = [sample_blocks(step, [None, 3.0, None, 0.0], 0.25) for step in range(3000)]
+    often = [sum(index in draw for draw in draws) / 3000 for index in range(4)]
+    assert max(often[:3]) - min(often[:3]) < 0.05 and often[3] < 0.1
+    assert {frozenset({index}) for index in range(4)} == {sample_blocks(step, [None] * 4, 0.25) for step in range(99)}
+    assert {frozenset({index}) for index in range(3)} == {sample_blocks(step, [0.0] * 3, 0.3) for step in range(99)}
+
+
+def test_running_norms(store: Any) -> None:
+    selection = mebp.LayerCyclicManager(loaded(store), ratio=1 / 3, mode="exact", schedule="importance")
+    selection.record_norms({0: 2.0, 1: float("nan")})
+    selection.record_norms({0: 4.0, 2: 1.0})
+    assert selection.norms == [pytest.approx(0.9 * 2 + 0.1 * 4), None, 1.0]
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    assert gradient_norm(parameters) == 0.0
+    parameters[0].grad, parameters[2].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert gradient_norm(parameters) == pytest.approx(5.0)
 
 
 def test_cyclic_windows() -> None:
@@ -104,12 +139,7 @@ def test_on_plain_transformers_and_peft_models(store: Any) -> None:
         selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="exact")
         selection.advance()
         model(**batch()).loss.backward()
-        blocks = {
-            index: {
-                p.grad is not None for n, p in model.named_parameters() if f".layers.{index}." in n and p.requires_grad
-            }
-            for index in range(3)
-        }
+        blocks = {index: {p.grad is not None for p in selection.engine.trainable(index)} for index in range(3)}
         assert blocks == {0: {False}, 1: {True}, 2: {False}}
         model.zero_grad()
         selection.remove()
@@ -128,6 +158,8 @@ def test_state_goes_on_where_it_was(store: Any) -> None:
         assert first.selected == second.selected
         first.advance()
         second.advance()
+    with pytest.raises(ValueError, match="of 2 blocks, this one of 3"):
+        second.load_state_dict(first.state_dict() | {"norms": [None] * 2})
     other = mebp.LayerCyclicManager(loaded(store), **(options | {"seed": 5}))
     with pytest.raises(ValueError, match="seed 4, this one 5"):
         other.load_state_dict(first.state_dict())
@@ -137,7 +169,7 @@ def test_state_goes_on_where_it_was(store: Any) -> None:
     ("options", "message"),
     [
         ({"mode": "half"}, "mode must be one of full, identity, exact, freeze, got 'half'"),
-        ({"schedule": "spiral"}, "schedule must be one of cyclic, strided, random, got 'spiral'"),
+        ({"schedule": "spiral"}, "schedule must be one of cyclic, strided, random, importance, got 'spiral'"),
         ({"ratio": 0}, r"\(0, 1\], got 0"),
         ({"ratio": 1.5}, "got 1.5"),
         ({"ratio": float("nan")}, "got nan"),

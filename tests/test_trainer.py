@@ -19,6 +19,7 @@ from mebp_triton import files
 from mebp_triton.adapter import adapter_tensors
 from mebp_triton.data import TokenizedData, batches, collate, load_data
 from mebp_triton.optim import learning_rate
+from mebp_triton.stores.pages import Pages
 from mebp_triton.trainer import RunError, finetune
 
 # Whatever could make a resumed run differ: dropout, accumulation, a random selection, data of several epochs.
@@ -788,3 +789,42 @@ def test_micro_batches_do_not_wait_for_each_other(store, data, tmp_path):
     checkpoints.save = save
     made.train()
     assert len(alive) == 2 * 3 * 3 and max(most) == 3
+
+
+# --- what is skipped ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "recomputed", "passed", "kept"),
+    [("full", 3, 0, 3), ("identity", 1, 1, 1), ("exact", 2, 0, 2), ("freeze", 1, 0, 1)],
+)
+def test_the_counters_of_a_step_show_what_was_skipped(store, data, tmp_path, mode, recomputed, passed, kept):
+    """Of one step with one of three blocks selected: the middle one, but for "freeze"."""
+    made = trainer(store, data, tmp_path / "run", max_steps=2, selection_mode=mode, selected_ratio=0.34)
+    engine = made.model.mebp.engine
+    entered: list[int] = []
+    engine.pages = [Noted(pages, index, entered) for index, pages in enumerate(engine.pages)]
+    made.train(lambda result: result.step == 0 and entered.clear())
+    row = made.run.read_metrics()[1]
+    assert row["selected_blocks"] == {"full": [0, 1, 2], "freeze": [2]}.get(mode, [1])
+    names = ("blocks_forward", "blocks_recompute", "blocks_identity", "blocks_checkpoint")
+    assert tuple(row[name] for name in names) == (3, recomputed, passed, kept)
+    again = {"full": [2, 1, 0], "identity": [1], "exact": [2, 1], "freeze": [2]}[mode]
+    assert entered == [0, 1, 2, *again], "what is not recomputed is not read"
+
+
+class Noted(Pages):
+    """Pages that note when they are entered."""
+
+    def __init__(self, pages, index, entered):
+        self.pages, self.index, self.entered = pages, index, entered
+
+    def __enter__(self):
+        self.entered.append(self.index)
+        self.pages.__enter__()
+
+    def __exit__(self, *error):
+        self.pages.__exit__(*error)
+
+    def prefetch(self):
+        self.pages.prefetch()

