@@ -69,7 +69,7 @@ def loaded(store: Path, settings: TrainConfig, run: Path) -> Any:
         dtype=getattr(torch, settings.dtype or "float32"),
         seed=settings.seed,
         scratch_directory=run,
-        recompute_granularity="full" if settings.optim == "mezo" else "selective",
+        recompute_granularity=settings.recompute_granularity or "selective",
     )
 
 
@@ -116,18 +116,22 @@ def tokenized(store: Path, path: Path, max_length: int = COMMON["max_length"]) -
     return load_data(path, AutoTokenizer.from_pretrained(store), max_length)
 
 
-def speed(store: Path, texts: Sequence[Path], rounds: int = 3, steps: int = 4) -> dict[str, Any]:
+def speed(store: Path, texts: Sequence[Path], rounds: int = 2, steps: int = 5) -> dict[str, Any]:
     """Seconds a step of every row of MODES and BASELINES, in turns, and the highest resident set meanwhile.
 
-    ``at_256_tokens``: of full and of half of the blocks, with the losses, whose first must be the same bits.
+    ``at_256_tokens_*``: of full and of half of the blocks, for both granularities of the recompute, with the losses,
+    whose first must be the same bits.
     """
-    found = _in_turns(store, texts, MODES | BASELINES, rounds, steps)
-    longer = {name: row | {"max_length": 256} for name, row in INSTRUCTIONS.items()}
-    found["at_256_tokens"] = _in_turns(store, texts, longer, rounds, steps)
-    firsts = {losses[0] for losses in found["at_256_tokens"]["losses"].values()}
-    if len(firsts) != 1:
-        raise SystemExit(f"the same weights gave other losses: {firsts}")
-    return found
+    found: dict[str, Any] = {}
+    for granularity in ("selective", "full"):
+        longer = {
+            name: row | {"max_length": 256, "recompute_granularity": granularity} for name, row in INSTRUCTIONS.items()
+        }
+        found[f"at_256_tokens_{granularity}"] = taken = _in_turns(store, texts, longer, rounds, steps)
+        firsts = {losses[0] for losses in taken["losses"].values()}
+        if len(firsts) != 1:
+            raise SystemExit(f"the same weights gave other losses: {firsts}")
+    return found | _in_turns(store, texts, MODES | BASELINES, rounds, steps)
 
 
 def _in_turns(
