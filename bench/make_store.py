@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_random_store(
             config, chosen.output, torch.device("cpu"), chosen.scheme, chosen.group_size, tokenizer=tokenizer
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     size = sum(path.stat().st_size for path in chosen.output.iterdir())
     print(

@@ -92,6 +92,10 @@ def show(row: dict[str, Any]) -> None:
 
 def steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Whole steps of every store within its limit: as a budget, and then as a hard limit too."""
+    if not arguments.stores or len(arguments.stores) != len(arguments.limits):
+        raise SystemExit(
+            f"steps wants --stores and a limit for each, got {len(arguments.stores)} and {arguments.limits}"
+        )
     rows = [imports()]
     limits = [parse_size("limits", limit) for limit in arguments.limits]
     for store, limit in zip(arguments.stores, limits, strict=True):

@@ -153,7 +153,13 @@ def run_train(arguments: argparse.Namespace) -> None:
         checkpoint = run.checkpoint
         files.recover_directory(checkpoint)
     if checkpoint is not None and not (checkpoint / "state.json").exists():
-        raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
+        if not (arguments.resume and run.metrics.exists()):
+            raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
+        console.print(
+            f"{run.directory} has no checkpoint yet: starting from the beginning", highlight=False, soft_wrap=True
+        )
+        run.cut_metrics(0)
+        checkpoint = None
     if checkpoint is not None and settings.mlp_chunk_tokens is None:
         # Chunks change the order of sums: the run goes on with those that it, or its plan, began with.
         begun = files.read_json(checkpoint / "state.json")
@@ -201,6 +207,9 @@ def run_train(arguments: argparse.Namespace) -> None:
     console.print(f"{config.train_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
     if checkpoint is not None:
         console.print(f"resuming at step {trainer.step} of {trainer.total_steps}", highlight=False)
+        if trainer.step == trainer.total_steps and (summary := run.summary()) is not None:
+            console.print("nothing is left to do", highlight=False)
+            return answer(arguments, summary, two_columns(str(run.directory), _readable(summary)))
     summary = _train_with_progress(trainer, validation)
     answer(arguments, summary, two_columns(str(run.directory), _readable(summary)))
 

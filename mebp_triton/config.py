@@ -242,6 +242,8 @@ def read_config_file(path: Path | str) -> dict[str, Any]:
             raise ValueError(f"{path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         if name in settings:
             raise ValueError(f"{path}: setting {name!r} stands twice")
+        if name == "memory_budget" and type(value) is int:
+            value = str(value)  # bytes
         if kinds[name] is float and isinstance(value, str):  # YAML 1.1 takes 2e-4 for a word
             with contextlib.suppress(ValueError):
                 value = float(value)

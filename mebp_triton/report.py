@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 
 
+BESIDE_THE_SUMMARY = ("plots", "data", "settings", "environment")  # in run.json
+
+
 class RunDirectory:
     """Where a run writes.
 
@@ -41,6 +44,7 @@ class RunDirectory:
         self.checkpoint = self.directory / "checkpoint"
         self.adapter = self.directory / "adapter"
         self.metrics = self.directory / "metrics.jsonl"
+        self.record = self.directory / "run.json"
         self.evaluation = self.directory / "evaluation_before.json"
 
     def create(self) -> None:
@@ -98,7 +102,14 @@ class RunDirectory:
             "settings": asdict(config),
             "environment": environment(watch.device),
         }
-        files.write_json(self.directory / "run.json", record)
+        files.write_json(self.record, record)
+
+    def summary(self) -> dict[str, Any] | None:
+        """What ``finish`` was given by the run that ended here, or None."""
+        if not self.record.exists():
+            return None
+        record = files.read_json(self.record)
+        return {name: value for name, value in record.items() if name not in BESIDE_THE_SUMMARY}
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:

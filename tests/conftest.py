@@ -11,5 +11,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported, as the command does
 COMPILED = tempfile.TemporaryDirectory(prefix="mebp-triton-compiled-")
 os.environ["TRITON_CACHE_DIR"] = COMPILED.name

@@ -269,6 +269,11 @@ def test_resuming_through_the_command(mebp, world, tmp_path):
     assert resumed["resumed_at_step"] == 2
     for key in ("loss_before", "loss_after", "train_loss_last", "steps"):
         assert resumed[key] == whole[key], key
+    # At its end: nothing is left to do, and what it found stays.
+    record = (tmp_path / "cut" / "run.json").read_bytes()
+    code, out, err = mebp(*arguments, "--resume")
+    assert code == 0 and "nothing is left to do" in err and json.loads(out) == resumed
+    assert (tmp_path / "cut" / "run.json").read_bytes() == record
     # From a checkpoint elsewhere, into a new directory.
     checkpoint = tmp_path / "cut" / "checkpoint"
     result = mebp(*command, f"--output-dir={tmp_path / 'new'}", f"--resume-from-checkpoint={checkpoint}")
@@ -277,6 +282,42 @@ def test_resuming_through_the_command(mebp, world, tmp_path):
         *command, f"--output-dir={tmp_path / 'other'}", f"--resume-from-checkpoint={checkpoint}", "--mlp-chunk-tokens=8"
     )
     assert code == 2 and "mlp_chunk_tokens was 12 and now is 8" in err
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(mebp, world, tmp_path):
+    command = ["train", str(world / "store"), *texts(world), *QUICK, f"--output-dir={tmp_path / 'run'}"]
+    code = (
+        "import sys, os\n"
+        "from mebp_triton import trainer\n"
+        "real = trainer.Trainer._one_step\n"
+        "trainer.Trainer._one_step = lambda self, b: os._exit(9) if self.step == 1 else real(self, b)\n"
+        "from mebp_triton.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    child = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, env=quiet(), check=False)
+    assert child.returncode == 9 and (tmp_path / "run" / "metrics.jsonl").exists()
+    code, _, err = mebp(*command, "--resume")
+    assert code == 0 and "has no checkpoint yet: starting from the beginning" in err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_threads_do_not_spin_unless_they_are_told_to(given, found):
+    """Set before torch, and with it OpenMP, is loaded."""
+    code = (
+        "import os, sys\n"
+        "from mebp_triton.cli import main, share_cores\n"
+        "assert 'torch' not in sys.modules\n"
+        "main(['verify', 'nowhere'])\n"
+        "assert 'torch' in sys.modules\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'))\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept | given, check=True)
+    assert done.stdout.strip() == found
 
 
 def quiet():

@@ -355,3 +355,8 @@ def test_what_the_optimizer_in_the_backward_pass_refuses():
         TrainConfig(optimizer_in_backward=True, gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match="optimizer_in_backward steps by gradients, and optim 'mezo' makes none"):
         TrainConfig(optimizer_in_backward=True, optim="mezo")
+
+
+def test_a_budget_in_a_file_may_be_a_number_of_bytes(tmp_path):
+    (tmp_path / "settings.yaml").write_text("memory_budget: 629145600\n")
+    assert TrainConfig(**read_config_file(tmp_path / "settings.yaml")).memory_budget == "629145600"

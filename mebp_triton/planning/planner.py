@@ -239,12 +239,12 @@ class Planner:
             del changes[0]
         for flag, change in changes:
             changed = dataclasses.replace(settings, **change)
-            if changed != settings and (peak := self.predict(changed).peak) < least.peak:
-                helps.append(f"{flag} ({mib(peak)})")
+            if changed != settings and (needed := self.predict(changed).needed) < least.needed:
+                helps.append(f"{flag} ({mib(needed)})")
         advice = f"; what would help: {', '.join(helps)}" if helps else ""
         return (
-            f"memory_budget {mib(budget)} is too small: the smallest plan needs {mib(least.peak)}, "
-            f"and {least.reserve:.0%} in reserve, at its {top.name} ({made_of}){advice}"
+            f"memory_budget {mib(budget)} is too small: the smallest plan needs {mib(least.needed)}, which leaves "
+            f"{least.reserve:.0%} in reserve; its peak is {mib(least.peak)} at its {top.name} ({made_of}){advice}"
         )
 
 

@@ -109,13 +109,12 @@ def test_a_reserve_is_kept(plans):
 def test_nothing_fits(store):
     plans = planner(store, framework=300 * MIB)
     settings = TrainConfig(**SMALL | {"max_length": 64}, memory_budget="200MiB", per_device_train_batch_size=2)
-    least = min(plans.predict(candidate).peak for candidate in plans.candidates(settings))
+    least = min(plans.predict(candidate).needed for candidate in plans.candidates(settings))
     with pytest.raises(ValueError) as caught:
         plans.resolve(settings)
     message = str(caught.value)
-    assert message.startswith(
-        f"memory_budget 200 MiB is too small: the smallest plan needs {least / MIB:.0f} MiB, and 5% in"
-    )
+    needs = f"the smallest plan needs {least / MIB:.0f} MiB, which leaves 5% in reserve; its peak is "
+    assert message.startswith(f"memory_budget 200 MiB is too small: {needs}")
     assert "framework 334 MiB" in message and "\n" not in message
     assert "what would help: " in message and "--per-device-train-batch-size 1 (" in message
 
