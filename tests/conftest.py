@@ -11,6 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported, as the command does
+# Before torch is imported: threads that do not spin, as the command sets it, and one for each of several workers.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 COMPILED = tempfile.TemporaryDirectory(prefix="mebp-triton-compiled-")
 os.environ["TRITON_CACHE_DIR"] = COMPILED.name

@@ -187,7 +187,7 @@ def test_a_model_that_cannot_be_planned_for_is_trained(mebp, world, tmp_path, mo
     def failing(*args):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("mebp_triton.plan.TracedModel.run", failing)
+    monkeypatch.setattr("mebp_triton.planning.trace.TracedModel.run", failing)
     arguments = ["train", world / "store", *texts(world), *QUICK, f"--output-dir={tmp_path / 'run'}"]
     code, _, err = mebp(*arguments)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
