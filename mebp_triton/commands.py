@@ -230,7 +230,7 @@ def _plan(given: Path, arguments: argparse.Namespace, settings: TrainConfig) -> 
     except CannotTrace as error:
         if settings.memory_budget is not None:
             raise
-        console.print(f"no peak is predicted: {error}", highlight=False)
+        console.print(f"no peak is predicted: {error}", highlight=False, soft_wrap=True)
         return None
 
 
@@ -275,7 +275,8 @@ def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig) 
     beside = Path(config.output_dir.rstrip("/") + "-store")
     if not (beside / MANIFEST).exists():
         outside = ", outside of the memory budget" if config.memory_budget is not None else ""
-        console.print(f"{given} is not a store: quantizing it into {beside}{outside}", highlight=False)
+        note = f"{given} is not a store: quantizing it into {beside}{outside}"
+        console.print(note, highlight=False, soft_wrap=True)
         quantize_with_progress(str(given), beside, arguments)
         return beside
     found, wanted = Store(beside), open_source(given).description
@@ -285,7 +286,7 @@ def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig) 
     other |= arguments.group_size not in (None, *{info.group_size for info in matrices})
     if other:
         raise ValueError(f"{beside} is a store of {found.source} made with other options: remove it, or train in it")
-    console.print(f"{given} was quantized before: using {beside}", highlight=False)
+    console.print(f"{given} was quantized before: using {beside}", highlight=False, soft_wrap=True)
     return beside
 
 
@@ -541,7 +542,7 @@ def _shared_inputs(config: Any) -> list[list[tuple[int, int]]]:
     try:
         groups = siblings.shared_inputs(config)
     except ValueError as error:
-        console.print(f"{error}; each layer is tuned alone", highlight=False)
+        console.print(f"{error}; each layer is tuned alone", highlight=False, soft_wrap=True)
         model = build_skeleton(config, torch.float32, "eager")
         groups = [[site] for site in int4_sites(model)[0] if site.role == "linear"]
     return [[(site.out_features, site.in_features) for site in group] for group in groups]

@@ -308,10 +308,11 @@ import torch
 from mebp_triton.kernels import matmul, reference
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import can_group, int4_matmul_group_triton, int4_matmul_triton
+torch.manual_seed(0)
 codes = torch.randint(0, 16, (5, 70), dtype=torch.uint8)
 weight = Int4Weight.from_codes(codes, torch.randn(3, 5), 32)
 x = torch.randn(3, 70)
-torch.testing.assert_close(int4_matmul_triton(x, weight), reference.matmul(x, weight))
+torch.testing.assert_close(int4_matmul_triton(x, weight), reference.matmul(x, weight), rtol=1e-5, atol=1e-4)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
