@@ -103,7 +103,7 @@ def test_a_reserve_is_kept(plans):
     kept, returned = (
         plans.predict(TrainConfig(**SMALL, return_freed_memory=value).resolved()) for value in (False, True)
     )
-    assert kept.needed == math.ceil(1.1 * kept.peak) and returned.needed == math.ceil(1.05 * returned.peak)
+    assert kept.needed == math.ceil(1.12 * kept.peak) and returned.needed == math.ceil(1.05 * returned.peak)
 
 
 def test_nothing_fits(store):
