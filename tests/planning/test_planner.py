@@ -159,7 +159,7 @@ RUNS = [
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark cannot be set back here")
 def test_planned_peaks_are_measured_peaks(tmp_path):
-    """Within 10 %; and what a run adds to a process that trained before, within 25 % and 32 MiB: the first runs differ by that."""
+    """Within 10 %; and what a run adds to a process that trained before, within 25 % and 32 MiB."""
     stores = {name: random_store(mid_config(name), tmp_path / name) for name in MID}
     runs = [(str(stores[name]), {"max_steps": 2} | settings) for name, settings in RUNS]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
