@@ -78,14 +78,15 @@ class BlockEngine(BlockRunner):
             leaves = [_without_cache(leaf) for leaf in leaves]
             args, kwargs = tree_unflatten(leaves, spec)
         treatment = self.treatment(index)
-        below = self.is_below(index, hidden_state(args, kwargs))
+        hidden = hidden_state(args, kwargs)
+        below = self.is_below(index, hidden)
         moving = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         parameters = self.trainable(index) if treatment == "train" else []
         if below or not moving and not parameters:
             with torch.no_grad():
                 return self._forward(index, original, args, kwargs)
-        hidden = next(place for place, leaf in enumerate(leaves) if leaf is hidden_state(args, kwargs))
-        run = _BlockRun(self, index, original, leaves, spec, moving, hidden, treatment, parameters)
+        place = next(place for place, leaf in enumerate(leaves) if leaf is hidden)
+        run = _BlockRun(self, index, original, leaves, spec, moving, place, treatment, parameters)
         outputs = _BlockFunction.apply(run, *(leaves[place] for place in moving), *parameters)
         return run.rebuild(outputs)
 

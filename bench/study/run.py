@@ -60,17 +60,24 @@ def write_instructions(directory: Path) -> tuple[Path, Path]:
     return paths
 
 
-def loaded(store: Path, settings: TrainConfig, run: Path) -> Any:
-    return mebp.load(
+def prepared(
+    store: Path, training: TokenizedData, row: dict[str, Any], seed: int, steps: int, scratch: Path
+) -> Trainer:
+    """A new model and its trainer, which writes no checkpoints: nothing here is resumed within a run."""
+    settings = settings_of(row, seed, steps, scratch / "run")
+    model = mebp.load(
         store,
         settings.lora(),
         weights="file",
         checkpoints="device",
         dtype=getattr(torch, settings.dtype or "float32"),
         seed=settings.seed,
-        scratch_directory=run,
+        scratch_directory=scratch,
         recompute_granularity=settings.recompute_granularity or "selective",
     )
+    trainer = Trainer(model, training, settings, RunDirectory(scratch / "run"))
+    trainer.save_checkpoint = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def settings_of(row: dict[str, Any], seed: int, steps: int, run: Path) -> TrainConfig:
@@ -86,17 +93,13 @@ def train(
     training, held_out = (tokenized(store, path, (COMMON | row)["max_length"]) for path in texts)
     found: dict[str, Any] = {"settings": row, "seed": seed, "evaluations": {}, "losses": [], "seconds": []}
     with tempfile.TemporaryDirectory() as scratch:
-        run = Path(scratch) / "run"
-        config = settings_of(row, seed, steps, run)
-        model = loaded(store, config, Path(scratch))
-        trainer = Trainer(model, training, config, RunDirectory(run))
-        trainer.save_checkpoint = lambda: None  # type: ignore[method-assign]
+        trainer = prepared(store, training, row, seed, steps, Path(scratch))
 
         def look(result: Any) -> None:
             found["losses"].append(result.loss)
             found["seconds"].append(result.seconds)
             if result.step + 1 in evaluated:
-                after = evaluate(model, held_out, EVALUATED)
+                after = evaluate(trainer.model, held_out, EVALUATED)
                 found["evaluations"][result.step + 1] = [after.loss, after.token_accuracy]
 
         reset = Path("/proc/self/clear_refs")
@@ -155,12 +158,9 @@ def bias(store: Path, texts: Sequence[Path], batches: int = 8) -> dict[str, Any]
     """Per block, the cosine and the ratio of norms of a mode's gradient with the true one; each block as selected."""
     training = tokenized(store, texts[0])
     with tempfile.TemporaryDirectory() as scratch:
-        config = settings_of(MODES["full"], 0, 30, Path(scratch) / "run")
-        model = loaded(store, config, Path(scratch))
-        trainer = Trainer(model, training, config, RunDirectory(Path(scratch) / "run"))
-        trainer.save_checkpoint = lambda: None  # type: ignore[method-assign]
+        trainer = prepared(store, training, MODES["full"], 0, 30, Path(scratch))
         trainer.train()  # B is zero at first, and so is A's gradient
-        model.train()
+        model = trainer.model.train()
         engine = model.mebp.engine
         rows = []
         for number in range(batches):
