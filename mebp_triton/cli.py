@@ -1,4 +1,4 @@
-"""The command ``mebp``: parsing, messages and exit codes. What the commands do lies in ``commands``.
+"""The command ``mebp``: parsing, messages and exit codes. What each command does lies in ``commands/``.
 
 Exit codes: 0 done; 1 the run failed; 2 the user's mistake, one line that says what to do. A traceback only with
 ``--debug``.
@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import importlib
 import os
 import sys
 import warnings
@@ -188,13 +189,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``mebp``; returns the exit code."""
     arguments = _build_parser().parse_args(argv)
     share_cores()
-    from . import commands
     from .evaluate import RunError
 
     warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
     try:
-        run = getattr(commands, f"run_{arguments.command}")
-        run(arguments)
+        importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments)
         return 0
     except KeyboardInterrupt:
         hints = {"train": "; --resume goes on from the last checkpoint", "tune": "; the same command goes on"}

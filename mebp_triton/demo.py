@@ -121,7 +121,8 @@ def _run(command: list[str]) -> dict[str, Any]:
 
 
 def _samples(store: Path, adapter: Path, console: Console) -> tuple[str, str]:
-    from .commands import generate_text, load_for_inference, load_tokenizer
+    from .commands.common import load_for_inference, load_tokenizer
+    from .commands.generate import generate_text
 
     tokenizer = load_tokenizer(store)
     texts = []

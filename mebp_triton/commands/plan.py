@@ -13,12 +13,13 @@ from rich.table import Table
 
 from mebp_triton import files
 from mebp_triton.config import TrainConfig, parse_size, read_config_file
+from mebp_triton.planning.inventory import Inventory
+from mebp_triton.planning.moments import COMPONENTS, Moment
+from mebp_triton.planning.planner import Plan, Planner
 from mebp_triton.report import MIB
 from mebp_triton.stores.format import MANIFEST, Store
 
-from .inventory import Inventory
-from .moments import COMPONENTS, Moment
-from .planner import Plan, Planner
+from .common import answer, check_length, load_tokenizer, model_config
 
 CHOSEN: tuple[str, ...] = ("weights", "checkpoints", "optimizer_state", "recompute_granularity", "mlp_chunk_tokens")
 CHOSEN += ("return_freed_memory",)
@@ -119,17 +120,15 @@ def draw(plan: Plan, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def run_plan(arguments: argparse.Namespace) -> None:
-    from mebp_triton.commands import _check_length, _model_config, answer, load_tokenizer
-
+def run(arguments: argparse.Namespace) -> None:
     settings, given = settings_of(arguments), Path(arguments.model)
     path = Path(arguments.plot) if arguments.plot else None
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ValueError(f"--plot {path} names no file in an existing directory")
     if path is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs the package matplotlib, which is not installed")
-    config = _model_config(given)
-    _check_length(given, settings.max_length)
+    config = model_config(given)
+    check_length(given, settings.max_length)
     with contextlib.suppress(ValueError):
         load_tokenizer(given)  # so that what it leaves behind in a training process is here as well
     plan = planner_of(given, config, arguments.scheme, arguments.group_size).resolve(settings)

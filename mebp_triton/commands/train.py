@@ -1,0 +1,208 @@
+"""``mebp train``: fine-tunes a store, or a model that is quantized first."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mebp_triton import files
+from mebp_triton.allocator import return_free_memory, return_large_freed_memory
+from mebp_triton.config import TrainConfig, parse_size
+from mebp_triton.data import TokenizedData, load_data
+from mebp_triton.importers import open_source
+from mebp_triton.kernels.ops import resolve_backend
+from mebp_triton.memory import peak_resident_bytes
+from mebp_triton.model import load
+from mebp_triton.planning.planner import CannotTrace, Plan
+from mebp_triton.report import MIB, RunDirectory
+from mebp_triton.stores.format import MANIFEST, Store
+from mebp_triton.trainer import StepResult, Trainer, finetune
+
+from .common import (
+    DTYPES,
+    answer,
+    check_length,
+    console,
+    load_tokenizer,
+    model_config,
+    progress_bar,
+    readable,
+    two_columns,
+)
+from .plan import describe, planner_of, settings_of
+from .quantize import quantize_with_progress
+
+
+def run(arguments: argparse.Namespace) -> None:
+    settings = _train_config(arguments)
+    config = settings.resolved()
+    resolve_backend(config.backend, torch.device(config.device or "cpu"))
+    checkpoint = Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
+    if arguments.resume and checkpoint is not None:
+        raise ValueError("--resume and --resume-from-checkpoint are two ways to say the same: give one")
+    # A checkpoint of another run goes on in a new directory; that of this run, in its own.
+    inside = checkpoint is not None and checkpoint.resolve().is_relative_to(Path(config.output_dir).resolve())
+    run = RunDirectory(config.output_dir, resume=arguments.resume or inside)
+    if arguments.resume:
+        checkpoint = run.checkpoint
+        files.recover_directory(checkpoint)
+    if checkpoint is not None and not (checkpoint / "state.json").exists():
+        if not (arguments.resume and run.metrics.exists()):
+            raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
+        console.print(
+            f"{run.directory} has no checkpoint yet: starting from the beginning", highlight=False, soft_wrap=True
+        )
+        run.cut_metrics(0)
+        checkpoint = None
+    if checkpoint is not None and settings.mlp_chunk_tokens is None:
+        # Chunks change the order of sums: the run goes on with those that it, or its plan, began with.
+        begun = files.read_json(checkpoint / "state.json")
+        chunks = begun.get("config", {}).get("mlp_chunk_tokens") if isinstance(begun, dict) else None
+        settings = dataclasses.replace(settings, mlp_chunk_tokens=chunks)
+    for name in (config.train_file, config.validation_file):
+        if name is not None:
+            files.check_regular(Path(name))
+    given = Path(arguments.store)
+    is_store = _is_store(given, arguments)
+    # Where the tokenizer lies there already, the texts are read first: what is wrong with them shows at once.
+    texts = _load_texts(given, config) if given.is_dir() else None
+    # A model directory is planned for before it is quantized, so that a budget too small shows at once.
+    plan = _plan(given, arguments, settings) if given.is_dir() else None
+    store = given if is_store else _quantized(given, arguments, config)
+    data, validation = texts or _load_texts(store, config)
+    if not given.is_dir():
+        plan = _plan(store, arguments, settings)
+    if plan is not None:
+        config = plan.settings
+        if config.memory_budget is not None:
+            console.print(describe(plan), highlight=False, soft_wrap=True)
+    _keep_to(config, plan)
+    model = load(
+        store,
+        config.lora(),
+        weights=config.weights or "device",
+        checkpoints=config.checkpoints or "device",
+        device=config.device or "cpu",
+        dtype=DTYPES[config.dtype or "float32"],
+        backend=config.backend,
+        seed=config.seed,
+        scratch_directory=run.directory,
+        recompute_granularity=config.recompute_granularity or "full",
+        mlp_chunk_tokens=config.mlp_chunk_tokens,
+    )
+    trainer = Trainer(model, data, config, run)
+    trainer.planned_peak_bytes = None if plan is None else plan.peak
+    if checkpoint is not None:
+        try:
+            trainer.resume(checkpoint)
+        except ValueError:
+            run.discard_if_empty()
+            raise
+    console.print(f"{config.train_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
+    if checkpoint is not None:
+        console.print(f"resuming at step {trainer.step} of {trainer.total_steps}", highlight=False)
+        if trainer.step == trainer.total_steps and (summary := run.summary()) is not None:
+            console.print("nothing is left to do", highlight=False)
+            return answer(arguments, summary, two_columns(str(run.directory), readable(summary)))
+    summary = _train_with_progress(trainer, validation)
+    answer(arguments, summary, two_columns(str(run.directory), readable(summary)))
+
+
+def _train_config(arguments: argparse.Namespace) -> TrainConfig:
+    """As set, not resolved."""
+    settings = settings_of(arguments)
+    for name in ("train_file", "output_dir"):
+        if not getattr(settings, name):
+            raise ValueError(f"--{name.replace('_', '-')} is missing")
+    return settings
+
+
+def _plan(given: Path, arguments: argparse.Namespace, settings: TrainConfig) -> Plan | None:
+    """None, with a line that says so, for a model that cannot be planned for; without a budget it still trains."""
+    try:
+        return planner_of(given, model_config(given), arguments.scheme, arguments.group_size).resolve(settings)
+    except CannotTrace as error:
+        if settings.memory_budget is not None:
+            raise
+        console.print(f"no peak is predicted: {error}", highlight=False, soft_wrap=True)
+        return None
+
+
+def _keep_to(settings: TrainConfig, plan: Plan | None) -> None:
+    """What the settings ask of this process."""
+    return_free_memory()  # of the tokenizer and the trace
+    if settings.return_freed_memory and not return_large_freed_memory():
+        console.print("return_freed_memory needs glibc, and this is another C library: freed memory may be kept")
+    device = torch.device(settings.device or "cpu")
+    if settings.memory_budget is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        budget = parse_size("memory_budget", settings.memory_budget)
+        if plan is not None and plan.shared:
+            budget -= plan.host_peak.total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+
+
+def _is_store(given: Path, arguments: argparse.Namespace) -> bool:
+    """Whether ``given`` is a store and not a model. ValueError if it is neither, or a store that cannot be used."""
+    if not (given / MANIFEST).exists() and not (given.is_dir() and not (given / "config.json").exists()):
+        if not given.is_file():  # a GGUF file takes its time to open
+            open_source(given)
+        return False
+    Store(given)
+    if arguments.scheme or arguments.group_size:
+        raise ValueError(f"--scheme and --group-size are for models that are quantized first; {given} is a store")
+    return True
+
+
+def _load_texts(directory: Path, config: TrainConfig) -> tuple[TokenizedData, TokenizedData | None]:
+    """The training and the validation file, tokenized by what lies in ``directory``."""
+    tokenizer = load_tokenizer(directory)
+    check_length(directory, config.max_length)
+    data = load_data(config.train_file, tokenizer, config.max_length)
+    if not config.validation_file:
+        return data, None
+    return data, load_data(config.validation_file, tokenizer, config.max_length, name="validation-file")
+
+
+def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig) -> Path:
+    """A store beside the run, made from the model ``given``, now or by an earlier try."""
+    beside = Path(config.output_dir.rstrip("/") + "-store")
+    if not (beside / MANIFEST).exists():
+        outside = ", outside of the memory budget" if config.memory_budget is not None else ""
+        note = f"{given} is not a store: quantizing it into {beside}{outside}"
+        console.print(note, highlight=False, soft_wrap=True)
+        quantize_with_progress(str(given), beside, arguments)
+        return beside
+    found, wanted = Store(beside), open_source(given).description
+    matrices = found.matrices.values()
+    other = found.source != wanted
+    other |= arguments.scheme not in (None, *{info.scheme for info in matrices})
+    other |= arguments.group_size not in (None, *{info.group_size for info in matrices})
+    if other:
+        raise ValueError(f"{beside} is a store of {found.source} made with other options: remove it, or train in it")
+    console.print(f"{given} was quantized before: using {beside}", highlight=False, soft_wrap=True)
+    return beside
+
+
+def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any]:
+    recent: deque[float] = deque(maxlen=10)
+    with progress_bar("training") as update:
+
+        def on_step(result: StepResult) -> None:
+            recent.append(result.loss)
+            note = (
+                f"loss {statistics.fmean(recent):.3f}  {result.tokens / max(result.seconds, 1e-9):.0f} tok/s  "
+                f"peak {peak_resident_bytes() / MIB:.0f} MiB"
+            )
+            update(result.step + 1, trainer.total_steps, note)
+
+        def on_evaluation(done: int, total: int) -> None:
+            update(done, total, task="evaluating " + ("after" if recent else "before"))
+
+        return finetune(trainer, validation, on_step, on_evaluation)

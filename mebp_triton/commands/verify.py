@@ -1,0 +1,22 @@
+"""``mebp verify``: checks every byte of a store against its checksums."""
+
+from __future__ import annotations
+
+import argparse
+
+from mebp_triton.report import MIB
+from mebp_triton.stores.format import Store
+
+from .common import answer, progress_bar, two_columns
+
+
+def run(arguments: argparse.Namespace) -> None:
+    store = Store(arguments.store)
+    with progress_bar("verifying") as update:
+        for done, file in enumerate(store.files.values()):
+            file.verify(again=True)
+            file.mapped.drop()
+            update(done + 1, len(store.files))
+    value = {"store": arguments.store, "files": len(store.files), "bytes": store.nbytes(), "whole": True}
+    rows = {"files": len(store.files), "size": f"{store.nbytes() / MIB:.1f} MiB", "checksums": "all agree"}
+    answer(arguments, value, two_columns(arguments.store, rows))
