@@ -79,10 +79,9 @@ class BlockEngine(BlockRunner):
             args, kwargs = tree_unflatten(leaves, spec)
         treatment = self.treatment(index)
         hidden = hidden_state(args, kwargs)
-        below = self.is_below(index, hidden)
         moving = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         parameters = self.trainable(index) if treatment == "train" else []
-        if below or not moving and not parameters:
+        if self.is_below(index, bool(moving)) or not moving and not parameters:
             with torch.no_grad():
                 return self._forward(index, original, args, kwargs)
         place = next(place for place, leaf in enumerate(leaves) if leaf is hidden)
@@ -156,7 +155,8 @@ class _BlockRun:
         held = [leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and place != hidden]
         self.watched = [*engine.trainable(index), *held] if treatment != "identity" else []
         self.versions = [tensor._version for tensor in self.watched]
-        self.surroundings = Surroundings(leaves[hidden].device, random=engine.blocks[index].training)
+        self.training = engine.blocks[index].training
+        self.surroundings = Surroundings(leaves[hidden].device, random=self.training)
         self.checkpoint: Checkpoint | None = None
         self.recording: Recording | None = None
         self.output_spec: Any = None
@@ -193,6 +193,8 @@ class _BlockRun:
         changed = [p._version for p in self.watched] != self.versions
         if changed:
             raise RuntimeError(f"a parameter or an input of block {self.index} changed between forward and backward")
+        if self.engine.blocks[self.index].training != self.training:
+            raise RuntimeError(f"block {self.index} went from train() to eval(), or back, between forward and backward")
         assert self.checkpoint is not None
         leaves = list(self.leaves)
         leaves[self.hidden] = self.checkpoint.load()

@@ -79,14 +79,17 @@ class BlockRunner:
     Attributes:
         treatment: what the selection says of block i at this step; all "train" without one.
         observer: called with (event, block index) after each block's forward and backward.
+        around: the model's parameters outside of the blocks, as far as a selection named them.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], run: Callable[..., Any]) -> None:
         self.blocks = list(blocks)
+        if len(set(map(id, self.blocks))) < len(self.blocks):
+            raise ValueError("one block stands in several places of the list: shared blocks are not supported")
         self.treatment: Callable[[int], Treatment] = lambda index: "train"
         self.observer: Callable[[Event, int], None] = lambda event, index: None
         self.counters = Counters()
-        self._lowest, self._trained_beneath = 0, True
+        self.around: list[nn.Parameter] = []
         self._had = [block.__dict__.get("forward") for block in self.blocks]
         self._put: list[Any] = []
         self._removed = False
@@ -118,17 +121,15 @@ class BlockRunner:
     def selected_anew(self) -> None:
         """The selection is about to change."""
 
-    def is_below(self, index: int, hidden: Tensor | None) -> bool:
-        """Whether the block lies below the lowest one that is trained at this step, and nothing beneath it is trained.
+    def is_below(self, index: int, moving: bool) -> bool:
+        """Whether no gradient is wanted through the block: it lies below the lowest that is trained at this step.
 
-        ``hidden``: its input; None when it is recomputed. A leaf has nothing beneath it that is trained, also where it
-        requires a gradient for gradient checkpointing's sake.
+        ``moving``: one of its inputs requires a gradient. That only counts where something outside of the blocks is
+        trained: gradient checkpointing lets inputs require gradients that nobody wants.
         """
-        if index == 0 and hidden is not None:
-            trained = (place for place in range(len(self.blocks)) if self.treatment(place) == "train")
-            self._lowest = next(trained, len(self.blocks))
-            self._trained_beneath = hidden.requires_grad and not hidden.is_leaf
-        return index < self._lowest and not self._trained_beneath
+        if moving and any(parameter.requires_grad for parameter in self.around):
+            return False
+        return not any(self.treatment(place) == "train" for place in range(index + 1))
 
 
 def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -33,7 +33,7 @@ class SelectionCallback(TrainerCallback):
                 raise ValueError(f"cannot resume: {saved} is missing, and its norms decide what is selected")
             else:
                 self.selection.load_state_dict(self.selection.state_dict() | {"step": state.global_step})
-        self.selection.attach(getattr(optimizer, "optimizer", optimizer), self.unselected_update)
+        self.selection.attach(optimizer, self.unselected_update)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         directory = Path(args.output_dir, f"checkpoint-{state.global_step}")

@@ -108,10 +108,21 @@ class LayerCyclicManager:
         runtime = getattr(model, "mebp", None)
         self._own = runtime is None
         self.engine: BlockRunner = BlockHooks(find_blocks(model, blocks)[1]) if runtime is None else runtime.engine
-        self.norms: list[float | None] = [None] * self.count
-        self.selected = self._select()
-        self.engine.treatment = self.treatment
+        if isinstance(getattr(self.engine.treatment, "__self__", None), LayerCyclicManager):
+            raise ValueError("the model has a selection already: remove() it first")
+        self._model = model
         self._handles: list[Any] = []
+        self.norms: list[float | None] = [None] * self.count
+        self._select_anew()
+        able = {"full": (), "freeze": self.selected}.get(mode, range(self.count))
+        if idle := [index for index in able if not self.engine.trainable(index)]:
+            if self._own:
+                self.engine.remove()
+            raise ValueError(
+                f"block {idle[0]} has no trainable parameters and may be selected: put adapters on every block, before "
+                f"the selection"
+            )
+        self.engine.treatment = self.treatment
 
     @property
     def count(self) -> int:
@@ -129,6 +140,8 @@ class LayerCyclicManager:
     def _select_anew(self) -> None:
         self.engine.selected_anew()
         self.selected = self._select()
+        inside = {id(parameter) for block in self.engine.blocks for parameter in block.parameters()}
+        self.engine.around = [parameter for parameter in self._model.parameters() if id(parameter) not in inside]
 
     def treatment(self, index: int) -> Treatment:
         if index in self.selected:
@@ -151,16 +164,18 @@ class LayerCyclicManager:
     def attach(self, optimizer: torch.optim.Optimizer, unselected_update: UnselectedUpdate = "momentum") -> None:
         """Every step of ``optimizer`` advances the selection, until ``detach`` or ``remove``.
 
+        An optimizer that was attached before is detached.
+
         Args:
-            optimizer: any of torch's over all of the blocks' trainable parameters; not ``BlockAdamW``, which is told
-                what is selected.
+            optimizer: any of torch's over all of the blocks' trainable parameters, or accelerate's wrapper of one; not
+                ``BlockAdamW``, which is told what is selected.
             unselected_update: "momentum": the blocks that are not selected are stepped with a gradient of zero, as LCSB
                 does; "none": they are left as they are.
         """
         if unselected_update not in UNSELECTED_UPDATES:
             known = ", ".join(UNSELECTED_UPDATES)
             raise ValueError(f"unselected update must be one of {known}, got {unselected_update!r}")
-
+        optimizer = getattr(optimizer, "optimizer", optimizer)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for index in range(self.count):
             if any(id(parameter) not in held for parameter in self.engine.trainable(index)):
@@ -168,6 +183,7 @@ class LayerCyclicManager:
                     f"the optimizer lacks trainable parameters of block {index}: make it of all that require a "
                     f"gradient, before the first forward pass"
                 )
+        self.detach()
 
         def before(*_: Any) -> None:
             if self.schedule == "importance":
@@ -182,7 +198,7 @@ class LayerCyclicManager:
         self._handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def detach(self) -> None:
-        """Optimizers that were attached no longer advance the selection."""
+        """The optimizer that was attached no longer advances the selection."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -211,7 +227,8 @@ class LayerCyclicManager:
     def remove(self) -> None:
         """Back to training every block; takes off the hooks that this manager put on."""
         self.detach()
-        self.engine.treatment = lambda index: "train"
+        if getattr(self.engine.treatment, "__self__", None) is self:
+            self.engine.treatment = lambda index: "train"
         if self._own:
             self.engine.remove()
 

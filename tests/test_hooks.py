@@ -6,12 +6,14 @@ import copy
 import functools
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
 from models import batch, decoded_model, tiny_store
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint, checkpoint_sequential
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import mebp_triton as mebp
 from mebp_triton.blocks import find_blocks
@@ -113,13 +115,23 @@ class Block(nn.Module):
         return hidden_states + torch.tanh(self.layer(hidden_states))
 
 
+class Marked(Block, GradientCheckpointingLayer):
+    """As transformers' own before 5: the checkpoint is around the call, and says so."""
+
+    gradient_checkpointing = True
+    __call__ = nn.Module.__call__
+
+
+Marked.forward = Block.forward  # type: ignore[method-assign]  # without what newer versions wrap around it
+
+
 class Around(nn.Module):
     """Checkpoints lie around the blocks, so that recomputes come through their hooks."""
 
-    def __init__(self, reentrant: bool) -> None:
+    def __init__(self, reentrant: bool, kind: type[Block] = Block) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block(6) for _ in range(4)).double()
+        self.blocks = nn.ModuleList(kind(6) for _ in range(4)).double()
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,11 +140,12 @@ class Around(nn.Module):
         return x.square().sum()
 
 
+@pytest.mark.parametrize("kind", [Block, Marked])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("mode", ["identity", "exact", "freeze"])
-def test_checkpoints_around_the_blocks(mode: Any, reentrant: bool) -> None:
+def test_checkpoints_around_the_blocks(mode: Any, reentrant: bool, kind: Any) -> None:
     x = torch.randn(3, 6, dtype=torch.float64)
-    model, other = Around(reentrant), Around(False)
+    model, other = Around(reentrant, kind), Around(False)
     selection = mebp.LayerCyclicManager(model, ratio=0.25, mode=mode, blocks="blocks")
     for _ in range(4):
         model.zero_grad()
@@ -152,9 +165,27 @@ def test_checkpoints_around_the_blocks(mode: Any, reentrant: bool) -> None:
             if index in selection.selected:
                 torch.testing.assert_close(block.layer.weight.grad, truth.layer.weight.grad, rtol=1e-12, atol=1e-14)
             again = index in selection.selected or (mode != "identity" and index > lowest)
-            assert block.calls == 1 + again, index
+            # A reentrant checkpoint that somebody else made runs again whatever is in it.
+            assert block.calls == 1 + (again or (reentrant and kind is Block)), index
             block.calls = 0
         selection.advance()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("mode", ["identity", "exact"])
+def test_a_checkpoint_around_several_blocks(mode: Any, reentrant: bool) -> None:
+    """What a block gives in a recompute is read by the next one there."""
+    x = torch.randn(3, 6, dtype=torch.float64)
+    found, truth = Around(reentrant), Around(reentrant)
+    for model, spans in ((found, 2), (truth, 4)):
+        selection = mebp.LayerCyclicManager(model, ratio=0.25, mode=mode, blocks="blocks")
+        for _ in range(4):
+            start = x.clone().requires_grad_(True)
+            checkpoint_sequential(model.blocks, spans, start, use_reentrant=reentrant).square().sum().backward()
+            selection.advance()
+    for block, other in zip(found.blocks, truth.blocks, strict=True):
+        assert block.layer.weight.grad.any()
+        torch.testing.assert_close(block.layer.weight.grad, other.layer.weight.grad, rtol=1e-12, atol=1e-14)
 
 
 def keep(outputs: dict[int, Tensor], index: int, _: Any, args: Any, output: Tensor) -> None:
@@ -262,6 +293,139 @@ def test_a_compiled_model(plain: Any, mode: Any) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3_text"])
+def test_nothing_below_runs_where_the_embedding_is_not_the_blocks_input(architecture: str, checkpointing: str) -> None:
+    """GPT-2 adds positions: the first block's input is no leaf once inputs require gradients."""
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = copied(peft.get_peft_model(decoded_model(tiny_store(architecture)), config).train(), checkpointing)
+    blocks = find_blocks(model)[1]
+    selection = mebp.LayerCyclicManager(model, ratio=1 / len(blocks), mode="exact")
+    while selection.selected != {len(blocks) - 1}:
+        selection.advance()
+    calls = [0] * len(blocks)
+
+    def count(index: int, *_: Any) -> None:
+        calls[index] += 1
+
+    for index, block in enumerate(blocks):
+        (block.attn if architecture == "gpt2" else block.self_attn).register_forward_hook(
+            functools.partial(count, index)
+        )
+    step(model)
+    assert calls == [1] * (len(blocks) - 1) + [1 + (checkpointing != "none")]
+
+
+class Crossed(nn.Module):
+    """Blocks that also read what another, trained module gave: an encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Linear(6, 6).double()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)).double()
+        for block in self.blocks:
+            block.forward = functools.partial(self.block, block, block.forward)
+
+    @staticmethod
+    def block(block: nn.Module, linear: Any, hidden: Tensor, encoded: Tensor) -> Tensor:
+        return hidden + torch.tanh(linear(hidden) * encoded)
+
+    def forward(self, x: Tensor) -> Tensor:
+        encoded, hidden = self.encoder(x), x
+        for block in self.blocks:
+            hidden = block(hidden, encoded)
+        return hidden.square().sum()
+
+
+def test_a_gradient_that_leaves_by_another_input_is_kept() -> None:
+    x = torch.randn(2, 6, dtype=torch.float64)
+    for chosen in range(3):
+        model, other = Crossed(), Crossed()
+        selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="exact", blocks="blocks")
+        for _ in range(chosen):
+            selection.advance()
+        model(x).backward()
+        for index, block in enumerate(other.blocks):
+            block.requires_grad_(index == chosen)
+        other(x).backward()
+        torch.testing.assert_close(model.encoder.weight.grad, other.encoder.weight.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_a_skipped_first_block_changes_nothing_for_the_others() -> None:
+    """As LayerDrop skips."""
+    model = Around(False)
+    selection = mebp.LayerCyclicManager(model, ratio=0.25, mode="exact", blocks="blocks")
+    selection.advance()
+    hidden = torch.randn(3, 6, dtype=torch.float64)
+    for block in model.blocks[1:]:
+        hidden = block(hidden)
+    hidden.sum().backward()
+    assert [block.layer.weight.grad is not None for block in model.blocks] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("mode", ["identity", "exact"])
+def test_a_selection_that_changes_before_the_backward_pass_is_an_error(
+    plain: Any, mode: Any, checkpointing: str
+) -> None:
+    model = copied(plain, checkpointing)
+    selection = mebp.LayerCyclicManager(model, ratio=0.5, mode=mode)
+    loss = model(**batch(), use_cache=False).loss
+    selection.advance()
+    with pytest.raises((RuntimeError, CheckpointError), match=r"advance\(\) after|different number|different metadata"):
+        loss.backward()
+    for around in (True, False):
+        other = Around(around)
+        selection = mebp.LayerCyclicManager(other, ratio=0.5, mode=mode, blocks="blocks")
+        loss = other(torch.randn(3, 6, dtype=torch.float64, requires_grad=True))
+        selection.advance()
+        with pytest.raises((RuntimeError, CheckpointError)):
+            loss.backward()
+
+
+def test_an_evaluation_between_forward_and_backward_changes_nothing(plain: Any) -> None:
+    for checkpointing in CHECKPOINTING:
+        model = copied(plain, checkpointing)
+        model.get_input_embeddings().weight.requires_grad_(True)
+        selection = mebp.LayerCyclicManager(model, ratio=0.25, mode="exact")
+        selection.advance()
+        truth = {name: None if g is None else g.clone() for name, g in step(model)[1].items()}
+        model.zero_grad()
+        loss = model(**batch(), use_cache=False).loss
+        with torch.no_grad():
+            model(**batch(), use_cache=False)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is None) == (truth.get(name) is None), name
+            assert parameter.grad is None or torch.equal(parameter.grad, truth[name]), name
+
+
+def test_a_forward_pass_without_the_adapter_does_not_thaw_what_the_next_one_freezes(plain: Any) -> None:
+    model = copied(plain)
+    selection = mebp.LayerCyclicManager(model, ratio=0.25, mode="exact")
+    with model.disable_adapter():
+        model(**batch(), use_cache=False)
+    trained = {int(n.split(".layers.")[1].split(".")[0]) for n, g in step(model)[1].items() if g is not None}
+    assert trained == selection.selected == {0}
+
+
+def test_blocks_that_have_nothing_to_train_are_refused() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(decoded_model(tiny_store("llama")), config)
+    for _ in range(2):  # and nothing stays behind
+        with pytest.raises(ValueError, match="block 1 has no trainable parameters and may be selected"):
+            mebp.LayerCyclicManager(model, ratio=0.5)
+    mebp.LayerCyclicManager(model, mode="full").remove()
+
+
+def test_one_block_in_two_places_is_refused() -> None:
+    model = Around(False)
+    model.blocks[1] = model.blocks[0]
+    with pytest.raises(ValueError, match="one block stands in several places"):
+        mebp.LayerCyclicManager(model, blocks="blocks")
+
+
 # --- with an optimizer ----------------------------------------------------------------------------------------------
 
 
@@ -293,6 +457,36 @@ def test_an_attached_optimizer_advances_and_updates_as_said(plain: Any, update: 
         selection.attach(optimizers[0], "zero")  # type: ignore[arg-type]
 
 
+def test_attaching_again_replaces(plain: Any) -> None:
+    model = copied(plain)
+    selection = mebp.LayerCyclicManager(model, ratio=0.25, mode="exact")
+    optimizers = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad]) for _ in range(2)]
+    for optimizer in optimizers:
+        selection.attach(optimizer)
+        selection.attach(optimizer)
+    optimizers[1].step()
+    assert selection.step == 1
+    optimizers[0].step()
+    assert selection.step == 1
+    selection.remove()
+    optimizers[1].step()
+    assert selection.step == 1
+
+
+def test_accelerates_optimizer(plain: Any) -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = copied(plain)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model, optimizer = accelerator.prepare(model, optimizer)
+    selection = mebp.LayerCyclicManager(model, ratio=0.25, mode="exact")
+    selection.attach(optimizer)
+    for number in range(3):
+        assert selection.step == number
+        accelerator.backward(model(**batch(), use_cache=False).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_an_optimizer_that_lacks_parameters_is_refused(plain: Any) -> None:
     """In mode "exact" those that are not selected require no gradient between the forward pass and the next step."""
     model = copied(plain)
@@ -311,9 +505,12 @@ def test_importance_follows_the_gradients_of_a_plain_model(plain: Any) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     selection.attach(optimizer, "none")
     assert selection.norms == [None] * 4
-    for _ in range(8):
+    for number in range(8):
+        chosen = selection.selected
         step(model)
         optimizer.step()
+        if number == 0:
+            assert {index for index, norm in enumerate(selection.norms) if norm is not None} == chosen
     assert all(norm is not None and norm > 0 for norm in selection.norms)
     other = mebp.LayerCyclicManager(copied(plain), ratio=0.5, mode="exact", schedule="importance", seed=2)
     other.load_state_dict(selection.state_dict())

@@ -170,7 +170,7 @@ def bias(store: Path, texts: Sequence[Path], batches: int = 8) -> dict[str, Any]
         engine = model.mebp.engine
         rows = []
         for number in range(batches):
-            ids = torch.from_numpy(training[number * 7].ids.astype("int64"))[None]
+            ids = training[number * 7].input_ids[None]
             engine.treatment = lambda index: "train"
             truth = gradients(model, ids)
             for ratio in (0.25, 0.5, 0.75):
