@@ -94,6 +94,15 @@ def test_identity_equals_a_detached_residual() -> None:
     assert (engine.counters.recompute, engine.counters.identity) == (2, 2)
 
 
+def test_a_block_that_changes_its_mode_before_the_backward_pass_is_an_error() -> None:
+    """Its dropout would be another one."""
+    _, ours, _, x = stacks()
+    value = ours(x)
+    ours.eval()
+    with pytest.raises(RuntimeError, match=r"went from train\(\) to eval\(\)"):
+        value.backward()
+
+
 def test_nothing_below_the_lowest_selected_block_runs_backward() -> None:
     _, ours, engine, x = stacks()
     engine.treatment = lambda index: "train" if index == 3 else "exact"

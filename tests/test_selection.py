@@ -242,3 +242,14 @@ def test_removed_it_trains_every_block_and_keeps_our_engine(store: Any) -> None:
     model(**batch()).loss.backward()
     assert all(grad is not None for grad in our_gradients(model).values())
     assert model.mebp.engine.counters.recompute == 3
+
+
+def test_one_selection_at_a_time(store: Any) -> None:
+    model = loaded(store)
+    first = mebp.LayerCyclicManager(model, ratio=1 / 3)
+    with pytest.raises(ValueError, match="has a selection already"):
+        mebp.LayerCyclicManager(model, ratio=1 / 3)
+    first.remove()
+    second = mebp.LayerCyclicManager(model, ratio=1 / 3)
+    first.remove()  # that of another is left alone
+    assert [model.mebp.engine.treatment(index) for index in range(3)].count("train") == len(second.selected) == 1

