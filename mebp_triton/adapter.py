@@ -38,7 +38,7 @@ def save_adapter(model: Any, directory: Path | str) -> None:
     """Writes the adapter of ``model`` into ``directory``, as PEFT would; files of an older one are replaced whole."""
     config = _config_of(model)
     if config is None:
-        raise ValueError("the model has no adapter to save: make it with lora=LoraConfig(...), or use PEFT's save_pretrained")
+        raise ValueError("the model has no adapter of ours to save: make it with lora=LoraConfig(...)")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}

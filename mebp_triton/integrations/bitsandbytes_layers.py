@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.layout import GROUP_SIZES, Int4Weight
+from mebp_triton.kernels.layout import GROUP_SIZES, Int4Weight
 
 
 def is_linear4bit(module: nn.Module) -> bool:
@@ -82,7 +82,7 @@ def _group_size(in_features: int, blocksize: int, where: str) -> int:
     fitting = [size for size in GROUP_SIZES if common % size == 0]
     if not fitting:
         raise ValueError(
-            f"{where}: in_features={in_features} is no multiple of 32, so bitsandbytes' blocks of {blocksize} cross its "
-            "rows and cannot be taken over exactly; name it in exclude_modules, or load the model unquantised"
+            f"{where}: in_features={in_features} is no multiple of 32, so bitsandbytes' blocks of {blocksize} cross "
+            "its rows and cannot be taken over exactly; name it in exclude_modules, or load the model unquantised"
         )
     return max(fitting)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..lora import UNSUPPORTED, Int4Linear, Int4LoRALinear, int4_lora_linear
+from mebp_triton.lora import UNSUPPORTED, Int4Linear, Int4LoRALinear, int4_lora_linear
 
 if TYPE_CHECKING:
     PeftInt4Linear: Any
@@ -40,7 +40,7 @@ def register_peft() -> None:
     """
     from peft.tuners.lora import LoraModel
 
-    create = LoraModel._create_new_module
+    create: Any = LoraModel._create_new_module
     if getattr(create, "knows_int4", False):
         return
     layer = peft_layer()
@@ -51,7 +51,7 @@ def register_peft() -> None:
         return create(lora_config, *args, **kwargs)
 
     create_new_module.knows_int4 = True  # type: ignore[attr-defined]
-    LoraModel._create_new_module = staticmethod(create_new_module)
+    LoraModel._create_new_module = staticmethod(create_new_module)  # type: ignore[method-assign]
 
 
 def is_lora_layer(module: nn.Module) -> bool:
@@ -121,21 +121,26 @@ def peft_layer() -> Any:
             if names is not None:
                 return self._mixed_batch_forward(x, *args, adapter_names=names, **kwargs)
             active = [name for name in self.active_adapters if name in self.lora_A]
-            base = self.base_layer
+            base: Any = self.base_layer
             if len(active) == 1 and self._fuses(active[0]):
-                a, b = self.lora_A[active[0]].weight, self.lora_B[active[0]].weight
-                return int4_lora_linear(x, base.int4(), base.bias, a, b, self.scaling[active[0]], base.backend)
+                a, b = self._adapter(active[0])
+                scaling = self.scaling[active[0]]
+                return int4_lora_linear(x, base.int4(), base.bias, a.weight, b.weight, scaling, base.backend)
             y = base(x)
             dtype = y.dtype
             for name in active:
-                a, b = self.lora_A[name], self.lora_B[name]
+                a, b = self._adapter(name)
                 inside = self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype))
                 y = y + b(a(inside)) * self.scaling[name]
             return y.to(dtype)
 
+        def _adapter(self, name: str) -> tuple[Any, Any]:
+            """The modules of A ``[R, K]`` and B ``[N, R]``."""
+            return self.lora_A[name], self.lora_B[name]
+
         def _fuses(self, adapter: str) -> bool:
             """Whether the fused operation does what the separate modules would."""
-            a, b, dropout = self.lora_A[adapter], self.lora_B[adapter], self.lora_dropout[adapter]
+            (a, b), dropout = self._adapter(adapter), self.lora_dropout[adapter]
             plain = type(self.base_layer) is Int4Linear and type(a) is type(b) is nn.Linear and b.bias is None
             drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
             return plain and not drops and not any(_watched(module) for module in (self.base_layer, a, b, dropout))

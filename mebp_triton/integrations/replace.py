@@ -6,15 +6,16 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..kernels.layout import Int4Weight, Scheme
-from ..kernels.ops import resolve_backend
-from ..lora import Int4Linear, Int4LoRALinear, LoraConfig, as_lora_config
-from ..model import check_targets
-from ..quantization import quantize_matrix
+from mebp_triton.kernels.layout import Scheme
+from mebp_triton.kernels.ops import resolve_backend
+from mebp_triton.lora import Int4Linear, Int4LoRALinear, LoraConfig, as_lora_config
+from mebp_triton.model import check_targets
+from mebp_triton.quantization import quantize_matrix
+
 from .bitsandbytes_layers import check_linear4bit, is_linear4bit, take_linear4bit
 from .peft_layer import check_lora_layer, is_lora_layer, register_peft, take_lora_layer
 
@@ -26,6 +27,7 @@ def replace_linears(
     exclude_modules: str | tuple[str, ...] | list[str] | None = None,
     scheme: Scheme = "symmetric",
     group_size: int = 64,
+    scale_search: bool = True,
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     seed: int = 0,
@@ -43,7 +45,7 @@ def replace_linears(
         lora: ours or a ``peft.LoraConfig``; the layers it targets become ``Int4LoRALinear``. None: no adapters, or
             those of PEFT that the model has.
         exclude_modules: layers that stay as they are; as in ``LoraConfig``.
-        scheme, group_size: of the layers that are quantised here; see ``quantize``.
+        scheme, group_size, scale_search: for the layers that are quantised here; as in ``quantize``.
         adapter_dtype: float32 or bfloat16.
         backend: "auto", "triton" or "panel".
         seed: of the adapters' initial values.
@@ -55,15 +57,16 @@ def replace_linears(
     config = None if lora is None else as_lora_config(lora)
     sites = _sites(model, exclude_modules)
     modules = {path: model.get_submodule(path) for (path, *_) in sites}
-    has_peft = any(is_lora_layer(module) for module in modules.values()) or hasattr(model, "peft_config")
+    has_peft = _has_peft(model)
     _check(model, modules, config, has_peft, scheme, group_size, adapter_dtype, backend)
     del modules
 
+    options = (scheme, group_size, scale_search)
     generator = torch.Generator().manual_seed(seed)
     for path, *aliases in sites:
         old = model.get_submodule(path)
         layer = old.base_layer if is_lora_layer(old) else old
-        new = layer if type(layer) is Int4Linear else _frozen(layer, path, scheme, group_size, backend)
+        new = layer if type(layer) is Int4Linear else _frozen(layer, path, options, backend)
         if is_lora_layer(old):
             take_lora_layer(old, new)
             continue
@@ -81,8 +84,17 @@ def replace_linears(
         elif importlib.util.find_spec("peft") is not None:
             register_peft()
     if not any(is_linear4bit(module) for module in model.modules()):
-        _forget_bitsandbytes(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        _forget_bitsandbytes(_inner(model))
     return model
+
+
+def _inner(model: Any) -> Any:
+    """The model that PEFT was put around, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _has_peft(model: Any) -> bool:
+    return _inner(model) is not model or any(is_lora_layer(module) for module in model.modules())
 
 
 def _sites(model: nn.Module, exclude: Any) -> list[list[str]]:
@@ -106,7 +118,7 @@ def _sites(model: nn.Module, exclude: Any) -> list[list[str]]:
 def _kept_modules(model: Any) -> set[nn.Module]:
     """What stays float: heads, which lie outside of a transformers model's base; what it wants in float32; and what
     PEFT trains whole."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inner(model)
     kept: set[nn.Module] = set()
     if isinstance(inner, PreTrainedModel):
         base = set(inner.base_model.modules())
@@ -115,7 +127,7 @@ def _kept_modules(model: Any) -> set[nn.Module]:
         kept |= set() if head is None else set(head.modules())
         wanted = set(getattr(inner, "_keep_in_fp32_modules", None) or ())
         kept |= {module for name, module in inner.named_modules() if wanted & set(name.split("."))}
-    if inner is not model:
+    if _has_peft(model):
         kept |= {m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
     return kept
 
@@ -161,23 +173,18 @@ def _check(
         check_targets(config, list(modules), kind)
 
 
-def _frozen(layer: Any, path: str, scheme: Scheme, group_size: int, backend: str) -> Int4Linear:
+def _frozen(layer: Any, path: str, options: tuple[Scheme, int, bool], backend: str) -> Int4Linear:
     if is_linear4bit(layer):
-        new = Int4Linear(take_linear4bit(layer, path), None, layer.compute_dtype or torch.float32, backend)
+        weight, dtype = take_linear4bit(layer, path), layer.compute_dtype or torch.float32
     else:
-        weight: Tensor = layer.weight.detach()
-        dtype = weight.dtype
-        new = Int4Linear(_quantized(weight.t() if isinstance(layer, Conv1D) else weight, path, scheme, group_size),
-                         None, dtype, backend)
+        matrix, dtype = layer.weight.detach(), layer.weight.dtype
+        try:
+            weight = quantize_matrix(matrix.t() if isinstance(layer, Conv1D) else matrix, *options)[0]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    new = Int4Linear(weight, None, dtype, backend)
     new.register_parameter("bias", layer.bias)
-    return new
-
-
-def _quantized(weight: Tensor, path: str, scheme: Scheme, group_size: int) -> Int4Weight:
-    try:
-        return quantize_matrix(weight, scheme, group_size)[0]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return new.train(layer.training)
 
 
 def _adapted(
@@ -209,5 +216,5 @@ def _forget_bitsandbytes(model: Any) -> None:
     for name in ("hf_quantizer", "is_loaded_in_4bit", "is_4bit_serializable", "is_quantized", "quantization_method"):
         vars(model).pop(name, None)
     if isinstance(model, PreTrainedModel):
-        vars(model.config).pop("quantization_config", None)
-        vars(model.config).pop("_is_quantized", None)
+        for name in ("quantization_config", "_is_quantized", "_pre_quantization_dtype"):
+            vars(model.config).pop(name, None)
