@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .adapter import save_adapter as save_adapter
     from .callback import SelectionCallback as SelectionCallback
     from .convert import quantize as quantize
+    from .integrations.peft_layer import PeftInt4Linear as PeftInt4Linear
+    from .integrations.peft_layer import register_peft as register_peft
+    from .integrations.replace import replace_linears as replace_linears
     from .kernels.layout import Int4Weight as Int4Weight
     from .lora import Int4Linear as Int4Linear
     from .lora import Int4LoRALinear as Int4LoRALinear
@@ -32,12 +35,15 @@ _HOMES = {
     "Int4Weight": "kernels.layout",
     "LayerCyclicManager": "selection",
     "LoraConfig": "lora",
+    "PeftInt4Linear": "integrations.peft_layer",
     "int4_lora_linear": "lora",
     "SelectionCallback": "callback",
     "load": "model",
     "load_adapter": "adapter",
     "quantize": "convert",
     "read_adapter_config": "adapter",
+    "register_peft": "integrations.peft_layer",
+    "replace_linears": "integrations.replace",
     "save_adapter": "adapter",
 }
 __all__ = ["__version__", *sorted(_HOMES)]

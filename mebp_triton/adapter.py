@@ -36,14 +36,28 @@ def adapter_tensors(model: Any) -> dict[str, Tensor]:
 
 def save_adapter(model: Any, directory: Path | str) -> None:
     """Writes the adapter of ``model`` into ``directory``, as PEFT would; files of an older one are replaced whole."""
-    config: LoraConfig | None = model.mebp.lora
+    config = _config_of(model)
     if config is None:
-        raise ValueError("the model has no adapter to save: load it with lora=LoraConfig(...)")
+        raise ValueError("the model has no adapter of ours to save: make it with lora=LoraConfig(...)")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
     files.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt"})
     files.write_json(directory / CONFIG, _peft_config(config, model))
+
+
+def _config_of(model: Any) -> LoraConfig | None:
+    """What the model's adapter was made from: by ``load``, or by ``replace_linears``."""
+    return model.mebp.lora if hasattr(model, "mebp") else getattr(model, "mebp_lora", None)
+
+
+def _base_of(model: Any) -> tuple[str, str | None]:
+    """Name and PEFT's task type of the model beneath the adapter."""
+    if hasattr(model, "mebp"):
+        return os.path.basename(os.path.abspath(model.mebp.store.directory)), "CAUSAL_LM"
+    config: Any = getattr(model, "config", None)
+    causal = hasattr(model, "can_generate") and model.can_generate() and not config.is_encoder_decoder
+    return getattr(config, "name_or_path", ""), "CAUSAL_LM" if causal else None
 
 
 def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
@@ -52,10 +66,11 @@ def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
     targets: Any = config.target_modules
     if targets == "all-linear" or config.exclude_modules:
         targets = _shortest_suffixes(model, layers)
+    base, task = _base_of(model)
     return {
         "alpha_pattern": dict(config.alpha_pattern),
         "auto_mapping": None,
-        "base_model_name_or_path": os.path.basename(os.path.abspath(model.mebp.store.directory)),
+        "base_model_name_or_path": base,
         "bias": "none",
         "exclude_modules": None,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
@@ -73,7 +88,7 @@ def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
         "rank_pattern": dict(config.rank_pattern),
         "revision": None,
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "use_dora": False,
         "use_rslora": config.use_rslora,
     }
@@ -116,7 +131,7 @@ def read_adapter_tensors(directory: Path | str) -> dict[str, Tensor]:
 def load_adapter(model: Any, directory: Path | str) -> None:
     """Puts a saved adapter's values into ``model``, which must have been loaded with the same layers and ranks.
 
-    ``mebp_triton.load(store, lora=read_adapter_config(directory))`` makes such a model.
+    ``mebp_triton.load(store, lora=read_adapter_config(directory))`` makes such a model, as ``replace_linears`` does.
 
     Raises:
         ValueError: the adapter is of another model or shape; the model keeps its own.
@@ -134,7 +149,8 @@ def load_adapter(model: Any, directory: Path | str) -> None:
         layer.scaling = config.scaling(name)
     # So that ``save_adapter`` writes the scaling that is used.
     scale = {key: getattr(config, key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
-    model.mebp.lora = replace(model.mebp.lora or config, **scale)
+    holder, name = (model.mebp, "lora") if hasattr(model, "mebp") else (model, "mebp_lora")
+    setattr(holder, name, replace(_config_of(model) or config, **scale))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -189,9 +189,10 @@ class _Int4LoRAFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: gradient checkpointing does not hand them out again
         # Whoever calls backward under autocast would otherwise get its products rounded.
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return _lora_gradients(ctx, dys)
+        with torch.autocast(saved[0].device.type, enabled=False):
+            return _lora_gradients(ctx, saved, dys)
 
 
 def _concatenated(lora_as: Sequence[Any], dtype: torch.dtype) -> Tensor:
@@ -199,8 +200,8 @@ def _concatenated(lora_as: Sequence[Any], dtype: torch.dtype) -> Tensor:
     return given[0] if len(given) == 1 else torch.cat(given)
 
 
-def _lora_gradients(ctx: Any, dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    x, t, *tensors = ctx.saved_tensors
+def _lora_gradients(ctx: Any, saved: tuple[Tensor, ...], dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    x, t, *tensors = saved
     need_x, _, _, _, _, *need = ctx.needs_input_grad
     ts = t.split([a.shape[0] for a in tensors[1::3]], dim=-1)
     gradients: list[Tensor | None] = [None] * len(tensors)
@@ -318,6 +319,16 @@ class Int4Module(nn.Module):
         self._set_packed(weight.packed)
         for name in ("scales", "minimum", "codebook"):
             self._buffers[name] = getattr(weight, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """``model.to(dtype)`` and its like move the weight, and leave the dtypes of its tensors alone."""
+        own = {id(self._buffers[name]) for name in self.INT4_BUFFERS if self._buffers.get(name) is not None}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if id(tensor) not in own or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     def int4(self) -> Int4Weight:
         """The weight as it lies now."""

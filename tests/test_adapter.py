@@ -153,7 +153,7 @@ def test_damaged_files(llama: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_adapter_saves_none(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no adapter to save"):
+    with pytest.raises(ValueError, match="no adapter of ours to save"):
         mebp.save_adapter(mebp.load(llama), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -410,6 +410,17 @@ class TestLayers:
         for tensor, truth in zip(asked, torch.autograd.grad(twin, asked, dy), strict=True):
             torch.testing.assert_close(tensor.grad, truth)
 
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_under_torchs_own_checkpointing(self, reentrant):
+        """Which hands out what is saved for the backward pass only once."""
+        module = layer()
+        nn.init.normal_(module.lora_B)
+        x = normal(4, 70).requires_grad_()
+        asked, dy = (x, module.lora_A, module.lora_B), normal(4, 9)
+        truth = torch.autograd.grad(module(x), asked, dy)
+        torch.utils.checkpoint.checkpoint(module, x, use_reentrant=reentrant).backward(dy)
+        assert all(torch.equal(tensor.grad, expected) for tensor, expected in zip(asked, truth, strict=True))
+
     def test_dropout_rests_outside_of_training(self):
         module, x = layer(dropout=0.9).eval(), normal(4, 70)
         nn.init.normal_(module.lora_B)
