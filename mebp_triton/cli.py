@@ -82,7 +82,9 @@ def _build_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help, parents=[common], allow_abbrev=False)
 
     quantize = command("quantize", "make an int4 store from a model directory or a GGUF file")
-    quantize.add_argument("source", metavar="SRC", help="transformers model directory (safetensors), or .gguf file")
+    quantize.add_argument(
+        "source", metavar="SRC", help="model directory (safetensors; 4-bit bitsandbytes too), or .gguf"
+    )
     quantize.add_argument("store", metavar="OUT", help="the store directory to make")
     _add_quantize_options(quantize, SCHEMES, GROUP_SIZES)
 
@@ -162,10 +164,10 @@ def _add_tune_options(
 
 def _add_quantize_options(parser: argparse.ArgumentParser, schemes: Sequence[str], group_sizes: Sequence[int]) -> None:
     parser.add_argument(
-        "--scheme", choices=schemes, help="how codes become weights (default: the GGUF's, or symmetric)"
+        "--scheme", choices=schemes, help="how codes become weights (default: the source's, or symmetric)"
     )
     parser.add_argument(
-        "--group-size", type=int, choices=group_sizes, help="weights per scale (default: the GGUF's, or 64)"
+        "--group-size", type=int, choices=group_sizes, help="weights per scale (default: the source's, or 64)"
     )
     parser.add_argument(
         "--scale-search",

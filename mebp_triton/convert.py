@@ -71,9 +71,10 @@ def quantize(
     Args:
         source: what to read; one tensor is in memory at a time, and one block of int4 weights.
         store: must not exist, or be empty. It appears whole or not at all.
-        scheme: "symmetric", "affine" or "codebook" (NF4). By default 4-bit matrices of a GGUF file are taken over bit
-            for bit and its others follow their scheme; a model directory's become symmetric.
-        group_size: 32, 64 or 128; by default the GGUF file's, or 64.
+        scheme: "symmetric", "affine" or "codebook" (NF4). By default 4-bit matrices of a GGUF file or of a
+            bitsandbytes checkpoint are taken over bit for bit and its others follow their scheme; a plain model
+            directory's become symmetric.
+        group_size: 32, 64 or 128; by default the source's, or 64.
         scale_search: search each group's scale for the least squared error.
         blocks: path of the block list, where it is not found by itself.
         progress: called with (matrices done, matrices in all).
