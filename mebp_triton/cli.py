@@ -124,6 +124,17 @@ def _build_parser() -> argparse.ArgumentParser:
     tune = command("tune", "find the fastest kernel configurations for this device, or for one that is not here")
     _add_tune_options(tune, SCHEMES, GROUP_SIZES, tuple(DTYPES))
 
+    merge = command("merge", "make a 16- or 32-bit model directory of a store and its adapter, or a store again")
+    merge.add_argument("store", metavar="STORE", help="a store made by mebp quantize")
+    merge.add_argument("output", metavar="OUT", help="the directory to make")
+    merge.add_argument("--adapter", metavar="DIR", help="adapter in PEFT's format; without one: the decoded weights")
+    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the config's)")
+    merge.add_argument("--as-store", action="store_true", help="a store again: what was adapted is quantized anew")
+    _add_quantize_options(merge, SCHEMES, GROUP_SIZES)
+    merge.add_argument("--validation-file", metavar="FILE", help="what merging costs: the loss on it, before and after")
+    merge.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    merge.add_argument("--max-eval-windows", type=int, metavar="N", help="evenly spaced windows; all by default")
+
     verify = command("verify", "check every byte of a store against its checksums")
     verify.add_argument("store", metavar="STORE")
     doctor = command("doctor", "what this machine has, and what is missing")

@@ -122,8 +122,8 @@ class BitsandbytesDirectory(SafetensorsDirectory):
     def _weight(self, key: str, state: dict[str, Any]) -> Int4Weight:
         absmax = self._tensor(f"{key}.absmax")
         if "nested_blocksize" in state:
-            nested = (self._tensor(f"{key}.nested_{part}") for part in ("quant_map", "absmax"))
-            absmax = resolve_absmax(absmax, *nested, state["nested_blocksize"], state["nested_offset"])
+            quant_map, nested = self._tensor(f"{key}.nested_quant_map"), self._tensor(f"{key}.nested_absmax")
+            absmax = resolve_absmax(absmax, quant_map, nested, state["nested_blocksize"], state["nested_offset"])
         rows, columns = state["shape"]
         return int4_from_bnb(
             self._tensor(key), absmax, self._tensor(f"{key}.quant_map"), (rows, columns), state["blocksize"]
