@@ -123,6 +123,7 @@ def load(
     engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch, waiting), keep_outputs, waiting)
     model.mebp = Runtime(opened, engine, install_loss(model, head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing
+    model.tie_weights = _tied_already
     return model
 
 
@@ -179,6 +180,10 @@ def check_targets(config: LoraConfig, adapted: list[str], model: str) -> None:
 
 def _no_second_checkpointing(*args: Any, **kwargs: Any) -> None:
     """The blocks are checkpointed already; trainers that ask for it again change nothing."""
+
+
+def _tied_already(*args: Any, **kwargs: Any) -> None:
+    """A tied head has the embedding's rows from the start, and no parameter; lm-eval asks for it again."""
 
 
 class Builder:
