@@ -26,10 +26,17 @@ def nf4(tmp_path_factory):
 
 
 def decoded_by_bitsandbytes(directory):
-    """Every 4-bit layer's weight ``[out, in]`` in the checkpoint's dtype."""
-    model = AutoModelForCausalLM.from_pretrained(directory, device_map={"": "cpu"})
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
-    return {n: bitsandbytes.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for n, m in layers.items()}
+    """Every 4-bit layer's weight ``[out, in]`` in the checkpoint's dtype.
+
+    Straight from the file: transformers 4.57 loads a quantised storage of another dtype wrongly.
+    """
+    tensors, decoded = load_file(directory / "model.safetensors"), {}
+    for key in [key.partition(".quant_state.")[0] for key in tensors if ".quant_state." in key]:
+        parts = {name: tensor for name, tensor in tensors.items() if name.startswith(key + ".")}
+        state = bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        weight = bitsandbytes.functional.dequantize_4bit(tensors[key], state)
+        decoded[key.removesuffix(".weight")] = weight
+    return decoded
 
 
 def opened(directory):
