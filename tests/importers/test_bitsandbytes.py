@@ -115,7 +115,7 @@ def test_the_store_computes_what_transformers_computes(nf4, tmp_path):
     """But for the embedding, which bitsandbytes leaves in 16 bits and a store does not: here it is put in."""
     quantize(nf4, tmp_path / "store")
     ours = load(tmp_path / "store")
-    theirs = AutoModelForCausalLM.from_pretrained(nf4, device_map={"": "cpu"})
+    theirs = AutoModelForCausalLM.from_pretrained(nf4, dtype=torch.float32, device_map={"": "cpu"})
     table = decode(Store(tmp_path / "store").weight("model.embed_tokens"), torch.float32)
     theirs.get_input_embeddings().weight.data.copy_(table)
     ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
