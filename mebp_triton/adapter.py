@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,18 @@ def load_adapter(model: Any, directory: Path | str) -> None:
     setattr(holder, name, replace(_config_of(model) or config, **scale))
 
 
-@torch.no_grad()
-def copy_adapter(model: Any, tensors: dict[str, Tensor], what: str) -> None:
-    """All of ``tensors`` into the model's adapter, or none."""
-    own = adapter_tensors(model)
+def adapter_shapes(config: LoraConfig, layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's tensors by PEFT's names, for layers of (out, in) features by path."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns) in layers.items():
+        if config.targets(name):
+            shapes[f"{PREFIX}{name}.lora_A.weight"] = (config.rank(name), columns)
+            shapes[f"{PREFIX}{name}.lora_B.weight"] = (rows, config.rank(name))
+    return shapes
+
+
+def check_fit(own: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], what: str) -> None:
+    """ValueError where ``tensors`` have other names or shapes than ``own``, or are not finite."""
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or surplus:
         word, names = ("lacks", missing) if missing else ("has", surplus)
@@ -164,13 +173,20 @@ def copy_adapter(model: Any, tensors: dict[str, Tensor], what: str) -> None:
             f"the adapter {what} does not fit this model: it {word} {names[0]}"
             + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         )
-    for name, tensor in own.items():
-        if tensors[name].shape != tensor.shape:
+    for name, shape in own.items():
+        if tuple(tensors[name].shape) != shape:
             raise ValueError(
                 f"the adapter {what} does not fit this model: {name} has shape {tuple(tensors[name].shape)}, "
-                f"wanted {tuple(tensor.shape)}"
+                f"wanted {shape}"
             )
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"the adapter {what} is damaged: {name} is not finite")
+
+
+@torch.no_grad()
+def copy_adapter(model: Any, tensors: dict[str, Tensor], what: str) -> None:
+    """All of ``tensors`` into the model's adapter, or none."""
+    own = adapter_tensors(model)
+    check_fit({name: tuple(tensor.shape) for name, tensor in own.items()}, tensors, what)
     for name, tensor in own.items():
         tensor.copy_(tensors[name])

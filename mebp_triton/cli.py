@@ -82,7 +82,9 @@ def _build_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help, parents=[common], allow_abbrev=False)
 
     quantize = command("quantize", "make an int4 store from a model directory or a GGUF file")
-    quantize.add_argument("source", metavar="SRC", help="transformers model directory (safetensors), or .gguf file")
+    quantize.add_argument(
+        "source", metavar="SRC", help="model directory (safetensors; 4-bit bitsandbytes too), or .gguf"
+    )
     quantize.add_argument("store", metavar="OUT", help="the store directory to make")
     _add_quantize_options(quantize, SCHEMES, GROUP_SIZES)
 
@@ -121,6 +123,17 @@ def _build_parser() -> argparse.ArgumentParser:
 
     tune = command("tune", "find the fastest kernel configurations for this device, or for one that is not here")
     _add_tune_options(tune, SCHEMES, GROUP_SIZES, tuple(DTYPES))
+
+    merge = command("merge", "make a 16- or 32-bit model directory of a store and its adapter, or a store again")
+    merge.add_argument("store", metavar="STORE", help="a store made by mebp quantize")
+    merge.add_argument("output", metavar="OUT", help="the directory to make")
+    merge.add_argument("--adapter", metavar="DIR", help="adapter in PEFT's format; without one: the decoded weights")
+    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the config's)")
+    merge.add_argument("--as-store", action="store_true", help="a store again: what was adapted is quantized anew")
+    _add_quantize_options(merge, SCHEMES, GROUP_SIZES)
+    merge.add_argument("--validation-file", metavar="FILE", help="what merging costs: the loss on it, before and after")
+    merge.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    merge.add_argument("--max-eval-windows", type=int, metavar="N", help="evenly spaced windows; all by default")
 
     verify = command("verify", "check every byte of a store against its checksums")
     verify.add_argument("store", metavar="STORE")
@@ -162,10 +175,10 @@ def _add_tune_options(
 
 def _add_quantize_options(parser: argparse.ArgumentParser, schemes: Sequence[str], group_sizes: Sequence[int]) -> None:
     parser.add_argument(
-        "--scheme", choices=schemes, help="how codes become weights (default: the GGUF's, or symmetric)"
+        "--scheme", choices=schemes, help="how codes become weights (default: the source's, or symmetric)"
     )
     parser.add_argument(
-        "--group-size", type=int, choices=group_sizes, help="weights per scale (default: the GGUF's, or 64)"
+        "--group-size", type=int, choices=group_sizes, help="weights per scale (default: the source's, or 64)"
     )
     parser.add_argument(
         "--scale-search",

@@ -38,23 +38,31 @@ class QuantizeReport:
     int4_bytes: int = 0
 
 
+Form = tuple[Scheme, int]  # scheme and group size
+DEFAULT_FORM: Form = ("symmetric", 64)
+
+
 @dataclass(frozen=True)
-class _Recipe:
+class Recipe:
     """``scheme`` and ``group_size`` are what the user asked for, or None for what fits the source."""
 
     scheme: Scheme | None
     group_size: int | None
-    scale_search: bool
+    scale_search: bool = True
 
-    def apply(self, value: Tensor | Int4Weight, native: Int4Weight | None) -> tuple[Int4Weight, float]:
-        """``native``: the source's own 4-bit form, which the other matrices of the source follow by default."""
+    def __post_init__(self) -> None:
+        if self.scheme is not None and self.scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {self.scheme!r}")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
+
+    def apply(self, value: Tensor | Int4Weight, native: Form) -> tuple[Int4Weight, float]:
+        """``native``: the form of the source's own 4-bit matrices, which its other matrices follow by default."""
         if isinstance(value, Int4Weight):
             if self.scheme in (None, value.scheme) and self.group_size in (None, value.group_size):
                 return value, 0.0
             value = decode(value, torch.float32)
-        scheme = self.scheme or (native.scheme if native is not None else "symmetric")
-        group_size = self.group_size or (native.group_size if native is not None else 64)
-        return quantize_matrix(value, scheme, group_size, self.scale_search)
+        return quantize_matrix(value, self.scheme or native[0], self.group_size or native[1], self.scale_search)
 
 
 def quantize(
@@ -71,9 +79,10 @@ def quantize(
     Args:
         source: what to read; one tensor is in memory at a time, and one block of int4 weights.
         store: must not exist, or be empty. It appears whole or not at all.
-        scheme: "symmetric", "affine" or "codebook" (NF4). By default 4-bit matrices of a GGUF file are taken over bit
-            for bit and its others follow their scheme; a model directory's become symmetric.
-        group_size: 32, 64 or 128; by default the GGUF file's, or 64.
+        scheme: "symmetric", "affine" or "codebook" (NF4). By default 4-bit matrices of a GGUF file or of a
+            bitsandbytes checkpoint are taken over bit for bit and its others follow their scheme; a plain model
+            directory's become symmetric.
+        group_size: 32, 64 or 128; by default the source's, or 64.
         scale_search: search each group's scale for the least squared error.
         blocks: path of the block list, where it is not found by itself.
         progress: called with (matrices done, matrices in all).
@@ -81,13 +90,20 @@ def quantize(
     Raises:
         ValueError: the source cannot be read, or the arguments do not fit; nothing is left behind.
     """
-    if scheme is not None and scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-    if group_size is not None and group_size not in GROUP_SIZES:
-        raise ValueError(f"group size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
-    target = Path(store)
-    files.check_absent(target)
-    opened = open_source(source)
+    recipe = Recipe(scheme, group_size, scale_search)
+    files.check_absent(Path(store))
+    return write_store(open_source(source), Path(store), recipe, blocks, None, progress)
+
+
+def write_store(
+    opened: Source,
+    target: Path,
+    recipe: Recipe,
+    blocks: str | None,
+    form_of: Callable[[str], Form] | None,
+    progress: Callable[[int, int], None],
+) -> QuantizeReport:
+    """``quantize`` from an opened source. ``form_of``: the form that a float matrix takes by default, by module."""
     model = build_skeleton(opened.config, torch.float32)
     opened.bind(model)
     path, stack = find_blocks(model, blocks)
@@ -96,10 +112,15 @@ def quantize(
     linear = [site.name for site in sites if site.role == "linear"]
     if not linear:
         raise ValueError(f"{type(model).__name__} has no plain linear layers: its architecture is not supported")
-    # The source's own 4-bit form is taken from its first linear layer.
-    first = opened.read(f"{linear[0]}.weight")
-    native = first if isinstance(first, Int4Weight) else None
-    job = _Job(opened, _Recipe(scheme, group_size, scale_search), native, len(sites), progress)
+    if form_of is None:
+        # The source's own 4-bit form is taken from its first linear layer.
+        first = opened.read(f"{linear[0]}.weight")
+        native: Form = (first.scheme, first.group_size) if isinstance(first, Int4Weight) else DEFAULT_FORM
+
+        def form_of(name: str) -> Form:
+            return native
+
+    job = _Job(opened, recipe, form_of, len(sites), progress)
     with files.atomic_directory(target) as directory:
         opened.save_companions(directory)
         writer = StoreWriter(directory, opened.description, tied)
@@ -116,12 +137,12 @@ class _Job:
     def __init__(
         self,
         source: Source,
-        recipe: _Recipe,
-        native: Int4Weight | None,
+        recipe: Recipe,
+        form_of: Callable[[str], Form],
         total: int,
         progress: Callable[[int, int], None],
     ) -> None:
-        self.source, self.recipe, self.native, self.total, self.progress = source, recipe, native, total, progress
+        self.source, self.recipe, self.form_of, self.total, self.progress = source, recipe, form_of, total, progress
         self.report = QuantizeReport()
         self.written: set[str] = set()
 
@@ -145,7 +166,7 @@ class _Job:
         if site.transposed and not isinstance(value, Int4Weight):
             value = value.t().contiguous()
         try:
-            weight, error = self.recipe.apply(value, self.native)
+            weight, error = self.recipe.apply(value, self.form_of(site.name))
         except ValueError as problem:
             raise ValueError(f"{site.name}: {problem}") from None
         self.report.errors[site.name], self.report.schemes[site.name] = error, weight.scheme

@@ -17,7 +17,7 @@ import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,32 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     """CPU tensors into one safetensors file, without a second copy of them in memory (safetensors 0.8)."""
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+
+
+def write_safetensors_pieces(
+    path: Path, entries: Mapping[str, tuple[str, tuple[int, ...], int]], pieces: Iterable[Tensor]
+) -> None:
+    """A safetensors file of any size, of which one piece is in memory at a time.
+
+    Args:
+        entries: dtype (safetensors' name), shape and bytes of each tensor, by name; wider dtypes first.
+        pieces: contiguous CPU tensors whose bytes, one after the other, are those of all tensors in order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, size) in entries.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for piece in pieces:
+                file.write(_raw(piece))
+            written = file.tell() - 8 - len(text)
+        if written != end:
+            raise RuntimeError(f"{path}: {written} bytes of data were written, {end} announced")
 
 
 def write_json(path: Path, value: Any) -> None:

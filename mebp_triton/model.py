@@ -20,7 +20,7 @@ from .lora import Int4Linear, Int4LoRALinear, Int4Module, Int4Table, LoraConfig,
 from .loss import Int4Head, OnePassLoss, install_loss
 from .recompute import GRANULARITIES, Granularity
 from .siblings import join_siblings
-from .skeleton import build_skeleton, int4_sites
+from .skeleton import Int4Site, build_skeleton, int4_sites
 from .stores.checkpoints import Residency, checkpoint_store
 from .stores.format import SHARED, Store, block_file
 from .stores.pages import Pages, Stager, check_residency, host_copy, place_weights
@@ -123,6 +123,7 @@ def load(
     engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch, waiting), keep_outputs, waiting)
     model.mebp = Runtime(opened, engine, install_loss(model, head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing
+    model.tie_weights = _tied_already
     return model
 
 
@@ -151,6 +152,22 @@ def _place_tables(
         table.set_int4(store.weight(name) if device.type == "cpu" else store.weight(name).to("meta"))
 
 
+def check_matrices(store: Store, sites: list[Int4Site], tied: bool) -> None:
+    """ValueError where the store does not hold the matrices of the model that its config describes."""
+    if tied != store.tied_head:
+        raise ValueError(f"store {store.directory}: config and manifest disagree on whether the head is tied")
+    missing = [site.name for site in sites if site.name not in store.matrices]
+    if missing:
+        raise ValueError(f"store {store.directory} has no weights for {', '.join(missing[:3])}")
+    surplus = sorted(store.matrices.keys() - {site.name for site in sites})
+    if surplus:
+        raise ValueError(f"store {store.directory}: its config has no place for {surplus[0]} of its weights")
+    for site in sites:
+        found, wanted = store.matrices[site.name].shape, (site.out_features, site.in_features)
+        if found != wanted:
+            raise ValueError(f"store {store.directory}: {site.name} is {found}, the config says {wanted}")
+
+
 def check_targets(config: LoraConfig, adapted: list[str], model: str) -> None:
     """ValueError where the targets, or one of several, select nothing: a typo would lose a layer."""
     targets = config.target_modules
@@ -163,6 +180,10 @@ def check_targets(config: LoraConfig, adapted: list[str], model: str) -> None:
 
 def _no_second_checkpointing(*args: Any, **kwargs: Any) -> None:
     """The blocks are checkpointed already; trainers that ask for it again change nothing."""
+
+
+def _tied_already(*args: Any, **kwargs: Any) -> None:
+    """A tied head has the embedding's rows from the start, and no parameter; lm-eval asks for it again."""
 
 
 class Builder:
@@ -187,23 +208,11 @@ class Builder:
     def replace_modules(self) -> tuple[dict[str, Int4Module], Int4Head]:
         """The int4 modules by name, and the head (among them only if it is not tied)."""
         sites, tied = int4_sites(self.model)
-        if tied != self.store.tied_head:
-            raise ValueError(f"store {self.store.directory}: config and manifest disagree on whether the head is tied")
-        missing = [site.name for site in sites if site.name not in self.store.matrices]
-        if missing:
-            raise ValueError(f"store {self.store.directory} has no weights for {', '.join(missing[:3])}")
-        surplus = sorted(self.store.matrices.keys() - {site.name for site in sites})
-        if surplus:
-            raise ValueError(f"store {self.store.directory}: its config has no place for {surplus[0]} of its weights")
+        check_matrices(self.store, sites, tied)
         head_name = next(name for name, m in self.model.named_modules() if m is self.model.get_output_embeddings())
         replaced: dict[str, Int4Module] = {}
         for site in sites:
             weight, old = self.store.weight(site.name), self.model.get_submodule(site.name)
-            if weight.shape != (site.out_features, site.in_features):
-                wanted = (site.out_features, site.in_features)
-                raise ValueError(
-                    f"store {self.store.directory}: {site.name} is {weight.shape}, the config says {wanted}"
-                )
             if site.role == "embedding":
                 replace_embedding(old, weight, self.dtype, self.backend)
                 replaced[site.name] = old

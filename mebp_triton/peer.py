@@ -70,7 +70,7 @@ def evaluate(model: Any, data: TokenizedData, windows: int | None) -> tuple[floa
             module.train()
     loss, correct, tokens = 0.0, 0, 0
     for place in evenly_spaced(data, windows):
-        batch = collate([data[place]], pad_token_id=0)
+        batch = {name: value.to(model.device) for name, value in collate([data[place]], pad_token_id=0).items()}
         output = model(**batch)
         targets = batch["labels"][:, 1:]
         valid = targets != -100

@@ -22,7 +22,7 @@ from mebp_triton.kernels.tables import read_table
 from mebp_triton.stores.format import Store
 from mebp_triton.trainer import RunError
 
-COMMANDS = ["quantize", "train", "plan", "eval", "generate", "tune", "verify", "doctor", "demo"]
+COMMANDS = ["quantize", "train", "plan", "eval", "generate", "merge", "tune", "verify", "doctor", "demo"]
 QUICK = ["--max-steps=3", "--max-length=24", "--lora-r=2", "--learning-rate=0.01", "--device=cpu"]
 
 

@@ -30,6 +30,15 @@ def test_as_from_pretrained_would_return_it(store: Path) -> None:
         assert torch.allclose(model(input_ids=ids).logits, decoded_model(store)(input_ids=ids).logits, atol=1e-5)
 
 
+def test_a_tied_head_can_be_tied_again() -> None:
+    """lm-eval does it to every model that it is given."""
+    model, ids = mebp.load(tiny_store("llama")), torch.arange(3, 15)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        model.tie_weights()
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
 def test_generates_as_the_decoded_model(store: Path) -> None:
     ids = torch.arange(3, 9)[None]
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

@@ -36,7 +36,7 @@ def planner_of(given: Path, config: Any, scheme: str | None, group_size: int | N
     """For a store, or for the store that would be made of a model directory or a ``config.json``."""
     if (given / MANIFEST).exists():
         return Planner(Inventory.of_store(Store(given)), config)
-    return Planner(Inventory.of_config(config, scheme or "symmetric", group_size or 64), config)
+    return Planner(Inventory.of_config(config, scheme, group_size), config)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Readers of foreign checkpoints: a transformers model directory, a GGUF file.
+"""Readers of foreign checkpoints: a transformers model directory (bitsandbytes' 4 bits too), a GGUF file.
 
 A ``Source`` hands over one parameter at a time, so importing a model never needs the whole model in memory.
 """
@@ -55,16 +55,18 @@ class Source(Protocol):
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a directory with ``config.json`` and safetensors files, or a ``.gguf`` file.
+    """Opens a directory with ``config.json`` and safetensors files, plain or 4-bit bitsandbytes, or a ``.gguf`` file.
 
     Raises:
         ValueError: it is neither, or something is wrong with it that shows without reading the weights.
     """
     path = Path(path)
     if path.is_dir():
-        from .safetensors_dir import SafetensorsDirectory
+        from .bitsandbytes import BitsandbytesDirectory
+        from .safetensors_dir import SafetensorsDirectory, quant_method_of
 
-        return SafetensorsDirectory(path)
+        quantised = quant_method_of(path) == BitsandbytesDirectory.quant_method
+        return (BitsandbytesDirectory if quantised else SafetensorsDirectory)(path)
     if path.is_file() and path.suffix != ".safetensors":
         from .gguf import GgufFile
 

@@ -5,6 +5,7 @@ Everything that shows without the weights is checked when it is opened: the conf
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from mebp_triton.kernels.layout import Int4Weight
 
 from . import check_complete, check_shape, one_line, parameter_aliases, persistent_buffers, prepare_config
 
@@ -52,12 +55,18 @@ class Entry:
 
 
 class SafetensorsDirectory:
-    """The ``Source`` of a model directory."""
+    """The ``Source`` of a model directory.
+
+    Attributes:
+        quant_method: of ``quantization_config`` in ``config.json``; a subclass reads another one.
+    """
+
+    quant_method: str | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.description = f"safetensors directory {path.resolve().name}"
-        self._config_json = _config_json(path)
+        self._config_json = _config_json(path, self.quant_method)
         self.config = _config(path, self._config_json)
         self._entries = _entries(path)
         self._keys: dict[str, str] = {}
@@ -76,33 +85,52 @@ class SafetensorsDirectory:
         check_complete(str(self.path), aliases, self._keys)
         for key in (self._keys[name] for name in aliases):
             entry = self._entries[key]
-            if entry.dtype not in FLOATS:
+            if not self._usable(key):
                 raise ValueError(
                     f"{entry.file}: {key} is {entry.dtype}, wanted one of {FLOATS}: give the unquantised model"
                 )
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
+    def _usable(self, key: str) -> bool:
+        return self._entries[key].dtype in FLOATS
+
     def has(self, name: str) -> bool:
         return name in self._keys
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor | Int4Weight:
         entry = self._entries[self._keys[name]]
         check_shape(str(entry.file), name, entry.shape, self._shapes[name])
+        return self._tensor(self._keys[name])
+
+    def _tensor(self, key: str) -> Tensor:
         # Opened anew each time: the map goes away with the tensor, so pages of what was read before do not add up.
-        with _opened(entry.file) as shard:
-            return shard.get_tensor(self._keys[name])
+        with _opened(self._entries[key].file) as shard:
+            return shard.get_tensor(key)
 
     def save_companions(self, directory: str | os.PathLike[str]) -> None:
         config = {**self._config_json, "architectures": self.config.architectures}
         config.pop("auto_map", None)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        Path(directory, "config.json").write_text(text, encoding="utf-8")
-        for pattern in COMPANIONS:
-            for file in sorted(self.path.glob(pattern)):
-                if file.is_file():
-                    target = Path(directory, file.relative_to(self.path))
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(file, target)
+        write_companions(config, self.path, Path(directory))
+
+
+def write_companions(config: dict[str, Any], source: Path, directory: Path) -> None:
+    """``config`` as ``config.json``, and copies of the other files beside the weights in ``source``."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    Path(directory, "config.json").write_text(text, encoding="utf-8")
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                target = Path(directory, file.relative_to(source))
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+def quant_method_of(path: Path) -> str | None:
+    """What ``config.json`` says the directory's weights were quantised by, if it can be read and says so."""
+    with contextlib.suppress(ValueError, OSError):
+        settings = _json_object(path / "config.json", "").get("quantization_config")
+        return settings.get("quant_method") if isinstance(settings, dict) else None
+    return None
 
 
 def _json_object(file: Path, remedy: str) -> dict[str, Any]:
@@ -116,11 +144,13 @@ def _json_object(file: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def _config_json(path: Path) -> dict[str, Any]:
+def _config_json(path: Path, quant_method: str | None = None) -> dict[str, Any]:
     content = _json_object(path / "config.json", "give a transformers model directory")
     for key in ("quantization_config", "compression_config"):
         if content.get(key):
             method = content[key].get("quant_method") if isinstance(content[key], dict) else None
+            if method is not None and method == quant_method:
+                continue
             raise ValueError(
                 f"{path / 'config.json'} has a {key} ({method or 'unnamed'}), "
                 f"which is not supported yet: give the unquantised model"

@@ -24,6 +24,12 @@ def nbytes(shape: Shape) -> int:
     return shape[0].itemsize * prod(shape[1])
 
 
+def has_bitsandbytes(config: Any) -> bool:
+    """Whether the linear layers of the checkpoint are bitsandbytes' own 4 bits, which ``quantize`` takes over."""
+    settings = getattr(config, "quantization_config", None)
+    return isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
+
+
 @dataclass(frozen=True)
 class Inventory:
     """The tensors of a store, whether it exists already or not.
@@ -49,8 +55,11 @@ class Inventory:
         return cls(files, sizes, store.matrices, store.floats, store.tied_head)
 
     @classmethod
-    def of_config(cls, config: Any, scheme: str = "symmetric", group_size: int = 64) -> Inventory:
+    def of_config(cls, config: Any, scheme: str | None = None, group_size: int | None = None) -> Inventory:
         """Of the store that ``quantize`` would make of a model with this config."""
+        taken_over = has_bitsandbytes(config) and scheme in (None, "codebook") and group_size in (None, 64)
+        scheme = scheme or ("codebook" if has_bitsandbytes(config) else "symmetric")
+        group_size = group_size or 64
         model = build_skeleton(copy.deepcopy(config), torch.float32)
         path, stack = find_blocks(model)
         sites, tied = int4_sites(model)
@@ -65,12 +74,14 @@ class Inventory:
             shape, file = (site.out_features, site.in_features), file_of(site.name)
             groups = (group_count(site.in_features, group_size), site.out_features)
             files[file][f"{site.name}.packed"] = torch.uint8, (site.out_features, padded(site.in_features) // 2)
-            files[file][f"{site.name}.scales"] = torch.float16, groups
+            scale_dtype = torch.float32 if taken_over and site.role == "linear" else torch.float16
+            files[file][f"{site.name}.scales"] = scale_dtype, groups
             if scheme == "affine":
                 files[file][f"{site.name}.minimum"] = torch.float16, groups
             if scheme == "codebook":
                 files[file][f"{site.name}.codebook"] = torch.float32, (16,)
-            matrices[site.name] = MatrixInfo(file, scheme, shape, group_size, "F16", 0.0)
+            scale_name = "F32" if scale_dtype == torch.float32 else "F16"
+            matrices[site.name] = MatrixInfo(file, scheme, shape, group_size, scale_name, 0.0)
         dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
         for name in float_names(model, sites):
             floats[name] = file_of(name)

@@ -73,7 +73,7 @@ class StoreWriter:
                 parts["codebook"] = weight.codebook.clone()  # safetensors refuses what several matrices share
             tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
             info = MatrixInfo(
-                name, weight.scheme, weight.shape, weight.group_size, _dtype_name(weight.scales.dtype), error
+                name, weight.scheme, weight.shape, weight.group_size, dtype_name(weight.scales.dtype), error
             )
             self.matrices[module] = asdict(info)
         path = self.directory / name
@@ -236,6 +236,9 @@ class Store:
         file.verify()
         return file.tensor(name).clone()
 
+    def float_shape(self, name: str) -> tuple[int, ...]:
+        return self.files[self.floats[name]].entries[name][1]
+
     def nbytes(self) -> int:
         return sum(file.mapped.size for file in self.files.values())
 
@@ -255,7 +258,7 @@ def _matrix_info(where: Path, name: str, entry: dict[str, Any]) -> MatrixInfo:
     return info
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 

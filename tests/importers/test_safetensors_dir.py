@@ -281,7 +281,7 @@ def test_pickled_weights_are_never_opened(tmp_path, name):
     assert_refused(tmp_path, name, "pickled", "safetensors")
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+@pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_quantised_checkpoint(tmp_path, method):
     saved(tmp_path)
     edit(tmp_path / "config.json", quantization_config={"quant_method": method})

@@ -1,9 +1,10 @@
 """An inventory lists what a store holds."""
 
 import pytest
-from models import ARCHITECTURES, tiny_store
+from models import ARCHITECTURES, bnb_directory, tiny_store
 from transformers import AutoConfig
 
+from mebp_triton.convert import quantize
 from mebp_triton.planning.inventory import Inventory
 from mebp_triton.stores.format import Store
 
@@ -22,3 +23,12 @@ def test_a_store_that_does_not_exist_yet_has_the_same_tensors(architecture):
         assert {tensor: shape for tensor, (_, shape) in made.files[name].items()} == shapes
         header = real.sizes[name] - made.sizes[name]
         assert 0 < header < 300 * len(tensors)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"scheme": "affine"}, {"scheme": "codebook"}])
+def test_what_is_taken_over_from_bitsandbytes_has_its_dtypes(tmp_path, options):
+    source = bnb_directory(tmp_path, bnb_4bit_quant_type="nf4")
+    quantize(source, tmp_path / "store", **options)
+    real = Inventory.of_store(Store(tmp_path / "store"))
+    made = Inventory.of_config(AutoConfig.from_pretrained(source), **options)
+    assert made.files == real.files

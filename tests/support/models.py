@@ -82,6 +82,31 @@ def save_tiny_model(architecture: str, directory: Path, seed: int = 0, **changes
     return directory
 
 
+# More than 256 blocks of 64 in an MLP matrix: their scales, quantised in turn, have more than one block of their own.
+BNB_SIZES = {"llama": {"hidden_size": 64, "intermediate_size": 320}, "gpt2": {"n_embd": 64, "n_inner": 320}}
+
+
+def bnb_directory(
+    root: Path,
+    architecture: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    skip: list[str] | None = None,
+    config: dict[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """A tiny model that bitsandbytes quantised to 4 bits, as transformers saves it, with a tokenizer."""
+    from runs import word_tokenizer
+
+    source = save_tiny_model(architecture, root / "float", **(BNB_SIZES[architecture] | (config or {})))
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=settings, dtype=dtype, device_map={"": "cpu"}
+    )
+    model.save_pretrained(root / "model")
+    word_tokenizer().save_pretrained(root / "model")
+    return root / "model"
+
+
 def tiny_store(architecture: str, directory: Path | None = None, *, seed: int = 0, **options: Any) -> Path:
     """A store of a tiny model; ``options`` are ``quantize``'s, and the config's under ``config``."""
     root = Path(tempfile.mkdtemp()) if directory is None else directory
