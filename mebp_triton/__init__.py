@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adapter import save_adapter as save_adapter
     from .callback import SelectionCallback as SelectionCallback
     from .convert import quantize as quantize
+    from .integrations.quantizer import Int4Config as Int4Config
     from .kernels.layout import Int4Weight as Int4Weight
     from .lora import Int4Linear as Int4Linear
     from .lora import Int4LoRALinear as Int4LoRALinear
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BlockAdamW": "optim",
+    "Int4Config": "integrations.quantizer",
     "Int4Linear": "lora",
     "Int4LoRALinear": "lora",
     "Int4Weight": "kernels.layout",

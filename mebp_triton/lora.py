@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -318,6 +318,16 @@ class Int4Module(nn.Module):
         self._set_packed(weight.packed)
         for name in ("scales", "minimum", "codebook"):
             self._buffers[name] = getattr(weight, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """``model.to(dtype)`` and its like move the weight, and leave the dtypes of its tensors alone."""
+        own = {id(self._buffers[name]) for name in self.INT4_BUFFERS if self._buffers.get(name) is not None}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if id(tensor) not in own or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     def int4(self) -> Int4Weight:
         """The weight as it lies now."""

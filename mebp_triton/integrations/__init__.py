@@ -1,0 +1,1 @@
+"""Where other libraries meet ours; each is imported only when it is used."""
