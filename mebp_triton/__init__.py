@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .convert import quantize as quantize
     from .integrations.peft_layer import PeftInt4Linear as PeftInt4Linear
     from .integrations.peft_layer import register_peft as register_peft
+    from .integrations.quantizer import Int4Config as Int4Config
     from .integrations.replace import replace_linears as replace_linears
     from .kernels.layout import Int4Weight as Int4Weight
     from .lora import Int4Linear as Int4Linear
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BlockAdamW": "optim",
+    "Int4Config": "integrations.quantizer",
     "Int4Linear": "lora",
     "Int4LoRALinear": "lora",
     "Int4Weight": "kernels.layout",

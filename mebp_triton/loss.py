@@ -224,6 +224,52 @@ def _materialized(logits: DeferredLogits, operation: str) -> Tensor:
     return logits.materialize()
 
 
+class OnDemandLogits(Tensor):
+    """Logits ``[..., V]`` in float32 or wider that the first operation on them computes; no warning, and no gradient.
+
+    Until then only the hidden state is kept: a trainer that evaluates the loss alone does not pay for them.
+    """
+
+    _deferred: DeferredLogits | None
+    _real: Tensor | None
+
+    @staticmethod
+    def __new__(cls, deferred: DeferredLogits) -> OnDemandLogits:
+        dtype = torch.promote_types(deferred.dtype, torch.float32)
+        made = Tensor._make_wrapper_subclass(cls, deferred.shape, dtype=dtype, device=deferred.device)
+        made._deferred, made._real = deferred, None
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map(
+            lambda item: item.computed() if isinstance(item, OnDemandLogits) else item, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    @torch.no_grad()
+    def computed(self) -> Tensor:
+        if self._deferred is not None:
+            self._real, self._deferred = self._deferred.materialize().to(self.dtype), None
+        assert self._real is not None
+        return self._real
+
+    # These do not come by way of the dispatcher.
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.computed().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.computed().tolist()
+
+    def __array__(self, *args: Any) -> Any:
+        return self.computed().__array__(*args)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return f"OnDemandLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
 @dataclass
 class LossStatistics:
     """Counts of the last loss: targets, and how many of them were the most likely token."""
@@ -281,10 +327,18 @@ def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
         raise ValueError(f"label {int(targets[bad][0])} is not a token of the vocabulary 0..{vocabulary - 1}")
 
 
+def _handed_out(item: Any) -> Any:
+    """What the caller gets for deferred logits: with gradients on, nothing."""
+    if not isinstance(item, DeferredLogits):
+        return item
+    return None if torch.is_grad_enabled() else OnDemandLogits(item)
+
+
 def install_loss(model: Any, head: Int4Head) -> OnePassLoss:
     """Lets ``model(..., labels=...)`` compute its loss in one pass over ``head``.
 
-    ``model(..., labels=..., return_logits=True)`` computes the logits as well, as the model itself would.
+    ``model(..., labels=..., return_logits=True)`` computes the logits as well, as the model itself would; where
+    gradients are off, they are there as ``OnDemandLogits`` without being asked for.
     """
     loss = OnePassLoss()
     model.loss_function = loss
@@ -297,9 +351,10 @@ def install_loss(model: Any, head: Int4Head) -> OnePassLoss:
     def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         head.deferred = False
         if isinstance(output, dict) and isinstance(output.get("logits"), DeferredLogits):
-            return type(output)(**{key: value for key, value in output.items() if key != "logits"})
+            named = {key: _handed_out(value) for key, value in output.items()}
+            return type(output)(**{key: value for key, value in named.items() if key != "logits" or value is not None})
         if isinstance(output, tuple):
-            return tuple(None if isinstance(item, DeferredLogits) else item for item in output)
+            return tuple(_handed_out(item) for item in output)
         return output
 
     model.register_forward_pre_hook(before, with_kwargs=True)

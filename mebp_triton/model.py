@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .backprop import BlockEngine
 from .blocks import find_blocks
+from .integrations.trainer import install_saving
 from .kernels.ops import resolve_backend
 from .lora import Int4Linear, Int4LoRALinear, Int4Module, Int4Table, LoraConfig, as_lora_config, replace_embedding
 from .loss import Int4Head, OnePassLoss, install_loss
@@ -61,7 +62,8 @@ def load(
     """The transformers model of ``store``, in eval mode, as ``from_pretrained`` would return it.
 
     Its linear layers, embedding and head are int4; ``loss.backward()`` runs block by block; only LoRA parameters
-    require gradients. ``model(..., labels=...)`` computes no logits unless called with ``return_logits=True``.
+    require gradients. ``model(..., labels=...)`` computes no logits unless called with ``return_logits=True``, or, with
+    gradients off, when something is done with them.
 
     Args:
         store: a directory made by ``quantize``.
@@ -124,6 +126,7 @@ def load(
     model.mebp = Runtime(opened, engine, install_loss(model, head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing
     model.tie_weights = _tied_already
+    install_saving(model)
     return model
 
 

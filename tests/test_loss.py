@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import batch, decoded_model, our_gradients, randomize_adapter, relative_rms, tiny_store
@@ -194,3 +195,31 @@ def test_labels_that_are_shifted_already(model: Any) -> None:
     examples = batch()
     shifted = torch.nn.functional.pad(examples["labels"], (0, 1), value=-100)[:, 1:]
     assert torch.equal(model(**examples, shift_labels=shifted).loss, model(**examples).loss)
+
+
+def test_without_gradients_logits_are_there_for_whoever_uses_them(model: Any) -> None:
+    with torch.no_grad():
+        out, real = model(**batch()), model(**batch(), return_logits=True).logits
+        as_tuple = model(**batch(), return_dict=False)[1]
+    for logits in (out.logits, as_tuple):
+        assert isinstance(logits, torch.Tensor) and logits.shape == real.shape and logits.dtype == torch.float32
+        assert torch.equal(logits.detach(), real)
+        assert torch.equal(logits.argmax(-1), real.argmax(-1)) and torch.equal(torch.stack([logits])[0], real)
+        assert (logits.numpy() == real.numpy()).all() and (np.asarray(logits) == real.numpy()).all()
+        assert logits.tolist() == real.tolist()
+        logits.mul_(2)
+        assert torch.equal(logits + 0, 2 * real)
+
+
+def test_nobody_uses_them(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model.get_output_embeddings()), "logits", lambda *_: pytest.fail("logits"))
+    with torch.no_grad():
+        out = model(**batch())
+    assert out.logits.shape == (2, 20, 97) and "OnDemandLogits" in repr(out)
+
+
+def test_logits_on_demand_are_float32_in_bfloat16_too(store: Any) -> None:
+    model = mebp.load(store, dtype=torch.bfloat16)
+    with torch.no_grad():
+        out, real = model(**batch()), model(**batch(), return_logits=True).logits
+    assert out.logits.dtype == torch.float32 and torch.equal(out.logits.detach(), real.float())

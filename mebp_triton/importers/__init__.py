@@ -1,4 +1,4 @@
-"""Readers of foreign checkpoints: a transformers model directory (bitsandbytes' 4 bits too), a GGUF file.
+"""Readers of foreign checkpoints: a transformers model directory (with int4 weights too), a GGUF file.
 
 A ``Source`` hands over one parameter at a time, so importing a model never needs the whole model in memory.
 """
@@ -55,7 +55,7 @@ class Source(Protocol):
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a directory with ``config.json`` and safetensors files, plain or 4-bit bitsandbytes, or a ``.gguf`` file.
+    """Opens a directory with ``config.json`` and safetensors files (float, or 4-bit: bitsandbytes' or ours), or a GGUF.
 
     Raises:
         ValueError: it is neither, or something is wrong with it that shows without reading the weights.
@@ -63,10 +63,12 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     path = Path(path)
     if path.is_dir():
         from .bitsandbytes import BitsandbytesDirectory
+        from .int4_dir import Int4Directory
         from .safetensors_dir import SafetensorsDirectory, quant_method_of
 
-        quantised = quant_method_of(path) == BitsandbytesDirectory.quant_method
-        return (BitsandbytesDirectory if quantised else SafetensorsDirectory)(path)
+        quantised: tuple[type[SafetensorsDirectory], ...] = (BitsandbytesDirectory, Int4Directory)
+        readers = {reader.quant_method: reader for reader in quantised}
+        return readers.get(quant_method_of(path), SafetensorsDirectory)(path)
     if path.is_file() and path.suffix != ".safetensors":
         from .gguf import GgufFile
 
