@@ -96,14 +96,14 @@ def run(arguments: argparse.Namespace) -> None:
         recompute_granularity=config.recompute_granularity or "full",
         mlp_chunk_tokens=config.mlp_chunk_tokens,
     )
-    trainer = Trainer(model, data, config, run)
-    trainer.planned_peak_bytes = None if plan is None else plan.peak
-    if checkpoint is not None:
-        try:
+    try:
+        trainer = Trainer(model, data, config, run)
+        if checkpoint is not None:
             trainer.resume(checkpoint)
-        except ValueError:
-            run.discard_if_empty()
-            raise
+    except ValueError:
+        run.discard_if_empty()
+        raise
+    trainer.planned_peak_bytes = None if plan is None else plan.peak
     console.print(f"{config.train_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
     if checkpoint is not None:
         console.print(f"resuming at step {trainer.step} of {trainer.total_steps}", highlight=False)

@@ -88,9 +88,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    _require("pyarrow")
-    import pyarrow
-    import pyarrow.parquet
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("needs the pyarrow package; pip install 'mebp-triton[datasets]'") from error
 
     from .rows import COLUMNS
 
@@ -103,28 +105,23 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, _without_none(row)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"is no whole parquet file ({_line(error)}); write it again") from error
+    except (pyarrow.ArrowException, OSError) as error:  # Arrow's own OSError has no number
+        raise ValueError(f"cannot be read as parquet ({_line(error)}); write it again") from error
 
 
 def _dataset_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    _require("datasets")
-    import datasets
-    import pyarrow
+    try:
+        import datasets
+        import pyarrow
+    except ImportError as error:
+        raise ValueError("needs the datasets package; pip install 'mebp-triton[datasets]'") from error
 
     try:
         dataset = datasets.load_from_disk(str(path))
         for number, row in enumerate(dataset, start=1):
             yield number, _without_none(row)
-    except (pyarrow.ArrowException, FileNotFoundError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"is no whole saved dataset ({_line(error)}); save it again") from error
-
-
-def _require(package: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"needs the {package} package; pip install 'mebp-triton[datasets]'")
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot be read as a saved dataset ({_line(error)}); save it again") from error
 
 
 def _line(error: Exception) -> str:

@@ -1,11 +1,15 @@
 """Files to tokenised rows: what is wrong with a file is one line that says where."""
 
 import json
+import tracemalloc
 
+import pyarrow.parquet
 import pytest
+import torch
 from texts import QUESTION, SENTENCES, rows
 
-from mebp_triton.data import load_data
+from mebp_triton.data import batches, collate, load_data, pack
+from mebp_triton.files import FileError, ScratchArray
 
 
 def test_one_file_mixes_kinds_and_skips_blank_lines(tokenizer, write):
@@ -62,3 +66,59 @@ def test_a_bad_file_is_one_line_that_says_where(tokenizer, write, file, content,
 def test_max_length_below_two(tokenizer, write):
     with pytest.raises(ValueError, match="max-length must be at least 2.* got 1"):
         load_data(write("x.txt", "The cat"), tokenizer, 1)
+
+
+# --- in a file ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_in_a_file_are_those_in_memory(tokenizer, write, tmp_path):
+    """And so are their report, their checksum, and the batches of every epoch."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    lines = [{"text": sentence * count} for sentence in SENTENCES for count in range(1, 9)]
+    lines += [{"prompt": sentence, "completion": sentence} for sentence in SENTENCES]
+    for path in (write("x.jsonl", lines), write("x.txt", " ".join(SENTENCES) * 50)):
+        memory, stored = load_data(path, tokenizer, 40), load_data(path, tokenizer, 40, scratch=scratch)
+        assert rows(stored) == rows(memory) and stored.report == memory.report
+        assert stored.checksum() == memory.checksum()
+        assert pack(stored, 40).checksum() == pack(memory, 40).checksum()
+        for ours, theirs in ((stored, memory), (pack(stored, 40), pack(memory, 40))):
+            for some, others in zip(batches(ours, 3, 0, epochs=2), batches(theirs, 3, 0, epochs=2), strict=True):
+                for name, tensor in collate(some, 0).items():
+                    assert torch.equal(tensor, collate(others, 0)[name])
+        assert list(scratch.iterdir()) == [], "something of them would outlive the process"
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.parquet"])
+def test_memory_while_reading_does_not_grow_with_the_file(tokenizer, tmp_path, name):
+    """What Python allocates at its peak, for eight times the rows, beside the 8 bytes (and twice) that a row takes."""
+    line = " ".join(SENTENCES).replace("\n", " ")
+
+    def peak(count, scratch):
+        path = tmp_path / f"{count}-{name}"
+        if name == "x.parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": [line] * count}), path, row_group_size=200)
+        else:
+            path.write_text(((line if name == "x.txt" else json.dumps({"text": line})) + "\n") * count)
+        tracemalloc.start()
+        try:
+            data = load_data(path, tokenizer, 64, scratch=scratch)
+            return tracemalloc.get_traced_memory()[1] - 24 * len(data), data.report.tokens
+        finally:
+            tracemalloc.stop()
+
+    peak(50, tmp_path)  # what is made once
+    (small, few), (large, many) = peak(500, tmp_path), peak(4000, tmp_path)
+    assert many > 7 * few
+    assert large < small + (1 << 18)
+    assert peak(4000, None)[0] > small + (1 << 18)
+
+
+def test_a_full_disk_is_one_line(tokenizer, write, tmp_path, monkeypatch):
+    def full(self, values):
+        raise FileError("cannot write a scratch file in here: No space left on device")
+
+    monkeypatch.setattr(ScratchArray, "extend", full)
+    for path in (write("x.jsonl", GOOD), write("x.txt", "The cat")):
+        with pytest.raises(ValueError, match="cannot write a scratch file in here: No space left"):
+            load_data(path, tokenizer, 40, scratch=tmp_path)

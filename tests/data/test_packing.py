@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import ARCHITECTURES, our_gradients, peft_gradients, peft_model, randomize_adapter, tiny_store
+from torch import nn
 
 import mebp_triton as mebp
 from mebp_triton.data import DataReport, TokenizedData, check_packing, collate, pack, valid_tokens
@@ -122,7 +123,9 @@ def true_gradients(store, model, batches, tokens):
     wrapped = peft_model(store, model, torch.float64, r=3, lora_alpha=6)
     total = 0.0
     for batch in batches:
-        loss = wrapped(**batch, use_cache=False).loss * (valid_tokens(batch) / tokens)
+        logits, labels = wrapped(**batch, use_cache=False).logits, batch["labels"]  # its own loss is in float32
+        losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        loss = losses / tokens
         loss.backward()
         total += loss.item()
     return total, peft_gradients(wrapped)
