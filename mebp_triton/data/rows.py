@@ -196,6 +196,8 @@ def _assistant_spans(
             continue
         before = _opening(tokenizer, messages[:place], row, whole) if place else ""
         after = whole if place + 1 == len(messages) else _render(tokenizer, messages[: place + 1], row)
+        if not whole.startswith(after):  # perhaps for the end-of-sequence token that closes the conversation (Phi-3)
+            after = after.removesuffix(tokenizer.eos_token or "")
         if before is None or not whole.startswith(after) or len(before) >= len(after):
             raise ValueError(
                 f"the chat template writes message {place + 1}, or those before it, differently when others follow, "

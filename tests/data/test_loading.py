@@ -92,7 +92,8 @@ def test_rows_in_a_file_are_those_in_memory(tokenizer, write, tmp_path):
 @pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.parquet"])
 def test_memory_while_reading_does_not_grow_with_the_file(tokenizer, tmp_path, name):
     """What Python allocates at its peak, for eight times the rows, beside the 8 bytes (and twice) that a row takes."""
-    line = " ".join(SENTENCES).replace("\n", " ")
+    line = " ".join(SENTENCES).strip()
+    few = 600 if name == "x.txt" else 300  # text is tokenised by pieces of 64 Ki characters
 
     def peak(count, scratch):
         path = tmp_path / f"{count}-{name}"
@@ -103,15 +104,13 @@ def test_memory_while_reading_does_not_grow_with_the_file(tokenizer, tmp_path, n
         tracemalloc.start()
         try:
             data = load_data(path, tokenizer, 64, scratch=scratch)
-            return tracemalloc.get_traced_memory()[1] - 24 * len(data), data.report.tokens
+            return tracemalloc.get_traced_memory()[1] - 24 * len(data)
         finally:
             tracemalloc.stop()
 
     peak(50, tmp_path)  # what is made once
-    (small, few), (large, many) = peak(500, tmp_path), peak(4000, tmp_path)
-    assert many > 7 * few
-    assert large < small + (1 << 18)
-    assert peak(4000, None)[0] > small + (1 << 18)
+    bound = peak(few, tmp_path) + (1 << 18)
+    assert peak(8 * few, tmp_path) < bound < peak(8 * few, None)
 
 
 def test_a_full_disk_is_one_line(tokenizer, write, tmp_path, monkeypatch):

@@ -118,6 +118,13 @@ def trained_text(tokenizer, labels):
     return [tokenizer.decode(stretch) for stretch in stretches]
 
 
+def test_a_template_that_closes_the_conversation_with_eos(write):
+    """As Phi-3's. The token that closes it is the last turn's."""
+    tokenizer = byte_bpe(CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}"), eos_token="<|pad|>")
+    ((ids, labels),) = rows(load_data(write("x.jsonl", [{"messages": TALK}]), tokenizer, 999, masking=ASSISTANT))
+    assert trained_text(tokenizer, labels) == ["four.<|im_end|>\n", "Five.<|im_end|>\n<|pad|>"]
+
+
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marked"])
 def test_the_assistants_turns_alone_are_trained(write, template):
     tokenizer = byte_bpe(template, eos_token="<|im_end|>")
