@@ -111,8 +111,14 @@ def _build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of activations")
         sub.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels (default: auto)")
-    evaluate.add_argument("--validation-file", required=True, metavar="FILE", help=".txt or .jsonl")
+    evaluate.add_argument(
+        "--validation-file", required=True, metavar="FILE", help=".txt, .jsonl, .parquet, or a directory"
+    )
     evaluate.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    evaluate.add_argument("--completion-only-loss", action=argparse.BooleanOptionalAction, help="as in train")
+    evaluate.add_argument(
+        "--assistant-only-loss", action=argparse.BooleanOptionalAction, default=False, help="as in train"
+    )
     evaluate.add_argument("--max-eval-windows", type=int, metavar="N", help="evenly spaced windows; all by default")
     generate.add_argument("--prompt", required=True, help="the text to continue")
     generate.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from . import files
+from .data import Masking
 from .kernels.ops import Backend
 from .lora import LoraConfig
 from .optim import SchedulerType
@@ -37,12 +38,17 @@ def _setting(default: Any, help: str) -> Any:
 class TrainConfig:
     """One training run. Every field is a flag of ``mebp train``."""
 
-    train_file: str = _setting("", "what to train on: .txt, or .jsonl with text, prompt/completion or messages")
+    train_file: str = _setting(
+        "", "what to train on: .txt, .jsonl, .parquet, or a directory of datasets (docs/data.md)"
+    )
     validation_file: str | None = _setting(None, "evaluated before and after")
     output_dir: str = _setting("", "the run directory: results, adapter, checkpoint, plots")
     max_steps: int = _setting(0, "optimizer steps; 0 for as many as num_train_epochs make")
     num_train_epochs: int = _setting(1, "passes over the training file, where max_steps is 0")
     max_length: int = _setting(512, "tokens per example")
+    packing: bool = _setting(False, "put several training rows into one of max_length, which do not see each other")
+    completion_only_loss: bool | None = _setting(None, "mask prompts (default: where rows have prompt and completion)")
+    assistant_only_loss: bool = _setting(False, "mask all chat messages but the assistant's")
     max_eval_windows: int | None = _setting(None, "evaluate on that many evenly spaced windows; all by default")
     per_device_train_batch_size: int = _setting(1, "examples per forward pass")
     gradient_accumulation_steps: int = _setting(1, "forward passes per optimizer step")
@@ -148,6 +154,10 @@ class TrainConfig:
             target_modules=self.targets(),
             use_rslora=self.use_rslora,
         )
+
+    def masking(self) -> Masking:
+        """What enters the loss, as the settings say."""
+        return Masking(self.completion_only_loss, self.assistant_only_loss)
 
     def targets(self) -> str | list[str]:
         """``target_modules`` as ``LoraConfig`` takes it: a list where it is names and commas."""

@@ -22,9 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import safetensors.torch
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 CHECKSUM_CHUNK = 1 << 20
@@ -201,6 +203,12 @@ def recover_directory(path: Path) -> None:
             os.replace(old, path)
 
 
+def existing_parent(path: Path) -> Path:
+    """The nearest directory at or above ``path`` that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.is_dir())
+
+
 def check_absent(path: Path) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileError(f"{path} exists already: choose another place or remove it")
@@ -370,6 +378,42 @@ class Slot:
     def read(self, tensor: Tensor) -> None:
         """Fills a contiguous CPU tensor from the slot's start on."""
         _read_fully(self._handle, _raw(tensor), self.offset, "a scratch file")
+
+
+class ScratchArray:
+    """A flat array in a temporary file without a name: written once from start to end, read by slices.
+
+    Gone with the process. None of it is resident memory, but for what waits to be written.
+
+    Args:
+        directory: where the file lies; it must exist.
+    """
+
+    def __init__(self, directory: Path, dtype: DTypeLike) -> None:
+        self.directory, self.dtype, self.length = directory, np.dtype(dtype), 0
+        self._file = tempfile.TemporaryFile(prefix=_temporary_prefix(), dir=directory)  # noqa: SIM115 - lives with self
+
+    def extend(self, values: Any) -> None:
+        """Appends the elements of a buffer. FileError where the disk is full."""
+        self.length += memoryview(values).nbytes // self.dtype.itemsize
+        self._write(lambda: self._file.write(values))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, where: slice) -> NDArray[Any]:
+        start, stop, step = where.indices(self.length)
+        assert step == 1, "only stretches are read"
+        self._write(self._file.flush)
+        found = np.empty(max(stop - start, 0), self.dtype)
+        _read_fully(self._file.fileno(), found.view(np.uint8).data, start * self.dtype.itemsize, "a scratch file")
+        return found
+
+    def _write(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise FileError(f"cannot write a scratch file in {self.directory}: {error.strerror}") from error
 
 
 def _raw(tensor: Tensor) -> memoryview:

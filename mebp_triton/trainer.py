@@ -22,7 +22,7 @@ from torch import Tensor
 from . import files
 from .adapter import adapter_tensors, copy_adapter, save_adapter
 from .config import TrainConfig
-from .data import TokenizedData, batches, batches_per_epoch, collate, valid_tokens
+from .data import PackedData, TokenizedData, batches, batches_per_epoch, check_packing, collate, valid_tokens
 from .evaluate import Evaluation, RunError, evaluate
 from .kernels.ops import resolve_backend
 from .memory import MemoryWatch, peak_resident_bytes
@@ -68,6 +68,8 @@ class Trainer:
     def __init__(
         self, model: Any, data: TokenizedData, config: TrainConfig, run: RunDirectory, pad_token_id: int = 0
     ) -> None:
+        if isinstance(data, PackedData):
+            check_packing(model)
         self.model, self.data, self.config, self.run, self.pad_token_id = model, data, config, run, pad_token_id
         self.device: torch.device = model.mebp.device
         self.selection = LayerCyclicManager(
@@ -102,7 +104,7 @@ class Trainer:
         )
         self.step = 0
         self.planned_peak_bytes: int | None = None
-        self.fingerprints = {"training data": _data_checksum(data), "model": _store_checksum(model.mebp.store)}
+        self.fingerprints = {"training data": data.checksum(), "model": _store_checksum(model.mebp.store)}
 
     def train(self, on_step: Callable[[StepResult], None] = lambda result: None) -> list[StepResult]:
         """Runs to the last step, writing metrics and checkpoints; the steps that this call made."""
@@ -334,13 +336,6 @@ class Trainer:
             torch.cuda.set_rng_state(split["random"]["cuda"], self.device)
         self.step = step
         self.run.cut_metrics(self.step)
-
-
-def _data_checksum(data: TokenizedData) -> int:
-    checksum = 0
-    for array in (data.ids, data.trained, data.offsets):
-        checksum = zlib.crc32(array.data, checksum)
-    return checksum
 
 
 def _store_checksum(store: Store) -> int:

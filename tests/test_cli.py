@@ -132,6 +132,38 @@ def test_eval_of_the_adapter_is_what_the_run_said(mebp, world):
     assert code == 0 and "perplexity" in out
 
 
+def test_a_directory_of_chats_is_masked_and_packed(mebp, world, tmp_path):
+    """By flags and by a file; and ``eval`` finds the loss that the run said, with the same mask."""
+    texts = sentences(30).split(" . ")
+    for name, some in (("train.jsonl", texts[:24]), ("valid.jsonl", texts[24:])):
+        rows = [{"instruction": text, "output": text} for text in some]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["train", world / "store", f"--train-file={tmp_path}", f"--validation-file={tmp_path}", *QUICK, "--json"]
+    code, out, err = mebp(*command, f"--output-dir={tmp_path / 'run'}", "--packing", "--assistant-only-loss")
+    assert code == 0, err
+    assert "24 converted" in err and "packed into" in err and "masked)" in err
+    value, record = json.loads(out), json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"]["masked_tokens"] > 0 < record["data"]["packed_rows"] < record["data"]["rows"] == 24
+    assert record["settings"]["packing"] and record["settings"]["assistant_only_loss"]
+    common = ["eval", world / "store", f"--validation-file={tmp_path}", "--max-length=24", "--json"]
+    masked, whole = (
+        answer(mebp(*common, *more)) for more in (["--assistant-only-loss"], ["--no-completion-only-loss"])
+    )
+    assert (masked["loss"], masked["tokens"] < whole["tokens"]) == (value["loss_before"], True)
+    (tmp_path / "settings.yaml").write_text("packing: true\nassistant-only-loss: true\n")
+    again = answer(mebp(*command, f"--output-dir={tmp_path / 'again'}", f"--config={tmp_path / 'settings.yaml'}"))
+    assert again["loss_after"] == value["loss_after"]
+
+
+def test_packing_a_model_that_would_leak_writes_nothing(mebp, world, tmp_path):
+    run_store(tmp_path, "opt")
+    before = tree(tmp_path)
+    command = ["train", tmp_path / "store", *texts(world), f"--output-dir={tmp_path / 'run'}", *QUICK, "--packing"]
+    code, _, err = mebp(*command)
+    assert code == 2 and "train models of type opt without packing" in err.splitlines()[-1]
+    assert tree(tmp_path) == before
+
+
 def test_generate(mebp, world):
     tokenizer = word_tokenizer()
     ids = tokenizer("the cat sees", return_tensors="pt").input_ids

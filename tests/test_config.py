@@ -69,6 +69,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("mlp_chunk_tokens", 64.0, "type int"),
     ("optimizer_in_backward", 1, "type bool"),
     ("return_freed_memory", "yes", "type bool"),
+    ("packing", 1, "type bool"),
+    ("completion_only_loss", "yes", "type bool"),
+    ("assistant_only_loss", 1, "type bool"),
     ("memory_budget", 900, "type str"),
     ("memory_budget", "", "a size such as 900MiB, 1.5GiB or 4GB"),
     ("memory_budget", "much", "a size such as 900MiB, 1.5GiB or 4GB"),
@@ -341,6 +344,7 @@ def test_every_setting_has_a_flag_that_sets_it():
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     switches = {"use_rslora", "optimizer_in_backward", "return_freed_memory"}
+    switches |= {"packing", "completion_only_loss", "assistant_only_loss"}
     config = parse(*flags, "--optim=adamw")
     assert {name: getattr(config, name) for name in values} == values
     required = ("--train-file=t", "--output-dir=o")

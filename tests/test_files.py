@@ -13,6 +13,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -492,6 +493,39 @@ def test_slots_are_really_allocated(tmp_path):
     scratch = ScratchFile(tmp_path)
     scratch.slot(1 << 20)
     assert os.fstat(scratch._file.fileno()).st_blocks * 512 >= 1 << 20, "a sparse map dies of SIGBUS on a full disk"
+
+
+def test_a_scratch_array_is_what_was_appended(tmp_path, monkeypatch):
+    made = files.ScratchArray(tmp_path, np.int32)
+    whole = np.arange(200_000, dtype=np.int32)
+    for start in range(0, len(whole), 777):
+        made.extend(whole[start : start + 777])
+        assert (made[start : start + 5] == whole[start : start + 5]).all()  # what was not written yet is read too
+    assert list(tmp_path.iterdir()) == [], "a scratch file has a name, so it would outlive the process"
+    real_read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda handle, views, offset: real_read(handle, [views[0][:700]], offset))
+    assert len(made) == len(whole) and made[:].dtype == np.int32
+    for where in (slice(None), slice(3, 9), slice(199_990, 300_000), slice(7, 7)):
+        assert (made[where] == whole[where]).all() and len(made[where]) == len(whole[where])
+    truths = files.ScratchArray(tmp_path, np.bool_)
+    truths.extend(b"\1\0\1")
+    assert truths[1:].tolist() == [False, True]
+
+
+def test_a_scratch_array_on_a_full_disk_is_one_line():
+    made = files.ScratchArray(Path("/tmp"), np.int32)
+    made._file.close()
+    made._file = open("/dev/full", "wb")  # noqa: SIM115 - closed with the test
+    with pytest.raises(files.FileError, match="cannot write a scratch file in /tmp: No space left"):
+        made.extend(bytes(1 << 20))
+
+
+def test_existing_parent(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path in (".", "gone/further", "file/inside"):
+        assert files.existing_parent(tmp_path / path) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert files.existing_parent(Path("gone")) == tmp_path
 
 
 def test_append_line(tmp_path):

@@ -13,11 +13,11 @@ import pytest
 import safetensors.torch
 import torch
 from models import peft_model, randomize_adapter
-from runs import run_store, text_data, trainer, word_tokenizer
+from runs import run_store, sentences, text_data, trainer, word_tokenizer
 
 from mebp_triton import files
 from mebp_triton.adapter import adapter_tensors
-from mebp_triton.data import TokenizedData, batches, collate, load_data
+from mebp_triton.data import TokenizedData, batches, collate, load_data, pack
 from mebp_triton.optim import learning_rate
 from mebp_triton.stores.pages import Pages
 from mebp_triton.trainer import RunError, Trainer, finetune
@@ -196,6 +196,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(store, data, stra
     assert any(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
 
 
+def test_a_packed_run_from_a_file_resumes_to_the_numbers_of_one_in_memory(store, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": sentences(count % 3 + 1, count).strip()}) + "\n" for count in range(22))
+    )
+    settings = DEMANDING | {"packing": True}
+
+    def rows_in(scratch):
+        return pack(load_data(tmp_path / "rows.jsonl", word_tokenizer(), 24, scratch=scratch), 24)
+
+    data = rows_in(None)
+    assert 2 * len(data) < 8 * 2 * 2 and len(data) < 22
+    whole = trainer(store, data, tmp_path / "whole", **settings)
+    whole.train()
+    made = trainer(store, rows_in(tmp_path), tmp_path / "run", **settings)
+    with pytest.raises(Crash):
+        made.train(crash_at(5))
+    again = trainer(store, rows_in(tmp_path), tmp_path / "run", resume=True, **settings)
+    again.resume(again.run.checkpoint)
+    again.train()
+    names = ("step", "loss", "token_accuracy", "tokens", "grad_norm", "selected_blocks")
+    assert metrics(again, *names) == metrics(whole, *names)
+    ours, theirs = tensors_of(again.run.checkpoint), tensors_of(whole.run.checkpoint)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert sum(result["tokens"] for result in again.run.read_metrics()) > 0
+    with pytest.raises(ValueError, match="the training data changed"):
+        other = pack(load_data(tmp_path / "rows.jsonl", word_tokenizer(), 24), 48)
+        trainer(store, other, tmp_path / "run", resume=True, **settings).resume(again.run.checkpoint)
+
+
+def test_packing_a_model_that_would_leak_writes_nothing(tmp_path):
+    leaking = run_store(tmp_path / "opt", "opt")
+    with pytest.raises(ValueError, match="train models of type opt without packing"):
+        trainer(leaking, pack(text_data(tmp_path), 24), tmp_path / "run", packing=True)
+    assert not any((tmp_path / "run").iterdir())
+
+
 def test_dropout_and_selection_really_matter_to_that_comparison(store, data, straight, tmp_path):
     for change in ({"lora_dropout": 0.0}, {"selection_schedule": "cyclic"}, {"seed": 1}, {"warmup_steps": 0}):
         made = trainer(store, data, tmp_path / str(next(iter(change))), **(DEMANDING | change))
@@ -240,6 +276,9 @@ CHANGES = [
     ("max_grad_norm", 2.0),
     ("max_length", 20),
     ("dtype", "bfloat16"),
+    ("packing", True),
+    ("completion_only_loss", False),
+    ("assistant_only_loss", True),
 ]
 
 

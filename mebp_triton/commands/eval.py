@@ -6,8 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from mebp_triton import files
-from mebp_triton.data import load_data
+from mebp_triton.data import Masking, check_source, load_data
 from mebp_triton.evaluate import evaluate
 from mebp_triton.memory import peak_resident_bytes
 from mebp_triton.stores.format import Store
@@ -18,12 +17,15 @@ from .common import answer, check_length, load_for_inference, load_tokenizer, pr
 def run(arguments: argparse.Namespace) -> None:
     store = Path(arguments.store)
     Store(store)
-    files.check_regular(Path(arguments.validation_file))
+    check_source(arguments.validation_file, "validation-file")
     if arguments.max_eval_windows is not None and arguments.max_eval_windows < 1:
         raise ValueError(f"--max-eval-windows must be at least 1, got {arguments.max_eval_windows}")
     check_length(store, arguments.max_length)
     tokenizer = load_tokenizer(store)
-    data = load_data(arguments.validation_file, tokenizer, arguments.max_length, name="validation-file")
+    masking = Masking(arguments.completion_only_loss, arguments.assistant_only_loss)
+    data = load_data(
+        arguments.validation_file, tokenizer, arguments.max_length, name="validation-file", masking=masking
+    )
     model = load_for_inference(store, arguments)
     with progress_bar("evaluating") as update:
         result = evaluate(model, data, arguments.max_eval_windows, update)

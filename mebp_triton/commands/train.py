@@ -14,7 +14,7 @@ import torch
 from mebp_triton import files
 from mebp_triton.allocator import return_free_memory, return_large_freed_memory
 from mebp_triton.config import TrainConfig, parse_size
-from mebp_triton.data import TokenizedData, load_data
+from mebp_triton.data import TokenizedData, check_source, load_data, pack
 from mebp_triton.importers import open_source
 from mebp_triton.kernels.ops import resolve_backend
 from mebp_triton.memory import peak_resident_bytes
@@ -65,9 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
         begun = files.read_json(checkpoint / "state.json")
         chunks = begun.get("config", {}).get("mlp_chunk_tokens") if isinstance(begun, dict) else None
         settings = dataclasses.replace(settings, mlp_chunk_tokens=chunks)
-    for name in (config.train_file, config.validation_file):
-        if name is not None:
-            files.check_regular(Path(name))
+    check_source(config.train_file)
+    if config.validation_file:
+        check_source(config.validation_file, "validation-file")
     given = Path(arguments.store)
     is_store = _is_store(given, arguments)
     # Where the tokenizer lies there already, the texts are read first: what is wrong with them shows at once.
@@ -96,14 +96,14 @@ def run(arguments: argparse.Namespace) -> None:
         recompute_granularity=config.recompute_granularity or "full",
         mlp_chunk_tokens=config.mlp_chunk_tokens,
     )
-    trainer = Trainer(model, data, config, run)
-    trainer.planned_peak_bytes = None if plan is None else plan.peak
-    if checkpoint is not None:
-        try:
+    try:
+        trainer = Trainer(model, data, config, run)
+        if checkpoint is not None:
             trainer.resume(checkpoint)
-        except ValueError:
-            run.discard_if_empty()
-            raise
+    except ValueError:
+        run.discard_if_empty()
+        raise
+    trainer.planned_peak_bytes = None if plan is None else plan.peak
     console.print(f"{config.train_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
     if checkpoint is not None:
         console.print(f"resuming at step {trainer.step} of {trainer.total_steps}", highlight=False)
@@ -164,10 +164,14 @@ def _load_texts(directory: Path, config: TrainConfig) -> tuple[TokenizedData, To
     """The training and the validation file, tokenized by what lies in ``directory``."""
     tokenizer = load_tokenizer(directory)
     check_length(directory, config.max_length)
-    data = load_data(config.train_file, tokenizer, config.max_length)
-    if not config.validation_file:
-        return data, None
-    return data, load_data(config.validation_file, tokenizer, config.max_length, name="validation-file")
+
+    def tokenized(path: str, name: str) -> TokenizedData:
+        return load_data(path, tokenizer, config.max_length, name=name, masking=config.masking(), scratch=scratch)
+
+    scratch = files.existing_parent(Path(config.output_dir))
+    data = tokenized(config.train_file, "train-file")
+    validation = tokenized(config.validation_file, "validation-file") if config.validation_file else None
+    return pack(data, config.max_length) if config.packing else data, validation
 
 
 def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig) -> Path:

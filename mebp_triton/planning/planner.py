@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mebp_triton import machine, memory
+from mebp_triton import files, machine, memory
 from mebp_triton.allocator import return_free_memory
 from mebp_triton.config import TrainConfig, parse_size
 from mebp_triton.recompute import Granularity
@@ -31,6 +31,7 @@ from .trace import Traced, TracedModel
 TRACED_BY = (
     "max_length",
     "per_device_train_batch_size",
+    "packing",
     "lora_r",
     "lora_dropout",
     "target_modules",
@@ -250,6 +251,4 @@ class Planner:
 
 def _free_disk(settings: TrainConfig) -> int:
     """Bytes that are free where the run's scratch files go."""
-    directory = Path(settings.output_dir or ".").absolute()
-    existing = next(place for place in (directory, *directory.parents) if place.is_dir())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(files.existing_parent(Path(settings.output_dir or "."))).free

@@ -231,7 +231,9 @@ class TracedModel:
         """As ``collate`` makes it. One row has no padding, and a model is told so by a mask that it need not use."""
         shape = self.settings.per_device_train_batch_size, self.settings.max_length
         batch = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")}
-        if shape[0] == 1:
+        if self.settings.packing:
+            batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)  # all documents apart: a mask is made
+        if shape[0] == 1 or self.settings.packing:
             del batch["attention_mask"]
         return batch
 

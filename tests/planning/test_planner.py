@@ -152,6 +152,8 @@ RUNS = [
     ("qwen3", {"max_length": 512, "selection_mode": "identity", "selected_ratio": 0.34, "lora_r": 128}),
     ("gemma3_text", {"max_length": 1024} | FILES),
     ("gemma3_text", {"max_length": 256, "checkpoints": "device", "recompute_granularity": "selective"}),
+    ("llama", {"max_length": 1024, "packing": True} | FILES),
+    ("gemma3_text", {"max_length": 1024, "packing": True, "per_device_train_batch_size": 2} | FILES),
     ("gpt2", {"max_length": 512, "gradient_accumulation_steps": 2} | FILES),
     ("gpt2", {"max_length": 256, "per_device_train_batch_size": 2, "lora_r": 128, "optimizer_in_backward": True}),
 ]

@@ -18,7 +18,7 @@ import torch
 from mebp_triton import memory
 from mebp_triton.allocator import return_free_memory, return_large_freed_memory
 from mebp_triton.config import TrainConfig
-from mebp_triton.data import DataReport, TokenizedData
+from mebp_triton.data import DataReport, TokenizedData, pack
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.tables import DTYPES
 from mebp_triton.model import load
@@ -69,7 +69,10 @@ def train(store: str, config: TrainConfig) -> None:
         )
         vocabulary = model.config.get_text_config().vocab_size
         rows = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-        data = random_tokens(vocabulary, rows, config.max_length)
+        parts = 4 if config.packing else 1
+        data = random_tokens(vocabulary, rows * parts, config.max_length // parts)
+        if config.packing:
+            data = pack(data, config.max_length)
         Trainer(model, data, config, RunDirectory(Path(directory) / "run")).train()
 
 

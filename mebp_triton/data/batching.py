@@ -1,0 +1,104 @@
+"""Which rows a run takes when, and how those of a batch become tensors of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .tokenized import IGNORE_INDEX, Example, TokenizedData
+
+
+def evenly_spaced(data: Sized, count: int | None) -> list[int]:
+    """Indices ``i * total // count``: the same rows every time. All of them where ``count`` is None or larger."""
+    total = len(data)
+    if count is None or count >= total:
+        return list(range(total))
+    if count < 1:
+        raise ValueError(f"the number of windows must be at least 1, got {count}")
+    return [i * total // count for i in range(count)]
+
+
+def collate(
+    examples: Sequence[Example], pad_token_id: int | None, padding_side: Literal["left", "right"] = "right"
+) -> dict[str, Tensor]:
+    """Pads to the longest row: ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` int64.
+
+    The mask and the labels come from positions, never from ids, so the pad id may be 0, the end-of-sequence token or
+    None (a tokenizer without one).
+
+    Packed rows have ``position_ids`` in place of the mask: from positions that start again at 0, and only where no mask
+    is given, transformers knows the documents apart. Padding is a document of its own.
+    """
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+    longest = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), longest), pad_token_id or 0)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    position_ids = torch.zeros_like(input_ids)
+    packed = examples[0].position_ids is not None
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        start = longest - length if padding_side == "left" else 0
+        input_ids[row, start : start + length] = example.input_ids
+        attention_mask[row, start : start + length] = 1
+        labels[row, start : start + length] = example.labels
+        if example.position_ids is not None:
+            pads = torch.arange(longest - length)
+            own = (pads, example.position_ids) if start else (example.position_ids, pads)
+            position_ids[row] = torch.cat(own)
+        if start:
+            labels[row, start] = IGNORE_INDEX  # or the shift would train the row's first token, on a pad's output
+    told = {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
+    return {"input_ids": input_ids, **told, "labels": labels}
+
+
+def valid_tokens(batch: Mapping[str, Tensor]) -> int:
+    """Label positions that count after the causal shift: the loss's divisor."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of ``range(count)`` that depends on nothing but the arguments.
+
+    Sorted raw bits: numpy promises those streams across its versions, and those of ``permutation`` it does not.
+    """
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(keys, kind="stable")
+
+
+def batches_per_epoch(count: int, batch_size: int) -> int:
+    """Batches that cover ``count`` rows, a last partial one included."""
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
+    return -(-count // batch_size)
+
+
+def batches(
+    data: TokenizedData, batch_size: int, seed: int, *, start_batch: int = 0, epochs: int | None = None
+) -> Iterator[list[Example]]:
+    """Batches epoch after epoch, each epoch in its own order; without end where ``epochs`` is None.
+
+    ``start_batch=k`` gives exactly the batches k, k+1, ... of a run that started at 0.
+    """
+    per_epoch = batches_per_epoch(len(data), batch_size)
+    if start_batch < 0 or per_epoch == 0:
+        raise ValueError(f"start_batch must be at least 0 and data not empty, got {start_batch} and {len(data)} rows")
+    epoch_order(0, seed, 0)  # a wrong seed is an error here, not at the first batch
+
+    def generate() -> Iterator[list[Example]]:
+        epoch, first = divmod(start_batch, per_epoch)
+        while epochs is None or epoch < epochs:
+            order = epoch_order(len(data), seed, epoch)
+            for start in range(first * batch_size, len(data), batch_size):
+                yield [data[int(index)] for index in order[start : start + batch_size]]
+            epoch, first = epoch + 1, 0
+
+    return generate()

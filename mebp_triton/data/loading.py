@@ -1,0 +1,88 @@
+"""From a file, or what else holds rows, to ``TokenizedData``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .rows import Masking, tokenize_row
+from .sources import Broken, check_source, rows
+from .text import windows
+from .tokenized import RowWriter, TokenizedData
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_data(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    name: str = "train-file",
+    masking: Masking | None = None,
+    scratch: Path | None = None,
+) -> TokenizedData:
+    """Tokenises a file, row by row.
+
+    Args:
+        path: see ``check_source``; text is UTF-8.
+        tokenizer: the model's. No special token is added but the end-of-sequence token that closes a ``text`` or
+            string ``completion`` row; what chat messages need is up to the chat template.
+        max_length: tokens; longer rows are cut, text is cut into windows of this length.
+        name: what error messages call the file; "validation-file" takes that split of a directory.
+        masking: what enters the loss; by default ``Masking()``.
+        scratch: a directory in which a temporary file takes the tokens, so that they are no resident memory. It has no
+            name, and is gone with the process. None keeps them in memory. The rows are the same.
+
+    Raises:
+        ValueError: the file cannot be read, is not what its suffix says, or holds nothing to train on.
+    """
+    if max_length < 2:
+        raise ValueError(f"max-length must be at least 2, since a row's first token is not predicted; got {max_length}")
+    path, masking = check_source(path, name), masking or Masking()
+    where, writer = f"{name} {path}", RowWriter(max_length, scratch)
+    try:
+        if path.suffix.lower() == ".txt":
+            _add_text(path, tokenizer, writer, masking, where)
+        else:
+            _add_rows(path, tokenizer, writer, masking, where)
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be read ({error.strerror}); give a readable file") from error
+    data = writer.finish()
+    if not len(data):
+        problem = f"all {writer.dropped:,} rows are too short or fully masked" if writer.dropped else "it is empty"
+        raise ValueError(f"{where}: nothing to train on, {problem}; add text, or raise max-length (now {max_length})")
+    return data
+
+
+def _add_text(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter, masking: Masking, where: str) -> None:
+    try:
+        masking.check_text()
+        with path.open(encoding="utf-8-sig") as file:  # a byte-order mark is not text
+            for ids in windows(tokenizer, file.read, writer.max_length):
+                writer.add(ids, b"\1" * len(ids))
+    except UnicodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}); convert the file") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter, masking: Masking, where: str) -> None:
+    found = rows(path)
+    while True:
+        try:
+            number, row = next(found)
+        except StopIteration:
+            return
+        except Broken as error:
+            raise ValueError(f"{where}:{error.number}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        try:
+            tokens = tokenize_row(tokenizer, row, masking)
+        except UnicodeError as error:
+            raise ValueError(f"{where}:{number}: not UTF-8 ({error}); convert the file") from error
+        except ValueError as error:
+            raise ValueError(f"{where}:{number}: {error}") from error
+        writer.add(*tokens)

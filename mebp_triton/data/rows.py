@@ -1,0 +1,328 @@
+"""What a row's keys mean: its text, its tokens, and which of them are trained.
+
+``text`` and ``messages`` are trained whole, of ``prompt`` + ``completion`` the completion; ``Masking`` says otherwise.
+ShareGPT's ``conversations`` become messages. Alpaca's ``instruction`` + ``output`` become prompt and completion, of
+messages where the tokenizer has a chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .text import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROW_KINDS = (("text",), ("prompt", "completion"), ("messages",), ("conversations",), ("instruction", "output"))
+KINDS_WANTED = "'text', 'prompt' and 'completion', 'messages', 'conversations', or 'instruction' and 'output'"
+# All that is looked at; a row may have more.
+COLUMNS = {key for kind in ROW_KINDS for key in kind} | {"tools", "system", "input", "history"}
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHAREGPT_ROLES |= {"tool": "tool", "observation": "tool"}
+# Of Stanford Alpaca, for tokenizers without a chat template: with an input and without.
+ALPACA = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n",
+)
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What of a row enters the loss; the names are TRL's.
+
+    Attributes:
+        completion_only_loss: of ``prompt`` + ``completion`` the completion only. None: so, where a row has them. True:
+            every row must. False: the prompt too.
+        assistant_only_loss: of chat messages the assistant's turns only. Every row must be of messages.
+    """
+
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+
+    def check_text(self) -> None:
+        """ValueError where plain text, which has no parts, cannot be masked as wanted."""
+        if self.completion_only_loss:
+            raise ValueError("completion_only_loss needs 'prompt' and 'completion', and this is text: leave it out")
+        if self.assistant_only_loss:
+            raise ValueError("assistant_only_loss needs chat messages, and this is text: leave it out")
+
+
+def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking) -> tuple[list[int], bytes, bool]:
+    """A row's ids; for each, 1 if it is trained and 0 if it is masked; whether the row was converted.
+
+    Raises:
+        ValueError: the row is of no kind, or of one that cannot be masked as wanted.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, got {_shown(row)}")
+    kinds = [kind for kind in ROW_KINDS if all(key in row for key in kind)]
+    if len(kinds) != 1:
+        problem = "row of more than one kind" if kinds else "unknown row"
+        raise ValueError(f"{problem}, with the keys {sorted(row)}; give one of {KINDS_WANTED}")
+    converted = kinds[0] in (("conversations",), ("instruction", "output"))
+    if kinds[0] == ("conversations",):
+        row = _from_sharegpt(row)
+    elif kinds[0] == ("instruction", "output"):
+        row = _from_alpaca(row, chat=bool(tokenizer.chat_template))
+
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            raise ValueError(f"'text' must be a string, got {_shown(row['text'])}")
+        masking.check_text()
+        ids = _with_eos(tokenizer, encode(tokenizer, row["text"]))
+        return ids, b"\1" * len(ids), converted
+    if "messages" in row:
+        if masking.completion_only_loss:
+            raise ValueError(
+                "completion_only_loss needs 'prompt' and 'completion', and this row has messages; "
+                "assistant_only_loss masks those"
+            )
+        return *_chat(tokenizer, [], _messages(row, "messages"), row, masking), converted
+    if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+        if masking.assistant_only_loss:
+            raise ValueError("assistant_only_loss needs chat messages, and this row has strings; completion_only_loss?")
+        whole = row["prompt"] + row["completion"]
+        head, rest = _split(tokenizer, row["prompt"], whole)
+        ids = _with_eos(tokenizer, head + rest)
+        masked = 0 if masking.completion_only_loss is False else len(head)
+        return ids, b"\0" * masked + b"\1" * (len(ids) - masked), converted
+    if not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
+        got = f"{_shown(row['prompt'])} and {_shown(row['completion'])}"
+        raise ValueError(f"'prompt' and 'completion' must be two strings or two lists of messages, got {got}")
+    prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
+    return *_chat(tokenizer, prompt, completion, row, masking), converted
+
+
+# --- rows of other projects -----------------------------------------------------------------------------------------
+
+
+def _from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
+    """``conversations``, of ``from`` and ``value`` (or ``role`` and ``content``), as ``messages``."""
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"'conversations' must be a list of turns, not empty, got {_shown(turns)}")
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for turn in turns:
+        if isinstance(turn, dict) and "role" in turn:
+            messages.append(turn)
+            continue
+        if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
+            raise ValueError(f"a turn of 'conversations' must be an object with 'from' and 'value', got {_shown(turn)}")
+        if turn["from"] not in SHAREGPT_ROLES:
+            known = ", ".join(SHAREGPT_ROLES)
+            raise ValueError(f"a turn of 'conversations' is from {turn['from']!r}; known are {known}: use 'messages'")
+        messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")})
+    return {"messages": messages, "tools": row.get("tools")}
+
+
+def _from_alpaca(row: dict[str, Any], chat: bool) -> dict[str, Any]:
+    """``instruction``, ``input`` and ``output`` as ``prompt`` and ``completion``."""
+    found = {key: row.get(key) or "" for key in ("instruction", "input", "output", "system")}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise ValueError(f"'{key}' must be a string, got {_shown(value)}")
+    if row.get("history"):
+        raise ValueError("'history' beside 'instruction' is not supported; give the turns as 'messages'")
+    if not chat:
+        if found["system"]:
+            raise ValueError("'system' beside 'instruction' needs a chat template, and the tokenizer has none; drop it")
+        text = ALPACA[0 if found["input"] else 1].format(instruction=found["instruction"], input=found["input"])
+        return {"prompt": text, "completion": found["output"]}
+    asked = "\n".join(part for part in (found["instruction"], found["input"]) if part)
+    prompt = [{"role": "system", "content": found["system"]}] if found["system"] else []
+    prompt.append({"role": "user", "content": asked})
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": found["output"]}]}
+
+
+# --- chat -----------------------------------------------------------------------------------------------------------
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[dict[str, Any]],
+    answer: list[dict[str, Any]],
+    row: dict[str, Any],
+    masking: Masking,
+) -> tuple[list[int], bytes]:
+    """Ids and mask of a conversation, of which ``prompt`` (perhaps nothing) is masked unless masking says otherwise."""
+    messages = prompt + answer
+    whole = _render(tokenizer, messages, row)
+    opening = ""
+    if prompt:
+        found = _opening(tokenizer, prompt, row, whole)
+        if found is None:
+            raise ValueError(
+                "the chat template writes 'prompt' differently when 'completion' follows; give both as strings"
+            )
+        opening = found
+    first = 0 if masking.completion_only_loss is False else len(opening)
+    if not masking.assistant_only_loss:
+        spans = [(first, len(whole))]
+    elif GENERATION.search(_template(tokenizer, row)):
+        return _marked(tokenizer, messages, row, whole, whole[:first])
+    else:
+        spans = _assistant_spans(tokenizer, messages, row, whole)
+    spans = [(max(start, first), stop) for start, stop in spans if stop > first]
+    return _tokens(tokenizer, whole, spans, cuts={len(opening)})
+
+
+def _opening(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], row: dict[str, Any], whole: str
+) -> str | None:
+    """What ``whole`` begins with before an answer to ``messages``; None where it does not begin with them."""
+    for header in (True, False):  # the header that opens the answer is given at inference, so it is part of the prompt
+        opening = _render(tokenizer, messages, row, add_generation_prompt=header)
+        if whole.startswith(opening):
+            return opening
+    return None
+
+
+def _assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], row: dict[str, Any], whole: str
+) -> list[tuple[int, int]]:
+    """Where in ``whole`` the assistant's turns stand, by what each adds to the conversation before it."""
+    spans = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _opening(tokenizer, messages[:place], row, whole) if place else ""
+        after = whole if place + 1 == len(messages) else _render(tokenizer, messages[: place + 1], row)
+        if not whole.startswith(after):  # perhaps for the end-of-sequence token that closes the conversation (Phi-3)
+            after = after.removesuffix(tokenizer.eos_token or "")
+        if before is None or not whole.startswith(after) or len(before) >= len(after):
+            raise ValueError(
+                f"the chat template writes message {place + 1}, or those before it, differently when others follow, "
+                "so assistant_only_loss cannot tell the assistant's tokens; mark them in the template by "
+                "{% generation %}, or give each answer as a row of its own"
+            )
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _marked(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], row: dict[str, Any], whole: str, masked: str
+) -> tuple[list[int], bytes]:
+    """Ids and mask by the template's own marks; ``masked``: a beginning that is not trained whatever they say."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "assistant_only_loss by a template's {% generation %} needs a fast tokenizer, and this is none"
+        )
+    found: Any = tokenizer.apply_chat_template(
+        messages,
+        tools=_tools(row),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
+    )
+    ids, trained = list(found["input_ids"]), bytes(found["assistant_masks"])
+    assert ids == encode(tokenizer, whole), "the tokenizer's two ways to tokenise a conversation differ"
+    head = encode(tokenizer, masked)
+    if ids[: len(head)] != head:
+        raise ValueError(
+            "a token lies across the end of 'prompt'; leave out completion_only_loss or assistant_only_loss"
+        )
+    return ids, b"\0" * len(head) + trained[len(head) :]
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, whole: str, spans: list[tuple[int, int]], cuts: set[int]
+) -> tuple[list[int], bytes]:
+    """Ids of ``whole`` with no token across an end of a span or a cut, each trained if it lies in a span."""
+    places = sorted((cuts | {place for span in spans for place in span}) - {0, len(whole)})
+    parts, text = [], whole
+    for place in reversed(places):
+        _, rest = _split(tokenizer, text[:place], text)
+        parts.append(rest)
+        text = text[:place]
+    parts.append(encode(tokenizer, text))
+    ids, trained = [], b""
+    for start, part in zip([0, *places], reversed(parts), strict=True):
+        ids += part
+        trained += bytes([any(first <= start < stop for first, stop in spans)]) * len(part)
+    return ids, trained
+
+
+def _split(tokenizer: PreTrainedTokenizerBase, prompt: str, whole: str) -> tuple[list[int], list[int]]:
+    """Ids of the prompt exactly as at inference, and of what follows it.
+
+    What follows is read off the whole, since some tokenisers put a space before any text they start on. Where a token
+    of the whole straddles the boundary that cannot be, and the rest is tokenised alone.
+    """
+    head, ids = encode(tokenizer, prompt), encode(tokenizer, whole)
+    if ids[: len(head)] == head:
+        return head, ids[len(head) :]
+    return head, encode(tokenizer, whole[len(prompt) :])
+
+
+def _with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def _messages(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    messages = row[key]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"'{key}' must be a list of messages, not empty, got {_shown(messages)}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"a message of '{key}' must be an object with 'role' and 'content', got {_shown(message)}")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise ValueError(f"the 'content' of a message of '{key}' must be a string, got {_shown(content)}")
+    return messages
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("chat messages, but the tokenizer has no chat template; set one, or give strings")
+    return tokenizer.get_chat_template(None, _tools(row))
+
+
+def _tools(row: dict[str, Any]) -> Any:
+    """The row's tools; as JSON in a string where a column must be of one type."""
+    tools = row.get("tools")
+    if not isinstance(tools, str):
+        return tools
+    try:
+        return json.loads(tools) if tools else None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"'tools' is a string that is not JSON ({error})") from error
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    row: dict[str, Any],
+    add_generation_prompt: bool = False,
+) -> str:
+    from jinja2 import TemplateError
+
+    _template(tokenizer, row)
+    try:
+        # Rendered to text and tokenised by encode: transformers 4 and 5 return ids in different containers.
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=_tools(row),
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            return_dict=False,
+        )
+    except (TemplateError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the chat template refuses the messages ({reason}); change the row") from error
+    assert isinstance(text, str)
+    return text
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {value!r:.60}"

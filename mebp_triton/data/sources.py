@@ -1,0 +1,135 @@
+"""Where rows come from: a file, a directory with a file per split, or a dataset that ``save_to_disk`` wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+WANTED = "a .txt, .jsonl or .parquet file"
+# What a split is called in a directory, by what the file is for.
+SPLITS = {"train-file": ("train",), "validation-file": ("validation", "valid")}
+DATASET, DATASETS = "dataset_info.json", "dataset_dict.json"  # of datasets' save_to_disk: one dataset, several splits
+BATCH_ROWS = 256
+
+
+def check_source(path: str | Path, name: str = "train-file") -> Path:
+    """The file, or the directory of a saved dataset, that ``path`` means.
+
+    Args:
+        path: a ``.txt``, ``.jsonl`` or ``.parquet`` file; a directory that ``Dataset.save_to_disk`` or
+            ``DatasetDict.save_to_disk`` wrote; or a directory with ``train.jsonl`` and ``valid.jsonl`` (or of the other
+            suffixes, or ``validation``).
+        name: "train-file" or "validation-file": which split of a directory is meant, and what errors call it.
+
+    Raises:
+        ValueError: there is no such thing.
+    """
+    path = Path(path)
+    where = f"{name} {path}"
+    if path.is_dir() and not (path / DATASET).is_file():
+        path = _split(path, SPLITS.get(name, (name,)), where)
+    if path.is_dir() and (path / DATASET).is_file():
+        return path
+    if not path.is_file():
+        problem = "is a special file" if path.exists() else "no such file"
+        raise ValueError(f"{where}: {problem}; give {WANTED}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{where}: unknown suffix {path.suffix!r}; give {WANTED}")
+    return path
+
+
+def _split(directory: Path, names: tuple[str, ...], where: str) -> Path:
+    """The one entry of ``directory`` that is called by one of ``names``."""
+    saved = (directory / DATASETS).is_file()
+    entries = [name if saved else f"{name}{suffix}" for name in names for suffix in SUFFIXES[: 1 if saved else None]]
+    found = [directory / entry for entry in entries if (directory / entry).exists()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        both = " and ".join(path.name for path in found)
+        raise ValueError(f"{where}: is a directory with {both}; name the one that is meant")
+    kind = "with saved datasets" if saved else "and no saved dataset"
+    raise ValueError(f"{where}: is a directory {kind}, without {' or '.join(entries)}; give {WANTED}")
+
+
+def rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of ``check_source``'s path, numbered from 1 (of a ``.jsonl`` file: by lines), one after the other.
+
+    Raises:
+        ValueError: it is broken; ``Broken`` where it is at a row.
+    """
+    if path.is_dir():
+        return _dataset_rows(path)
+    return {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[path.suffix.lower()](path)
+
+
+class Broken(ValueError):
+    """What is wrong with the row ``number``."""
+
+    def __init__(self, number: int, problem: str) -> None:
+        super().__init__(problem)
+        self.number = number
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:  # bytes, since only \n ends a row: text mode would also cut at a lone \r
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    yield number, json.loads(text)
+            except UnicodeError as error:
+                raise Broken(number, f"not UTF-8 ({error}); convert the file") from error
+            except (ValueError, RecursionError) as error:
+                raise Broken(number, f"broken JSON ({error}); write one object a line") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("needs the pyarrow package; pip install 'mebp-triton[datasets]'") from error
+
+    from .rows import COLUMNS
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            known = [name for name in names if name in COLUMNS] or names  # not the embeddings beside them
+            for batch in file.iter_batches(BATCH_ROWS, columns=known, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, _without_none(row)
+    except (pyarrow.ArrowException, OSError) as error:  # Arrow's own OSError has no number
+        raise ValueError(f"cannot be read as parquet ({_line(error)}); write it again") from error
+
+
+def _dataset_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        import datasets
+        import pyarrow
+    except ImportError as error:
+        raise ValueError("needs the datasets package; pip install 'mebp-triton[datasets]'") from error
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+        for number, row in enumerate(dataset, start=1):
+            yield number, _without_none(row)
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot be read as a saved dataset ({_line(error)}); save it again") from error
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _without_none(value: Any) -> Any:
+    """Without the keys that Arrow adds with None, since all its rows have the same ones."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,163 @@
+"""Rows of tokens in two flat arrays, in memory or in a scratch file, and what is to be said about them."""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mebp_triton.files import ScratchArray
+
+IGNORE_INDEX = -100
+CHECKSUM_CHUNK = 1 << 20  # elements
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, ``[T]`` each; ``labels`` are the ids (the model shifts them), -100 where nothing is trained.
+
+    ``position_ids`` of a packed row start again at 0 with each of its documents; None where the row is one.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a file became.
+
+    Attributes:
+        rows: rows kept.
+        tokens: tokens in them.
+        trained_tokens: those that enter the loss: trained, and not a row's first, which nothing predicts.
+        truncated_rows: kept rows that were cut at the maximum length.
+        dropped_rows: rows left out because no token of theirs would enter the loss.
+        masked_tokens: kept tokens that a mask keeps out of the loss: prompts, and turns that are not the assistant's.
+        truncated_tokens: tokens that were cut off the truncated rows.
+        converted_rows: kept rows that came as ShareGPT conversations or Alpaca instructions.
+        packed_rows: rows that the kept ones were packed into; 0 where they were not.
+        packed_length: the most tokens that a packed row may have.
+    """
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    truncated_rows: int
+    dropped_rows: int
+    masked_tokens: int = 0
+    truncated_tokens: int = 0
+    converted_rows: int = 0
+    packed_rows: int = 0
+    packed_length: int = 0
+
+    def describe(self) -> str:
+        parts = [
+            f"{self.rows:,} rows, {self.tokens:,} tokens ({self.trained_tokens:,} trained, "
+            f"{self.masked_tokens:,} masked)",
+            f"{self.truncated_rows:,} rows truncated ({self.truncated_tokens:,} tokens cut off)",
+            f"{self.dropped_rows:,} dropped",
+        ]
+        if self.converted_rows:
+            parts.append(f"{self.converted_rows:,} converted to chat messages or prompts")
+        if self.packed_rows:
+            filled = self.tokens / (self.packed_rows * self.packed_length)
+            parts.append(f"packed into {self.packed_rows:,} rows of {self.packed_length:,}, {filled:.1%} filled")
+        return ", ".join(parts)
+
+
+class TokenizedData:
+    """Rows in two flat arrays, 5 bytes a token: lists of Python integers would take 8 to 36.
+
+    Row ``i`` is ``ids[offsets[i] : offsets[i + 1]]``; ``trained`` has the same length as ``ids``. Arrays that lie in a
+    file are read row by row, and only ``offsets``, 8 bytes a row, is in memory.
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[np.int32] | ScratchArray,
+        trained: NDArray[np.bool_] | ScratchArray,
+        offsets: NDArray[np.int64],
+        report: DataReport,
+    ):
+        self.ids, self.trained, self.offsets, self.report = ids, trained, offsets, report
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self.row(index)
+
+    def row(self, index: int) -> Example:
+        """A row as it was read, also where ``self[index]`` is several of them."""
+        place = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        input_ids = torch.from_numpy(self.ids[place].astype(np.int64))
+        return Example(input_ids, input_ids.masked_fill(torch.from_numpy(~self.trained[place]), IGNORE_INDEX))
+
+    def checksum(self) -> int:
+        """CRC-32 of all rows and masks, by which a resumed run knows its data."""
+        checksum = 0
+        for flat in (self.ids, self.trained, self.offsets):
+            for start in range(0, len(flat), CHECKSUM_CHUNK):
+                checksum = zlib.crc32(flat[start : start + CHECKSUM_CHUNK].data, checksum)
+        return checksum
+
+
+class RowWriter:
+    """Collects rows into growing flat arrays and counts what was cut or left out.
+
+    Args:
+        max_length: tokens; longer rows are cut.
+        scratch: where a temporary file takes the arrays; None for memory.
+    """
+
+    def __init__(self, max_length: int, scratch: Path | None = None):
+        self.max_length = max_length
+        self.ids: array[int] | ScratchArray = array("i") if scratch is None else ScratchArray(scratch, np.int32)
+        self.trained: bytearray | ScratchArray = bytearray() if scratch is None else ScratchArray(scratch, np.bool_)
+        self.offsets = array("q", [0])
+        self.trained_tokens = self.masked = self.truncated = self.cut_off = self.dropped = self.converted = 0
+
+    def add(self, ids: Sequence[int], trained: bytes, converted: bool = False) -> None:
+        """Adds a row; ``trained`` has a 1 for every token to train, else a 0."""
+        assert len(ids) == len(trained)
+        length = min(len(ids), self.max_length)
+        entering = trained.count(1, 1, length)
+        if entering == 0:
+            self.dropped += 1
+            return
+        self.truncated += length < len(ids)
+        self.cut_off += len(ids) - length
+        self.trained_tokens += entering
+        self.masked += trained.count(0, 0, length)
+        self.converted += converted
+        self.ids.extend(array("i", ids[:length]))
+        self.trained.extend(trained[:length])
+        self.offsets.append(self.offsets[-1] + length)
+
+    def finish(self) -> TokenizedData:
+        offsets = np.frombuffer(self.offsets, np.int64)
+        report = DataReport(
+            rows=len(offsets) - 1,
+            tokens=int(offsets[-1]),
+            trained_tokens=self.trained_tokens,
+            truncated_rows=self.truncated,
+            dropped_rows=self.dropped,
+            masked_tokens=self.masked,
+            truncated_tokens=self.cut_off,
+            converted_rows=self.converted,
+        )
+        # Views of the growing buffers, not copies.
+        ids = self.ids if isinstance(self.ids, ScratchArray) else np.frombuffer(self.ids, np.int32)
+        trained = self.trained if isinstance(self.trained, ScratchArray) else np.frombuffer(self.trained, np.bool_)
+        return TokenizedData(ids, trained, offsets, report)

@@ -1,0 +1,124 @@
+"""Where rows come from: files, directories of splits, saved datasets. All give the same rows."""
+
+import json
+import os
+import sys
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from texts import ANSWER, QUESTION, rows
+
+from mebp_triton.data import check_source, load_data
+
+MIXED = [
+    {"messages": QUESTION + ANSWER},
+    {"text": "The cat sat"},
+    {"prompt": "What is two plus two?", "completion": " four."},
+    {"instruction": "Add.", "input": "two two", "output": "four"},
+    {"conversations": [{"from": "human", "value": "two"}, {"from": "gpt", "value": "four"}]},
+]
+
+
+@pytest.fixture
+def wanted(tokenizer, write):
+    return rows(load_data(write("wanted.jsonl", MIXED * 200), tokenizer, 99))
+
+
+def test_parquet_has_the_rows_of_jsonl(tokenizer, tmp_path, wanted):
+    """Arrow gives every row all keys; those that are None are none of its own."""
+    table = pyarrow.Table.from_pylist(MIXED * 200, schema=_schema()).append_column("embedding", [[[0.5] * 8] * 1000])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=300)
+    assert rows(load_data(tmp_path / "x.parquet", tokenizer, 99)) == wanted
+
+
+def _schema():
+    names = {key for row in MIXED for key in row}
+    talk = {"messages": ("role", "content"), "conversations": ("from", "value")}
+    kinds = {
+        name: pyarrow.list_(pyarrow.struct([(key, pyarrow.string()) for key in talk[name]]))
+        if name in talk
+        else pyarrow.string()
+        for name in names
+    }
+    return pyarrow.schema(sorted(kinds.items()))
+
+
+def test_saved_datasets_have_the_rows_of_jsonl(tokenizer, tmp_path, wanted):
+    table = pyarrow.Table.from_pylist(MIXED * 200, schema=_schema())
+    whole = datasets.Dataset(table)
+    whole.save_to_disk(tmp_path / "one", num_shards=3)
+    assert rows(load_data(tmp_path / "one", tokenizer, 99)) == wanted
+    splits = {"train": whole, "validation": whole.select(range(2)), "test": whole.select(range(1))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "several")
+    assert rows(load_data(tmp_path / "several", tokenizer, 99)) == wanted
+    assert rows(load_data(tmp_path / "several", tokenizer, 99, name="validation-file")) == wanted[:2]
+    assert rows(load_data(tmp_path / "several" / "test", tokenizer, 99)) == wanted[:1]
+    with pytest.raises(ValueError, match="is a directory with saved datasets, without held-out; give"):
+        check_source(tmp_path / "several", "held-out")
+
+
+def test_a_directory_with_a_file_per_split(tmp_path):
+    for name in ("train.jsonl", "valid.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    assert check_source(tmp_path) == tmp_path / "train.jsonl"
+    assert check_source(tmp_path, "validation-file") == tmp_path / "valid.jsonl"
+    (tmp_path / "validation.parquet").touch()
+    with pytest.raises(ValueError, match="is a directory with validation.parquet and valid.jsonl; name the one"):
+        check_source(tmp_path, "validation-file")
+
+
+def test_missing_file_and_directory(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="train-file .*gone.txt: no such file"):
+        load_data(tmp_path / "gone.txt", tokenizer, 8)
+    with pytest.raises(ValueError, match="is a directory and no saved dataset, without train.txt or train.jsonl or"):
+        load_data(str(tmp_path), tokenizer, 8)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match="is a special file"):
+        load_data(tmp_path / "pipe.txt", tokenizer, 8)
+
+
+def test_a_broken_parquet_file(tokenizer, tmp_path):
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": "a cat " * 50}] * 500), path, compression=None)
+    content = path.read_bytes()
+    for broken in (b"", content[:100], content[:-20], b"\0" * 500 + content[500:]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="train-file .*x.parquet: cannot be read as parquet") as error:
+            load_data(path, tokenizer, 99)
+        assert "\n" not in str(error.value)
+
+
+def test_a_broken_saved_dataset(tokenizer, tmp_path):
+    datasets.Dataset.from_list([{"text": "a cat " * 50}] * 50).save_to_disk(tmp_path / "x")
+    (arrow,) = (tmp_path / "x").glob("*.arrow")
+    content = arrow.read_bytes()
+    for broken in (content[:100], None):
+        arrow.write_bytes(broken) if broken else arrow.unlink()
+        with pytest.raises(ValueError, match="train-file .*x: cannot be read as a saved dataset") as error:
+            load_data(tmp_path / "x", tokenizer, 99)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row, message", [({"title": "a"}, r"unknown row, with the keys \['title'\]"), ({"text": 5}, "int 5")]
+)
+def test_a_wrong_row_is_named(tokenizer, tmp_path, row, message):
+    table = pyarrow.Table.from_pylist([row] * 3)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "x")
+    for path in ("x.parquet", "x"):
+        with pytest.raises(ValueError, match=f"train-file .*{path}:1: .*{message}"):
+            load_data(tmp_path / path, tokenizer, 99)
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "datasets"])
+def test_what_is_not_installed_is_named(tokenizer, tmp_path, monkeypatch, package):
+    table = pyarrow.Table.from_pylist([{"text": "The cat"}])
+    pyarrow.parquet.write_table(table, tmp_path / "pyarrow.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "datasets")
+    path = tmp_path / ("pyarrow.parquet" if package == "pyarrow" else "datasets")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"needs the {package} package; pip install 'mebp-triton\[datasets\]'"):
+        load_data(path, tokenizer, 99)
