@@ -168,7 +168,7 @@ def _beside_full(
     return found
 
 
-def bias(store: Path, texts: Sequence[Path], batches: int = 8) -> dict[str, Any]:
+def bias(store: Path, texts: Sequence[Path], batches: int = 3) -> dict[str, Any]:
     """Per block, the cosine and the ratio of norms of a mode's gradient with the true one; each block as selected."""
     training = tokenized(store, texts[0])
     with tempfile.TemporaryDirectory() as scratch:

@@ -27,6 +27,11 @@ STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 MALFORMED = (KeyError, TypeError, ValueError, RuntimeError, IndexError, OverflowError)
 
 
+def common_group_size(columns: int, blocksize: int) -> int | None:
+    """The largest of ours that cuts rows and blocks alike: no group may have a part in two blocks. None: no such."""
+    return max((size for size in GROUP_SIZES if columns % size == 0 and blocksize % size == 0), default=None)
+
+
 def int4_from_bnb(
     packed: Tensor, absmax: Tensor, codebook: Tensor, shape: tuple[int, int], blocksize: int
 ) -> Int4Weight:
@@ -45,14 +50,12 @@ def int4_from_bnb(
     rows, columns = shape
     if rows < 1 or columns < 1 or blocksize < 1:
         raise ValueError(f"shape and blocksize must be positive, got {shape} and {blocksize}")
-    # A group may be a part of a block, but no group may have a part in two blocks.
-    fitting = [size for size in GROUP_SIZES if columns % size == 0 and blocksize % size == 0]
-    if not fitting:
+    group_size = common_group_size(columns, blocksize)
+    if group_size is None:
         raise ValueError(
             f"in_features {columns} is no multiple of 32 (blocks of {blocksize} weights go on from row to row), "
             f"which cannot be taken over: give the unquantised model"
         )
-    group_size = max(fitting)
     data = packed.contiguous().view(torch.uint8).flatten()
     blocks = -(-rows * columns // blocksize)
     for name, tensor, wanted in (("packed", data, rows * columns // 2), ("absmax", absmax, blocks)):

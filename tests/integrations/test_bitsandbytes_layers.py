@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
 from models import relative_rms
-from safetensors.torch import load_file, save_file
 
 from mebp_triton.integrations.bitsandbytes_layers import (
     check_linear4bit,
-    int4_from_bitsandbytes,
     is_linear4bit,
     take_linear4bit,
 )
@@ -91,13 +88,6 @@ def test_gradients_in_float64(columns: int, quant_type: str) -> None:
     x, bias, a, b = (tensor.clone().requires_grad_() for tensor in inputs)
     found = torch.autograd.grad(int4_lora_linear(x, weight, bias, a, b, 0.5), (x, bias, a, b), dy.float())
     assert max(relative_rms(ours, own) for ours, own in zip(found, expected, strict=True)) < 1e-6
-
-
-def test_from_a_checkpoint(tmp_path: Path) -> None:
-    layer = linear4bit(128)
-    save_file({f"model.{name}": tensor for name, tensor in layer.state_dict().items()}, tmp_path / "w.safetensors")
-    weight = int4_from_bitsandbytes(load_file(tmp_path / "w.safetensors"), "model.weight", "model")
-    assert torch.equal(decode(weight, torch.float32), flat_decoding(layer))
 
 
 def test_what_cannot_be_exact_is_refused() -> None:
