@@ -349,10 +349,28 @@ class RowSource(Protocol):
         ...
 
 
+class AbsentWeight(Tensor):
+    """A weight with a shape, a dtype and a device, and nothing in it: whoever computes with it is told."""
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> AbsentWeight:
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            f"{func}: the weight of an int4 embedding or head is not there as a float tensor; for a trainer that "
+            f"multiplies by lm_head.weight itself, as TRL's SFTTrainer, use load(..., head='float')"
+        )
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return f"AbsentWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
 class Int4Table(Int4Module):
     """An int4 module whose ``weight`` other code only asks for its dtype, device and shape.
-
-    ``weight`` has those of the decoded table, takes no memory, and is NaN throughout: computing with it shows.
 
     Attributes:
         rows: where the rows come from; None where the whole table lies in place.
@@ -372,10 +390,9 @@ class Int4Table(Int4Module):
         return packed
 
     @property
-    def weight(self) -> Tensor:
-        packed = self._packed()
-        nan = torch.full((), float("nan"), dtype=self.compute_dtype, device=self.device or packed.device)
-        return nan.expand(self.out_features, self.in_features)
+    def weight(self) -> AbsentWeight:
+        device = self.device or self._packed().device
+        return AbsentWeight((self.out_features, self.in_features), self.compute_dtype, device)
 
 
 class Int4Linear(Int4Module, nn.Linear):

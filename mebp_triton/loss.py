@@ -20,7 +20,10 @@ from torch.utils._pytree import tree_map
 from .kernels.cross_entropy import OnePass
 from .kernels.layout import Int4Weight
 from .kernels.ops import int4_cross_entropy, int4_matmul, int4_matmul_dx, resolve_backend
+from .kernels.reference import decode
 from .lora import Int4Table, autocast_input
+
+DECODED_ROWS = 4096  # at a time
 
 
 class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
@@ -46,6 +49,17 @@ class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
         if self.rows is None:
             return int4_matmul(x, self.int4(), self.bias, backend=self.backend)
         return _WalkedLogits.apply(x, self)
+
+    def decoded(self) -> nn.Linear:
+        """The same as a plain, frozen linear layer in ``compute_dtype``."""
+        weight = torch.empty(self.weight.shape, dtype=self.compute_dtype, device=self.weight.device)
+        for first, rows in self.rows.segments() if self.rows is not None else [(0, self.int4())]:
+            for start in range(0, rows.out_features, DECODED_ROWS):
+                part = decode(rows.rows(start, start + DECODED_ROWS), torch.promote_types(weight.dtype, torch.float32))
+                weight[first + start : first + start + part.shape[0]] = part
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return linear
 
     def cross_entropy(
         self, hidden: Tensor, targets: Tensor, ignore_index: int, factors: tuple[float, ...]

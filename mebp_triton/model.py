@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ def load(
     scratch_directory: Path | str | None = None,
     recompute_granularity: Granularity = "full",
     mlp_chunk_tokens: int | None = None,
+    head: Literal["int4", "float"] = "int4",
 ) -> Any:
     """The transformers model of ``store``, in eval mode, as ``from_pretrained`` would return it.
 
@@ -80,6 +81,8 @@ def load(
         recompute_granularity: "full" keeps each block's input; "selective" the outputs of its adapted linear layers as
             well, which then are not computed again. Same gradients, to the bit.
         mlp_chunk_tokens: the MLPs run by chunks of that many tokens, forward and backward; None or 0: whole.
+        head: "float" decodes the head's weight into a plain linear layer, for trainers that multiply by it themselves
+            (TRL's ``SFTTrainer``). It takes vocabulary x hidden size x the size of ``dtype``, and logits are computed.
 
     Raises:
         ValueError: the store is damaged, or an argument does not fit.
@@ -91,6 +94,8 @@ def load(
         raise ValueError(f"recompute_granularity must be {known}, got {recompute_granularity!r}")
     if adapter_dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"adapter_dtype must be float32 or bfloat16, got {adapter_dtype}")
+    if head not in ("int4", "float"):
+        raise ValueError(f"head must be int4 or float, got {head!r}")
     device = torch.device(device)
     resolve_backend(backend, device)
     opened = Store(store)
@@ -99,7 +104,7 @@ def load(
     model = build_skeleton(model_config, dtype, attn_implementation)
     blocks_path, stack = find_blocks(model, blocks)
     builder = Builder(opened, model, config, device, dtype, adapter_dtype, backend, seed)
-    replaced, head = builder.replace_modules()
+    replaced, int4_head = builder.replace_modules()
     builder.place_floats()
     if config is not None:
         check_targets(config, builder.adapted, type(model).__name__)
@@ -116,14 +121,17 @@ def load(
     _place_tables(opened, replaced, weights, device, stager, waiting)
     if opened.tied_head:
         table = model.get_input_embeddings()
-        head.set_int4(table.int4())
-        head.rows, head.device = table.rows, table.device
+        int4_head.set_int4(table.int4())
+        int4_head.rows, int4_head.device = table.rows, table.device
+    if head == "float":
+        name = next(name for name, module in model.named_modules() if module is int4_head)
+        builder.swap(name, int4_head.decoded())
 
     install_mlp_chunks(model, stack, mlp_chunk_tokens)
     scratch = Path(scratch_directory) if scratch_directory is not None else Path(tempfile.gettempdir())
     keep_outputs = recompute_granularity == "selective"
     engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch, waiting), keep_outputs, waiting)
-    model.mebp = Runtime(opened, engine, install_loss(model, head), config, device, backend)
+    model.mebp = Runtime(opened, engine, install_loss(model, int4_head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing
     model.tie_weights = _tied_already
     install_saving(model)
@@ -220,12 +228,12 @@ class Builder:
                 replace_embedding(old, weight, self.dtype, self.backend)
                 replaced[site.name] = old
             elif site.role == "linear":
-                replaced[site.name] = self._swap(site.name, self._linear(site.name, old))
+                replaced[site.name] = self.swap(site.name, self._linear(site.name, old))
         embedding = replaced[next(site.name for site in sites if site.role == "embedding")]
         weight = embedding.int4() if tied else self.store.weight(head_name)
         old = self.model.get_submodule(head_name)
         head = Int4Head(weight, self._float(f"{head_name}.bias", old.bias), self.dtype, self.backend)
-        self._swap(head_name, head)
+        self.swap(head_name, head)
         if not tied:
             replaced[head_name] = head
         return replaced, head
@@ -250,7 +258,7 @@ class Builder:
         layer.fan_in_fan_out = isinstance(old, Conv1D)
         return layer
 
-    def _swap(self, name: str, module: Any) -> Any:
+    def swap(self, name: str, module: Any) -> Any:
         parent, _, attribute = name.rpartition(".")
         setattr(self.model.get_submodule(parent), attribute, module.eval())
         return module

@@ -12,6 +12,7 @@ from mebp_triton.kernels import ops, panel, reference
 from mebp_triton.kernels.layout import SCHEMES, Int4Weight
 from mebp_triton.lora import (
     UNSUPPORTED,
+    AbsentWeight,
     Int4Embedding,
     Int4Linear,
     Int4LoRALinear,
@@ -463,7 +464,7 @@ class TestEmbedding:
         module = nn.Embedding(30, 70)
         replace_embedding(module, make_weight(30, 70), torch.bfloat16, "auto")
         assert (tuple(module.weight.shape), module.weight.dtype) == ((30, 70), torch.bfloat16)
-        assert module.weight.untyped_storage().nbytes() == 2 and module.weight.isnan().all()
+        assert isinstance(module.weight, AbsentWeight)
 
     def test_rows_that_come_from_elsewhere(self):
         module, weight, asked = nn.Embedding(30, 70), make_weight(30, 70), []

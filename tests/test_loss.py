@@ -149,10 +149,48 @@ def test_labels_outside_the_vocabulary(model: Any) -> None:
     assert model(**batch()).loss.isfinite(), "an error leaves the model as it was"
 
 
-def test_the_weight_that_others_see_has_a_shape_and_no_values(model: Any) -> None:
+def test_the_weight_that_others_see_has_a_shape_and_computing_with_it_is_an_error(model: Any) -> None:
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-        assert table.weight.shape == (97, 48) and table.weight.dtype == torch.float32
-        assert table.weight.isnan().all()
+        weight = table.weight
+        assert weight.shape == (97, 48) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+        assert not weight.requires_grad and weight.ndim == 2 and "97" in repr(weight)
+        hidden = torch.ones(2, 48)
+        for compute in (
+            lambda w, h=hidden: h @ w.t(),
+            lambda w, h=hidden: torch.nn.functional.linear(h, w),
+            lambda w: w.float().sum(),
+            lambda w: w * 2,
+            lambda w: w.numpy(),
+            lambda w: w.tolist(),
+        ):
+            with pytest.raises((RuntimeError, TypeError), match="head='float'|numpy|tolist"):
+                compute(weight)
+
+
+@pytest.mark.parametrize("weights", ["device", "file"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi"])  # a tied head, a capped one, one with a bias
+def test_a_float_head_is_a_plain_layer_with_the_decoded_weight(architecture: str, weights: Any) -> None:
+    store = tiny_store(architecture)
+    config = mebp.LoraConfig(r=4)
+    ours = mebp.load(store, config, weights=weights).train()
+    model = mebp.load(store, config, weights=weights, head="float").train()
+    head = model.get_output_embeddings()
+    assert type(head) is torch.nn.Linear and not head.weight.requires_grad
+    for one in (ours, model):
+        randomize_adapter(one)
+        one(**batch()).loss.backward()
+    torch.testing.assert_close(model(**batch()).loss, ours(**batch()).loss, rtol=1e-6, atol=1e-6)
+    for (name, found), truth in zip(model.named_parameters(), ours.parameters(), strict=False):
+        if found.requires_grad:
+            torch.testing.assert_close(found.grad, truth.grad, rtol=1e-4, atol=1e-7, msg=name)
+    with torch.no_grad():
+        hidden = torch.randn(3, head.in_features)
+        torch.testing.assert_close(head(hidden), ours.get_output_embeddings().logits(hidden))
+
+
+def test_a_head_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="head must be int4 or float, got 'bf16'"):
+        mebp.load(tiny_store("llama"), head="bf16")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
