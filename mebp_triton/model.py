@@ -124,8 +124,9 @@ def load(
     model.mebp = Runtime(opened, engine, install_loss(model, head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing
     # DistributedDataParallel would send all of it, and write it back into the mapped files' pages.
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]
+    parameters, buffers = (named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
+    frozen = [name for name, parameter in parameters if not parameter.requires_grad]
+    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in buffers)]
     return model
 
 

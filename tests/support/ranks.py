@@ -19,12 +19,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from models import randomize_adapter
-from runs import text_data, trainer
+import transformers
+from models import batch, randomize_adapter
+from runs import trainer, word_tokenizer
 
-import mebp_triton.commands.train  # noqa: F401 - so that the server has it
+import mebp_triton as mebp
+import mebp_triton.commands.train  # so that the server has it
 from mebp_triton import cli, distributed, report
 from mebp_triton.adapter import adapter_layers, adapter_tensors
+from mebp_triton.data import load_data
 from mebp_triton.distributed import joined
 from mebp_triton.trainer import Trainer, finetune
 
@@ -38,7 +41,7 @@ class Ended:
     err: str
 
 
-def run_ranks(body: Any, root: Path, *arguments: Any, size: int = 2, seconds: float = 60) -> list[Ended]:
+def run_ranks(body: Any, root: Path, *arguments: Any, size: int = 2, seconds: float = 240) -> list[Ended]:
     """``body(*arguments)`` as each of ``size`` processes; AssertionError if they do not end in time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ranks"])
@@ -72,31 +75,24 @@ def _run_rank(rank: int, size: int, port: int, root: Path, body: Any, arguments:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     report.draw_plots = lambda *_: []  # most of the time of so short a run
-    distributed.TIMEOUT = timedelta(seconds=30)
+    distributed.TIMEOUT = timedelta(minutes=10)  # longer than a test waits: none may end by it
     body(*arguments)
 
 
 # --- what they run --------------------------------------------------------------------------------------------------
 
 
-def train(
-    store: Path, root: Path, output: Path, settings: dict[str, Any], resume: bool = False, crash: int = -1
-) -> None:
-    """A run by ``Trainer``; beside it, the gradients of the first step and the adapter of every process."""
+def train(root: Path, output: Path, settings: dict[str, Any], resume: bool = False, crash: int = -1) -> None:
+    """A run with the store and texts of ``root``; beside it, each process's first gradients and last adapter."""
     with joined() as processes:
-        train_with(processes, store, root, output, settings, resume, crash)
+        train_with(processes, root, output, settings, resume, crash)
 
 
 def train_with(
-    processes: Any,
-    store: Path,
-    root: Path,
-    output: Path,
-    settings: dict[str, Any],
-    resume: bool = False,
-    crash: int = -1,
+    processes: Any, root: Path, output: Path, settings: dict[str, Any], resume: bool = False, crash: int = -1
 ) -> Trainer:
-    made = trainer(store, text_data(root), output, resume, processes=processes, **settings)
+    data, held_out = (load_data(root / name, word_tokenizer(), 24) for name in ("train.txt", "held-out.txt"))
+    made = trainer(root / "store", data, output, resume, processes=processes, **settings)
     if resume:
         made.resume(made.run.checkpoint)
     else:
@@ -119,7 +115,7 @@ def train_with(
         if result.step == crash:
             raise RuntimeError("crashed")
 
-    finetune(made, text_data(root, 12, seed=9), on_step)
+    finetune(made, held_out, on_step)
     tensors = {name: tensor.contiguous() for name, tensor in adapter_tensors(made.model).items()}
     safetensors.torch.save_file(gradients, beside(output, "gradients", processes.rank))
     safetensors.torch.save_file(tensors, beside(output, "adapter", processes.rank))
@@ -175,3 +171,37 @@ def sums(root: Path) -> None:
         assert handed == (4 + 3 + 2 + 3 + 1) * 4  # two presences, then one
         assert none.grad is None and both.grad.tolist() == [3.0, 6.0, torch.inf]
         assert only_one.grad.dtype == torch.bfloat16 and only_one.grad.flatten().tolist() == [1.5] * 4
+
+
+def hugging_face(store: Path, output: Path, mode: Any, options: dict[str, Any]) -> None:
+    """transformers' Trainer around the model of ``load``; several processes: in ``DistributedDataParallel``."""
+    model = mebp.load(store, mebp.LoraConfig(r=4, lora_alpha=8.0), weights="file", seed=3)
+    randomize_adapter(model)
+    callbacks = []
+    if mode is not None:
+        callbacks = [mebp.SelectionCallback(mebp.LayerCyclicManager(model, ratio=0.34, mode=mode))]
+    examples = [batch(rows=1, length=12 + 2 * (seed % 4), padding=None, seed=seed) for seed in range(12)]
+    rows = [{name: tensor[0] for name, tensor in example.items()} for example in examples]
+    chosen = transformers.TrainingArguments(
+        str(output),
+        use_cpu=True,
+        report_to=[],
+        seed=1,
+        max_steps=3,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        per_device_train_batch_size=1,
+        **options,
+    )
+    made = transformers.Trainer(model, chosen, train_dataset=rows, callbacks=callbacks)
+    made.train()
+    both = (named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
+    names = {name for found in both for name, _ in found}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names.difference(model._ddp_params_and_buffers_to_ignore) == trained
+    rank = int(os.environ.get("RANK", "0"))
+    losses = torch.tensor([row["loss"] for row in made.state.log_history if "loss" in row], dtype=torch.float64)
+    tensors = {name: tensor.contiguous() for name, tensor in adapter_tensors(model).items()}
+    safetensors.torch.save_file({"losses": losses, **tensors}, beside(output, "adapter", rank))
