@@ -24,7 +24,7 @@ from models import batch, randomize_adapter
 from runs import trainer, word_tokenizer
 
 import mebp_triton as mebp
-import mebp_triton.commands.train  # so that the server has it
+import mebp_triton.commands.train
 from mebp_triton import cli, distributed, report
 from mebp_triton.adapter import adapter_layers, adapter_tensors
 from mebp_triton.data import load_data
@@ -127,7 +127,7 @@ def beside(output: Path, what: str, rank: int) -> Path:
 
 
 def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step: int = 2) -> None:
-    """``mebp``; in one process, step ``at_step`` goes wrong."""
+    """``mebp``, without a plan; in one process, step ``at_step`` goes wrong."""
     one_step = Trainer._one_step
 
     def broken(self: Trainer, micro_batches: Any) -> Any:
@@ -143,12 +143,13 @@ def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step:
         return one_step(self, micro_batches)
 
     Trainer._one_step = broken  # type: ignore[method-assign]
+    mebp_triton.commands.train._plan = lambda *_: None
     sys.exit(cli.main(arguments))
 
 
 def command_of_rank(given: list[list[str]]) -> None:
     """``mebp`` with other arguments in each process."""
-    sys.exit(cli.main(given[int(os.environ["RANK"])]))
+    command(given[int(os.environ["RANK"])])
 
 
 def sums(root: Path) -> None:
