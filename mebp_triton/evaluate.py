@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .data import TokenizedData, collate, evenly_spaced
+
+if TYPE_CHECKING:
+    from .distributed import Processes
 
 
 class RunError(RuntimeError):
@@ -37,29 +40,36 @@ def evaluate(
     data: TokenizedData,
     max_windows: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Over ``max_windows`` evenly spaced windows of ``data``, or all. The model's mode is put back afterwards.
+
+    Each of several ``processes`` takes its part of the windows; all have the result.
 
     Raises:
         ValueError: there is no token to predict.
         RunError: the loss is not finite.
     """
     places = evenly_spaced(data, max_windows)
+    mine = places if processes is None else places[processes.rank :: processes.size]
     device = model.mebp.device
     training = model.training
     model.eval()
     loss, correct, tokens = 0.0, 0, 0
     try:
-        for done, place in enumerate(places):
+        for done, place in enumerate(mine):
             batch = collate([data[place]], pad_token_id=0)
             output = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
             counted = model.mebp.loss.statistics
             loss += output.loss.item() * counted.tokens
             correct += counted.correct
             tokens += counted.tokens
-            progress(done + 1, len(places))
+            progress(done + 1, len(mine))
     finally:
         model.train(training)
+    if processes is not None:
+        loss, *counts = processes.sum(loss, correct, tokens)
+        correct, tokens = map(int, counts)
     if tokens == 0:
         raise ValueError("the evaluation data has no token to predict")
     if not math.isfinite(loss):

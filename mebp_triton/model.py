@@ -135,6 +135,10 @@ def load(
     model.gradient_checkpointing_enable = _no_second_checkpointing
     model.tie_weights = _tied_already
     install_saving(model)
+    # DistributedDataParallel would send all of it, and write it back into the mapped files' pages.
+    parameters, buffers = (named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
+    frozen = [name for name, parameter in parameters if not parameter.requires_grad]
+    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in buffers)]
     return model
 
 

@@ -112,6 +112,31 @@ class RunDirectory:
         return {name: value for name, value in record.items() if name not in BESIDE_THE_SUMMARY}
 
 
+class OthersRunDirectory(RunDirectory):
+    """The run directory of another process: it is read here, and written there."""
+
+    def __init__(self, directory: Path | str) -> None:
+        super().__init__(directory, resume=True)
+
+    def create(self) -> None:
+        pass
+
+    def discard_if_empty(self) -> None:
+        pass
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        pass
+
+    def cut_metrics(self, step: int) -> None:
+        pass
+
+    def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:
+        pass
+
+    def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
+        pass
+
+
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions and the machine."""
     packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "safetensors")

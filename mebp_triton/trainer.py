@@ -23,6 +23,7 @@ from . import files
 from .adapter import adapter_tensors, copy_adapter, save_adapter
 from .config import TrainConfig
 from .data import PackedData, TokenizedData, batches, batches_per_epoch, check_packing, collate, valid_tokens
+from .distributed import ALONE, Processes
 from .evaluate import Evaluation, RunError, evaluate
 from .kernels.ops import resolve_backend
 from .memory import MemoryWatch, peak_resident_bytes
@@ -63,13 +64,26 @@ class Trainer:
         config: resolved settings, see ``TrainConfig.resolved``.
         run: where results go.
         pad_token_id: any token; padding is masked.
+        processes: that train together, each with such a trainer.
     """
 
     def __init__(
-        self, model: Any, data: TokenizedData, config: TrainConfig, run: RunDirectory, pad_token_id: int = 0
+        self,
+        model: Any,
+        data: TokenizedData,
+        config: TrainConfig,
+        run: RunDirectory,
+        pad_token_id: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
         if isinstance(data, PackedData):
             check_packing(model)
+        if processes.size > 1 and config.optimizer_in_backward:
+            raise ValueError(
+                "optimizer_in_backward steps before the gradients of other processes are there: leave it out, or "
+                "train with one process"
+            )
+        self.processes = processes
         self.model, self.data, self.config, self.run, self.pad_token_id = model, data, config, run, pad_token_id
         self.device: torch.device = model.mebp.device
         self.selection = LayerCyclicManager(
@@ -99,25 +113,29 @@ class Trainer:
         self.watch = MemoryWatch(self.device)
         model.mebp.engine.observer = self.watch
         per_epoch = batches_per_epoch(len(data), config.per_device_train_batch_size)
+        self.micro_batches_per_step = config.gradient_accumulation_steps * processes.size
         self.total_steps = config.max_steps or math.ceil(
-            config.num_train_epochs * per_epoch / config.gradient_accumulation_steps
+            config.num_train_epochs * per_epoch / self.micro_batches_per_step
         )
-        self.step = 0
+        self.step = self.reduced_bytes = 0
         self.planned_peak_bytes: int | None = None
         self.fingerprints = {"training data": data.checksum(), "model": _store_checksum(model.mebp.store)}
+        for what, checksum in self.fingerprints.items():
+            if not processes.same(checksum):
+                raise ValueError(f"the {what} is not the same in all processes: give each the same files")
 
     def train(self, on_step: Callable[[StepResult], None] = lambda result: None) -> list[StepResult]:
         """Runs to the last step, writing metrics and checkpoints; the steps that this call made."""
         config = self.config
         results: list[StepResult] = []
         if self.step == 0:
-            torch.manual_seed(config.seed)
+            torch.manual_seed(self.processes.seed(config.seed))
         self.model.train()
         stream = batches(
             self.data,
             config.per_device_train_batch_size,
             config.seed,
-            start_batch=self.step * config.gradient_accumulation_steps,
+            start_batch=self.step * self.micro_batches_per_step,
             epochs=None if config.max_steps else config.num_train_epochs,
         )
         self.model.mebp.engine.waiting.taken()  # what evaluations waited for and ran is none of a step's
@@ -134,6 +152,8 @@ class Trainer:
             waited = self.model.mebp.engine.waiting.taken()
             taken = {"seconds_waiting_for_data": waited, "peak_rss_bytes": peak_resident_bytes()}
             taken |= {f"blocks_{name}": count for name, count in self.model.mebp.engine.counters.taken().items()}
+            if self.processes.size > 1:
+                taken["reduced_bytes"] = self.reduced_bytes
             self.run.append_metrics(asdict(result) | taken)
             on_step(result)
             if self.step % config.save_steps == 0 or self.step == self.total_steps:
@@ -142,7 +162,8 @@ class Trainer:
         return results
 
     def _micro_batches(self, stream: Iterator[list[Any]]) -> list[dict[str, Tensor]]:
-        taken = islice(stream, self.config.gradient_accumulation_steps)
+        """This process's part of the step's: every ``size``-th."""
+        taken = islice(islice(stream, self.micro_batches_per_step), self.processes.rank, None, self.processes.size)
         collated = [collate(examples, self.pad_token_id) for examples in taken]
         return [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in collated]
 
@@ -152,7 +173,7 @@ class Trainer:
         rate = learning_rate(
             self.step, config.learning_rate, config.lr_scheduler_type, config.warmup_steps, self.total_steps
         )
-        tokens = sum(valid_tokens(batch) for batch in micro_batches)
+        tokens = int(*self.processes.sum(sum(valid_tokens(batch) for batch in micro_batches)))
         selected = sorted(self.selection.selected)
         if tokens == 0:
             return StepResult(self.step, 0.0, 0.0, 0, None, rate, time.perf_counter() - started, selected, True)
@@ -182,7 +203,10 @@ class Trainer:
     def _forward(
         self, micro_batches: list[dict[str, Tensor]], tokens: int, forward_only_seed: int | None
     ) -> tuple[float, float]:
-        """Loss and token accuracy over the micro-batches; gradients too, unless only forward (with that RNG seed)."""
+        """Loss and token accuracy over all processes' micro-batches; gradients of one's own too, unless only forward.
+
+        Only forward: with that RNG seed.
+        """
         one_pass = self.model.mebp.loss
         loss, correct = 0.0, 0
         one_pass.normalizer = tokens
@@ -190,7 +214,7 @@ class Trainer:
         try:
             with context:
                 if forward_only_seed is not None:
-                    torch.manual_seed(forward_only_seed)
+                    torch.manual_seed(self.processes.seed(forward_only_seed))
                 for batch in micro_batches:
                     output = self.model(**batch, use_cache=False)
                     if self.config.optimizer_in_backward:
@@ -202,19 +226,22 @@ class Trainer:
                     del output  # and what waits for its backward pass, before the next one's is kept
         finally:
             one_pass.normalizer = None
-        return loss, correct / tokens
+        loss, total = self.processes.sum(loss, correct)
+        return loss, total / tokens
 
     def _update(self, rate: float, selected: list[int]) -> float:
         assert self.optimizer is not None
+        groups, trained = self.optimizer.param_groups, frozenset(selected) | self._outside()
+        self.reduced_bytes = self.processes.sum_gradients([groups[index]["params"] for index in sorted(trained)])
         limit = self.config.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         self._check_finite("gradient norm", norm)
         if self.selection.schedule == "importance":
-            groups, clipped = self.optimizer.param_groups, max(1.0, norm / limit)
+            clipped = max(1.0, norm / limit)
             norms = {index: clipped * gradient_norm(groups[index]["params"]) for index in selected}
             self.selection.record_norms(norms)
         self._set_rate(rate)
-        self.optimizer.step(selected=frozenset(selected) | self._outside())
+        self.optimizer.step(selected=trained)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -251,10 +278,12 @@ class Trainer:
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            kept = "the last checkpoint is kept" if self.run.checkpoint.exists() else "no checkpoint was written yet"
             raise RunError(
-                f"{what} is {value} at step {self.step}: lower the learning rate, or compute in float32; {kept}"
+                f"{what} is {value} at step {self.step}: lower the learning rate, or compute in float32; {self._kept()}"
             )
+
+    def _kept(self) -> str:
+        return "the last checkpoint is kept" if self.run.checkpoint.exists() else "no checkpoint was written yet"
 
     def _optimizer_files(self) -> list[str]:
         """The files of a checkpoint that hold the optimizer's state, a group each."""
@@ -262,13 +291,18 @@ class Trainer:
         return [f"optimizer-{index:05d}.safetensors" for index in range(len(groups))]
 
     def save_checkpoint(self) -> None:
-        """Adapter, optimizer, random state and position in ``checkpoint/``; the adapter alone in ``adapter/``."""
+        """Adapter, optimizer, random state and position in ``checkpoint/``; the adapter alone in ``adapter/``.
+
+        RunError where the processes' adapters are not the same bits.
+        """
         tensors = {f"adapter/{name}": tensor.cpu().contiguous() for name, tensor in adapter_tensors(self.model).items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        self._check_drift(tensors)
+        tensors |= self._random_states()
+        if not self.processes.is_first:
+            return
         state = {
             "step": self.step,
+            "processes": self.processes.size,
             "fingerprints": self.fingerprints,
             "config": asdict(self.config),
             "selection": self.selection.state_dict(),
@@ -286,13 +320,34 @@ class Trainer:
         files.replace_directory(self.run.checkpoint, write)
         save_adapter(self.model, self.run.adapter)
 
+    def _check_drift(self, tensors: dict[str, Tensor]) -> None:
+        checksum = 0
+        for tensor in tensors.values() if self.processes.size > 1 else ():
+            checksum = zlib.crc32(tensor.view(torch.uint8).numpy().data, checksum)
+        if not self.processes.same(checksum):
+            raise RunError(
+                f"the adapters of the processes differ after step {self.step}, and must not: start them on machines of "
+                f"one kind, with the same versions; {self._kept()}"
+            )
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """Of every process; the first one's without its rank."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            f"random/{kind}-{rank}" if rank else f"random/{kind}": found
+            for kind, state in states.items()
+            for rank, found in enumerate(self.processes.gather(state))
+        }
+
     def resume(self, checkpoint: Path) -> None:
         """Goes on from ``checkpoint``, to the same numbers as a run that was not interrupted.
 
         Raises:
-            ValueError: it is damaged, or of a run with other settings.
+            ValueError: it is damaged, or of a run with other settings or another number of processes.
         """
-        files.recover_directory(checkpoint)
+        self.processes.first(lambda: files.recover_directory(checkpoint))
         if not (checkpoint / "state.json").exists():
             raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
         state = files.read_json(checkpoint / "state.json")
@@ -301,6 +356,9 @@ class Trainer:
                 if files.file_checksums(checkpoint / name) != state["crc32"][name]:
                     raise ValueError(f"{checkpoint / name} is damaged: its checksum differs")
             self._check_same(state["config"], state["fingerprints"])
+            began = state.get("processes", 1)
+            if began != self.processes.size:
+                raise ValueError(f"cannot resume: the run had {began} processes and now has {self.processes.size}")
             self._restore(state, checkpoint)
         except (KeyError, TypeError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"
@@ -331,9 +389,10 @@ class Trainer:
             assert self.optimizer is not None
             self.optimizer.import_group(index, safetensors.torch.load_file(checkpoint / name))
             self.optimizer.moments.drop(index)
-        torch.set_rng_state(split["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in split["random"]:
-            torch.cuda.set_rng_state(split["random"]["cuda"], self.device)
+        mine = f"-{self.processes.rank}" if self.processes.rank else ""
+        torch.set_rng_state(split["random"][f"cpu{mine}"])
+        if self.device.type == "cuda" and f"cuda{mine}" in split["random"]:
+            torch.cuda.set_rng_state(split["random"][f"cuda{mine}"], self.device)
         self.step = step
         self.run.cut_metrics(self.step)
 
@@ -362,6 +421,9 @@ def finetune(
     after = _evaluate(trainer, validation, on_evaluation)
     tokens = sum(result.tokens for result in results)
     seconds = [result.seconds for result in results]
+    on_device = trainer.watch.peak_device_bytes()
+    peaks = trainer.processes.highest(peak_resident_bytes(), trainer.watch.peak_anonymous, on_device or 0)
+    resident, anonymous, allocated = map(int, peaks)
     summary = {
         "loss_before": before and before.loss,
         "loss_after": after and after.loss,
@@ -375,9 +437,10 @@ def finetune(
         "tokens_per_second": tokens / train_seconds if results else None,
         "seconds_per_step_median": statistics.median(seconds) if seconds else None,
         "trainable_parameters": sum(parameter.numel() for parameter in trainer.parameters),
-        "peak_rss_bytes": peak_resident_bytes(),
-        "peak_rss_anonymous_bytes": trainer.watch.peak_anonymous,
-        "peak_device_bytes": trainer.watch.peak_device_bytes(),
+        "processes": trainer.processes.size,
+        "peak_rss_bytes": resident,
+        "peak_rss_anonymous_bytes": anonymous,
+        "peak_device_bytes": None if on_device is None else allocated,
         "planned_peak_bytes": trainer.planned_peak_bytes,
         "selected_ratio": trainer.selection.ratio,
         "selection_mode": config.selection_mode,
@@ -388,4 +451,6 @@ def finetune(
 
 
 def _evaluate(trainer: Trainer, data: TokenizedData | None, progress: Callable[[int, int], None]) -> Evaluation | None:
-    return None if data is None else evaluate(trainer.model, data, trainer.config.max_eval_windows, progress)
+    if data is None:
+        return None
+    return evaluate(trainer.model, data, trainer.config.max_eval_windows, progress, trainer.processes)

@@ -12,7 +12,7 @@ from mebp_triton.config import TrainConfig
 from mebp_triton.data import DataReport
 from mebp_triton.evaluate import Evaluation
 from mebp_triton.memory import MemoryWatch
-from mebp_triton.report import RunDirectory, draw_plots, environment
+from mebp_triton.report import OthersRunDirectory, RunDirectory, draw_plots, environment
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -34,6 +34,24 @@ def watched():
     events = [("forward", 0), ("forward", 1), ("forward", 2), ("backward", 2), ("backward", 0)]
     watch.timeline = [(10.0 + i / 8, event, block, 1 << 24, 1 << 22, 0) for i, (event, block) in enumerate(events)]
     return watch
+
+
+def test_another_process_reads_the_run_and_writes_nothing(run):
+    run.append_metrics(rows(1)[0])
+    run.save_evaluation(Evaluation(1.5, 0.25, 8, 1), {"of": 1})
+    before = {path: path.read_bytes() for path in run.directory.rglob("*")}
+    other = OthersRunDirectory(run.directory)
+    other.create()
+    other.append_metrics(rows(2)[1])
+    other.cut_metrics(0)
+    other.save_evaluation(Evaluation(0.5, 0.25, 8, 1), {"of": 1})
+    other.finish({}, TrainConfig(), DataReport(1, 8, 7, 0, 0), watched())
+    other.discard_if_empty()
+    assert {path: path.read_bytes() for path in run.directory.rglob("*")} == before
+    assert other.read_metrics() == rows(1) and other.saved_evaluation({"of": 1}).loss == 1.5
+    absent = OthersRunDirectory(run.directory / "absent")
+    absent.create()
+    assert not absent.directory.exists()
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------

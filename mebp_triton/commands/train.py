@@ -15,12 +15,13 @@ from mebp_triton import files
 from mebp_triton.allocator import return_free_memory, return_large_freed_memory
 from mebp_triton.config import TrainConfig, parse_size
 from mebp_triton.data import TokenizedData, check_source, load_data, pack
+from mebp_triton.distributed import Processes, joined
 from mebp_triton.importers import open_source
 from mebp_triton.kernels.ops import resolve_backend
 from mebp_triton.memory import peak_resident_bytes
 from mebp_triton.model import load
 from mebp_triton.planning.planner import CannotTrace, Plan
-from mebp_triton.report import MIB, RunDirectory
+from mebp_triton.report import MIB, OthersRunDirectory, RunDirectory
 from mebp_triton.stores.format import MANIFEST, Store
 from mebp_triton.trainer import StepResult, Trainer, finetune
 
@@ -40,18 +41,34 @@ from .quantize import quantize_with_progress
 
 
 def run(arguments: argparse.Namespace) -> None:
+    with joined(arguments.debug) as processes:
+        console.quiet = not processes.is_first
+        directory, summary = _train(arguments, processes)
+    if processes.is_first:
+        answer(arguments, summary, two_columns(str(directory), readable(summary)))
+
+
+def _train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, dict[str, Any]]:
+    """The run directory, and what ``run.json`` says of the run."""
     settings = _train_config(arguments)
+    settings = dataclasses.replace(settings, device=processes.device(settings.device))
     config = settings.resolved()
-    resolve_backend(config.backend, torch.device(config.device or "cpu"))
+    device = torch.device(config.device or "cpu")
+    resolve_backend(config.backend, device)
+    if processes.size > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)
     checkpoint = Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
     if arguments.resume and checkpoint is not None:
         raise ValueError("--resume and --resume-from-checkpoint are two ways to say the same: give one")
     # A checkpoint of another run goes on in a new directory; that of this run, in its own.
     inside = checkpoint is not None and checkpoint.resolve().is_relative_to(Path(config.output_dir).resolve())
-    run = RunDirectory(config.output_dir, resume=arguments.resume or inside)
+    if processes.is_first:
+        run = RunDirectory(config.output_dir, resume=arguments.resume or inside)
+    else:
+        run = OthersRunDirectory(config.output_dir)
     if arguments.resume:
         checkpoint = run.checkpoint
-        files.recover_directory(checkpoint)
+        processes.first(lambda: files.recover_directory(run.checkpoint))
     if checkpoint is not None and not (checkpoint / "state.json").exists():
         if not (arguments.resume and run.metrics.exists()):
             raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
@@ -74,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts = _load_texts(given, config) if given.is_dir() else None
     # A model directory is planned for before it is quantized, so that a budget too small shows at once.
     plan = _plan(given, arguments, settings) if given.is_dir() else None
-    store = given if is_store else _quantized(given, arguments, config)
+    store = given if is_store else processes.first(lambda: _quantized(given, arguments, config))
     data, validation = texts or _load_texts(store, config)
     if not given.is_dir():
         plan = _plan(store, arguments, settings)
@@ -82,6 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
         config = plan.settings
         if config.memory_budget is not None:
             console.print(describe(plan), highlight=False, soft_wrap=True)
+    # What was chosen by the memory that is free here is the first process's to choose.
+    config = dataclasses.replace(TrainConfig(**processes.share(dataclasses.asdict(config))), device=config.device)
     _keep_to(config, plan)
     model = load(
         store,
@@ -97,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
         mlp_chunk_tokens=config.mlp_chunk_tokens,
     )
     try:
-        trainer = Trainer(model, data, config, run)
+        trainer = Trainer(model, data, config, run, processes=processes)
         if checkpoint is not None:
             trainer.resume(checkpoint)
     except ValueError:
@@ -109,9 +128,8 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(f"resuming at step {trainer.step} of {trainer.total_steps}", highlight=False)
         if trainer.step == trainer.total_steps and (summary := run.summary()) is not None:
             console.print("nothing is left to do", highlight=False)
-            return answer(arguments, summary, two_columns(str(run.directory), readable(summary)))
-    summary = _train_with_progress(trainer, validation)
-    answer(arguments, summary, two_columns(str(run.directory), readable(summary)))
+            return run.directory, summary
+    return run.directory, _train_with_progress(trainer, validation)
 
 
 def _train_config(arguments: argparse.Namespace) -> TrainConfig:

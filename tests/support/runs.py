@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from mebp_triton.config import TrainConfig
 from mebp_triton.convert import quantize
 from mebp_triton.data import TokenizedData, load_data
+from mebp_triton.distributed import ALONE
 from mebp_triton.lora import LoraConfig
 from mebp_triton.model import load
-from mebp_triton.report import RunDirectory
+from mebp_triton.report import OthersRunDirectory, RunDirectory
 from mebp_triton.trainer import Trainer
 
 SUBJECTS = ["the cat", "a dog", "my friend", "this old ship", "one tall tree"]
@@ -61,12 +62,12 @@ def text_data(root: Path, count: int = 40, seed: int = 0, max_length: int = 24) 
 
 def trainer(store: Path, data: TokenizedData, output: Path, resume: bool = False, **settings: Any) -> Trainer:
     """A new model and trainer, as ``mebp train`` makes them. ``load_options`` go to ``load``."""
-    options = settings.pop("load_options", {})
+    options, processes = settings.pop("load_options", {}), settings.pop("processes", ALONE)
     chosen: dict[str, Any] = {"lora_r": 4, "lora_alpha": 8.0, "learning_rate": 5e-3, "device": "cpu", "save_steps": 4}
     config = TrainConfig(train_file="text.txt", output_dir=str(output), **(chosen | settings)).resolved()
-    run = RunDirectory(output, resume=resume)
+    run = RunDirectory(output, resume=resume) if processes.is_first else OthersRunDirectory(output)
     lora = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.targets())
     assert config.weights and config.checkpoints
     places: dict[str, Any] = {"weights": config.weights, "checkpoints": config.checkpoints}
     model = load(store, lora, seed=config.seed, scratch_directory=output, **places, **options)
-    return Trainer(model, data, config, run)
+    return Trainer(model, data, config, run, processes=processes)
