@@ -618,7 +618,7 @@ def test_in_a_process_of_its_own(world, tmp_path):
         check=False,
     )
     assert child.returncode == 2 and child.stdout == ""
-    assert child.stderr == "mebp: error: none.txt: no such file\n"
+    assert child.stderr == "mebp: error: train-file none.txt: no such file; give a .txt, .jsonl or .parquet file\n"
     child = subprocess.run(
         [*program, *evaluate(world, str(world / "store"), "--json")],
         capture_output=True,
