@@ -454,7 +454,7 @@ MISTAKES = {
         lambda w, t: train(w, t, store=without(w, t, "tokenizer*", source="store")),
         ["has no usable tokenizer"],
     ),
-    "a missing training file": (lambda w, t: train(w, t, train_file=t / "none.txt"), ["none.txt does not exist"]),
+    "a missing training file": (lambda w, t: train(w, t, train_file=t / "none.txt"), ["none.txt: no such file"]),
     "no training file": (lambda w, t: ["train", w / "store", f"--output-dir={t / 'run'}"], ["--train-file is missing"]),
     "no output directory": (lambda w, t: ["train", w / "store", "--train-file=a.txt"], ["--output-dir is missing"]),
     "an empty file": (lambda w, t: train(w, t, train_file=put(t, "a.txt", "")), ["a.txt: nothing to train on"]),
@@ -482,7 +482,7 @@ MISTAKES = {
     "evaluating nothing": (lambda w, t: evaluate(w, w / "store", "--max-eval-windows=0"), ["--max-eval-windows", "0"]),
     "evaluating a missing file": (
         lambda w, t: ["eval", w / "store", f"--validation-file={t / 'none.txt'}"],
-        ["none.txt does not exist"],
+        ["none.txt: no such file"],
     ),
     "evaluating without a file": (lambda w, t: ["eval", w / "store"], ["--validation-file"]),
     "rank 0": (lambda w, t: train(w, t, "--lora-r", "0"), ["lora_r must be at least 1, got 0"]),
@@ -618,7 +618,7 @@ def test_in_a_process_of_its_own(world, tmp_path):
         check=False,
     )
     assert child.returncode == 2 and child.stdout == ""
-    assert child.stderr == "mebp: error: none.txt does not exist\n"
+    assert child.stderr == "mebp: error: train-file none.txt: no such file; give a .txt, .jsonl or .parquet file\n"
     child = subprocess.run(
         [*program, *evaluate(world, str(world / "store"), "--json")],
         capture_output=True,
