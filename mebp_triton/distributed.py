@@ -231,7 +231,7 @@ def joined(debug: bool = False) -> Iterator[Processes]:
     try:
         yield processes
         processes.exchange()
-    except Exception as error:
+    except Exception as error:  # whatever ends one process must be told to the others, which wait
         processes.fail(error, debug)
     dist.destroy_process_group()
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from mebp_triton import files
 from mebp_triton.kernels.layout import GROUP_SIZES, Int4Weight
@@ -92,12 +90,6 @@ class BitsandbytesDirectory(SafetensorsDirectory):
             )
         del self.config.quantization_config
         self.description = f"bitsandbytes directory {path.resolve().name}"
-        self._transposed: set[str] = set()
-
-    def bind(self, model: PreTrainedModel) -> None:
-        super().bind(model)
-        # Stored as [out, in], although the parameter is [in, out].
-        self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
 
     def _usable(self, key: str) -> bool:
         return self._entries[key].dtype in FLOATS or self._state(key) is not None
@@ -118,8 +110,7 @@ class BitsandbytesDirectory(SafetensorsDirectory):
         except MALFORMED as error:
             problem = str(error) if type(error) is ValueError else f"damaged, {type(error).__name__}: {error}"
             raise ValueError(f"{where}: {' '.join(problem.split())}") from None
-        wanted = self._shapes[name]
-        check_shape(str(self._entries[key].file), name, weight.shape, wanted[:: -1 if name in self._transposed else 1])
+        check_shape(str(self._entries[key].file), name, weight.shape, self._int4_shape(name))
         return weight
 
     def _weight(self, key: str, state: dict[str, Any]) -> Int4Weight:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from mebp_triton.integrations.quantizer import METHOD, Int4Config
 from mebp_triton.kernels.layout import Int4Weight
@@ -32,12 +30,6 @@ class Int4Directory(SafetensorsDirectory):
             raise ValueError(f"{path / 'config.json'}: quantization_config: {error}") from None
         del self.config.quantization_config
         self.description = f"int4 directory {path.resolve().name}"
-        self._transposed: set[str] = set()
-
-    def bind(self, model: PreTrainedModel) -> None:
-        super().bind(model)
-        # Stored as [out, in], although the parameter is [in, out].
-        self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
 
     def _usable(self, key: str) -> bool:
         if not self._is_int4(key):
@@ -56,7 +48,7 @@ class Int4Directory(SafetensorsDirectory):
         key = self._keys[name]
         if not self._is_int4(key):
             return super().read(name)
-        rows, columns = self._shapes[name][:: -1 if name in self._transposed else 1]
+        rows, columns = self._int4_shape(name)
         packed = self._tensor(key)
         check_shape(str(self._entries[key].file), name, packed.shape[:1], (rows,))
         scales = [self._scales(scale_key, rows) for scale_key in self._scale_keys(key)]

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mebp_triton.kernels.layout import Int4Weight
 
@@ -71,6 +72,7 @@ class SafetensorsDirectory:
         self._entries = _entries(path)
         self._keys: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._transposed: set[str] = set()
 
     def bind(self, model: PreTrainedModel) -> None:
         prefix = model.base_model_prefix + "."
@@ -90,6 +92,11 @@ class SafetensorsDirectory:
                     f"{entry.file}: {key} is {entry.dtype}, wanted one of {FLOATS}: give the unquantised model"
                 )
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
+
+    def _int4_shape(self, name: str) -> tuple[int, ...]:
+        """``[out, in]``, as 4-bit forms store it, also where the float parameter is ``[in, out]``."""
+        return self._shapes[name][:: -1 if name in self._transposed else 1]
 
     def _usable(self, key: str) -> bool:
         return self._entries[key].dtype in FLOATS
