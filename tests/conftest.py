@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
@@ -17,3 +19,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 COMPILED = tempfile.TemporaryDirectory(prefix="mebp-triton-compiled-")
 os.environ["TRITON_CACHE_DIR"] = COMPILED.name
+
+
+@pytest.fixture
+def mebp(capsys):
+    """Runs the command in this process: exit code, standard output, standard error."""
+    from mebp_triton.cli import main
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

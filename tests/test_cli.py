@@ -43,22 +43,6 @@ def texts(root):
     return [f"--train-file={root / 'train.txt'}", f"--validation-file={root / 'held-out.txt'}"]
 
 
-@pytest.fixture
-def mebp(capsys):
-    """Runs the command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:
-            code = exit.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def answer(result):
     code, out, err = result
     assert code == 0, err

@@ -22,19 +22,6 @@ def world(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def mebp(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def answer(result):
     code, out, err = result
     assert code == 0, err
