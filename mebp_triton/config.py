@@ -27,7 +27,7 @@ from .selection import Mode, Schedule, UnselectedUpdate
 from .stores.checkpoints import Residency
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Optim = Literal["adamw", "mezo"]
+Optim = Literal["adamw", "adamw_8bit", "mezo"]
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -62,7 +62,7 @@ class TrainConfig:
     warmup_steps: int = _setting(0, "steps of linear warm-up")
     weight_decay: float = _setting(0.0, "decoupled weight decay")
     max_grad_norm: float = _setting(1.0, "clip the gradient's global norm; 0 for no clipping")
-    optim: Optim = _setting("adamw", "adamw, or mezo: zeroth order, two forward passes a step")
+    optim: Optim = _setting("adamw", "adamw; adamw_8bit: moments in 8 bits; mezo: zeroth order, two forward passes")
     mezo_epsilon: float = _setting(1e-3, "finite-difference step of mezo")
     seed: int = _setting(42, "of the adapter, the data order, dropout, selection and mezo")
     selection_mode: Mode = _setting("full", "how the gradient passes blocks that are not selected at a step")
@@ -111,7 +111,7 @@ class TrainConfig:
             raise ValueError(f"lora_r must be at most 4096, got {self.lora_r}")
         if self.lora_alpha == 0:
             raise ValueError("lora_alpha must not be 0: nothing would be trained")
-        if self.dtype == "float16" and self.optim == "adamw":
+        if self.dtype == "float16" and self.optim != "mezo":
             raise ValueError("dtype 'float16' loses small gradients: train in bfloat16 or float32")
         if self.memory_budget is not None:
             parse_size("memory_budget", self.memory_budget)

@@ -42,6 +42,7 @@ class BlockAdamW(torch.optim.Optimizer):
             what they lag behind is a number. The parameters move at each step, as the next forward pass needs them.
         residency: where the moments lie: "device", "host" or "file".
         directory: where "file" puts its file.
+        eight_bit: keep the moments in 8 bits, as bitsandbytes' ``AdamW8bit`` does; the arithmetic is the same.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class BlockAdamW(torch.optim.Optimizer):
         unselected_update: UnselectedUpdate = "momentum",
         residency: Residency = "device",
         directory: Path = Path("."),
+        eight_bit: bool = False,
     ) -> None:
         if unselected_update not in UNSELECTED_UPDATES:
             raise ValueError(
@@ -62,7 +64,7 @@ class BlockAdamW(torch.optim.Optimizer):
         self.unselected_update = unselected_update
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([{"params": list(group)} for group in groups], defaults)
-        self.moments = Moments(groups, residency, directory)
+        self.moments = Moments(groups, residency, directory, eight_bit)
         self.steps = [[torch.zeros(()) for _ in group] for group in groups]
         self.lag = [0] * len(self.steps)
 

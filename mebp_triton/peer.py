@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from .data import TokenizedData, batches, collate, evenly_spaced, load_data
+from .integrations.replace import replace_linears
 from .memory import peak_resident_bytes
 from .optim import learning_rate
 
-BASES = ("float32", "bfloat16", "nf4-float32", "nf4-bfloat16")
+REPLACED = "+mebp"  # bitsandbytes' layers, by ours: ``replace_linears``, and nothing else of this package
+BASES = ("float32", "bfloat16", "nf4-float32", "nf4-bfloat16", f"nf4-float32{REPLACED}", f"nf4-bfloat16{REPLACED}")
 
 
 def load_base(settings: dict[str, Any]) -> Any:
@@ -29,7 +31,7 @@ def load_base(settings: dict[str, Any]) -> Any:
     base = settings.get("base", "float32")
     if base not in BASES:
         raise ValueError(f"base must be one of {', '.join(BASES)}, got {base!r}")
-    dtype = torch.bfloat16 if base.endswith("bfloat16") else torch.float32
+    dtype = torch.bfloat16 if "bfloat16" in base else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if "gguf" in settings:
         path = Path(settings["gguf"])
@@ -56,7 +58,8 @@ def with_adapter(base: Any, settings: dict[str, Any]) -> Any:
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(settings["seed"])
-    return peft.get_peft_model(base, config)
+    model = peft.get_peft_model(base, config)
+    return replace_linears(model) if settings.get("base", "").endswith(REPLACED) else model
 
 
 @torch.no_grad()

@@ -109,6 +109,7 @@ class Trainer:
                 unselected_update=config.unselected_update,
                 residency=config.optimizer_state,
                 directory=run.directory,
+                eight_bit=config.optim == "adamw_8bit",
             )
         self.watch = MemoryWatch(self.device)
         model.mebp.engine.observer = self.watch

@@ -51,7 +51,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("weight_decay", float("inf"), "finite"),
     ("max_grad_norm", -1.0, "at least 0"),
     ("max_grad_norm", float("nan"), "at least 0"),
-    ("optim", "sgd", "one of adamw, mezo"),
+    ("optim", "sgd", "one of adamw, adamw_8bit, mezo"),
     ("mezo_epsilon", 0.0, "positive"),
     ("seed", -1, "at least 0"),
     ("seed", 1 << 63, "below 2**63"),

@@ -2,6 +2,7 @@
 
 import itertools
 
+import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -229,6 +230,80 @@ def test_what_it_refuses(tmp_path):
         BlockAdamW(parameters(), residency="disk", directory=tmp_path)
     with pytest.raises(ValueError, match="closure"):
         BlockAdamW(parameters(), directory=tmp_path).step(lambda: 0.0)
+
+
+# --- in 8 bits ------------------------------------------------------------------------------------------------------
+
+
+def wide_parameters():
+    generator = torch.Generator().manual_seed(0)
+    return [[nn.Parameter(torch.randn(64, 128, generator=generator)) for _ in range(2)] for _ in range(2)]
+
+
+def test_eight_bits_train_as_bitsandbytes_adamw8bit(tmp_path):
+    """Not to the bit: bitsandbytes rounds some values on the CPU to the second nearest code."""
+    ours, theirs, exact = wide_parameters(), wide_parameters(), wide_parameters()
+    optimizer = BlockAdamW(ours, lr=1e-2, weight_decay=0.1, directory=tmp_path, eight_bit=True)
+    peer = bitsandbytes.optim.AdamW8bit(itertools.chain(*theirs), lr=1e-2, weight_decay=0.1)
+    reference = torch.optim.AdamW(itertools.chain(*exact), lr=1e-2, weight_decay=0.1)
+    start = [parameter.detach().clone() for parameter in itertools.chain(*ours)]
+    for step in range(20):
+        for groups, each in ((ours, optimizer), (theirs, peer), (exact, reference)):
+            set_gradients(groups, step)
+            each.step()
+    moved = [parameter.detach() - old for parameter, old in zip(itertools.chain(*exact), start, strict=True)]
+
+    def distance(groups):
+        ends = zip(itertools.chain(*groups), start, moved, strict=True)
+        return max(float((p.detach() - old - way).norm() / way.norm()) for p, old, way in ends)
+
+    print(f"from AdamW in float32: ours {distance(ours):.4f}, bitsandbytes {distance(theirs):.4f}")
+    assert distance(ours) < 0.05
+    assert distance(ours) < 1.1 * distance(theirs)
+    encoded = sum(buffer.nbytes for buffer in optimizer.moments.buffers)
+    assert encoded == 4 * 64 * 128 * (2 + 2 * 4 / 256)
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_coasting_in_eight_bits_is_a_step_with_a_zero_gradient(residency, tmp_path):
+    """The second moment must not become 0 where the first is not: a step with no gradient would be endless."""
+    ours, theirs = wide_parameters(), wide_parameters()
+    optimizer = BlockAdamW(ours, lr=1e-2, residency=residency, directory=tmp_path, eight_bit=True)
+    reference = torch.optim.AdamW(itertools.chain(*theirs), lr=1e-2)
+    for step in range(12):
+        selected = {0, 1} if step == 0 else {step % 2}
+        for groups, each in ((ours, {"selected": selected}), (theirs, {})):
+            set_gradients(groups, step)
+            for index, parameter in enumerate(itertools.chain(*groups)):
+                parameter.grad[0] *= 1e-6  # beside large ones of the same 256
+                if index // 2 not in selected:
+                    parameter.grad = torch.zeros_like(parameter) if groups is theirs else None
+            (optimizer if groups is ours else reference).step(**each)
+    for mine, other in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+        apart = (mine - other).detach().abs()
+        assert apart[1:].max() < 2e-2, "twelve steps of 1e-2"
+        assert apart[0].max() < 12e-2, "small ones go less far, and never further"
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_a_restored_optimizer_in_eight_bits_goes_on_bit_for_bit(residency, tmp_path):
+    ours, theirs = wide_parameters(), wide_parameters()
+    first = BlockAdamW(ours, residency=residency, directory=tmp_path, eight_bit=True)
+    for step in range(3):
+        set_gradients(ours, step)
+        first.step(selected={step % 2})
+    second = BlockAdamW(theirs, residency="device", eight_bit=True)
+    second.import_state(first.export_state())
+    with torch.no_grad():
+        for mine, other in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+            other.copy_(mine)
+    for step in range(3, 6):
+        for groups, each in ((ours, first), (theirs, second)):
+            set_gradients(groups, step)
+            each.step(selected={step % 2})
+    assert same(ours, theirs)
+    with pytest.raises(ValueError, match="does not fit block 0"):
+        BlockAdamW(wide_parameters()).import_state(first.export_state())
 
 
 # --- in the backward pass -------------------------------------------------------------------------------------------

@@ -196,6 +196,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(store, data, stra
     assert any(tensor.any() for name, tensor in ours.items() if "lora_B" in name)
 
 
+def test_a_resumed_run_with_moments_in_eight_bits_equals_an_uninterrupted_one(store, data, straight, tmp_path):
+    settings = DEMANDING | {"optim": "adamw_8bit"}
+    whole = trainer(store, data, tmp_path / "whole", **settings)
+    whole.train()
+    assert metrics(whole, "loss")[:2] == metrics(straight, "loss")[:2]
+    assert metrics(whole, "loss")[-1] == pytest.approx(metrics(straight, "loss")[-1], rel=1e-2)
+    assert metrics(whole, "loss") != metrics(straight, "loss")
+    made = trainer(store, data, tmp_path / "run", **settings)
+    with pytest.raises(Crash):
+        made.train(crash_at(5))
+    again = trainer(store, data, tmp_path / "run", resume=True, **settings)
+    again.resume(again.run.checkpoint)
+    again.train()
+    ours, theirs = tensors_of(again.run.checkpoint), tensors_of(whole.run.checkpoint)
+    assert ours["optimizer-00002/moments"].dtype == torch.uint8
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert metrics(again, "loss") == metrics(whole, "loss")
+
+
 def test_a_packed_run_from_a_file_resumes_to_the_numbers_of_one_in_memory(store, tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"text": sentences(count % 3 + 1, count).strip()}) + "\n" for count in range(22))
@@ -273,6 +292,7 @@ CHANGES = [
     ("weight_decay", 0.0),
     ("lora_dropout", 0.1),
     ("optim", "mezo"),
+    ("optim", "adamw_8bit"),
     ("max_grad_norm", 2.0),
     ("max_length", 20),
     ("dtype", "bfloat16"),
@@ -514,7 +534,7 @@ def test_rows_of_two_tokens(store, data, tmp_path):
     assert [result.tokens for result in made.train()] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("optim", ["adamw", "mezo"])
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "mezo"])
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_checkpoint(store, data, tmp_path, optim):
     made = trainer(store, data, tmp_path / "run", max_steps=6, save_steps=2, optim=optim)
 

@@ -8,6 +8,7 @@ from math import prod
 from mebp_triton.config import TrainConfig
 from mebp_triton.lora import Int4Module
 from mebp_triton.selection import selected_count
+from mebp_triton.stores.dynamic8 import encoded_bytes
 from mebp_triton.stores.format import SHARED, block_file
 from mebp_triton.stores.rows import segment_rows
 
@@ -67,7 +68,8 @@ class Sizes:
         trained = [] if mezo else self.lora
         self.gradients = _largest(trained[:count], selected) + sum(trained[count:])
         self.largest_gradient = max(trained, default=0)
-        self.moments, self.largest_moments = 2 * sum(trained), 2 * self.largest_gradient
+        state = [_moments_bytes(size // 4, settings.optim == "adamw_8bit") for size in trained]
+        self.moments, self.largest_moments = sum(state), max(state, default=0)
         self.checkpoints = _largest([step.checkpoint[at] for at in place], waiting)
         self.kept = _largest([step.outputs[at] for at in place], waiting)
         self.one_checkpoint, self.one_kept = max(step.checkpoint), max(step.outputs)
@@ -87,6 +89,10 @@ class Sizes:
             self.files |= {"checkpoints": self.checkpoints, "kept outputs": self.kept}
         if settings.optimizer_state == "file" and not mezo:
             self.files["optimizer state"] = self.moments
+
+
+def _moments_bytes(parameters: int, eight_bit: bool) -> int:
+    return 2 * (encoded_bytes(parameters) if eight_bit else 4 * parameters)
 
 
 def _outside(inventory: Inventory, tables: set[str]) -> int:

@@ -239,7 +239,7 @@ class TracedModel:
 
     def _optimize(self, groups: list[list[nn.Parameter]]) -> int:
         """What clipping and an optimizer step need beyond gradients and moments."""
-        optimizer = BlockAdamW(groups)
+        optimizer = BlockAdamW(groups, eight_bit=self.settings.optim == "adamw_8bit")
         moments = sum(buffer.nbytes for buffer in optimizer.moments.buffers)
         self.live.restart()
         before = self.live.live

@@ -18,17 +18,19 @@ from mebp_triton.stores.moments import Moments
 MIB = 1 << 20
 
 
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_components_are_the_sizes_of_the_models_tensors(architecture):
+def test_components_are_the_sizes_of_the_models_tensors(architecture, optim):
     store = tiny_store(architecture)
     opened = Store(store)
-    settings = TrainConfig(**SMALL, weights="device", optimizer_state="device", checkpoints="device").resolved()
+    places = dict.fromkeys(("weights", "optimizer_state", "checkpoints"), "device")
+    settings = TrainConfig(**SMALL, **places, optim=optim).resolved()
     plan = planner(store, framework=0).predict(settings)
     model = load(store, settings.lora(), checkpoints="device", recompute_granularity="selective")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = at(plan, "backward of the lowest block")
     assert found["LoRA"] == found["gradients"] == sum(parameter.nbytes for parameter in trained)
-    moments = Moments(block_groups(model, model.mebp.engine), "device", Path("unused"))
+    moments = Moments(block_groups(model, model.mebp.engine), "device", Path("unused"), optim == "adamw_8bit")
     assert found["optimizer state"] == sum(buffer.nbytes for buffer in moments.buffers)
     assert found["weights of blocks"] == sum(file.mapped.size for name, file in opened.files.items() if name != SHARED)
     assert found["other weights"] == opened.files[SHARED].mapped.size

@@ -147,6 +147,7 @@ RUNS = [
     ("llama", {"max_length": 1024, "mlp_chunk_tokens": 128} | FILES),
     ("llama", {"max_length": 512, "checkpoints": "device", "recompute_granularity": "selective"}),
     ("llama", {"max_length": 512, "weights": "device", "optimizer_state": "device", "lora_r": 128} | FILES),
+    ("llama", {"max_length": 256, "optimizer_state": "device", "lora_r": 128, "optim": "adamw_8bit"} | FILES),
     ("qwen3", {"max_length": 1024} | FILES),
     ("qwen3", {"max_length": 256, "checkpoints": "host", "optimizer_state": "host"}),
     ("qwen3", {"max_length": 512, "selection_mode": "identity", "selected_ratio": 0.34, "lora_r": 128}),
