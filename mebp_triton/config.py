@@ -28,6 +28,7 @@ from .stores.checkpoints import Residency
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Optim = Literal["adamw", "adamw_8bit", "mezo"]
+OnNan = Literal["stop", "skip"]
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -63,6 +64,7 @@ class TrainConfig:
     weight_decay: float = _setting(0.0, "decoupled weight decay")
     max_grad_norm: float = _setting(1.0, "clip the gradient's global norm; 0 for no clipping")
     optim: Optim = _setting("adamw", "adamw; adamw_8bit: moments in 8 bits; mezo: zeroth order, two forward passes")
+    on_nan: OnNan = _setting("stop", "at a loss or gradient that is not finite: stop, or skip the step")
     mezo_epsilon: float = _setting(1e-3, "finite-difference step of mezo")
     seed: int = _setting(42, "of the adapter, the data order, dropout, selection and mezo")
     selection_mode: Mode = _setting("full", "how the gradient passes blocks that are not selected at a step")
@@ -120,6 +122,11 @@ class TrainConfig:
         if self.optimizer_in_backward and self.optim == "mezo":
             raise ValueError(
                 "optimizer_in_backward steps by gradients, and optim 'mezo' makes none: leave one of them out"
+            )
+        if self.optimizer_in_backward and self.on_nan == "skip":
+            raise ValueError(
+                "optimizer_in_backward has stepped upper blocks when a lower one's gradient is found not to be finite: "
+                "on_nan 'skip' cannot undo that, leave one of them out"
             )
         if self.optimizer_in_backward and self.gradient_accumulation_steps != 1:
             raise ValueError(

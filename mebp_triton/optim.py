@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,11 @@ def block_groups(model: nn.Module, engine: BlockRunner) -> list[list[nn.Paramete
     inside = {id(parameter) for group in groups for parameter in group}
     outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
     return [*groups, outside] if outside else groups
+
+
+def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The 2-norm of all their gradients together. Clipping is another step: it makes every gradient NaN if this is."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class BlockAdamW(torch.optim.Optimizer):
@@ -110,8 +115,10 @@ class BlockAdamW(torch.optim.Optimizer):
         def finish(index: int) -> None:
             del missing[index]
             group = self.param_groups[index]
-            norm = float(torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm))
+            total = total_norm(group["params"])
+            norm = float(total)
             on_norm(index, norm)
+            torch.nn.utils.clip_grads_with_norm_(group["params"], max_grad_norm, total)
             norms.append(norm)
             self._step_group(index, group)
             for parameter in group["params"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import math
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -164,7 +165,11 @@ def draw_plots(directory: Path, metrics: list[dict[str, Any]], watch: MemoryWatc
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([row["step"] + 1 for row in metrics], [row["loss"] for row in metrics], linewidth=1.2)
+    axes.plot(
+        [row["step"] + 1 for row in metrics],
+        [math.nan if (loss := row["loss"]) is None else loss for row in metrics],
+        linewidth=1.2,
+    )
     axes.set(xlabel="step", ylabel="training loss (nats per token)", title="Loss")
     axes.grid(alpha=0.3)
     save(figure, "loss.png")

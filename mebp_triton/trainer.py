@@ -25,9 +25,10 @@ from .config import TrainConfig
 from .data import PackedData, TokenizedData, batches, batches_per_epoch, check_packing, collate, valid_tokens
 from .distributed import ALONE, Processes
 from .evaluate import Evaluation, RunError, evaluate
+from .finite import NotFinite, broken_gradient, broken_output, broken_parameter
 from .kernels.ops import resolve_backend
 from .memory import MemoryWatch, peak_resident_bytes
-from .optim import BlockAdamW, block_groups, learning_rate
+from .optim import BlockAdamW, block_groups, learning_rate, total_norm
 from .report import RunDirectory
 from .selection import LayerCyclicManager, gradient_norm
 from .stores.format import Store
@@ -36,16 +37,21 @@ from .zeroth_order import MeZO
 # What a resumed run may change: none of these changes the numbers of a step, but for rounding on another device.
 FREE_ON_RESUME = {"output_dir", "validation_file", "max_eval_windows", "weights", "checkpoints", "optimizer_state"}
 FREE_ON_RESUME |= {"save_steps", "backend", "device", "recompute_granularity"}
-FREE_ON_RESUME |= {"memory_budget", "return_freed_memory"}
+FREE_ON_RESUME |= {"memory_budget", "return_freed_memory", "on_nan"}
+MOST_SKIPPED = 10  # steps in a row whose loss or gradients are not finite
 STATE = "state.safetensors"  # of a checkpoint: adapter and random state
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. ``loss`` is the mean over its ``tokens`` targets; ``skipped`` if it had none."""
+    """One optimizer step. ``loss`` is the mean over its ``tokens`` targets.
+
+    ``skipped``: nothing was updated, as there were no targets, or as its loss (None then) or a gradient was not finite,
+    which ``not_finite`` tells.
+    """
 
     step: int
-    loss: float
+    loss: float | None
     token_accuracy: float
     tokens: int
     grad_norm: float | None
@@ -53,6 +59,7 @@ class StepResult:
     seconds: float
     selected_blocks: list[int]
     skipped: bool = False
+    not_finite: str | None = None
 
 
 class Trainer:
@@ -118,7 +125,7 @@ class Trainer:
         self.total_steps = config.max_steps or math.ceil(
             config.num_train_epochs * per_epoch / self.micro_batches_per_step
         )
-        self.step = self.reduced_bytes = 0
+        self.step = self.reduced_bytes = self.skipped_in_a_row = 0
         self.planned_peak_bytes: int | None = None
         self.fingerprints = {"training data": data.checksum(), "model": _store_checksum(model.mebp.store)}
         for what, checksum in self.fingerprints.items():
@@ -178,10 +185,29 @@ class Trainer:
         selected = sorted(self.selection.selected)
         if tokens == 0:
             return StepResult(self.step, 0.0, 0.0, 0, None, rate, time.perf_counter() - started, selected, True)
-        norm = None
+        random_state = self._random_state()
+        loss, accuracy, norm, why = None, 0.0, None, None
+        try:
+            loss, accuracy, norm = self._update(micro_batches, tokens, rate, selected)
+            self.skipped_in_a_row = 0
+        except NotFinite as error:
+            for parameter in self.parameters:
+                parameter.grad = None
+            self.skipped_in_a_row += 1
+            if config.on_nan == "stop" or self.skipped_in_a_row > MOST_SKIPPED:
+                kept = self._keep_state_before_step(random_state)
+                raise NotFinite(f"{error}: lower the learning rate, or compute in float32; {kept}") from None
+            why = str(error)
+        seconds = time.perf_counter() - started
+        return StepResult(self.step, loss, accuracy, tokens, norm, rate, seconds, selected, why is not None, why)
+
+    def _update(
+        self, micro_batches: list[dict[str, Tensor]], tokens: int, rate: float, selected: list[int]
+    ) -> tuple[float, float, float | None]:
+        """Loss, token accuracy, gradient norm. NotFinite before anything is updated, but for blocks in the backward."""
         if self.mezo is not None:
             # Neighbouring seeds must not share their directions one step apart.
-            seed = random.Random(f"{config.seed}:{self.step}").getrandbits(63)
+            seed = random.Random(f"{self.config.seed}:{self.step}").getrandbits(63)
             accuracies = []
 
             def forward() -> float:
@@ -190,23 +216,18 @@ class Trainer:
                 return value
 
             loss, _ = self.mezo.step(forward, rate, seed)
-            accuracy = statistics.fmean(accuracies)
-            self._check_finite("loss", loss)
-        elif config.optimizer_in_backward:
-            loss, accuracy, norm = self._update_in_backward(micro_batches, tokens, rate, selected)
-        else:
-            loss, accuracy = self._forward(micro_batches, tokens, None)
-            self._check_finite("loss", loss)
-            norm = self._update(rate, selected)
-        seconds = time.perf_counter() - started
-        return StepResult(self.step, loss, accuracy, tokens, norm, rate, seconds, selected)
+            return loss, statistics.fmean(accuracies), None
+        if self.config.optimizer_in_backward:
+            return self._update_in_backward(micro_batches, tokens, rate, selected)
+        loss, accuracy = self._forward(micro_batches, tokens, None)
+        return loss, accuracy, self._update_after_backward(rate, selected)
 
     def _forward(
         self, micro_batches: list[dict[str, Tensor]], tokens: int, forward_only_seed: int | None
     ) -> tuple[float, float]:
         """Loss and token accuracy over all processes' micro-batches; gradients of one's own too, unless only forward.
 
-        Only forward: with that RNG seed.
+        Only forward: with that RNG seed. NotFinite if the loss is not.
         """
         one_pass = self.model.mebp.loss
         loss, correct = 0.0, 0
@@ -219,7 +240,7 @@ class Trainer:
                 for batch in micro_batches:
                     output = self.model(**batch, use_cache=False)
                     if self.config.optimizer_in_backward:
-                        self._check_finite("loss", output.loss.item())
+                        self._check_loss(output.loss.item(), micro_batches)
                     if forward_only_seed is None and output.loss.requires_grad:
                         output.loss.backward()
                     loss += output.loss.item()
@@ -228,15 +249,18 @@ class Trainer:
         finally:
             one_pass.normalizer = None
         loss, total = self.processes.sum(loss, correct)
+        self._check_loss(loss, micro_batches)
         return loss, total / tokens
 
-    def _update(self, rate: float, selected: list[int]) -> float:
+    def _update_after_backward(self, rate: float, selected: list[int]) -> float:
         assert self.optimizer is not None
         groups, trained = self.optimizer.param_groups, frozenset(selected) | self._outside()
         self.reduced_bytes = self.processes.sum_gradients([groups[index]["params"] for index in sorted(trained)])
         limit = self.config.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        self._check_finite("gradient norm", norm)
+        total = total_norm(self.parameters)
+        norm = float(total)
+        self._check_gradients(norm)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, total)
         if self.selection.schedule == "importance":
             clipped = max(1.0, norm / limit)
             norms = {index: clipped * gradient_norm(groups[index]["params"]) for index in selected}
@@ -254,8 +278,7 @@ class Trainer:
         self._set_rate(rate)
 
         def check(index: int, norm: float) -> None:
-            place = f"of block {index}" if index < self.selection.count else "outside the blocks"
-            self._check_finite(f"gradient norm {place}", norm)
+            self._check_gradients(norm)
             found[index] = norm
 
         found: dict[int, float] = {}
@@ -277,11 +300,30 @@ class Trainer:
         assert self.optimizer is not None
         return frozenset(range(self.selection.count, len(self.optimizer.param_groups)))
 
-    def _check_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise RunError(
-                f"{what} is {value} at step {self.step}: lower the learning rate, or compute in float32; {self._kept()}"
-            )
+    def _check_loss(self, loss: float, micro_batches: list[dict[str, Tensor]]) -> None:
+        if not math.isfinite(loss):
+            broken = broken_parameter(self.model) or broken_output(self.model, micro_batches)
+            raise NotFinite(f"loss is {loss} at step {self.step}, first {broken or self._elsewhere('the loss itself')}")
+
+    def _check_gradients(self, norm: float) -> None:
+        if not math.isfinite(norm):
+            broken = broken_gradient(self.model)  # None where each is finite, and their squares' sum is not
+            raise NotFinite(f"gradient norm is {norm} at step {self.step}, first {broken or 'in the sum of squares'}")
+
+    def _elsewhere(self, what: str) -> str:
+        return f"in {what}" if self.processes.size == 1 else f"in {what}, or in another process"
+
+    def _keep_state_before_step(self, random_state: dict[str, Tensor]) -> str:
+        """Writes it as a checkpoint, where nothing of it has changed; where what is kept lies."""
+        changed = self.mezo is not None or self.config.optimizer_in_backward
+        broken = self.processes.highest(broken_parameter(self.model) is not None)
+        if self.step == 0 or changed or any(broken):
+            return self._kept()
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state:
+            torch.cuda.set_rng_state(random_state["cuda"], self.device)
+        self.save_checkpoint()
+        return f"the state before this step is in {self.run.checkpoint}"
 
     def _kept(self) -> str:
         return "the last checkpoint is kept" if self.run.checkpoint.exists() else "no checkpoint was written yet"
@@ -331,11 +373,15 @@ class Trainer:
                 f"one kind, with the same versions; {self._kept()}"
             )
 
-    def _random_states(self) -> dict[str, Tensor]:
-        """Of every process; the first one's without its rank."""
+    def _random_state(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """Of every process; the first one's without its rank."""
+        states = self._random_state()
         return {
             f"random/{kind}-{rank}" if rank else f"random/{kind}": found
             for kind, state in states.items()
@@ -434,6 +480,7 @@ def finetune(
         "perplexity_after": after and after.perplexity,
         "steps": trainer.step,
         "resumed_at_step": resumed_at or None,
+        "steps_not_finite": sum(result.not_finite is not None for result in results),
         "train_loss_last": results[-1].loss if results else None,
         "tokens_per_second": tokens / train_seconds if results else None,
         "seconds_per_step_median": statistics.median(seconds) if seconds else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 from collections import deque
 from pathlib import Path
@@ -217,9 +218,13 @@ def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any]:
     with progress_bar("training") as update:
 
         def on_step(result: StepResult) -> None:
-            recent.append(result.loss)
+            if result.loss is not None:
+                recent.append(result.loss)
+            if result.not_finite is not None:
+                console.print(f"skipped: {result.not_finite}", highlight=False, soft_wrap=True)
+            mean = statistics.fmean(recent) if recent else math.nan
             note = (
-                f"loss {statistics.fmean(recent):.3f}  {result.tokens / max(result.seconds, 1e-9):.0f} tok/s  "
+                f"loss {mean:.3f}  {result.tokens / max(result.seconds, 1e-9):.0f} tok/s  "
                 f"peak {peak_resident_bytes() / MIB:.0f} MiB"
             )
             update(result.step + 1, trainer.total_steps, note)
