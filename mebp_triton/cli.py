@@ -111,15 +111,7 @@ def _build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of activations")
         sub.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels (default: auto)")
-    evaluate.add_argument(
-        "--validation-file", required=True, metavar="FILE", help=".txt, .jsonl, .parquet, or a directory"
-    )
-    evaluate.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
-    evaluate.add_argument("--completion-only-loss", action=argparse.BooleanOptionalAction, help="as in train")
-    evaluate.add_argument(
-        "--assistant-only-loss", action=argparse.BooleanOptionalAction, default=False, help="as in train"
-    )
-    evaluate.add_argument("--max-eval-windows", type=int, metavar="N", help="evenly spaced windows; all by default")
+    _add_validation_options(evaluate, required=True, help=".txt, .jsonl, .parquet, or a directory")
     generate.add_argument("--prompt", required=True, help="the text to continue")
     generate.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
@@ -137,9 +129,7 @@ def _build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the config's)")
     merge.add_argument("--as-store", action="store_true", help="a store again: what was adapted is quantized anew")
     _add_quantize_options(merge, SCHEMES, GROUP_SIZES)
-    merge.add_argument("--validation-file", metavar="FILE", help="what merging costs: the loss on it, before and after")
-    merge.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
-    merge.add_argument("--max-eval-windows", type=int, metavar="N", help="evenly spaced windows; all by default")
+    _add_validation_options(merge, required=False, help="what merging costs: the loss on it, before and after")
 
     verify = command("verify", "check every byte of a store against its checksums")
     verify.add_argument("store", metavar="STORE")
@@ -177,6 +167,16 @@ def _add_tune_options(
     parser.add_argument("--report", action="store_true", help="show what was found before; tune nothing")
     parser.add_argument("--plot", metavar="FILE", help="draw achieved bandwidth and rate as a PNG")
     parser.add_argument("--force", action="store_true", help="again, even what was found before")
+
+
+def _add_validation_options(parser: argparse.ArgumentParser, required: bool, help: str) -> None:
+    parser.add_argument("--validation-file", required=required, metavar="FILE", help=help)
+    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    parser.add_argument("--completion-only-loss", action=argparse.BooleanOptionalAction, help="as in train")
+    parser.add_argument(
+        "--assistant-only-loss", action=argparse.BooleanOptionalAction, default=False, help="as in train"
+    )
+    parser.add_argument("--max-eval-windows", type=int, metavar="N", help="evenly spaced windows; all by default")
 
 
 def _add_quantize_options(parser: argparse.ArgumentParser, schemes: Sequence[str], group_sizes: Sequence[int]) -> None:

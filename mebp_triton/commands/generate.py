@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from mebp_triton.data.text import encode_opened
 from mebp_triton.stores.format import Store
 
 from .common import load_for_inference, load_tokenizer
@@ -63,7 +64,8 @@ def generate_text(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
-        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        ids = torch.tensor([encode_opened(tokenizer, prompt)])
+        encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     encoded = {name: encoded[name].to(model.mebp.device) for name in ("input_ids", "attention_mask")}
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = encoded["input_ids"].shape[1] + max_new_tokens

@@ -11,7 +11,7 @@ import transformers
 
 from mebp_triton import files
 from mebp_triton.config import resolve_device
-from mebp_triton.data import TokenizedData, load_data
+from mebp_triton.data import Masking, TokenizedData, check_source, load_data
 from mebp_triton.evaluate import evaluate
 from mebp_triton.merge import DTYPES, merge, merge_to_store
 from mebp_triton.peer import evaluate as evaluate_plain
@@ -56,9 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
 def _validation(store: Path, arguments: argparse.Namespace) -> TokenizedData | None:
     if arguments.validation_file is None:
         return None
-    files.check_regular(Path(arguments.validation_file))
+    check_source(arguments.validation_file, "validation-file")
     check_length(store, arguments.max_length)
-    return load_data(arguments.validation_file, load_tokenizer(store), arguments.max_length, name="validation-file")
+    masking = Masking(arguments.completion_only_loss, arguments.assistant_only_loss)
+    options: dict[str, Any] = {"name": "validation-file", "masking": masking}
+    return load_data(arguments.validation_file, load_tokenizer(store), arguments.max_length, **options)
 
 
 def _loss(store: Path, adapter: str | None, data: TokenizedData, windows: int | None, what: str) -> float:

@@ -27,8 +27,9 @@ def load_data(
 
     Args:
         path: see ``check_source``; text is UTF-8.
-        tokenizer: the model's. No special token is added but the end-of-sequence token that closes a ``text`` or
-            string ``completion`` row; what chat messages need is up to the chat template.
+        tokenizer: the model's. Text, ``text`` and string ``prompt`` rows begin as it begins a text (with BOS, where it
+            adds one); the end-of-sequence token closes a ``text`` or string ``completion`` row. What chat messages
+            need is up to the chat template.
         max_length: tokens; longer rows are cut, text is cut into windows of this length.
         name: what error messages call the file; "validation-file" takes that split of a directory.
         masking: what enters the loss; by default ``Masking()``.

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .text import encode
+from .text import encode, encode_opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking)
         if not isinstance(row["text"], str):
             raise ValueError(f"'text' must be a string, got {_shown(row['text'])}")
         masking.check_text()
-        ids = _with_eos(tokenizer, encode(tokenizer, row["text"]))
+        ids = _with_eos(tokenizer, encode_opened(tokenizer, row["text"]))
         return ids, b"\1" * len(ids), converted
     if "messages" in row:
         if masking.completion_only_loss:
@@ -91,7 +91,8 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking)
         if masking.assistant_only_loss:
             raise ValueError("assistant_only_loss needs chat messages, and this row has strings; completion_only_loss?")
         whole = row["prompt"] + row["completion"]
-        head, rest = _split(tokenizer, row["prompt"], whole)
+        _, rest = _split(tokenizer, row["prompt"], whole)
+        head = encode_opened(tokenizer, row["prompt"])
         ids = _with_eos(tokenizer, head + rest)
         masked = 0 if masking.completion_only_loss is False else len(head)
         return ids, b"\0" * masked + b"\1" * (len(ids) - masked), converted
@@ -194,10 +195,13 @@ def _assistant_spans(
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _opening(tokenizer, messages[:place], row, whole) if place else ""
         after = whole if place + 1 == len(messages) else _render(tokenizer, messages[: place + 1], row)
         if not whole.startswith(after):  # perhaps for the end-of-sequence token that closes the conversation (Phi-3)
             after = after.removesuffix(tokenizer.eos_token or "")
+        if place:
+            before = _opening(tokenizer, messages[:place], row, whole)
+        else:
+            before = _before_first(tokenizer, message, row, after)
         if before is None or not whole.startswith(after) or len(before) >= len(after):
             raise ValueError(
                 f"the chat template writes message {place + 1}, or those before it, differently when others follow, "
@@ -206,6 +210,22 @@ def _assistant_spans(
             )
         spans.append((len(before), len(after)))
     return spans
+
+
+def _before_first(
+    tokenizer: PreTrainedTokenizerBase, message: dict[str, Any], row: dict[str, Any], turn: str
+) -> str | None:
+    """What stands in ``turn`` before the answer that begins a conversation: up to the header, or to the answer itself.
+
+    A header is what the template adds where an answer to anything is wanted. None where neither is found.
+    """
+    question = [{"role": "user", "content": "?"}]
+    asked, wanted = (_render(tokenizer, question, row, add_generation_prompt=header) for header in (False, True))
+    header = wanted.removeprefix(asked) if wanted.startswith(asked) else ""
+    for mark, length in ((header, len(header)), ((message.get("content") or "").strip(), 0)):
+        if mark and mark in turn:
+            return turn[: turn.index(mark) + length]
+    return None
 
 
 def _marked(
@@ -225,7 +245,8 @@ def _marked(
         tokenizer_kwargs={"verbose": False},
     )
     ids, trained = list(found["input_ids"]), bytes(found["assistant_masks"])
-    assert ids == encode(tokenizer, whole), "the tokenizer's two ways to tokenise a conversation differ"
+    if ids != encode(tokenizer, whole):
+        raise ValueError("the tokenizer gives a conversation other ids than its text: leave out assistant_only_loss")
     head = encode(tokenizer, masked)
     if ids[: len(head)] != head:
         raise ValueError(

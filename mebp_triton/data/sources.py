@@ -117,7 +117,7 @@ def _dataset_rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise ValueError("needs the datasets package; pip install 'mebp-triton[datasets]'") from error
 
     try:
-        dataset = datasets.load_from_disk(str(path))
+        dataset = datasets.load_from_disk(str(path)).with_format(None)  # all columns, as Python's own values
         for number, row in enumerate(dataset, start=1):
             yield number, _without_none(row)
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, json.JSONDecodeError) as error:

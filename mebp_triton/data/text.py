@@ -22,15 +22,35 @@ SPLIT_REGEXES = (_LETTERS + r"\p{N}{1,3}" + _REST, _LETTERS + r"\p{N}" + _REST)
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, read: Callable[[int], str], length: int) -> Iterator[array[int]]:
-    """Ids of a text in windows of ``length`` tokens, the last one shorter. ``read(n)`` gives its next n characters."""
-    waiting = array("i")
+    """Ids of a text in windows of ``length`` tokens, the last one shorter. ``read(n)`` gives its next n characters.
+
+    Each begins as the tokenizer begins a text.
+    """
+    waiting, head = array("i"), array("i", opening(tokenizer))
+    length -= len(head)
+    if length < 1:
+        raise ValueError(f"max-length {length + len(head)} has no room beside the {len(head)} tokens that begin a text")
     for piece in _pieces(tokenizer, read):
         waiting.extend(encode(tokenizer, piece))
         full = len(waiting) // length * length
-        yield from (waiting[start : start + length] for start in range(0, full, length))
+        yield from (head + waiting[start : start + length] for start in range(0, full, length))
         del waiting[:full]
     if waiting:
-        yield waiting
+        yield head + waiting
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer itself puts before a text: the BOS of Llama and Gemma, mostly none."""
+    ids = list(tokenizer("a", return_attention_mask=False)["input_ids"])
+    bare = encode(tokenizer, "a")
+    places = (place for place in range(len(ids)) if ids[place : place + len(bare)] == bare)
+    return ids[: next(places, 0)]
+
+
+def encode_opened(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text as the model is given it: after ``opening``, unless the text spells that out."""
+    ids, head = encode(tokenizer, text), opening(tokenizer)
+    return ids if ids[: len(head)] == head else head + ids
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -62,6 +62,20 @@ def test_the_loss_of_a_store_is_what_eval_says_of_it(world, mebp, tmp_path, opti
     assert schemes == {"affine" if options == ["--scheme=affine"] else "symmetric"}
 
 
+def test_the_validation_file_is_what_eval_takes(world, mebp, tmp_path):
+    directory, out = tmp_path / "rows", tmp_path / "out"
+    directory.mkdir()
+    talk = [{"prompt": sentences(1, place).strip(), "completion": sentences(1, place + 9)} for place in range(3)]
+    (directory / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk))
+    losses = {}
+    for flag in ("--completion-only-loss", "--no-completion-only-loss"):
+        options = [f"--validation-file={directory}", flag, "--max-length=64", "--json", adapter(world)]
+        losses[flag] = answer(mebp("eval", world / "store", *options))["loss"]
+        value = answer(mebp("merge", world / "store", out / flag, "--as-store", *options))
+        assert value["loss_with_adapter"] == losses[flag]
+    assert len(set(losses.values())) == 2
+
+
 def test_without_a_text_nothing_is_evaluated(world, mebp, tmp_path):
     code, out, _ = mebp("merge", world / "store", tmp_path / "out")
     assert code == 0 and "float32" in out and "loss" not in out
@@ -73,7 +87,7 @@ def test_without_a_text_nothing_is_evaluated(world, mebp, tmp_path):
         (["--dtype=float16", "--as-store"], "choose"),
         (["--dtype=float16", "--scheme=affine"], "choose"),
         (["--adapter=nowhere"], "nowhere is no adapter"),
-        (["--validation-file=nowhere.txt"], "nowhere.txt does not exist"),
+        (["--validation-file=nowhere.txt"], "validation-file nowhere.txt: no such file"),
         (["--max-eval-windows=0"], "--max-eval-windows must be at least 1"),
         (["--dtype=int4"], "invalid choice"),
     ],

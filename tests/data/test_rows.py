@@ -5,6 +5,7 @@ import json
 import pytest
 from texts import ANSWER, CHATML, QUESTION, byte_bpe, encode, rows
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mebp_triton.data import Masking, load_data
@@ -150,6 +151,29 @@ def test_a_prompts_own_assistant_turns(write, template, completion_only, stretch
     ((_, labels),) = rows(load_data(path, tokenizer, 999, masking=Masking(completion_only)))
     text = tokenizer.decode([label for label in labels if label != -100])
     assert text.endswith("Five.<|im_end|>\n") and ("Be short" in text) == (completion_only is False)
+
+
+HEADED = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nassistant<|im_end|>\n' }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize("template", [CHATML, HEADED, MARKED, CHATML.split("{% if add_gen")[0]], ids=range(4))
+def test_an_answer_that_begins_a_conversation_is_trained_without_its_header(write, template):
+    tokenizer = byte_bpe(template, eos_token="<|im_end|>")
+    talk = [{"role": "assistant", "content": "four."}, *TALK[1:2], {"role": "assistant", "content": "Five."}]
+    ((_, labels),) = rows(load_data(write("x.jsonl", [{"messages": talk}]), tokenizer, 999, masking=ASSISTANT))
+    found = trained_text(tokenizer, labels)
+    assert found[0] == "four.<|im_end|>\n" and found[1].endswith("Five.<|im_end|>\n") and len(found) == 2
+
+
+def test_rows_of_strings_begin_as_the_tokenizer_begins_a_text(write):
+    core = byte_bpe().backend_tokenizer
+    core.post_processor = TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    (pad, end), cat, dog = (2, 1), encode(tokenizer, "the cat"), encode(tokenizer, " sat")
+    path = write("x.jsonl", [{"text": "the cat"}, {"prompt": "the cat", "completion": " sat"}])
+    first, second = rows(load_data(path, tokenizer, 99))
+    assert first == ([pad, *cat, end], [pad, *cat, end])
+    assert second == ([pad, *cat, *dog, end], [-100] * (1 + len(cat)) + [*dog, end])
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error_that_names_the_row(write):

@@ -113,6 +113,15 @@ def test_a_wrong_row_is_named(tokenizer, tmp_path, row, message):
             load_data(tmp_path / path, tokenizer, 99)
 
 
+@pytest.mark.parametrize("change", [{"type": "numpy"}, {"type": "torch"}, {"columns": ["number"]}], ids=str)
+def test_the_format_that_a_dataset_was_saved_with_is_no_matter(tokenizer, tmp_path, change):
+    plain = datasets.Dataset.from_list([{"text": "a cat " * place, "number": place} for place in (3, 4)])
+    plain.save_to_disk(tmp_path / "plain")
+    plain.with_format(**change).save_to_disk(tmp_path / "changed")
+    found = [rows(load_data(tmp_path / name, tokenizer, 99)) for name in ("plain", "changed")]
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
 @pytest.mark.parametrize("package", ["pyarrow", "datasets"])
 def test_what_is_not_installed_is_named(tokenizer, tmp_path, monkeypatch, package):
     table = pyarrow.Table.from_pylist([{"text": "The cat"}])

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from texts import SENTENCES, byte_bpe, encode, rows, text_data
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mebp_triton.data import load_data
 from mebp_triton.data import text as text_module
-from mebp_triton.data.text import SPLIT_REGEXES
+from mebp_triton.data.text import SPLIT_REGEXES, encode_opened, opening
 
 
 @pytest.mark.parametrize("tail", [0, 1, 2, 7])
@@ -27,16 +28,39 @@ def test_txt_windows_are_the_whole_text_in_order(tokenizer, write, tail):
     assert report.trained_tokens == kept - len(data)
 
 
-def test_txt_is_tokenised_whole_and_without_special_tokens(write):
-    # A pre-tokeniser that joins lines, and a post-processor that would add tokens.
+def test_txt_is_tokenised_whole_and_every_window_begins_as_the_tokenizer_begins_a_text(write):
+    # A pre-tokeniser that joins lines, and a post-processor that adds tokens before and after.
     core = Tokenizer(models.WordLevel({"[UNK]": 0, "a\nb": 1, "[BOS]": 2}, unk_token="[UNK]"))
-    from tokenizers.processors import TemplateProcessing
-
-    core.post_processor = TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", 2)])
+    core.post_processor = TemplateProcessing(single="[BOS] $A [BOS]", special_tokens=[("[BOS]", 2)])
     core.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="[BOS]")
-    assert encode(tokenizer, "a\nb") == [1] and tokenizer("a\nb")["input_ids"] == [2, 1]
-    assert rows(load_data(write("x.txt", "a\nb a\nb"), tokenizer, 8)) == [([1, 1], [1, 1])]
+    assert encode(tokenizer, "a\nb") == [1] and tokenizer("a\nb")["input_ids"] == [2, 1, 2]
+    assert opening(tokenizer) == [2] and encode_opened(tokenizer, "a\nb") == [2, 1]
+    assert rows(load_data(write("x.txt", "a\nb a\nb"), tokenizer, 8)) == [([2, 1, 1], [2, 1, 1])]
+    assert [ids for ids, _ in rows(load_data(write("x.txt", " ".join(["a\nb"] * 5)), tokenizer, 3))] == [
+        [2, 1, 1],
+        [2, 1, 1],
+        [2, 1],
+    ]
+
+
+def test_a_text_that_spells_its_beginning_gets_no_second_one():
+    tokenizer = byte_bpe(bos_token="<|pad|>")
+    assert opening(tokenizer) == []
+    core = tokenizer.backend_tokenizer
+    core.post_processor = TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|pad|>")
+    assert opening(tokenizer) == [2]
+    assert encode_opened(tokenizer, "<|pad|>cat") == encode_opened(tokenizer, "cat") == [2, *encode(tokenizer, "cat")]
+    assert encode_opened(tokenizer, "") == [2]
+
+
+def test_windows_with_no_room_beside_the_beginning(write):
+    tokenizer = byte_bpe()
+    core = tokenizer.backend_tokenizer
+    core.post_processor = TemplateProcessing(single="<|pad|> <|pad|> $A", special_tokens=[("<|pad|>", 2)])
+    with pytest.raises(ValueError, match="max-length 2 has no room beside the 2 tokens that begin a text"):
+        load_data(write("x.txt", "the cat"), PreTrainedTokenizerFast(tokenizer_object=core), 2)
 
 
 def with_pre_tokenizer(tokenizer, pre_tokenizer, normalizer=None, added=()):
