@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.accuracy import close
-from gpu.operands import nf4_pair, normal, random_weight
+from gpu.operands import close, nf4_pair
 from gpu.speed import SAME, bitsandbytes_dx
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.ops import int4_cross_entropy, int4_matmul, int4_matmul_dx
 from mebp_triton.kernels.reference import decode
 from mebp_triton.lora import int4_lora_linear
+from mebp_triton.selftest import normal, random_weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

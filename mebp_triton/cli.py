@@ -136,6 +136,11 @@ def _build_parser() -> argparse.ArgumentParser:
     doctor = command("doctor", "what this machine has, and what is missing")
     doctor.add_argument("store", metavar="STORE", nargs="?", help="measured too, and compared with the memory here")
     doctor.add_argument("--scratch-directory", metavar="DIR", help="where files of a run would lie")
+    doctor.add_argument(
+        "--gradients", action="store_true", help="kernels and gradients on this device against float64, a minute"
+    )
+    doctor.add_argument("--device", help="of --gradients: cpu, cuda, ...; by default a GPU if there is one")
+    doctor.add_argument("--backend", choices=BACKENDS, default="auto", help="of --gradients (default: auto)")
     demo = command("demo", "the whole path on a real 135M model: quantize, train, evaluate, generate")
     demo.add_argument("--output-dir", default="mebp-demo", metavar="DIR", help="(default: mebp-demo)")
     demo.add_argument("--max-steps", type=int, default=40, metavar="N", help="optimizer steps (default: 40)")

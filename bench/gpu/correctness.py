@@ -13,11 +13,10 @@ from torch import Tensor
 from mebp_triton.autotune.measure import poisoned
 from mebp_triton.kernels import ops
 from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight, Scheme
-from mebp_triton.kernels.reference import cross_entropy, decode
-from mebp_triton.lora import int4_lora_linear
+from mebp_triton.kernels.reference import decode
+from mebp_triton.selftest import check_embedding, check_head, check_lora_layer, judge, normal, random_weight
 
-from .accuracy import judge
-from .operands import dtype_name, normal, random_weight, strided
+from .operands import dtype_name, strided
 from .routes import known_routes, route_name, run_dx, run_forward
 from .session import Session
 from .sizes import Shape
@@ -153,34 +152,10 @@ def _lora_layer(session: Session) -> None:
             continue
         weight = random_weight(*shape, session.device)
         about = {**_describe(shape, weight, dtype), "m": m}
-        for name, row in check_lora_layer(weight, dtype, m).items():
+        with poisoned():
+            checked = check_lora_layer(weight, dtype, m, backend="triton")
+        for name, row in checked.items():
             _record(session, rows, about | {"gradient": name}, row)
-
-
-def check_lora_layer(weight: Int4Weight, dtype: torch.dtype, m: int, rank: int = 16) -> dict[str, dict[str, Any]]:
-    device, (n, k), scaling = weight.device, weight.shape, 2.0
-    values = {
-        "x": normal(m, k, dtype=dtype, device=device),
-        "bias": normal(n, dtype=dtype, device=device),
-        "a": normal(rank, k, dtype=torch.float32, device=device) / k**0.5,
-        "b": normal(n, rank, dtype=torch.float32, device=device),
-    }
-    dy = normal(m, n, dtype=dtype, device=device)
-
-    def results(to: torch.dtype | None, layer: Callable[..., Tensor]) -> dict[str, Tensor]:
-        leaves = {name: (v if to is None else v.to(to)).detach().requires_grad_() for name, v in values.items()}
-        y = layer(leaves["x"], leaves["bias"], leaves["a"], leaves["b"])
-        grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
-        return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-
-    def plain(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        t = x @ a.to(x.dtype).t() * scaling
-        return x @ decode(weight, x.dtype).t() + bias + t @ b.to(x.dtype).t()
-
-    with poisoned():
-        ours = results(None, lambda x, bias, a, b: int4_lora_linear(x, weight, bias, a, b, scaling, "triton"))
-    same, truth = results(None, plain), results(torch.float64, plain)
-    return {name: judge(ours[name], same[name], truth[name]) for name in truth}
 
 
 def _embedding(session: Session) -> None:
@@ -190,10 +165,8 @@ def _embedding(session: Session) -> None:
     todo = list(product(SCHEMES, session.sizes.dtypes))
     for scheme, dtype in session.while_time("embedding", todo, share=0.3):
         weight = random_weight(v, k, session.device, scheme)
-        ids = torch.randint(0, v, (session.sizes.table_tokens,), device=session.device)
         with poisoned():
-            ours = ops.int4_embedding(ids, weight, dtype, backend="triton")
-        ok = torch.equal(ours, decode(weight, dtype)[ids])
+            ok = check_embedding(weight, dtype, session.sizes.table_tokens, backend="triton")
         _record(session, rows, _describe((v, k), weight, dtype), {"ok": ok})
 
 
@@ -204,28 +177,10 @@ def _cross_entropy(session: Session) -> None:
     todo = list(product(session.sizes.dtypes, ("symmetric", "codebook")))
     for dtype, scheme in session.while_time("cross_entropy", todo, share=0.4):
         weight = random_weight(v, k, session.device, scheme)
-        hidden = normal(session.sizes.table_tokens, k, dtype=dtype, device=session.device)
-        targets = torch.randint(0, v, hidden.shape[:1], device=session.device)
-        targets[1] = -100
-        leaf = hidden.clone().requires_grad_()
         with poisoned():
-            losses, _ = ops.int4_cross_entropy(leaf, weight, targets, backend="triton")
-            loss = losses.sum()
-            loss.backward()
-        true_loss, true_grad, _ = cross_entropy(hidden.double(), weight, targets)
-        same_grad = _torch_cross_entropy(hidden, weight, targets)
-        assert leaf.grad is not None
-        about = _describe((v, k), weight, dtype) | {"loss": loss.item(), "true_loss": true_loss.item()}
-        _record(session, rows, about, judge(leaf.grad, same_grad, true_grad))
-
-
-def _torch_cross_entropy(hidden: Tensor, weight: Int4Weight, targets: Tensor) -> Tensor:
-    """dH as transformers computes it: logits in the activations' dtype, the loss in float32."""
-    leaf = hidden.clone().requires_grad_()
-    logits = leaf @ decode(weight, hidden.dtype).t()
-    torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").backward()
-    assert leaf.grad is not None
-    return leaf.grad
+            loss, true_loss, found = check_head(weight, dtype, session.sizes.table_tokens, backend="triton")
+        about = _describe((v, k), weight, dtype) | {"loss": loss, "true_loss": true_loss}
+        _record(session, rows, about, found)
 
 
 def _route_cases(session: Session) -> Iterator[tuple[str, Shape, Any]]:

@@ -8,8 +8,8 @@ from torch import Tensor
 from mebp_triton.kernels.layout import Scheme
 from mebp_triton.lora import Int4LoRALinear
 from mebp_triton.memory import peak_resident_bytes
+from mebp_triton.selftest import normal, random_weight
 
-from .operands import normal, random_weight
 from .session import Session
 
 LIMIT_MIB = 40

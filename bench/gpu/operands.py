@@ -1,4 +1,4 @@
-"""Random operands: int4 weights, and the same NF4 weight for bitsandbytes and for us."""
+"""Operands that are not in the package's self-test, and the same NF4 weight for bitsandbytes and for us."""
 
 from __future__ import annotations
 
@@ -7,35 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mebp_triton.kernels.layout import Int4Weight, Scheme
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.selftest import normal
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+def close(ours: Tensor, theirs: Tensor, relative: float) -> bool:
+    """Two sides compute the same: before they are timed against each other."""
+    norm = theirs.double().norm()
+    return bool((ours.double() - theirs.double()).norm() <= relative * norm)
 
 
 def strided(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A matrix whose rows are not contiguous."""
     return normal(*shape[::-1], dtype=dtype, device=device).t()
-
-
-def random_weight(
-    n: int, k: int, device: torch.device, scheme: Scheme = "symmetric", group_size: int = 64
-) -> Int4Weight:
-    """Random codes; scales of both signs; decoded entries of a real weight's size."""
-    groups = -(-k // group_size)
-    scales = (0.02 * torch.randn(groups, n, device=device)).half()
-    return Int4Weight.from_codes(
-        torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device),
-        scales,
-        group_size,
-        minimum=(0.1 * torch.randn(groups, n, device=device)).half() if scheme == "affine" else None,
-        codebook=torch.randn(16, device=device).sort().values if scheme == "codebook" else None,
-    )
 
 
 def clone(weight: Int4Weight) -> Int4Weight:

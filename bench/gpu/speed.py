@@ -23,9 +23,9 @@ from mebp_triton.kernels.embedding import decode_rows_triton
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.tables import architecture_of, choose
+from mebp_triton.selftest import normal, random_weight
 
-from .accuracy import close
-from .operands import clone, dtype_name, nf4_pair, normal, random_weight
+from .operands import clone, close, dtype_name, nf4_pair
 from .routes import route_name, run_dx, run_forward
 from .session import Session
 from .sizes import Shape

@@ -16,6 +16,7 @@ import torch
 
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.tables import parse_table
+from mebp_triton.selftest import judge
 
 PARTS = ["environment", "correctness", "memory", "graphs", "tune", "speed", "training"]
 HAS_PEER = importlib.util.find_spec("bitsandbytes") is not None
@@ -152,16 +153,16 @@ def test_a_missing_peer_is_named(bench_path, monkeypatch):
 
 
 def test_the_rule_sees_what_is_wrong(bench_path):
-    accuracy = importlib.import_module("gpu.accuracy")
+    operands = importlib.import_module("gpu.operands")
     truth = torch.randn(8, 16, dtype=torch.float64)
     same = truth.float()
-    assert accuracy.judge(same.clone(), same, truth)["ok"]
+    assert judge(same.clone(), same, truth)["ok"]
     for wrong in (same + 1e-4, same.where(truth < 2, 0), same * float("nan"), same[:4]):
-        found = accuracy.judge(wrong, same, truth)
+        found = judge(wrong, same, truth)
         assert not found["ok"]
         json.dumps(found, allow_nan=False)
-    assert not accuracy.close(same * 1.1, same, 1e-2)
-    assert not accuracy.close(same * float("nan"), same, 1e-2)
+    assert not operands.close(same * 1.1, same, 1e-2)
+    assert not operands.close(same * float("nan"), same, 1e-2)
 
 
 def test_items_that_do_not_fit_are_counted(bench_path, tmp_path):
