@@ -159,7 +159,7 @@ class Model:
             max_position_embeddings=64,
             tie_word_embeddings=True,
         )
-        source = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        source = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         with torch.no_grad():
             for parameter in source.parameters():
                 if parameter.dim() > 1:
@@ -191,7 +191,7 @@ class Model:
         import transformers
 
         store = Store(self.store)
-        model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
         with torch.no_grad():
             for name in store.matrices:
                 model.get_submodule(name).weight.copy_(decode(store.weight(name), dtype))
