@@ -408,7 +408,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=10, help="exact points of each command (default: 10)")
     parser.add_argument("--moments", type=int, default=4, help="random moments of each command (default: 4)")
-    parser.add_argument("--only", help="commands whose name has this in it")
+    parser.add_argument("--only", action="append", default=[], help="commands whose name has this in it")
     parser.add_argument("--seed", type=int, default=0, help="of the points")
     parser.add_argument("--output", type=Path, help="where the summary goes as JSON")
     chosen = parser.parse_args()
@@ -422,7 +422,7 @@ def main() -> int:
         if code:
             raise SystemExit((root / "world.txt").read_text())
         for name in COMMANDS:
-            if chosen.only and chosen.only not in name:
+            if chosen.only and not any(part in name for part in chosen.only):
                 continue
             scenario = prepared(root, name)
             scenarios.append(scenario)

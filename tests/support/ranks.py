@@ -134,6 +134,8 @@ def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step:
         if self.step == at_step and self.processes.rank == broken_rank:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "told":
+                os.kill(os.getpid(), signal.SIGTERM)
             if how == "mistake":
                 raise ValueError("the value 3 is wrong: give 4")
             if how == "bug":
