@@ -1,7 +1,7 @@
 """The command ``mebp``: parsing, messages and exit codes. What each command does lies in ``commands/``.
 
-Exit codes: 0 done; 1 the run failed; 2 the user's mistake, one line that says what to do. A traceback only with
-``--debug``.
+Exit codes: 0 done; 1 the run failed; 2 the user's mistake, one line that says what to do; 130 and 143 interrupted by
+Ctrl-C and SIGTERM. A traceback only with ``--debug``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from . import __version__
+from .signals import interrupting
 
 # A path that cannot be: the user's to mend.
 PATH_MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
@@ -211,24 +213,26 @@ def share_cores() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``mebp``; returns the exit code."""
-    arguments = _build_parser().parse_args(argv)
     share_cores()
-    from .evaluate import RunError
-
-    warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
+    arguments = argparse.Namespace(command="", debug=False)
     try:
-        importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments)
+        with interrupting():
+            _build_parser().parse_args(argv, arguments)
+            warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
+            importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments)
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         hints = {"train": "; --resume goes on from the last checkpoint", "tune": "; the same command goes on"}
-        hint = hints.get(arguments.command, "")
-        print(f"mebp: interrupted{hint}", file=sys.stderr)
-        return 130
+        line = str(interruption) or f"interrupted{hints.get(arguments.command, '')}"
+        print(f"mebp: {line}", file=sys.stderr)
+        return 128 + getattr(interruption, "number", signal.SIGINT)
     except BrokenPipeError:
         return 1
     except Exception as error:  # every failure becomes one line; --debug shows where it came from
         if arguments.debug:
             raise
+        from .evaluate import RunError
+
         users = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in PATH_MISTAKES)
         kind = "" if users or isinstance(error, RunError | OSError) else f"{type(error).__name__}: "
         line = " ".join(str(error).split())

@@ -8,7 +8,8 @@ file or the new one.
 from __future__ import annotations
 
 import contextlib
-import glob
+import errno
+import fcntl
 import json
 import mmap
 import os
@@ -38,29 +39,74 @@ class FileError(ValueError):
     """A file is missing, cut short, changed or not what it should be. The message is one line for the user."""
 
 
-def _temporary_prefix() -> str:
-    """Names the machine and the process, so that a later one can tell what a crash left behind.
+def _origin() -> str:
+    """Names the machine, and its boot and container: 8 hexadecimal digits each.
 
     A process's number says nothing on another machine, after a reboot, or in another container: so they are told apart.
     """
-    where = [platform.node()]
+    boot = []
     for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with contextlib.suppress(OSError):
-            where.append(os.readlink(source) if source.endswith("/pid") else Path(source).read_text())
-    return f"{TEMPORARY_PREFIX}{zlib.crc32(' '.join(where).encode()):08x}-{os.getpid()}-"
+            boot.append(os.readlink(source) if source.endswith("/pid") else Path(source).read_text())
+    return "".join(f"{zlib.crc32(text.encode()):08x}" for text in (platform.node(), " ".join(boot)))
+
+
+def _temporary_prefix() -> str:
+    """Of the names of temporaries: a later process can tell what a crash left behind."""
+    return f"{TEMPORARY_PREFIX}{_origin()}-{os.getpid()}-"
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes temporaries in ``directory`` whose process is no more; only those of this boot and container."""
-    mine = _temporary_prefix().rpartition("-")[0].rpartition("-")[0] + "-"
-    for entry in directory.glob(f"{glob.escape(mine)}*"):
-        process = entry.name[len(mine) :].partition("-")[0]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            if entry.is_dir() and not entry.is_symlink():
+    """Removes temporaries in ``directory`` whose process is no more; only those of this machine and container."""
+    mine = _origin()
+    for entry in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        origin, _, rest = entry.name[len(TEMPORARY_PREFIX) :].partition("-")
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            written = entry.lstat().st_mtime
+            if origin == mine:
+                process = rest.partition("-")[0]
+                left = process.isdecimal() and not _lived(int(process), written)
+            else:  # of an earlier boot, if it is this machine's and older than its start
+                left = origin[:8] == mine[:8] and written < psutil.boot_time()
+            if left and entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):  # another user's
-                    entry.unlink()
+            elif left:
+                entry.unlink()
+
+
+def _lived(process: int, when: float) -> bool:
+    """Whether a process of that number lives that did so then: numbers are used again."""
+    try:
+        return psutil.Process(process).create_time() <= when + 2  # clocks of files and of processes differ a little
+    except psutil.Error:
+        return psutil.pid_exists(process)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Within, no other process has ``directory`` locked. The lock ends with its process, however that ends.
+
+    On a network file system it holds between the processes of one machine.
+
+    Raises:
+        FileError: another process has it, or the file system has no locks.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(handle), os.stat(directory))
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        except OSError as error:
+            raise FileError(
+                f"{directory} cannot be locked ({error.strerror}): choose a place on another file system"
+            ) from None
+        if not free:
+            raise FileError(f"{directory} is in use by another process: wait for its end, or choose another place")
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync_directory(directory: Path) -> None:
@@ -79,6 +125,7 @@ def sync_file(path: Path) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path; what lies there when the block ends takes ``path``'s place, synced, in one rename."""
+    remove_leftovers(path.parent)
     handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -144,7 +191,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields an empty temporary directory beside ``path`` that becomes ``path`` when the block ends without an error.
 
     Raises:
-        FileError: ``path`` exists already and is not an empty directory.
+        FileError: ``path`` exists already and is not an empty directory, or does so when the block ends.
     """
     check_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +200,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _finish_directory(temporary)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileError(
+                    f"{path} was made by another process meanwhile, and stays: choose another place or remove it"
+                ) from None
+            raise
         sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,6 +7,8 @@ import importlib.util
 import json
 import math
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,14 +49,39 @@ class RunDirectory:
         self.metrics = self.directory / "metrics.jsonl"
         self.record = self.directory / "run.json"
         self.evaluation = self.directory / "evaluation_before.json"
+        self._held = False
 
     def create(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.directory)
 
-    def discard_if_empty(self) -> None:
-        if self.directory.is_dir() and not any(self.directory.iterdir()):
-            self.directory.rmdir()
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within, no other process writes there. The directory is made, and goes again if nothing was written.
+
+        Raises:
+            FileError: another process is writing there.
+        """
+        if self._held:
+            yield
+            return
+        made = [place for place in (self.directory, *self.directory.parents) if not place.exists()]
+        try:
+            self.create()
+            with files.locked(self.directory):
+                self._held = True
+                yield
+        finally:
+            self._held = False
+            with suppress(OSError):  # the first one that is not empty
+                for place in made:
+                    place.rmdir()
+
+    def is_before_checkpoint(self) -> bool:
+        """Whether nothing is there but what a run writes before its first checkpoint."""
+        names = {entry.name for entry in self.directory.iterdir()}
+        names -= {self.metrics.name, self.evaluation.name}
+        return all(name.startswith(files.TEMPORARY_PREFIX) for name in names)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         files.append_line(self.metrics, json.dumps(row, allow_nan=False))
@@ -76,7 +103,14 @@ class RunDirectory:
                 break
             if row["step"] < step:
                 kept.append(line + "\n")
-        files.write_bytes(self.metrics, "".join(kept).encode())
+        data = "".join(kept).encode()
+        if data != self.metrics.read_bytes():
+            files.write_bytes(self.metrics, data)
+
+    def sync_metrics(self) -> None:
+        """What a checkpoint counts on must outlast a loss of power as it does."""
+        if self.metrics.exists():
+            files.sync_file(self.metrics)
 
     def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:
         """``of``: the settings that say what was evaluated."""
@@ -116,14 +150,15 @@ class RunDirectory:
 class OthersRunDirectory(RunDirectory):
     """The run directory of another process: it is read here, and written there."""
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, resume: bool = True) -> None:
         super().__init__(directory, resume=True)
 
     def create(self) -> None:
         pass
 
-    def discard_if_empty(self) -> None:
-        pass
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        yield
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         pass

@@ -125,15 +125,32 @@ class Trainer:
         self.total_steps = config.max_steps or math.ceil(
             config.num_train_epochs * per_epoch / self.micro_batches_per_step
         )
-        self.step = self.reduced_bytes = self.skipped_in_a_row = 0
+        self.step = self.reduced_bytes = self.skipped_in_a_row = self.stopped = 0
         self.planned_peak_bytes: int | None = None
         self.fingerprints = {"training data": data.checksum(), "model": _store_checksum(model.mebp.store)}
         for what, checksum in self.fingerprints.items():
             if not processes.same(checksum):
                 raise ValueError(f"the {what} is not the same in all processes: give each the same files")
 
-    def train(self, on_step: Callable[[StepResult], None] = lambda result: None) -> list[StepResult]:
-        """Runs to the last step, writing metrics and checkpoints; the steps that this call made."""
+    def train(
+        self,
+        on_step: Callable[[StepResult], None] = lambda result: None,
+        should_stop: Callable[[], int] = lambda: 0,
+    ) -> list[StepResult]:
+        """Runs to the last step, writing metrics and checkpoints; the steps that this call made.
+
+        Args:
+            on_step: called after every step.
+            should_stop: asked after every step. Where any process's is not 0, all end there, with a checkpoint, and
+                the highest is ``stopped``.
+
+        Raises:
+            FileError: another process writes into the run directory.
+        """
+        with self.run.writing():
+            return self._steps(on_step, should_stop)
+
+    def _steps(self, on_step: Callable[[StepResult], None], should_stop: Callable[[], int]) -> list[StepResult]:
         config = self.config
         results: list[StepResult] = []
         if self.step == 0:
@@ -164,8 +181,13 @@ class Trainer:
                 taken["reduced_bytes"] = self.reduced_bytes
             self.run.append_metrics(asdict(result) | taken)
             on_step(result)
-            if self.step % config.save_steps == 0 or self.step == self.total_steps:
+            self.stopped = int(*self.processes.highest(should_stop()))
+            if self.stopped or self.step % config.save_steps == 0 or self.step == self.total_steps:
                 self.save_checkpoint()
+            if self.stopped:
+                break
+        if not results and self.processes.is_first:
+            save_adapter(self.model, self.run.adapter)  # whoever wrote the last checkpoint may not have come to it
         self.model.eval()
         return results
 
@@ -360,6 +382,7 @@ class Trainer:
             crc32 = {name: files.file_checksums(directory / name) for name in (STATE, *self._optimizer_files())}
             files.write_json(directory / "state.json", state | {"crc32": crc32})
 
+        self.run.sync_metrics()
         files.replace_directory(self.run.checkpoint, write)
         save_adapter(self.model, self.run.adapter)
 
@@ -454,8 +477,12 @@ def finetune(
     validation: TokenizedData | None,
     on_step: Callable[[StepResult], None] = lambda result: None,
     on_evaluation: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots. Returns what ``run.json`` holds."""
+    should_stop: Callable[[], int] = lambda: 0,
+) -> dict[str, Any] | None:
+    """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots. Returns what ``run.json`` holds.
+
+    None where ``should_stop`` ended the training, see ``Trainer.train``: then ``run.json`` is not written.
+    """
     config, run = trainer.config, trainer.run
     resumed_at = trainer.step
     evaluated = {name: getattr(config, name) for name in ("validation_file", "max_eval_windows", "max_length")}
@@ -463,9 +490,12 @@ def finetune(
     if not resumed_at:
         run.save_evaluation(before, evaluated)
     started = time.perf_counter()
-    results = trainer.train(on_step)
+    results = trainer.train(on_step, should_stop)
+    if trainer.stopped:
+        return None
     train_seconds = time.perf_counter() - started
     after = _evaluate(trainer, validation, on_evaluation)
+    rows = run.read_metrics()
     tokens = sum(result.tokens for result in results)
     seconds = [result.seconds for result in results]
     on_device = trainer.watch.peak_device_bytes()
@@ -480,8 +510,8 @@ def finetune(
         "perplexity_after": after and after.perplexity,
         "steps": trainer.step,
         "resumed_at_step": resumed_at or None,
-        "steps_not_finite": sum(result.not_finite is not None for result in results),
-        "train_loss_last": results[-1].loss if results else None,
+        "steps_not_finite": sum(row.get("not_finite") is not None for row in rows),
+        "train_loss_last": rows[-1]["loss"] if rows else None,
         "tokens_per_second": tokens / train_seconds if results else None,
         "seconds_per_step_median": statistics.median(seconds) if seconds else None,
         "trainable_parameters": sum(parameter.numel() for parameter in trainer.parameters),
