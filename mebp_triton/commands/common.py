@@ -93,10 +93,13 @@ def readable(summary: dict[str, Any]) -> dict[str, str]:
 
 def load_tokenizer(store: Path) -> Any:
     try:
-        return transformers.AutoTokenizer.from_pretrained(store, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(store, trust_remote_code=False)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("what is there makes no token of a letter")
+        return tokenizer
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{store} has no usable tokenizer: {reason}") from None
+        reason = str(error).strip().splitlines()[0].rstrip(":")
+        raise ValueError(f"{store} has no usable tokenizer: put the model's tokenizer files there ({reason})") from None
 
 
 def check_length(store: Path, max_length: int) -> None:

@@ -153,6 +153,25 @@ def test_a_prompts_own_assistant_turns(write, template, completion_only, stretch
     assert text.endswith("Five.<|im_end|>\n") and ("Be short" in text) == (completion_only is False)
 
 
+@pytest.mark.parametrize("empty", [{"messages": []}, {"conversations": [], "system": "Be short."}])
+def test_a_conversation_of_nothing_is_dropped_and_counted(write, empty):
+    data = load_data(write("x.jsonl", [empty, {"messages": TALK}]), byte_bpe(), 999)
+    assert len(data) == 1 and data.report.dropped_rows == 1
+
+
+def test_what_arrow_leaves_out_is_there_for_the_template(write):
+    """An assistant's message with calls and no content, as OpenAI writes it."""
+    template = (
+        "{% for m in messages %}{{ m.role }}{{ 'none' if m['content'] is none else m['content'] }}{% endfor %}"
+        "{% if messages[0]['content'] is not defined %}{{ raise_exception('left out') }}{% endif %}"
+    )
+    calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    row = {"messages": [{"role": "assistant", "tool_calls": calls}, {"role": "user", "content": "two"}]}
+    tokenizer = byte_bpe(template)
+    ((ids, _),) = rows(load_data(write("x.jsonl", [row]), tokenizer, 999))
+    assert tokenizer.decode(ids) == "assistantnoneusertwo"
+
+
 HEADED = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nassistant<|im_end|>\n' }}{% endif %}" + CHATML
 
 
@@ -287,7 +306,7 @@ def test_alpaca_rows_are_prompt_and_completion(tokenizer, bare, write):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"conversations": []}, "'conversations' must be a list of turns, not empty"),
+        ({"conversations": {}}, "'conversations' must be a list of turns, got dict"),
         ({"conversations": ["hi"]}, "a turn of 'conversations' must be an object with 'from' and 'value', got str"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, "is from 'function_call'; known are human"),
         ({"conversations": [{"from": "human"}]}, "the 'content' of a message of 'messages' must be a string"),
