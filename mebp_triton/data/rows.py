@@ -303,7 +303,8 @@ def _messages(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise ValueError(f"the 'content' of a message of '{key}' must be a string, got {_shown(content)}")
-    return [{"content": None, **message} for message in messages]  # templates ask for it, Arrow leaves None out
+    # Templates add it to a string, Arrow leaves None out, and so does transformers.
+    return [message | {"content": message.get("content") or ""} for message in messages]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:
