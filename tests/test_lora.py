@@ -317,6 +317,28 @@ class TestOp:
         assert torch.equal(again, y)
         assert torch.equal(torch.autograd.grad(again.float().sum(), x)[0].float(), given["x"].grad)
 
+    def test_a_scaler_sees_that_float16_overflowed_and_skips(self):
+        """A gradient beyond float16 is infinite, not clamped and not NaN alone, and training goes on with a less scale."""
+        module, x = layer(), normal(4, 70).requires_grad_(True)
+        with torch.no_grad():
+            module.lora_B.normal_(0, 0.1)
+        optimizer = torch.optim.AdamW([module.lora_A, module.lora_B], lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
+        changed, scales = [], []
+        for _ in range(8):
+            before = module.lora_B.detach().clone()
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                y = module(x)
+            assert y.dtype == torch.float16
+            scaler.scale(y.float().square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            changed.append(not torch.equal(before, module.lora_B))
+            scales.append(scaler.get_scale())
+        assert not changed[0] and scales[0] == 2.0**17 and changed[-1]
+        assert all(parameter.isfinite().all() for parameter in module.parameters())
+
     def test_a_known_output_is_the_result_and_has_the_same_gradients(self):
         weight, given = make_weight(), operands()
         args = (given["x"], weight, given["bias"], given["a"], given["b"], 1.5, "auto")
