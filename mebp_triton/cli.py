@@ -143,6 +143,9 @@ def _build_parser() -> argparse.ArgumentParser:
 
     verify = command("verify", "check every byte of a store against its checksums")
     verify.add_argument("store", metavar="STORE")
+    verify.add_argument(
+        "--accept-changes", action="store_true", help="take the config and the tokenizer beside the weights as they are"
+    )
     doctor = command("doctor", "what this machine has, and what is missing")
     doctor.add_argument("store", metavar="STORE", nargs="?", help="measured too, and compared with the memory here")
     doctor.add_argument("--scratch-directory", metavar="DIR", help="where files of a run would lie")

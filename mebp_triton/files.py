@@ -8,28 +8,38 @@ file or the new one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
+import math
 import mmap
 import os
 import platform
+import re
 import shutil
 import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 CHECKSUM_CHUNK = 1 << 20
+SEAL = "seal"
+HEADER_LIMIT = 1 << 26
+DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32}
+DTYPES |= {"I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+DTYPES |= {"F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 TEMPORARY_PREFIX = ".mebp-tmp-"
 MADV_POPULATE_READ = 22  # Linux; Python has no name for it
 
@@ -77,19 +87,35 @@ def sync_file(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path; what lies there when the block ends takes ``path``'s place, synced, in one rename."""
-    handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+def _written(path: Path | str) -> Iterator[None]:
+    """An ``OSError`` within names ``path``: that of a failed write names nothing, or a temporary file."""
     try:
-        yield temporary
-        sync_file(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is not None and TEMPORARY_PREFIX not in str(error.filename):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path; what lies there when the block ends takes ``path``'s place, synced, in one rename.
+
+    Raises:
+        OSError: it cannot be written, and says why and where. What was there before is there still.
+    """
+    with _written(path):
+        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            sync_file(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -106,7 +132,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """CPU tensors into one safetensors file, without a second copy of them in memory (safetensors 0.8)."""
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        try:
+            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+        except safetensors.SafetensorError as error:  # its words for a full disk, among others; the number is in them
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code)) from error
 
 
 def write_safetensors_pieces(
@@ -149,14 +180,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     check_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
-    try:
-        yield temporary
-        _finish_directory(temporary)
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _written(path):
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
+        try:
+            yield temporary
+            _finish_directory(temporary)
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _finish_directory(directory: Path) -> None:
@@ -178,19 +210,20 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     """
     old = path.with_name(path.name + ".old")
     recover_directory(path)
-    temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
-    try:
-        write(temporary)
-        _finish_directory(temporary)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _written(path):
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
+        try:
+            write(temporary)
+            _finish_directory(temporary)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def recover_directory(path: Path) -> None:
@@ -225,10 +258,17 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.20} is larger than any number")
+    return number
+
+
 def parse_json(data: bytes | str, what: str) -> Any:
-    """Strict JSON: no duplicate keys, no NaN or Infinity. FileError names ``what``."""
+    """Strict JSON: no duplicate keys, no NaN or infinity. FileError names ``what``."""
     try:
-        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{what} is not valid JSON: {error}") from None
 
@@ -244,19 +284,109 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path), str(path))
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's object with a checksum of all the rest of it, which ``read_sealed`` compares."""
+    body = {key: item for key, item in value.items() if key != SEAL}
+    text = json.dumps(json.loads(json.dumps(body)), sort_keys=True)
+    return body | {SEAL: zlib.crc32(text.encode())}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. FileError where its seal is broken; files of earlier versions have none."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FileError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
+    found = value.pop(SEAL, None)
+    if found is not None and sealed(value)[SEAL] != found:
+        raise FileError(f"{path} is damaged or was changed: its checksum differs")
+    return value
+
+
 def check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileError(f"{path} does not exist") from None
-    except NotADirectoryError:
-        raise FileError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         raise FileError(f"{path} is not a regular file")
 
 
+# dtype, shape, begin and end within the data section
+TensorEntry = tuple[torch.dtype, tuple[int, ...], int, int]
+
+
+def safetensors_header(
+    path: Path, handle: int, size: int, dtypes: Mapping[str, torch.dtype]
+) -> tuple[int, dict[str, TensorEntry], dict[str, str]]:
+    """Start of the data section of an opened safetensors file, its tensors, its metadata. All of it checked.
+
+    Tensors lie within the file, side by side, without overlap or gap, each at a multiple of its element's size.
+
+    Raises:
+        FileError: it is not so.
+    """
+    prefix = bytearray(8)
+    _read_fully(handle, memoryview(prefix), 0, path)
+    length = int.from_bytes(prefix, "little")
+    if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+        raise FileError(f"{path}: header length {length} does not fit a file of {size} bytes")
+    text = bytearray(length)
+    _read_fully(handle, memoryview(text), 8, path)
+    header = parse_json(bytes(text), f"header of {path}")
+    start = 8 + length
+    if not isinstance(header, dict):
+        raise FileError(f"{path}: its header is a {type(header).__name__}, wanted an object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(item, str) for item in metadata.values()):
+        raise FileError(f"{path}: its metadata should be texts by name")
+    entries = {name: _tensor_entry(path, name, entry, dtypes) for name, entry in header.items()}
+    for name, (dtype, shape, begin, end) in entries.items():
+        aligned = start % dtype.itemsize == 0 and begin % dtype.itemsize == 0  # in the file, and in a copy of its data
+        if end - begin != prod(shape) * dtype.itemsize or end > size - start or not aligned:
+            raise FileError(f"{path}: tensor {name!r:.100} does not lie within the file as its header says")
+    edge = 0
+    for begin, end in sorted(entry[2:] for entry in entries.values()):
+        if begin != edge:
+            raise FileError(f"{path}: tensors overlap or leave a gap at byte {start + edge}")
+        edge = end
+    if edge != size - start:
+        raise FileError(f"{path}: {size - start - edge} bytes after the last tensor")
+    return start, entries, metadata
+
+
+def _tensor_entry(path: Path, name: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> TensorEntry:
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        dtype, shape, (begin, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if isinstance(shape, list) and all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+            return dtype, tuple(shape), begin, end
+    raise FileError(f"{path}: tensor {name!r:.100} has a malformed header entry {entry!r:.100}")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, read and not mapped, and its metadata. FileError where it is damaged."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        size, handle = os.fstat(file.fileno()).st_size, file.fileno()
+        start, entries, metadata = safetensors_header(path, handle, size, DTYPES)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, _, _) in entries.items()}
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                _read_fully(handle, _raw(tensor), start + entries[name][2], path)
+    return tensors, metadata
+
+
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors by name, from its header alone. FileError where that is damaged."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        size, handle = os.fstat(file.fileno()).st_size, file.fileno()
+        return {name: entry[1] for name, entry in safetensors_header(path, handle, size, DTYPES)[1].items()}
+
+
 def append_line(path: Path, line: str) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with _written(path), open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -298,8 +428,9 @@ class MappedFile:
         if found != self.size:
             raise FileError(f"{self.path} has {found} bytes and should have {self.size}: it was cut short or changed")
 
-    def view(self) -> memoryview:
-        return memoryview(self._map)
+    def header(self, dtypes: Mapping[str, torch.dtype]) -> tuple[int, dict[str, TensorEntry]]:
+        """Start of the data section and the tensors of a safetensors file, see ``safetensors_header``."""
+        return safetensors_header(self.path, self._file.fileno(), self.size, dtypes)[:2]
 
     def checksums(self) -> list[int]:
         """``checksums`` of the file, by reading: no page of the mapping becomes resident."""
@@ -344,12 +475,15 @@ class ScratchFile:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(prefix=_temporary_prefix(), dir=directory)  # noqa: SIM115 - lives with self
+        self.what = f"a scratch file in {directory}"
+        with _written(self.what):
+            self._file = tempfile.TemporaryFile(prefix=_temporary_prefix(), dir=directory)  # noqa: SIM115
         self.end = 0
 
     def slot(self, size: int) -> Slot:
         length = -(-max(size, 1) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        os.posix_fallocate(self._file.fileno(), self.end, length)
+        with _written(self.what):
+            os.posix_fallocate(self._file.fileno(), self.end, length)
         slot = Slot(self._file.fileno(), self.end, size)
         self.end += length
         return slot
@@ -357,7 +491,8 @@ class ScratchFile:
     def mapped_slot(self, size: int) -> MappedSlot:
         slot = self.slot(size)
         length = self.end - slot.offset
-        return MappedSlot(mmap.mmap(self._file.fileno(), length, offset=slot.offset), size)
+        with _written(self.what):  # where the address space is limited
+            return MappedSlot(mmap.mmap(self._file.fileno(), length, offset=slot.offset), size)
 
 
 class Slot:
@@ -372,8 +507,9 @@ class Slot:
     def write(self, tensor: Tensor) -> None:
         """The bytes of a contiguous CPU tensor, from the slot's start on."""
         view, done = _raw(tensor), 0
-        while done < len(view):
-            done += os.pwrite(self._handle, view[done:], self.offset + done)
+        with _written("a scratch file"):
+            while done < len(view):
+                done += os.pwrite(self._handle, view[done:], self.offset + done)
 
     def read(self, tensor: Tensor) -> None:
         """Fills a contiguous CPU tensor from the slot's start on."""
@@ -391,12 +527,14 @@ class ScratchArray:
 
     def __init__(self, directory: Path, dtype: DTypeLike) -> None:
         self.directory, self.dtype, self.length = directory, np.dtype(dtype), 0
-        self._file = tempfile.TemporaryFile(prefix=_temporary_prefix(), dir=directory)  # noqa: SIM115 - lives with self
+        with self._writing():
+            self._file = tempfile.TemporaryFile(prefix=_temporary_prefix(), dir=directory)  # noqa: SIM115 - lives with self
 
     def extend(self, values: Any) -> None:
         """Appends the elements of a buffer. FileError where the disk is full."""
         self.length += memoryview(values).nbytes // self.dtype.itemsize
-        self._write(lambda: self._file.write(values))
+        with self._writing():
+            self._file.write(values)
 
     def __len__(self) -> int:
         return self.length
@@ -404,14 +542,16 @@ class ScratchArray:
     def __getitem__(self, where: slice) -> NDArray[Any]:
         start, stop, step = where.indices(self.length)
         assert step == 1, "only stretches are read"
-        self._write(self._file.flush)
+        with self._writing():
+            self._file.flush()
         found = np.empty(max(stop - start, 0), self.dtype)
         _read_fully(self._file.fileno(), found.view(np.uint8).data, start * self.dtype.itemsize, "a scratch file")
         return found
 
-    def _write(self, write: Callable[[], object]) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            write()
+            yield
         except OSError as error:
             raise FileError(f"cannot write a scratch file in {self.directory}: {error.strerror}") from error
 
