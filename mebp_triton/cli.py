@@ -228,11 +228,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         users = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in PATH_MISTAKES)
-        kind = "" if users or isinstance(error, RunError | OSError) else f"{type(error).__name__}: "
+        # What says all there is to say: a full disk, and what file it was, among them.
+        known = users or isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
         line = " ".join(str(error).split())
-        more = "" if users or isinstance(error, RunError) else " (--debug shows where)"
-        print(f"mebp: error: {kind}{line}{more}", file=sys.stderr)
+        if _is_out_of_memory(error):
+            known, line = True, "out of memory: give --memory-budget, shorter rows or a smaller batch"
+        elif not known and not isinstance(error, OSError):
+            line = f"{type(error).__name__}: {line}"
+        print(f"mebp: error: {line}{'' if known else ' (--debug shows where)'}", file=sys.stderr)
         return 2 if users else 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python, the system, and torch on a CPU and a GPU have each their own way to say it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("can't allocate memory", "Cannot allocate memory", "out of memory", "can't start new thread", "bad_alloc")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 if __name__ == "__main__":

@@ -377,12 +377,22 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a safetensors file's tensors by name, from its header alone. FileError where that is damaged."""
+def read_safetensors_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors of a safetensors file by name and its metadata. FileError where its header is damaged."""
     check_regular(path)
     with open(path, "rb") as file:
-        size, handle = os.fstat(file.fileno()).st_size, file.fileno()
-        return {name: entry[1] for name, entry in safetensors_header(path, handle, size, DTYPES)[1].items()}
+        return safetensors_header(path, file.fileno(), os.fstat(file.fileno()).st_size, DTYPES)[1:]
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of names, dtypes, shapes and bytes of CPU tensors, whatever their order."""
+    found = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="surrogatepass"), found)
+        if tensor.numel():
+            found = zlib.crc32(_raw(tensor), found)
+    return found
 
 
 def append_line(path: Path, line: str) -> None:

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mebp_triton import adapter, files
+from mebp_triton import adapter
 from mebp_triton.config import resolve_device
-from mebp_triton.importers import one_line
+from mebp_triton.importers import one_line, read_config
 from mebp_triton.model import load
 from mebp_triton.report import MIB
 
@@ -92,15 +92,12 @@ def readable(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def load_tokenizer(store: Path) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(store, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{store} has no usable tokenizer: {reason}") from None
+    with one_line(f"{store} has no usable tokenizer", "give a model with one"):
+        return transformers.AutoTokenizer.from_pretrained(store, local_files_only=True, trust_remote_code=False)
 
 
 def check_length(store: Path, max_length: int) -> None:
-    config = transformers.AutoConfig.from_pretrained(store, trust_remote_code=False).get_text_config()
+    config = model_config(store).get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and max_length > longest:
         raise ValueError(f"max_length {max_length} is longer than the {longest} tokens that the model takes")
@@ -108,10 +105,7 @@ def check_length(store: Path, max_length: int) -> None:
 
 def model_config(given: Path) -> Any:
     """The config of a model or store directory, or in a config.json. Nothing is fetched, and none of its code runs."""
-    path = given / "config.json" if given.is_dir() else given
-    files.check_regular(path)
-    with one_line(f"{path} is not a usable config", "give a transformers model directory or its config.json"):
-        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    return read_config(given, "give a transformers model directory or its config.json")
 
 
 def load_for_inference(store: Path, arguments: argparse.Namespace) -> Any:

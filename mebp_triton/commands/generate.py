@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from mebp_triton.importers import one_line
 from mebp_triton.stores.format import Store
 
 from .common import load_for_inference, load_tokenizer
@@ -59,14 +60,22 @@ def generate_text(
         if not tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template: generate without --chat")
         messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with one_line("the chat template refuses the prompt", "generate without --chat"):
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
     else:
         encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     encoded = {name: encoded[name].to(model.mebp.device) for name in ("input_ids", "attention_mask")}
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = encoded["input_ids"].shape[1] + max_new_tokens
+    ids, size = encoded["input_ids"], model.config.get_text_config().vocab_size
+    if not ids.numel():
+        raise ValueError("the prompt has no tokens")
+    if int(ids.max()) >= size:
+        raise ValueError(
+            f"the tokenizer gives the id {int(ids.max())}, and the model has {size}: they do not belong together"
+        )
+    length = ids.shape[1] + max_new_tokens
     if longest is not None and length > longest:
         raise ValueError(
             f"prompt and new tokens together are {length} tokens, more than the {longest} that the model takes"

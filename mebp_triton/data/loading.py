@@ -80,9 +80,8 @@ def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         try:
-            tokens = tokenize_row(tokenizer, row, masking)
+            writer.add(*tokenize_row(tokenizer, row, masking))
         except UnicodeError as error:
             raise ValueError(f"{where}:{number}: not UTF-8 ({error}); convert the file") from error
         except ValueError as error:
             raise ValueError(f"{where}:{number}: {error}") from error
-        writer.add(*tokens)

@@ -277,6 +277,10 @@ class Store:
     def float_shape(self, name: str) -> tuple[int, ...]:
         return self.files[self.floats[name]].entries[name][1]
 
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of all matrices, and of what stayed float."""
+        return [info.shape for info in self.matrices.values()] + [self.float_shape(name) for name in self.floats]
+
     def nbytes(self) -> int:
         return sum(file.mapped.size for file in self.files.values())
 
