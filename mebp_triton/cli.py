@@ -212,10 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _build_parser().parse_args(argv)
     share_cores()
     from .evaluate import RunError
+    from .lost_pages import ending_with_a_line
 
     warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
     try:
-        importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments)
+        with ending_with_a_line():
+            importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments)
         return 0
     except KeyboardInterrupt:
         hints = {"train": "; --resume goes on from the last checkpoint", "tune": "; the same command goes on"}

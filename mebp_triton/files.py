@@ -8,7 +8,6 @@ file or the new one.
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import json
 import math
@@ -19,17 +18,17 @@ import re
 import shutil
 import stat
 import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import psutil
-import safetensors
-import safetensors.torch
 import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
@@ -88,13 +87,21 @@ def sync_file(path: Path) -> None:
 
 @contextmanager
 def _written(path: Path | str) -> Iterator[None]:
-    """An ``OSError`` within names ``path``: that of a failed write names nothing, or a temporary file."""
+    """An ``OSError`` within names ``path``: that of a failed write names nothing, or a temporary file.
+
+    Libraries in Rust (safetensors, tokenizers) have errors of their own for it, with the number in their words.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is not None and TEMPORARY_PREFIX not in str(error.filename):
+        if error.filename is not None and TEMPORARY_PREFIX not in f"{error.filename} {error.filename2}":
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @contextmanager
@@ -130,26 +137,27 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """CPU tensors into one safetensors file, without a second copy of them in memory (safetensors 0.8)."""
-    with atomic_path(path) as temporary:
-        try:
-            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        except safetensors.SafetensorError as error:  # its words for a full disk, among others; the number is in them
-            number = re.search(r"os error (\d+)", str(error))
-            code = int(number[1]) if number else errno.EIO
-            raise OSError(code, os.strerror(code)) from error
+    """Contiguous CPU tensors into one safetensors file: the same bytes every time, and no second copy in memory."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    known = {dtype: name for name, dtype in DTYPES.items()}
+    entries = {name: (known[tensors[name].dtype], tuple(tensors[name].shape), tensors[name].nbytes) for name in order}
+    write_safetensors_pieces(path, entries, (tensors[name] for name in order), metadata or {})
 
 
 def write_safetensors_pieces(
-    path: Path, entries: Mapping[str, tuple[str, tuple[int, ...], int]], pieces: Iterable[Tensor]
+    path: Path,
+    entries: Mapping[str, tuple[str, tuple[int, ...], int]],
+    pieces: Iterable[Tensor],
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
     """A safetensors file of any size, of which one piece is in memory at a time.
 
     Args:
         entries: dtype (safetensors' name), shape and bytes of each tensor, by name; wider dtypes first.
         pieces: contiguous CPU tensors whose bytes, one after the other, are those of all tensors in order.
+        metadata: texts for the header.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape, size) in entries.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
@@ -160,7 +168,8 @@ def write_safetensors_pieces(
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for piece in pieces:
-                file.write(_raw(piece))
+                if piece.numel():
+                    file.write(_raw(piece))
             written = file.tell() - 8 - len(text)
         if written != end:
             raise RuntimeError(f"{path}: {written} bytes of data were written, {end} announced")
@@ -424,6 +433,8 @@ class MappedFile:
             that it has not, so that a truncated file is an error message instead of a SIGBUS.
     """
 
+    opened: weakref.WeakSet[MappedFile] = weakref.WeakSet()
+
     def __init__(self, path: Path, size: int) -> None:
         check_regular(path)
         self.path, self.size = path, size
@@ -432,6 +443,10 @@ class MappedFile:
         # A private mapping: torch wants a writable buffer, and nothing written here could reach the file.
         self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)
         self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.opened.add(self)
+
+    def is_cut_short(self) -> bool:
+        return os.fstat(self._file.fileno()).st_size < self.size
 
     def check(self) -> None:
         found = os.fstat(self._file.fileno()).st_size

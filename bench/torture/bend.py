@@ -8,6 +8,7 @@ reads it, in a forked child with limits (every ``--process``-th in a process of 
 
 - refused: exit code 1 or 2 and one line that names what is wrong, no traceback, nothing half-written left;
 - harmless: the command's result is that of the unbent files, to the bit;
+- warned: the result differs, and a line named the file that is why (a tuned table that is ignored);
 - unchecked: the result differs, as it must: what was bent carries no checksum, see ``unchecked``;
 - lost: anything else. A signal, a hang, memory without end, an exception without a name, another result.
 """
@@ -304,6 +305,8 @@ class Bender:
             return "lost", f"answered what cannot be read: {error}"
         if found == self.truth[case.kind, case.command]:
             return "harmless", ""
+        if Path(case.file).name in ended.err and "mebp: warning:" in ended.err:
+            return "warned", next(line for line in ended.err.splitlines() if "mebp: warning:" in line)[-200:]
         reason = unchecked(subject, case, mutation)
         return ("unchecked", reason) if reason else ("lost", "another result, without a word")
 
@@ -392,7 +395,7 @@ def summary(cases: list[Case]) -> dict[str, Any]:
     }
 
 
-OUTCOMES = ("refused", "harmless", "unchecked", "lost")
+OUTCOMES = ("refused", "harmless", "warned", "unchecked", "lost")
 
 
 def main() -> int:
