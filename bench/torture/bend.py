@@ -209,7 +209,8 @@ def result(ended: Ended, place: Path, written: list[Path]) -> str:
     """A digest of what a command answered and wrote, without times, memory and where it lay."""
     parts: list[Any] = []
     if ended.out.strip():
-        parts.append(_timeless(json.loads(ended.out)))
+        answer = json.loads(ended.out)
+        parts.append(answer.get("store_bytes", _timeless(answer)))  # a doctor's answer is of the machine but for this
     for root in written:
         for path in sorted(root.rglob("*")) if root.exists() else ():
             name = str(path.relative_to(root))

@@ -40,6 +40,8 @@ def make_world(root: Path) -> None:
     must("adapter", lambda: _adapters(root))
     must("run", lambda: _interrupted_run(root))
     must("tables", lambda: _tables(root / "tables"))
+    for path in root.rglob("*"):  # another user reads them too
+        path.chmod(0o755 if path.is_dir() else 0o644)
     (root / "settings").mkdir()
     (root / "settings" / "settings.json").write_text(json.dumps(SETTINGS))
     lines = "".join(f"{name}: {value}\n" for name, value in SETTINGS.items())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,8 +93,25 @@ def readable(summary: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """What a library in another language prints on standard output goes to standard error: the output is an answer."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def load_tokenizer(store: Path) -> Any:
-    with one_line(f"{store} has no usable tokenizer", "give a model with one"):
+    with _printing_to_stderr(), one_line(f"{store} has no usable tokenizer", "give a model with one"):
         return transformers.AutoTokenizer.from_pretrained(store, local_files_only=True, trust_remote_code=False)
 
 

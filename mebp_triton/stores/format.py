@@ -178,7 +178,8 @@ class Store:
             raise
         except MALFORMED as error:
             raise FileError(
-                f"{self.directory / MANIFEST} is malformed: {type(error).__name__}: {error}; quantize the model again"
+                f"{self.directory / MANIFEST} is malformed: {type(error).__name__}: {str(error):.200}; "
+                f"quantize the model again"
             ) from None
 
     def _read_manifest(self, manifest: dict[str, Any]) -> None:
@@ -191,19 +192,19 @@ class Store:
         }
         for key, wanted in expected.items():
             if type(manifest[key]) is not type(wanted) or manifest[key] != wanted:
-                raise FileError(f"{where}: {key} is {manifest[key]!r}, this version reads {wanted!r}")
+                raise FileError(f"{where}: {key} is {manifest[key]!r:.100}, this version reads {wanted!r}")
         self.source: str = str(manifest["source"])
         self.tied_head: bool = manifest["tied_head"]
         if type(self.tied_head) is not bool:
-            raise FileError(f"{where}: tied_head is {self.tied_head!r}, wanted true or false")
+            raise FileError(f"{where}: tied_head is {self.tied_head!r:.100}, wanted true or false")
         self.files: dict[str, StoreFile] = {}
         for name, entry in manifest["files"].items():
             if set(name) & set("/\0") or not name.endswith(".safetensors"):
-                raise FileError(f"{where}: {name!r} is not a plain file name")
+                raise FileError(f"{where}: {name!r:.100} is not a plain file name")
             size, crc32 = entry["bytes"], entry["crc32"]
             whole = type(size) is int and size >= 8 and len(crc32) == -(-size // files.CHECKSUM_CHUNK)
             if not whole or any(type(checksum) is not int for checksum in crc32):
-                raise FileError(f"{where}: size or checksums of {name} are malformed")
+                raise FileError(f"{where}: size or checksums of {name!r:.100} are malformed")
             self.files[name] = StoreFile(self.directory / name, size, crc32)
         for name, crc32 in manifest.get("companions", {}).items():
             self._check_companion(name, crc32)
@@ -214,17 +215,17 @@ class Store:
         }
         for name, file in self.floats.items():
             if name not in self.files[file].entries:
-                raise FileError(f"{where}: {file} has no tensor {name}")
+                raise FileError(f"{where}: {file} has no tensor {name!r:.100}")
             named.add((file, name))
         for file, opened in self.files.items():
             for name in opened.entries:
                 if (file, name) not in named:
-                    raise FileError(f"{self.directory / file}: tensor {name} is not in {MANIFEST}")
+                    raise FileError(f"{self.directory / file}: tensor {name!r:.100} is not in {MANIFEST}")
 
     def _check_companion(self, name: str, crc32: list[int]) -> None:
         path = self.directory / name
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-            raise FileError(f"{self.directory / MANIFEST}: {name!r} is no path inside the store")
+            raise FileError(f"{self.directory / MANIFEST}: {name!r:.100} is no path inside the store")
         if files.file_checksums(path) != crc32:
             raise FileError(
                 f"{path} is not what it was when the store was made: put it back, or, if you changed it, "
@@ -249,7 +250,7 @@ class Store:
             found = entries.get(f"{name}.{part}")
             if found is None or found[:2] != (dtype, shape):
                 raise FileError(
-                    f"{self.directory / info.file}: tensor {name}.{part} should be {dtype} {shape}, "
+                    f"{self.directory / info.file}: tensor {f'{name}.{part}':.100} should be {dtype} {shape}, "
                     f"found {'nothing' if found is None else f'{found[0]} {found[1]}'}"
                 )
         return [f"{name}.{part}" for part in wanted]
@@ -296,7 +297,7 @@ def _matrix_info(where: Path, name: str, entry: dict[str, Any]) -> MatrixInfo:
     numbers_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
     numbers_fit &= type(info.relative_error) in (int, float)
     if info.scheme not in SCHEMES or info.group_size not in GROUP_SIZES or not numbers_fit:
-        raise FileError(f"{where}: matrix {name} is malformed: {entry!r:.300}")
+        raise FileError(f"{where}: matrix {name!r:.100} is malformed: {entry!r:.300}")
     return info
 
 
