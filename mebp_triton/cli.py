@@ -135,6 +135,9 @@ def _build_parser() -> argparse.ArgumentParser:
 
     verify = command("verify", "check every byte of a store against its checksums")
     verify.add_argument("store", metavar="STORE")
+    verify.add_argument(
+        "--accept-changes", action="store_true", help="take the config and the tokenizer beside the weights as they are"
+    )
     doctor = command("doctor", "what this machine has, and what is missing")
     doctor.add_argument("store", metavar="STORE", nargs="?", help="measured too, and compared with the memory here")
     doctor.add_argument("--scratch-directory", metavar="DIR", help="where files of a run would lie")
@@ -219,7 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interrupting():
             _build_parser().parse_args(argv, arguments)
             warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
-            importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments)
+            from .lost_pages import ending_with_a_line
+
+            with ending_with_a_line():
+                importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments)
         return 0
     except KeyboardInterrupt as interruption:
         hints = {"train": "; --resume goes on from the last checkpoint", "tune": "; the same command goes on"}
@@ -234,11 +240,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .evaluate import RunError
 
         users = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in PATH_MISTAKES)
-        kind = "" if users or isinstance(error, RunError | OSError) else f"{type(error).__name__}: "
+        # What says all there is to say: a full disk, and what file it was, among them.
+        known = users or isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
         line = " ".join(str(error).split())
-        more = "" if users or isinstance(error, RunError) else " (--debug shows where)"
-        print(f"mebp: error: {kind}{line}{more}", file=sys.stderr)
+        if _is_out_of_memory(error):
+            known, line = True, "out of memory: give --memory-budget, shorter rows or a smaller batch"
+        elif not known and not isinstance(error, OSError):
+            line = f"{type(error).__name__}: {line}"
+        print(f"mebp: error: {line}{'' if known else ' (--debug shows where)'}", file=sys.stderr)
         return 2 if users else 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python, the system, and torch on a CPU and a GPU have each their own way to say it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    words = ("can't allocate memory", "Cannot allocate memory", "out of memory", "can't start new thread", "bad_alloc")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 if __name__ == "__main__":

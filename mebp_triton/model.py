@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from .backprop import BlockEngine
 from .blocks import find_blocks
+from .importers import check_sizes, read_config
 from .integrations.trainer import install_saving
 from .kernels.ops import resolve_backend
 from .lora import Int4Linear, Int4LoRALinear, Int4Module, Int4Table, LoraConfig, as_lora_config, replace_embedding
@@ -100,7 +100,8 @@ def load(
     resolve_backend(backend, device)
     opened = Store(store)
     config = lora if lora is None else as_lora_config(lora)
-    model_config = AutoConfig.from_pretrained(opened.directory, trust_remote_code=False)
+    model_config = read_config(opened.directory, "quantize the model again")
+    check_sizes(f"store {opened.directory}", model_config, opened.shapes())
     model = build_skeleton(model_config, dtype, attn_implementation)
     blocks_path, stack = find_blocks(model, blocks)
     builder = Builder(opened, model, config, device, dtype, adapter_dtype, backend, seed)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .data import DataReport
 
 MIB = 1 << 20
+METRICS_LIMIT = 1 << 34
 
 
 BESIDE_THE_SUMMARY = ("plots", "data", "settings", "environment")  # in run.json
@@ -89,20 +91,28 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return [row for _, row in self._metrics()]
+
+    def _metrics(self) -> list[tuple[str, dict[str, Any]]]:
+        """Every line and what it says. A last one that was cut short is left out; FileError for any other."""
+        found = []
+        *whole, cut = files.read_bytes(self.metrics, METRICS_LIMIT).split(b"\n")
+        for number, line in enumerate(whole, start=1):
+            row = files.parse_json(line, f"line {number} of {self.metrics}")
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise files.FileError(f"line {number} of {self.metrics} is damaged: it has no step; remove the line")
+            found.append((line.decode(), row))
+        return found
 
     def cut_metrics(self, step: int) -> None:
-        """Drops the lines of steps from ``step`` on, and a last line that was cut short."""
+        """Drops the lines of steps from ``step`` on, and a last line that was cut short.
+
+        Raises:
+            FileError: a line is damaged.
+        """
         if not self.metrics.exists():
             return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row["step"] < step:
-                kept.append(line + "\n")
+        kept = [f"{line}\n" for line, row in self._metrics() if row["step"] < step]
         data = "".join(kept).encode()
         if data != self.metrics.read_bytes():
             files.write_bytes(self.metrics, data)
@@ -115,13 +125,15 @@ class RunDirectory:
     def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:
         """``of``: the settings that say what was evaluated."""
         if evaluation is not None:
-            files.write_json(self.evaluation, {"of": of, "found": asdict(evaluation)})
+            files.write_json(self.evaluation, files.sealed({"of": of, "found": asdict(evaluation)}))
 
     def saved_evaluation(self, of: dict[str, Any]) -> Evaluation | None:
         """What ``save_evaluation`` kept, unless it is of something else."""
         if not self.evaluation.exists():
+            if of.get("validation_file"):
+                warnings.warn(f"{self.evaluation} is gone: the loss before training is not known", stacklevel=2)
             return None
-        saved = files.read_json(self.evaluation)
+        saved = files.read_sealed(self.evaluation)
         try:
             return Evaluation(**saved["found"]) if saved["of"] == of else None
         except (TypeError, KeyError):
@@ -144,6 +156,8 @@ class RunDirectory:
         if not self.record.exists():
             return None
         record = files.read_json(self.record)
+        if not isinstance(record, dict):
+            raise files.FileError(f"{self.record} is malformed: remove it")
         return {name: value for name, value in record.items() if name not in BESIDE_THE_SUMMARY}
 
 

@@ -37,9 +37,14 @@ def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | N
     with _parameters_on_meta():
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **named)
-        except ValueError as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise ValueError(f"transformers makes no causal language model of this config: {first_line}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # a config that contradicts itself shows as anything in a model's own code
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(
+                f"transformers makes no causal language model of this config: {kind}{first_line}"
+            ) from error
     model.requires_grad_(False)
     return model.eval()
 

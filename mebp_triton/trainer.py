@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from .adapter import adapter_tensors, copy_adapter, save_adapter
 from .config import TrainConfig
 from .data import PackedData, TokenizedData, batches, batches_per_epoch, check_packing, collate, valid_tokens
 from .distributed import ALONE, Processes
-from .evaluate import Evaluation, RunError, evaluate
+from .evaluate import Evaluation, RunError, check_vocabulary, evaluate
 from .finite import NotFinite, broken_gradient, broken_output, broken_parameter
 from .kernels.ops import resolve_backend
 from .memory import MemoryWatch, peak_resident_bytes
@@ -90,6 +89,7 @@ class Trainer:
                 "optimizer_in_backward steps before the gradients of other processes are there: leave it out, or "
                 "train with one process"
             )
+        check_vocabulary(model, data, "the training data")
         self.processes = processes
         self.model, self.data, self.config, self.run, self.pad_token_id = model, data, config, run, pad_token_id
         self.device: torch.device = model.mebp.device
@@ -380,7 +380,7 @@ class Trainer:
                 files.write_safetensors(directory / name, self.optimizer.export_group(index, copy=False))
                 self.optimizer.moments.drop(index)
             crc32 = {name: files.file_checksums(directory / name) for name in (STATE, *self._optimizer_files())}
-            files.write_json(directory / "state.json", state | {"crc32": crc32})
+            files.write_json(directory / "state.json", files.sealed(state | {"crc32": crc32}))
 
         self.run.sync_metrics()
         files.replace_directory(self.run.checkpoint, write)
@@ -420,7 +420,7 @@ class Trainer:
         self.processes.first(lambda: files.recover_directory(checkpoint))
         if not (checkpoint / "state.json").exists():
             raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
-        state = files.read_json(checkpoint / "state.json")
+        state = files.read_sealed(checkpoint / "state.json")
         try:
             for name in (STATE, *self._optimizer_files()):
                 if files.file_checksums(checkpoint / name) != state["crc32"][name]:
@@ -430,8 +430,8 @@ class Trainer:
             if began != self.processes.size:
                 raise ValueError(f"cannot resume: the run had {began} processes and now has {self.processes.size}")
             self._restore(state, checkpoint)
-        except (KeyError, TypeError, AttributeError) as error:
-            problem = f"{type(error).__name__}: {error}"
+        except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"{checkpoint / 'state.json'} is malformed, or of another version ({problem})") from None
 
     def _check_same(self, config: dict[str, Any], fingerprints: dict[str, int]) -> None:
@@ -440,24 +440,24 @@ class Trainer:
         ours = asdict(self.config)
         for name, value in (defaults | config).items():
             if name not in FREE_ON_RESUME and ours[name] != value:
-                raise ValueError(f"cannot resume: {name} was {value!r} and now is {ours[name]!r}")
+                raise ValueError(f"cannot resume: {name} was {value!r:.200} and now is {ours[name]!r:.200}")
         for what, value in self.fingerprints.items():
             if fingerprints[what] != value:
                 raise ValueError(f"cannot resume: the {what} changed since the checkpoint was written")
 
     def _restore(self, state: dict[str, Any], checkpoint: Path) -> None:
         split: dict[str, dict[str, Tensor]] = {"adapter": {}, "random": {}}
-        for key, tensor in safetensors.torch.load_file(checkpoint / STATE).items():
+        for key, tensor in files.read_safetensors(checkpoint / STATE)[0].items():
             room, _, name = key.partition("/")
             split[room][name] = tensor
         step = state["step"]
         if type(step) is not int or not 0 <= step <= self.total_steps:
-            raise ValueError(f"{checkpoint / 'state.json'} is malformed: step {step!r} of {self.total_steps}")
+            raise ValueError(f"{checkpoint / 'state.json'} is malformed: step {step!r:.100} of {self.total_steps}")
         self.selection.load_state_dict(state["selection"])
         copy_adapter(self.model, split["adapter"], str(checkpoint))
         for index, name in enumerate(self._optimizer_files()):
             assert self.optimizer is not None
-            self.optimizer.import_group(index, safetensors.torch.load_file(checkpoint / name))
+            self.optimizer.import_group(index, files.read_safetensors(checkpoint / name)[0])
             self.optimizer.moments.drop(index)
         mine = f"-{self.processes.rank}" if self.processes.rank else ""
         torch.set_rng_state(split["random"][f"cpu{mine}"])

@@ -318,7 +318,7 @@ class TestOp:
         assert torch.equal(torch.autograd.grad(again.float().sum(), x)[0].float(), given["x"].grad)
 
     def test_a_scaler_sees_that_float16_overflowed_and_skips(self):
-        """A gradient beyond float16 is infinite, not clamped and not NaN alone, and training goes on with a less scale."""
+        """A gradient beyond float16 is infinite, not clamped and not NaN alone, and the scale falls."""
         module, x = layer(), normal(4, 70).requires_grad_(True)
         with torch.no_grad():
             module.lora_B.normal_(0, 0.1)

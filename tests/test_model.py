@@ -12,6 +12,7 @@ import torch
 from models import decoded_model, tiny_store
 
 import mebp_triton as mebp
+from mebp_triton.stores.format import accept_companions
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,9 @@ def test_a_config_that_contradicts_the_weights(store: Path, tmp_path: Path) -> N
         config = json.loads((bent / "config.json").read_text())
         config.pop("layer_types", None)
         (bent / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match="is not what it was when the store was made"):
+            mebp.load(bent)
+        assert accept_companions(bent) == ["config.json"]
         with pytest.raises(ValueError, match=message):
             mebp.load(bent)
 

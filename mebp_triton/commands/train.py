@@ -94,8 +94,8 @@ def _train_in(
     config = settings.resolved()
     if checkpoint is not None and settings.mlp_chunk_tokens is None:
         # Chunks change the order of sums: the run goes on with those that it, or its plan, began with.
-        begun = files.read_json(checkpoint / "state.json")
-        chunks = begun.get("config", {}).get("mlp_chunk_tokens") if isinstance(begun, dict) else None
+        begun = files.read_sealed(checkpoint / "state.json").get("config")
+        chunks = begun.get("mlp_chunk_tokens") if isinstance(begun, dict) else None
         settings = dataclasses.replace(settings, mlp_chunk_tokens=chunks)
     check_source(config.train_file)
     if config.validation_file:

@@ -82,9 +82,8 @@ def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         try:
-            tokens = tokenize_row(tokenizer, row, masking)
+            writer.add(*tokenize_row(tokenizer, row, masking))
         except UnicodeError as error:  # the file's bytes are UTF-8: JSON can spell what is no text
             raise ValueError(f"{where}:{number}: half a surrogate pair is no text ({error}); remove it") from error
         except ValueError as error:
             raise ValueError(f"{where}:{number}: {error}") from error
-        writer.add(*tokens)

@@ -68,7 +68,8 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking)
     kinds = [kind for kind in ROW_KINDS if all(key in row for key in kind)]
     if len(kinds) != 1:
         problem = "row of more than one kind" if kinds else "unknown row"
-        raise ValueError(f"{problem}, with the keys {sorted(row)} that are not null; give one of {KINDS_WANTED}")
+        keys = f"{sorted(row)!r:.300}"
+        raise ValueError(f"{problem}, with the keys {keys} that are not null; give one of {KINDS_WANTED}")
     converted = kinds[0] in (("conversations",), ("instruction", "output"))
     if kinds[0] == ("conversations",):
         row = _from_sharegpt(row)
@@ -123,7 +124,9 @@ def _from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"a turn of 'conversations' must be an object with 'from' and 'value', got {_shown(turn)}")
         if turn["from"] not in SHAREGPT_ROLES:
             known = ", ".join(SHAREGPT_ROLES)
-            raise ValueError(f"a turn of 'conversations' is from {turn['from']!r}; known are {known}: use 'messages'")
+            raise ValueError(
+                f"a turn of 'conversations' is from {turn['from']!r:.100}; known are {known}: use 'messages'"
+            )
         messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")})
     return {"messages": messages, "tools": row.get("tools")}
 
@@ -342,9 +345,10 @@ def _render(
             tokenize=False,
             return_dict=False,
         )
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program, and may end as one does
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split())
-        raise ValueError(f"the chat template refuses the messages ({reason}); change the row") from error
+        raise ValueError(f"the chat template refuses the messages ({kind}{reason:.300}); change the row") from error
     assert isinstance(text, str)
     return text
 
