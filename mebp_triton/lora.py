@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.layout import Int4Weight
-from .kernels.ops import check_floating, int4_embedding, int4_matmul, int4_matmul_dx, int4_matmul_dx_group, int4_matmul_group
+from .kernels.ops import (
+    check_floating,
+    int4_embedding,
+    int4_matmul,
+    int4_matmul_dx,
+    int4_matmul_dx_group,
+    int4_matmul_group,
+)
 
 if TYPE_CHECKING:
     from .siblings import Siblings
@@ -380,6 +387,12 @@ class Int4Table(Int4Module):
 
     rows: RowSource | None = None
     device: torch.device | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise ValueError(
+            "an int4 embedding or head cannot be copied, as PEFT's modules_to_save does to train it: take it out, or, "
+            "for the head, load(..., head='float')"
+        )
 
     def _set_packed(self, packed: Tensor) -> None:
         self._parameters.pop("weight", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from .backprop import BlockEngine
+from .backprop import BlockEngine, watch_training
 from .blocks import find_blocks
+from .importers import one_line
 from .integrations.trainer import install_saving
 from .kernels.ops import resolve_backend
 from .lora import Int4Linear, Int4LoRALinear, Int4Module, Int4Table, LoraConfig, as_lora_config, replace_embedding
@@ -85,7 +87,7 @@ def load(
             (TRL's ``SFTTrainer``). It takes vocabulary x hidden size x the size of ``dtype``, and logits are computed.
 
     Raises:
-        ValueError: the store is damaged, or an argument does not fit.
+        ValueError: the store or its generation config is damaged, or an argument does not fit.
     """
     check_residency("weights", weights)
     check_residency("checkpoints", checkpoints)
@@ -102,6 +104,7 @@ def load(
     config = lora if lora is None else as_lora_config(lora)
     model_config = AutoConfig.from_pretrained(opened.directory, trust_remote_code=False)
     model = build_skeleton(model_config, dtype, attn_implementation)
+    _take_generation_config(model, opened.directory)
     blocks_path, stack = find_blocks(model, blocks)
     builder = Builder(opened, model, config, device, dtype, adapter_dtype, backend, seed)
     replaced, int4_head = builder.replace_modules()
@@ -131,15 +134,40 @@ def load(
     scratch = Path(scratch_directory) if scratch_directory is not None else Path(tempfile.gettempdir())
     keep_outputs = recompute_granularity == "selective"
     engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch, waiting), keep_outputs, waiting)
+    watch_training(model, blocks_path, engine)
     model.mebp = Runtime(opened, engine, install_loss(model, int4_head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing
     model.tie_weights = _tied_already
     install_saving(model)
     # DistributedDataParallel would send all of it, and write it back into the mapped files' pages.
-    parameters, buffers = (named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
-    frozen = [name for name, parameter in parameters if not parameter.requires_grad]
-    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in buffers)]
+    model._ddp_params_and_buffers_to_ignore = FrozenNames(model)
     return model
+
+
+def _take_generation_config(model: Any, directory: Path) -> None:
+    """As ``from_pretrained`` does: it says where chats end, and how to sample."""
+    path = directory / "generation_config.json"
+    if model.can_generate() and path.exists():
+        with one_line(f"{path} is not a usable generation config", "compare it with the model's original"):
+            model.generation_config = type(model.generation_config).from_pretrained(directory)
+
+
+class FrozenNames:
+    """The names of all that is not trained in a model, as it is when they are asked for.
+
+    They are there as well with the prefix that they have in a PEFT model, which hands out the attributes of the model
+    that it was put around.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __iter__(self) -> Iterator[str]:
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                yield from (name, f"base_model.model.{name}")
+        for name, _ in self.model.named_buffers(remove_duplicate=False):
+            yield from (name, f"base_model.model.{name}")
 
 
 def _place_tables(
