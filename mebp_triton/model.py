@@ -21,7 +21,7 @@ from .lora import Int4Linear, Int4LoRALinear, Int4Module, Int4Table, LoraConfig,
 from .loss import Int4Head, OnePassLoss, install_loss
 from .recompute import GRANULARITIES, Granularity
 from .siblings import join_siblings
-from .skeleton import Int4Site, build_skeleton, int4_sites
+from .skeleton import Int4Site, build_skeleton, float32_tensors, int4_sites
 from .stores.checkpoints import Residency, checkpoint_store
 from .stores.format import SHARED, Store, block_file
 from .stores.pages import Pages, Stager, check_residency, host_copy, place_weights
@@ -217,6 +217,7 @@ class Builder:
     ) -> None:
         self.store, self.model, self.lora, self.device = store, model, lora, device
         self.dtype, self.adapter_dtype, self.backend = dtype, adapter_dtype, backend
+        self.in_float32 = float32_tensors(model, dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self.adapted: list[str] = []
 
@@ -278,7 +279,10 @@ class Builder:
                 f"store {self.store.directory}: {name} has shape {tuple(value.shape)}, "
                 f"the config says {tuple(expected.shape)}"
             )
-        return value.to(self.device, self.dtype)
+        return value.to(self.device, self._dtype(name, self.dtype))
+
+    def _dtype(self, name: str, usual: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.in_float32(name) else usual
 
     def place_floats(self) -> None:
         """Parameters that stay float, and the buffers."""
@@ -294,5 +298,5 @@ class Builder:
             if isinstance(owner, Int4Module) and attribute in owner.INT4_BUFFERS:
                 continue
             if name in self.store.floats:
-                buffer = self.store.float_tensor(name).to(buffer.dtype)
+                buffer = self.store.float_tensor(name).to(self._dtype(name, buffer.dtype))
             owner._buffers[attribute] = buffer.to(self.device)

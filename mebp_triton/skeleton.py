@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,8 +76,36 @@ class Int4Site:
     transposed: bool = False
 
 
+def kept_modules(model: Any) -> Callable[[str], bool]:
+    """Tells by its path in ``model`` whether a linear layer stays float: transformers lists it as in need of float32.
+
+    An entry of the lists is some parts of a path ("wo", "indexer.weights_proj"), perhaps with a parameter's name
+    ("gate.weight"); a module has all that lies in it kept with it.
+    """
+    names = [*_listed(model, "_keep_in_fp32_modules"), *_listed(model, "_keep_in_fp32_modules_strict")]
+    return lambda path: _named(f"{path}.weight", names)
+
+
+def float32_tensors(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Tells by its path whether ``from_pretrained(..., dtype=dtype)`` leaves a float tensor of ``model`` in float32."""
+    names: list[str] = []
+    if dtype in (torch.float16, torch.bfloat16):
+        names += _listed(model, "_keep_in_fp32_modules_strict")
+    if dtype == torch.float16:
+        names += _listed(model, "_keep_in_fp32_modules")
+    return lambda path: _named(path, names)
+
+
+def _listed(model: Any, attribute: str) -> list[str]:
+    return list(getattr(model, attribute, None) or ())
+
+
+def _named(path: str, names: Iterable[str]) -> bool:
+    return any(f".{name}." in f".{path}." for name in names)
+
+
 def int4_sites(model: Any) -> tuple[list[Int4Site], bool]:
-    """Every linear layer, the input embedding and the head of ``model``; and whether the head is the embedding's.
+    """Every linear layer but those kept, the input embedding and the head; and whether the head is the embedding's.
 
     A tied head is not listed: it has no weight of its own.
     """
@@ -88,13 +116,15 @@ def int4_sites(model: Any) -> tuple[list[Int4Site], bool]:
             f"({type(embedding).__name__}, {type(head).__name__}); such models are not supported"
         )
     tied = head.weight is embedding.weight
-    sites = []
+    kept, sites = kept_modules(model), []
     for name, module in model.named_modules():
         if module is embedding:
             sites.append(Int4Site(name, "embedding", *module.weight.shape))
         elif module is head:
             if not tied:
                 sites.append(Int4Site(name, "head", *module.weight.shape))
+        elif kept(name):
+            continue
         elif type(module) is nn.Linear:
             sites.append(Int4Site(name, "linear", *module.weight.shape))
         elif type(module) is Conv1D:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import decoded_model, tiny_store
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 import mebp_triton as mebp
 
@@ -82,3 +83,20 @@ def test_wrong_arguments(store: Path, tmp_path: Path) -> None:
         mebp.load(tmp_path / "none")
     with pytest.raises(ValueError, match="is no module"):
         mebp.load(store, blocks="model.nothing")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_transformers_keeps_in_float32_is_a_float_layer(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepSeek's indexers: modelling code reads the dtype of their weight."""
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["self_attn.o_proj"])
+    store = tiny_store("llama")
+    model = mebp.load(store, mebp.LoraConfig(r=2), dtype=dtype)
+    layer = model.model.layers[0].self_attn.o_proj
+    assert type(layer) is torch.nn.Linear and not layer.weight.requires_grad
+    assert layer.weight.dtype == torch.float32 and model.model.norm.weight.dtype == dtype
+    if dtype == torch.float32:
+        ids = torch.arange(3, 15)[None]
+        with torch.no_grad():
+            assert torch.allclose(model(input_ids=ids).logits, decoded_model(store)(input_ids=ids).logits, atol=1e-5)
