@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.layout import Int4Weight
-from .kernels.ops import int4_embedding, int4_matmul, int4_matmul_dx, int4_matmul_dx_group, int4_matmul_group
+from .kernels.ops import check_floating, int4_embedding, int4_matmul, int4_matmul_dx, int4_matmul_dx_group, int4_matmul_group
 
 if TYPE_CHECKING:
     from .siblings import Siblings
@@ -285,9 +285,10 @@ def int4_lora_linears(
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """x in the dtype in which a linear layer would run here."""
+    """x in the dtype in which a linear layer would run here. TypeError for integers."""
+    check_floating("x", x)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
