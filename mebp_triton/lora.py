@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.layout import Int4Weight
-from .kernels.ops import check_floating, int4_embedding, int4_matmul, int4_matmul_dx, int4_matmul_dx_group, int4_matmul_group
+from .kernels.ops import (
+    check_floating,
+    int4_embedding,
+    int4_matmul,
+    int4_matmul_dx,
+    int4_matmul_dx_group,
+    int4_matmul_group,
+)
 
 if TYPE_CHECKING:
     from .siblings import Siblings
@@ -335,7 +342,7 @@ class Int4Module(nn.Module):
         """Scales may come as their bytes, as ``save_pretrained`` writes them."""
         for name in ("scales", "minimum"):
             own, given = self._buffers.get(name), state_dict.get(prefix + name)
-            if own is not None and given is not None and given.dtype == torch.uint8:
+            if own is not None and given is not None and given.dtype == torch.uint8 and given.shape != own.shape:
                 state_dict[prefix + name] = given.contiguous().view(own.dtype)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

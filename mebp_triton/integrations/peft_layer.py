@@ -34,7 +34,7 @@ VARIANTS = (
 
 
 # PEFT's methods, but LoRA, whose layers leave the weight to the layer within: they add to its input and output.
-BESIDE_THE_WEIGHT = ("adalora", "boft", "fourierft", "ia3", "oft", "road", "vera")
+BESIDE_THE_WEIGHT = ("adalora", "fourierft", "ia3", "oft", "road", "vera")
 
 
 def register_peft() -> None:
