@@ -90,7 +90,7 @@ def replace_linears(
         model.mebp_lora = config
         if isinstance(model, PreTrainedModel):
             install_saving(model)
-    elif not has_peft:
+    else:
         register_where_installed()
     return model
 
