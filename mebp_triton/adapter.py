@@ -70,10 +70,10 @@ def _base_of(model: Any) -> tuple[str, str | None]:
 
 
 def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
-    # The names that end the adapted layers' paths: PEFT's own "all-linear" would look at its model's layer types.
     layers = adapter_layers(model)
     targets: Any = config.target_modules
-    if targets == "all-linear" or config.exclude_modules:
+    # PEFT's own "all-linear" would look at its model's layer types. What was left out is not named again.
+    if _selected(model, replace(config, exclude_modules=None)) != set(layers):
         targets = _shortest_suffixes(model, layers)
     base, task = _base_of(model)
     return {
@@ -105,13 +105,13 @@ def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
 
 def _shortest_suffixes(model: Any, layers: dict[str, Int4LoRALinear]) -> list[str]:
     """Last path components that select exactly the adapted layers, or whole paths where those would select more."""
-    suffixes = {name.rpartition(".")[2] for name in layers}
-    selected = {
-        name
-        for name, _ in model.named_modules()
-        if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
-    }
-    return sorted(suffixes) if selected == set(layers) else sorted(layers)
+    suffixes = sorted({name.rpartition(".")[2] for name in layers})
+    exact = _selected(model, LoraConfig(target_modules=suffixes)) == set(layers)
+    return suffixes if exact else sorted(layers)
+
+
+def _selected(model: Any, config: LoraConfig) -> set[str]:
+    return {name for name, _ in model.named_modules() if config.targets(name)}
 
 
 def read_adapter_config(directory: Path | str) -> LoraConfig:

@@ -170,7 +170,8 @@ def watch_training(model: PreTrainedModel, blocks_path: str, engine: BlockEngine
         if caches and asked("use_cache"):
             if kwargs.get("past_key_values") is not None:
                 warnings.warn(
-                    "gradients are on, so the key-value cache stays empty; use torch.no_grad() to generate", stacklevel=4
+                    "gradients are on, so the key-value cache stays empty; use torch.no_grad() to generate",
+                    stacklevel=4,
                 )
             kwargs["use_cache"] = False
         return args, kwargs

@@ -395,6 +395,14 @@ class Int4Module(nn.Module):
 
         return super()._apply(move, recurse)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Scales may come as their bytes, as ``save_pretrained`` writes them."""
+        for name in ("scales", "minimum"):
+            own, given = self._buffers.get(name), state_dict.get(prefix + name)
+            if own is not None and given is not None and given.dtype == torch.uint8 and given.shape != own.shape:
+                state_dict[prefix + name] = given.contiguous().view(own.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def int4(self) -> Int4Weight:
         """The weight as it lies now."""
         scales, minimum, codebook = (self._buffers[name] for name in ("scales", "minimum", "codebook"))

@@ -16,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 Role = Literal["linear", "embedding", "head"]
 
+# What transformers calls the layers that choose a token's experts; rounding them would change the choice.
+ROUTERS = ("gate", "router")
+
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
@@ -82,13 +85,14 @@ class Int4Site:
 
 
 def kept_modules(model: Any) -> Callable[[str], bool]:
-    """Tells by its path in ``model`` whether a linear layer stays float: transformers lists it as in need of float32.
+    """Tells by its path in ``model`` whether a linear layer stays float: transformers lists it as in need of float32,
+    or it is a router.
 
     An entry of the lists is some parts of a path ("wo", "indexer.weights_proj"), perhaps with a parameter's name
     ("gate.weight"); a module has all that lies in it kept with it.
     """
-    names = [*_listed(model, "_keep_in_fp32_modules"), *_listed(model, "_keep_in_fp32_modules_strict")]
-    return lambda path: _named(f"{path}.weight", names)
+    names = [*ROUTERS, *_listed(model, "_keep_in_fp32_modules"), *_listed(model, "_keep_in_fp32_modules_strict")]
+    return lambda path: named(f"{path}.weight", names)
 
 
 def float32_tensors(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
@@ -98,14 +102,15 @@ def float32_tensors(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
         names += _listed(model, "_keep_in_fp32_modules_strict")
     if dtype == torch.float16:
         names += _listed(model, "_keep_in_fp32_modules")
-    return lambda path: _named(path, names)
+    return lambda path: named(path, names)
 
 
 def _listed(model: Any, attribute: str) -> list[str]:
     return list(getattr(model, attribute, None) or ())
 
 
-def _named(path: str, names: Iterable[str]) -> bool:
+def named(path: str, names: Iterable[str]) -> bool:
+    """Whether one of ``names`` is ``path``, or whole parts of it in a row."""
     return any(f".{name}." in f".{path}." for name in names)
 
 

@@ -135,11 +135,13 @@ def test_the_generation_config_is_the_stores(store: Path, tmp_path: Path) -> Non
     path = copied / "generation_config.json"
     settings = json.loads(path.read_text()) | {"eos_token_id": [2, written[2]], "repetition_penalty": 1.0}
     path.write_text(json.dumps(settings))
+    accept_companions(copied)
     model = mebp.load(copied)
     assert model.generation_config.eos_token_id == [2, written[2]]
     stopped = model.generate(input_ids=ids, max_new_tokens=8, pad_token_id=0)[0, 6:].tolist()
     assert stopped == written[: written.index(written[2]) + 1] and len(stopped) < 8
     path.unlink()
+    accept_companions(copied)
     assert mebp.load(copied).generation_config.eos_token_id == 2
 
 
@@ -147,6 +149,7 @@ def test_the_generation_config_is_the_stores(store: Path, tmp_path: Path) -> Non
 def test_a_damaged_generation_config(store: Path, tmp_path: Path, content: str) -> None:
     copied = shutil.copytree(store, tmp_path / "store")
     (copied / "generation_config.json").write_text(content)
+    accept_companions(copied)
     with pytest.raises(
         ValueError, match=r"generation_config\.json is not a usable generation config .*; compare it"
     ) as e:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -88,13 +90,14 @@ class SafetensorsDirectory:
     def bind(self, model: PreTrainedModel) -> None:
         prefix = model.base_model_prefix + "."
         aliases = parameter_aliases(model)
-        present = {renamed: key for key, renamed in _current_names(model, self._entries).items()}
+        present = {renamed: key for key, renamed in current_names(model, self._entries).items()}
         self._keys = {}
         for name, names in [*aliases.items(), *((name, [name]) for name in persistent_buffers(model))]:
             spellings = [way for alias in names for way in (alias, prefix + alias, alias.removeprefix(prefix))]
             found = next((way for way in spellings if way in present), None)
             if found is not None:
                 self._keys[name] = present[found]
+        self._check_experts(aliases, present)
         check_complete(str(self.path), aliases, self._keys)
         for key in (self._keys[name] for name in aliases):
             entry = self._entries[key]
@@ -104,6 +107,17 @@ class SafetensorsDirectory:
                 )
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
+
+    def _check_experts(self, wanted: Iterable[str], present: dict[str, str]) -> None:
+        """ValueError where a parameter lies in several pieces, which transformers 5 joins while it loads."""
+        for name in wanted:
+            parent = name.rpartition(".")[0]
+            pieces = [key for key in present if re.match(rf"{re.escape(parent)}\.\d+\.", key)]
+            if name not in self._keys and pieces:
+                raise ValueError(
+                    f"{self.path}: {name} is there in pieces ({present[pieces[0]]}), which transformers "
+                    f"{transformers.__version__} joins while loading; such mixtures of experts are not supported"
+                )
 
     def _int4_shape(self, name: str) -> tuple[int, ...]:
         """``[out, in]``, as 4-bit forms store it, also where the float parameter is ``[in, out]``."""
@@ -256,7 +270,7 @@ def _header(file: Path) -> dict[str, Entry]:
     return found
 
 
-def _current_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+def current_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """What this version of transformers calls the tensors that checkpoints know by older names (5.x has a table)."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
