@@ -106,7 +106,12 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
         """``run.json`` and, where matplotlib is installed, the plots."""
-        plots = draw_plots(self.directory, self.read_metrics(), watch)
+        metrics = self.read_metrics()
+        try:
+            plots = draw_plots(self.directory, metrics, watch)
+        except Exception as error:  # the run is whole without them
+            warnings.warn(f"the plots are not drawn: {' '.join(str(error).split())}", stacklevel=2)
+            plots = []
         record = {
             **summary,
             "plots": plots,
