@@ -12,6 +12,7 @@ import difflib
 import errno
 import importlib
 import os
+import resource
 import signal
 import sys
 import warnings
@@ -23,6 +24,10 @@ from .signals import interrupting
 
 # A path that cannot be: the user's to mend.
 PATH_MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
+
+# Of torch and all it loads, threads' stacks among it; and of what comes after that.
+LIBRARIES_ADDRESS_SPACE, LEAST_ADDRESS_SPACE = 2 << 30, 64 << 20
 
 
 class _Parser(argparse.ArgumentParser):
@@ -214,8 +219,32 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def check_address_space() -> None:
+    """OSError where ``ulimit -v`` leaves less than the libraries take: they would end the process each in its own way.
+
+    Some of them, and Python itself, do not get over a failed allocation of a few bytes; a tensor's is an exception.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    least = LEAST_ADDRESS_SPACE if "torch" in sys.modules else LIBRARIES_ADDRESS_SPACE
+    if limit == resource.RLIM_INFINITY or not os.path.exists("/proc/self/statm"):
+        return
+    with open("/proc/self/statm", encoding="ascii") as file:
+        left = limit - int(file.read().split()[0]) * resource.getpagesize()
+    if left < least:
+        raise OSError(
+            errno.ENOMEM,
+            f"the address space is limited to {limit >> 20} MiB, of which {max(left, 0) >> 20} are left and "
+            f"{least >> 20} needed: raise it (ulimit -v), and limit memory by --memory-budget",
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``mebp``; returns the exit code."""
+    try:
+        check_address_space()
+    except OSError as error:
+        print(f"mebp: error: {error.strerror}", file=sys.stderr)
+        return 1
     share_cores()
     arguments = argparse.Namespace(command="", debug=False)
     try:
@@ -238,25 +267,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         from .evaluate import RunError
+        from .memory import is_out_of_memory
 
         users = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in PATH_MISTAKES)
         # What says all there is to say: a full disk, and what file it was, among them.
         known = users or isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
         line = " ".join(str(error).split())
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             known, line = True, "out of memory: give --memory-budget, shorter rows or a smaller batch"
         elif not known and not isinstance(error, OSError):
             line = f"{type(error).__name__}: {line}"
         print(f"mebp: error: {line}{'' if known else ' (--debug shows where)'}", file=sys.stderr)
         return 2 if users else 1
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Python, the system, and torch on a CPU and a GPU have each their own way to say it."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    words = ("can't allocate memory", "Cannot allocate memory", "out of memory", "can't start new thread", "bad_alloc")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 if __name__ == "__main__":

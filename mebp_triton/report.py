@@ -93,26 +93,29 @@ class RunDirectory:
             return []
         return [row for _, row in self._metrics()]
 
-    def _metrics(self) -> list[tuple[str, dict[str, Any]]]:
+    def _metrics(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every line and what it says. A last one that was cut short is left out; FileError for any other."""
-        found = []
         *whole, cut = files.read_bytes(self.metrics, METRICS_LIMIT).split(b"\n")
         for number, line in enumerate(whole, start=1):
             row = files.parse_json(line, f"line {number} of {self.metrics}")
             if not isinstance(row, dict) or type(row.get("step")) is not int:
                 raise files.FileError(f"line {number} of {self.metrics} is damaged: it has no step; remove the line")
-            found.append((line.decode(), row))
-        return found
+            yield line.decode(), row
 
     def cut_metrics(self, step: int) -> None:
-        """Drops the lines of steps from ``step`` on, and a last line that was cut short.
+        """Drops the lines of steps from ``step`` on, whatever they hold, and a last line that was cut short.
 
         Raises:
-            FileError: a line is damaged.
+            FileError: a line of the steps before is damaged.
         """
         if not self.metrics.exists():
             return
-        kept = [f"{line}\n" for line, row in self._metrics() if row["step"] < step]
+        kept: list[str] = []
+        try:
+            kept.extend(f"{line}\n" for line, row in self._metrics() if row["step"] < step)
+        except files.FileError:
+            if len(kept) < step:
+                raise
         data = "".join(kept).encode()
         if data != self.metrics.read_bytes():
             files.write_bytes(self.metrics, data)
@@ -141,7 +144,12 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
         """``run.json`` and, where matplotlib is installed, the plots."""
-        plots = draw_plots(self.directory, self.read_metrics(), watch)
+        metrics = self.read_metrics()
+        try:
+            plots = draw_plots(self.directory, metrics, watch)
+        except Exception as error:  # the run is whole without them
+            warnings.warn(f"the plots are not drawn: {' '.join(str(error).split())}", stacklevel=2)
+            plots = []
         record = {
             **summary,
             "plots": plots,

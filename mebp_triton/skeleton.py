@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from .memory import is_out_of_memory
+
 Role = Literal["linear", "embedding", "head"]
 
 # What transformers calls the layers that choose a token's experts; rounding them would change the choice.
@@ -40,9 +42,9 @@ def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | N
     with _parameters_on_meta():
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **named)
-        except MemoryError:
-            raise
         except Exception as error:  # a config that contradicts itself shows as anything in a model's own code
+            if is_out_of_memory(error):
+                raise
             first_line = (str(error).strip().splitlines() or [""])[0]
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(

@@ -475,7 +475,7 @@ MISTAKES = {
     "options for a store": (lambda w, t: train(w, t, "--scheme=affine"), ["--scheme and --group-size are for models"]),
     "no tokenizer": (
         lambda w, t: train(w, t, store=without(w, t, "tokenizer*", source="store")),
-        ["has no usable tokenizer"],
+        ["tokenizer", "does not exist"],
     ),
     "a missing training file": (lambda w, t: train(w, t, train_file=t / "none.txt"), ["none.txt: no such file"]),
     "no training file": (lambda w, t: ["train", w / "store", f"--output-dir={t / 'run'}"], ["--train-file is missing"]),
@@ -483,7 +483,7 @@ MISTAKES = {
     "an empty file": (lambda w, t: train(w, t, train_file=put(t, "a.txt", "")), ["a.txt: nothing to train on"]),
     "an empty validation file": (
         lambda w, t: train(w, t, f"--validation-file={put(t, 'v.txt', '')}"),
-        ["validation-file", "v.txt: nothing to train on"],
+        ["validation-file", "v.txt: nothing to evaluate"],
     ),
     "an unknown suffix": (lambda w, t: train(w, t, train_file=put(t, "a.csv", "a,b")), ["unknown suffix '.csv'"]),
     "broken JSONL": (
@@ -591,7 +591,7 @@ MISTAKES = {
     "tuning for a missing model": (lambda w, t: offline(t, f"--model={t / 'none'}"), ["none does not exist"]),
     "tuning for a broken config": (
         lambda w, t: offline(t, f"--model={put(t, 'config.json', '{')}"),
-        ["config.json is not a usable config"],
+        ["config.json is not valid JSON"],
     ),
     "tuning for foreign code": (lambda w, t: offline(t, f"--model={remote_code(w, t)}"), ["not a usable config"]),
     "a directory as table": (

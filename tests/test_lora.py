@@ -476,19 +476,6 @@ class TestLayers:
         with pytest.raises(TypeError, match=f"x is {dtype}, wanted a floating dtype.* must stay float"):
             layer(torch.ones(2, 70).to(dtype))
 
-    @pytest.mark.parametrize("kind", ["frozen", "adapted", "dropout", "siblings"])
-    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
-    def test_integers_are_no_activations(self, kind, dtype):
-        """nn.Linear raises too; code that casts to ``layer.weight.dtype`` would get garbage otherwise."""
-        weight = make_weight()
-        layer = Int4Linear(weight, None, torch.float32)
-        if kind != "frozen":
-            layer = Int4LoRALinear(weight, None, torch.float32, 3, 1.0, dropout=0.5 * (kind == "dropout"))
-        if kind == "siblings":
-            layer.siblings = Siblings([layer, Int4LoRALinear(weight, None, torch.float32, 3, 1.0)])
-        with pytest.raises(TypeError, match=f"x is {dtype}, wanted a floating dtype.* must stay float"):
-            layer(torch.ones(2, 70).to(dtype))
-
 
 class Scaled(nn.Embedding):
     """As Gemma's: what a subclass does to the rows has to stay."""

@@ -35,7 +35,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from forked import MIB, Ended, command, forked, import_all  # noqa: E402
-from world import TRAIN, copy_into, make_world  # noqa: E402
+from world import TRAIN, copy_into, make_wide, make_world  # noqa: E402
 
 TEMPORARY = ".mebp-tmp-"
 NOBODY = 65534
@@ -55,12 +55,13 @@ class Point:
 class Bench:
     """The commands over one small world; ``place`` of each is where it writes."""
 
-    def __init__(self, world: Path) -> None:
-        self.world = world
+    def __init__(self, world: Path, model: Path | None = None, store: Path | None = None) -> None:
+        self.world, self.is_wide = world, model is not None
         texts = [f"--train-file={world / 'data/train.txt'}"]
-        store, adapter = world / "store", world / "adapter"
+        adapter = world / ("wide-adapter" if self.is_wide else "adapter")
+        model, store = model or world / "model", store or world / "store"
         self.arguments: dict[str, Callable[[Path], list[Any]]] = {
-            "quantize": lambda place: ["quantize", world / "model", place / "out", "--group-size=32"],
+            "quantize": lambda place: ["quantize", model, place / "out", "--group-size=32"],
             "quantize GGUF": lambda place: ["quantize", world / "gguf/tiny.gguf", place / "out"],
             "train": lambda place: ["train", store, *texts, f"--output-dir={place / 'out'}", *TRAIN],
             "train --resume": lambda place: (
@@ -73,6 +74,7 @@ class Bench:
                 + [f"--output={place / 'sm_87.json'}"]
             ),
         }
+        self.tried = list(self.arguments)
         self.truth = ""
 
     def prepare(self, name: str, place: Path) -> None:
@@ -96,6 +98,24 @@ class Bench:
             return start()
 
         return forked(work, before, seconds=180)
+
+    def own_process(self, name: str, place: Path, address_space: int) -> Ended:
+        """As a user starts it, under a limit from the first instruction on."""
+        arguments = [str(part) for part in self.arguments[name](place)]
+
+        def start() -> int:
+            os.execv(sys.executable, [sys.executable, "-m", "mebp_triton.cli", *arguments])
+
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_AS, (address_space, resource.RLIM_INFINITY))
+
+        return forked(start, limit, seconds=300)
+
+    def wide(self) -> Bench:
+        """The same over a model of 100 MB, which does not fit into what a small process has left over."""
+        wide = Bench(self.world, model=self.world / "wide-model", store=self.world / "wide-store")
+        wide.tried = [name for name in self.tried if name not in ("quantize GGUF", "tune", "train --resume")]
+        return wide
 
     def whole(self, name: str, place: Path) -> str:
         """What is wrong with what ``name`` left at ``place``, "" if nothing. An absent output is fine."""
@@ -123,6 +143,8 @@ class Bench:
         ended = self.run("train --resume", run.parent)
         if ended.code != 0:
             return f"does not resume: {ended.err.strip()[-300:]}"
+        if self.is_wide:  # a run of this model is not repeated for each point
+            return ""
         adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
         losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         found = f"{hash_of(adapter)} {losses}"
@@ -193,7 +215,7 @@ def used(place: Path) -> int:
 
 def disk_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
     """A file system with room for a part of what the command writes."""
-    for name in bench.arguments:
+    for name in bench.tried:
         with mounted(scratch / "roomy", 64 * MIB) as place:
             bench.prepare(name, place)
             before = used(place)
@@ -214,7 +236,7 @@ def disk_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
 
 
 def file_size_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
-    for name in bench.arguments:
+    for name in bench.tried:
         for step in range(steps):
             limit = max(1, 4**step)
             place = Path(tempfile.mkdtemp(dir=scratch))
@@ -253,8 +275,9 @@ def _small(limit: int) -> Callable[[], None]:
 
 
 def address_space_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
-    """From nothing above what the process has, in steps that double, up to 1 GiB."""
-    for name in bench.arguments:
+    """From nothing above what the process has, in steps that double, up to 1 GiB; and of a process of its own."""
+    bench = bench.wide()
+    for name in bench.tried:
         for step in range(steps):
             extra = int(MIB * 2 ** (step * 10 / max(steps - 1, 1)))
             place = Path(tempfile.mkdtemp(dir=scratch))
@@ -267,10 +290,15 @@ def address_space_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Po
             ended = bench.run(name, place, lower)
             yield bench.judge(Point(name, "RLIMIT_AS", f"{extra // MIB} MiB more"), ended, place)
             shutil.rmtree(place)
+    for size in (256, 512, 1024, 1536, 2048, 3072)[: max(steps // 2, 1)]:
+        place = Path(tempfile.mkdtemp(dir=scratch))
+        ended = bench.own_process("quantize", place, size * MIB)
+        yield bench.judge(Point("quantize", "RLIMIT_AS", f"{size} MiB in all"), ended, place)
+        shutil.rmtree(place)
 
 
 def read_only_points(bench: Bench, scratch: Path) -> Iterator[Point]:
-    for name in bench.arguments:
+    for name in bench.tried:
         for way in ("mode", "mount"):
             with mounted(scratch / "read-only", 64 * MIB) as place:
                 bench.prepare(name, place)
@@ -381,7 +409,7 @@ class _FailingFile:
 
 
 def operation_points(bench: Bench, scratch: Path, every: int) -> Iterator[Point]:
-    for name in bench.arguments:
+    for name in bench.tried:
         for how in ("ENOSPC", "EIO", "short"):
             n, reached = 1, True
             while reached:
@@ -438,12 +466,14 @@ def run(steps: int, every: int, limits: set[str], commands: set[str] | None = No
         import_all()
         (root / "world").mkdir()
         make_world(root / "world")
+        if "address-space" in limits:
+            make_wide(root / "world")
         scratch = root / "scratch"
         scratch.mkdir()
         bench = Bench(root / "world")
         bench.learn(scratch)
         if commands is not None:
-            bench.arguments = {name: made for name, made in bench.arguments.items() if name in commands}
+            bench.tried = [name for name in bench.tried if name in commands]
         found = []
         for point in points(bench, scratch, steps, every, limits):
             found.append(point)

@@ -48,6 +48,26 @@ def make_world(root: Path) -> None:
     (root / "settings" / "settings.yaml").write_text(f"# a run\n{lines}target_modules: all-linear\n")
 
 
+def make_wide(root: Path) -> None:
+    """A model of 100 MB with its store and adapter, beside the small ones."""
+
+    def made() -> None:
+        import torch
+        from models import randomize_adapter
+        from runs import model_directory
+
+        from mebp_triton import LoraConfig, load, quantize
+        from mebp_triton.adapter import save_adapter
+
+        model_directory(root / "wide-model", hidden_size=768, intermediate_size=3072)
+        quantize(root / "wide-model", root / "wide-store", group_size=32)
+        model = load(root / "wide-store", LoraConfig(r=8, lora_alpha=8), dtype=torch.float32)
+        randomize_adapter(model)
+        save_adapter(model, root / "wide-adapter")
+
+    must("wide model", made)
+
+
 def _models(root: Path) -> None:
     import torch
     from gguf_files import llama_tensors, write

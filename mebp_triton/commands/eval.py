@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     data = load_data(
         arguments.validation_file, tokenizer, arguments.max_length, name="validation-file", masking=masking
     )
-    console.print(f"{arguments.validation_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
     model = load_for_inference(store, arguments)
+    console.print(f"{arguments.validation_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
     with progress_bar("evaluating") as update:
         result = evaluate(model, data, arguments.max_eval_windows, update)
     value = dataclasses.asdict(result) | {"perplexity": result.perplexity, "peak_rss_bytes": peak_resident_bytes()}

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mebp_triton import files
 from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.memory import is_out_of_memory
 
 __all__ = ["Source", "open_source"]
 
@@ -84,10 +85,10 @@ def one_line(what: str, remedy: str) -> Iterator[None]:
     """Turns whatever a library raises over a bad file into one ``ValueError`` line: the kinds differ by version."""
     try:
         yield
-    except MemoryError:
-        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
+        if is_out_of_memory(error):  # no fault of the file's
             raise
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(f"{what} ({type(error).__name__}: {reason:.300}); {remedy}") from error
@@ -106,12 +107,16 @@ def read_config(path: Path, remedy: str) -> PretrainedConfig:
     Raises:
         ValueError: it is none that this transformers can use, or its JSON is not strict.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     file = path / "config.json" if path.is_dir() else path
     content = files.read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a JSON {type(content).__name__}, wanted an object; {remedy}")
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        why = "needs code from the checkpoint, which is never run" if "auto_map" in content else "is not known"
+        raise ValueError(f"{file}: model_type {model_type!r:.100} {why}: give an architecture this transformers has")
     labels = content.get("num_labels", 0)
     if type(labels) is not int or labels > MOST_LABELS:  # transformers makes a name for each
         raise ValueError(f"{file}: num_labels is {labels!r:.100}; {remedy}")

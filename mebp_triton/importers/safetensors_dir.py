@@ -19,7 +19,7 @@ from typing import Any
 import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mebp_triton import files
@@ -80,7 +80,7 @@ class SafetensorsDirectory:
         self.path = path
         self.description = f"safetensors directory {path.resolve().name}"
         self._config_json = _config_json(path, self.quant_method)
-        self.config = _config(path, self._config_json)
+        self.config = prepare_config(read_config(path, "compare it with the model's original"), str(path))
         self._entries = _entries(path)
         check_sizes(str(path), self.config, (entry.shape for entry in self._entries.values()))
         self._keys: dict[str, str] = {}
@@ -190,18 +190,6 @@ def _config_json(path: Path, quant_method: str | None = None) -> dict[str, Any]:
                 f"which is not supported yet: give the unquantised model"
             )
     return content
-
-
-def _config(path: Path, content: dict[str, Any]) -> PretrainedConfig:
-    from transformers import CONFIG_MAPPING
-
-    model_type = content.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        why = "needs code from the checkpoint, which is never run" if "auto_map" in content else "is not known"
-        raise ValueError(
-            f"{path / 'config.json'}: model_type {model_type!r} {why}: give an architecture this transformers has"
-        )
-    return prepare_config(read_config(path, "compare it with the model's original"), str(path))
 
 
 def _entries(path: Path) -> dict[str, Entry]:
