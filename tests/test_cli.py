@@ -896,7 +896,7 @@ def test_other_commands_end_with_one_line_and_leave_nothing(
 
 
 def test_a_run_whose_loss_is_not_a_number_exits_with_1(mebp, world, tmp_path):
-    code, out, err = mebp(*train(world, tmp_path, "--learning-rate=1e30", "--max-grad-norm=0", "--lora-alpha=1e30"))
+    code, out, err = mebp(*train(world, tmp_path, "--learning-rate=1e30", "--max-grad-norm=0"))
     assert code == 1 and out == ""
     assert err.splitlines()[-1].startswith("mebp: error: ") and " at step " in err.splitlines()[-1]
 
