@@ -441,7 +441,6 @@ class TestLayers:
             assert module(normal(4, 70)).dtype == torch.bfloat16
             assert module(normal(4, 70, dtype=torch.float64)).dtype == torch.float64
 
-
     @pytest.mark.parametrize("kind", ["frozen", "adapted", "dropout", "siblings"])
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
     def test_integers_are_no_activations(self, kind, dtype):
