@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from models import (
     ARCHITECTURES,
     batch,
@@ -219,6 +220,7 @@ def test_a_lora_that_leaves_out_the_last_layers_of_a_block() -> None:
             assert_same_gradients(model, wrapped)
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4.57 saves Gemma 3n by other names")
 @pytest.mark.parametrize("options", [{}, {"recompute_granularity": "selective"}, {"weights": "file"}], ids=str)
 def test_keys_and_values_that_blocks_share(options: dict[str, Any]) -> None:
     """The last block of Gemma 3n has the keys and values of the one before it."""
@@ -233,7 +235,7 @@ def test_keys_and_values_that_blocks_share(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("use_cache", [{}, {"use_cache": True}, {"use_cache": False}], ids=str)
 def test_a_model_without_attention(use_cache: dict[str, bool]) -> None:
     """Its cache is of another kind; training makes none."""
-    model, wrapped = both(tiny_store("granitemoehybrid"), {"target_modules": ["in_proj", "input_linear"]})
+    model, wrapped = both(tiny_store("lfm2"), {"target_modules": ["in_proj", "w1"]})
     output = model(**batch(), **use_cache)
     output.loss.backward()
     wrapped(**batch(), use_cache=False).loss.backward()

@@ -96,7 +96,7 @@ def test_what_transformers_keeps_in_float32_is_a_float_layer(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As DeepSeek's indexers: modelling code reads the dtype of their weight."""
-    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["self_attn.o_proj"])
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["o_proj"])
     store = tiny_store("llama")
     model = mebp.load(store, mebp.LoraConfig(r=2), dtype=dtype)
     layer = model.model.layers[0].self_attn.o_proj

@@ -105,10 +105,10 @@ KEPT = ["mlp.gate_proj", "self_attn.o_proj"]
 
 
 @pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
-def test_what_transformers_keeps_in_float32_stays_float(attribute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_transformers_keeps_in_float32_stays_float(attribute: str) -> None:
     """As DeepSeek's indexers and LongCat's routers; an entry is some whole parts of a path."""
-    monkeypatch.setattr(LlamaPreTrainedModel, attribute, LISTED)
     skeleton = build_skeleton(tiny_config("llama"), torch.float32)
+    setattr(skeleton, attribute, LISTED)
     wanted = {f"model.layers.{index}.{name}" for index in range(3) for name in KEPT} | {
         "model.layers.1.self_attn.q_proj"
     }
@@ -124,7 +124,7 @@ def test_what_transformers_keeps_in_float32_stays_float(attribute: str, monkeypa
 def test_the_dtypes_of_float_tensors_are_those_of_from_pretrained(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["self_attn.o_proj"])
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["o_proj"])
     monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["gate_proj"])
     theirs = AutoModelForCausalLM.from_pretrained(save_tiny_model("llama", tmp_path), dtype=dtype)
     in_float32 = float32_tensors(theirs, dtype)

@@ -75,15 +75,7 @@ SETTINGS["gemma3n_text"] = GQA | {
     "intermediate_size": [80] * 3,
 }
 SETTINGS["granitemoe"] = COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}
-SETTINGS["granitemoehybrid"] = COMMON | {
-    "mamba_n_heads": 12,
-    "mamba_d_head": 8,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "num_local_experts": 0,
-    "shared_intermediate_size": 80,
-    "layer_types": ["mamba", "mamba", "mamba"],
-}
+SETTINGS["lfm2"] = COMMON | {"layer_types": ["conv", "conv", "conv"]}
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
