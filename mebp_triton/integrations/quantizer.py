@@ -384,8 +384,10 @@ def _check_files(model: Any, files: Iterable[Any] | None) -> None:
 def settle(model: Any) -> None:
     """What transformers and DistributedDataParallel have to know of a model whose layers became int4 in place."""
     inner: Any = inner_model(model)
+    if hasattr(inner, "mebp"):
+        return  # ``load`` has told them
     ignore_in_ddp(inner)
-    if not isinstance(inner, PreTrainedModel) or hasattr(inner, "mebp"):
+    if not isinstance(inner, PreTrainedModel):
         return
     if hasattr(inner, "is_loaded_in_4bit") and not any(is_linear4bit(module) for module in inner.modules()):
         # Trainers and PEFT should not take the model for one of bitsandbytes.
