@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-OUT_OF_MEMORY: tuple[str, ...] = ("can't allocate memory", "Cannot allocate memory", "out of memory", "can't start new thread")
+OUT_OF_MEMORY: tuple[str, ...] = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "can't start new thread",
+)
 OUT_OF_MEMORY += ("bad_alloc", "failed to map segment")
 
 
