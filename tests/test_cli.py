@@ -593,7 +593,10 @@ MISTAKES = {
         lambda w, t: offline(t, f"--model={put(t, 'config.json', '{')}"),
         ["config.json is not valid JSON"],
     ),
-    "tuning for foreign code": (lambda w, t: offline(t, f"--model={remote_code(w, t)}"), ["needs code from the checkpoint, which is never run"]),
+    "tuning for foreign code": (
+        lambda w, t: offline(t, f"--model={remote_code(w, t)}"),
+        ["needs code from the checkpoint, which is never run"],
+    ),
     "a directory as table": (
         lambda w, t: ["tune", "--offline", "--target=sm_87", "--shapes=64x64", f"--output={t}"],
         ["is a directory", "--output"],
