@@ -45,9 +45,18 @@ ANNOTATIONS = {"annotation", "returns"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault. ``lines``: of the statement, as far as its head goes; ``nth``: of those that read the same."""
+    """One fault.
+
+    Attributes:
+        function: in which it is; "" outside of any.
+        outermost: the function whose body holds it, that is in no other: names from the module down, and its first
+            line. None for what runs when the module is imported.
+        lines: of the statement, as far as its head goes.
+        nth: of those in the function that read the same.
+    """
 
     function: str
+    outermost: tuple[tuple[str, ...], int] | None
     line: int
     lines: range
     kind: str
@@ -57,7 +66,6 @@ class Mutant:
     parent: ast.AST
     field: str
     place: int | None
-    node: ast.AST
     replacement: ast.AST | None
 
     @property
@@ -81,7 +89,7 @@ def mutants(tree: ast.Module) -> list[Mutant]:
     """All of a module, in the order of its source."""
     seen: Counter[tuple[str, ...]] = Counter()
     made = []
-    for function, statement, parent, field, place, node in _slots(tree, "", None):
+    for function, outermost, statement, parent, field, place, node in _slots(tree, (), None, None):
         for kind, replacement in _replacements(parent, field, node):
             if replacement is not None:
                 ast.copy_location(replacement, node)
@@ -89,10 +97,8 @@ def mutants(tree: ast.Module) -> list[Mutant]:
             before, after = _text(node), "" if replacement is None else _text(replacement)
             text = function, kind, before, after
             line = getattr(node, "lineno", getattr(parent, "lineno", 0))
-            made.append(
-                Mutant(function, line, _head(statement), kind, before, after, seen[text], parent, field, place, node,
-                       replacement)
-            )  # fmt: skip
+            where = function, outermost, line, _head(statement)
+            made.append(Mutant(*where, kind, before, after, seen[text], parent, field, place, replacement))
             seen[text] += 1
     return made
 
@@ -110,8 +116,10 @@ def _head(statement: ast.stmt) -> range:
     return range(first, max(first, last) + 1)
 
 
-def _slots(parent: ast.AST, function: str, statement: ast.stmt | None) -> Iterator[tuple[Any, ...]]:
-    """Every node that may change: its function, its statement, and where it hangs."""
+def _slots(
+    parent: ast.AST, path: tuple[str, ...], outermost: Any, statement: ast.stmt | None
+) -> Iterator[tuple[Any, ...]]:
+    """Every node that may change: its function, the outermost one, its statement, and where it hangs."""
     if isinstance(parent, ast.JoinedStr | ast.Assert | ast.Import | ast.ImportFrom):
         return
     if isinstance(parent, ast.If) and isinstance(parent.test, ast.Name) and parent.test.id == "TYPE_CHECKING":
@@ -119,6 +127,9 @@ def _slots(parent: ast.AST, function: str, statement: ast.stmt | None) -> Iterat
     for field, value in ast.iter_fields(parent):
         if field in ANNOTATIONS:
             continue
+        within = outermost
+        if isinstance(parent, ast.FunctionDef) and field == "body" and outermost is None:
+            within = path, min([parent.lineno, *(item.lineno for item in parent.decorator_list)])
         items = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
         for place, node in items:
             if not isinstance(node, ast.AST) or isinstance(node, ast.expr_context):
@@ -127,9 +138,9 @@ def _slots(parent: ast.AST, function: str, statement: ast.stmt | None) -> Iterat
                 continue
             inner = node if isinstance(node, ast.stmt) else statement
             if inner is not None:
-                yield function, inner, parent, field, place, node
+                yield ".".join(path), within, inner, parent, field, place, node
             named = isinstance(node, ast.FunctionDef | ast.ClassDef)
-            yield from _slots(node, f"{function}.{node.name}".lstrip(".") if named else function, inner)
+            yield from _slots(node, (*path, node.name) if named else path, within, inner)
 
 
 def _replacements(parent: ast.AST, field: str, node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:

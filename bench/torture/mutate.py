@@ -1,9 +1,10 @@
 """Mutation testing: puts small faults into a module, one at a time, and sees whether its tests notice.
 
-Every mutant runs in a fork of a process that has imported what the tests need, but nothing of the package: there the
-import of the module gives the mutated source. No file is changed. A first run of the tests writes down which of them
-reach which line, and how long they take; a mutant meets those that reach it, the quickest first, up to the first
-failure. One that survives them meets all tests of its files. One in a line that no test reaches has survived.
+No file is changed. A process collects the tests of a module; every mutant is a fork of it, in which the code of one
+function is replaced. Where the fault runs when the module is imported, a fork of a process without the package imports
+the changed module instead. A first run of the tests writes down which of them reach which line, and how long they
+take: a mutant meets those that reach it, the quickest first, up to the first failure. One in a line that no test
+reaches has survived. With --again, the survivors of a result are imported changed, and meet all tests of the module.
 
     python bench/torture/mutate.py --count 120 --output bench/results/torture/mutate.json
     python bench/torture/mutate.py --again bench/results/torture/mutate.json
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.abc
@@ -27,7 +29,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+import types
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,8 @@ from mutants import Mutant, mutants  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS_SPACE = 12 << 30  # bytes, of a mutant
+TIMED_OUT, NOT_REACHED, OTHER_CLOSURE = "timed out", "not reached", "has other free variables"
+LOG = os.fdopen(os.dup(2), "w")
 # The module, and the tests that concern it, the quickest first.
 MODULES: dict[str, tuple[str, ...]] = {
     "kernels/layout.py": ("kernels/test_layout.py", "kernels/test_reference.py", "test_lora.py"),
@@ -80,10 +86,10 @@ class Baseline:
 
 
 class Recorder:
-    """A pytest plugin: the time of every test, and the lines of ``source`` that it runs."""
+    """A pytest plugin: the time of every test, the lines of ``source`` that it runs, and the first that failed."""
 
     def __init__(self, source: Path) -> None:
-        self.source, self.current = str(source), ""
+        self.source, self.current, self.failed = str(source), "", ""
         self.seconds: dict[str, float] = {}
         self.reached: dict[int, set[str]] = {}
 
@@ -111,30 +117,40 @@ class Recorder:
         finally:
             self.current = before
 
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed = self.failed or report.nodeid
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed = self.failed or report.nodeid
 
 
-class Chosen:
-    """A pytest plugin: only these tests, in this order; the first that fails."""
+class Collected(Recorder):
+    """A pytest plugin that, instead of running the tests, runs ``work`` with itself, which may fork and run them."""
 
-    def __init__(self, tests: list[str]) -> None:
-        self.places = {test: place for place, test in enumerate(tests)}
-        self.failed = ""
+    def __init__(self, source: Path, work: Callable[[Collected], Any]) -> None:
+        super().__init__(source)
+        self.work, self.found = work, None
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = sorted(
-            (item for item in items if item.nodeid in self.places), key=lambda item: self.places[item.nodeid]
-        )
+    def pytest_runtestloop(self, session: Any) -> bool:
+        self.items = {item.nodeid: item for item in session.items}
+        if session.testsfailed == 0:
+            self.found = self.work(self)
+        return True
 
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed and not self.failed:
-            self.failed = report.nodeid
+    def run(self, tests: Iterable[str], stop: bool = True) -> str:
+        """The first of the tests that fails, or ""."""
+        items = [self.items[test] for test in tests]
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.failed and stop:
+                break
+        return self.failed
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed and not self.failed:
-            self.failed = report.nodeid
+
+Job = tuple[Mutant, Callable[[], str], float]
 
 
 class MutatedSource(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -154,11 +170,10 @@ class MutatedSource(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.tree, str(self.source), "exec"), module.__dict__)
 
 
-def run_pytest(files: tuple[str, ...], plugin: Any, *options: str) -> int:
-    paths = [str(ROOT / "tests" / name) for name in files]
-    fixed = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:benchmark", "--rootdir", str(ROOT)]
-    config = ["-c", str(ROOT / "pyproject.toml"), "--basetemp", str(Path.cwd() / "pytest")]
-    return int(pytest.main([*fixed, *config, *options, *paths], plugins=[plugin]))
+def run_pytest(files: Iterable[str], plugin: Any, *options: str) -> int:
+    fixed = ["-q", "--no-header", "--capture=sys", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    fixed += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    return int(pytest.main([*fixed, *options, *(str(ROOT / "tests" / name) for name in files)], plugins=[plugin]))
 
 
 @dataclass
@@ -178,10 +193,12 @@ class Child:
         if not done:
             os.killpg(self.process, signal.SIGKILL)
             os.waitpid(self.process, 0)
-        result = self.folder / "result.json"
-        found = json.loads(result.read_text()) if result.exists() else f"ended with status {status}"
+        result, output = self.folder / "result.json", self.folder / "output.txt"
+        found = json.loads(result.read_text()) if result.exists() else None
+        if found is None:
+            found = f"ended with status {status}: {output.read_text(errors='replace')[-1500:]}"
         shutil.rmtree(self.folder, ignore_errors=True)
-        return found if done else "timed out"
+        return found if done else TIMED_OUT
 
 
 def start(work: Callable[[], Any], seconds: float) -> Child:
@@ -200,6 +217,8 @@ def start(work: Callable[[], Any], seconds: float) -> Child:
         found = work()
         Path("partial.json").write_text(json.dumps(found))
         os.replace("partial.json", "result.json")
+    except BaseException:
+        Path("output.txt").write_text(traceback.format_exc())
     finally:
         os._exit(0)
 
@@ -210,28 +229,84 @@ def wait(child: Child) -> Any:
     return found
 
 
-def record(source: Path, files: tuple[str, ...]) -> Any:
-    recorder = Recorder(source)
-    sys.settrace(recorder.trace)
-    code = run_pytest(files, recorder)
-    sys.settrace(None)
-    order = {f"tests/{name}": place for place, name in enumerate(files)}
-    key = lambda test: (order[test.partition("::")[0]], recorder.seconds[test])  # noqa: E731
-    return {
-        "code": code,
-        "seconds": {test: recorder.seconds[test] for test in sorted(recorder.seconds, key=key)},
-        "reached": {line: sorted(tests) for line, tests in recorder.reached.items()},
-        "imported": sorted(sys.modules),
-        "output": Path("output.txt").read_text()[-2000:],
-    }
+def changed_code(source: Path, tree: ast.Module, mutant: Mutant) -> types.CodeType:
+    """Of the outermost function, with the mutant in it."""
+    assert mutant.outermost is not None
+    names, line = mutant.outermost
+    mutant.put_in()
+    code = compile(tree, str(source), "exec")
+    for name in names:
+        nested = [item for item in code.co_consts if isinstance(item, types.CodeType) and item.co_name == name]
+        code = next(item for item in nested if item.co_firstlineno == line or name != names[-1])
+    return code
 
 
-def baseline(source: Path, files: tuple[str, ...]) -> Baseline:
-    found = wait(start(lambda: record(source, files), 900))
-    if not isinstance(found, dict) or found["code"] != 0:
-        sys.exit(f"the tests of {source.name} do not pass as they are: {found}")
-    reached = {int(line): tests for line, tests in found["reached"].items()}
-    return Baseline(found["seconds"], reached, found["imported"])
+def functions_of(source: Path) -> dict[tuple[str, int], list[types.FunctionType]]:
+    """All functions that come from a file, by name and first line."""
+    found: dict[tuple[str, int], list[types.FunctionType]] = {}
+    for item in gc.get_objects():
+        if isinstance(item, types.FunctionType) and item.__code__.co_filename == str(source):
+            found.setdefault((item.__code__.co_name, item.__code__.co_firstlineno), []).append(item)
+    return found
+
+
+def in_forks(jobs: Iterable[Job], count: int, source: Path) -> dict[Any, str]:
+    """What became of each mutant, ``count`` at a time."""
+    waiting, running, outcomes = list(reversed(list(jobs))), [], {}
+    while waiting or running:
+        while waiting and len(running) < count:
+            mutant, work, seconds = waiting.pop()
+            running.append((mutant, start(work, seconds)))
+        for entry in list(running):
+            mutant, child = entry
+            if (found := child.ended()) is None:
+                continue
+            running.remove(entry)
+            outcomes[mutant.key] = found
+            change = f"{mutant.before[:60]} -> {mutant.after[:60]}"
+            print(f"{found or 'SURVIVED':60.60} {source.name}:{mutant.line} {change}", file=LOG, flush=True)
+        time.sleep(0.01)
+    return outcomes
+
+
+def allowed(tests: list[str], whole: Baseline) -> float:
+    return 60 + 8 * sum(whole.seconds[test] for test in tests)
+
+
+def in_collected(collected: Collected, tree: ast.Module, tried: list[Mutant], jobs: int) -> dict[str, Any]:
+    """The baseline, and the outcomes of the mutants in functions' bodies, in the process that collected the tests."""
+
+    def record() -> Any:
+        sys.settrace(collected.trace)
+        failed = collected.run(list(collected.items), stop=False)
+        sys.settrace(None)
+        reached = {line: sorted(tests) for line, tests in collected.reached.items()}
+        return [failed, collected.seconds, reached, sorted(sys.modules)]
+
+    failed, seconds, reached, imported = wait(start(record, 1200))
+    if failed:
+        sys.exit(f"{failed} does not pass as it is")
+    files = list(dict.fromkeys(test.partition("::")[0] for test in collected.items))
+    order = sorted(seconds, key=lambda test: (files.index(test.partition("::")[0]), seconds[test]))
+    whole = Baseline({test: seconds[test] for test in order}, {int(k): v for k, v in reached.items()}, imported)
+    functions = functions_of(Path(collected.source))
+    gc.freeze()  # what is there by now is shared with the forks
+
+    def attempt(mutant: Mutant, tests: list[str]) -> str:
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+        code = changed_code(Path(collected.source), tree, mutant)
+        try:
+            for function in functions[code.co_name, code.co_firstlineno]:
+                function.__code__ = code
+        except ValueError:
+            return OTHER_CLOSURE
+        return collected.run(tests)
+
+    within = [(mutant, whole.tests(mutant)) for mutant in tried if mutant.outermost is not None]
+    outcomes = {mutant.key: NOT_REACHED for mutant, tests in within if not tests}
+    work = [(m, functools.partial(attempt, m, tests), allowed(tests, whole)) for m, tests in within if tests]
+    outcomes |= in_forks(work, jobs, Path(collected.source))
+    return {"baseline": [whole.seconds, imported], "outcomes": [[list(key), found] for key, found in outcomes.items()]}
 
 
 def import_what_tests_need(names: list[str]) -> None:
@@ -243,59 +318,47 @@ def import_what_tests_need(names: list[str]) -> None:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     assert not any(name.startswith("mebp_triton") for name in sys.modules)
-    gc.freeze()  # what is there by now is shared with the forks
+    gc.freeze()
 
 
-def attempt(source: Path, tree: ast.Module, mutant: Mutant, tests: list[str]) -> str:
-    """ "" if it survives; else the test that notices it, or how the run ends."""
+def attempt_imported(source: Path, tree: ast.Module, mutant: Mutant, files: tuple[str, ...]) -> str:
+    """The test that notices it, or ""."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     mutant.put_in()
     sys.meta_path.insert(0, MutatedSource(source, tree))
-    files = tuple(dict.fromkeys(test.partition("::")[0].removeprefix("tests/") for test in tests))
-    chosen = Chosen(tests)
-    code = run_pytest(files, chosen, "-x")
-    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise RuntimeError("none of the chosen tests exists")
-    return "" if code == 0 else chosen.failed or f"pytest ended with {code}"
+    recorder = Recorder(source)
+    code = run_pytest(files, recorder, "-x")
+    return "" if code == 0 else recorder.failed or f"pytest ended with {code}"
 
 
-def try_mutants(source: Path, tree: ast.Module, tried: list[Mutant], whole: Baseline, jobs: int) -> dict[str, Any]:
+def try_mutants(
+    source: Path, files: tuple[str, ...], tree: ast.Module, tried: list[Mutant], jobs: int, again: bool
+) -> Any:
     """The outcome of each, and what is counted."""
-    waiting = [(mutant, whole.tests(mutant)) for mutant in reversed(tried)]
-    running: list[tuple[Child, Mutant, list[str]]] = []
-    outcomes: dict[Any, str] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            mutant, tests = waiting.pop()
-            if not tests:
-                outcomes[mutant.key] = "not reached"
-                continue
-            seconds = 30 + 5 * sum(whole.seconds[test] for test in tests)
-            work = lambda m=mutant, t=tests: attempt(source, tree, m, t)  # noqa: E731
-            running.append((start(work, seconds), mutant, tests))
-        for entry in list(running):
-            child, mutant, tests = entry
-            found = child.ended()
-            if found is None:
-                continue
-            running.remove(entry)
-            if found == "" and len(tests) < len(whole.seconds):
-                waiting.append((mutant, list(whole.seconds)))
-                continue
-            outcomes[mutant.key] = found or "survived"
-            show = (
-                f"{found or 'SURVIVED':60.60} {source.name}:{mutant.line} {mutant.before[:70]} -> {mutant.after[:70]}"
-            )
-            print(show, file=sys.stderr, flush=True)
-        time.sleep(0.02)
-    alive = ("survived", "not reached")
+
+    def collect() -> Any:
+        plugin = Collected(source, lambda collected: in_collected(collected, tree, [] if again else tried, jobs))
+        run_pytest(files, plugin)
+        return plugin.found
+
+    found = wait(start(collect, 4 * 3600))
+    if not isinstance(found, dict):
+        sys.exit(f"{source.name}: no result from its tests: {found}")
+    whole = Baseline(found["baseline"][0])
+    import_what_tests_need(found["baseline"][1])
+    outcomes = {tuple(key): outcome for key, outcome in found["outcomes"] if outcome != OTHER_CLOSURE}
+    rest = [mutant for mutant in tried if mutant.key not in outcomes]
+    seconds = allowed(list(whole.seconds), whole)
+    work = [(m, functools.partial(attempt_imported, source, tree, m, files), seconds) for m in rest]
+    outcomes |= in_forks(work, jobs, source)
+    alive = ("", NOT_REACHED)
     return {
         "tried": len(tried),
-        "killed": sum(found not in (*alive, "timed out") for found in outcomes.values()),
-        "timed_out": sum(found == "timed out" for found in outcomes.values()),
-        "survived": sum(found in alive for found in outcomes.values()),
+        "killed": sum(outcome not in (*alive, TIMED_OUT) for outcome in outcomes.values()),
+        "timed_out": sum(outcome == TIMED_OUT for outcome in outcomes.values()),
+        "survived": sum(outcome in alive for outcome in outcomes.values()),
         "survivors": [
-            mutant.record() | {"reached": outcomes[mutant.key] == "survived"}
+            mutant.record() | {"reached": outcomes[mutant.key] == ""}
             for mutant in tried
             if outcomes[mutant.key] in alive
         ],
@@ -321,17 +384,15 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         started = time.monotonic()
         source, files = ROOT / name, MODULES[name]
-        whole = baseline(source, files)
-        import_what_tests_need(whole.imported)
         tree = ast.parse(source.read_text())
         every = mutants(tree)
         if earlier is None:
             drawn = sorted(random.Random(options.seed).sample(range(len(every)), min(options.count, len(every))))
-            found = try_mutants(source, tree, [every[place] for place in drawn], whole, options.jobs)
+            found = try_mutants(source, files, tree, [every[place] for place in drawn], options.jobs, False)
             found = {"tests": list(files), "possible": len(every)} | found
         else:
             keys = {tuple(entry[key] for key in KEY) for entry in results[name]["survivors"]}
-            again = try_mutants(source, tree, [m for m in every if m.key in keys], whole, options.jobs)
+            again = try_mutants(source, files, tree, [m for m in every if m.key in keys], options.jobs, True)
             if again["tried"] != len(keys):
                 sys.exit(f"{name}: {len(keys) - again['tried']} of its survivors are no longer in the source: run anew")
             found = results[name] | {"tests": list(files)} | {k: again[k] for k in ("survived", "survivors")}
