@@ -4,7 +4,7 @@ No file is changed. A process collects the tests of a module; every mutant is a 
 function is replaced. Where the fault runs when the module is imported, a fork of a process without the package imports
 the changed module instead. A first run of the tests writes down which of them reach which line, and how long they
 take: a mutant meets those that reach it, the quickest first, up to the first failure. One in a line that no test
-reaches has survived. With --again, the survivors of a result are imported changed, and meet all tests of the module.
+reaches has survived. With --again, the survivors of a result are tried once more.
 
     python bench/torture/mutate.py --count 120 --output bench/results/torture/mutate.json
     python bench/torture/mutate.py --again bench/results/torture/mutate.json
@@ -57,7 +57,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "mebp_triton/optim.py": ("test_optim.py", "stores/test_moments.py"),
     "mebp_triton/lora.py": ("test_lora.py", "test_siblings.py", "test_loss.py", "test_backprop.py"),
     "mebp_triton/backprop.py": ("test_backprop.py", "test_recompute.py", "test_blocks.py", "test_finite.py"),
-    "mebp_triton/selection.py": ("test_selection.py",),
+    "mebp_triton/selection.py": ("test_selection.py", "test_hooks.py"),
     "mebp_triton/loss.py": ("test_loss.py", "test_backprop.py", "stores/test_rows.py"),
 }
 
@@ -331,13 +331,11 @@ def attempt_imported(source: Path, tree: ast.Module, mutant: Mutant, files: tupl
     return "" if code == 0 else recorder.failed or f"pytest ended with {code}"
 
 
-def try_mutants(
-    source: Path, files: tuple[str, ...], tree: ast.Module, tried: list[Mutant], jobs: int, again: bool
-) -> Any:
+def try_mutants(source: Path, files: tuple[str, ...], tree: ast.Module, tried: list[Mutant], jobs: int) -> Any:
     """The outcome of each, and what is counted."""
 
     def collect() -> Any:
-        plugin = Collected(source, lambda collected: in_collected(collected, tree, [] if again else tried, jobs))
+        plugin = Collected(source, lambda collected: in_collected(collected, tree, tried, jobs))
         run_pytest(files, plugin)
         return plugin.found
 
@@ -388,11 +386,11 @@ def main(arguments: list[str] | None = None) -> None:
         every = mutants(tree)
         if earlier is None:
             drawn = sorted(random.Random(options.seed).sample(range(len(every)), min(options.count, len(every))))
-            found = try_mutants(source, files, tree, [every[place] for place in drawn], options.jobs, False)
+            found = try_mutants(source, files, tree, [every[place] for place in drawn], options.jobs)
             found = {"tests": list(files), "possible": len(every)} | found
         else:
             keys = {tuple(entry[key] for key in KEY) for entry in results[name]["survivors"]}
-            again = try_mutants(source, files, tree, [m for m in every if m.key in keys], options.jobs, True)
+            again = try_mutants(source, files, tree, [m for m in every if m.key in keys], options.jobs)
             if again["tried"] != len(keys):
                 sys.exit(f"{name}: {len(keys) - again['tried']} of its survivors are no longer in the source: run anew")
             found = results[name] | {"tests": list(files)} | {k: again[k] for k in ("survived", "survivors")}
