@@ -169,7 +169,8 @@ def test_state_goes_on_where_it_was(store: Any) -> None:
     ("options", "message"),
     [
         ({"mode": "half"}, "mode must be one of full, identity, exact, freeze, got 'half'"),
-        ({"schedule": "spiral"}, "schedule must be one of cyclic, strided, random, importance, got 'spiral'"),
+        ({"schedule": "spiral"}, "selection schedule must be one of cyclic, strided, random, importance, got 'spiral'"),
+        ({"schedule": "spiral", "mode": "freeze"}, "selection schedule must be one of"),
         ({"ratio": 0}, r"\(0, 1\], got 0"),
         ({"ratio": 1.5}, "got 1.5"),
         ({"ratio": float("nan")}, "got nan"),

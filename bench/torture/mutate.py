@@ -366,6 +366,7 @@ def try_mutants(source: Path, files: tuple[str, ...], tree: ast.Module, tried: l
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", nargs="+", choices=list(MODULES), default=list(MODULES), metavar="MODULE")
+    parser.add_argument("--tests", nargs="+", metavar="FILE", help="in place of those that concern a module")
     parser.add_argument("--count", type=int, default=120, help="mutants of each module, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
@@ -381,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
         if earlier is not None and name not in results:
             continue
         started = time.monotonic()
-        source, files = ROOT / name, MODULES[name]
+        source, files = ROOT / name, tuple(options.tests or MODULES[name])
         tree = ast.parse(source.read_text())
         every = mutants(tree)
         if earlier is None:
