@@ -251,6 +251,15 @@ def functions_of(source: Path) -> dict[tuple[str, int], list[types.FunctionType]
     return found
 
 
+def put_in_place(code: types.CodeType, functions: dict[tuple[str, int], list[types.FunctionType]]) -> None:
+    """Into the functions that it belongs to; also those within it, some of which may be made already."""
+    for function in functions.get((code.co_name, code.co_firstlineno), ()):
+        function.__code__ = code
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            put_in_place(inner, functions)
+
+
 def in_forks(jobs: Iterable[Job], count: int, source: Path) -> dict[Any, str]:
     """What became of each mutant, ``count`` at a time."""
     waiting, running, outcomes = list(reversed(list(jobs))), [], {}
@@ -297,8 +306,7 @@ def in_collected(collected: Collected, tree: ast.Module, tried: list[Mutant], jo
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
         code = changed_code(Path(collected.source), tree, mutant)
         try:
-            for function in functions[code.co_name, code.co_firstlineno]:
-                function.__code__ = code
+            put_in_place(code, functions)
         except ValueError:
             return OTHER_CLOSURE
         return collected.run(tests)
