@@ -266,4 +266,4 @@ def learning_rate(step: int, peak: float, kind: SchedulerType, warmup_steps: int
     if kind == "linear":
         return peak * max(0.0, (total_steps - step) / decaying)
     progress = (step - warmup_steps) / decaying
-    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return peak * (0.5 * (1.0 + math.cos(math.pi * progress)))

@@ -236,4 +236,4 @@ class LayerCyclicManager:
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
     """The 2-norm of all their gradients together; 0.0 without any."""
     found = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
-    return math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in found)) if found else 0.0
+    return math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in found))

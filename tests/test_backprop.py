@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import mebp_triton as mebp
 from mebp_triton.backprop import BlockEngine
+from mebp_triton.stores.checkpoints import FileCheckpoints
 from mebp_triton.stores.pages import Pages
 
 
@@ -452,3 +453,118 @@ def test_nothing_below_the_lowest_selected_block_runs_again_for_trainers_that_as
     assert counters.taken() == {"forward": 3, "recompute": 1, "identity": 0, "checkpoint": 1}
     for name, gradient in our_gradients(model).items():
         assert gradient is truth[name] is None or torch.equal(gradient, truth[name])
+
+
+def test_a_frozen_model_fills_its_cache_with_gradients_on_too(llama: Any) -> None:
+    model = loaded(llama).requires_grad_(False)
+    ids = batch(1, 8, None)["input_ids"]
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache)
+    assert cache.get_seq_length() == 8
+    embeds = model.get_input_embeddings()(ids).requires_grad_(True)  # prompt tuning: only the input is trained
+    found = []
+    for cached in (True, False):
+        if cached:
+            with pytest.warns(UserWarning, match="gradients are on: the key-value cache stays empty"):
+                logits = model(inputs_embeds=embeds, use_cache=True).logits
+        else:
+            logits = model(inputs_embeds=embeds, use_cache=False).logits
+        found.append(torch.autograd.grad(logits.square().sum(), embeds)[0])
+    assert torch.equal(*found) and found[0].any()
+
+
+def test_the_block_that_is_announced_is_the_next_whose_input_is_read() -> None:
+    announced: list[int] = []
+
+    class Noted(Pages):
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def prefetch(self) -> None:
+            announced.append(self.index)
+
+    stack = Stack(5)
+    engine = BlockEngine(stack.blocks, [Noted(index) for index in range(5)])
+    engine.treatment = lambda index: "train" if index in (1, 4) else "identity"
+    loss = stack(torch.ones(2, 6, dtype=torch.float64))
+    announced.clear()
+    loss.backward()
+    assert announced == [1, 0], "from block 4 to block 1, then the first of the next step"
+
+
+def test_only_the_checkpoint_holds_a_blocks_input_between_forward_and_backward(tmp_path: Any) -> None:
+    held: dict[str, list[Any]] = {"hidden": [], "scale": []}
+
+    class Noting(Block):
+        def forward(self, hidden_states: Tensor, scale: Tensor | None = None, flag: str = "") -> tuple[Tensor, str]:
+            held["hidden"].append(weakref.ref(hidden_states))
+            held["scale"].append(weakref.ref(scale))
+            return super().forward(hidden_states, scale, flag)
+
+    blocks = [Noting(6).double() for _ in range(4)]
+    engine = BlockEngine(blocks, checkpoints=FileCheckpoints(tmp_path))
+    assert not engine.keep_outputs
+    treatments = ("train", "exact", "identity", "train")
+    engine.treatment = lambda index: treatments[index]
+    x = torch.ones(2, 6, dtype=torch.float64)
+    for _ in blocks:
+        x, _flag = blocks[len(held["scale"])](x, torch.full((6,), 2.0, dtype=torch.float64))
+    alive = {name: [reference() is not None for reference in references] for name, references in held.items()}
+    assert alive["hidden"] == [False] * 4
+    assert alive["scale"] == [True, True, False, True], "a recompute needs it, and identity has none"
+    x.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in blocks[0].parameters())
+
+
+def test_no_gradient_is_computed_for_parameters_that_are_not_trained() -> None:
+    needs: list[tuple[bool, ...]] = []
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return x * weight
+
+        @staticmethod
+        def backward(ctx: Any, *dys: Any) -> Any:
+            needs.append(ctx.needs_input_grad)
+            x, weight = ctx.saved_tensors
+            return dys[0] * weight, (dys[0] * x).sum(0)
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return Product.apply(hidden, self.weight)
+
+    blocks = [Scale() for _ in range(3)]
+    engine = BlockEngine(blocks)
+    engine.treatment = lambda index: "exact" if index == 1 else "train"
+    x = torch.ones(2, 6)
+    for block in blocks:
+        x = block(x)
+    x.sum().backward()
+    assert needs == [(True, True), (True, False), (False, True)]
+    assert [block.weight.grad is None for block in blocks] == [False, True, False]
+    assert all(block.weight.requires_grad for block in blocks)
+
+
+def test_identity_passes_the_gradient_of_the_hidden_state_alone() -> None:
+    """Of a block that returns more than that."""
+
+    class Pair(Block):
+        def forward(self, hidden_states: Tensor, scale: Tensor | None = None, flag: str = "") -> Any:
+            out, _ = super().forward(hidden_states, scale, flag)
+            return out, 3 * out
+
+    block = Pair(6).double()
+    engine = BlockEngine([block])
+    engine.treatment = lambda index: "identity"
+    engine.is_below = lambda index, moving: False  # type: ignore[method-assign]
+    x = torch.ones(2, 6, dtype=torch.float64, requires_grad=True)
+    out, other = block(x)
+    dy = torch.randn(2, 6, dtype=torch.float64)
+    torch.autograd.backward([out, other], [dy, torch.ones_like(other)])
+    assert torch.equal(x.grad, dy)

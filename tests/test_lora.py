@@ -1,5 +1,6 @@
 """LoRA over an int4 weight: configuration, the differentiable op, the layers."""
 
+import dataclasses
 import math
 
 import peft
@@ -17,8 +18,10 @@ from mebp_triton.lora import (
     Int4Linear,
     Int4LoRALinear,
     LoraConfig,
+    LoraOperand,
     as_lora_config,
     int4_lora_linear,
+    int4_lora_linears,
     lora_config_from_dict,
     replace_embedding,
 )
@@ -57,6 +60,19 @@ class TestConfig:
     def test_defaults_scale_by_alpha_over_rank(self):
         assert LoraConfig(r=8, lora_alpha=24).scaling("any") == 3
         assert LoraConfig(r=16, lora_alpha=24, use_rslora=True).scaling("any") == 6
+
+    def test_what_is_not_said(self):
+        config = LoraConfig()
+        assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (16, 32, 0.0, "all-linear")
+        assert (config.exclude_modules, config.use_rslora, config.rank_pattern, config.alpha_pattern) == (
+            None,
+            False,
+            {},
+            {},
+        )
+        for frozen in (config, LoraOperand(make_weight(), None, torch.ones(1, 70), torch.ones(9, 1), 1.0)):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(frozen, dataclasses.fields(frozen)[0].name, None)
 
     def test_patterns_match_as_in_peft(self):
         config = LoraConfig(
@@ -147,6 +163,13 @@ class TestConfig:
         assert (ours.rank_pattern, ours.alpha_pattern) == ({"q": 2}, {"q": 3})
         assert as_lora_config(ours) is ours
         assert as_lora_config(peft.LoraConfig(target_modules=r".*\.q")).target_modules == r".*\.q"
+
+    def test_of_pefts_what_depends_on_the_model_or_starts_elsewhere_is_refused(self):
+        with pytest.raises(ValueError, match="without target_modules depends on the architecture"):
+            as_lora_config(peft.LoraConfig(r=4))
+        for start in (False, "gaussian"):
+            with pytest.raises(ValueError, match=f"init_lora_weights={start!r} is not supported: leave it at True"):
+                as_lora_config(peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights=start))
 
     @pytest.mark.parametrize("config", [{"r": 4}, 3, peft.IA3Config()])
     def test_what_is_no_lora(self, config):
@@ -375,6 +398,42 @@ class TestOp:
         assert 4 * k <= allocations.largest <= n * k // 16
 
 
+class TestSeveral:
+    """Several layers with one input, each with its own height, rank, scaling, bias; not every output is used."""
+
+    SIZES = ((9, 3, 1.5, True), (5, 1, -0.5, False), (12, 2, 2.0, True))
+
+    @pytest.mark.parametrize("used", [(0, 1, 2), (0, 2), (1,), (2,), (1, 2)], ids=str)
+    @pytest.mark.parametrize("wanted", ["x bias a b", "bias", "b", "a bias"])
+    def test_outputs_and_gradients(self, used, wanted):
+        weights = [make_weight(n, 70, scheme, seed=n) for (n, *_), scheme in zip(self.SIZES, SCHEMES, strict=True)]
+        x = normal(2, 4, 70, dtype=torch.float64).requires_grad_("x" in wanted)
+        asked, ops = [x] if "x" in wanted else [], []
+        for (n, rank, scaling, with_bias), weight in zip(self.SIZES, weights, strict=True):
+            given = operands(n=n, rank=rank)
+            tensors = {name: given[name].detach() for name in ("bias", "a", "b")}
+            if not with_bias:
+                tensors["bias"] = None
+            for name, tensor in tensors.items():
+                if tensor is not None and name in wanted.split():
+                    asked.append(tensor.requires_grad_(True))
+            ops.append(LoraOperand(weight, tensors["bias"], tensors["a"], tensors["b"], scaling))
+        ours = int4_lora_linears(x, ops)
+        truth = [plain(x, o.weight, o.bias, o.lora_a, o.lora_b, o.scaling) for o in ops]
+        for found, exact in zip(ours, truth, strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+        used = [place for place in used if truth[place].requires_grad]
+        dys = [normal(2, 4, self.SIZES[place][0], dtype=torch.float64, seed=20 + place) for place in used]
+        if not used:
+            return
+        found = torch.autograd.grad([ours[place] for place in used], asked, dys, allow_unused=True)
+        exact = torch.autograd.grad([truth[place] for place in used], asked, dys, allow_unused=True)
+        assert any(gradient is not None for gradient in exact)
+        for one, other in zip(found, exact, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.allclose(one, other, rtol=1e-11, atol=1e-11)
+
+
 def layer(scheme="symmetric", bias=True, **options):
     options = {"rank": 3, "scaling": 2.0, "generator": torch.Generator().manual_seed(0)} | options
     return Int4LoRALinear(make_weight(scheme=scheme), normal(9) if bias else None, torch.float32, **options)
@@ -449,6 +508,24 @@ class TestLayers:
         module, x = layer(dropout=0.9).eval(), normal(4, 70)
         nn.init.normal_(module.lora_B)
         assert torch.equal(module(x), module(x))
+
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_another_dtype_or_device_leaves_the_weight_what_it_is(self, scheme):
+        """Its scales would be rounded, its codes be no codes."""
+        module, weight = layer(scheme), make_weight(scheme=scheme)
+        x = normal(4, 70)
+        expected = module(x)
+        module.to(torch.bfloat16)
+        assert module.lora_A.dtype == module.lora_B.dtype == module.bias.dtype == torch.bfloat16
+        for name, tensor in module.int4().tensors().items():
+            assert torch.equal(tensor, weight.tensors()[name]) and tensor.dtype == weight.tensors()[name].dtype, name
+        torch.testing.assert_close(module(x), expected, rtol=0.01, atol=0.02)
+        module.to("meta")
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+        assert module.int4().scales.dtype == torch.float16
+
+    def test_repr(self):
+        assert "in_features=70, out_features=9, symmetric, G=32, r=3" in repr(layer())
 
     def test_weights_are_replaced_from_outside(self):
         module, x = layer("affine"), normal(4, 70)

@@ -11,6 +11,9 @@ import torch
 from models import batch, decoded_model, our_gradients, randomize_adapter, relative_rms, tiny_store
 
 import mebp_triton as mebp
+from mebp_triton import loss
+from mebp_triton.kernels import reference
+from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.loss import DeferredLogits
 
 
@@ -188,6 +191,35 @@ def test_a_float_head_is_a_plain_layer_with_the_decoded_weight(architecture: str
         torch.testing.assert_close(head(hidden), ours.get_output_embeddings().logits(hidden))
 
 
+@pytest.mark.parametrize("rows", [16, 97, 4096])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("in_segments", [True, False])
+def test_a_head_alone(rows: int, with_bias: bool, in_segments: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits, and the plain layer it can become, some rows at a time."""
+    monkeypatch.setattr(loss, "DECODED_ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (97, 48), dtype=torch.uint8, generator=generator)
+    weight = Int4Weight.from_codes(codes, torch.randn(2, 97, generator=generator).half(), 32)
+    bias = torch.randn(97, generator=generator, dtype=torch.float64) if with_bias else None
+    head = loss.Int4Head(weight, bias, torch.float64)
+    if in_segments:
+
+        class Rows:
+            def segments(self) -> Any:
+                return ((first, weight.rows(first, first + 40)) for first in (0, 40, 80))
+
+        head.rows = Rows()  # type: ignore[assignment]
+    x = torch.randn(3, 48, generator=generator, dtype=torch.float64).requires_grad_(True)
+    truth = reference.matmul(x, weight, bias)
+    dy = torch.randn(3, 97, generator=generator, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(truth, x, dy)
+    for layer in (head, head.decoded()):
+        y = layer(x)
+        torch.testing.assert_close(y, truth, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], expected, rtol=1e-11, atol=1e-11)
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
 def test_a_head_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="head must be int4 or float, got 'bf16'"):
         mebp.load(tiny_store("llama"), head="bf16")  # type: ignore[arg-type]
@@ -197,7 +229,9 @@ def test_a_head_of_another_kind_is_refused() -> None:
     "operation",
     [lambda z: 1 + z, lambda z: 1 - z, lambda z: -z, lambda z: z**2, lambda z: abs(z), lambda z: torch.ones(97) + z,
      lambda z: 2 / z, lambda z: z > 0, lambda z: list(z)[1], lambda z: torch.ones(97) * z, lambda z: z @ torch.ones(97),
-     lambda z: torch.stack([z, z]), lambda z: torch.where(z > 0, z, 0.0)],
+     lambda z: torch.stack([z, z]), lambda z: torch.where(z > 0, z, 0.0), lambda z: torch.remainder(z, 2.0),
+     lambda z: torch.div(z, 2.0, rounding_mode="floor"), lambda z: torch.maximum(z, torch.zeros(97)),
+     lambda z: torch.add(z, 2), lambda z: torch.softmax(z, -1), lambda z: torch.tanh(2 + z)],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:the model applies")
 def test_every_operator_works(model: Any, operation: Any) -> None:
@@ -261,3 +295,6 @@ def test_logits_on_demand_are_float32_in_bfloat16_too(store: Any) -> None:
     with torch.no_grad():
         out, real = model(**batch()), model(**batch(), return_logits=True).logits
     assert out.logits.dtype == torch.float32 and torch.equal(out.logits.detach(), real.float())
+    assert out.logits.sum(-1, dtype=torch.float64).dtype == torch.float64, "an option of an operation is kept"
+    with torch.no_grad():
+        assert mebp.load(store, dtype=torch.float64)(**batch()).logits.dtype == torch.float64

@@ -223,6 +223,34 @@ def test_narrow_parameters_keep_float32_moments(residency, dtype, tmp_path):
     assert torch.equal(second[0], reference.state[wide[0][0]]["exp_avg_sq"]) and second[0].all()
 
 
+@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_parameters_that_are_not_selected_are_stepped_in_float32(residency, dtype, tmp_path):
+    ours = parameters(dtype)
+    options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}
+    optimizer = BlockAdamW(ours, residency=residency, directory=tmp_path, **options)
+    wide = [[nn.Parameter(p.detach().float()) for p in group] for group in ours]
+    reference = torch.optim.AdamW([{"params": group} for group in wide], **options)
+    moved = twice = 0
+    for step in range(6):
+        before = [p.detach().clone() for p in ours[1]]
+        set_gradients(ours, step)
+        optimizer.step(selected={0, 3} if step else {0, 1, 3})
+        with torch.no_grad():
+            for place, parameter in enumerate(wide[1]):
+                parameter.grad = ours[1][place].grad.float() if step == 0 else torch.zeros_like(parameter)
+        reference.step()
+        with torch.no_grad():
+            for narrow, full in zip(ours[1], wide[1], strict=True):
+                torch.testing.assert_close(narrow.float(), full, rtol=torch.finfo(dtype).eps, atol=0)
+                twice += int((narrow != full.to(dtype)).sum())
+                full.copy_(narrow)
+        moved += not torch.equal(before[0], ours[1][0])
+    assert moved == 6, "a step of zero gradient moves them too"
+    assert twice <= 2, f"of 90 values, {twice} were rounded more than once"
+    assert optimizer.lag[1] == 5 and optimizer.steps[1][0] == 1
+
+
 def test_what_it_refuses(tmp_path):
     with pytest.raises(ValueError, match="unselected update must be one of momentum, none, got 'zero'"):
         BlockAdamW(parameters(), unselected_update="zero", directory=tmp_path)
@@ -389,6 +417,16 @@ def test_each_group_is_clipped_by_its_own_norm(tmp_path):
     assert same(ours, theirs)
 
 
+def test_a_group_without_any_gradient_is_not_stepped(tmp_path):
+    groups, seen = parameters(), {}
+    optimizer = BlockAdamW(groups, weight_decay=0.5, directory=tmp_path)
+    before = [parameter.detach().clone() for parameter in groups[1]]
+    with optimizer.step_in_backward(on_norm=seen.__setitem__) as norms:
+        loss_of(groups, 0, without=(2,)).backward()
+    assert sorted(seen) == [0, 3] and len(norms) == 2
+    assert same([groups[1]], [before]) and optimizer.steps[1][0] == 0
+
+
 def test_a_norm_that_is_refused_stops_the_pass_before_that_step(tmp_path):
     groups = parameters()
     optimizer = BlockAdamW(groups, directory=tmp_path)
@@ -484,6 +522,23 @@ def test_a_state_of_another_model_is_refused_and_nothing_is_taken_from_it(change
         optimizer.import_state(state)
     after = optimizer.export_state()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_group_of_another_model_is_refused_too(tmp_path):
+    groups = parameters()
+    optimizer = BlockAdamW(groups, directory=tmp_path)
+    set_gradients(groups, 0)
+    optimizer.step()
+    before = optimizer.export_state()
+    good = optimizer.export_group(0)
+    for name, value in (
+        ("moments", good["moments"][:1]),
+        ("moments", good["moments"].half()),
+        ("steps", good["steps"][:1]),
+    ):
+        with pytest.raises(ValueError, match="does not fit block 0"):
+            optimizer.import_group(0, good | {name: value})
+    assert all(torch.equal(before[name], after) for name, after in optimizer.export_state().items())
 
 
 def test_an_lr_scheduler_of_torch_drives_it(tmp_path):

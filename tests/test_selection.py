@@ -89,6 +89,23 @@ def test_running_norms(store: Any) -> None:
     assert gradient_norm(parameters) == 0.0
     parameters[0].grad, parameters[2].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     assert gradient_norm(parameters) == pytest.approx(5.0)
+    half = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    half.grad = torch.full((4,), 6e4, dtype=torch.float16)
+    assert gradient_norm([half]) == pytest.approx(12e4, rel=1e-3), "beyond float16"
+
+
+def test_what_is_not_said(store: Any) -> None:
+    selection = mebp.LayerCyclicManager(loaded(store))
+    assert (selection.ratio, selection.mode, selection.schedule, selection.seed) == (0.5, "identity", "cyclic", 0)
+    assert selection.norms == [None] * 3 and selection.step == 0 and len(selection.selected) == 2
+    assert [select_blocks(step, 12, 0.25, "random") for step in range(4)] == [
+        select_blocks(step, 12, 0.25, "random", seed=0) for step in range(4)
+    ]
+    assert [sample_blocks(step, [1.0] * 12, 0.25) for step in range(4)] == [
+        sample_blocks(step, [1.0] * 12, 0.25, seed=0) for step in range(4)
+    ]
+    with pytest.raises(ValueError, match="schedule must be one of cyclic, strided, random, importance, got 'spiral'"):
+        select_blocks(0, 3, 0.5, "spiral")  # type: ignore[arg-type]
 
 
 def test_cyclic_windows() -> None:
@@ -169,7 +186,8 @@ def test_state_goes_on_where_it_was(store: Any) -> None:
     ("options", "message"),
     [
         ({"mode": "half"}, "mode must be one of full, identity, exact, freeze, got 'half'"),
-        ({"schedule": "spiral"}, "schedule must be one of cyclic, strided, random, importance, got 'spiral'"),
+        ({"schedule": "spiral"}, "selection schedule must be one of cyclic, strided, random, importance, got 'spiral'"),
+        ({"schedule": "spiral", "mode": "freeze"}, "selection schedule must be one of"),
         ({"ratio": 0}, r"\(0, 1\], got 0"),
         ({"ratio": 1.5}, "got 1.5"),
         ({"ratio": float("nan")}, "got nan"),

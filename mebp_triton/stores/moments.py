@@ -34,15 +34,14 @@ class Moments:
             raise ValueError(f"optimizer state must be one of {', '.join(RESIDENCIES)}, got {residency!r}")
         self.groups = [list(group) for group in groups]
         self.eight_bit = eight_bit
-        self.slots: list[MappedSlot] | None = None
+        self.slots: list[MappedSlot] = []
         self.buffers: list[Tensor] = []
         scratch = ScratchFile(directory) if residency == "file" else None
-        self.slots = [] if scratch is not None else None
         for group in self.groups:
             dtype = torch.uint8 if eight_bit else _wide(group)
             size = sum(parameter.numel() for parameter in group)
             count = 2 * (encoded_bytes(size) if eight_bit else size)
-            if scratch is not None and self.slots is not None:
+            if scratch is not None:
                 slot = scratch.mapped_slot(count * dtype.itemsize)  # a new file reads as zeros
                 self.slots.append(slot)
                 self.buffers.append(slot.bytes.view(dtype))
@@ -77,7 +76,7 @@ class Moments:
 
     def drop(self, index: int) -> None:
         """Gives back the resident pages of a group's moments, where they lie in a file."""
-        if self.slots is not None:
+        if self.slots:
             self.slots[index].drop()
 
 

@@ -59,6 +59,17 @@ def test_padding_is_the_pad_code(pad_code):
     assert (codes[:, 33:] == pad_code).all()
 
 
+def test_padding_is_code_0_but_for_the_symmetric_scheme(scheme):
+    """The bytes of a store do not depend on who packed it."""
+    scales, extra = (
+        torch.ones(2, 3),
+        {"affine": {"minimum": torch.ones(2, 3)}, "codebook": {"codebook": torch.ones(16)}},
+    )
+    weight = Int4Weight.from_codes(random_codes(3, 33), scales, 32, **extra.get(scheme, {}))
+    assert (unpack(weight.packed, 64)[:, 33:] == (8 if scheme == "symmetric" else 0)).all()
+    assert torch.equal(pack(random_codes(3, 33)), pack(random_codes(3, 33), pad_code=0))
+
+
 def test_pack_takes_any_strides():
     codes = random_codes(96, 5)
     assert torch.equal(unpack(pack(codes.t()), 96), codes.t())
@@ -121,6 +132,25 @@ def test_rows_are_views(weight, start, stop):
         assert part.scales.data_ptr() == weight.scales.data_ptr() + start * weight.scales.element_size()
 
 
+def test_gathered_rows_are_copies(weight):
+    ids = torch.tensor([3, 0, 10, 3], device=weight.device)
+    part = weight.gather(ids)
+    assert part.shape == (4, 200) and torch.equal(decode(part), decode(weight)[ids])
+    assert set(part.tensors()) == set(weight.tensors())
+
+
+def test_a_weight_does_not_change_and_is_itself_alone(weight):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        weight.in_features = 100
+    assert {weight: 1}[weight] == 1 and weight != dataclasses.replace(weight)
+
+
+def test_scales_become_contiguous():
+    for transposed in (torch.ones(3, 2), torch.ones(3, 2).half()):
+        weight = Int4Weight.from_codes(random_codes(3, 100), transposed.t(), 64, minimum=transposed.t())
+        assert weight.scales.is_contiguous() and weight.minimum.is_contiguous()
+
+
 def test_permute_rows(weight):
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0)).to(weight.device)
     permuted = weight.permute_rows(order)
@@ -174,18 +204,19 @@ def test_from_codes_refuses_missing_and_surplus_groups(groups):
         Int4Weight.from_codes(codes, torch.ones(2, 3), 64, minimum=torch.ones(groups, 3))
     with pytest.raises(ValueError, match="group_size must be one of"):
         Int4Weight.from_codes(codes, torch.ones(2, 3), 0)
+    with pytest.raises(ValueError, match=r"scales must have shape \(3, 3\), got \(4, 3\)"):
+        Int4Weight.from_codes(random_codes(3, 65), torch.ones(4, 3), 32)  # as many as after padding
 
 
 @pytest.mark.parametrize(("group_size", "start", "stop"), [(32, 0, 64), (64, 64, 192), (128, 128, 200), (32, 192, 400)])
-def test_columns_are_views(group_size, start, stop):
-    codes = torch.randint(0, 16, (5, 200), dtype=torch.uint8)
-    weight = Int4Weight.from_codes(codes, torch.randn(-(-200 // group_size), 5).half(), group_size)
+def test_columns_are_views(make_weight, scheme, group_size, start, stop):
+    weight = make_weight(5, 200, group_size, scheme)
     part = weight.columns(start, stop)
     assert part.packed.data_ptr() == weight.packed.data_ptr() + start // 2
     assert torch.equal(decode(part), decode(weight)[:, start:stop])
 
 
-@pytest.mark.parametrize(("group_size", "start"), [(64, 32), (128, 64)])
+@pytest.mark.parametrize(("group_size", "start"), [(32, 32), (64, 32), (128, 64)])
 def test_columns_start_with_a_group(group_size, start):
     weight = Int4Weight.from_codes(torch.zeros(5, 256, dtype=torch.uint8), torch.ones(256 // group_size, 5), group_size)
     with pytest.raises(ValueError, match="columns must start at"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mebp_triton.kernels import reference
-from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.layout import Int4Weight, unpack
 
 SIZES = ((1, 1), (3, 31), (2, 65), (5, 96), (4, 130), (3, 256))
 
@@ -43,6 +43,30 @@ def test_decode(make_weight, scheme, group_size, scale_dtype, n, k):
 def test_decode_rounds_once(make_weight, dtype):
     weight = make_weight(7, 200, 64)
     assert torch.equal(reference.decode(weight, dtype), naive_decode(weight).float().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_computes_in_float32(make_weight, scheme, dtype):
+    """Scales in float32: the product is rounded, and in bfloat16 once more."""
+    weight = make_weight(7, 200, 64, scheme, torch.float32)
+    codes, group = unpack(weight.packed, 200), torch.arange(200, device=weight.device) // 64
+    scales = weight.scales.t()[:, group]
+    if scheme == "codebook":
+        expected = weight.codebook[codes.long()] * scales
+    elif scheme == "affine":
+        expected = codes * scales + weight.minimum.t()[:, group]
+    else:
+        expected = (codes.float() - 8) * scales
+    assert torch.equal(reference.decode(weight, dtype), expected.to(dtype))
+
+
+def test_the_result_has_the_dtype_of_the_activations(make_weight, normal):
+    weight = make_weight(9, 150)
+    for dtype, other in ((torch.float64, torch.float32), (torch.bfloat16, torch.float32)):
+        x, dy = normal(4, 150, dtype=dtype), normal(4, 9, dtype=dtype)
+        bias, t, b, a = (normal(*shape, dtype=other) for shape in ((9,), (4, 3), (9, 3), (3, 150)))
+        assert reference.matmul(x, weight, bias, t, b).dtype == reference.matmul(x, weight, bias).dtype == dtype
+        assert reference.matmul_dx(dy, weight, t, a).dtype == dtype
 
 
 @pytest.fixture
@@ -124,7 +148,9 @@ def test_cross_entropy(weight, real, with_bias):
         row_grad = [math.fsum(p * w[n][k] for n, p in enumerate(softmax)) - w[target][k] for k in range(150)]
         torch.testing.assert_close(grad[i].cpu(), torch.tensor(row_grad, dtype=torch.float64), rtol=1e-10, atol=1e-10)
     assert loss.shape == () and float(loss) == pytest.approx(expected, rel=1e-12)
-    assert not loss.requires_grad and not grad.requires_grad
+    assert not loss.requires_grad and not grad.requires_grad and not hidden.requires_grad
+    with torch.no_grad():
+        assert torch.equal(reference.cross_entropy(hidden, weight, targets, bias)[1], grad)
 
 
 def test_cross_entropy_without_a_valid_target(weight, real):

@@ -106,6 +106,44 @@ def test_moments_of_parameters_on_a_gpu_come_back_from_wherever_they_lie(residen
                 assert (second[place] == -10 * number - place - 1).all()
 
 
+@pytest.mark.parametrize("eight_bit", [False, True])
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_moments_come_to_where_the_parameters_are(residency, eight_bit, tmp_path):
+    """On a device without memory: what is not changed is not copied back from there."""
+    moments = Moments([[torch.empty(3, 5, device="meta")], []], residency, tmp_path, eight_bit)
+    assert moments.buffers[0].device.type == ("meta" if residency == "device" else "cpu")
+    assert moments.buffers[1].device.type == "cpu"
+    if eight_bit:
+        return  # decoding asks for values
+    with moments.open(0, changes=False) as (first, second):
+        assert [tensor.device.type for tensor in (*first, *second)] == ["meta", "meta"]
+    with moments.open(1) as (first, second):
+        assert first == second == []
+    if residency != "device":
+        with pytest.raises(NotImplementedError, match="meta"), moments.open(0):
+            pass  # what changed is copied back, which a device without memory cannot
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eight_bits_are_rounded_when_a_group_closes_unless_nothing_changed(residency, dtype, tmp_path):
+    moments = Moments(groups(dtype), residency, tmp_path, eight_bit=True)
+    for number in (0, 2):
+        with moments.open(number) as (first, second):
+            assert all(m.dtype == dtype and not m.any() for m in (*first, *second))
+            for place, (m, v) in enumerate(zip(first, second, strict=True)):
+                m.fill_(-1.0 - number - place)
+                v.fill_(4.0 + number)
+    before = [buffer.clone() for buffer in moments.buffers]
+    for number in (0, 2):
+        with moments.open(number, changes=False) as (first, second):
+            for place, (m, v) in enumerate(zip(first, second, strict=True)):
+                torch.testing.assert_close(m, torch.full_like(m, -1.0 - number - place), rtol=0.02, atol=0)
+                assert (v == 4.0 + number).all(), "the largest of its 256 is exact"
+                m.zero_(), v.zero_()
+    assert all(torch.equal(buffer, old) for buffer, old in zip(moments.buffers, before, strict=True))
+
+
 def test_dropping_loses_nothing(tmp_path):
     for residency in RESIDENCIES:
         moments = Moments(groups(), residency, tmp_path)

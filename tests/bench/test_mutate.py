@@ -1,0 +1,82 @@
+"""Mutation testing: the faults that are put in, and a short run over one module."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "torture" / "mutate.py"
+
+
+@pytest.fixture
+def mutants(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from mutants import mutants
+
+    return mutants
+
+
+def changes(mutants, source):
+    return {(mutant.kind, mutant.before, mutant.after) for mutant in mutants(ast.parse(source))}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("x = a < b", {("comparison", "a < b", "a <= b"), ("comparison", "a < b", "a > b")}),
+        ("x = a + b", {("operator", "a + b", "a - b")}),
+        ("x = a @ b", {("operands", "a @ b", "b @ a")}),
+        ("x = not a", {("unary", "not a", "a")}),
+        ("x = a and b", {("boolean", "a and b", other) for other in ("a or b", "a", "b")}),
+        ("x = True", {("constant", "True", "False")}),
+        ("x = 3", {("constant", "3", "4"), ("constant", "3", "2")}),
+        ("x = f(a, b)", {("arguments", "f(a, b)", "f(b, a)")}),
+        ("x = a.f()", {("method", "a.f()", "a")}),
+        ("x = f(a=b)", {("keyword", "a=b", "")}),
+        ("x = zip(a, b, strict=True)", {("arguments", "zip(a, b, strict=True)", "zip(b, a, strict=True)")}),
+        ("x = a[b:]", {("slice", "b", "")}),
+        ("x = a if b else c", {("condition", "a if b else c", "a"), ("condition", "a if b else c", "c"),
+                               ("condition", "b", "not b")}),
+        ("a.x = b", {("statement", "a.x = b", "pass")}),
+        ("raise E", {("statement", "raise E", "pass")}),
+        ("with a:\n b", {("context", "a", "__import__('contextlib').nullcontext()"), ("statement", "b", "pass")}),
+        ("@d\ndef f(): pass", {("decorator", "d", "")}),
+        ("def f(): return a", {("return", "return a", "return None")}),
+        ("assert a < 1", set()),
+        ("x: 'a + 1' = b\n'text'\nraise E(f'{a + 1}')", {("statement", "raise E(f'{a + 1}')", "pass")}),
+    ],
+)  # fmt: skip
+def test_faults(mutants, source, expected):
+    assert changes(mutants, source) == expected
+
+
+def test_every_mutant_of_our_own_modules_differs_has_a_name_of_its_own_and_compiles(mutants):
+    for path in (ROOT / "kernels" / "layout.py", ROOT / "mebp_triton" / "optim.py"):
+        source = path.read_text()
+        made = mutants(ast.parse(source))
+        assert len(made) > 100 and Counter(mutant.key for mutant in made).most_common(1)[0][1] == 1
+        whole = ast.dump(ast.parse(source))
+        for place in range(0, len(made), 40):
+            tree = ast.parse(source)
+            mutant = mutants(tree)[place]
+            mutant.put_in()
+            assert ast.dump(tree) != whole, mutant
+            compile(tree, str(path), "exec")
+
+
+def test_a_short_run(tmp_path):
+    source, output = ROOT / "kernels" / "layout.py", tmp_path / "result.json"
+    before = source.read_bytes()
+    command = [sys.executable, SCRIPT, "--modules", "kernels/layout.py", "--tests", "kernels/test_layout.py"]
+    command += ["--count", "8", "--seed", "1", "--jobs", "1", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(output.read_text())["modules"]["kernels/layout.py"]
+    assert found["tried"] == 8 == found["killed"] + found["timed_out"] + found["survived"]
+    assert found["killed"] > 4 and len(found["survivors"]) == found["survived"]
+    assert source.read_bytes() == before
