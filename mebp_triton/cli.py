@@ -134,7 +134,11 @@ def _build_parser() -> argparse.ArgumentParser:
     merge.add_argument("output", metavar="OUT", help="the directory to make")
     merge.add_argument("--adapter", metavar="DIR", help="adapter in PEFT's format; without one: the decoded weights")
     merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the config's)")
-    merge.add_argument("--as-store", action="store_true", help="a store again: what was adapted is quantized anew")
+    merge.add_argument(
+        "--as-store",
+        action="store_true",
+        help="a store again: what was adapted is quantized anew (so do the next three)",
+    )
     _add_quantize_options(merge, SCHEMES, GROUP_SIZES)
     _add_validation_options(merge, required=False, help="what merging costs: the loss on it, before and after")
 

@@ -50,7 +50,7 @@ def load(
     weights: Residency = "device",
     checkpoints: Residency = "device",
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     attn_implementation: str | None = None,
@@ -72,7 +72,7 @@ def load(
         lora: ours or a ``peft.LoraConfig``; None for a frozen model.
         weights: where the blocks' weights lie: "device", "host", or "file" (memory-mapped, dropped after use).
         checkpoints: where the blocks' inputs wait for the backward pass: "device", "host" or "file".
-        device, dtype: where and in which dtype activations are computed.
+        device, dtype: where and in which dtype activations are computed ("bfloat16" is torch.bfloat16).
         adapter_dtype: float32 or bfloat16.
         backend: "auto", "triton" or "panel".
         attn_implementation: as in transformers.
@@ -95,6 +95,11 @@ def load(
         raise ValueError(f"recompute_granularity must be {known}, got {recompute_granularity!r}")
     if adapter_dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"adapter_dtype must be float32 or bfloat16, got {adapter_dtype}")
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        dtype = named
     if head not in ("int4", "float"):
         raise ValueError(f"head must be int4 or float, got {head!r}")
     device = torch.device(device)

@@ -187,3 +187,16 @@ def test_peft_can_train_a_float_head(store: Path, tmp_path: Path) -> None:
     assert set(safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")) >= {
         "base_model.model.lm_head.weight"
     }
+
+
+def test_a_dtype_may_be_named_as_in_transformers(store: Path) -> None:
+    assert mebp.load(store, dtype="bfloat16").dtype == torch.bfloat16
+    for wrong in ("bf17", "int8", "nn"):
+        with pytest.raises(ValueError, match=f"dtype must be float32, bfloat16 or float16, got '{wrong}'"):
+            mebp.load(store, dtype=wrong)
+
+
+def test_a_store_is_no_source_of_a_store(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a store already: train it, or decode it first by `mebp merge"):
+        mebp.quantize(store, tmp_path / "again")
+    assert not any(tmp_path.iterdir())

@@ -55,8 +55,10 @@ def generate_text(
     streamer: Any = None,
 ) -> str:
     """The continuation alone."""
-    if not 0 <= temperature <= 100 or 0 < temperature < 1e-3 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature must be 0 or in [0.001, 100] and top_p in (0, 1], got {temperature} and {top_p}")
+    if not 0 <= temperature <= 100 or 0 < temperature < 1e-3:
+        raise ValueError(f"temperature must be 0 or in [0.001, 100], got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template: generate without --chat")

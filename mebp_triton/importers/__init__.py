@@ -64,6 +64,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     path = Path(path)
     if path.is_dir():
+        if all((path / name).exists() for name in ("manifest.json", "shared.safetensors")):
+            raise ValueError(f"{path} is a store already: train it, or decode it first by `mebp merge {path} OUT`")
         from .bitsandbytes import BitsandbytesDirectory
         from .int4_dir import Int4Directory
         from .safetensors_dir import SafetensorsDirectory, quant_method_of
