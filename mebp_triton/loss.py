@@ -365,8 +365,7 @@ def install_loss(model: Any, head: Int4Head) -> OnePassLoss:
     def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         head.deferred = False
         if isinstance(output, dict) and isinstance(output.get("logits"), DeferredLogits):
-            named = {key: _handed_out(value) for key, value in output.items()}
-            return type(output)(**{key: value for key, value in named.items() if key != "logits" or value is not None})
+            return type(output)(**{key: _handed_out(value) for key, value in output.items()})
         if isinstance(output, tuple):
             return tuple(_handed_out(item) for item in output)
         return output

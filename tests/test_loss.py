@@ -36,6 +36,7 @@ def deferred(model: Any) -> DeferredLogits:
 def test_no_logits_unless_asked_for(model: Any) -> None:
     out = model(**batch())
     assert "logits" not in out and out.logits is None
+    assert isinstance(model.get_output_embeddings()(torch.ones(2, 48)), torch.Tensor), "only within the model's forward"
     asked = model(**batch(), return_logits=True)
     assert asked.logits.shape == (2, 20, 97)
     assert abs(asked.loss.item() - out.loss.item()) < 1e-5
@@ -141,6 +142,7 @@ def test_statistics_count_the_likeliest_tokens(model: Any) -> None:
     targets = examples["labels"][:, 1:]
     right = (logits[:, :-1].argmax(-1) == targets) & (targets != -100)
     assert model.mebp.loss.statistics.correct == int(right.sum())
+    assert loss.LossStatistics() == loss.LossStatistics(tokens=0, correct=0)
 
 
 def test_labels_outside_the_vocabulary(model: Any) -> None:
@@ -149,7 +151,10 @@ def test_labels_outside_the_vocabulary(model: Any) -> None:
         examples["labels"][0, 3] = label
         with pytest.raises(ValueError, match=f"label {label} is not a token"):
             model(**examples)
-    assert model(**batch()).loss.isfinite(), "an error leaves the model as it was"
+        assert isinstance(model.get_output_embeddings()(torch.ones(2, 48)), torch.Tensor), (
+            "an error leaves it as it was"
+        )
+    assert model(**batch()).loss.isfinite()
 
 
 def test_the_weight_that_others_see_has_a_shape_and_computing_with_it_is_an_error(model: Any) -> None:

@@ -27,6 +27,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -419,8 +420,10 @@ KEY = ("function", "kind", "before", "after", "nth")
 def write(output: Path, results: dict[str, Any], seed: int) -> None:
     counts = ("tried", "killed", "timed_out", "gone", "survived")
     total = {key: sum(found.get(key, 0) for found in results.values()) for key in counts}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    value = {"seed": seed, "commit": commit.stdout.strip(), "total": total, "modules": results}
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"seed": seed, "total": total, "modules": results}, indent=1) + "\n")
+    output.write_text(json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":
