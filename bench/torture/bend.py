@@ -34,7 +34,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent))
 from forked import MIB, Ended, address_space, command, forked, import_all  # noqa: E402
 from mutations import MUTATIONS, Mutation  # noqa: E402
-from world import STEPS, TRAIN, copy_into, make_world  # noqa: E402
+from world import TRAIN, copy_into, make_world  # noqa: E402
 
 SECONDS = 40  # until a command hangs; it takes less than 3
 MOST_EXTRA = 3 << 30  # of address space
@@ -238,11 +238,11 @@ def _timeless(value: Any) -> Any:
 class Bender:
     """Runs cases by number: the same seed and number make the same case."""
 
-    def __init__(self, world: Path, scratch: Path, seed: int, process_every: int, keep: Path | None = None) -> None:
+    def __init__(self, world: Path, scratch: Path, seed: int, process_every: int, kinds: list[str]) -> None:
         self.world, self.scratch, self.seed, self.process_every = world, scratch, seed, process_every
-        self.keep = keep
+        self.keep: Path | None = None
         self.truth: dict[tuple[str, str], str] = {}
-        self.kinds = [name for name, subject in SUBJECTS.items() for _ in range(subject.weight)]
+        self.kinds = [name for name in kinds for _ in range(SUBJECTS[name].weight)]
 
     def measure(self, kind: str, name: str) -> None:
         """What the command answers to the unbent files."""
@@ -336,7 +336,7 @@ def work(bender: Bender, numbers: list[int], path: Path) -> None:
             file.flush()
 
 
-def bend(count: int, seed: int, workers: int, process_every: int, first: int = 0) -> list[Case]:
+def bend(count: int, seed: int, workers: int, process_every: int, kinds: list[str], first: int = 0) -> list[Case]:
     """Runs ``count`` cases in some processes."""
     with tempfile.TemporaryDirectory(prefix="mebp-bend-") as name:
         root = Path(name)
@@ -353,7 +353,7 @@ def bend(count: int, seed: int, workers: int, process_every: int, first: int = 0
             if child == 0:
                 code = 1
                 try:
-                    work(Bender(root / "world", scratch, seed, process_every), numbers, found)
+                    work(Bender(root / "world", scratch, seed, process_every, kinds), numbers, found)
                     code = 0
                 finally:
                     os._exit(code)
@@ -406,22 +406,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--process", type=int, default=50, metavar="N", help="every N-th as a process of its own")
+    parser.add_argument("--kinds", default=",".join(SUBJECTS), help="what to bend, separated by commas")
     parser.add_argument("--output", type=Path, help="the summary as JSON")
     parser.add_argument("--cases", type=Path, help="all cases as JSON, one a line")
     parser.add_argument("--only", type=int, help="this case alone")
     parser.add_argument("--keep", type=Path, help="where --only leaves what it bent")
     arguments = parser.parse_args()
+    kinds = arguments.kinds.split(",")
     if arguments.only is not None:
         with tempfile.TemporaryDirectory(prefix="mebp-bend-") as name:
             import_all()
             make_world(Path(name))
             scratch = Path(name) / "scratch"
             scratch.mkdir()
-            case = Bender(Path(name), scratch, arguments.seed, arguments.process, arguments.keep).run(arguments.only)
+            bender = Bender(Path(name), scratch, arguments.seed, arguments.process, kinds)
+            bender.keep = arguments.keep
+            case = bender.run(arguments.only)
         print(json.dumps(vars(case), indent=2))
         return int(case.outcome == "lost")
     started = time.perf_counter()
-    cases = bend(arguments.count, arguments.seed, arguments.workers, arguments.process, arguments.first)
+    cases = bend(arguments.count, arguments.seed, arguments.workers, arguments.process, kinds, arguments.first)
     if arguments.cases:
         arguments.cases.write_text("".join(json.dumps(vars(case)) + "\n" for case in cases))
     found = {"seed": arguments.seed, "seconds": round(time.perf_counter() - started), **summary(cases)}
@@ -436,6 +440,5 @@ def main() -> int:
     return int(found["lost"] > 0)
 
 
-assert STEPS
 if __name__ == "__main__":
     sys.exit(main())
