@@ -84,7 +84,7 @@ class TileConfig:
             if type(value) is not int or value < least.get(field.name, 1):
                 raise ValueError(f"{field.name} must be an integer >= {least.get(field.name, 1)}, got {value!r:.100}")
             if field.name in least and value & (value - 1):
-                raise ValueError(f"{field.name} must be a power of two, got {value}")
+                raise ValueError(f"{field.name} must be a power of two, got {value!r:.100}")
 
     def suits(self, problem: Problem) -> bool:
         """Whether the kernel can run so. Only sums within one group can be scaled."""

@@ -401,7 +401,7 @@ def safetensors_header(
     start = 8 + length
     if not isinstance(header, dict):
         raise FileError(f"{path}: its header is a {type(header).__name__}, wanted an object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(item, str) for item in metadata.values()):
         raise FileError(f"{path}: its metadata should be texts by name")
     entries = {name: _tensor_entry(path, name, entry, dtypes) for name, entry in header.items()}

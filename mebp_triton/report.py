@@ -97,6 +97,8 @@ class RunDirectory:
         """Every line and what it says. A last one that was cut short is left out; FileError for any other."""
         *whole, cut = files.read_bytes(self.metrics, METRICS_LIMIT).split(b"\n")
         for number, line in enumerate(whole, start=1):
+            if not line.strip():
+                continue
             row = files.parse_json(line, f"line {number} of {self.metrics}")
             if not isinstance(row, dict) or type(row.get("step")) is not int:
                 raise files.FileError(f"line {number} of {self.metrics} is damaged: it has no step; remove the line")

@@ -465,6 +465,8 @@ class Trainer:
             torch.cuda.set_rng_state(split["random"][f"cuda{mine}"], self.device)
         self.step = step
         self.run.cut_metrics(self.step)
+        if self.processes.is_first:  # what ended the run may have done so between the checkpoint and its adapter
+            save_adapter(self.model, self.run.adapter)
 
 
 def _store_checksum(store: Store) -> int:

@@ -221,3 +221,55 @@ def test_a_bfloat16_adapter_keeps_its_dtype(llama: Path, tmp_path: Path) -> None
     assert {tensor.dtype for tensor in adapter_tensors(wide).values()} == {torch.float32}
     for name, tensor in adapter_tensors(wide).items():
         assert torch.equal(tensor, adapter_tensors(model)[name].float())
+
+
+def test_a_flipped_bit_in_the_weights_is_found(llama: Path, tmp_path: Path) -> None:
+    weights = saved(llama, tmp_path) / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    model = mebp.load(llama, mebp.LoraConfig(r=2))
+    for place in (-1, -500, -3000):
+        bent = bytearray(whole)
+        bent[place] ^= 1
+        weights.write_bytes(bent)
+        with pytest.raises(ValueError, match="damaged: its checksum differs"):
+            mebp.load_adapter(model, tmp_path)
+    tensors = load_file(weights)
+    save_file(tensors, weights)  # PEFT writes no checksum
+    mebp.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": 9}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}], ids=str
+)
+def test_a_scaling_that_the_weights_were_not_saved_with(llama: Path, tmp_path: Path, changes: Any) -> None:
+    saved(llama, tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match="is not what .* was saved with"):
+        mebp.read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 1 << 30}, "contradicts itself"),
+        ({"r": True}, "whole number"),
+        ({"rank_pattern": {"no_such_layer": 1 << 30}}, "a rank that no tensor has"),
+        ({"rank_pattern": [1]}, "rank_pattern must map"),
+        ({"lora_alpha": None}, "it has no lora_alpha"),
+        ({"lora_alpha": True}, "must be finite"),
+        ({"lora_alpha": "8"}, "must be finite"),
+        ({"lora_dropout": "0"}, "lora_dropout must lie in"),
+        ({"use_rslora": "no"}, "use_rslora must be true or false"),
+        ({"use_dora": 0}, "use_dora=0"),
+        ({"target_modules": None}, "it has no target_modules"),
+        ({"target_modules": ["q_proj", 1]}, "target_modules must be names"),
+        ({"lora_of_the_future": True}, "'lora_of_the_future', which is not known here"),
+    ],
+    ids=str,
+)
+def test_hostile_configs(llama: Path, tmp_path: Path, changes: Any, message: str) -> None:
+    saved(llama, tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        mebp.load_adapter(mebp.load(llama, mebp.LoraConfig(r=2)), tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000

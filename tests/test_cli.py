@@ -25,6 +25,7 @@ from mebp_triton.stores.format import Store
 from mebp_triton.trainer import RunError, Trainer
 
 COMMANDS = ["quantize", "train", "plan", "eval", "generate", "merge", "tune", "verify", "doctor", "demo"]
+OUT_OF_MEMORY = "mebp: error: out of memory: give --memory-budget, shorter rows or a smaller batch\n"
 QUICK = ["--max-steps=3", "--max-length=24", "--lora-r=2", "--learning-rate=0.01", "--device=cpu"]
 
 
@@ -177,6 +178,40 @@ def test_verify(mebp, world):
     assert value == {"store": str(world / "store"), "files": 4, "bytes": size, "whole": True}
     code, out, _ = mebp("verify", world / "store")
     assert code == 0 and "all agree" in out
+
+
+def test_changed_companions_are_taken_when_that_is_meant(mebp, world, tmp_path):
+    store = Path(shutil.copytree(world / "store", tmp_path / "store"))
+    (store / "chat_template.jinja").write_text("{{ messages }}")
+    code, _, err = mebp("verify", store)
+    assert code == 2 and f"`mebp verify --accept-changes {store}`" in err
+    code, _, err = mebp("verify", "--accept-changes", store)
+    assert code == 0 and "chat_template.jinja is taken as it is" in err
+    assert mebp("verify", store)[0] == 0
+
+
+def test_what_a_library_prints_is_no_part_of_the_answer(world, tmp_path):
+    """tokenizers writes to standard output, past Python, that it ignores a key."""
+    store = Path(shutil.copytree(world / "store", tmp_path / "store"))
+    text = (store / "tokenizer.json").read_text()
+    (store / "tokenizer.json").write_text(text.replace('"normalized"', '"normalised"', 1))
+    assert main(["verify", "--accept-changes", str(store)]) == 0
+    command = [sys.executable, "-m", "mebp_triton.cli", "generate", str(store), "--prompt=a dog", "--max-new-tokens=1"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and json.loads(done.stdout)["prompt"] == "a dog", done
+    assert "normalised" in done.stderr
+
+
+@pytest.mark.parametrize("limit", [1 << 28, 1 << 30])
+def test_an_address_space_that_the_libraries_do_not_fit_into(limit):
+    program = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))\n"
+        "from mebp_triton.cli import main; sys.exit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"mebp: error: the address space is limited to {limit >> 20} MiB, of which")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_budget_chooses_and_is_kept(mebp, world, tmp_path):
@@ -747,6 +782,9 @@ def test_tune_for_a_config(mebp, world, tmp_path, monkeypatch, no_device, target
         (RuntimeError("two\nlines"), 1, "mebp: error: RuntimeError: two lines (--debug shows where)\n"),
         (KeyError("x"), 1, "mebp: error: KeyError: 'x' (--debug shows where)\n"),
         (OSError(28, "No space left"), 1, "mebp: error: [Errno 28] No space left (--debug shows where)\n"),
+        (OSError(28, "No space left", "run"), 1, "mebp: error: [Errno 28] No space left: 'run'\n"),
+        (MemoryError(), 1, OUT_OF_MEMORY),
+        (RuntimeError("can't allocate memory: you tried to allocate 8 bytes"), 1, OUT_OF_MEMORY),
         (ValueError("a\n  mistake"), 2, "mebp: error: a mistake\n"),
         (FileNotFoundError(2, "No such file", "x"), 2, "mebp: error: [Errno 2] No such file: 'x'\n"),
         (PermissionError(13, "Permission denied", "x"), 2, "mebp: error: [Errno 13] Permission denied: 'x'\n"),

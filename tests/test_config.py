@@ -366,3 +366,35 @@ def test_what_the_optimizer_in_the_backward_pass_refuses():
 def test_a_budget_in_a_file_may_be_a_number_of_bytes(tmp_path):
     (tmp_path / "settings.yaml").write_text("memory_budget: 629145600\n")
     assert TrainConfig(**read_config_file(tmp_path / "settings.yaml")).memory_budget == "629145600"
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}]\n"
+    for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (BOMB + "lora_r: *l\n", "one plain value"),
+        ("lora_r: [1, 2]", "one plain value"),
+        ("? [lora_r]\n: 1", "one plain value"),
+        ("lora_r: 2\nlora_r: 4", "'lora_r' stands twice"),
+        ("[" * 20_000, "not valid YAML"),
+        ("lora_r: !!python/name:os.system", "not valid YAML"),
+        ("lora_r: " + "x" * 100_000, "lora_r must be of type int"),
+        ("lora_r: " + "9" * 5000, "."),
+        ("\0", "not valid YAML"),
+    ],
+)
+def test_a_hostile_file_is_one_short_line(write, content, problem):
+    path = write("a.yaml", content)
+    with pytest.raises(ValueError, match=problem) as caught:
+        TrainConfig(**read_config_file(path))
+    assert len(str(caught.value)) < 600
+
+
+def test_a_list_in_a_json_file_is_refused(write):
+    with pytest.raises(ValueError, match="'lora_r' must be one value, got list"):
+        read_config_file(write("a.json", '{"lora_r": [1]}'))

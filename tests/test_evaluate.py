@@ -116,3 +116,11 @@ def test_a_loss_that_is_not_finite_is_a_failed_run(store, tmp_path):
 def test_perplexity_of_a_hopeless_model_is_none():
     assert Evaluation(1000.0, 0.0, 1, 1).perplexity is None
     assert Evaluation(2.0, 0.0, 1, 1).perplexity == pytest.approx(math.exp(2))
+
+
+def test_a_token_that_the_model_does_not_have(store, model):
+    ids = np.array([5, 6, 1000, 7], np.int32)
+    data = TokenizedData(ids, np.ones(4, bool), np.array([0, 4]), DataReport(1, 4, 3, 0, 0))
+    assert data.highest_id() == 1000
+    with pytest.raises(ValueError, match="the evaluation data has the token id 1000, and the model 97 tokens"):
+        evaluate(model, data)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import safetensors.torch
 import torch
 
 from mebp_triton import files
@@ -643,3 +644,92 @@ def test_of_two_that_make_one_directory_the_first_wins(tmp_path):
     with pytest.raises(FileError, match="made by another"), atomic_directory(tmp_path / "other"):
         (tmp_path / "other").write_text("a file")
     assert (tmp_path / "other").read_text() == "a file"
+
+
+# --- seals and tensors ----------------------------------------------------------------------------------------------
+
+
+def test_a_seal_tells_every_change(tmp_path):
+    value = {"step": 4, "ratio": 1.0, "names": ["a", None, True], "deep": {"x": -0.0, "y": 1e-30}}
+    path = tmp_path / "state.json"
+    write_json(path, files.sealed(value))
+    assert files.read_sealed(path) == value
+    text = path.read_text()
+    for old, new in (("4", "5"), ("1.0", "1"), ("-0.0", "0.0"), ("null", "false"), ('"a"', '"b"'), ("deep", "weep")):
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(FileError, match="damaged or was changed"):
+            files.read_sealed(path)
+    write_json(path, value)  # of an earlier version
+    assert files.read_sealed(path) == value
+    path.write_text("[1]")
+    with pytest.raises(FileError, match="wanted an object"):
+        files.read_sealed(path)
+
+
+TENSORS = {
+    "b": torch.arange(6, dtype=torch.float32).view(2, 3),
+    "a": torch.tensor([1.5, -0.0], dtype=torch.bfloat16),
+    "rng": torch.arange(5, dtype=torch.uint8),
+    "lag": torch.tensor(3),
+    "none": torch.zeros(0, 4),
+}
+
+
+def test_tensors_are_written_the_same_every_time_and_read_by_others(tmp_path):
+    metadata = {"format": "pt", "z": "1", "a": "2"}
+    for name in ("x", "y"):
+        files.write_safetensors(tmp_path / name, dict(reversed(TENSORS.items())), metadata)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    ours, found = files.read_safetensors(tmp_path / "x")
+    theirs = safetensors.torch.load_file(tmp_path / "x")
+    assert found == metadata and ours.keys() == theirs.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert torch.equal(ours[name], tensor) and torch.equal(theirs[name], tensor)
+        assert ours[name].dtype == theirs[name].dtype == tensor.dtype
+    assert files.read_safetensors_header(tmp_path / "x")[0]["b"][:2] == (torch.float32, (2, 3))
+    safetensors.torch.save_file(TENSORS, tmp_path / "z")
+    again, _ = files.read_safetensors(tmp_path / "z")
+    assert files.tensors_checksum(again) == files.tensors_checksum(ours)
+    again["b"][1, 1] += 1
+    assert files.tensors_checksum(again) != files.tensors_checksum(ours)
+
+
+@pytest.mark.parametrize("metadata", ["[]", '{"a": 1}', '"x"'])
+def test_metadata_is_texts(tmp_path, metadata):
+    header = f'{{"__metadata__": {metadata}}}'.encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(FileError, match="metadata"):
+        files.read_safetensors(tmp_path / "x")
+
+
+def test_a_failed_write_names_the_file_and_not_its_temporary(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    class OfRust(Exception):
+        pass
+
+    def full_in_rust(directory):
+        raise OfRust("I/O error: No space left on device (os error 28)")
+
+    writes = {
+        "value.json": lambda path: write_json(path, {}),
+        "x.safetensors": lambda path: files.write_safetensors(path, TENSORS),
+        "checkpoint": lambda path: replace_directory(path, full_in_rust),
+        "metrics.jsonl": lambda path: files.append_line(path, "{}"),
+    }
+    monkeypatch.setattr(os, "fsync", full)
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *a, **k: full() if str(a[0]).endswith(".jsonl") else real(*a, **k))
+    for name, write in writes.items():
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            write(tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name) and caught.value.errno == 28
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_looked_at_is_a_file_error(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / ("x" * 300)):
+        with pytest.raises(FileError, match="cannot be read"):
+            read_bytes(path)

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from mebp_triton.memory import MemoryWatch, Resident, peak_resident_bytes, resident
+from mebp_triton.memory import MemoryWatch, Resident, is_out_of_memory, peak_resident_bytes, resident
 
 SIZE = 64 << 20
 
@@ -81,3 +81,27 @@ def test_a_watch_of_a_device():
     held = torch.zeros(1 << 20, device="cuda")
     watch("forward", 0)
     assert watch.timeline[0][5] >= held.nbytes and (watch.peak_device_bytes() or 0) >= held.nbytes
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(28, "No space left on device"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (ImportError("x.so: failed to map segment from shared object"), True),
+        (ImportError("no module named x"), False),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_the_ways_to_say_that_memory_is_short(error, is_memory):
+    assert is_out_of_memory(error) is is_memory
+
+
+def test_torch_says_it_like_that():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)

@@ -68,7 +68,7 @@ def test_metrics_are_appended_and_read(run):
     assert run.read_metrics() == rows(4)
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', '{"step": 4, "loss": 1}', "garbage\n", "\n"])
+@pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', '{"step": 4, "loss": 1}', "\n"])
 def test_cutting_drops_later_steps_and_a_torn_line(run, tail):
     for row in rows(4):
         run.append_metrics(row)
@@ -81,6 +81,44 @@ def test_cutting_drops_later_steps_and_a_torn_line(run, tail):
     assert len(run.read_metrics()) == 4
     run.cut_metrics(0)
     assert run.read_metrics() == [] and run.metrics.read_text() == ""
+
+
+@pytest.mark.parametrize("line", ["garbage", '{"step": 1, "step": 2}', '{"loss": 1}', "[]", '{"step": true}', "\xff"])
+def test_a_damaged_line_is_named_and_no_line_is_lost(run, line):
+    for row in rows(2):
+        run.append_metrics(row)
+    with open(run.metrics, "ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    run.append_metrics(rows(3)[2])
+    before = run.metrics.read_bytes()
+    for use in (lambda: run.cut_metrics(1), run.read_metrics):
+        with pytest.raises(files.FileError, match=r"line 3 of .*metrics\.jsonl"):
+            use()
+    assert run.metrics.read_bytes() == before
+
+
+def test_an_evaluation_that_is_gone_or_was_changed_is_told(run):
+    run.save_evaluation(Evaluation(1.5, 0.25, 8, 1), {"validation_file": "v.txt"})
+    run.evaluation.write_text(run.evaluation.read_text().replace("1.5", "1.25"))
+    with pytest.raises(files.FileError, match="damaged or was changed"):
+        run.saved_evaluation({"validation_file": "v.txt"})
+    run.evaluation.unlink()
+    with pytest.warns(UserWarning, match="evaluation_before.json is gone"):
+        assert run.saved_evaluation({"validation_file": "v.txt"}) is None
+    assert run.saved_evaluation({"validation_file": None}) is None
+
+
+def test_a_run_whose_plots_fail_is_whole(run, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mebp_triton.report.draw_plots", fail)
+    with pytest.warns(UserWarning, match="the plots are not drawn: .*No space left"):
+        run.finish({"steps": 1}, TrainConfig(), DataReport(1, 8, 7, 0, 0), watched())
+    assert run.summary()["steps"] == 1
+    run.record.write_text("[]")
+    with pytest.raises(files.FileError, match="malformed"):
+        run.summary()
 
 
 def test_cutting_nothing(run):

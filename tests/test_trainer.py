@@ -16,7 +16,7 @@ from models import peft_model, randomize_adapter
 from runs import run_store, sentences, text_data, trainer, word_tokenizer
 
 from mebp_triton import files
-from mebp_triton.adapter import adapter_tensors
+from mebp_triton.adapter import adapter_tensors, save_adapter
 from mebp_triton.data import TokenizedData, batches, collate, load_data, pack
 from mebp_triton.optim import learning_rate
 from mebp_triton.stores.pages import Pages
@@ -394,7 +394,8 @@ def edit(change):
     def damage(checkpoint):
         state = json.loads((checkpoint / "state.json").read_text())
         changed = change(state)
-        (checkpoint / "state.json").write_text(json.dumps(state if changed is None else changed))
+        made = state if changed is None else changed
+        (checkpoint / "state.json").write_text(json.dumps(files.sealed(made) if isinstance(made, dict) else made))
 
     return damage
 
@@ -421,6 +422,9 @@ DAMAGE = {
     "no selection": edit(lambda state: state.pop("selection") and None),
     "no fingerprints": edit(lambda state: state.pop("fingerprints") and None),
     "nothing at all": shutil.rmtree,
+    "another step, and the seal of this one": lambda c: (c / "state.json").write_text(
+        (c / "state.json").read_text().replace('"step": 4', '"step": 3')
+    ),
 }
 
 
@@ -945,6 +949,28 @@ def test_evaluating_does_not_change_the_training(store, data, tmp_path):
     finetune(made[0], held_out)
     finetune(made[1], None)
     assert metrics(made[0], "loss") == metrics(made[1], "loss")
+
+
+def test_an_adapter_that_could_not_be_written_after_its_checkpoint_is_written_by_resuming(
+    store, data, tmp_path, monkeypatch
+):
+    """The checkpoint of the last step was whole, and ``adapter/`` still that of the one before."""
+    made = trainer(store, data, tmp_path / "run", max_steps=4, save_steps=2)
+
+    def full(model, directory):
+        if made.step == 4:
+            raise OSError(28, "No space left on device")
+        save_adapter(model, directory)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("mebp_triton.trainer.save_adapter", full)
+        made.train()
+    wanted, weights = adapter_tensors(made.model), made.run.adapter / "adapter_model.safetensors"
+    assert not all(torch.equal(tensor, wanted[name]) for name, tensor in safetensors.torch.load_file(weights).items())
+    again = trainer(store, data, tmp_path / "run", resume=True, max_steps=4, save_steps=2)
+    again.resume(again.run.checkpoint)
+    assert again.train() == []
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in safetensors.torch.load_file(weights).items())
 
 
 def test_a_resumed_run_keeps_the_evaluation_from_before(store, data, tmp_path):

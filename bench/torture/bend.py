@@ -33,8 +33,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from forked import MIB, Ended, address_space, command, forked, import_all  # noqa: E402
-from mutations import MUTATIONS, Mutation  # noqa: E402
-from world import STEPS, TRAIN, copy_into, make_world  # noqa: E402
+from mutations import MUTATIONS, Mutation, flip_bit  # noqa: E402
+from world import TRAIN, copy_into, make_world  # noqa: E402
 
 SECONDS = 40  # until a command hangs; it takes less than 3
 MOST_EXTRA = 3 << 30  # of address space
@@ -123,8 +123,12 @@ def _tables(flag: str) -> Callable[[Path, Path, Path], list[Any]]:
 
 FOREIGN = "a format without checksums: the bent file is a whole one, of another model"
 TEXT = "text to train on has no checksum: it is another text"
+IN_USE = "a store cut short in use"
 SUBJECTS = {
     "store": Subject("store", STORE, weight=6),
+    IN_USE: Subject(
+        "store", {name: STORE[name] for name in ("verify", "eval", "generate", "merge", "train")}, weight=2
+    ),
     "nf4 store": Subject("nf4-store", STORE, weight=3),
     "adapter": Subject("adapter", ADAPTER, weight=3),
     "PEFT's adapter": Subject("peft-adapter", ADAPTER, ("adapter_*",), FOREIGN, weight=2),
@@ -238,11 +242,11 @@ def _timeless(value: Any) -> Any:
 class Bender:
     """Runs cases by number: the same seed and number make the same case."""
 
-    def __init__(self, world: Path, scratch: Path, seed: int, process_every: int, keep: Path | None = None) -> None:
+    def __init__(self, world: Path, scratch: Path, seed: int, process_every: int, kinds: list[str]) -> None:
         self.world, self.scratch, self.seed, self.process_every = world, scratch, seed, process_every
-        self.keep = keep
+        self.keep: Path | None = None
         self.truth: dict[tuple[str, str], str] = {}
-        self.kinds = [name for name, subject in SUBJECTS.items() for _ in range(subject.weight)]
+        self.kinds = [name for name in kinds for _ in range(SUBJECTS[name].weight)]
 
     def measure(self, kind: str, name: str) -> None:
         """What the command answers to the unbent files."""
@@ -273,12 +277,17 @@ class Bender:
         self.measure(kind, name)
         place = Path(tempfile.mkdtemp(dir=self.scratch))
         copy, out, arguments = self._prepare(place, kind, name)
-        mutation, file = _bent(copy, subject, draw)
+        before = None
+        if kind == IN_USE:
+            at, keep = draw.randint(1, 40), draw.choice((0, 4096, 8192))
+            mutation, file, before = Mutation("cut after a check", flip_bit), f"check {at}", _cutting(at, keep)
+        else:
+            mutation, file = _bent(copy, subject, draw)
         case = Case(number, kind, name, file, mutation.name, arguments=arguments)
         if self.keep is not None:
             shutil.copytree(copy, self.keep, symlinks=True, ignore=_no_fifos)
-        case.own_process = number % self.process_every == 0
-        ended = _own_process(arguments) if case.own_process else _forked(arguments)
+        case.own_process = number % self.process_every == 0 and before is None
+        ended = _own_process(arguments) if case.own_process else _forked(arguments, before)
         case.seconds = ended.seconds
         case.outcome, case.why = self._judge(case, subject, mutation, ended, place, self._written(copy, out, name))
         shutil.rmtree(place, ignore_errors=True)
@@ -291,7 +300,9 @@ class Bender:
             return "lost", fault
         if ended.peak > MOST_PEAK:
             return "lost", f"took {ended.peak // MIB} MiB of memory"
-        if stray := [path for path in place.rglob(f"{TEMPORARY}*")]:
+        # A process that a lost page ended leaves its temporaries to the next one, as one that was killed does.
+        lost_page = "was cut short while it was in use" in ended.err
+        if (stray := [path for path in place.rglob(f"{TEMPORARY}*")]) and not lost_page:
             return "lost", f"left {stray[0].name}"
         if ended.code:
             line = ended.lines()[0].replace(str(place), "").replace(str(self.world), "")
@@ -316,8 +327,33 @@ def _no_fifos(directory: str, names: list[str]) -> list[str]:
     return [name for name in names if not Path(directory, name).is_file() and not Path(directory, name).is_dir()]
 
 
-def _forked(arguments: list[str]) -> Ended:
-    return forked(command(arguments), address_space(MOST_EXTRA), SECONDS)
+def _forked(arguments: list[str], before: Callable[[], None] | None = None) -> Ended:
+    def limit() -> None:
+        address_space(MOST_EXTRA)()
+        if before is not None:
+            before()
+
+    return forked(command(arguments), limit, SECONDS)
+
+
+def _cutting(at: int, keep: int) -> Callable[[], None]:
+    """A mapped file is cut right after the ``at``-th time that its size was found right."""
+
+    def install() -> None:
+        from mebp_triton.files import MappedFile
+
+        check, count = MappedFile.check, 0
+
+        def checked(mapped: Any) -> None:
+            nonlocal count
+            check(mapped)
+            count += 1
+            if count == at:
+                os.truncate(mapped.path, min(keep, mapped.size))
+
+        MappedFile.check = checked  # type: ignore[method-assign]
+
+    return install
 
 
 def _own_process(arguments: list[str]) -> Ended:
@@ -336,7 +372,7 @@ def work(bender: Bender, numbers: list[int], path: Path) -> None:
             file.flush()
 
 
-def bend(count: int, seed: int, workers: int, process_every: int, first: int = 0) -> list[Case]:
+def bend(count: int, seed: int, workers: int, process_every: int, kinds: list[str], first: int = 0) -> list[Case]:
     """Runs ``count`` cases in some processes."""
     with tempfile.TemporaryDirectory(prefix="mebp-bend-") as name:
         root = Path(name)
@@ -353,7 +389,7 @@ def bend(count: int, seed: int, workers: int, process_every: int, first: int = 0
             if child == 0:
                 code = 1
                 try:
-                    work(Bender(root / "world", scratch, seed, process_every), numbers, found)
+                    work(Bender(root / "world", scratch, seed, process_every, kinds), numbers, found)
                     code = 0
                 finally:
                     os._exit(code)
@@ -406,22 +442,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--process", type=int, default=50, metavar="N", help="every N-th as a process of its own")
+    parser.add_argument("--kinds", default=",".join(SUBJECTS), help="what to bend, separated by commas")
     parser.add_argument("--output", type=Path, help="the summary as JSON")
     parser.add_argument("--cases", type=Path, help="all cases as JSON, one a line")
     parser.add_argument("--only", type=int, help="this case alone")
     parser.add_argument("--keep", type=Path, help="where --only leaves what it bent")
     arguments = parser.parse_args()
+    kinds = arguments.kinds.split(",")
     if arguments.only is not None:
         with tempfile.TemporaryDirectory(prefix="mebp-bend-") as name:
             import_all()
             make_world(Path(name))
             scratch = Path(name) / "scratch"
             scratch.mkdir()
-            case = Bender(Path(name), scratch, arguments.seed, arguments.process, arguments.keep).run(arguments.only)
+            bender = Bender(Path(name), scratch, arguments.seed, arguments.process, kinds)
+            bender.keep = arguments.keep
+            case = bender.run(arguments.only)
         print(json.dumps(vars(case), indent=2))
         return int(case.outcome == "lost")
     started = time.perf_counter()
-    cases = bend(arguments.count, arguments.seed, arguments.workers, arguments.process, arguments.first)
+    cases = bend(arguments.count, arguments.seed, arguments.workers, arguments.process, kinds, arguments.first)
     if arguments.cases:
         arguments.cases.write_text("".join(json.dumps(vars(case)) + "\n" for case in cases))
     found = {"seed": arguments.seed, "seconds": round(time.perf_counter() - started), **summary(cases)}
@@ -436,6 +476,5 @@ def main() -> int:
     return int(found["lost"] > 0)
 
 
-assert STEPS
 if __name__ == "__main__":
     sys.exit(main())

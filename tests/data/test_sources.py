@@ -131,3 +131,37 @@ def test_what_is_not_installed_is_named(tokenizer, tmp_path, monkeypatch, packag
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"needs the {package} package; pip install 'mebp-triton\[datasets\]'"):
         load_data(path, tokenizer, 99)
+
+
+def test_a_key_twice_in_a_row(tokenizer, write):
+    path = write("x.jsonl", '{"text": "a b c"}\n{"text": "a", "text": "b"}\n')
+    with pytest.raises(ValueError, match="x.jsonl:2: broken JSON .*'text' stands twice"):
+        load_data(path, tokenizer, 99)
+
+
+@pytest.mark.parametrize("name", ["../x.arrow", "/etc/hostname", "gone.arrow", 7, None])
+def test_a_saved_dataset_names_its_own_files(tokenizer, tmp_path, name):
+    datasets.Dataset.from_list([{"text": "a cat"}]).save_to_disk(tmp_path / "x")
+    (tmp_path / "x.arrow").write_bytes(next((tmp_path / "x").glob("*.arrow")).read_bytes())
+    state = json.loads((tmp_path / "x" / "state.json").read_text())
+    state["_data_files"] = [{"filename": name}]
+    (tmp_path / "x" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="cannot be read as a saved dataset .*no file of this directory"):
+        load_data(tmp_path / "x", tokenizer, 99)
+
+
+def test_a_bent_offset_is_not_followed_out_of_the_file(tokenizer, tmp_path):
+    """Arrow trusts the offsets of its strings: a bent one would read past the mapping."""
+    datasets.Dataset.from_list([{"text": f"a cat {n}"} for n in range(50)]).save_to_disk(tmp_path / "x")
+    (arrow,) = (tmp_path / "x").glob("*.arrow")
+    data = bytearray(arrow.read_bytes())
+    lengths, end = [], 0
+    for n in range(50):
+        end += len(f"a cat {n}")
+        lengths.append(end.to_bytes(4, "little"))
+    place = data.find(b"".join(lengths[:8]))
+    assert place > 0
+    data[place + 12 : place + 16] = (1 << 30).to_bytes(4, "little")
+    arrow.write_bytes(data)
+    with pytest.raises(ValueError, match="cannot be read as a saved dataset"):
+        load_data(tmp_path / "x", tokenizer, 99)

@@ -203,6 +203,9 @@ def as_bytes(text):
         ({STATE: as_bytes('{"blocksize": 18446744073709551616, "shape": [64, 64]}')}, (Q, "wanted 1")),
         ({STATE: as_bytes('{"blocksize": 64, "shape": [64, 64], "nested_blocksize": 0, "nested_offset": 0}')}, (Q,)),
         ({STATE: as_bytes('{"blocksize": 64, "shape": [64]}')}, (Q,)),
+        ({STATE: as_bytes('{"blocksize": 64.0, "shape": [64, 64]}')}, (Q, "positive integers")),
+        ({STATE: as_bytes('{"blocksize": 64, "shape": [64, 64], "nested_blocksize": -256, "nested_offset": 0}')}, (Q,)),
+        ({f"{Q}.quant_map": torch.full((16,), float("inf"))}, (Q, "codebook must be finite")),
     ],
 )
 def test_damage_is_one_line(nf4, tmp_path, tensors, words):

@@ -272,6 +272,51 @@ def test_index_that_promises_too_much(tmp_path):
     assert_refused(tmp_path, "model.ghost")
 
 
+def test_a_tensor_lies_in_the_shard_that_the_index_names(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:3], "b.safetensors": names[3:]}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, held in parts.items() for name in held}}))
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / file)
+    open_source(tmp_path)
+    save_file({name: tensors[name] for name in names[2:]}, tmp_path / "b.safetensors")
+    assert_refused(tmp_path, "b.safetensors", names[2], "which model.safetensors.index.json has in a.safetensors")
+
+
+def test_a_name_twice_in_a_header(tmp_path):
+    saved(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip()
+    entry = json.dumps(json.loads(header)["model.norm.weight"]).encode()
+    twice = header[:-1] + b', "model.norm.weight": ' + entry + b"}"
+    (tmp_path / "model.safetensors").write_bytes(len(twice).to_bytes(8, "little") + twice + data[8 + length :])
+    assert_refused(tmp_path, "model.norm.weight", "stands twice")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 4000),
+        ("num_hidden_layers", 10**9),
+        ("hidden_size", 10**12),
+        ("vocab_size", 1 << 24),
+        ("num_labels", 10**9),
+        ("intermediate_size", 10**400),
+    ],
+)
+def test_a_config_that_asks_for_any_amount_of_memory(tmp_path, key, value):
+    saved(tmp_path)
+    edit(tmp_path / "config.json", **{key: value})
+    with pytest.raises(ValueError, match=key) as caught:
+        open_source(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_fifo_does_not_block(tmp_path, name):
     saved(tmp_path)

@@ -236,3 +236,27 @@ def test_the_device_is_known_by_its_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 7))
     monkeypatch.setattr(torch.version, "hip", None)
     assert architecture_of.__wrapped__(torch.device("cuda", 0)) == "sm_87"
+
+
+def test_a_table_for_a_reader_that_believes_numbers(places):
+    """What json makes of it is no number that a float holds, or not what it says on a first look."""
+    _, user = places
+    path = write(user, ENTRY)
+    text = path.read_text()
+    for old, new in (
+        ('"time_us": 12.5', f'"time_us": 1{"0" * 400}'),
+        ('"time_us": 12.5', '"time_us": 1e999'),
+        ('"time_us": 12.5', '"time_us": 12.5, "time_us": 1.0'),
+        ('"block_m": 32', '"block_m": 32, "block_m": 64'),
+        ('"block_m": 32', f'"block_m": 1{"0" * 400}'),
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.warns(UserWarning, match="is ignored") as caught:
+            assert read_table(path, "sm_90") == {}
+        assert len(str(caught[0].message)) < 500
+    value = json.loads(text)
+    value["entries"] *= 2
+    path.write_text(json.dumps(value))
+    with pytest.warns(UserWarning, match="two entries are for the same problem"):
+        assert read_table(path, "sm_90") == {}

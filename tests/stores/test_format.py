@@ -15,7 +15,7 @@ from mebp_triton import files
 from mebp_triton.files import CHECKSUM_CHUNK, FileError
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
-from mebp_triton.stores.format import MANIFEST, SHARED, Store, StoreWriter, block_file
+from mebp_triton.stores.format import MANIFEST, SHARED, Store, StoreWriter, accept_companions, block_file
 
 ROWS, COLUMNS, GROUP = 5, 70, 32
 BLOCK = block_file(0)
@@ -564,3 +564,55 @@ def test_random_damage_is_an_error_or_nothing_but_never_a_crash(golden, tmp_path
             refused += 1
         shutil.rmtree(directory)
     assert refused > 60
+
+
+# --- what lies beside the weights -----------------------------------------------------------------------------------
+
+
+def test_a_companion_that_was_changed_is_refused_until_it_is_accepted(tmp_path):
+    (tmp_path / "config.json").write_text('{"rope_theta": 10000.0}')
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "chat.jinja").write_text("{{ messages }}")
+    writer = StoreWriter(tmp_path, "a test", False)
+    writer.write_file(BLOCK, {"m": (int4("symmetric"), 0.0)}, {})
+    writer.finish()
+    assert json.loads((tmp_path / MANIFEST).read_text())["companions"].keys() == {"config.json", "templates/chat.jinja"}
+    (tmp_path / "README.md").write_text("mine")  # what nobody reads may be added
+    Store(tmp_path)
+    (tmp_path / "config.json").write_text('{"rope_theta": 18000.0}')
+    refuses(tmp_path, "config.json", "is not what it was when the store was made")
+    assert accept_companions(tmp_path) == ["README.md", "config.json"]
+    Store(tmp_path)
+    (tmp_path / "templates" / "chat.jinja").unlink()
+    refuses(tmp_path, "templates/chat.jinja", "does not exist")
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/etc/hostname", "a/../../x"])
+def test_companions_lie_inside_the_store(store, name):
+    edit(store, lambda manifest: manifest.update(companions={name: [1]}))
+    refuses(store, MANIFEST, "is no path inside the store")
+
+
+def test_a_manifest_is_sealed(store):
+    text = (store / MANIFEST).read_text()
+    (store / MANIFEST).write_text(text.replace('"a test"', '"a text"'))
+    refuses(store, MANIFEST, "damaged or was changed")
+    manifest = json.loads(text)
+    (store / MANIFEST).write_text(json.dumps({k: v for k, v in manifest.items() if k not in ("seal", "companions")}))
+    Store(store)  # of an earlier version
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.a.scales", "model.layers.0.b.minimum", "model.layers.0.c.codebook", NORM]
+)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused_though_the_checksums_agree(store, name, number):
+    opened = Store(store).files[BLOCK]
+    dtype, _, begin, _ = opened.entries[name]
+    data = bytearray((store / BLOCK).read_bytes())
+    raw = torch.tensor([number], dtype=dtype).view(torch.uint8).numpy().tobytes()
+    data[opened.start + begin : opened.start + begin + len(raw)] = raw
+    (store / BLOCK).write_bytes(data)
+    edit(store, lambda m: m["files"].update({BLOCK: {"bytes": len(data), "crc32": files.checksums(data)}}))
+    with pytest.raises(FileError, match=f"{name} is not finite"):
+        Store(store).files[BLOCK].verify()
