@@ -8,8 +8,6 @@ made elsewhere, and compiles and ranks nothing again.
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,7 +16,15 @@ from typing import Any
 
 from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
 from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES
-from mebp_triton.kernels.tables import DTYPE_NAMES, DTYPES, Route, bucket
+from mebp_triton.kernels.tables import (
+    DTYPE_NAMES,
+    DTYPES,
+    Route,
+    bucket,
+    is_time,
+    parse_config,
+    read_strictly,
+)
 
 from .measure import Ceilings
 
@@ -110,7 +116,7 @@ def _check_keys(value: Any, keys: set[str], what: str) -> None:
 def _parse_ceilings(item: Any) -> Ceilings:
     _check_keys(item, {"gb_s", "tflop_s"}, "ceilings")
     rates = item["tflop_s"]
-    if not isinstance(rates, dict) or not all(_is_time(number) for number in (item["gb_s"], *rates.values())):
+    if not isinstance(rates, dict) or not all(is_time(number) for number in (item["gb_s"], *rates.values())):
         raise ValueError("ceilings are positive numbers")
     return Ceilings(item["gb_s"], rates)
 
@@ -147,19 +153,13 @@ def _parse_trial(item: Any, problem: Problem) -> Trial:
     route, samples, reason = item["route"], item["samples_us"], item["reason"]
     if route is not None:
         _check_keys(route, {field.name for field in fields(TileConfig)}, "a route")
-        route = TileConfig(**route)
-        if not route.suits(problem):
-            raise ValueError("scale_sums is for matmul with the symmetric scheme, and sums within one group")
+        route = parse_config(route, problem)
     times = [item[key] for key in ("predicted_us", "time_us") if item[key] is not None]
-    if not isinstance(samples, list) or not all(_is_time(number) for number in [*times, *samples]):
+    if not isinstance(samples, list) or not all(is_time(number) for number in [*times, *samples]):
         raise ValueError("times must be positive numbers")
     if reason is not None and not isinstance(reason, str):
         raise ValueError(f"reason must be a text or null, got {reason!r}")
     return Trial(route, item["predicted_us"], item["time_us"], tuple(samples), reason)
-
-
-def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _is_size(value: Any) -> bool:
@@ -178,7 +178,7 @@ def read_log(path: Path, architecture: str) -> Log:
     try:
         if not path.is_file() or path.stat().st_size > SIZE_LIMIT:
             raise ValueError("it is not a regular file of a log's size")
-        return parse_log(json.loads(path.read_bytes()), architecture)
+        return parse_log(read_strictly(path), architecture)
     except (ValueError, RecursionError, OSError) as error:
         reason = " ".join(str(error).split())
         warnings.warn(f"tuning log {path} is ignored: {reason}; remove it, or tune again", stacklevel=2)

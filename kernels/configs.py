@@ -82,7 +82,7 @@ class TileConfig:
                     raise ValueError(f"{field.name} must be true or false, got {value!r}")
                 continue
             if type(value) is not int or value < least.get(field.name, 1):
-                raise ValueError(f"{field.name} must be an integer >= {least.get(field.name, 1)}, got {value!r}")
+                raise ValueError(f"{field.name} must be an integer >= {least.get(field.name, 1)}, got {value!r:.100}")
             if field.name in least and value & (value - 1):
                 raise ValueError(f"{field.name} must be a power of two, got {value}")
 

@@ -487,7 +487,17 @@ def int4_cross_entropy(
     return losses, argmax
 
 
+def check_floating(name: str, tensor: Tensor) -> None:
+    """TypeError for integers, as of a linear layer; modelling code that casts to ``layer.weight.dtype`` makes such."""
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{name} is {tensor.dtype}, wanted a floating dtype; if the model casts its activations to the dtype of an "
+            f"int4 layer's weight, which is packed codes, that layer must stay float"
+        )
+
+
 def _check(name: str, tensor: Tensor, width: int, weight: Int4Weight, backend: str) -> None:
+    check_floating(name, tensor)
     if backend == "triton" and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float32 or float16, or backend 'panel'")
     if tensor.dim() == 0 or tensor.shape[-1] != width:

@@ -104,13 +104,32 @@ def parse_table(value: Any, architecture: str) -> Table:
     if not isinstance(value, dict) or value.keys() != {"format", "architecture", "entries"}:
         raise ValueError("a table has the keys format, architecture and entries")
     if value["format"] != FORMAT:
-        raise ValueError(f"format must be {FORMAT}, got {value['format']!r}")
+        raise ValueError(f"format must be {FORMAT}, got {value['format']!r:.100}")
     if value["architecture"] != architecture:
         raise ValueError(f"architecture must be {architecture!r}, got {value['architecture']!r}")
     if not isinstance(value["entries"], list):
         raise ValueError("entries must be a list")
     entries = [_parse_entry(item) for item in value["entries"]]
-    return {entry.problem: entry for entry in entries}
+    table = {entry.problem: entry for entry in entries}
+    if len(table) != len(entries):
+        raise ValueError("two entries are for the same problem")
+    return table
+
+
+def read_strictly(path: Path) -> Any:
+    """A JSON file without keys that stand twice. ValueError for those, and for what is no JSON."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    return json.loads(path.read_bytes(), object_pairs_hook=once)
+
+
+def is_time(value: Any) -> bool:
+    """Microseconds, or any other positive number that a float holds."""
+    return type(value) in (int, float) and 0 < value < 1e300
 
 
 def _parse_entry(item: Any) -> Entry:
@@ -131,10 +150,10 @@ def _parse_entry(item: Any) -> Entry:
     }
     for key, values in allowed.items():
         if type(item[key]) not in (str, int) or item[key] not in values:
-            raise ValueError(f"{key} must be one of {values}, got {item[key]!r}")
+            raise ValueError(f"{key} must be one of {values}, got {item[key]!r:.100}")
     time_us, versions, device = item["time_us"], item["versions"], item["device"]
-    if type(time_us) not in (int, float) or not 0 < time_us < math.inf:
-        raise ValueError(f"time_us must be a positive number, got {time_us!r}")
+    if not is_time(time_us):
+        raise ValueError(f"time_us must be a positive number, got {time_us!r:.100}")
     if not isinstance(versions, dict) or not all(isinstance(text, str) for text in versions.values()):
         raise ValueError("versions must map names to version strings")
     if device is not None and not isinstance(device, str):
@@ -152,10 +171,15 @@ def _parse_route(item: dict[str, Any], problem: Problem) -> Route:
     names = {field.name for field in fields(TileConfig)}
     if not isinstance(config, dict) or config.keys() != names:
         raise ValueError(f"config has the keys {', '.join(sorted(names))}")
+    return parse_config(config, problem)
+
+
+def parse_config(config: dict[str, Any], problem: Problem) -> TileConfig:
+    """ValueError for one that no device has room for, or that does not suit the problem."""
     route = TileConfig(**config)
     for name, most in LARGEST.items():
         if getattr(route, name) > most:
-            raise ValueError(f"{name} must be at most {most}, got {getattr(route, name)}")
+            raise ValueError(f"{name} must be at most {most}, got {getattr(route, name)!r:.40}")
     if not route.suits(problem):
         raise ValueError("scale_sums is for matmul with the symmetric scheme, and sums within one group")
     return route
@@ -181,7 +205,7 @@ def read_named_table(path: Path, architecture: str) -> Table:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode) or found.st_size > SIZE_LIMIT:
         raise ValueError("it is not a regular file of a table's size")
-    return parse_table(json.loads(path.read_bytes()), architecture)
+    return parse_table(read_strictly(path), architecture)
 
 
 def check_private(place: Path) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from . import files
-from .lora import Int4LoRALinear, LoraConfig, lora_config_from_dict
+from .files import FileError
+from .lora import Int4LoRALinear, LoraConfig, lora_config_from_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# In the metadata of the weights we write: their checksum, and by what they are scaled. PEFT writes none.
+SEAL = "mebp_seal"
+SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def adapter_layers(model: Any) -> dict[str, Int4LoRALinear]:
@@ -43,8 +46,13 @@ def save_adapter(model: Any, directory: Path | str) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
-    files.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt"})
+    seal = {"crc32": files.tensors_checksum(tensors), "scaling": _scaling(config)}
+    files.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt", SEAL: json.dumps(seal)})
     files.write_json(directory / CONFIG, _peft_config(config, model))
+
+
+def _scaling(config: LoraConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SCALING}
 
 
 def _config_of(model: Any) -> LoraConfig | None:
@@ -62,10 +70,10 @@ def _base_of(model: Any) -> tuple[str, str | None]:
 
 
 def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
-    # The names that end the adapted layers' paths: PEFT's own "all-linear" would look at its model's layer types.
     layers = adapter_layers(model)
     targets: Any = config.target_modules
-    if targets == "all-linear" or config.exclude_modules:
+    # PEFT's own "all-linear" would look at its model's layer types. What was left out is not named again.
+    if _selected(model, replace(config, exclude_modules=None)) != set(layers):
         targets = _shortest_suffixes(model, layers)
     base, task = _base_of(model)
     return {
@@ -97,36 +105,66 @@ def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
 
 def _shortest_suffixes(model: Any, layers: dict[str, Int4LoRALinear]) -> list[str]:
     """Last path components that select exactly the adapted layers, or whole paths where those would select more."""
-    suffixes = {name.rpartition(".")[2] for name in layers}
-    selected = {
-        name
-        for name, _ in model.named_modules()
-        if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
-    }
-    return sorted(suffixes) if selected == set(layers) else sorted(layers)
+    suffixes = sorted({name.rpartition(".")[2] for name in layers})
+    exact = _selected(model, LoraConfig(target_modules=suffixes)) == set(layers)
+    return suffixes if exact else sorted(layers)
+
+
+def _selected(model: Any, config: LoraConfig) -> set[str]:
+    return {name for name, _ in model.named_modules() if config.targets(name)}
 
 
 def read_adapter_config(directory: Path | str) -> LoraConfig:
-    """The ``LoraConfig`` of a saved adapter. ValueError for one that uses what only PEFT's own layers can do."""
-    path = Path(directory) / CONFIG
+    """The ``LoraConfig`` of a saved adapter, which its weights agree with as far as their header tells.
+
+    Raises:
+        ValueError: it is damaged, contradicts its weights, or uses what only PEFT's own layers can do.
+    """
+    path, weights = Path(directory) / CONFIG, Path(directory) / WEIGHTS
     if not path.exists():
         raise ValueError(f"{directory} is no adapter: it has no {CONFIG}")
     values = files.read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold a JSON object")
     try:
-        return lora_config_from_dict(values)
+        config = lora_config_from_file(values)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
+    entries, metadata = files.read_safetensors_header(weights)
+    # A rank from the config alone could ask for any amount of memory.
+    for name, (_, shape, _, _) in entries.items():
+        layer = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        if name.endswith(".lora_A.weight") and shape[:1] != (config.rank(layer),):
+            raise ValueError(
+                f"the adapter {directory} contradicts itself: {layer} has rank {config.rank(layer)} by its config, and "
+                f"{name} has shape {shape}"
+            )
+    largest = max((shape[0] for _, shape, _, _ in entries.values() if shape), default=0)
+    if max((config.r, *config.rank_pattern.values())) > largest:
+        raise ValueError(f"the adapter {directory} contradicts itself: its config has a rank that no tensor has")
+    seal = _seal(weights, metadata)
+    if seal is not None and json.loads(json.dumps(_scaling(config))) != seal.get("scaling"):
+        raise FileError(f"{path} is not what {weights} was saved with ({seal.get('scaling')!r:.200}): put it back")
+    return config
+
+
+def _seal(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    if SEAL not in metadata:
+        return None
+    seal = files.parse_json(metadata[SEAL], f"{SEAL} of {path}")
+    if not isinstance(seal, dict):
+        raise FileError(f"{path} is damaged: its {SEAL} is no object")
+    return seal
 
 
 def read_adapter_tensors(directory: Path | str) -> dict[str, Tensor]:
+    """The tensors of a saved adapter. FileError where they are damaged."""
     path = Path(directory) / WEIGHTS
-    files.check_regular(path)
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    tensors, metadata = files.read_safetensors(path)
+    seal = _seal(path, metadata)
+    if seal is not None and seal.get("crc32") != files.tensors_checksum(tensors):
+        raise FileError(f"{path} is damaged: its checksum differs")
+    return tensors
 
 
 def load_adapter(model: Any, directory: Path | str) -> None:
@@ -179,6 +217,8 @@ def check_fit(own: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], wh
                 f"the adapter {what} does not fit this model: {name} has shape {tuple(tensors[name].shape)}, "
                 f"wanted {shape}"
             )
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"the adapter {what} is damaged: {name} is of {tensors[name].dtype}")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"the adapter {what} is damaged: {name} is not finite")
 

@@ -16,7 +16,8 @@ exact      true                                  none
 identity   ``dX = dY``; nothing read, recomputed none
 ========== ===================================== ==============================
 
-A block whose input needs no gradient, and that is not trained, has no backward at all.
+A block whose input needs no gradient, and that is not trained, has no backward at all. What blocks hand on beside the
+hidden state has its gradient in the first two rows, and none in the third; see ``arguments``.
 
 A recompute leaves out the products that it can; see ``recompute``.
 """
@@ -24,6 +25,8 @@ A recompute leaves out the products that it can; see ``recompute``.
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,9 +34,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .arguments import Arguments, Call, check_modules, check_objects, map_caches
 from .blocks import BlockRunner, Treatment, hidden_state
 from .lora import Int4LoRALinear
 from .recompute import Recompute, Recording, Surroundings
@@ -69,15 +74,16 @@ class BlockEngine(BlockRunner):
         self.waiting = Waiting() if waiting is None else waiting
         self.recomputes = [Recompute(block) for block in self.blocks]
         self.siblings = [_siblings_in(block) for block in self.blocks]
+        self.unchecked = set(range(len(self.blocks)))  # the blocks whose attributes were not looked at yet
 
     def _run(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(index, original, args, kwargs)
-        leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Cache))
-        if any(isinstance(leaf, Cache) for leaf in leaves) and self._trains_any(leaves):
-            leaves = [_without_cache(leaf) for leaf in leaves]
-            args, kwargs = tree_unflatten(leaves, spec)
-        treatment = self.treatment(index)
+        arguments = Arguments(args, kwargs)
+        if any(isinstance(leaf, Cache) for leaf in arguments.leaves) and self._trains_any(arguments.leaves):
+            args, kwargs = map_caches(_empty_cache, args, kwargs)
+            arguments = Arguments(args, kwargs)
+        treatment, leaves = self.treatment(index), arguments.leaves
         hidden = hidden_state(args, kwargs)
         moving = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         parameters = self.trainable(index) if treatment == "train" else []
@@ -85,14 +91,14 @@ class BlockEngine(BlockRunner):
             with torch.no_grad():
                 return self._forward(index, original, args, kwargs)
         place = next(place for place, leaf in enumerate(leaves) if leaf is hidden)
-        run = _BlockRun(self, index, original, leaves, spec, moving, place, treatment, parameters)
+        live = Call(args, kwargs, arguments.containers)
+        run = _BlockRun(self, index, original, arguments, live, moving, place, treatment, parameters)
         outputs = _BlockFunction.apply(run, *(leaves[place] for place in moving), *parameters)
         return run.rebuild(outputs)
 
     def _trains_any(self, leaves: list[Any]) -> bool:
         """Whether this forward pass makes a graph, here or in another block."""
-        moving = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
-        return moving or any(self.trainable(index) for index in range(len(self.blocks)))
+        return _any_moves(leaves) or any(self.trainable(index) for index in range(len(self.blocks)))
 
     def _forward(self, index: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with self.pages[index]:
@@ -122,14 +128,59 @@ def _siblings_in(block: nn.Module) -> set[Siblings]:
     return {layer.siblings for layer in layers if layer.siblings is not None}
 
 
-def _without_cache(leaf: Any) -> Any:
-    """A key-value cache cannot be filled twice, so training runs without one."""
-    if not isinstance(leaf, Cache):
-        return leaf
-    if leaf.get_seq_length() > 0:
+def _empty_cache(cache: Cache) -> None:
+    """A cache cannot be filled twice, so training runs without one. ValueError if it holds tokens already."""
+    try:
+        filled = cache.get_seq_length() > 0
+    except ValueError:  # it has no attention layer
+        filled = cache.has_previous_state()
+    if filled:
         raise ValueError("past_key_values holds tokens: training through a filled cache is not supported")
-    warnings.warn("gradients are on: the key-value cache stays empty; use torch.no_grad() to generate", stacklevel=4)
-    return None
+
+
+def watch_training(model: PreTrainedModel, blocks_path: str, engine: BlockEngine) -> None:
+    """While ``engine`` has the blocks, the module that runs them does so without a cache wherever a graph is made.
+
+    It raises ValueError there if it is asked for what blocks compute within, such as attentions or router logits
+    (for an auxiliary loss): taken out of a forward pass that has no graph, they would count without their gradient.
+    """
+    parts = blocks_path.split(".")
+    above = (model.get_submodule(".".join(parts[:count])) for count in reversed(range(len(parts))))
+    decoder: Any = next(module for module in above if isinstance(module, PreTrainedModel))
+    inner = {f"output_{name}" for name in getattr(decoder, "_can_record_outputs", None) or ()}
+    inner |= {"output_attentions", "output_router_logits"}
+    inner -= {"output_hidden_states"}  # between blocks: they have their gradient
+    parameters = inspect.signature(decoder.forward).parameters.values()
+    caches = any(parameter.name == "use_cache" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        def asked(name: str) -> bool:
+            given = kwargs.get(name)
+            return bool(getattr(decoder.config, name, False) if given is None else given)
+
+        if engine.removed or not torch.is_grad_enabled():
+            return None
+        if not _any_moves(itertools.chain(tree_leaves((args, kwargs)), decoder.parameters())):
+            return None
+        if refused := next(filter(asked, sorted(inner)), None):
+            raise ValueError(
+                f"{refused}=True: what a block computes within has no gradient when it is trained block by block; "
+                f"set {refused}=False, in the call or in the model's config"
+            )
+        if caches and asked("use_cache"):
+            if kwargs.get("past_key_values") is not None:
+                warnings.warn(
+                    "gradients are on, so the key-value cache stays empty; use torch.no_grad() to generate",
+                    stacklevel=4,
+                )
+            kwargs["use_cache"] = False
+        return args, kwargs
+
+    decoder.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _any_moves(leaves: Iterable[Any]) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 class _BlockRun:
@@ -140,15 +191,17 @@ class _BlockRun:
         engine: BlockEngine,
         index: int,
         original: Callable[..., Any],
-        leaves: list[Any],
-        spec: Any,
+        arguments: Arguments,
+        live: Call,
         moving: list[int],
         hidden: int,
         treatment: Treatment,
         parameters: list[nn.Parameter],
     ) -> None:
         self.engine, self.index, self.original, self.treatment = engine, index, original, treatment
-        self.leaves, self.spec, self.moving, self.hidden = leaves, spec, moving, hidden
+        self.arguments, self.moving, self.hidden = arguments, moving, hidden
+        self.live: Call | None = live
+        self.leaves = leaves = arguments.leaves
         self.parameters = parameters
         # A block that only passes the gradient on is recomputed with its parameters too.
         # The hidden state is its checkpoint's to watch.
@@ -164,7 +217,7 @@ class _BlockRun:
 
     def forward(self) -> tuple[Tensor, ...]:
         """Runs the block without a graph; afterwards only the checkpoint holds its input."""
-        args, kwargs = tree_unflatten(self.leaves, self.spec)
+        assert self.live is not None
         keeping: AbstractContextManager[object] = nullcontext()
         if self.treatment != "identity":
             self.checkpoint = self.engine.checkpoints.save(self.leaves[self.hidden])
@@ -173,20 +226,24 @@ class _BlockRun:
                 self.recording = Recording(self.engine.checkpoints)
                 keeping = self.engine.recomputes[self.index].recorded(self.recording)
         with keeping:
-            output = self.engine._forward(self.index, self.original, args, kwargs)
-        self.leaves = [None if place == self.hidden else leaf for place, leaf in enumerate(self.leaves)]
+            output = self.engine._forward(self.index, self.original, self.live.args, self.live.kwargs)
+        self.leaves[self.hidden] = None
         if self.treatment == "identity":
-            self.leaves = []
-        self.output_leaves, self.output_spec = tree_flatten(output)
+            self.leaves.clear()
+        self.output_leaves, self.output_spec = tree_flatten((output, self.live.written()))
         tensors = tuple(leaf for leaf in self.output_leaves if isinstance(leaf, Tensor))
         self.output_leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in self.output_leaves]
         return tensors
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> Any:
-        """The block's output with the function's tensors in it."""
+        """The block's output with the function's tensors in it; they are put into its containers as well."""
+        assert self.live is not None
         given = iter(tensors)
         leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self.output_leaves]
-        return tree_unflatten(leaves, self.output_spec)
+        output, written = tree_unflatten(leaves, self.output_spec)
+        self.live.write(written)
+        self.live, self.arguments.containers = None, []
+        return output
 
     def backward(self, grads: tuple[Tensor | None, ...], needed: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of the moving inputs and the parameters, by recomputing the block."""
@@ -202,27 +259,32 @@ class _BlockRun:
             leaves[place] = leaves[place].detach().requires_grad_(need)
         inputs = [leaves[place] for place in self.moving] + self.parameters
         wanted = [item for item, need in zip(inputs, needed, strict=True) if need]
-        args, kwargs = tree_unflatten(leaves, self.spec)
         with self.engine.pages[self.index]:
             self.engine.prefetch_below(self.index if any(needed[: len(self.moving)]) else 0)
-            found = self._gradients(args, kwargs, wanted, grads)
+            found = self._gradients(leaves, wanted, grads)
         self.engine.counters.recompute += 1
         self.engine.observer("backward", self.index)
         given = iter(found)
         return [next(given) if need else None for need in needed]
 
     def _gradients(
-        self, args: Any, kwargs: Any, wanted: list[Tensor], grads: tuple[Tensor | None, ...]
+        self, leaves: list[Any], wanted: list[Tensor], grads: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...]:
         with torch.enable_grad(), _only_trainable(self), _without_hooks(self.parameters):
-            output = self.engine.recomputes[self.index].run(lambda: self._recompute(args, kwargs), self.recording)
-            outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+            outputs = self.engine.recomputes[self.index].run(lambda: self._recompute(leaves), self.recording)
+            if self.index in self.engine.unchecked:
+                self.engine.unchecked.remove(self.index)
+                check_modules(self.index, self.engine.blocks)
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
             return torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
 
-    def _recompute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _recompute(self, leaves: list[Any]) -> list[Tensor]:
+        call = self.arguments.call(leaves)
         with self.surroundings.replayed():
-            return self.engine._call(self.index, functools.partial(self.original, *args, **kwargs))
+            output = self.engine._call(self.index, functools.partial(self.original, *call.args, **call.kwargs))
+        outputs = [leaf for leaf in tree_flatten((output, call.written()))[0] if isinstance(leaf, Tensor)]
+        check_objects(self.index, self.arguments.objects(call), outputs)
+        return outputs
 
 
 _TENSOR = object()

@@ -92,9 +92,9 @@ class BlockRunner:
         self.around: list[nn.Parameter] = []
         self._had = [block.__dict__.get("forward") for block in self.blocks]
         self._put: list[Any] = []
-        self._removed = False
+        self.removed = False
         others = (getattr(block.forward, "block_runner", None) for block in self.blocks)
-        if any(other is not None and not other._removed for other in others):
+        if any(other is not None and not other.removed for other in others):
             raise ValueError("the blocks have an engine already: remove() the other one, or use model.mebp.engine")
         for index, block in enumerate(self.blocks):
             wrapped = functools.wraps(block.forward)(functools.partial(self._enter, run, index, block.forward))
@@ -103,11 +103,11 @@ class BlockRunner:
             self._put.append(wrapped)
 
     def _enter(self, run: Callable[..., Any], index: int, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        return original(*args, **kw) if self._removed else run(index, original, *args, **kw)
+        return original(*args, **kw) if self.removed else run(index, original, *args, **kw)
 
     def remove(self) -> None:
         """Gives every block the forward back that it had; where others wrapped ours since, it only calls that."""
-        self._removed = True
+        self.removed = True
         for block, had, put in zip(self.blocks, self._had, self._put, strict=True):
             if block.__dict__.get("forward") is put:
                 del block.forward

@@ -186,6 +186,7 @@ def resolve_device(name: str | None) -> str:
     return name
 
 
+CONFIG_FILE_LIMIT = 1 << 20
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {f"{prefix}ib": 1 << shift for prefix, shift in (("k", 10), ("m", 20), ("g", 30), ("t", 40))}
 
@@ -227,12 +228,28 @@ def _check_choice(name: str, kind: Any, value: Any) -> None:
         if get_origin(part) is Literal:
             if value in get_args(part):
                 return
-            raise ValueError(f"{name} must be one of {', '.join(get_args(part))}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(get_args(part))}, got {value!r:.200}")
     plain = tuple(part for part in allowed if part is not type(None))
     if isinstance(value, bool) and bool not in plain:
-        raise ValueError(f"{name} must be of type {plain[0].__name__}, got {value!r}")
+        raise ValueError(f"{name} must be of type {plain[0].__name__}, got {value!r:.200}")
     if not isinstance(value, plain) and not (float in plain and isinstance(value, int)):
-        raise ValueError(f"{name} must be of type {plain[0].__name__}, got {value!r}")
+        raise ValueError(f"{name} must be of type {plain[0].__name__}, got {value!r:.200}")
+
+
+def _parse_yaml(data: bytes) -> Any:
+    """Plain values by name. Neither a key twice nor an alias, of which a short file can make gigabytes."""
+    loader = yaml.SafeLoader(data)
+    try:
+        node = loader.get_single_node()
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"setting {next(key for key in keys if keys.count(key) > 1)!r:.100} stands twice")
+        if not all(isinstance(part, yaml.ScalarNode) for pair in pairs for part in pair):
+            raise ValueError("every setting is a name and one plain value")
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def read_config_file(path: Path | str) -> dict[str, Any]:
@@ -242,10 +259,12 @@ def read_config_file(path: Path | str) -> dict[str, Any]:
         ValueError: unreadable, or a key that is no setting (the nearest one is named).
     """
     path = Path(path)
-    data = files.read_bytes(path)
+    data = files.read_bytes(path, CONFIG_FILE_LIMIT)
     try:
-        values = files.parse_json(data, str(path)) if path.suffix == ".json" else yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = files.parse_json(data, str(path)) if path.suffix == ".json" else _parse_yaml(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, files.FileError):
+            raise
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold settings by name, got {type(values).__name__}")
@@ -256,9 +275,11 @@ def read_config_file(path: Path | str) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"{path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"{path}: unknown setting {key!r:.100}" + (f"; did you mean {near[0]!r}?" if near else ""))
         if name in settings:
             raise ValueError(f"{path}: setting {name!r} stands twice")
+        if value is not None and type(value) not in (str, int, float, bool):
+            raise ValueError(f"{path}: setting {name!r} must be one value, got {type(value).__name__}")
         if name == "memory_budget" and type(value) is int:
             value = str(value)  # bytes
         if kinds[name] is float and isinstance(value, str):  # YAML 1.1 takes 2e-4 for a word

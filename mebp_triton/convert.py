@@ -155,6 +155,7 @@ class _Job:
         for name in floats:
             if name.startswith(prefix) and name not in self.written:
                 value = self.source.read(name)
+                _check_finite(name, value)
                 kept[name] = decode(value, torch.float32) if isinstance(value, Int4Weight) else value
         self.written |= matrices.keys() | kept.keys()
         self.report.float_bytes += sum(tensor.nbytes for tensor in kept.values())
@@ -163,6 +164,8 @@ class _Job:
 
     def _matrix(self, site: Int4Site) -> tuple[Int4Weight, float]:
         value = self.source.read(f"{site.name}.weight")
+        if isinstance(value, Int4Weight):
+            _check_finite(f"{site.name}.weight", value)
         if site.transposed and not isinstance(value, Int4Weight):
             value = value.t().contiguous()
         try:
@@ -174,3 +177,11 @@ class _Job:
             self.report.taken_over.append(site.name)
         self.progress(len(self.report.errors), self.total)
         return weight, error
+
+
+def _check_finite(name: str, value: Tensor | Int4Weight) -> None:
+    """Of what is taken over as it is; a matrix that is quantized is looked at there."""
+    parts = value.tensors().items() if isinstance(value, Int4Weight) else [("it", value)]
+    for part, tensor in parts:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} of the source is damaged: {part} must be finite; download it again")

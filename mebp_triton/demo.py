@@ -8,9 +8,11 @@ would type, each run as its own process, so the peak memory shown is that of tra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -114,10 +116,19 @@ def python_module(name: str) -> list[str]:
 
 
 def _run(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"`{shlex.join(command[2:])}` ended with exit code {done.returncode}")
-    return json.loads(done.stdout)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            out, _ = child.communicate()
+        except KeyboardInterrupt as interruption:  # the child tidies up; a terminal has told it already
+            told = getattr(interruption, "number", signal.SIGINT) == signal.SIGINT
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=10 if told else 0)
+            child.terminate()
+            child.communicate()
+            raise
+    if child.returncode != 0:
+        raise RuntimeError(f"`{shlex.join(command[2:])}` ended with exit code {child.returncode}")
+    return json.loads(out)
 
 
 def _samples(store: Path, adapter: Path, console: Console) -> tuple[str, str]:

@@ -34,6 +34,15 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else None
 
 
+def check_vocabulary(model: Any, data: TokenizedData, what: str) -> None:
+    """ValueError where the tokenizer made ids that the model has no row for: it is another model's, or damaged."""
+    size, highest = model.config.get_text_config().vocab_size, data.highest_id()
+    if highest >= size:
+        raise ValueError(
+            f"{what} has the token id {highest}, and the model {size} tokens: its tokenizer belongs to another model"
+        )
+
+
 @torch.no_grad()
 def evaluate(
     model: Any,
@@ -47,9 +56,10 @@ def evaluate(
     Each of several ``processes`` takes its part of the windows; all have the result.
 
     Raises:
-        ValueError: there is no token to predict.
+        ValueError: there is no token to predict, or one that the model does not have.
         RunError: the loss is not finite.
     """
+    check_vocabulary(model, data, "the evaluation data")
     places = evenly_spaced(data, max_windows)
     mine = places if processes is None else places[processes.rank :: processes.size]
     device = model.mebp.device

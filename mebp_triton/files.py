@@ -8,28 +8,38 @@ file or the new one.
 from __future__ import annotations
 
 import contextlib
-import glob
+import errno
+import fcntl
 import json
+import math
 import mmap
 import os
 import platform
+import re
 import shutil
 import stat
 import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import psutil
-import safetensors.torch
 import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 CHECKSUM_CHUNK = 1 << 20
+SEAL = "seal"
+HEADER_LIMIT = 1 << 26
+DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32}
+DTYPES |= {"I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+DTYPES |= {"F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 TEMPORARY_PREFIX = ".mebp-tmp-"
 MADV_POPULATE_READ = 22  # Linux; Python has no name for it
 
@@ -38,29 +48,74 @@ class FileError(ValueError):
     """A file is missing, cut short, changed or not what it should be. The message is one line for the user."""
 
 
-def _temporary_prefix() -> str:
-    """Names the machine and the process, so that a later one can tell what a crash left behind.
+def _origin() -> str:
+    """Names the machine, and its boot and container: 8 hexadecimal digits each.
 
     A process's number says nothing on another machine, after a reboot, or in another container: so they are told apart.
     """
-    where = [platform.node()]
+    boot = []
     for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with contextlib.suppress(OSError):
-            where.append(os.readlink(source) if source.endswith("/pid") else Path(source).read_text())
-    return f"{TEMPORARY_PREFIX}{zlib.crc32(' '.join(where).encode()):08x}-{os.getpid()}-"
+            boot.append(os.readlink(source) if source.endswith("/pid") else Path(source).read_text())
+    return "".join(f"{zlib.crc32(text.encode()):08x}" for text in (platform.node(), " ".join(boot)))
+
+
+def _temporary_prefix() -> str:
+    """Of the names of temporaries: a later process can tell what a crash left behind."""
+    return f"{TEMPORARY_PREFIX}{_origin()}-{os.getpid()}-"
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes temporaries in ``directory`` whose process is no more; only those of this boot and container."""
-    mine = _temporary_prefix().rpartition("-")[0].rpartition("-")[0] + "-"
-    for entry in directory.glob(f"{glob.escape(mine)}*"):
-        process = entry.name[len(mine) :].partition("-")[0]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            if entry.is_dir() and not entry.is_symlink():
+    """Removes temporaries in ``directory`` whose process is no more; only those of this machine and container."""
+    mine = _origin()
+    for entry in directory.glob(f"{TEMPORARY_PREFIX}*"):
+        origin, _, rest = entry.name[len(TEMPORARY_PREFIX) :].partition("-")
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            written = entry.lstat().st_mtime
+            if origin == mine:
+                process = rest.partition("-")[0]
+                left = process.isdecimal() and not _lived(int(process), written)
+            else:  # of an earlier boot, if it is this machine's and older than its start
+                left = origin[:8] == mine[:8] and written < psutil.boot_time()
+            if left and entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):  # another user's
-                    entry.unlink()
+            elif left:
+                entry.unlink()
+
+
+def _lived(process: int, when: float) -> bool:
+    """Whether a process of that number lives that did so then: numbers are used again."""
+    try:
+        return psutil.Process(process).create_time() <= when + 2  # clocks of files and of processes differ a little
+    except psutil.Error:
+        return psutil.pid_exists(process)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Within, no other process has ``directory`` locked. The lock ends with its process, however that ends.
+
+    On a network file system it holds between the processes of one machine.
+
+    Raises:
+        FileError: another process has it, or the file system has no locks.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(handle), os.stat(directory))
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        except OSError as error:
+            raise FileError(
+                f"{directory} cannot be locked ({error.strerror}): choose a place on another file system"
+            ) from None
+        if not free:
+            raise FileError(f"{directory} is in use by another process: wait for its end, or choose another place")
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync_directory(directory: Path) -> None:
@@ -77,19 +132,44 @@ def sync_file(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path; what lies there when the block ends takes ``path``'s place, synced, in one rename."""
-    handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+def _written(path: Path | str) -> Iterator[None]:
+    """An ``OSError`` within names ``path``: that of a failed write names nothing, or a temporary file.
+
+    Libraries in Rust (safetensors, tokenizers) have errors of their own for it, with the number in their words.
+    """
     try:
-        yield temporary
-        sync_file(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is not None and TEMPORARY_PREFIX not in f"{error.filename} {error.filename2}":
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path; what lies there when the block ends takes ``path``'s place, synced, in one rename.
+
+    Raises:
+        OSError: it cannot be written, and says why and where. What was there before is there still.
+    """
+    remove_leftovers(path.parent)
+    with _written(path):
+        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            sync_file(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -104,21 +184,27 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """CPU tensors into one safetensors file, without a second copy of them in memory (safetensors 0.8)."""
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+    """Contiguous CPU tensors into one safetensors file: the same bytes every time, and no second copy in memory."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    known = {dtype: name for name, dtype in DTYPES.items()}
+    entries = {name: (known[tensors[name].dtype], tuple(tensors[name].shape), tensors[name].nbytes) for name in order}
+    write_safetensors_pieces(path, entries, (tensors[name] for name in order), metadata or {})
 
 
 def write_safetensors_pieces(
-    path: Path, entries: Mapping[str, tuple[str, tuple[int, ...], int]], pieces: Iterable[Tensor]
+    path: Path,
+    entries: Mapping[str, tuple[str, tuple[int, ...], int]],
+    pieces: Iterable[Tensor],
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
     """A safetensors file of any size, of which one piece is in memory at a time.
 
     Args:
         entries: dtype (safetensors' name), shape and bytes of each tensor, by name; wider dtypes first.
         pieces: contiguous CPU tensors whose bytes, one after the other, are those of all tensors in order.
+        metadata: texts for the header.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape, size) in entries.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
@@ -129,7 +215,8 @@ def write_safetensors_pieces(
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for piece in pieces:
-                file.write(_raw(piece))
+                if piece.numel():
+                    file.write(_raw(piece))
             written = file.tell() - 8 - len(text)
         if written != end:
             raise RuntimeError(f"{path}: {written} bytes of data were written, {end} announced")
@@ -144,19 +231,27 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields an empty temporary directory beside ``path`` that becomes ``path`` when the block ends without an error.
 
     Raises:
-        FileError: ``path`` exists already and is not an empty directory.
+        FileError: ``path`` exists already and is not an empty directory, or does so when the block ends.
     """
     check_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
-    try:
-        yield temporary
-        _finish_directory(temporary)
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _written(path):
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
+        try:
+            yield temporary
+            _finish_directory(temporary)
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise FileError(
+                        f"{path} was made by another process meanwhile, and stays: choose another place or remove it"
+                    ) from None
+                raise
+            sync_directory(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _finish_directory(directory: Path) -> None:
@@ -178,19 +273,20 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     """
     old = path.with_name(path.name + ".old")
     recover_directory(path)
-    temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
-    try:
-        write(temporary)
-        _finish_directory(temporary)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        sync_directory(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _written(path):
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
+        try:
+            write(temporary)
+            _finish_directory(temporary)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def recover_directory(path: Path) -> None:
@@ -225,10 +321,17 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.20} is larger than any number")
+    return number
+
+
 def parse_json(data: bytes | str, what: str) -> Any:
-    """Strict JSON: no duplicate keys, no NaN or Infinity. FileError names ``what``."""
+    """Strict JSON: no duplicate keys, no NaN or infinity. FileError names ``what``."""
     try:
-        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{what} is not valid JSON: {error}") from None
 
@@ -244,19 +347,119 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path), str(path))
 
 
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's object with a checksum of all the rest of it, which ``read_sealed`` compares."""
+    body = {key: item for key, item in value.items() if key != SEAL}
+    text = json.dumps(json.loads(json.dumps(body)), sort_keys=True)
+    return body | {SEAL: zlib.crc32(text.encode())}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. FileError where its seal is broken; files of earlier versions have none."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FileError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
+    found = value.pop(SEAL, None)
+    if found is not None and sealed(value)[SEAL] != found:
+        raise FileError(f"{path} is damaged or was changed: its checksum differs")
+    return value
+
+
 def check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileError(f"{path} does not exist") from None
-    except NotADirectoryError:
-        raise FileError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         raise FileError(f"{path} is not a regular file")
 
 
+# dtype, shape, begin and end within the data section
+TensorEntry = tuple[torch.dtype, tuple[int, ...], int, int]
+
+
+def safetensors_header(
+    path: Path, handle: int, size: int, dtypes: Mapping[str, torch.dtype]
+) -> tuple[int, dict[str, TensorEntry], dict[str, str]]:
+    """Start of the data section of an opened safetensors file, its tensors, its metadata. All of it checked.
+
+    Tensors lie within the file, side by side, without overlap or gap, each at a multiple of its element's size.
+
+    Raises:
+        FileError: it is not so.
+    """
+    prefix = bytearray(8)
+    _read_fully(handle, memoryview(prefix), 0, path)
+    length = int.from_bytes(prefix, "little")
+    if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+        raise FileError(f"{path}: header length {length} does not fit a file of {size} bytes")
+    text = bytearray(length)
+    _read_fully(handle, memoryview(text), 8, path)
+    header = parse_json(bytes(text), f"header of {path}")
+    start = 8 + length
+    if not isinstance(header, dict):
+        raise FileError(f"{path}: its header is a {type(header).__name__}, wanted an object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(item, str) for item in metadata.values()):
+        raise FileError(f"{path}: its metadata should be texts by name")
+    entries = {name: _tensor_entry(path, name, entry, dtypes) for name, entry in header.items()}
+    for name, (dtype, shape, begin, end) in entries.items():
+        aligned = start % dtype.itemsize == 0 and begin % dtype.itemsize == 0  # in the file, and in a copy of its data
+        if end - begin != prod(shape) * dtype.itemsize or end > size - start or not aligned:
+            raise FileError(f"{path}: tensor {name!r:.100} does not lie within the file as its header says")
+    edge = 0
+    for begin, end in sorted(entry[2:] for entry in entries.values()):
+        if begin != edge:
+            raise FileError(f"{path}: tensors overlap or leave a gap at byte {start + edge}")
+        edge = end
+    if edge != size - start:
+        raise FileError(f"{path}: {size - start - edge} bytes after the last tensor")
+    return start, entries, metadata
+
+
+def _tensor_entry(path: Path, name: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> TensorEntry:
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        dtype, shape, (begin, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if isinstance(shape, list) and all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+            return dtype, tuple(shape), begin, end
+    raise FileError(f"{path}: tensor {name!r:.100} has a malformed header entry {entry!r:.100}")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, read and not mapped, and its metadata. FileError where it is damaged."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        size, handle = os.fstat(file.fileno()).st_size, file.fileno()
+        start, entries, metadata = safetensors_header(path, handle, size, DTYPES)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, _, _) in entries.items()}
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                _read_fully(handle, _raw(tensor), start + entries[name][2], path)
+    return tensors, metadata
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors of a safetensors file by name and its metadata. FileError where its header is damaged."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        return safetensors_header(path, file.fileno(), os.fstat(file.fileno()).st_size, DTYPES)[1:]
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of names, dtypes, shapes and bytes of CPU tensors, whatever their order."""
+    found = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="surrogatepass"), found)
+        if tensor.numel():
+            found = zlib.crc32(_raw(tensor), found)
+    return found
+
+
 def append_line(path: Path, line: str) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with _written(path), open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -284,6 +487,8 @@ class MappedFile:
             that it has not, so that a truncated file is an error message instead of a SIGBUS.
     """
 
+    opened: weakref.WeakSet[MappedFile] = weakref.WeakSet()
+
     def __init__(self, path: Path, size: int) -> None:
         check_regular(path)
         self.path, self.size = path, size
@@ -292,14 +497,19 @@ class MappedFile:
         # A private mapping: torch wants a writable buffer, and nothing written here could reach the file.
         self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)
         self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.opened.add(self)
+
+    def is_cut_short(self) -> bool:
+        return os.fstat(self._file.fileno()).st_size < self.size
 
     def check(self) -> None:
         found = os.fstat(self._file.fileno()).st_size
         if found != self.size:
             raise FileError(f"{self.path} has {found} bytes and should have {self.size}: it was cut short or changed")
 
-    def view(self) -> memoryview:
-        return memoryview(self._map)
+    def header(self, dtypes: Mapping[str, torch.dtype]) -> tuple[int, dict[str, TensorEntry]]:
+        """Start of the data section and the tensors of a safetensors file, see ``safetensors_header``."""
+        return safetensors_header(self.path, self._file.fileno(), self.size, dtypes)[:2]
 
     def checksums(self) -> list[int]:
         """``checksums`` of the file, by reading: no page of the mapping becomes resident."""
@@ -344,12 +554,15 @@ class ScratchFile:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(prefix=_temporary_prefix(), dir=directory)  # noqa: SIM115 - lives with self
+        self.what = f"a scratch file in {directory}"
+        with _written(self.what):
+            self._file = tempfile.TemporaryFile(prefix=_temporary_prefix(), dir=directory)  # noqa: SIM115
         self.end = 0
 
     def slot(self, size: int) -> Slot:
         length = -(-max(size, 1) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        os.posix_fallocate(self._file.fileno(), self.end, length)
+        with _written(self.what):
+            os.posix_fallocate(self._file.fileno(), self.end, length)
         slot = Slot(self._file.fileno(), self.end, size)
         self.end += length
         return slot
@@ -357,7 +570,8 @@ class ScratchFile:
     def mapped_slot(self, size: int) -> MappedSlot:
         slot = self.slot(size)
         length = self.end - slot.offset
-        return MappedSlot(mmap.mmap(self._file.fileno(), length, offset=slot.offset), size)
+        with _written(self.what):  # where the address space is limited
+            return MappedSlot(mmap.mmap(self._file.fileno(), length, offset=slot.offset), size)
 
 
 class Slot:
@@ -372,8 +586,9 @@ class Slot:
     def write(self, tensor: Tensor) -> None:
         """The bytes of a contiguous CPU tensor, from the slot's start on."""
         view, done = _raw(tensor), 0
-        while done < len(view):
-            done += os.pwrite(self._handle, view[done:], self.offset + done)
+        with _written("a scratch file"):
+            while done < len(view):
+                done += os.pwrite(self._handle, view[done:], self.offset + done)
 
     def read(self, tensor: Tensor) -> None:
         """Fills a contiguous CPU tensor from the slot's start on."""
@@ -391,12 +606,14 @@ class ScratchArray:
 
     def __init__(self, directory: Path, dtype: DTypeLike) -> None:
         self.directory, self.dtype, self.length = directory, np.dtype(dtype), 0
-        self._file = tempfile.TemporaryFile(prefix=_temporary_prefix(), dir=directory)  # noqa: SIM115 - lives with self
+        with self._writing():
+            self._file = tempfile.TemporaryFile(prefix=_temporary_prefix(), dir=directory)  # noqa: SIM115 - lives with self
 
     def extend(self, values: Any) -> None:
         """Appends the elements of a buffer. FileError where the disk is full."""
         self.length += memoryview(values).nbytes // self.dtype.itemsize
-        self._write(lambda: self._file.write(values))
+        with self._writing():
+            self._file.write(values)
 
     def __len__(self) -> int:
         return self.length
@@ -404,14 +621,16 @@ class ScratchArray:
     def __getitem__(self, where: slice) -> NDArray[Any]:
         start, stop, step = where.indices(self.length)
         assert step == 1, "only stretches are read"
-        self._write(self._file.flush)
+        with self._writing():
+            self._file.flush()
         found = np.empty(max(stop - start, 0), self.dtype)
         _read_fully(self._file.fileno(), found.view(np.uint8).data, start * self.dtype.itemsize, "a scratch file")
         return found
 
-    def _write(self, write: Callable[[], object]) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            write()
+            yield
         except OSError as error:
             raise FileError(f"cannot write a scratch file in {self.directory}: {error.strerror}") from error
 

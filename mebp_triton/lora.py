@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import regex
 import torch
 from torch import Tensor, nn
 
 from .kernels.layout import Int4Weight
-from .kernels.ops import int4_embedding, int4_matmul, int4_matmul_dx, int4_matmul_dx_group, int4_matmul_group
+from .kernels.ops import (
+    check_floating,
+    int4_embedding,
+    int4_matmul,
+    int4_matmul_dx,
+    int4_matmul_dx_group,
+    int4_matmul_group,
+)
 
 if TYPE_CHECKING:
     from .siblings import Siblings
+
+
+MATCH_SECONDS = 1.0  # for one path; it takes microseconds
+LONGEST_EXPRESSION = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -48,15 +62,27 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
+                raise ValueError(f"{name} must map regular expressions to numbers, got {pattern!r:.100}")
         for rank in (self.r, *self.rank_pattern.values()):
-            if type(rank) is not int or rank < 1:
-                raise ValueError(f"lora rank r must be a whole number of at least 1, got {rank!r}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
-        if not all(math.isfinite(alpha) for alpha in (self.lora_alpha, *self.alpha_pattern.values())):
-            raise ValueError(f"lora_alpha must be finite, got {self.lora_alpha!r}")
+            if type(rank) is not int or not 1 <= rank < 1 << 31:
+                raise ValueError(f"lora rank r must be a whole number of at least 1, got {rank!r:.100}")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r:.100}")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if not _is_number(alpha) or not abs(alpha) < 1e30:
+                raise ValueError(f"lora_alpha must be finite, got {alpha!r:.100}")
+        if type(self.use_rslora) is not bool:
+            raise ValueError(f"use_rslora must be true or false, got {self.use_rslora!r:.100}")
         if not self.target_modules:
             raise ValueError("target_modules is empty: name modules, or use 'all-linear'")
+        for name in ("target_modules", "exclude_modules"):
+            wanted = getattr(self, name)
+            names = wanted if isinstance(wanted, list | tuple) else [wanted or ""]
+            if not all(isinstance(module, str) for module in names):
+                raise ValueError(f"{name} must be names, or one regular expression, got {wanted!r:.100}")
 
     def rank(self, path: str) -> int:
         return _pattern_value(self.rank_pattern, path, self.r)
@@ -110,20 +136,40 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Those that change nothing, or nothing once an adapter is trained, whatever their value.
+WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "revision", "task_type"}
+WITHOUT_EFFECT |= {"inference_mode", "fan_in_fan_out", "layers_pattern", "megatron_config", "megatron_core"}
+WITHOUT_EFFECT |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
+WITHOUT_EFFECT |= {"runtime_config", "ensure_weight_tying"}
+
+
+def lora_config_from_file(values: dict[str, Any]) -> LoraConfig:
+    """``lora_config_from_dict`` of a file: ValueError also for what it lacks, and for a setting that is not known."""
+    for key in ("r", "lora_alpha", "target_modules"):
+        if values.get(key) is None:
+            raise ValueError(f"it has no {key}")
+    known = {item.name for item in fields(LoraConfig)} | UNSUPPORTED.keys() | WITHOUT_EFFECT
+    for key in sorted(values.keys() - known):
+        if values[key] not in (None, False, [], {}):
+            raise ValueError(f"the adapter uses {key!r:.100}, which is not known here; train it without")
+    return lora_config_from_dict(values)
+
+
 def lora_config_from_dict(values: dict[str, Any]) -> LoraConfig:
     """From the fields of PEFT's ``adapter_config.json``."""
     kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
-    if str(kind) != "LORA":
-        raise ValueError(f"the adapter is of type {kind!r}; only LORA is supported")
+    if kind != "LORA":
+        raise ValueError(f"the adapter is of type {kind!r:.100}; only LORA is supported")
     for key, unused in UNSUPPORTED.items():
         value = values.get(key)
-        if value is not None and value not in unused:
-            raise ValueError(f"the adapter uses {key}={value!r}, which is not supported; train it without")
+        # Of the same type, since 0 and 1 are False and True to Python.
+        if value is not None and not any(type(value) is type(off) and value == off for off in unused):
+            raise ValueError(f"the adapter uses {key}={value!r:.100}, which is not supported; train it without")
     known = {item.name for item in fields(LoraConfig)}
     taken = {key: value for key, value in values.items() if key in known and value is not None}
     for key in ("target_modules", "exclude_modules"):
         if isinstance(taken.get(key), set | list | tuple):
-            taken[key] = tuple(sorted(taken[key]))
+            taken[key] = tuple(sorted(taken[key], key=str))
     return LoraConfig(**taken)
 
 
@@ -137,11 +183,29 @@ def _pattern_value(pattern: dict[str, Any], path: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if _fullmatch(rf"(.*\.)?({key})", path)), default)
 
 
+@lru_cache(maxsize=1 << 16)
 def _fullmatch(expression: str, path: str) -> bool:
+    """As ``re.fullmatch``, but that an expression from a file may not run on and on: ``(a+)+$`` takes 2^n steps.
+
+    ``regex`` means the same by what ``re`` compiles, but for its fuzzy and POSIX forms, which no path needs.
+    """
     try:
-        return re.fullmatch(expression, path) is not None
-    except re.error as error:
-        raise ValueError(f"{expression!r} is not a regular expression: {error}") from None
+        if len(expression) > LONGEST_EXPRESSION or re.search(r"\{[^0-9,]|\[\[:", expression):
+            raise re.error("too long, or of a form that is not supported")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(expression)
+            return regex.fullmatch(expression, path, timeout=MATCH_SECONDS) is not None
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{expression!r:.100} is not a regular expression: {error}") from None
+    except TimeoutError:
+        raise ValueError(
+            f"{expression!r:.100} takes too long to match {path}: write it without nested repeats"
+        ) from None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 @dataclass(frozen=True)
@@ -285,9 +349,10 @@ def int4_lora_linears(
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """x in the dtype in which a linear layer would run here."""
+    """x in the dtype in which a linear layer would run here. TypeError for integers."""
+    check_floating("x", x)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
@@ -329,6 +394,14 @@ class Int4Module(nn.Module):
             return moved if id(tensor) not in own or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Scales may come as their bytes, as ``save_pretrained`` writes them."""
+        for name in ("scales", "minimum"):
+            own, given = self._buffers.get(name), state_dict.get(prefix + name)
+            if own is not None and given is not None and given.dtype == torch.uint8 and given.shape != own.shape:
+                state_dict[prefix + name] = given.contiguous().view(own.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def int4(self) -> Int4Weight:
         """The weight as it lies now."""
@@ -379,6 +452,12 @@ class Int4Table(Int4Module):
 
     rows: RowSource | None = None
     device: torch.device | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise ValueError(
+            "an int4 embedding or head cannot be copied, as PEFT's modules_to_save does to train it: take it out, or, "
+            "for the head, load(..., head='float')"
+        )
 
     def _set_packed(self, packed: Tensor) -> None:
         self._parameters.pop("weight", None)

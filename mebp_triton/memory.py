@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import sys
 import time
 from dataclasses import dataclass, field
 
 import torch
+
+OUT_OF_MEMORY: tuple[str, ...] = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "can't start new thread",
+)
+OUT_OF_MEMORY += ("bad_alloc", "failed to map segment")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python, the system, the loader, and torch on a CPU and a GPU have each their own way to say it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    kinds = (RuntimeError, ImportError)
+    said = isinstance(error, kinds) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError)
 
 
 @dataclass(frozen=True)

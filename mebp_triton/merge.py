@@ -13,12 +13,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import files
 from .adapter import PREFIX, adapter_shapes, check_fit, read_adapter_config, read_adapter_tensors
 from .convert import QuantizeReport, Recipe, write_store
-from .importers import check_complete, check_shape, one_line, parameter_aliases, persistent_buffers, prepare_config
+from .importers import (
+    check_complete,
+    check_shape,
+    check_sizes,
+    parameter_aliases,
+    persistent_buffers,
+    prepare_config,
+    read_config,
+)
 from .importers.safetensors_dir import INDEX, SINGLE, write_companions
 from .kernels.layout import Int4Weight, Scheme
 from .kernels.reference import decode
@@ -47,9 +55,8 @@ class MergedStore:
         self.adapter = adapter
         self.directory = self.store.directory
         self._config_json = files.read_json(self.directory / "config.json")
-        with one_line(f"{self.directory / 'config.json'} is not a usable config", "quantize the model again"):
-            config = AutoConfig.from_pretrained(str(self.directory), trust_remote_code=False)
-        self.config = prepare_config(config, str(self.directory))
+        self.config = prepare_config(read_config(self.directory, "quantize the model again"), str(self.directory))
+        check_sizes(f"store {self.directory}", self.config, self.store.shapes())
         self.description = self.store.source
         self._lora = None if adapter is None else read_adapter_config(adapter)
         self._tensors = {} if adapter is None else read_adapter_tensors(adapter)

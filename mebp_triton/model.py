@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from .backprop import BlockEngine
+from .backprop import BlockEngine, watch_training
 from .blocks import find_blocks
+from .importers import check_sizes, one_line, read_config
 from .integrations.trainer import install_saving
 from .kernels.ops import resolve_backend
 from .lora import Int4Linear, Int4LoRALinear, Int4Module, Int4Table, LoraConfig, as_lora_config, replace_embedding
 from .loss import Int4Head, OnePassLoss, install_loss
 from .recompute import GRANULARITIES, Granularity
 from .siblings import join_siblings
-from .skeleton import Int4Site, build_skeleton, int4_sites
+from .skeleton import Int4Site, build_skeleton, float32_tensors, int4_sites
 from .stores.checkpoints import Residency, checkpoint_store
 from .stores.format import SHARED, Store, block_file
 from .stores.pages import Pages, Stager, check_residency, host_copy, place_weights
@@ -49,7 +50,7 @@ def load(
     weights: Residency = "device",
     checkpoints: Residency = "device",
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     attn_implementation: str | None = None,
@@ -71,7 +72,7 @@ def load(
         lora: ours or a ``peft.LoraConfig``; None for a frozen model.
         weights: where the blocks' weights lie: "device", "host", or "file" (memory-mapped, dropped after use).
         checkpoints: where the blocks' inputs wait for the backward pass: "device", "host" or "file".
-        device, dtype: where and in which dtype activations are computed.
+        device, dtype: where and in which dtype activations are computed ("bfloat16" is torch.bfloat16).
         adapter_dtype: float32 or bfloat16.
         backend: "auto", "triton" or "panel".
         attn_implementation: as in transformers.
@@ -85,7 +86,7 @@ def load(
             (TRL's ``SFTTrainer``). It takes vocabulary x hidden size x the size of ``dtype``, and logits are computed.
 
     Raises:
-        ValueError: the store is damaged, or an argument does not fit.
+        ValueError: the store or its generation config is damaged, or an argument does not fit.
     """
     check_residency("weights", weights)
     check_residency("checkpoints", checkpoints)
@@ -94,14 +95,21 @@ def load(
         raise ValueError(f"recompute_granularity must be {known}, got {recompute_granularity!r}")
     if adapter_dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"adapter_dtype must be float32 or bfloat16, got {adapter_dtype}")
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        dtype = named
     if head not in ("int4", "float"):
         raise ValueError(f"head must be int4 or float, got {head!r}")
     device = torch.device(device)
     resolve_backend(backend, device)
     opened = Store(store)
     config = lora if lora is None else as_lora_config(lora)
-    model_config = AutoConfig.from_pretrained(opened.directory, trust_remote_code=False)
+    model_config = read_config(opened.directory, "quantize the model again")
+    check_sizes(f"store {opened.directory}", model_config, opened.shapes())
     model = build_skeleton(model_config, dtype, attn_implementation)
+    _take_generation_config(model, opened.directory)
     blocks_path, stack = find_blocks(model, blocks)
     builder = Builder(opened, model, config, device, dtype, adapter_dtype, backend, seed)
     replaced, int4_head = builder.replace_modules()
@@ -131,15 +139,40 @@ def load(
     scratch = Path(scratch_directory) if scratch_directory is not None else Path(tempfile.gettempdir())
     keep_outputs = recompute_granularity == "selective"
     engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch, waiting), keep_outputs, waiting)
+    watch_training(model, blocks_path, engine)
     model.mebp = Runtime(opened, engine, install_loss(model, int4_head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing
     model.tie_weights = _tied_already
     install_saving(model)
     # DistributedDataParallel would send all of it, and write it back into the mapped files' pages.
-    parameters, buffers = (named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
-    frozen = [name for name, parameter in parameters if not parameter.requires_grad]
-    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in buffers)]
+    model._ddp_params_and_buffers_to_ignore = FrozenNames(model)
     return model
+
+
+def _take_generation_config(model: Any, directory: Path) -> None:
+    """As ``from_pretrained`` does: it says where chats end, and how to sample."""
+    path = directory / "generation_config.json"
+    if model.can_generate() and path.exists():
+        with one_line(f"{path} is not a usable generation config", "compare it with the model's original"):
+            model.generation_config = type(model.generation_config).from_pretrained(directory)
+
+
+class FrozenNames:
+    """The names of all that is not trained in a model, as it is when they are asked for.
+
+    They are there as well with the prefix that they have in a PEFT model, which hands out the attributes of the model
+    that it was put around.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __iter__(self) -> Iterator[str]:
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                yield from (name, f"base_model.model.{name}")
+        for name, _ in self.model.named_buffers(remove_duplicate=False):
+            yield from (name, f"base_model.model.{name}")
 
 
 def _place_tables(
@@ -217,6 +250,7 @@ class Builder:
     ) -> None:
         self.store, self.model, self.lora, self.device = store, model, lora, device
         self.dtype, self.adapter_dtype, self.backend = dtype, adapter_dtype, backend
+        self.in_float32 = float32_tensors(model, dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self.adapted: list[str] = []
 
@@ -278,7 +312,10 @@ class Builder:
                 f"store {self.store.directory}: {name} has shape {tuple(value.shape)}, "
                 f"the config says {tuple(expected.shape)}"
             )
-        return value.to(self.device, self.dtype)
+        return value.to(self.device, self._dtype(name, self.dtype))
+
+    def _dtype(self, name: str, usual: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.in_float32(name) else usual
 
     def place_floats(self) -> None:
         """Parameters that stay float, and the buffers."""
@@ -294,5 +331,5 @@ class Builder:
             if isinstance(owner, Int4Module) and attribute in owner.INT4_BUFFERS:
                 continue
             if name in self.store.floats:
-                buffer = self.store.float_tensor(name).to(buffer.dtype)
+                buffer = self.store.float_tensor(name).to(self._dtype(name, buffer.dtype))
             owner._buffers[attribute] = buffer.to(self.device)

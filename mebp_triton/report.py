@@ -7,6 +7,9 @@ import importlib.util
 import json
 import math
 import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from .data import DataReport
 
 MIB = 1 << 20
+METRICS_LIMIT = 1 << 34
 
 
 BESIDE_THE_SUMMARY = ("plots", "data", "settings", "environment")  # in run.json
@@ -47,14 +51,39 @@ class RunDirectory:
         self.metrics = self.directory / "metrics.jsonl"
         self.record = self.directory / "run.json"
         self.evaluation = self.directory / "evaluation_before.json"
+        self._held = False
 
     def create(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.directory)
 
-    def discard_if_empty(self) -> None:
-        if self.directory.is_dir() and not any(self.directory.iterdir()):
-            self.directory.rmdir()
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within, no other process writes there. The directory is made, and goes again if nothing was written.
+
+        Raises:
+            FileError: another process is writing there.
+        """
+        if self._held:
+            yield
+            return
+        made = [place for place in (self.directory, *self.directory.parents) if not place.exists()]
+        try:
+            self.create()
+            with files.locked(self.directory):
+                self._held = True
+                yield
+        finally:
+            self._held = False
+            with suppress(OSError):  # the first one that is not empty
+                for place in made:
+                    place.rmdir()
+
+    def is_before_checkpoint(self) -> bool:
+        """Whether nothing is there but what a run writes before its first checkpoint."""
+        names = {entry.name for entry in self.directory.iterdir()}
+        names -= {self.metrics.name, self.evaluation.name}
+        return all(name.startswith(files.TEMPORARY_PREFIX) for name in names)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         files.append_line(self.metrics, json.dumps(row, allow_nan=False))
@@ -62,32 +91,52 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return [row for _, row in self._metrics()]
+
+    def _metrics(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every line and what it says. A last one that was cut short is left out; FileError for any other."""
+        *whole, cut = files.read_bytes(self.metrics, METRICS_LIMIT).split(b"\n")
+        for number, line in enumerate(whole, start=1):
+            row = files.parse_json(line, f"line {number} of {self.metrics}")
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise files.FileError(f"line {number} of {self.metrics} is damaged: it has no step; remove the line")
+            yield line.decode(), row
 
     def cut_metrics(self, step: int) -> None:
-        """Drops the lines of steps from ``step`` on, and a last line that was cut short."""
+        """Drops the lines of steps from ``step`` on, whatever they hold, and a last line that was cut short.
+
+        Raises:
+            FileError: a line of the steps before is damaged.
+        """
         if not self.metrics.exists():
             return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row["step"] < step:
-                kept.append(line + "\n")
-        files.write_bytes(self.metrics, "".join(kept).encode())
+        kept: list[str] = []
+        try:
+            kept.extend(f"{line}\n" for line, row in self._metrics() if row["step"] < step)
+        except files.FileError:
+            if len(kept) < step:
+                raise
+        data = "".join(kept).encode()
+        if data != self.metrics.read_bytes():
+            files.write_bytes(self.metrics, data)
+
+    def sync_metrics(self) -> None:
+        """What a checkpoint counts on must outlast a loss of power as it does."""
+        if self.metrics.exists():
+            files.sync_file(self.metrics)
 
     def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:
         """``of``: the settings that say what was evaluated."""
         if evaluation is not None:
-            files.write_json(self.evaluation, {"of": of, "found": asdict(evaluation)})
+            files.write_json(self.evaluation, files.sealed({"of": of, "found": asdict(evaluation)}))
 
     def saved_evaluation(self, of: dict[str, Any]) -> Evaluation | None:
         """What ``save_evaluation`` kept, unless it is of something else."""
         if not self.evaluation.exists():
+            if of.get("validation_file"):
+                warnings.warn(f"{self.evaluation} is gone: the loss before training is not known", stacklevel=2)
             return None
-        saved = files.read_json(self.evaluation)
+        saved = files.read_sealed(self.evaluation)
         try:
             return Evaluation(**saved["found"]) if saved["of"] == of else None
         except (TypeError, KeyError):
@@ -95,7 +144,12 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
         """``run.json`` and, where matplotlib is installed, the plots."""
-        plots = draw_plots(self.directory, self.read_metrics(), watch)
+        metrics = self.read_metrics()
+        try:
+            plots = draw_plots(self.directory, metrics, watch)
+        except Exception as error:  # the run is whole without them
+            warnings.warn(f"the plots are not drawn: {' '.join(str(error).split())}", stacklevel=2)
+            plots = []
         record = {
             **summary,
             "plots": plots,
@@ -110,20 +164,23 @@ class RunDirectory:
         if not self.record.exists():
             return None
         record = files.read_json(self.record)
+        if not isinstance(record, dict):
+            raise files.FileError(f"{self.record} is malformed: remove it")
         return {name: value for name, value in record.items() if name not in BESIDE_THE_SUMMARY}
 
 
 class OthersRunDirectory(RunDirectory):
     """The run directory of another process: it is read here, and written there."""
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, resume: bool = True) -> None:
         super().__init__(directory, resume=True)
 
     def create(self) -> None:
         pass
 
-    def discard_if_empty(self) -> None:
-        pass
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        yield
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         pass

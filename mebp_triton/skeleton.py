@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from .memory import is_out_of_memory
+
 Role = Literal["linear", "embedding", "head"]
+
+# What transformers calls the layers that choose a token's experts; rounding them would change the choice.
+ROUTERS = ("gate", "router")
 
 
 @contextmanager
@@ -37,9 +42,14 @@ def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | N
     with _parameters_on_meta():
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **named)
-        except ValueError as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise ValueError(f"transformers makes no causal language model of this config: {first_line}") from None
+        except Exception as error:  # a config that contradicts itself shows as anything in a model's own code
+            if is_out_of_memory(error):
+                raise
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(
+                f"transformers makes no causal language model of this config: {kind}{first_line}"
+            ) from error
     model.requires_grad_(False)
     return model.eval()
 
@@ -76,8 +86,38 @@ class Int4Site:
     transposed: bool = False
 
 
+def kept_modules(model: Any) -> Callable[[str], bool]:
+    """Tells by its path in ``model`` whether a linear layer stays float: transformers lists it as in need of float32,
+    or it is a router.
+
+    An entry of the lists is some parts of a path ("wo", "indexer.weights_proj"), perhaps with a parameter's name
+    ("gate.weight"); a module has all that lies in it kept with it.
+    """
+    names = [*ROUTERS, *_listed(model, "_keep_in_fp32_modules"), *_listed(model, "_keep_in_fp32_modules_strict")]
+    return lambda path: named(f"{path}.weight", names)
+
+
+def float32_tensors(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Tells by its path whether ``from_pretrained(..., dtype=dtype)`` leaves a float tensor of ``model`` in float32."""
+    names: list[str] = []
+    if dtype in (torch.float16, torch.bfloat16):
+        names += _listed(model, "_keep_in_fp32_modules_strict")
+    if dtype == torch.float16:
+        names += _listed(model, "_keep_in_fp32_modules")
+    return lambda path: named(path, names)
+
+
+def _listed(model: Any, attribute: str) -> list[str]:
+    return list(getattr(model, attribute, None) or ())
+
+
+def named(path: str, names: Iterable[str]) -> bool:
+    """Whether one of ``names`` is ``path``, or whole parts of it in a row."""
+    return any(f".{name}." in f".{path}." for name in names)
+
+
 def int4_sites(model: Any) -> tuple[list[Int4Site], bool]:
-    """Every linear layer, the input embedding and the head of ``model``; and whether the head is the embedding's.
+    """Every linear layer but those kept, the input embedding and the head; and whether the head is the embedding's.
 
     A tied head is not listed: it has no weight of its own.
     """
@@ -88,13 +128,15 @@ def int4_sites(model: Any) -> tuple[list[Int4Site], bool]:
             f"({type(embedding).__name__}, {type(head).__name__}); such models are not supported"
         )
     tied = head.weight is embedding.weight
-    sites = []
+    kept, sites = kept_modules(model), []
     for name, module in model.named_modules():
         if module is embedding:
             sites.append(Int4Site(name, "embedding", *module.weight.shape))
         elif module is head:
             if not tied:
                 sites.append(Int4Site(name, "head", *module.weight.shape))
+        elif kept(name):
+            continue
         elif type(module) is nn.Linear:
             sites.append(Int4Site(name, "linear", *module.weight.shape))
         elif type(module) is Conv1D:

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from .adapter import adapter_tensors, copy_adapter, save_adapter
 from .config import TrainConfig
 from .data import PackedData, TokenizedData, batches, batches_per_epoch, check_packing, collate, valid_tokens
 from .distributed import ALONE, Processes
-from .evaluate import Evaluation, RunError, evaluate
+from .evaluate import Evaluation, RunError, check_vocabulary, evaluate
 from .finite import NotFinite, broken_gradient, broken_output, broken_parameter
 from .kernels.ops import resolve_backend
 from .memory import MemoryWatch, peak_resident_bytes
@@ -90,6 +89,7 @@ class Trainer:
                 "optimizer_in_backward steps before the gradients of other processes are there: leave it out, or "
                 "train with one process"
             )
+        check_vocabulary(model, data, "the training data")
         self.processes = processes
         self.model, self.data, self.config, self.run, self.pad_token_id = model, data, config, run, pad_token_id
         self.device: torch.device = model.mebp.device
@@ -125,15 +125,32 @@ class Trainer:
         self.total_steps = config.max_steps or math.ceil(
             config.num_train_epochs * per_epoch / self.micro_batches_per_step
         )
-        self.step = self.reduced_bytes = self.skipped_in_a_row = 0
+        self.step = self.reduced_bytes = self.skipped_in_a_row = self.stopped = 0
         self.planned_peak_bytes: int | None = None
         self.fingerprints = {"training data": data.checksum(), "model": _store_checksum(model.mebp.store)}
         for what, checksum in self.fingerprints.items():
             if not processes.same(checksum):
                 raise ValueError(f"the {what} is not the same in all processes: give each the same files")
 
-    def train(self, on_step: Callable[[StepResult], None] = lambda result: None) -> list[StepResult]:
-        """Runs to the last step, writing metrics and checkpoints; the steps that this call made."""
+    def train(
+        self,
+        on_step: Callable[[StepResult], None] = lambda result: None,
+        should_stop: Callable[[], int] = lambda: 0,
+    ) -> list[StepResult]:
+        """Runs to the last step, writing metrics and checkpoints; the steps that this call made.
+
+        Args:
+            on_step: called after every step.
+            should_stop: asked after every step. Where any process's is not 0, all end there, with a checkpoint, and
+                the highest is ``stopped``.
+
+        Raises:
+            FileError: another process writes into the run directory.
+        """
+        with self.run.writing():
+            return self._steps(on_step, should_stop)
+
+    def _steps(self, on_step: Callable[[StepResult], None], should_stop: Callable[[], int]) -> list[StepResult]:
         config = self.config
         results: list[StepResult] = []
         if self.step == 0:
@@ -164,8 +181,13 @@ class Trainer:
                 taken["reduced_bytes"] = self.reduced_bytes
             self.run.append_metrics(asdict(result) | taken)
             on_step(result)
-            if self.step % config.save_steps == 0 or self.step == self.total_steps:
+            self.stopped = int(*self.processes.highest(should_stop()))
+            if self.stopped or self.step % config.save_steps == 0 or self.step == self.total_steps:
                 self.save_checkpoint()
+            if self.stopped:
+                break
+        if not results and self.processes.is_first:
+            save_adapter(self.model, self.run.adapter)  # whoever wrote the last checkpoint may not have come to it
         self.model.eval()
         return results
 
@@ -358,8 +380,9 @@ class Trainer:
                 files.write_safetensors(directory / name, self.optimizer.export_group(index, copy=False))
                 self.optimizer.moments.drop(index)
             crc32 = {name: files.file_checksums(directory / name) for name in (STATE, *self._optimizer_files())}
-            files.write_json(directory / "state.json", state | {"crc32": crc32})
+            files.write_json(directory / "state.json", files.sealed(state | {"crc32": crc32}))
 
+        self.run.sync_metrics()
         files.replace_directory(self.run.checkpoint, write)
         save_adapter(self.model, self.run.adapter)
 
@@ -397,7 +420,7 @@ class Trainer:
         self.processes.first(lambda: files.recover_directory(checkpoint))
         if not (checkpoint / "state.json").exists():
             raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
-        state = files.read_json(checkpoint / "state.json")
+        state = files.read_sealed(checkpoint / "state.json")
         try:
             for name in (STATE, *self._optimizer_files()):
                 if files.file_checksums(checkpoint / name) != state["crc32"][name]:
@@ -407,8 +430,8 @@ class Trainer:
             if began != self.processes.size:
                 raise ValueError(f"cannot resume: the run had {began} processes and now has {self.processes.size}")
             self._restore(state, checkpoint)
-        except (KeyError, TypeError, AttributeError) as error:
-            problem = f"{type(error).__name__}: {error}"
+        except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"{checkpoint / 'state.json'} is malformed, or of another version ({problem})") from None
 
     def _check_same(self, config: dict[str, Any], fingerprints: dict[str, int]) -> None:
@@ -417,24 +440,24 @@ class Trainer:
         ours = asdict(self.config)
         for name, value in (defaults | config).items():
             if name not in FREE_ON_RESUME and ours[name] != value:
-                raise ValueError(f"cannot resume: {name} was {value!r} and now is {ours[name]!r}")
+                raise ValueError(f"cannot resume: {name} was {value!r:.200} and now is {ours[name]!r:.200}")
         for what, value in self.fingerprints.items():
             if fingerprints[what] != value:
                 raise ValueError(f"cannot resume: the {what} changed since the checkpoint was written")
 
     def _restore(self, state: dict[str, Any], checkpoint: Path) -> None:
         split: dict[str, dict[str, Tensor]] = {"adapter": {}, "random": {}}
-        for key, tensor in safetensors.torch.load_file(checkpoint / STATE).items():
+        for key, tensor in files.read_safetensors(checkpoint / STATE)[0].items():
             room, _, name = key.partition("/")
             split[room][name] = tensor
         step = state["step"]
         if type(step) is not int or not 0 <= step <= self.total_steps:
-            raise ValueError(f"{checkpoint / 'state.json'} is malformed: step {step!r} of {self.total_steps}")
+            raise ValueError(f"{checkpoint / 'state.json'} is malformed: step {step!r:.100} of {self.total_steps}")
         self.selection.load_state_dict(state["selection"])
         copy_adapter(self.model, split["adapter"], str(checkpoint))
         for index, name in enumerate(self._optimizer_files()):
             assert self.optimizer is not None
-            self.optimizer.import_group(index, safetensors.torch.load_file(checkpoint / name))
+            self.optimizer.import_group(index, files.read_safetensors(checkpoint / name)[0])
             self.optimizer.moments.drop(index)
         mine = f"-{self.processes.rank}" if self.processes.rank else ""
         torch.set_rng_state(split["random"][f"cpu{mine}"])
@@ -454,8 +477,12 @@ def finetune(
     validation: TokenizedData | None,
     on_step: Callable[[StepResult], None] = lambda result: None,
     on_evaluation: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots. Returns what ``run.json`` holds."""
+    should_stop: Callable[[], int] = lambda: 0,
+) -> dict[str, Any] | None:
+    """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots. Returns what ``run.json`` holds.
+
+    None where ``should_stop`` ended the training, see ``Trainer.train``: then ``run.json`` is not written.
+    """
     config, run = trainer.config, trainer.run
     resumed_at = trainer.step
     evaluated = {name: getattr(config, name) for name in ("validation_file", "max_eval_windows", "max_length")}
@@ -463,9 +490,12 @@ def finetune(
     if not resumed_at:
         run.save_evaluation(before, evaluated)
     started = time.perf_counter()
-    results = trainer.train(on_step)
+    results = trainer.train(on_step, should_stop)
+    if trainer.stopped:
+        return None
     train_seconds = time.perf_counter() - started
     after = _evaluate(trainer, validation, on_evaluation)
+    rows = run.read_metrics()
     tokens = sum(result.tokens for result in results)
     seconds = [result.seconds for result in results]
     on_device = trainer.watch.peak_device_bytes()
@@ -480,8 +510,8 @@ def finetune(
         "perplexity_after": after and after.perplexity,
         "steps": trainer.step,
         "resumed_at_step": resumed_at or None,
-        "steps_not_finite": sum(result.not_finite is not None for result in results),
-        "train_loss_last": results[-1].loss if results else None,
+        "steps_not_finite": sum(row.get("not_finite") is not None for row in rows),
+        "train_loss_last": rows[-1]["loss"] if rows else None,
         "tokens_per_second": tokens / train_seconds if results else None,
         "seconds_per_step_median": statistics.median(seconds) if seconds else None,
         "trainable_parameters": sum(parameter.numel() for parameter in trainer.parameters),

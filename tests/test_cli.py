@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from models import decoded_model
 from runs import run_store, sentences, word_tokenizer
 
-from mebp_triton import __version__, commands
+from mebp_triton import __version__, commands, files, merge
+from mebp_triton import evaluate as evaluate_module
 from mebp_triton.autotune.log import Trial
 from mebp_triton.autotune.report import describe_route
 from mebp_triton.cli import main
@@ -20,7 +22,7 @@ from mebp_triton.kernels import tables
 from mebp_triton.kernels.configs import Problem
 from mebp_triton.kernels.tables import read_table
 from mebp_triton.stores.format import Store
-from mebp_triton.trainer import RunError
+from mebp_triton.trainer import RunError, Trainer
 
 COMMANDS = ["quantize", "train", "plan", "eval", "generate", "merge", "tune", "verify", "doctor", "demo"]
 QUICK = ["--max-steps=3", "--max-length=24", "--lora-r=2", "--learning-rate=0.01", "--device=cpu"]
@@ -319,6 +321,43 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(mebp, world, 
     assert [row["step"] for row in rows] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("left", [[], ["evaluation_before.json"]])
+def test_a_run_that_ended_before_its_first_step_starts_again(mebp, world, tmp_path, left):
+    command = ["train", str(world / "store"), *texts(world), *QUICK, f"--output-dir={tmp_path / 'run'}"]
+    (tmp_path / "run").mkdir()
+    for name in left:
+        shutil.copy(world / "run" / name, tmp_path / "run")
+    code, _, err = mebp(*command, "--resume")
+    assert code == 0 and "has no checkpoint yet: starting from the beginning" in err
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_directory_that_is_no_run_is_not_started_in(mebp, world, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    before = tree(tmp_path)
+    one_line(mebp(*train(world, tmp_path, "--resume")), "there is no checkpoint in", "to resume from")
+    assert tree(tmp_path) == before
+
+
+def test_resuming_a_finished_run_touches_no_file(mebp, world, tmp_path):
+    shutil.copytree(world / "run", tmp_path / "run")
+    before = tree(tmp_path)
+    value = answer(mebp(*train(world, tmp_path, f"--validation-file={world / 'held-out.txt'}", "--resume", "--json")))
+    assert value["steps"] == 3 and tree(tmp_path) == before
+
+
+def test_a_run_directory_in_use_is_refused(mebp, world, tmp_path):
+    shutil.copytree(world / "run", tmp_path / "run")
+    (tmp_path / "new").mkdir()
+    before = tree(tmp_path)
+    with files.locked(tmp_path / "run"), files.locked(tmp_path / "new"):
+        line = "run is in use by another process: wait for its end, or choose another place"
+        one_line(mebp(*train(world, tmp_path, "--resume")), line)
+        one_line(mebp(*train(world, tmp_path, output="new")), "new is in use by another process")
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("given", "found"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
 )
@@ -436,7 +475,7 @@ MISTAKES = {
     "options for a store": (lambda w, t: train(w, t, "--scheme=affine"), ["--scheme and --group-size are for models"]),
     "no tokenizer": (
         lambda w, t: train(w, t, store=without(w, t, "tokenizer*", source="store")),
-        ["has no usable tokenizer"],
+        ["tokenizer", "does not exist"],
     ),
     "a missing training file": (lambda w, t: train(w, t, train_file=t / "none.txt"), ["none.txt: no such file"]),
     "no training file": (lambda w, t: ["train", w / "store", f"--output-dir={t / 'run'}"], ["--train-file is missing"]),
@@ -444,7 +483,7 @@ MISTAKES = {
     "an empty file": (lambda w, t: train(w, t, train_file=put(t, "a.txt", "")), ["a.txt: nothing to train on"]),
     "an empty validation file": (
         lambda w, t: train(w, t, f"--validation-file={put(t, 'v.txt', '')}"),
-        ["validation-file", "v.txt: nothing to train on"],
+        ["validation-file", "v.txt: nothing to evaluate"],
     ),
     "an unknown suffix": (lambda w, t: train(w, t, train_file=put(t, "a.csv", "a,b")), ["unknown suffix '.csv'"]),
     "broken JSONL": (
@@ -552,9 +591,12 @@ MISTAKES = {
     "tuning for a missing model": (lambda w, t: offline(t, f"--model={t / 'none'}"), ["none does not exist"]),
     "tuning for a broken config": (
         lambda w, t: offline(t, f"--model={put(t, 'config.json', '{')}"),
-        ["config.json is not a usable config"],
+        ["config.json is not valid JSON"],
     ),
-    "tuning for foreign code": (lambda w, t: offline(t, f"--model={remote_code(w, t)}"), ["not a usable config"]),
+    "tuning for foreign code": (
+        lambda w, t: offline(t, f"--model={remote_code(w, t)}"),
+        ["needs code from the checkpoint, which is never run"],
+    ),
     "a directory as table": (
         lambda w, t: ["tune", "--offline", "--target=sm_87", "--shapes=64x64", f"--output={t}"],
         ["is a directory", "--output"],
@@ -734,8 +776,130 @@ def test_an_interrupted_tuning_says_how_to_go_on(mebp, monkeypatch):
     assert mebp("tune") == (130, "", "mebp: interrupted; the same command goes on\n")
 
 
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+def tell(number):
+    os.kill(os.getpid(), number)
+
+
+def told(monkeypatch, owner, name, number, at=1):
+    """The ``at``-th call of a function is told by a signal, before it does what it does."""
+    real, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at:
+            tell(number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_training_that_is_told_to_stop_finishes_the_step_and_goes_on_from_there(
+    mebp, world, tmp_path, monkeypatch, number, code
+):
+    command = ["train", world / "store", *texts(world), *QUICK, f"--output-dir={tmp_path / 'run'}", "--json"]
+    with monkeypatch.context() as patch:
+        told(patch, Trainer, "_one_step", number, at=2)
+        found, out, err = mebp(*command)
+    assert (found, out) == (code, "")
+    assert err.splitlines()[-1] == "mebp: interrupted after step 2 of 3; --resume goes on from there"
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"checkpoint", "adapter", "metrics.jsonl", "evaluation_before.json"}
+    value, whole = answer(mebp(*command, "--resume")), json.loads((world / "run" / "run.json").read_text())
+    assert value["resumed_at_step"] == 2
+    for key in ("loss_before", "loss_after", "train_loss_last", "token_accuracy_after", "steps"):
+        assert value[key] == whole[key], key
+    bytes_of = [path / "adapter" / "adapter_model.safetensors" for path in (tmp_path / "run", world / "run")]
+    assert bytes_of[0].read_bytes() == bytes_of[1].read_bytes()
+
+
+def test_a_training_that_is_told_twice_exits_at_once(mebp, world, tmp_path):
+    """In the third step, with a checkpoint after the second; and again while that of the third is written."""
+    command = ["train", str(world / "store"), *texts(world), *QUICK, f"--output-dir={tmp_path / 'run'}"]
+    code = (
+        "import os, signal, sys\n"
+        "from mebp_triton import files, trainer\n"
+        "def tell():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "real, finish = trainer.Trainer._one_step, files._finish_directory\n"
+        "trainer.Trainer._one_step = lambda self, b: (self.step == 2 and tell(), real(self, b))[1]\n"
+        "reached = []\n"
+        "def finishing(directory):\n"
+        "    finish(directory)\n"
+        "    reached.append(1)\n"
+        "    if len(reached) == 2:\n"
+        "        tell()\n"
+        "files._finish_directory = finishing\n"
+        "from mebp_triton.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, *command, "--save-steps=2"],
+        capture_output=True,
+        text=True,
+        env=quiet(),
+        check=False,
+    )
+    assert (
+        child.returncode == 143 and child.stderr.endswith("mebp: stopped at once\n") and "Traceback" not in child.stderr
+    )
+    assert json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"] == 2
+    assert answer(mebp(*command, "--resume", "--save-steps=2", "--json"))["resumed_at_step"] == 2
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(files.TEMPORARY_PREFIX)]
+
+
+@pytest.mark.parametrize("place", ["loading", "evaluating before", "evaluating after"])
+def test_a_training_interrupted_outside_of_its_steps(mebp, world, tmp_path, monkeypatch, place):
+    command = ["train", world / "store", *texts(world), *QUICK, f"--output-dir={tmp_path / 'run'}"]
+    owner, name, at = {
+        "loading": (commands.train, "load", 1),
+        "evaluating before": (evaluate_module, "collate", 1),
+        "evaluating after": (evaluate_module, "collate", 7),
+    }[place]
+    with monkeypatch.context() as patch:
+        told(patch, owner, name, signal.SIGTERM, at)
+        code, out, err = mebp(*command)
+    assert (code, out) == (143, "")
+    assert err.splitlines()[-1] == "mebp: interrupted; --resume goes on from the last checkpoint"
+    if place == "evaluating after":
+        assert answer(mebp(*command, "--resume", "--json"))["steps"] == 3
+    else:
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("name", ["quantize", "merge", "merge a store", "tune", "eval", "parsing"])
+def test_other_commands_end_with_one_line_and_leave_nothing(
+    mebp, world, tmp_path, monkeypatch, name, number, code, no_device
+):
+    from mebp_triton import cli, convert
+
+    adapter = f"--adapter={world / 'run' / 'adapter'}"
+    arguments, owner, function, at = {
+        "quantize": (["quantize", world / "model", tmp_path / "out"], convert, "quantize_matrix", 9),
+        "merge": (["merge", world / "store", tmp_path / "out", adapter], merge, "_rounded", 9),
+        "merge a store": (
+            ["merge", world / "store", tmp_path / "out", adapter, "--as-store"],
+            convert,
+            "quantize_matrix",
+            9,
+        ),
+        "tune": (offline(tmp_path, "--shapes=256x128", "--m=16"), commands.tune, "_tune", 1),
+        "eval": (evaluate(world, world / "store"), evaluate_module, "collate", 2),
+        "parsing": (["doctor"], cli, "_build_parser", 1),
+    }[name]
+    told(monkeypatch, owner, function, number, at)
+    found, out, err = mebp(*arguments)
+    hint = "; the same command goes on" if name == "tune" else ""
+    assert (found, out, err.splitlines()[-1]) == (code, "", f"mebp: interrupted{hint}")
+    assert "Traceback" not in err and list(tmp_path.iterdir()) == []
+
+
 def test_a_run_whose_loss_is_not_a_number_exits_with_1(mebp, world, tmp_path):
-    code, out, err = mebp(*train(world, tmp_path, "--learning-rate=1e30", "--max-grad-norm=0", "--lora-alpha=1e30"))
+    code, out, err = mebp(*train(world, tmp_path, "--learning-rate=1e30", "--max-grad-norm=0"))
     assert code == 1 and out == ""
     assert err.splitlines()[-1].startswith("mebp: error: ") and " at step " in err.splitlines()[-1]
 

@@ -270,6 +270,23 @@ def test_a_process_that_is_killed_does_not_leave_the_other_waiting(world, tmp_pa
     assert "mebp: error: another process of this run is gone" in ended[1 - rank].err
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_told_to_stop_ends_both_after_the_same_step(world, tmp_path, rank):
+    """In the third step, after which no checkpoint is due; then on to the bits of a run that nobody stopped."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    more = ["--selection-mode=exact", "--selection-schedule=importance", "--lora-dropout=0.1"]
+    ended = ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, run, *more), rank, "told")
+    assert [process.code for process in ended] == [143, 143]
+    assert ended[0].err.splitlines()[-1] == "mebp: interrupted after step 3 of 4; --resume goes on from there"
+    assert not any(process.out for process in ended) and "interrupted" not in ended[1].err
+    assert json.loads((run / "checkpoint" / "state.json").read_text())["step"] == 3
+    ended_well(ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, run, *more, "--resume")))
+    ended_well(ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, whole, *more)))
+    ours, truth = all_tensors(run / "checkpoint"), all_tensors(whole / "checkpoint")
+    assert ours.keys() == truth.keys() and all(torch.equal(ours[name], tensor) for name, tensor in truth.items())
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(whole)]
+
+
 def test_a_users_mistake_is_one_line_and_nothing_is_written(world, tmp_path):
     run = tmp_path / "run"
     cases = [

@@ -1,6 +1,7 @@
 """Every file operation made to fail, and the process made to die, at every n: the old state or the new one is left."""
 
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -14,6 +15,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -48,10 +50,6 @@ OPERATIONS = [
 ]
 
 
-class Full(OSError):
-    pass
-
-
 class Operations:
     """Counts the operations above; the n-th does ``what`` instead."""
 
@@ -71,7 +69,7 @@ class Operations:
 
 
 def full(args):
-    raise Full(28, "No space left on device")
+    raise OSError(28, "No space left on device")
 
 
 def half_written(args):
@@ -79,7 +77,7 @@ def half_written(args):
     if len(args) == 2 and isinstance(args[1], bytes):
         with open(args[0], "wb") as file:
             file.write(args[1][: len(args[1]) // 2])
-    raise Full(28, "No space left on device")
+    raise OSError(28, "No space left on device")
 
 
 def tree(root):
@@ -156,7 +154,7 @@ def attempts(way, monkeypatch, what):
         place = root.with_name(f"try-{n}")
         with monkeypatch.context() as patch:
             operations = Operations(patch, n, what)
-            with contextlib.suppress(Full):
+            with contextlib.suppress(OSError):
                 write(place)
         if operations.count < n:
             assert n > 5, "the operations are not the module's any more"
@@ -432,7 +430,7 @@ def test_a_mapped_file_reads_again_after_drop_and_never_writes(tmp_path):
     mapped.bytes.zero_()
     assert path.read_bytes() == content
     mapped.drop()
-    assert bytes(mapped.view()) == content
+    assert bytes(mapped.bytes.numpy()) == content
 
 
 # --- scratch --------------------------------------------------------------------------------------------------------
@@ -554,8 +552,94 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not
     left = list(tmp_path.iterdir())
     assert len(left) == 2 and all(entry.name.startswith(files.TEMPORARY_PREFIX) for entry in left)
     (tmp_path / "kept").write_text("mine")
-    other_machine = tmp_path / f"{files.TEMPORARY_PREFIX}00000000-1-abc"
+    other_machine = tmp_path / f"{files.TEMPORARY_PREFIX}{'0' * 16}-1-abc"
     other_machine.write_text("of another machine")
-    with files.atomic_path(tmp_path / "name") as living:
+    with files.atomic_path(tmp_path / "name") as living:  # a write removes what lies beside its target
+        assert set(tmp_path.iterdir()) == {living, tmp_path / "kept", other_machine}
         files.remove_leftovers(tmp_path)
         assert set(tmp_path.iterdir()) == {living, tmp_path / "kept", other_machine}
+
+
+def test_leftovers_are_told_from_what_is_in_use(tmp_path):
+    """By machine, boot, process, and whether the process of that number is the one that wrote."""
+    machine, boot = files._origin()[:8], files._origin()[8:]
+    started, long_ago = psutil.boot_time(), 1e8
+    cases = {  # origin, process, when written: whether it is left
+        (machine + boot, os.getpid(), None): False,
+        (machine + boot, os.getpid(), started - 5): True,  # a number that was used again
+        (machine + boot, 1 << 30, None): True,
+        (machine + "0" * 8, 1 << 30, started - 5): True,  # an earlier boot, after a loss of power
+        (machine + "0" * 8, 1 << 30, None): False,  # another container
+        ("0" * 8 + boot, 1 << 30, long_ago): False,
+        ("0" * 16, os.getpid(), long_ago): False,
+        ("", os.getpid(), long_ago): False,
+    }
+    for kind in (Path.touch, Path.mkdir):
+        for (origin, process, written), left in cases.items():
+            path = tmp_path / f"{TEMPORARY_PREFIX}{origin}-{process}-abc"
+            kind(path)
+            if written is not None:
+                os.utime(path, (written, written))
+            files.remove_leftovers(tmp_path)
+            assert path.exists() != left, (origin, process, written)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_a_lock_is_one_processes_and_ends_with_it(tmp_path):
+    hold = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from mebp_triton import files\n"
+        "with files.locked(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"held\n"
+        with pytest.raises(FileError, match="is in use by another process: wait for its end"), files.locked(tmp_path):
+            pass
+        child.kill()
+    with files.locked(tmp_path), pytest.raises(FileError, match="in use"), files.locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.raises(FileError, match="cannot be locked .No locks available.: choose"), files.locked(tmp_path):
+        pass
+
+
+def test_a_directory_that_was_replaced_is_not_locked(tmp_path, monkeypatch):
+    """Another process gave it back between our opening and our locking it."""
+    place = tmp_path / "run"
+    for again in (False, True):
+        place.mkdir()
+
+        def flock(handle, how, again=again):
+            place.rmdir()
+            if again:
+                (tmp_path / "other").mkdir()
+                (tmp_path / "other").rename(place)
+
+        monkeypatch.setattr(files.fcntl, "flock", flock)
+        with pytest.raises(FileError, match="in use"), files.locked(place):
+            pass
+
+
+def test_of_two_that_make_one_directory_the_first_wins(tmp_path):
+    with pytest.raises(FileError, match="store was made by another process meanwhile"):  # noqa: SIM117
+        with atomic_directory(tmp_path / "store") as slower:
+            (slower / "file").write_text("slower")
+            with atomic_directory(tmp_path / "store") as quicker:
+                (quicker / "file").write_text("quicker")
+    assert tree(tmp_path) == {"store": None, "store/file": b"quicker"}
+    with pytest.raises(FileError, match="made by another"), atomic_directory(tmp_path / "other"):
+        (tmp_path / "other").write_text("a file")
+    assert (tmp_path / "other").read_text() == "a file"

@@ -22,7 +22,13 @@ TESTED_ELSEWHERE = {
 }
 # What pyproject.toml calls by another name than Python does, and what our dependencies themselves depend on.
 IMPORT_NAMES = {"pyyaml": "yaml"}
-COMES_WITH = {"jinja2": "torch", "tokenizers": "transformers", "huggingface_hub": "transformers", "pyarrow": "datasets"}
+COMES_WITH = {
+    "jinja2": "torch",
+    "regex": "transformers",
+    "tokenizers": "transformers",
+    "huggingface_hub": "transformers",
+    "pyarrow": "datasets",
+}
 ONLY_WITHIN_FUNCTIONS = {"gguf", "matplotlib", "peft", "accelerate", "bitsandbytes", "datasets", "pyarrow"}
 
 

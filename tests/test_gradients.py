@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from models import (
     ARCHITECTURES,
     batch,
@@ -135,7 +136,11 @@ def test_restarting_positions_make_separate_documents() -> None:
     ids = batch(1, 20, None)["input_ids"]
     positions = torch.cat((torch.arange(8), torch.arange(12)))[None]
     for one in (model, wrapped):
-        one(input_ids=ids, position_ids=positions, labels=ids).loss.backward()
+        # With a cache, which training here never has, transformers would let the documents see each other.
+        one(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss.backward()
+    assert_same_gradients(model, wrapped)
+    model.zero_grad()
+    model(input_ids=ids, position_ids=positions, labels=ids).loss.backward()
     assert_same_gradients(model, wrapped)
 
 
@@ -213,3 +218,52 @@ def test_a_lora_that_leaves_out_the_last_layers_of_a_block() -> None:
             model(**examples).loss.backward()
             wrapped(**examples).loss.backward()
             assert_same_gradients(model, wrapped)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4.57 saves Gemma 3n by other names")
+@pytest.mark.parametrize("options", [{}, {"recompute_granularity": "selective"}, {"weights": "file"}], ids=str)
+def test_keys_and_values_that_blocks_share(options: dict[str, Any]) -> None:
+    """The last block of Gemma 3n has the keys and values of the one before it."""
+    model, wrapped = both(tiny_store("gemma3n_text"), {"target_modules": ["q_proj", "k_proj", "v_proj"]}, **options)
+    for _ in range(2):
+        model.zero_grad()
+        model(**batch()).loss.backward()
+    wrapped(**batch(), use_cache=False).loss.backward()
+    assert_same_gradients(model, wrapped)
+
+
+@pytest.mark.parametrize("use_cache", [{}, {"use_cache": True}, {"use_cache": False}], ids=str)
+def test_a_model_without_attention(use_cache: dict[str, bool]) -> None:
+    """Its cache is of another kind; training makes none."""
+    model, wrapped = both(tiny_store("lfm2"), {"target_modules": ["in_proj", "w1"]})
+    output = model(**batch(), **use_cache)
+    output.loss.backward()
+    wrapped(**batch(), use_cache=False).loss.backward()
+    assert_same_gradients(model, wrapped)
+    assert output.past_key_values is None
+
+
+def test_hidden_states_between_blocks_have_their_gradient() -> None:
+    model, wrapped = both(tiny_store("llama"))
+    for one in (model, wrapped):
+        output = one(**batch(), output_hidden_states=True)
+        (output.loss + sum(state.square().mean() for state in output.hidden_states[:-1])).backward()
+    assert_same_gradients(model, wrapped)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "flag"), [("granitemoe", "output_router_logits"), ("llama", "output_attentions")]
+)
+def test_what_a_block_computes_within_is_not_handed_out_while_training(architecture: str, flag: str) -> None:
+    """Router logits make an auxiliary loss: it would be in the loss, and not in the gradient."""
+    model, _ = both(tiny_store(architecture), attn_implementation="eager")
+    with pytest.raises(ValueError, match=f"{flag}=True: what a block computes within has no gradient"):
+        model(**batch(), **{flag: True})
+    with torch.no_grad():
+        assert model(**batch(), **{flag: True})[flag.removeprefix("output_")] is not None
+    setattr(model.config, flag, True)
+    with pytest.raises(ValueError, match=flag):
+        model.model(batch()["input_ids"])
+    model(**batch(), **{flag: False}).loss.backward()
+    model.requires_grad_(False)
+    assert not model(**batch()).loss.requires_grad

@@ -25,6 +25,7 @@ from mebp_triton.lora import (
     lora_config_from_dict,
     replace_embedding,
 )
+from mebp_triton.siblings import Siblings
 
 
 def make_weight(n=9, k=70, scheme="symmetric", group_size=32, seed=0):
@@ -340,6 +341,28 @@ class TestOp:
         assert torch.equal(again, y)
         assert torch.equal(torch.autograd.grad(again.float().sum(), x)[0].float(), given["x"].grad)
 
+    def test_a_scaler_sees_that_float16_overflowed_and_skips(self):
+        """A gradient beyond float16 is infinite, not clamped and not NaN alone, and the scale falls."""
+        module, x = layer(), normal(4, 70).requires_grad_(True)
+        with torch.no_grad():
+            module.lora_B.normal_(0, 0.1)
+        optimizer = torch.optim.AdamW([module.lora_A, module.lora_B], lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
+        changed, scales = [], []
+        for _ in range(8):
+            before = module.lora_B.detach().clone()
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                y = module(x)
+            assert y.dtype == torch.float16
+            scaler.scale(y.float().square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            changed.append(not torch.equal(before, module.lora_B))
+            scales.append(scaler.get_scale())
+        assert not changed[0] and scales[0] == 2.0**17 and changed[-1]
+        assert all(parameter.isfinite().all() for parameter in module.parameters())
+
     def test_a_known_output_is_the_result_and_has_the_same_gradients(self):
         weight, given = make_weight(), operands()
         args = (given["x"], weight, given["bias"], given["a"], given["b"], 1.5, "auto")
@@ -516,6 +539,19 @@ class TestLayers:
         with torch.autocast("cpu", torch.bfloat16):
             assert module(normal(4, 70)).dtype == torch.bfloat16
             assert module(normal(4, 70, dtype=torch.float64)).dtype == torch.float64
+
+    @pytest.mark.parametrize("kind", ["frozen", "adapted", "dropout", "siblings"])
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+    def test_integers_are_no_activations(self, kind, dtype):
+        """nn.Linear raises too; code that casts to ``layer.weight.dtype`` would get garbage otherwise."""
+        weight = make_weight()
+        layer = Int4Linear(weight, None, torch.float32)
+        if kind != "frozen":
+            layer = Int4LoRALinear(weight, None, torch.float32, 3, 1.0, dropout=0.5 * (kind == "dropout"))
+        if kind == "siblings":
+            layer.siblings = Siblings([layer, Int4LoRALinear(weight, None, torch.float32, 3, 1.0)])
+        with pytest.raises(TypeError, match=f"x is {dtype}, wanted a floating dtype.* must stay float"):
+            layer(torch.ones(2, 70).to(dtype))
 
 
 class Scaled(nn.Embedding):

@@ -253,7 +253,7 @@ HEAD = {f"base_model.model.lm_head.lora_{part}.weight": torch.ones(4, 4) for par
         ({}, {A: torch.full((4, 48), float("nan"))}, "is not finite"),
         ({}, HEAD, "has base_model.model.lm_head.lora_A.weight and 1 more"),
         ({"target_modules": ["q_proj"]}, {}, "does not fit this model: it has"),
-        ({"r": 8}, {}, r"wanted \(8, 48\)"),
+        ({"r": 8}, {}, r"has rank 8 by its config, and .* has shape \(4, 80\)"),
         ({"use_dora": True}, {}, "use_dora"),
     ],
 )

@@ -46,7 +46,8 @@ def test_another_process_reads_the_run_and_writes_nothing(run):
     other.cut_metrics(0)
     other.save_evaluation(Evaluation(0.5, 0.25, 8, 1), {"of": 1})
     other.finish({}, TrainConfig(), DataReport(1, 8, 7, 0, 0), watched())
-    other.discard_if_empty()
+    with other.writing(), other.writing():
+        pass
     assert {path: path.read_bytes() for path in run.directory.rglob("*")} == before
     assert other.read_metrics() == rows(1) and other.saved_evaluation({"of": 1}).loss == 1.5
     absent = OthersRunDirectory(run.directory / "absent")
@@ -85,6 +86,20 @@ def test_cutting_drops_later_steps_and_a_torn_line(run, tail):
 def test_cutting_nothing(run):
     run.cut_metrics(3)
     assert not run.metrics.exists()
+    run.sync_metrics()
+    run.append_metrics({"step": 2})
+    before = run.metrics.stat()
+    run.cut_metrics(3)
+    after = run.metrics.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "it was written again"
+
+
+def test_metrics_are_synced(run, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync_file", synced.append)
+    run.append_metrics({"step": 0})
+    run.sync_metrics()
+    assert synced == [run.metrics]
 
 
 # --- the directory --------------------------------------------------------------------------------------------------
@@ -124,14 +139,39 @@ def test_a_damaged_evaluation_is_named(run, content):
         run.saved_evaluation({})
 
 
-def test_an_empty_directory_is_given_back(run):
-    run.discard_if_empty()
-    assert not run.directory.exists()
-    run.discard_if_empty()
-    run.create()
-    run.append_metrics({"step": 0})
-    run.discard_if_empty()
-    assert run.read_metrics() == [{"step": 0}]
+def test_one_process_writes_at_a_time(tmp_path):
+    made = RunDirectory(tmp_path / "deep" / "run")
+    with made.writing():
+        with made.writing():  # the same one again
+            assert made.directory.is_dir()
+        other = RunDirectory(made.directory)
+        with pytest.raises(files.FileError, match="deep/run is in use by another process"), other.writing():
+            pass
+        made.append_metrics({"step": 0})
+    with other.writing():
+        assert other.read_metrics() == [{"step": 0}]
+    assert [path.name for path in made.directory.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_directory_that_stays_empty_goes_again(tmp_path):
+    (tmp_path / "there").mkdir()
+    for place in (tmp_path / "there" / "deep" / "run", tmp_path / "run"):
+        with pytest.raises(ZeroDivisionError), RunDirectory(place).writing():
+            assert place.is_dir()
+            1 / 0  # noqa: B018
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    with RunDirectory(tmp_path / "there").writing():
+        pass
+    assert (tmp_path / "there").is_dir(), "it was there before"
+
+
+def test_what_a_run_leaves_before_its_first_checkpoint(run):
+    assert run.is_before_checkpoint()
+    for name in ("metrics.jsonl", "evaluation_before.json", f"{files.TEMPORARY_PREFIX}0-1-x"):
+        (run.directory / name).touch()
+    assert run.is_before_checkpoint()
+    (run.directory / "mine.txt").touch()
+    assert not run.is_before_checkpoint()
 
 
 def test_finishing_writes_everything_that_a_reader_needs(run):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, tiny_config
+from models import ARCHITECTURES, save_tiny_model, tiny_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mebp_triton.skeleton import build_skeleton, float_names, int4_sites
+from mebp_triton.skeleton import build_skeleton, float32_tensors, float_names, int4_sites, kept_modules
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -96,3 +98,35 @@ def test_subclasses_of_linear_stay_as_they_are() -> None:
     sites, _ = int4_sites(skeleton)
     name = "model.layers.0.mlp.up_proj"
     assert name not in {site.name for site in sites} and f"{name}.weight" in float_names(skeleton, sites)
+
+
+LISTED = ["mlp.gate_proj", "o_proj", "layers.1.self_attn.q_proj.weight", "k_pro"]
+KEPT = ["mlp.gate_proj", "self_attn.o_proj"]
+
+
+@pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_what_transformers_keeps_in_float32_stays_float(attribute: str) -> None:
+    """As DeepSeek's indexers and LongCat's routers; an entry is some whole parts of a path."""
+    skeleton = build_skeleton(tiny_config("llama"), torch.float32)
+    setattr(skeleton, attribute, LISTED)
+    wanted = {f"model.layers.{index}.{name}" for index in range(3) for name in KEPT} | {
+        "model.layers.1.self_attn.q_proj"
+    }
+    kept = kept_modules(skeleton)
+    linear = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+    assert {f"model.{name}" for name in linear if kept(f"model.{name}")} == wanted
+    sites, _ = int4_sites(skeleton)
+    assert wanted.isdisjoint(site.name for site in sites) and len(sites) == 1 + len(linear) - len(wanted)
+    assert {f"{name}.weight" for name in wanted} <= set(float_names(skeleton, sites))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_dtypes_of_float_tensors_are_those_of_from_pretrained(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["o_proj"])
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["gate_proj"])
+    theirs = AutoModelForCausalLM.from_pretrained(save_tiny_model("llama", tmp_path), dtype=dtype)
+    in_float32 = float32_tensors(theirs, dtype)
+    for name, parameter in theirs.named_parameters():
+        assert parameter.dtype == (torch.float32 if in_float32(name) else dtype), name

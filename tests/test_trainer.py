@@ -268,6 +268,48 @@ def test_a_run_resumed_at_its_end_does_nothing(store, data, straight):
     assert len(made.run.read_metrics()) == 8
 
 
+def test_a_run_that_is_told_to_stop_writes_a_checkpoint_and_goes_on_from_there(store, data, straight, tmp_path):
+    """After the third step, which no checkpoint was due at, and after the fourth, where one was."""
+    output, told = tmp_path / "run", []
+    made = trainer(store, data, output, **DEMANDING)
+    assert len(made.train(told.append, lambda: 15 * (len(told) == 3))) == 3
+    assert made.stopped == 15 and made.step == 3 and (output / "adapter" / "adapter_config.json").exists()
+    again = trainer(store, data, output, resume=True, **DEMANDING)
+    again.resume(again.run.checkpoint)
+    assert finetune(again, None, should_stop=lambda: 2) is None
+    assert again.stopped == 2 and again.step == 4 and not again.run.record.exists()
+    last = trainer(store, data, output, resume=True, **DEMANDING)
+    last.resume(last.run.checkpoint)
+    last.train()
+    names = ("step", "loss", "token_accuracy", "tokens", "grad_norm", "learning_rate", "selected_blocks", "skipped")
+    assert metrics(last, *names) == metrics(straight, *names) and last.stopped == 0
+    theirs = tensors_of(straight.run.checkpoint)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors_of(last.run.checkpoint).items())
+
+
+def test_a_run_that_died_between_its_last_checkpoint_and_its_adapter(store, data, straight, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(straight.run.directory, output)
+    whole = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(output / "adapter")
+    made = trainer(store, data, output, resume=True, **DEMANDING)
+    made.resume(made.run.checkpoint)
+    summary = finetune(made, None)
+    assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+    assert summary["train_loss_last"] == straight.run.read_metrics()[-1]["loss"]
+
+
+def test_another_process_that_writes_into_the_run_is_named(store, data, interrupted, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(interrupted, output)
+    made = trainer(store, data, output, resume=True, **DEMANDING)
+    made.resume(made.run.checkpoint)
+    before = made.run.read_metrics()
+    with files.locked(output), pytest.raises(ValueError, match="run is in use by another process"):
+        made.train()
+    assert made.run.read_metrics() == before and made.step == 4
+
+
 def test_a_checkpoint_between_two_renames_is_found_again(store, data, interrupted, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(interrupted, output)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mebp_triton import adapter, files
+from mebp_triton import adapter
 from mebp_triton.config import resolve_device
-from mebp_triton.importers import one_line
+from mebp_triton.importers import one_line, read_config
 from mebp_triton.model import load
 from mebp_triton.report import MIB
 
@@ -91,16 +93,36 @@ def readable(summary: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-def load_tokenizer(store: Path) -> Any:
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """What a library in another language prints on standard output goes to standard error: the output is an answer."""
+    sys.stdout.flush()
     try:
-        return transformers.AutoTokenizer.from_pretrained(store, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{store} has no usable tokenizer: {reason}") from None
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def load_tokenizer(store: Path) -> Any:
+    with (
+        _printing_to_stderr(),
+        one_line(f"{store} has no usable tokenizer", "put the model's tokenizer files there"),
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(store, local_files_only=True, trust_remote_code=False)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("what is there makes no token of a letter")
+        return tokenizer
 
 
 def check_length(store: Path, max_length: int) -> None:
-    config = transformers.AutoConfig.from_pretrained(store, trust_remote_code=False).get_text_config()
+    config = model_config(store).get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and max_length > longest:
         raise ValueError(f"max_length {max_length} is longer than the {longest} tokens that the model takes")
@@ -108,10 +130,7 @@ def check_length(store: Path, max_length: int) -> None:
 
 def model_config(given: Path) -> Any:
     """The config of a model or store directory, or in a config.json. Nothing is fetched, and none of its code runs."""
-    path = given / "config.json" if given.is_dir() else given
-    files.check_regular(path)
-    with one_line(f"{path} is not a usable config", "give a transformers model directory or its config.json"):
-        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    return read_config(given, "give a transformers model directory or its config.json")
 
 
 def load_for_inference(store: Path, arguments: argparse.Namespace) -> Any:

@@ -11,7 +11,16 @@ from mebp_triton.evaluate import evaluate
 from mebp_triton.memory import peak_resident_bytes
 from mebp_triton.stores.format import Store
 
-from .common import answer, check_length, load_for_inference, load_tokenizer, progress_bar, readable, two_columns
+from .common import (
+    answer,
+    check_length,
+    console,
+    load_for_inference,
+    load_tokenizer,
+    progress_bar,
+    readable,
+    two_columns,
+)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -27,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.validation_file, tokenizer, arguments.max_length, name="validation-file", masking=masking
     )
     model = load_for_inference(store, arguments)
+    console.print(f"{arguments.validation_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
     with progress_bar("evaluating") as update:
         result = evaluate(model, data, arguments.max_eval_windows, update)
     value = dataclasses.asdict(result) | {"perplexity": result.perplexity, "peak_rss_bytes": peak_resident_bytes()}

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from mebp_triton.data.text import encode_opened
+from mebp_triton.importers import one_line
 from mebp_triton.stores.format import Store
 
 from .common import load_for_inference, load_tokenizer
@@ -54,21 +55,31 @@ def generate_text(
     streamer: Any = None,
 ) -> str:
     """The continuation alone."""
-    if not 0 <= temperature <= 100 or 0 < temperature < 1e-3 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature must be 0 or in [0.001, 100] and top_p in (0, 1], got {temperature} and {top_p}")
+    if not 0 <= temperature <= 100 or 0 < temperature < 1e-3:
+        raise ValueError(f"temperature must be 0 or in [0.001, 100], got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if chat:
         if not tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template: generate without --chat")
         messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with one_line("the chat template refuses the prompt", "generate without --chat"):
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
     else:
         ids = torch.tensor([encode_opened(tokenizer, prompt)])
         encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     encoded = {name: encoded[name].to(model.mebp.device) for name in ("input_ids", "attention_mask")}
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = encoded["input_ids"].shape[1] + max_new_tokens
+    ids, size = encoded["input_ids"], model.config.get_text_config().vocab_size
+    if not ids.numel():
+        raise ValueError("the prompt has no tokens")
+    if int(ids.max()) >= size:
+        raise ValueError(
+            f"the tokenizer gives the id {int(ids.max())}, and the model has {size}: they do not belong together"
+        )
+    length = ids.shape[1] + max_new_tokens
     if longest is not None and length > longest:
         raise ValueError(
             f"prompt and new tokens together are {length} tokens, more than the {longest} that the model takes"

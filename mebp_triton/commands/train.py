@@ -23,6 +23,7 @@ from mebp_triton.memory import peak_resident_bytes
 from mebp_triton.model import load
 from mebp_triton.planning.planner import CannotTrace, Plan
 from mebp_triton.report import MIB, OthersRunDirectory, RunDirectory
+from mebp_triton.signals import Interrupted, noting
 from mebp_triton.stores.format import MANIFEST, Store
 from mebp_triton.trainer import StepResult, Trainer, finetune
 
@@ -44,13 +45,15 @@ from .quantize import quantize_with_progress
 def run(arguments: argparse.Namespace) -> None:
     with joined(arguments.debug) as processes:
         console.quiet = not processes.is_first
-        directory, summary = _train(arguments, processes)
+        directory, ended = _train(arguments, processes)
+    if isinstance(ended, Interrupted):
+        raise ended if processes.is_first else SystemExit(128 + ended.number)
     if processes.is_first:
-        answer(arguments, summary, two_columns(str(directory), readable(summary)))
+        answer(arguments, ended, two_columns(str(directory), readable(ended)))
 
 
-def _train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, dict[str, Any]]:
-    """The run directory, and what ``run.json`` says of the run."""
+def _train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, dict[str, Any] | Interrupted]:
+    """The run directory, and what ``run.json`` says of the run, or what ended it after a step."""
     settings = _train_config(arguments)
     settings = dataclasses.replace(settings, device=processes.device(settings.device))
     config = settings.resolved()
@@ -63,25 +66,36 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, d
         raise ValueError("--resume and --resume-from-checkpoint are two ways to say the same: give one")
     # A checkpoint of another run goes on in a new directory; that of this run, in its own.
     inside = checkpoint is not None and checkpoint.resolve().is_relative_to(Path(config.output_dir).resolve())
-    if processes.is_first:
-        run = RunDirectory(config.output_dir, resume=arguments.resume or inside)
-    else:
-        run = OthersRunDirectory(config.output_dir)
-    if arguments.resume:
-        checkpoint = run.checkpoint
-        processes.first(lambda: files.recover_directory(run.checkpoint))
-    if checkpoint is not None and not (checkpoint / "state.json").exists():
-        if not (arguments.resume and run.metrics.exists()):
-            raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
-        console.print(
-            f"{run.directory} has no checkpoint yet: starting from the beginning", highlight=False, soft_wrap=True
-        )
-        run.cut_metrics(0)
-        checkpoint = None
+    goes_on = arguments.resume or inside
+    begun = Path(config.output_dir).is_dir()
+    run = (RunDirectory if processes.is_first else OthersRunDirectory)(config.output_dir, goes_on)
+    with run.writing():
+        if processes.is_first and not goes_on:
+            files.check_absent(run.directory)  # again: another process may have been quicker
+        if arguments.resume:
+            checkpoint = run.checkpoint
+            processes.first(lambda: files.recover_directory(run.checkpoint))
+        if checkpoint is not None and not (checkpoint / "state.json").exists():
+            if not (arguments.resume and begun and run.is_before_checkpoint()):
+                raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
+            note = f"{run.directory} has no checkpoint yet: starting from the beginning"
+            console.print(note, highlight=False, soft_wrap=True)
+            checkpoint = None
+        return run.directory, _train_in(run, checkpoint, settings, arguments, processes)
+
+
+def _train_in(
+    run: RunDirectory,
+    checkpoint: Path | None,
+    settings: TrainConfig,
+    arguments: argparse.Namespace,
+    processes: Processes,
+) -> dict[str, Any] | Interrupted:
+    config = settings.resolved()
     if checkpoint is not None and settings.mlp_chunk_tokens is None:
         # Chunks change the order of sums: the run goes on with those that it, or its plan, began with.
-        begun = files.read_json(checkpoint / "state.json")
-        chunks = begun.get("config", {}).get("mlp_chunk_tokens") if isinstance(begun, dict) else None
+        begun = files.read_sealed(checkpoint / "state.json").get("config")
+        chunks = begun.get("mlp_chunk_tokens") if isinstance(begun, dict) else None
         settings = dataclasses.replace(settings, mlp_chunk_tokens=chunks)
     check_source(config.train_file)
     if config.validation_file:
@@ -116,21 +130,19 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, d
         recompute_granularity=config.recompute_granularity or "full",
         mlp_chunk_tokens=config.mlp_chunk_tokens,
     )
-    try:
-        trainer = Trainer(model, data, config, run, processes=processes)
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-    except ValueError:
-        run.discard_if_empty()
-        raise
+    trainer = Trainer(model, data, config, run, processes=processes)
+    if checkpoint is None:
+        run.cut_metrics(0)
+    else:
+        trainer.resume(checkpoint)
     trainer.planned_peak_bytes = None if plan is None else plan.peak
     console.print(f"{config.train_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
     if checkpoint is not None:
         console.print(f"resuming at step {trainer.step} of {trainer.total_steps}", highlight=False)
         if trainer.step == trainer.total_steps and (summary := run.summary()) is not None:
             console.print("nothing is left to do", highlight=False)
-            return run.directory, summary
-    return run.directory, _train_with_progress(trainer, validation)
+            return summary
+    return _train_with_progress(trainer, validation)
 
 
 def _train_config(arguments: argparse.Namespace) -> TrainConfig:
@@ -213,9 +225,9 @@ def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig) 
     return beside
 
 
-def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any]:
+def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any] | Interrupted:
     recent: deque[float] = deque(maxlen=10)
-    with progress_bar("training") as update:
+    with progress_bar("training") as update, noting(announce=trainer.processes.is_first) as noted:
 
         def on_step(result: StepResult) -> None:
             if result.loss is not None:
@@ -230,6 +242,12 @@ def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any]:
             update(result.step + 1, trainer.total_steps, note)
 
         def on_evaluation(done: int, total: int) -> None:
+            if number := noted():
+                raise Interrupted(number)  # no step is lost
             update(done, total, task="evaluating " + ("after" if recent else "before"))
 
-        return finetune(trainer, validation, on_step, on_evaluation)
+        summary = finetune(trainer, validation, on_step, on_evaluation, noted)
+    if summary is not None:
+        return summary
+    after = f"interrupted after step {trainer.step} of {trainer.total_steps}"
+    return Interrupted(trainer.stopped, f"{after}; --resume goes on from there")

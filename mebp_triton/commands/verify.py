@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from mebp_triton.report import MIB
-from mebp_triton.stores.format import Store
+from mebp_triton.stores.format import Store, accept_companions
 
-from .common import answer, progress_bar, two_columns
+from .common import answer, console, progress_bar, two_columns
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.accept_changes:
+        for name in accept_companions(Path(arguments.store)):
+            console.print(f"{name} is taken as it is", highlight=False, soft_wrap=True)
     store = Store(arguments.store)
     with progress_bar("verifying") as update:
         for done, file in enumerate(store.files.values()):

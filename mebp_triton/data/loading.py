@@ -53,7 +53,8 @@ def load_data(
     data = writer.finish()
     if not len(data):
         problem = f"all {writer.dropped:,} rows are too short or fully masked" if writer.dropped else "it is empty"
-        raise ValueError(f"{where}: nothing to train on, {problem}; add text, or raise max-length (now {max_length})")
+        what = "train on" if name == "train-file" else "evaluate"
+        raise ValueError(f"{where}: nothing to {what}, {problem}; add text, or raise max-length (now {max_length})")
     return data
 
 
@@ -81,9 +82,8 @@ def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         try:
-            tokens = tokenize_row(tokenizer, row, masking)
-        except UnicodeError as error:
-            raise ValueError(f"{where}:{number}: not UTF-8 ({error}); convert the file") from error
+            writer.add(*tokenize_row(tokenizer, row, masking))
+        except UnicodeError as error:  # the file's bytes are UTF-8: JSON can spell what is no text
+            raise ValueError(f"{where}:{number}: half a surrogate pair is no text ({error}); remove it") from error
         except ValueError as error:
             raise ValueError(f"{where}:{number}: {error}") from error
-        writer.add(*tokens)

@@ -64,10 +64,12 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking)
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, got {_shown(row)}")
+    row = {key: value for key, value in row.items() if value is not None}  # Arrow gives every row the same keys
     kinds = [kind for kind in ROW_KINDS if all(key in row for key in kind)]
     if len(kinds) != 1:
         problem = "row of more than one kind" if kinds else "unknown row"
-        raise ValueError(f"{problem}, with the keys {sorted(row)}; give one of {KINDS_WANTED}")
+        keys = f"{sorted(row)!r:.300}"
+        raise ValueError(f"{problem}, with the keys {keys} that are not null; give one of {KINDS_WANTED}")
     converted = kinds[0] in (("conversations",), ("instruction", "output"))
     if kinds[0] == ("conversations",):
         row = _from_sharegpt(row)
@@ -80,6 +82,8 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking)
         masking.check_text()
         ids = _with_eos(tokenizer, encode_opened(tokenizer, row["text"]))
         return ids, b"\1" * len(ids), converted
+    if row.get("messages") == []:
+        return [], b"", converted  # nothing to train on, as an empty text
     if "messages" in row:
         if masking.completion_only_loss:
             raise ValueError(
@@ -109,9 +113,9 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking)
 def _from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     """``conversations``, of ``from`` and ``value`` (or ``role`` and ``content``), as ``messages``."""
     turns = row["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"'conversations' must be a list of turns, not empty, got {_shown(turns)}")
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    if not isinstance(turns, list):
+        raise ValueError(f"'conversations' must be a list of turns, got {_shown(turns)}")
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") and turns else []
     for turn in turns:
         if isinstance(turn, dict) and "role" in turn:
             messages.append(turn)
@@ -120,7 +124,9 @@ def _from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"a turn of 'conversations' must be an object with 'from' and 'value', got {_shown(turn)}")
         if turn["from"] not in SHAREGPT_ROLES:
             known = ", ".join(SHAREGPT_ROLES)
-            raise ValueError(f"a turn of 'conversations' is from {turn['from']!r}; known are {known}: use 'messages'")
+            raise ValueError(
+                f"a turn of 'conversations' is from {turn['from']!r:.100}; known are {known}: use 'messages'"
+            )
         messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")})
     return {"messages": messages, "tools": row.get("tools")}
 
@@ -300,7 +306,8 @@ def _messages(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise ValueError(f"the 'content' of a message of '{key}' must be a string, got {_shown(content)}")
-    return messages
+    # Templates add it to a string, Arrow leaves None out, and so does transformers.
+    return [message | {"content": message.get("content") or ""} for message in messages]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:
@@ -338,9 +345,10 @@ def _render(
             tokenize=False,
             return_dict=False,
         )
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program, and may end as one does
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split())
-        raise ValueError(f"the chat template refuses the messages ({reason}); change the row") from error
+        raise ValueError(f"the chat template refuses the messages ({kind}{reason:.300}); change the row") from error
     assert isinstance(text, str)
     return text
 

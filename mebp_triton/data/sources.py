@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mebp_triton import files
+
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 WANTED = "a .txt, .jsonl or .parquet file"
 # What a split is called in a directory, by what the file is for.
@@ -80,11 +82,19 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    yield number, json.loads(text)
+                    yield number, json.loads(text, object_pairs_hook=_once)
             except UnicodeError as error:
                 raise Broken(number, f"not UTF-8 ({error}); convert the file") from error
             except (ValueError, RecursionError) as error:
                 raise Broken(number, f"broken JSON ({error}); write one object a line") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.100} stands twice")
+    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -102,6 +112,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
             names = file.schema_arrow.names
             known = [name for name in names if name in COLUMNS] or names  # not the embeddings beside them
             for batch in file.iter_batches(BATCH_ROWS, columns=known, use_threads=False):
+                batch.validate(full=True)  # a bent offset would be followed out of the buffer
                 for row in batch.to_pylist():
                     number += 1
                     yield number, _without_none(row)
@@ -112,16 +123,28 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _dataset_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         import datasets
-        import pyarrow
     except ImportError as error:
         raise ValueError("needs the datasets package; pip install 'mebp-triton[datasets]'") from error
 
     try:
+        _check_saved(path)
         dataset = datasets.load_from_disk(str(path)).with_format(None)  # all columns, as Python's own values
+        dataset.data.table.validate(full=True)  # a bent offset would be followed out of the file
         for number, row in enumerate(dataset, start=1):
             yield number, _without_none(row)
-    except (pyarrow.ArrowException, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except Exception as error:  # datasets looks into its own JSON without a check
         raise ValueError(f"cannot be read as a saved dataset ({_line(error)}); save it again") from error
+
+
+def _check_saved(path: Path) -> None:
+    """TypeError where a saved dataset names files outside of its directory, or none."""
+    state = files.read_json(path / "state.json")
+    if not isinstance(state, dict) or not isinstance(state.get("_data_files"), list):
+        raise TypeError("state.json names no data files")
+    for entry in state["_data_files"]:
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or set(name) & set("/\\\0") or not (path / name).is_file():
+            raise TypeError(f"state.json names {name!r:.100}, which is no file of this directory")
 
 
 def _line(error: Exception) -> str:

@@ -104,6 +104,11 @@ class TokenizedData:
         input_ids = torch.from_numpy(self.ids[place].astype(np.int64))
         return Example(input_ids, input_ids.masked_fill(torch.from_numpy(~self.trained[place]), IGNORE_INDEX))
 
+    def highest_id(self) -> int:
+        """The largest id of any row."""
+        steps = range(0, len(self.ids), CHECKSUM_CHUNK)
+        return max((int(self.ids[start : start + CHECKSUM_CHUNK].max()) for start in steps), default=0)
+
     def checksum(self) -> int:
         """CRC-32 of all rows and masks, by which a resumed run knows its data."""
         checksum = 0
@@ -141,7 +146,10 @@ class RowWriter:
         self.trained_tokens += entering
         self.masked += trained.count(0, 0, length)
         self.converted += converted
-        self.ids.extend(array("i", ids[:length]))
+        try:
+            self.ids.extend(array("i", ids[:length]))
+        except OverflowError:
+            raise ValueError(f"the tokenizer gives the id {max(ids)}, which no model has") from None
         self.trained.extend(trained[:length])
         self.offsets.append(self.offsets[-1] + length)
 

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mebp_triton import files
 from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.memory import is_out_of_memory
 
 __all__ = ["Source", "open_source"]
 
@@ -62,6 +64,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     path = Path(path)
     if path.is_dir():
+        if all((path / name).exists() for name in ("manifest.json", "shared.safetensors")):
+            raise ValueError(f"{path} is a store already: train it, or decode it first by `mebp merge {path} OUT`")
         from .bitsandbytes import BitsandbytesDirectory
         from .int4_dir import Int4Directory
         from .safetensors_dir import SafetensorsDirectory, quant_method_of
@@ -83,9 +87,65 @@ def one_line(what: str, remedy: str) -> Iterator[None]:
     """Turns whatever a library raises over a bad file into one ``ValueError`` line: the kinds differ by version."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
+        if is_out_of_memory(error):  # no fault of the file's
+            raise
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(f"{what} ({type(error).__name__}: {reason}); {remedy}") from error
+        raise ValueError(f"{what} ({type(error).__name__}: {reason:.300}); {remedy}") from error
+
+
+# Far above any model; what is built from a config takes memory and time for each.
+MOST_LABELS, MOST_LENGTH, MOST_LAYERS = 1 << 16, 1 << 25, 1 << 12
+# Settings that a weight has as a length, and those that count layers, in every architecture that has them.
+LENGTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")
+
+
+def read_config(path: Path, remedy: str) -> PretrainedConfig:
+    """The config of a directory, or in a ``config.json``. Nothing is fetched, and none of its code runs.
+
+    Raises:
+        ValueError: it is none that this transformers can use, or its JSON is not strict.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    file = path / "config.json" if path.is_dir() else path
+    content = files.read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, wanted an object; {remedy}")
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        why = "needs code from the checkpoint, which is never run" if "auto_map" in content else "is not known"
+        raise ValueError(f"{file}: model_type {model_type!r:.100} {why}: give an architecture this transformers has")
+    labels = content.get("num_labels", 0)
+    if type(labels) is not int or labels > MOST_LABELS:  # transformers makes a name for each
+        raise ValueError(f"{file}: num_labels is {labels!r:.100}; {remedy}")
+    with one_line(f"{file} is not a usable config", remedy):
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        text = config.get_text_config()
+    for names, most in ((LENGTHS, MOST_LENGTH), (COUNTS, MOST_LAYERS)):
+        for name in names:
+            value = getattr(text, name, None)
+            if type(value) is int and value > most:
+                raise ValueError(f"{file}: {name} is {value!r:.100}, more than any model has; {remedy}")
+    return config
+
+
+def check_sizes(where: str, config: PretrainedConfig, shapes: Iterable[tuple[int, ...]]) -> None:
+    """ValueError where a config asks for far more than the weights have: its model could take any amount of memory."""
+    known = list(shapes)
+    longest = 8 * max((length for shape in known for length in shape), default=0)
+    text = config.get_text_config()
+    for names, most in ((LENGTHS, longest), (COUNTS, max(longest, len(known)))):
+        for name in names:
+            value = getattr(text, name, None)
+            if type(value) is int and value > most:
+                raise ValueError(
+                    f"{where}: {name} is {value!r:.100}, more than the weights have: "
+                    f"the weights and the config do not belong together"
+                )
 
 
 def prepare_config(config: PretrainedConfig, where: str) -> PretrainedConfig:

@@ -46,8 +46,8 @@ def int4_from_bnb(
         ValueError: a tensor has another size, or K does not consist of whole groups that lie within a block.
     """
     rows, columns = shape
-    if rows < 1 or columns < 1 or blocksize < 1:
-        raise ValueError(f"shape and blocksize must be positive, got {shape} and {blocksize}")
+    if any(type(size) is not int or size < 1 for size in (rows, columns, blocksize)):
+        raise ValueError(f"shape and blocksize must be positive integers, got {shape!r:.100} and {blocksize!r:.100}")
     group_size = common_group_size(columns, blocksize)
     if group_size is None:
         raise ValueError(
@@ -71,6 +71,8 @@ def resolve_absmax(
     absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor, nested_blocksize: int, offset: float | Tensor
 ) -> Tensor:
     """float32 absmax from its own quantised form: uint8 codes, a map of 256 levels, a scale per block, an offset."""
+    if type(nested_blocksize) is not int or nested_blocksize < 1:
+        raise ValueError(f"nested_blocksize must be a positive integer, got {nested_blocksize!r:.100}")
     nested = torch.arange(absmax.numel(), device=absmax.device) // nested_blocksize
     return quant_map[absmax.flatten().long()] * nested_absmax.flatten()[nested] + offset
 

@@ -24,7 +24,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from mebp_triton.kernels.layout import Int4Weight
 
-from . import check_complete, check_shape, one_line, parameter_aliases, persistent_buffers, prepare_config
+from . import (
+    check_complete,
+    check_shape,
+    check_sizes,
+    one_line,
+    parameter_aliases,
+    persistent_buffers,
+    prepare_config,
+)
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -67,6 +75,7 @@ class GgufFile:
         with one_line(f"{path} gives no config for architecture {self._arch!r}", "give the model as safetensors"):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         self.config = prepare_config(config, str(path))
+        check_sizes(str(path), self.config, (entry.shape for entry in self._header.tensors.values()))
         # The name that the file gives itself, taken for a setting.
         self.config.__dict__.pop("_model_name_or_path", None)
         self._names: dict[str, str] = {}
@@ -244,6 +253,10 @@ def read_header(path: Path) -> Header:
             raise ValueError(
                 f"{path} is truncated: {entry.name} ends at byte {entry.offset + entry.nbytes} of {size}; {DOWNLOAD}"
             )
+    places = sorted((entry.offset, entry.offset + entry.nbytes, entry.name) for entry in header.tensors.values())
+    for (_, end, name), (begin, _, following) in zip(places, places[1:], strict=False):
+        if begin < end:
+            raise ValueError(f"{path} is damaged: {name} and {following} overlap; {DOWNLOAD}")
     return header
 
 
@@ -292,9 +305,13 @@ class _Cursor:
         metadata = {}
         for _ in range(pair_count):
             key = self.text()
+            if key in metadata:
+                raise ValueError(f"{key!r:.100} stands twice")
             metadata[key] = self.value(self.number("<I"))
         entries = [self.entry() for _ in range(tensor_count)]
         alignment = int(metadata.get("general.alignment", 32))
+        if alignment < 1:
+            raise ValueError(f"alignment {alignment}")
         start = -(-self.at // alignment) * alignment
         tensors = {name: Entry(name, kind, shape, start + at, nbytes) for name, kind, shape, at, nbytes in entries}
         if len(tensors) != tensor_count:

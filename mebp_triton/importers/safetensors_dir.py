@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,14 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mebp_triton import files
 from mebp_triton.kernels.layout import Int4Weight
 
-from . import check_complete, check_shape, one_line, parameter_aliases, persistent_buffers, prepare_config
+from . import (
+    check_complete,
+    check_shape,
+    check_sizes,
+    one_line,
+    parameter_aliases,
+    persistent_buffers,
+    prepare_config,
+    read_config,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -68,8 +80,9 @@ class SafetensorsDirectory:
         self.path = path
         self.description = f"safetensors directory {path.resolve().name}"
         self._config_json = _config_json(path, self.quant_method)
-        self.config = _config(path, self._config_json)
+        self.config = prepare_config(read_config(path, "compare it with the model's original"), str(path))
         self._entries = _entries(path)
+        check_sizes(str(path), self.config, (entry.shape for entry in self._entries.values()))
         self._keys: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._transposed: set[str] = set()
@@ -77,13 +90,14 @@ class SafetensorsDirectory:
     def bind(self, model: PreTrainedModel) -> None:
         prefix = model.base_model_prefix + "."
         aliases = parameter_aliases(model)
-        present = {renamed: key for key, renamed in _current_names(model, self._entries).items()}
+        present = {renamed: key for key, renamed in current_names(model, self._entries).items()}
         self._keys = {}
         for name, names in [*aliases.items(), *((name, [name]) for name in persistent_buffers(model))]:
             spellings = [way for alias in names for way in (alias, prefix + alias, alias.removeprefix(prefix))]
             found = next((way for way in spellings if way in present), None)
             if found is not None:
                 self._keys[name] = present[found]
+        self._check_experts(aliases, present)
         check_complete(str(self.path), aliases, self._keys)
         for key in (self._keys[name] for name in aliases):
             entry = self._entries[key]
@@ -93,6 +107,17 @@ class SafetensorsDirectory:
                 )
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
+
+    def _check_experts(self, wanted: Iterable[str], present: dict[str, str]) -> None:
+        """ValueError where a parameter lies in several pieces, which transformers 5 joins while it loads."""
+        for name in wanted:
+            parent = name.rpartition(".")[0]
+            pieces = [key for key in present if re.match(rf"{re.escape(parent)}\.\d+\.", key)]
+            if name not in self._keys and pieces:
+                raise ValueError(
+                    f"{self.path}: {name} is there in pieces ({present[pieces[0]]}), which transformers "
+                    f"{transformers.__version__} joins while loading; such mixtures of experts are not supported"
+                )
 
     def _int4_shape(self, name: str) -> tuple[int, ...]:
         """``[out, in]``, as 4-bit forms store it, also where the float parameter is ``[in, out]``."""
@@ -127,6 +152,9 @@ def write_companions(config: dict[str, Any], source: Path, directory: Path) -> N
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
+                if file.suffix == ".json":
+                    with one_line(f"{file} is not valid JSON", "download it again"):
+                        json.loads(file.read_text(encoding="utf-8"))
                 target = Path(directory, file.relative_to(source))
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
@@ -144,8 +172,7 @@ def _json_object(file: Path, remedy: str) -> dict[str, Any]:
     # A FIFO in a file's place would block the reader for ever.
     if not file.is_file():
         raise ValueError(f"{file} is missing or not a regular file; {remedy}")
-    with one_line(f"{file} is not valid JSON", remedy):
-        content = json.loads(file.read_text(encoding="utf-8"))
+    content = files.read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a JSON {type(content).__name__}, wanted an object; {remedy}")
     return content
@@ -165,28 +192,24 @@ def _config_json(path: Path, quant_method: str | None = None) -> dict[str, Any]:
     return content
 
 
-def _config(path: Path, content: dict[str, Any]) -> PretrainedConfig:
-    from transformers import CONFIG_MAPPING
-
-    model_type = content.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        why = "needs code from the checkpoint, which is never run" if "auto_map" in content else "is not known"
-        raise ValueError(
-            f"{path / 'config.json'}: model_type {model_type!r} {why}: give an architecture this transformers has"
-        )
-    with one_line(f"{path / 'config.json'} is not a usable config", "compare it with the model's original"):
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    return prepare_config(config, str(path))
-
-
 def _entries(path: Path) -> dict[str, Entry]:
-    """Every tensor in the directory. Of the index only the shard names are used, after a look in each shard."""
+    """Every tensor in the directory, each in the shard that the index names."""
     if (path / INDEX).exists():
         weight_map = _json_object(path / INDEX, "download it again").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{path / INDEX} has no weight_map of tensor names to shards; download it again")
-        shards = {_shard(path, name): None for name in weight_map.values()}
-        entries = {key: entry for shard in shards for key, entry in _header(shard).items()}
+        headers = {
+            name: _header(_shard(path, name))
+            for name in dict.fromkeys(str(_hashable(name)) for name in weight_map.values())
+        }
+        entries: dict[str, Entry] = {}
+        for name, header in headers.items():
+            for key, entry in header.items():
+                if weight_map.get(key, name) != name or key in entries:
+                    raise ValueError(
+                        f"{path / name} has {key}, which {INDEX} has in {weight_map.get(key)}; download it again"
+                    )
+                entries[key] = entry
         check_complete(f"the shards listed in {path / INDEX}", weight_map, entries)
         return entries
     if (path / SINGLE).exists():
@@ -200,10 +223,14 @@ def _entries(path: Path) -> dict[str, Entry]:
     raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}: give a directory with safetensors weights")
 
 
+def _hashable(name: object) -> object:
+    return name if isinstance(name, str) else repr(name)
+
+
 def _shard(path: Path, name: object) -> Path:
     """A shard's path. Its name comes from a file, so it may not lead out of the directory."""
     if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
-        raise ValueError(f"{path / INDEX}: shard {name!r} is no plain *.safetensors file name; download it again")
+        raise ValueError(f"{path / INDEX}: shard {name!r:.200} is no plain *.safetensors file name; download it again")
     # Hub caches hold links to files, which is fine; anything but a file at the end of the link is not.
     if not (path / name).is_file():
         raise ValueError(f"{path / name} is missing or not a regular file; download it again")
@@ -224,10 +251,14 @@ def _header(file: Path) -> dict[str, Entry]:
     with _opened(file) as shard:
         keys = list(shard.keys())
         slices = {key: shard.get_slice(key) for key in keys}
-        return {key: Entry(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+        found = {key: Entry(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    with open(file, "rb") as opened:  # safetensors takes the last of two tensors of one name
+        length = int.from_bytes(opened.read(8), "little")
+        files.parse_json(opened.read(length), f"header of {file}")
+    return found
 
 
-def _current_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+def current_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """What this version of transformers calls the tensors that checkpoints know by older names (5.x has a table)."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -18,17 +18,25 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mebp_triton.importers.safetensors_dir import current_names
 from mebp_triton.kernels.layout import GROUP_SIZES, LAYOUT, SCHEMES, Int4Weight, Scheme, group_count, padded
 from mebp_triton.lora import Int4Linear, Int4LoRALinear
 from mebp_triton.quantization import NF4, quantize_matrix
+from mebp_triton.skeleton import kept_modules, named
+
+from .bitsandbytes_layers import is_linear4bit
+from .peft_layer import added_modules, register_where_installed
 
 METHOD = "mebp_int4"
+PLAIN = (nn.Linear, Conv1D)
 BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 
 
@@ -84,29 +92,47 @@ def _names(what: str, names: Iterable[str]) -> list[str]:
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
-    """The layers that become int4: every plain linear layer and Conv1D of the base model, by path in ``model``.
+    """The layers that may be int4, by path: the linear layers and Conv1Ds of the base model, under PEFT's layers too.
 
-    Heads lie outside of the base model, or are the output embeddings; what transformers keeps in float32 stays float.
+    Not the heads, which lie outside of the base model or are the output embeddings; nor what PEFT adds, or keeps a
+    trained copy of; nor ``kept_modules``. bitsandbytes' 4-bit layers are taken wherever they are.
     """
-    head = model.get_output_embeddings()
-    base, start = model.base_model, _base_prefix(model)
-    kept = [*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    whole = inner_model(model)
+    base = set(whole.modules())
+    if isinstance(whole, PreTrainedModel):
+        head = whole.get_output_embeddings()
+        base = set(whole.base_model.modules()) - set(() if head is None else head.modules())
+    added, kept = added_modules(model), kept_modules(whole)
     return {
-        start + name: module
-        for name, module in base.named_modules()
-        if (type(module) in (nn.Linear, Conv1D) or isinstance(module, Int4Linear))
-        and module is not head
-        and not _named(name, kept)
+        path: module
+        for path, module in model.named_modules()
+        if path
+        and isinstance(module, nn.Linear | Conv1D)
+        and module not in added
+        and (is_linear4bit(module) or (module in base and not kept(_plain(path))))
     }
+
+
+def inner_model(model: Any) -> Any:
+    """The model that PEFT was put around, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _plain(path: str) -> str:
+    """The path of a layer before PEFT took it in."""
+    return path.replace(".base_layer", "")
+
+
+def check_names(what: str, names: Iterable[str], model: nn.Module) -> None:
+    """ValueError where one of ``names`` is of no module: a typo would do nothing."""
+    for name in names:
+        if not any(named(path, [name]) for path, _ in model.named_modules()):
+            raise ValueError(f"{what}: {type(model).__name__} has no module {name!r}")
 
 
 def _base_prefix(model: Any) -> str:
     """Names in a config leave it out: a model may be loaded with its head or without."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."
-
-
-def _named(path: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if f".{name}." in f".{path}."]
 
 
 @register_quantizer(METHOD)
@@ -133,16 +159,16 @@ class Int4Quantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        found = linear_layers(model)
         self.prefix = _base_prefix(model)
         skipped = self.config.modules_to_not_convert
-        unknown = [name for name in skipped if not any(_named(path, [name]) for path, _ in model.named_modules())]
-        if unknown and not self.pre_quantized:
-            raise ValueError(f"modules_to_not_convert: {type(model).__name__} has no module {unknown[0]!r}")
-        self.layers = {path: module for path, module in found.items() if not _named(path, skipped)}
+        if not self.pre_quantized:
+            check_names("modules_to_not_convert", skipped, model)
+        found = {path: module for path, module in linear_layers(model).items() if type(module) in PLAIN}
+        self.layers = {path: module for path, module in found.items() if not named(path, skipped)}
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no plain linear layer to quantize")
         if self.pre_quantized:
+            _check_files(model, kwargs.get("checkpoint_files"))
             for path, module in self.layers.items():
                 self._expect_bytes(path, module)
         return model
@@ -167,8 +193,7 @@ class Int4Quantizer(HfQuantizer):
         module._is_hf_initialized = True
 
     def _scale_dtype(self, path: str) -> torch.dtype:
-        wide = any(f".{path}".endswith(f".{name}") for name in self.config.float32_scales)
-        return torch.float32 if wide else torch.float16
+        return torch.float32 if path.removeprefix(self.prefix) in self.config.float32_scales else torch.float16
 
     def _scale_names(self) -> list[str]:
         return ["scales", "minimum"] if self.config.scheme == "affine" else ["scales"]
@@ -225,28 +250,20 @@ class Int4Quantizer(HfQuantizer):
             if path in self.layers and self.pre_quantized:
                 raise _lacking(key)
             if path in self.layers and name == "weight":
-                self._keep_float(path)
+                del self.layers[path]  # transformers initializes a float weight, for training
         return missing_keys
-
-    def _keep_float(self, path: str) -> None:
-        """The checkpoint has no weight for this layer: transformers initializes one, for training."""
-        del self.layers[path]
-        self.config.modules_to_not_convert.append(path.removeprefix(self.prefix))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.model = weakref.ref(model)
-        for path, module in list(self.layers.items()):
+        for path, module in self.layers.items():
             if self.pre_quantized:
                 self._take_bytes(path, module)
-            elif not isinstance(module, Int4Linear):
-                self._keep_float(path)
-                continue
-            assert isinstance(module, Int4Linear)
-            module.compute_dtype = model.dtype
-            weight = module.int4()  # refuses what does not fit together
-            if not self.pre_quantized and weight.scales.dtype == torch.float32:
-                self.config.float32_scales.append(path.removeprefix(self.prefix))
+            if isinstance(module, Int4Linear):  # else the checkpoint has no weight for it
+                module.compute_dtype = model.dtype
+                module.int4()  # refuses what does not fit together
         model.config.quantization_config = self.config
+        ignore_in_ddp(model)
+        register_where_installed()
         return model
 
     def _take_bytes(self, path: str, module: Any) -> None:
@@ -278,8 +295,37 @@ class Int4Quantizer(HfQuantizer):
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], dict]:
+    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # PEFT's adapters alone are saved
+        self.config = self.quantization_config = model.config.quantization_config = self._description(model)
         return dict(saved_tensors(model)), {}
+
+    def _description(self, model: Any) -> Int4Config:
+        """The settings by which ``from_pretrained`` finds the int4 layers that ``model`` has now, or ValueError."""
+        prefix, found = _base_prefix(model), linear_layers(model)
+        int4: dict[str, Int4Weight] = {}
+        for path, module in model.named_modules():
+            if isinstance(module, Int4LoRALinear):
+                raise ValueError(f"{path} has an adapter, which a saved model has no place for: use save_adapter")
+            if is_linear4bit(module):
+                raise ValueError(f"{path} is bitsandbytes' layer, others are int4: no files hold both, replace all")
+            if isinstance(module, Int4Linear):
+                if path != _plain(path):
+                    raise ValueError(f"{path} is within a layer of PEFT: save the PeftModel, or unload() it first")
+                int4[path] = module.int4()
+        floats = [path.removeprefix(prefix) for path, module in found.items() if type(module) in PLAIN]
+        lost = [path for path in int4 if path not in found or named(path, floats)]
+        if lost:
+            raise ValueError(f"{lost[0]} is int4, and from_pretrained would take it for a float layer: not saved")
+        forms = {(weight.scheme, weight.group_size) for weight in int4.values()}
+        if any(w.codebook is not None and not torch.equal(w.codebook.cpu(), NF4) for w in int4.values()):
+            raise ValueError("the model has FP4 weights, which saved int4 models do not have: save the adapter alone")
+        if len(forms) != 1:
+            raise ValueError(f"a saved model has int4 weights of one scheme and group size, this one {sorted(forms)}")
+        [(scheme, group_size)] = forms
+        wide = [path.removeprefix(prefix) for path, w in int4.items() if w.scales.dtype == torch.float32]
+        return Int4Config(scheme, group_size, self.config.scale_search, floats, float32_scales=wide)
 
     @property
     def is_trainable(self) -> bool:
@@ -309,4 +355,57 @@ def _own_codebook(weight: Int4Weight) -> Int4Weight:
 
 
 def _lacking(key: str) -> ValueError:
-    return ValueError(f"the checkpoint lacks {key}, part of an int4 layer: save or download it again")
+    return ValueError(
+        f"the checkpoint lacks {key}, part of an int4 layer: save or download it again, or load it by the version of "
+        f"transformers that saved it"
+    )
+
+
+def _check_files(model: Any, files: Iterable[Any] | None) -> None:
+    """ValueError where ``files`` have int4 layers inside of what has parameters of its own in ``model``: experts were
+    linear layers for transformers 4, and are parts of one parameter for transformers 5."""
+    keys = []
+    for file in files or ():
+        with safe_open(file, framework="pt") as opened:
+            keys += [key for key in opened.keys() if key.endswith(".scales")]  # noqa: SIM118
+    modules = dict(model.named_modules())
+    for name in current_names(model, keys).values():
+        path = name.rpartition(".")[0]
+        while path not in modules:  # the model itself is ""
+            path = path.rpartition(".")[0]
+        if not isinstance(modules[path], PLAIN) and modules[path]._parameters:
+            raise ValueError(
+                f"{name.rpartition('.')[0]} is an int4 layer, and a part of {path} in transformers "
+                f"{transformers.__version__}: load the model by transformers {model.config.transformers_version}, "
+                f"which saved it"
+            )
+
+
+def settle(model: Any) -> None:
+    """What transformers and DistributedDataParallel have to know of a model whose layers became int4 in place."""
+    inner: Any = inner_model(model)
+    if hasattr(inner, "mebp"):
+        return  # ``load`` has told them
+    ignore_in_ddp(inner)
+    if not isinstance(inner, PreTrainedModel):
+        return
+    if hasattr(inner, "is_loaded_in_4bit") and not any(is_linear4bit(module) for module in inner.modules()):
+        # Trainers and PEFT should not take the model for one of bitsandbytes.
+        flags = ("is_loaded_in_4bit", "is_4bit_serializable", "is_quantized", "quantization_method")
+        for name in (*flags, "hf_quantizer"):
+            vars(inner).pop(name, None)
+        for name in ("quantization_config", "_is_quantized", "_pre_quantization_dtype"):
+            vars(inner.config).pop(name, None)
+    if not isinstance(getattr(inner, "hf_quantizer", None), Int4Quantizer):
+        vars(inner)["hf_quantizer"] = Int4Quantizer(Int4Config())
+
+
+def ignore_in_ddp(model: Any) -> None:
+    """DistributedDataParallel would send frozen scales at every step. Under all names that PEFT may give them."""
+    names = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ())}
+    for path, module in model.named_modules():
+        if isinstance(module, Int4Linear):
+            for prefix in ("", "base_model.", "base_model.model."):
+                for place in (_plain(path), f"{_plain(path)}.base_layer"):
+                    names |= {f"{prefix}{place}.{name}" for name in ("weight", "scales", "minimum", "codebook")}
+    model._ddp_params_and_buffers_to_ignore = names

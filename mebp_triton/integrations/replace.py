@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -15,9 +14,12 @@ from mebp_triton.kernels.ops import resolve_backend
 from mebp_triton.lora import Int4Linear, Int4LoRALinear, LoraConfig, as_lora_config
 from mebp_triton.model import check_targets
 from mebp_triton.quantization import quantize_matrix
+from mebp_triton.skeleton import named
 
 from .bitsandbytes_layers import check_linear4bit, is_linear4bit, take_linear4bit
-from .peft_layer import check_lora_layer, is_lora_layer, register_peft, take_lora_layer
+from .peft_layer import adapted_layers, check_adapted_layer, fuse_lora_layers, register_where_installed
+from .quantizer import METHOD, check_names, inner_model, linear_layers, settle
+from .trainer import install_saving
 
 
 def replace_linears(
@@ -35,8 +37,12 @@ def replace_linears(
     """Makes the linear layers of ``model`` int4, in place, and returns it.
 
     ``nn.Linear`` and transformers' ``Conv1D`` are quantised; bitsandbytes' ``Linear4bit`` keeps its codes and scales,
-    bit for bit; PEFT's LoRA layers over any of these keep their adapters, and stay PEFT's. Each matrix is freed before
-    the next is read. A transformers model's head stays as it is, and so do modules that it needs in float32.
+    bit for bit; PEFT's LoRA layers over any of these keep their adapters, and stay PEFT's. Layers turn int4 in place,
+    with their hooks; each matrix is freed before the next is read. A transformers model's head stays as it is, and so
+    do modules that it needs in float32, routers, and what PEFT keeps trained copies of (``modules_to_save``).
+
+    ``save_pretrained`` of a transformers model then writes int4 weights that ``from_pretrained`` reads as with
+    ``Int4Config``; with ``lora``, the adapter alone.
 
     Without PEFT's layers nothing but the new adapters requires a gradient afterwards; with them, what did before.
 
@@ -44,7 +50,8 @@ def replace_linears(
         model: a transformers or PEFT model, or any module. It must be whole: no weight on the meta device.
         lora: ours or a ``peft.LoraConfig``; the layers it targets become ``Int4LoRALinear``. None: no adapters, or
             those of PEFT that the model has.
-        exclude_modules: layers that stay as they are; as in ``LoraConfig``.
+        exclude_modules: modules that stay as they are with all they hold: paths, or whole parts of paths
+            ("layers.0.mlp", "q_proj"); as ``Int4Config``'s ``modules_to_not_convert``.
         scheme, group_size, scale_search: for the layers that are quantised here; as in ``quantize``.
         adapter_dtype: float32 or bfloat16.
         backend: "auto", "triton" or "panel".
@@ -55,86 +62,42 @@ def replace_linears(
             quantised here turns out not to be finite.
     """
     config = None if lora is None else as_lora_config(lora)
-    sites = _sites(model, exclude_modules)
-    modules = {path: model.get_submodule(path) for (path, *_) in sites}
-    has_peft = _has_peft(model)
-    _check(model, modules, config, has_peft, scheme, group_size, adapter_dtype, backend)
-    del modules
+    excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
+    check_names("exclude_modules", excluded, model)
+    has_peft = inner_model(model) is not model or bool(adapted_layers(model))
+    layers: dict[str, Any] = {
+        path: layer
+        for path, layer in linear_layers(model).items()
+        if not named(path, excluded) and not (has_peft and layer.weight.requires_grad)
+    }
+    _check(model, layers, config, has_peft, scheme, group_size, adapter_dtype, backend)
 
-    options = (scheme, group_size, scale_search)
     generator = torch.Generator().manual_seed(seed)
-    for path, *aliases in sites:
-        old = model.get_submodule(path)
-        layer = old.base_layer if is_lora_layer(old) else old
-        new = layer if type(layer) is Int4Linear else _frozen(layer, path, options, backend)
-        if is_lora_layer(old):
-            take_lora_layer(old, new)
-            continue
+    for path, layer in layers.items():
+        transposed = isinstance(layer, Conv1D)
+        if type(layer) is not Int4Linear:
+            _become(layer, _frozen(layer, path, (scheme, group_size, scale_search), backend))
         if config is not None and config.targets(path):
-            new = _adapted(new, path, config, adapter_dtype, generator, isinstance(old, Conv1D))
-        for alias in (path, *aliases):
-            parent, _, attribute = alias.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new.train(old.training))
-    if not has_peft:
+            _become(layer, _adapted(layer, path, config, adapter_dtype, generator, transposed))
+    if has_peft:
+        fuse_lora_layers(model)
+    else:
         adapters = {"lora_A", "lora_B"}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(config is not None and name.rpartition(".")[2] in adapters)
-        if config is not None:
-            model.mebp_lora = config
-        elif importlib.util.find_spec("peft") is not None:
-            register_peft()
-    if not any(is_linear4bit(module) for module in model.modules()):
-        _forget_bitsandbytes(_inner(model))
+    settle(model)
+    if config is not None:
+        model.mebp_lora = config
+        if isinstance(model, PreTrainedModel):
+            install_saving(model)
+    else:
+        register_where_installed()
     return model
-
-
-def _inner(model: Any) -> Any:
-    """The model that PEFT was put around, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _has_peft(model: Any) -> bool:
-    return _inner(model) is not model or any(is_lora_layer(module) for module in model.modules())
-
-
-def _sites(model: nn.Module, exclude: Any) -> list[list[str]]:
-    """The paths of each layer to look at; a layer that serves in several places has several."""
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
-    excluded = LoraConfig(exclude_modules=exclude)
-    kept = _kept_modules(model)
-    inside = [paths[module][0] + "." for module in paths if is_lora_layer(module)]
-    found = []
-    for module, names in paths.items():
-        within = any(names[0].startswith(prefix) for prefix in inside)
-        layer = module.base_layer if is_lora_layer(module) else module
-        linear = isinstance(layer, nn.Linear | Conv1D) and (is_linear4bit(layer) or module not in kept)
-        if linear and not within and names != [""] and excluded.targets(names[0]):
-            found.append(names)
-    return found
-
-
-def _kept_modules(model: Any) -> set[nn.Module]:
-    """What stays float: heads, which lie outside of a transformers model's base; what it wants in float32; and what
-    PEFT trains whole."""
-    inner = _inner(model)
-    kept: set[nn.Module] = set()
-    if isinstance(inner, PreTrainedModel):
-        base = set(inner.base_model.modules())
-        kept |= {module for module in inner.modules() if module not in base}
-        head = inner.get_output_embeddings()
-        kept |= set() if head is None else set(head.modules())
-        wanted = set(getattr(inner, "_keep_in_fp32_modules", None) or ())
-        kept |= {module for name, module in inner.named_modules() if wanted & set(name.split("."))}
-    if _has_peft(model):
-        kept |= {m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
-    return kept
 
 
 def _check(
     model: nn.Module,
-    modules: dict[str, nn.Module],
+    layers: dict[str, Any],
     config: LoraConfig | None,
     has_peft: bool,
     scheme: Scheme,
@@ -144,33 +107,65 @@ def _check(
 ) -> None:
     """All that can be wrong, before anything is changed."""
     kind = type(model).__name__
-    if not modules:
+    if not layers:
         raise ValueError(f"{kind} has no linear layer to replace (heads and excluded modules stay as they are)")
     if has_peft and config is not None:
         raise ValueError(f"{kind} has adapters of PEFT already: leave out lora, they are taken over")
+    if config is not None and hasattr(model, "mebp"):
+        raise ValueError(f"{kind} comes from load: give it the lora there, load(store, lora=...)")
     if adapter_dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"adapter_dtype must be float32 or bfloat16, got {adapter_dtype}")
+    settings = getattr(getattr(inner_model(model), "hf_quantizer", None), "quantization_config", None)
+    if settings is not None and settings.quant_method not in (METHOD, "bitsandbytes"):
+        method = getattr(settings.quant_method, "value", settings.quant_method)
+        raise ValueError(f"{kind} is quantised by {method} already: load it unquantised")
     quantize_matrix(torch.zeros(1, 1), scheme, group_size)
-    for path, module in modules.items():
-        if is_lora_layer(module):
-            check_lora_layer(module, path)
-        layer: Any = module.base_layer if is_lora_layer(module) else module
-        if layer.weight.device.type == "meta":
-            raise ValueError(f"{path} has no weight in memory (device meta): load the model without offloading")
-        resolve_backend(backend, layer.weight.device)
-        if is_linear4bit(layer):
-            check_linear4bit(layer, path)
-        elif type(layer) is Int4LoRALinear or config is not None and hasattr(model, "mebp"):
-            raise ValueError(f"{path} is int4 and has its adapter already: load the model anew, with the lora you want")
-        elif type(layer) not in (nn.Linear, Conv1D, Int4Linear):
-            raise ValueError(
-                f"{path} is a {type(layer).__module__}.{type(layer).__name__}, which cannot be replaced; "
-                "name it in exclude_modules"
-            )
-        elif type(layer) is not Int4Linear and layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{path}: weights of {layer.weight.dtype} cannot be quantised; convert the model first")
+    for path, wrapper in adapted_layers(model).items():
+        if wrapper.get_base_layer() in layers.values():
+            check_adapted_layer(wrapper, path)
+    for path, layer in layers.items():
+        _check_layer(layer, path, backend)
     if config is not None:
-        check_targets(config, list(modules), kind)
+        check_targets(config, list(layers), kind)
+
+
+def _check_layer(layer: Any, path: str, backend: str) -> None:
+    if layer.weight.device.type == "meta":
+        raise ValueError(f"{path} has no weight in memory (device meta): load the model without offloading")
+    resolve_backend(backend, layer.weight.device)
+    if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
+        raise ValueError(f"{path}: something stands in the place of its forward; name it in exclude_modules")
+    if is_linear4bit(layer):
+        check_linear4bit(layer, path)
+    elif type(layer) is Int4LoRALinear:
+        raise ValueError(f"{path} is int4 and has its adapter already: load the model anew, with the lora you want")
+    elif type(layer) not in (nn.Linear, Conv1D, Int4Linear):
+        raise ValueError(
+            f"{path} is a {type(layer).__module__}.{type(layer).__name__}, which cannot be replaced; "
+            "name it in exclude_modules"
+        )
+    elif layer._parameters.get("weight") is None:
+        raise ValueError(f"{path}: its weight is computed from others; remove that, or name it in exclude_modules")
+    elif type(layer) is not Int4Linear and layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{path}: weights of {layer.weight.dtype} cannot be quantised; convert the model first")
+
+
+def _become(old: Any, new: nn.Module) -> None:
+    """Turns ``old`` into ``new`` where it is, with the hooks that were put on it: forward, backward, accelerate's."""
+    placing = vars(old).get("_hf_hook")
+    if placing is not None:
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(old)
+    new.train(old.training)
+    hooks = {name: value for name, value in vars(old).items() if "_hook" in name}
+    vars(old).clear()
+    old.__class__ = type(new)
+    vars(old).update(vars(new) | hooks)
+    if placing is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(old, placing)
 
 
 def _frozen(layer: Any, path: str, options: tuple[Scheme, int, bool], backend: str) -> Int4Linear:
@@ -184,7 +179,7 @@ def _frozen(layer: Any, path: str, options: tuple[Scheme, int, bool], backend: s
             raise ValueError(f"{path}: {error}") from None
     new = Int4Linear(weight, None, dtype, backend)
     new.register_parameter("bias", layer.bias)
-    return new.train(layer.training)
+    return new
 
 
 def _adapted(
@@ -209,12 +204,3 @@ def _adapted(
     layer.register_parameter("bias", frozen.bias)
     layer.fan_in_fan_out = transposed
     return layer
-
-
-def _forget_bitsandbytes(model: Any) -> None:
-    """Nothing of it is left: trainers, PEFT and ``save_pretrained`` should not take the model for one of its."""
-    for name in ("hf_quantizer", "is_loaded_in_4bit", "is_4bit_serializable", "is_quantized", "quantization_method"):
-        vars(model).pop(name, None)
-    if isinstance(model, PreTrainedModel):
-        for name in ("quantization_config", "_is_quantized", "_pre_quantization_dtype"):
-            vars(model.config).pop(name, None)

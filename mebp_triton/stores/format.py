@@ -6,7 +6,7 @@ reading the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -23,7 +23,6 @@ FORMAT = "mebp-int4-store"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
-HEADER_LIMIT = 1 << 26
 # What looking into JSON of another form than expected raises.
 MALFORMED = (KeyError, TypeError, AttributeError, ValueError)
 DTYPES = {
@@ -82,20 +81,34 @@ class StoreWriter:
         self.floats |= dict.fromkeys(floats, name)
 
     def finish(self) -> None:
-        files.write_json(
-            self.directory / MANIFEST,
-            {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "layout": LAYOUT,
-                "source": self.source,
-                "tied_head": self.tied_head,
-                "checksum_chunk_bytes": files.CHECKSUM_CHUNK,
-                "files": self.files,
-                "matrices": self.matrices,
-                "floats": self.floats,
-            },
-        )
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "layout": LAYOUT,
+            "source": self.source,
+            "tied_head": self.tied_head,
+            "checksum_chunk_bytes": files.CHECKSUM_CHUNK,
+            "files": self.files,
+            "companions": companion_checksums(self.directory, self.files),
+            "matrices": self.matrices,
+            "floats": self.floats,
+        }
+        files.write_json(self.directory / MANIFEST, files.sealed(manifest))
+
+
+def companion_checksums(directory: Path, weights: Iterable[str]) -> dict[str, list[int]]:
+    """Of the config, the tokenizer's files and all else that lies beside the weights."""
+    own = {MANIFEST, *weights}
+    found = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {name: files.file_checksums(path) for name, path in found.items() if name not in own}
+
+
+def accept_companions(directory: Path) -> list[str]:
+    """Takes the companions of a store as they now are; the names of those that are not as the manifest says."""
+    manifest = files.read_sealed(directory / MANIFEST)
+    before, now = manifest.get("companions", {}), companion_checksums(directory, manifest["files"])
+    files.write_json(directory / MANIFEST, files.sealed(manifest | {"companions": now}))
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 class StoreFile:
@@ -105,7 +118,7 @@ class StoreFile:
         self.mapped = MappedFile(path, size)
         self.path, self.crc32 = path, crc32
         self.verified = False
-        self.start, self.entries = _read_header(path, self.mapped)
+        self.start, self.entries = self.mapped.header(DTYPES)
 
     def tensor(self, name: str, source: Tensor | None = None) -> Tensor:
         """The tensor ``name`` as a view: of the mapping, or of ``source``, a copy of the data section elsewhere."""
@@ -129,11 +142,24 @@ class StoreFile:
                     f"{self.path} is damaged: checksum of bytes {index * files.CHECKSUM_CHUNK} to "
                     f"{min((index + 1) * files.CHECKSUM_CHUNK, self.mapped.size)} differs; quantize the model again"
                 )
+        self._check_finite()
         self.verified = True
+
+    def _check_finite(self) -> None:
+        """The float tensors, scales among them: by reading, a little at a time."""
+        for name, (dtype, shape, begin, _) in self.entries.items():
+            if not dtype.is_floating_point:
+                continue
+            count, size = prod(shape), dtype.itemsize
+            for first in range(0, count, files.CHECKSUM_CHUNK):
+                piece = torch.empty(min(files.CHECKSUM_CHUNK, count - first), dtype=dtype)
+                self.mapped.read(piece, self.start + begin + first * size)
+                if not piece.isfinite().all():
+                    raise FileError(f"{self.path} is damaged: {name} is not finite; quantize the model again")
 
 
 class Store:
-    """An opened store. Opening checks the manifest, every file's size and header; no weight is read.
+    """An opened store. Opening checks the manifest, its companions, every file's size and header; no weight is read.
 
     Raises:
         FileError: something is missing, cut short, malformed or contradicts the manifest.
@@ -145,14 +171,15 @@ class Store:
             raise FileError(f"store {self.directory} is not a directory")
         if not (self.directory / MANIFEST).exists():
             raise FileError(f"{self.directory} is not a store: it has no {MANIFEST}; make one with `mebp quantize`")
-        manifest = files.read_json(self.directory / MANIFEST)
+        manifest = files.read_sealed(self.directory / MANIFEST)
         try:
             self._read_manifest(manifest)
         except FileError:
             raise
         except MALFORMED as error:
             raise FileError(
-                f"{self.directory / MANIFEST} is malformed: {type(error).__name__}: {error}; quantize the model again"
+                f"{self.directory / MANIFEST} is malformed: {type(error).__name__}: {str(error):.200}; "
+                f"quantize the model again"
             ) from None
 
     def _read_manifest(self, manifest: dict[str, Any]) -> None:
@@ -165,20 +192,22 @@ class Store:
         }
         for key, wanted in expected.items():
             if type(manifest[key]) is not type(wanted) or manifest[key] != wanted:
-                raise FileError(f"{where}: {key} is {manifest[key]!r}, this version reads {wanted!r}")
+                raise FileError(f"{where}: {key} is {manifest[key]!r:.100}, this version reads {wanted!r}")
         self.source: str = str(manifest["source"])
         self.tied_head: bool = manifest["tied_head"]
         if type(self.tied_head) is not bool:
-            raise FileError(f"{where}: tied_head is {self.tied_head!r}, wanted true or false")
+            raise FileError(f"{where}: tied_head is {self.tied_head!r:.100}, wanted true or false")
         self.files: dict[str, StoreFile] = {}
         for name, entry in manifest["files"].items():
             if set(name) & set("/\0") or not name.endswith(".safetensors"):
-                raise FileError(f"{where}: {name!r} is not a plain file name")
+                raise FileError(f"{where}: {name!r:.100} is not a plain file name")
             size, crc32 = entry["bytes"], entry["crc32"]
             whole = type(size) is int and size >= 8 and len(crc32) == -(-size // files.CHECKSUM_CHUNK)
             if not whole or any(type(checksum) is not int for checksum in crc32):
-                raise FileError(f"{where}: size or checksums of {name} are malformed")
+                raise FileError(f"{where}: size or checksums of {name!r:.100} are malformed")
             self.files[name] = StoreFile(self.directory / name, size, crc32)
+        for name, crc32 in manifest.get("companions", {}).items():
+            self._check_companion(name, crc32)
         self.matrices = {name: _matrix_info(where, name, entry) for name, entry in manifest["matrices"].items()}
         self.floats: dict[str, str] = dict(manifest["floats"])
         named = {
@@ -186,12 +215,22 @@ class Store:
         }
         for name, file in self.floats.items():
             if name not in self.files[file].entries:
-                raise FileError(f"{where}: {file} has no tensor {name}")
+                raise FileError(f"{where}: {file} has no tensor {name!r:.100}")
             named.add((file, name))
         for file, opened in self.files.items():
             for name in opened.entries:
                 if (file, name) not in named:
-                    raise FileError(f"{self.directory / file}: tensor {name} is not in {MANIFEST}")
+                    raise FileError(f"{self.directory / file}: tensor {name!r:.100} is not in {MANIFEST}")
+
+    def _check_companion(self, name: str, crc32: list[int]) -> None:
+        path = self.directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise FileError(f"{self.directory / MANIFEST}: {name!r:.100} is no path inside the store")
+        if files.file_checksums(path) != crc32:
+            raise FileError(
+                f"{path} is not what it was when the store was made: put it back, or, if you changed it, "
+                f"take it as it is by `mebp verify --accept-changes {self.directory}`"
+            )
 
     def _check_matrix(self, name: str, info: MatrixInfo) -> list[str]:
         """The tensors of a matrix, all there."""
@@ -211,7 +250,7 @@ class Store:
             found = entries.get(f"{name}.{part}")
             if found is None or found[:2] != (dtype, shape):
                 raise FileError(
-                    f"{self.directory / info.file}: tensor {name}.{part} should be {dtype} {shape}, "
+                    f"{self.directory / info.file}: tensor {f'{name}.{part}':.100} should be {dtype} {shape}, "
                     f"found {'nothing' if found is None else f'{found[0]} {found[1]}'}"
                 )
         return [f"{name}.{part}" for part in wanted]
@@ -239,6 +278,10 @@ class Store:
     def float_shape(self, name: str) -> tuple[int, ...]:
         return self.files[self.floats[name]].entries[name][1]
 
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of all matrices, and of what stayed float."""
+        return [info.shape for info in self.matrices.values()] + [self.float_shape(name) for name in self.floats]
+
     def nbytes(self) -> int:
         return sum(file.mapped.size for file in self.files.values())
 
@@ -254,47 +297,9 @@ def _matrix_info(where: Path, name: str, entry: dict[str, Any]) -> MatrixInfo:
     numbers_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
     numbers_fit &= type(info.relative_error) in (int, float)
     if info.scheme not in SCHEMES or info.group_size not in GROUP_SIZES or not numbers_fit:
-        raise FileError(f"{where}: matrix {name} is malformed: {entry!r:.300}")
+        raise FileError(f"{where}: matrix {name!r:.100} is malformed: {entry!r:.300}")
     return info
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-Entry = tuple[torch.dtype, tuple[int, ...], int, int]
-
-
-def _read_header(path: Path, mapped: MappedFile) -> tuple[int, dict[str, Entry]]:
-    """Start of the data section and, per tensor, dtype, shape, begin and end within it. All of it checked."""
-    with mapped.view() as view:
-        length = int.from_bytes(view[:8], "little")
-        if not 2 <= length <= min(HEADER_LIMIT, mapped.size - 8):
-            raise FileError(f"{path}: header length {length} does not fit a file of {mapped.size} bytes")
-        header = files.parse_json(bytes(view[8 : 8 + length]), f"header of {path}")
-    start = 8 + length
-    if not isinstance(header, dict):
-        raise FileError(f"{path}: its header is a {type(header).__name__}, wanted an object")
-    entries = {name: _entry(path, name, entry) for name, entry in header.items() if name != "__metadata__"}
-    for name, (dtype, shape, begin, end) in entries.items():
-        aligned = start % dtype.itemsize == 0 and begin % dtype.itemsize == 0  # in the file, and in a copy of its data
-        if end - begin != prod(shape) * dtype.itemsize or end > mapped.size - start or not aligned:
-            raise FileError(f"{path}: tensor {name} does not lie within the file as its header says")
-    edge = 0
-    for begin, end in sorted(entry[2:] for entry in entries.values()):
-        if begin != edge:
-            raise FileError(f"{path}: tensors overlap or leave a gap at byte {start + edge}")
-        edge = end
-    if edge != mapped.size - start:
-        raise FileError(f"{path}: {mapped.size - start - edge} bytes after the last tensor")
-    return start, entries
-
-
-def _entry(path: Path, name: str, entry: dict[str, Any]) -> Entry:
-    try:
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if isinstance(shape, list) and all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
-            return dtype, tuple(shape), begin, end
-    except MALFORMED:
-        pass
-    raise FileError(f"{path}: tensor {name} has a malformed header entry {entry!r:.100}")

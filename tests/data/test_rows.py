@@ -153,6 +153,22 @@ def test_a_prompts_own_assistant_turns(write, template, completion_only, stretch
     assert text.endswith("Five.<|im_end|>\n") and ("Be short" in text) == (completion_only is False)
 
 
+@pytest.mark.parametrize("empty", [{"messages": []}, {"conversations": [], "system": "Be short."}])
+def test_a_conversation_of_nothing_is_dropped_and_counted(write, empty):
+    data = load_data(write("x.jsonl", [empty, {"messages": TALK}]), byte_bpe(), 999)
+    assert len(data) == 1 and data.report.dropped_rows == 1
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_a_message_of_calls_alone_has_an_empty_content_for_the_template(write, content):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    row = {"messages": [{"role": "assistant", "tool_calls": calls} | content, {"role": "user", "content": "two"}]}
+    tokenizer = byte_bpe()
+    ((ids, _),) = rows(load_data(write("x.jsonl", [row]), tokenizer, 999))
+    whole = "<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n"
+    assert ids == encode(tokenizer, whole)
+
+
 HEADED = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nassistant<|im_end|>\n' }}{% endif %}" + CHATML
 
 
@@ -287,7 +303,7 @@ def test_alpaca_rows_are_prompt_and_completion(tokenizer, bare, write):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"conversations": []}, "'conversations' must be a list of turns, not empty"),
+        ({"conversations": {}}, "'conversations' must be a list of turns, got dict"),
         ({"conversations": ["hi"]}, "a turn of 'conversations' must be an object with 'from' and 'value', got str"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, "is from 'function_call'; known are human"),
         ({"conversations": [{"from": "human"}]}, "the 'content' of a message of 'messages' must be a string"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -212,6 +213,19 @@ def test_missing_parameters_are_named(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "layers.1." not in k}, tmp_path / "model.safetensors")
     assert_refused(tmp_path, "model.layers.1.self_attn.q_proj.weight", "and 6 more")
+
+
+def test_experts_that_transformers_joins(tmp_path):
+    """Nothing is missing; transformers 4 has them as they lie."""
+    size = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**size, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    if int(transformers.__version__.split(".")[0]) < 5:
+        source = open_source(tmp_path)
+        source.bind(on_meta(source.config))
+        assert source.has("model.layers.0.block_sparse_moe.experts.1.w2.weight")
+    else:
+        assert_refused(tmp_path, "mlp.experts.gate_up_proj is there in pieces", "mixtures of experts are not supported")
 
 
 def test_wrong_shape_names_parameter_got_and_wanted(tmp_path):

@@ -136,6 +136,26 @@ def test_several_adapters(fused: list[Any]) -> None:
     assert len(fused) == 2
 
 
+@pytest.mark.parametrize("combination", ["svd", "ties_svd", "linear", "cat"])
+def test_combined_adapters(combination: str) -> None:
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        model.add_adapter("second", lora_config(lora_alpha=9))
+    randomize(ours, theirs)
+    for model in (ours, theirs):
+        model.add_weighted_adapter(
+            ["default", "second"], [0.7, 0.4], "both", combination_type=combination, density=0.5, svd_rank=6
+        )
+        model.set_adapter("both")
+        model.double()
+    layer, truth = (model.base_model.model.net for model in (ours, theirs))
+    assert relative_rms(layer.get_delta_weight("second"), truth.get_delta_weight("second")) < 1e-14
+    assert layer.lora_A["both"].weight.shape == truth.lora_A["both"].weight.shape
+    # A singular vector's sign is free, so gradients of A and B are not compared. PEFT makes "both" in float32.
+    x = torch.randn(3, 96, dtype=torch.float64)
+    assert relative_rms(ours(x), theirs(x)) < 1e-6
+
+
 def test_disabled_and_lora_bias(fused: list[Any]) -> None:
     ours, theirs = pair(lora_bias=True)
     randomize(ours, theirs)
@@ -200,9 +220,12 @@ def test_what_our_layer_cannot_do() -> None:
         ({"use_dora": True}, "use_dora=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal'"),
     ):
         with pytest.raises(ValueError, match=f"does not support {named}"):
             peft.get_peft_model(Net(frozen()), lora_config(**changes))
+    with pytest.raises(ValueError, match="does not support target_parameters"):
+        peft.get_peft_model(Net(frozen()), lora_config(target_modules=[], target_parameters=["net.weight"]))
     ours.add_adapter("fine", lora_config())
     with pytest.raises(ValueError, match="use_dora=True"):
         ours.add_adapter("dora", lora_config(use_dora=True))

@@ -15,7 +15,14 @@ import torch
 from models import batch, randomize_adapter, relative_rms, save_tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 
@@ -249,10 +256,10 @@ def test_bfloat16_is_as_near_to_float64_as_a_float_model_is(source: Path) -> Non
     assert total < 1.2 * peer_total
 
 
-def trainer(model: Any, output: Path) -> Trainer:
+def trainer(model: Any, output: Path, **options: Any) -> Trainer:
     rows = [{key: value[0] for key, value in batch(rows=1, padding=None, seed=seed).items()} for seed in range(8)]
     settings: dict[str, Any] = {"max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "seed": 1}
-    settings |= {"per_device_train_batch_size": 2, "use_cpu": True, "report_to": []}
+    settings |= {"per_device_train_batch_size": 2, "use_cpu": True, "report_to": []} | options
     return Trainer(model, TrainingArguments(output_dir=str(output), **settings), train_dataset=rows)
 
 
@@ -272,9 +279,14 @@ def test_a_peft_adapter_trains_to_the_losses_of_the_decoded_model(source: Path, 
         assert torch.equal(loaded(**batch()).logits, jobs[1].model.eval()(**batch()).logits)
 
 
-def test_merging_into_int4_layers_is_an_error(source: Path) -> None:
-    with pytest.raises(RuntimeError):
-        adapted(load_int4(source)).merge_and_unload()
+def test_pefts_layers_are_ours(source: Path) -> None:
+    """Without a call of ``register_peft``."""
+    model = adapted(load_int4(source))
+    assert sum(type(module).__name__ == "PeftInt4Linear" for module in model.modules()) == 21
+    with pytest.raises(NotImplementedError, match="an int4 weight cannot take an adapter in"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match="does not support use_dora=True"):
+        peft.get_peft_model(load_int4(source), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
 
 
 def test_trainer_wants_adapters(source: Path, tmp_path: Path) -> None:
@@ -284,8 +296,10 @@ def test_trainer_wants_adapters(source: Path, tmp_path: Path) -> None:
     model.requires_grad_(False)
     ours = Int4LoRALinear(model.get_submodule(UP).int4(), None, torch.float32, rank=4, scaling=2.0)
     model.model.layers[1].mlp.up_proj = ours
-    trainer(model, tmp_path).train()
+    trainer(model, tmp_path, save_strategy="no").train()
     assert ours.lora_B.abs().max() > 0
+    with pytest.raises(ValueError, match=f"{UP} has an adapter, .* use save_adapter"):
+        model.save_pretrained(tmp_path / "saved")
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -334,6 +348,24 @@ def test_weights_that_are_not_finite(source: Path, tmp_path: Path) -> None:
 def test_tensors_that_are_missing(saved: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"the checkpoint lacks {UP}.{name}"):
         load(edited(saved, tmp_path / "broken", {f"{UP}.{name}": None}))
+
+
+def test_experts_that_were_layers_of_their_own(tmp_path: Path) -> None:
+    """As transformers 4 saves a mixture: transformers 5 joins the experts, and has no place for their int4 weights."""
+    changes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    size = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}
+    AutoModelForCausalLM.from_config(MixtralConfig(**size, **changes)).save_pretrained(tmp_path / "float")
+    load_int4(tmp_path / "float").save_pretrained(tmp_path / "int4")
+    names = [f"model.layers.0.block_sparse_moe.experts.{n}.w{w}" for n in range(4) for w in (1, 2, 3)]
+    tensors = {f"{name}.weight": torch.zeros(64, 32, dtype=torch.uint8) for name in names}
+    tensors |= {f"{name}.scales": torch.zeros(2, 128, dtype=torch.uint8) for name in names}
+    mixture = edited(tmp_path / "int4", tmp_path / "mixture", tensors)
+    if quantizer.BEFORE_5:
+        assert f"{names[0]}" in int4_layers(load(mixture))
+        return
+    found = r"experts\.\d\.w\d is an int4 layer, and a part of model.layers.0.mlp.experts in transformers 5"
+    with pytest.raises(ValueError, match=found):
+        load(mixture)
 
 
 def test_scales_that_were_tampered_with(saved: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 import itertools
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -15,13 +17,17 @@ import peft
 import pytest
 import torch
 import transformers
-from models import batch, randomize_adapter, relative_rms, save_tiny_model, tiny_config
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from models import batch, randomize_adapter, relative_rms, save_tiny_model, tiny_config, tiny_store
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import mebp_triton as mebp
-from mebp_triton.adapter import PREFIX
+from mebp_triton.adapter import PREFIX, adapter_layers
+from mebp_triton.integrations.quantizer import BEFORE_5, Int4Quantizer
 from mebp_triton.kernels.reference import decode
 from mebp_triton.lora import Int4Linear, Int4LoRALinear
 from mebp_triton.quantization import quantize_matrix
@@ -147,10 +153,69 @@ def test_what_stays_float(sources: dict[str, Path]) -> None:
     assert sum(kind is Int4Linear for kind in kinds.values()) == 14
     ids = batch(2, 6, None)["input_ids"]
     assert torch.isfinite(translator(input_ids=ids, decoder_input_ids=ids).logits).all()
-    for excluded in (["k_proj", "layers.0.mlp.up_proj"], r".*\.k_proj|.*\.0\.mlp\.up_proj"):
-        model = mebp.replace_linears(load(sources["llama"]), exclude_modules=excluded)
-        kept = sorted(name for name, m in model.model.named_modules() if type(m) is nn.Linear)
-        assert kept == ["layers.0.mlp.up_proj", *(f"layers.{index}.self_attn.k_proj" for index in range(3))]
+
+
+@pytest.mark.parametrize(
+    ("excluded", "kept"),
+    [
+        (
+            ["k_proj", "layers.0.mlp.up_proj"],
+            {"layers.0.mlp.up_proj"} | {f"layers.{n}.self_attn.k_proj" for n in range(3)},
+        ),
+        ("mlp", {f"layers.{n}.mlp.{name}_proj" for n in range(3) for name in ("up", "gate", "down")}),
+        (("model.layers.1.self_attn",), {f"layers.1.self_attn.{name}_proj" for name in "qkvo"}),
+    ],
+)
+@pytest.mark.parametrize("with_peft", [False, True])
+def test_excluding_is_that_of_int4_config(
+    excluded: Any, kept: set[str], with_peft: bool, sources: dict[str, Path]
+) -> None:
+    model = load(sources["llama"])
+    around = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear")) if with_peft else model
+    mebp.replace_linears(around, exclude_modules=excluded)
+    layers = {name: m for name, m in model.model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name}
+    assert {name.replace(".base_layer", "") for name, m in layers.items() if type(m) is nn.Linear} == kept
+    settings = mebp.Int4Config(modules_to_not_convert=excluded)
+    theirs = AutoModelForCausalLM.from_pretrained(sources["llama"], quantization_config=settings)
+    assert {name for name, m in theirs.model.named_modules() if type(m) is nn.Linear} == kept
+
+
+@pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_what_transformers_keeps_in_float32_stays_float(
+    attribute: str, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modelling code reads the dtype of such weights (DeepSeek's indexers), and would cast activations to bytes."""
+    parts = ["o_proj", "gate_proj"] if BEFORE_5 else ["self_attn.o_proj", "gate_proj.weight"]
+    monkeypatch.setattr(LlamaPreTrainedModel, attribute, parts)
+    wanted = {f"layers.{n}.{name}_proj" for n in range(3) for name in ("self_attn.o", "mlp.gate")}
+    replaced = mebp.replace_linears(load(sources["llama"]), LORA)
+    loaded = AutoModelForCausalLM.from_pretrained(sources["llama"], quantization_config=mebp.Int4Config())
+    around = peft.get_peft_model(load(sources["llama"]), peft.LoraConfig(r=2, target_modules="all-linear"))
+    under_peft = mebp.replace_linears(around).get_base_model()
+    for model in (replaced, loaded, under_peft):
+        layers = {n: m for n, m in model.model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n}
+        assert {name.replace(".base_layer", "") for name, m in layers.items() if type(m) is nn.Linear} == wanted
+        assert sum(isinstance(m, Int4Linear) for m in layers.values()) == 15
+
+
+def test_routers_stay_float(tmp_path: Path) -> None:
+    """Of their own class for transformers 5, linear layers for transformers 4; Jamba's are linear for both."""
+    size = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    config = transformers.MixtralConfig(**size, **heads, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixtral")
+    settings = mebp.Int4Config()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral", quantization_config=settings)
+    replaced = mebp.replace_linears(load(tmp_path / "mixtral"))
+    for model in (loaded, replaced):
+        routers = [m for name, m in model.named_modules() if name.endswith(".gate")]
+        assert len(routers) == 2 and all(m.weight.dtype == torch.float32 for m in routers)
+        assert sum(isinstance(m, Int4Linear) for m in model.modules()) >= 8
+    assert torch.equal(logits(loaded), logits(replaced))
+    loaded.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(loaded))
+    model = mebp.replace_linears(nn.ModuleDict({"router": nn.Linear(64, 4), "up": nn.Linear(64, 64)}))
+    assert type(model["router"]) is nn.Linear and type(model["up"]) is Int4Linear
 
 
 def test_a_layer_in_two_places_stays_one() -> None:
@@ -160,16 +225,259 @@ def test_a_layer_in_two_places_stays_one() -> None:
     assert model[0].training
 
 
-def test_bitsandbytes_is_forgotten(sources: dict[str, Path], tmp_path: Path) -> None:
-    model = mebp.replace_linears(load(sources["llama"], "nf4"), LORA)
-    assert not [name for name in vars(model) if "quant" in name or "4bit" in name]
-    assert not [name for name in vars(model.config) if "quantiz" in name]
-    assert model.num_parameters() > 0
-    half = load(sources["llama"], "nf4")
-    mebp.replace_linears(half, exclude_modules=["q_proj"])
-    assert half.is_loaded_in_4bit and isinstance(half.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear4bit)
-    model.save_pretrained(tmp_path)
-    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+def test_bitsandbytes_is_forgotten(sources: dict[str, Path]) -> None:
+    for options in ({"lora": LORA}, {}):
+        model = mebp.replace_linears(load(sources["llama"], "nf4"), **options)
+        assert not [name for name in vars(model) if "quantiz" in name and name != "hf_quantizer" or "4bit" in name]
+        assert not [name for name in vars(model.config) if "quantiz" in name]
+        assert model.num_parameters() > 0 and type(model.hf_quantizer) is Int4Quantizer
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine", "codebook", "nf4"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_what_was_saved_is_loaded_bit_for_bit(
+    architecture: str, scheme: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    if scheme == "nf4":
+        model = mebp.replace_linears(load(sources["llama"], "nf4"))
+    else:
+        excluded = "k_proj" if architecture == "llama" else "h.1.mlp"
+        model = mebp.replace_linears(load(sources[architecture]), exclude_modules=excluded, scheme=scheme)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Int4Linear)}
+    found = {name: m for name, m in again.named_modules() if isinstance(m, Int4Linear)}
+    assert found.keys() == layers.keys() and len(layers) > 5
+    for name, layer in layers.items():
+        ours, theirs = layer.int4().tensors(), found[name].int4().tensors()
+        assert all(
+            torch.equal(theirs[kind], tensor) and theirs[kind].dtype == tensor.dtype for kind, tensor in ours.items()
+        )
+    assert torch.equal(logits(again), logits(model))
+    # And as a state dict: Trainer takes up what save_pretrained wrote.
+    with torch.no_grad():
+        for layer in found.values():
+            layer.int4().scales.zero_()
+    held = load_file(tmp_path / "saved" / "model.safetensors")
+    assert not again.load_state_dict(held, strict=False).unexpected_keys
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_model_of_int4_config_keeps_its_settings(sources: dict[str, Path], tmp_path: Path) -> None:
+    settings = mebp.Int4Config("affine", 32, modules_to_not_convert=["mlp"])
+    model = AutoModelForCausalLM.from_pretrained(sources["llama"], dtype=torch.float32, quantization_config=settings)
+    mebp.replace_linears(model, scheme="affine", group_size=32, exclude_modules=["down_proj"])
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+    assert {n.split(".")[-1] for n, m in again.model.named_modules() if type(m) is nn.Linear} == {"down_proj"}
+    around = peft.get_peft_model(again, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj.base_layer is within a layer of PEFT: save the PeftModel, or unload"):
+        around.get_base_model().save_pretrained(tmp_path / "wrong")
+    around.unload().save_pretrained(tmp_path / "unloaded")
+    assert torch.equal(logits(load(tmp_path / "unloaded")), logits(model))
+
+
+def mixed_schemes(sources: dict[str, Path]) -> Any:
+    model = mebp.replace_linears(load(sources["llama"]), exclude_modules="mlp")
+    return mebp.replace_linears(model, scheme="affine")
+
+
+def int4_head(sources: dict[str, Path]) -> Any:
+    model = mebp.replace_linears(load(sources["llama"]))
+    model.lm_head = copy.deepcopy(model.model.layers[0].self_attn.q_proj)
+    return model
+
+
+UNSAVED: dict[str, tuple[Any, str]] = {
+    "bitsandbytes": (
+        lambda s: mebp.replace_linears(load(s["llama"], "nf4"), exclude_modules=["q_proj"]),
+        "q_proj is bitsandbytes' layer, others are int4",
+    ),
+    "FP4": (lambda s: mebp.replace_linears(load(s["llama"], "fp4")), "the model has FP4 weights"),
+    "schemes": (mixed_schemes, "one scheme and group size, this one .*'affine', 64.*'symmetric', 64"),
+    "head": (int4_head, "lm_head is int4, and from_pretrained would take it for a float layer"),
+}
+
+
+@pytest.mark.parametrize("case", UNSAVED)
+def test_what_could_not_be_loaded_is_not_saved(case: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    make, message = UNSAVED[case]
+    model = make(sources)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_some_of_bitsandbytes_layers_stay(sources: dict[str, Path]) -> None:
+    model = mebp.replace_linears(load(sources["llama"], "nf4"), exclude_modules=["q_proj"])
+    assert model.is_loaded_in_4bit and isinstance(model.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear4bit)
+    mebp.replace_linears(model)
+    assert not hasattr(model, "is_loaded_in_4bit")
+
+
+def test_save_pretrained_with_our_adapters_writes_the_adapter(sources: dict[str, Path], tmp_path: Path) -> None:
+    model = mebp.replace_linears(load(sources["llama"]), LORA)
+    randomize_adapter(model)
+    model.save_pretrained(tmp_path / "ours")
+    again = mebp.replace_linears(load(sources["llama"]), LORA)
+    mebp.load_adapter(again, tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
+    # What Trainer reads when it resumes.
+    other = mebp.replace_linears(load(sources["llama"]), LORA)
+    missing = other.load_state_dict(load_file(tmp_path / "ours" / "model.safetensors"), strict=False)
+    assert not missing.missing_keys and torch.equal(logits(other), logits(model))
+    model.lm_head.requires_grad_()
+    with pytest.raises(ValueError, match="weight is trained as well, which an adapter's files have no place for"):
+        model.save_pretrained(tmp_path / "more")
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(q_proj|gate_proj)", "all-linear"])
+def test_the_files_name_the_adapted_layers(
+    targets: Any, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that were excluded, or that transformers keeps in float32."""
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["gate_proj"])
+    config = mebp.LoraConfig(r=2, target_modules=targets)
+    model = mebp.replace_linears(load(sources["llama"]), config, exclude_modules=["layers.0.self_attn.q_proj"])
+    randomize_adapter(model)
+    mebp.save_adapter(model, tmp_path / "adapter")
+    monkeypatch.undo()
+    read = mebp.read_adapter_config(tmp_path / "adapter")
+    mebp.quantize(sources["llama"], tmp_path / "store")
+    for other in (mebp.replace_linears(load(sources["llama"]), read), mebp.load(tmp_path / "store", read)):
+        mebp.load_adapter(other, tmp_path / "adapter")
+        assert adapter_layers(other).keys() == adapter_layers(model).keys()
+    theirs = peft.PeftModel.from_pretrained(load(sources["llama"]), tmp_path / "adapter")
+    found = {name for name, m in theirs.get_base_model().named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert found == adapter_layers(model).keys()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_what_peft_trains_whole_stays_float(trainable: bool, sources: dict[str, Path], tmp_path: Path) -> None:
+    """Also where it is not trained at the moment; with the original, of which the next adapter gets a copy."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"], task_type="CAUSAL_LM")
+    first = peft.get_peft_model(load(sources["llama"]), config)
+    randomize_adapter(first)
+    first.save_pretrained(tmp_path / "first")
+    model = peft.PeftModel.from_pretrained(load(sources["llama"]), tmp_path / "first", is_trainable=trainable)
+    if trainable:
+        model.add_adapter("second", config)
+        model.set_adapter("second")
+    before = {n: p for n, p in model.named_parameters() if "down_proj" in n}
+    mebp.replace_linears(model)
+    after = {n: p for n, p in model.named_parameters() if "down_proj" in n}
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in before)
+    assert sum(type(m) is Int4Linear for m in model.modules()) == 18
+    model.add_adapter("third", config)
+    model.set_adapter("third")
+    model(**batch()).loss.backward()
+    model.save_pretrained(tmp_path / "again")
+    name = "base_model.model.model.layers.0.mlp.down_proj.weight"
+    files = [load_file(tmp_path / root / "adapter_model.safetensors") for root in ("first", "again")]
+    assert files[1].keys() == files[0].keys() and torch.equal(files[1][name], files[0][name])
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_hooks_stay(lora: Any) -> None:
+    layer, seen = nn.Linear(64, 64), []
+    layer.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    handle = layer.register_forward_hook(lambda m, args, y: seen.append("after") or y * 2)
+    layer.register_full_backward_hook(lambda m, dx, dy: seen.append("backward"))
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    model = mebp.replace_linears(nn.Sequential(layer), lora)
+    assert model[0] is layer and isinstance(layer, Int4LoRALinear if lora else Int4Linear)
+    x = torch.randn(2, 64, requires_grad=True)
+    y = model(x)
+    y.sum().backward()
+    weight = decode(layer.int4(), torch.float32)
+    assert seen == ["before", "after", "backward"] and isinstance(layer._hf_hook, AlignDevicesHook)
+    assert relative_rms(y, 2 * (x @ weight.t() + layer.bias)) < 1e-5
+    assert relative_rms(x.grad, 2 * torch.ones(2, 64) @ weight) < 1e-5
+    handle.remove()
+    assert relative_rms(model(x), y / 2) < 1e-6
+
+
+def test_data_parallel_does_not_send_frozen_weights(sources: dict[str, Path], tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    loaded = AutoModelForCausalLM.from_pretrained(sources["llama"], quantization_config=mebp.Int4Config())
+    models = [
+        mebp.replace_linears(load(sources["llama"]), LORA),
+        peft.get_peft_model(mebp.replace_linears(load(sources["llama"])), config),
+        mebp.replace_linears(peft.get_peft_model(load(sources["llama"]), config)),
+        peft.get_peft_model(loaded, config),
+    ]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for model in models:
+            parallel = nn.parallel.DistributedDataParallel(model)
+            sent = [name for name, _ in parallel.named_module_buffers.items()]
+            assert not [name for name in sent if name.endswith(("scales", "minimum", "codebook"))]
+            int4 = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Int4Linear)}
+            assert len(int4) == 21 and int4 <= parallel.parameters_to_ignore
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+OTHER_METHODS: dict[str, dict[str, Any]] = {
+    "AdaLora": {"total_step": 10},
+    "FourierFT": {"n_frequency": 20},
+    "IA3": {"feedforward_modules": []},
+    "OFT": {"r": 0, "oft_block_size": 8},
+    "Road": {},
+    "Vera": {},
+}
+
+
+@pytest.mark.parametrize("method", [name for name in OTHER_METHODS if hasattr(peft, f"{name}Config")])
+@pytest.mark.parametrize("first", ["peft", "int4"])
+def test_pefts_other_methods(method: str, first: str) -> None:
+    """Those beside the weight: output and gradients are those over the decoded weight, in float64."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"net": nn.Linear(64, 64)})
+    config = getattr(peft, f"{method}Config")(target_modules=["net"], **OTHER_METHODS[method])
+    if first == "peft":
+        theirs = peft.get_peft_model(base, config)
+        ours = mebp.replace_linears(copy.deepcopy(theirs))
+    else:
+        ours = peft.get_peft_model(mebp.replace_linears(copy.deepcopy(base)), config)
+        theirs = peft.get_peft_model(base, config)
+        theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if ".base_layer." not in k}, strict=False)
+    net, truth = (model.base_model.model["net"] for model in (ours, theirs))
+    assert type(net.get_base_layer()) is Int4Linear and type(net) is type(truth)
+    truth.get_base_layer().weight.data = decode(net.get_base_layer().int4(), torch.float32)
+    truth.get_base_layer().bias.data = net.get_base_layer().bias.data
+    found = []
+    for layer in (net, truth):
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        layer.double().eval()
+        x = torch.randn(3, 64, generator=generator, dtype=torch.float64).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+        found.append({"y": y.detach(), "x": x.grad} | gradients)
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 2
+    for name, value in found[1].items():
+        assert relative_rms(found[0][name], value) < 1e-12, name
+
+
+@pytest.mark.parametrize(
+    "config", [peft.LoHaConfig, peft.LoKrConfig, peft.HRAConfig, functools.partial(peft.ShiraConfig, r=2)]
+)
+def test_methods_that_compute_with_the_weight(config: Any) -> None:
+    adapted = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config(target_modules=["0"]))
+    message = r"0: PEFT's \w+ computes with the weight itself.* use LoRA"
+    with pytest.raises(ValueError, match=message):
+        mebp.replace_linears(adapted)
+    int4 = mebp.replace_linears(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), exclude_modules=["2"])
+    peft.get_peft_model(copy.deepcopy(int4), config(target_modules=["2"]))
+    # PEFT 0.17 itself finds that it cannot have SHiRA here.
+    with pytest.raises((ValueError, RuntimeError), match=f"{message}|floating point"):
+        peft.get_peft_model(int4, config(target_modules=["0"]))
 
 
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
@@ -281,6 +589,18 @@ def test_moving_a_model_leaves_the_weights_bits() -> None:
     assert model.to("meta")[0].int4().device.type == "meta"
 
 
+def of_another_quantizer(sources: dict[str, Path]) -> Any:
+    model = load(sources["llama"])
+    model.hf_quantizer = SimpleNamespace(quantization_config=transformers.QuantoConfig(weights="int8"))
+    return model
+
+
+def another_forward(sources: dict[str, Path]) -> Any:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].forward = lambda x: x
+    return model
+
+
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "nothing to do": (lambda s: nn.Sequential(nn.ReLU()), {}, "has no linear layer to replace"),
     "all excluded": (lambda s: nn.Sequential(nn.Linear(8, 8)), {"exclude_modules": ["0"]}, "no linear layer"),
@@ -301,6 +621,19 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         lambda s: nn.Sequential(nn.Linear(8, 8), bitsandbytes.nn.Linear4bit(48, 8).to("cpu")),
         {},
         "1: in_features=48 is no multiple of 32",
+    ),
+    "a name of no module": (lambda s: load(s["llama"]), {"exclude_modules": ["mlp", "q_prj"]}, "has no module 'q_prj'"),
+    "a model of load": (
+        lambda s: mebp.load(tiny_store("llama")),
+        {"lora": mebp.LoraConfig(r=2)},
+        r"LlamaForCausalLM comes from load: give it the lora there",
+    ),
+    "another quantizer": (of_another_quantizer, {}, "LlamaForCausalLM is quantised by quanto already"),
+    "another forward": (another_forward, {}, "1: something stands in the place of its forward"),
+    "a weight that is computed": (
+        lambda s: nn.Sequential(nn.Linear(8, 8), nn.utils.spectral_norm(nn.Linear(8, 8))),
+        {},
+        "1: its weight is computed from others",
     ),
     "twice": (
         lambda s: mebp.replace_linears(nn.Sequential(nn.Linear(8, 8)), mebp.LoraConfig(r=2)),

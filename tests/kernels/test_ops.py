@@ -216,6 +216,22 @@ def test_wrong_widths(make_weight, call, name):
         call(make_weight(7, 70).to("cpu"))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    ("columns", "call"),
+    [
+        (70, int4_matmul),
+        (7, int4_matmul_dx),
+        (70, lambda x, weight: ops.int4_matmul_group(x, [weight], [None], [torch.zeros(3, 2)], [torch.zeros(7, 2)])),
+        (7, lambda dy, weight: ops.int4_matmul_dx_group([dy, dy], [weight, weight])),
+        (70, lambda x, weight: int4_cross_entropy(x, weight, torch.zeros(3).long())),
+    ],
+)
+def test_integers_are_no_activations(make_weight, columns, call, dtype):
+    with pytest.raises(TypeError, match=f"is {dtype}, wanted a floating dtype"):
+        call(torch.zeros(3, columns, dtype=dtype), make_weight(7, 70).to("cpu"))
+
+
 def test_auto_means_panels_on_the_cpu_and_triton_on_a_gpu(monkeypatch):
     assert resolve_backend("auto", torch.device("cpu")) == "panel"
     assert resolve_backend("panel", torch.device("cuda")) == "panel"

@@ -310,10 +310,12 @@ def write_header(directory, change, raw=None, length=None):
 
 
 def edit(directory, change):
-    """Changes the manifest."""
+    """Changes the manifest, and seals it again."""
     manifest = json.loads((directory / MANIFEST).read_text())
     changed = change(manifest)
-    (directory / MANIFEST).write_text(json.dumps(changed if isinstance(changed, dict | list) else manifest))
+    changed = changed if isinstance(changed, dict | list) else manifest
+    sealed = files.sealed(changed) if isinstance(changed, dict) else changed
+    (directory / MANIFEST).write_text(json.dumps(sealed))
 
 
 A, NORM = "model.layers.0.a.packed", "model.layers.0.norm.weight"
@@ -401,7 +403,7 @@ def test_a_header_length_that_does_not_fit_is_refused(store, length):
 
 
 def test_a_header_longer_than_any_real_one_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr("mebp_triton.stores.format.HEADER_LIMIT", 64)
+    monkeypatch.setattr("mebp_triton.files.HEADER_LIMIT", 64)
     writer = StoreWriter(tmp_path, "a test", False)
     writer.write_file(BLOCK, {"m": (int4("symmetric"), 0.0)}, {})
     writer.finish()

@@ -62,6 +62,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phi": COMMON | {"partial_rotary_factor": 0.5},
 }
 ARCHITECTURES = list(SETTINGS)
+# What only a few tests need: keys and values shared between blocks, experts, and layers without attention.
+SETTINGS["gemma3n_text"] = GQA | {
+    "num_kv_shared_layers": 1,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 97,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 8,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "activation_sparsity_pattern": [0.0] * 3,
+    "intermediate_size": [80] * 3,
+}
+SETTINGS["granitemoe"] = COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}
+SETTINGS["lfm2"] = COMMON | {"layer_types": ["conv", "conv", "conv"]}
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:

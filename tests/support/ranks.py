@@ -134,6 +134,9 @@ def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step:
         if self.step == at_step and self.processes.rank == broken_rank:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "told":
+                os.kill(os.getpid(), signal.SIGTERM)
+                return one_step(self, micro_batches)
             if how == "mistake":
                 raise ValueError("the value 3 is wrong: give 4")
             if how == "bug":
@@ -150,6 +153,13 @@ def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step:
 def command_of_rank(given: list[list[str]]) -> None:
     """``mebp`` with other arguments in each process."""
     command(given[int(os.environ["RANK"])])
+
+
+def command_alone(given: list[list[str]]) -> None:
+    """``mebp`` with other arguments in each process, which know nothing of each other."""
+    arguments = given[int(os.environ["RANK"])]
+    os.environ["WORLD_SIZE"] = "1"
+    command(arguments)
 
 
 def sums(root: Path) -> None:

@@ -1,0 +1,98 @@
+"""Tiny GGUF files of random weights, with a byte-level tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+Q4_0, Q4_1, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0"))
+F16, F32, BF16 = (gguf.GGMLQuantizationType[name] for name in ("F16", "F32", "BF16"))
+HIDDEN, FFN, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
+
+
+def alphabet() -> list[str]:
+    """The 256 letters of a byte-level vocabulary: printable bytes are themselves, the others count up from 256."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+
+
+TOKENS = [*alphabet(), "th", "the", "<|end|>", "<|pad|>"]
+
+
+def llama_tensors() -> dict[str, tuple[tuple[int, ...], object]]:
+    kv = HIDDEN // HEADS * KV_HEADS
+    tensors = {"token_embd.weight": ((len(TOKENS), HIDDEN), Q8_0), "output_norm.weight": ((HIDDEN,), F32)}
+    for layer in range(LAYERS):
+        kinds = (Q4_0, Q4_1) if layer == 0 else (Q4_1, Q4_0)
+        tensors |= {
+            f"blk.{layer}.attn_norm.weight": ((HIDDEN,), F32),
+            f"blk.{layer}.attn_q.weight": ((HIDDEN, HIDDEN), kinds[0]),
+            f"blk.{layer}.attn_k.weight": ((kv, HIDDEN), kinds[1]),
+            f"blk.{layer}.attn_v.weight": ((kv, HIDDEN), F16),
+            f"blk.{layer}.attn_output.weight": ((HIDDEN, HIDDEN), kinds[0]),
+            f"blk.{layer}.ffn_norm.weight": ((HIDDEN,), F32),
+            f"blk.{layer}.ffn_gate.weight": ((FFN, HIDDEN), kinds[1]),
+            f"blk.{layer}.ffn_up.weight": ((FFN, HIDDEN), BF16),
+            f"blk.{layer}.ffn_down.weight": ((HIDDEN, FFN), kinds[0]),  # K = 96 is no multiple of 64
+        }
+    return tensors
+
+
+def gpt2_tensors() -> dict[str, tuple[tuple[int, ...], object]]:
+    """With 1024 positions and a width of 4 * HIDDEN: transformers takes neither from a GPT-2 file."""
+    tensors = {
+        "token_embd.weight": ((len(TOKENS), HIDDEN), Q4_1),
+        "position_embd.weight": ((1024, HIDDEN), F32),
+        "output_norm.weight": ((HIDDEN,), F32),
+        "output_norm.bias": ((HIDDEN,), F32),
+    }
+    matrices = {"attn_qkv": (3 * HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN)}
+    matrices |= {"ffn_up": (4 * HIDDEN, HIDDEN), "ffn_down": (HIDDEN, 4 * HIDDEN)}
+    for layer in range(LAYERS):
+        for name in ("attn_norm", "ffn_norm"):
+            tensors |= {f"blk.{layer}.{name}.{part}": ((HIDDEN,), F32) for part in ("weight", "bias")}
+        for name, shape in matrices.items():
+            tensors[f"blk.{layer}.{name}.weight"] = (shape, Q4_0)
+            tensors[f"blk.{layer}.{name}.bias"] = (shape[:1], F32)
+    return tensors
+
+
+def write(path: Path, arch: str, tensors: dict, tokenizer: bool = True, **numbers: int) -> Path:
+    """A GGUF file of random weights, each quantised by the gguf package."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name("tiny")
+    writer.add_context_length(32)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    if arch == "gpt2":
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_head_count_kv(KV_HEADS)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_vocab_size(len(TOKENS))
+    if tokenizer:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(TOKENS)
+        writer.add_token_types([1] * (len(TOKENS) - 2) + [3, 3])
+        writer.add_token_merges(["t h", "th e"])
+        writer.add_bos_token_id(len(TOKENS) - 2)
+        writer.add_eos_token_id(len(TOKENS) - 2)
+        writer.add_pad_token_id(len(TOKENS) - 1)
+        writer.add_chat_template("{{ messages[0]['content'] }}")
+    for key, value in numbers.items():
+        writer.add_uint32(key.replace("_", "."), value)
+    random = np.random.default_rng(0)
+    for name, (shape, kind) in tensors.items():
+        values = random.normal(size=shape).astype(np.float32)
+        plain = kind in (F16, F32)
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=None if plain else kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
