@@ -4,6 +4,7 @@ Kernels are compiled anew in each run: a compiler's cache that an earlier run le
 """
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Run in the background of a script, Ctrl-C is ignored, and what the tests start would ignore it as well.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 COMPILED = tempfile.TemporaryDirectory(prefix="mebp-triton-compiled-")
 os.environ["TRITON_CACHE_DIR"] = COMPILED.name
 

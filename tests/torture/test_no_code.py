@@ -37,7 +37,9 @@ CALLS |= {"jinja2.Environment", "jinja2.Template", "load_dataset", "datasets.loa
 IMPORTS_BY_NAME = {"mebp_triton/cli.py": 1, "mebp_triton/__init__.py": 1}
 # Expressions that are not literals: an adapter's, with a limit of time.
 TIMED = {"re.compile(expression)", "regex.fullmatch(expression, path, timeout=MATCH_SECONDS)"}
-EXPRESSIONS = {"mebp_triton/lora.py": TIMED}
+# ... and a name of a module, taken literally.
+ESCAPED = {"re.match(f'{re.escape(parent)}\\\\.\\\\d+\\\\.', key)"}
+EXPRESSIONS = {"mebp_triton/lora.py": TIMED, "mebp_triton/importers/safetensors_dir.py": ESCAPED}
 PATTERNS = re.compile(r"^(re|regex)\.(compile|match|fullmatch|search|sub|findall|finditer|split)$")
 
 
