@@ -168,9 +168,9 @@ def watch_training(model: PreTrainedModel, blocks_path: str, engine: BlockEngine
                 f"set {refused}=False, in the call or in the model's config"
             )
         if caches and asked("use_cache"):
-            if kwargs.get("past_key_values") is not None:
+            if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
                 warnings.warn(
-                    "gradients are on, so the key-value cache stays empty; use torch.no_grad() to generate",
+                    "gradients are on: the key-value cache stays empty; use torch.no_grad() to generate",
                     stacklevel=4,
                 )
             kwargs["use_cache"] = False

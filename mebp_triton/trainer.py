@@ -186,8 +186,6 @@ class Trainer:
                 self.save_checkpoint()
             if self.stopped:
                 break
-        if not results and self.processes.is_first:
-            save_adapter(self.model, self.run.adapter)  # whoever wrote the last checkpoint may not have come to it
         self.model.eval()
         return results
 
@@ -465,8 +463,18 @@ class Trainer:
             torch.cuda.set_rng_state(split["random"][f"cuda{mine}"], self.device)
         self.step = step
         self.run.cut_metrics(self.step)
-        if self.processes.is_first:  # what ended the run may have done so between the checkpoint and its adapter
+        if self.processes.is_first and not self._adapter_is_written():
             save_adapter(self.model, self.run.adapter)
+
+    def _adapter_is_written(self) -> bool:
+        """What ended a run may have done so between the checkpoint and the adapter beside it."""
+        ours = adapter_tensors(self.model)
+        try:
+            saved, _ = files.read_safetensors(self.run.adapter / "adapter_model.safetensors")
+        except (OSError, files.FileError):
+            return False
+        same = saved.keys() == ours.keys() and all(torch.equal(saved[name], ours[name].cpu()) for name in saved)
+        return same and (self.run.adapter / "adapter_config.json").exists()
 
 
 def _store_checksum(store: Store) -> int:

@@ -914,6 +914,7 @@ def test_other_commands_end_with_one_line_and_leave_nothing(
     mebp, world, tmp_path, monkeypatch, name, number, code, no_device
 ):
     from mebp_triton import cli, convert
+    from mebp_triton.commands import tune
 
     adapter = f"--adapter={world / 'run' / 'adapter'}"
     arguments, owner, function, at = {
@@ -925,7 +926,7 @@ def test_other_commands_end_with_one_line_and_leave_nothing(
             "quantize_matrix",
             9,
         ),
-        "tune": (offline(tmp_path, "--shapes=256x128", "--m=16"), commands.tune, "_tune", 1),
+        "tune": (offline(tmp_path, "--shapes=256x128", "--m=16"), tune, "_tune", 1),
         "eval": (evaluate(world, world / "store"), evaluate_module, "collate", 2),
         "parsing": (["doctor"], cli, "_build_parser", 1),
     }[name]

@@ -91,10 +91,12 @@ def test_a_damaged_line_is_named_and_no_line_is_lost(run, line):
         file.write(line.encode("latin-1") + b"\n")
     run.append_metrics(rows(3)[2])
     before = run.metrics.read_bytes()
-    for use in (lambda: run.cut_metrics(1), run.read_metrics):
+    for use in (lambda: run.cut_metrics(3), run.read_metrics):
         with pytest.raises(files.FileError, match=r"line 3 of .*metrics\.jsonl"):
             use()
     assert run.metrics.read_bytes() == before
+    run.cut_metrics(2)  # what a step that is done again has left is no matter
+    assert run.read_metrics() == rows(2)
 
 
 def test_an_evaluation_that_is_gone_or_was_changed_is_told(run):

@@ -61,6 +61,8 @@ def int4_from_bnb(
             raise ValueError(f"{name} has {tensor.numel()} elements, wanted {wanted} for a weight of shape {shape}")
     if not absmax.isfinite().all():
         raise ValueError("absmax is not finite")
+    if not codebook.isfinite().all():
+        raise ValueError("codebook must be finite")
     codes = torch.stack((data >> 4, data & 15), dim=1).view(rows, columns)
     block_of_group = torch.arange(0, rows * columns, group_size, device=absmax.device) // blocksize
     scales = absmax.flatten().float()[block_of_group].view(rows, -1).t()
