@@ -21,7 +21,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent))
 from forked import MIB, Ended, address_space, command, forked, import_all  # noqa: E402
 from mutations import MUTATIONS, Mutation, flip_bit  # noqa: E402
+from results import counted, counted_by, finish  # noqa: E402
 from world import TRAIN, copy_into, make_world  # noqa: E402
 
 SECONDS = 40  # until a command hangs; it takes less than 3
@@ -405,23 +405,12 @@ def bend(count: int, seed: int, workers: int, process_every: int, kinds: list[st
 def summary(cases: list[Case]) -> dict[str, Any]:
     """Counts by kind, by mutation and by command; the reasons of what is unchecked; all that was lost."""
 
-    def counted(key: Callable[[Case], str]) -> dict[str, dict[str, int]]:
-        tables: dict[str, Counter[str]] = {}
-        for case in cases:
-            tables.setdefault(key(case), Counter())[case.outcome] += 1
-        return {
-            name: {"tried": sum(table.values()), **{outcome: table[outcome] for outcome in OUTCOMES}}
-            for name, table in sorted(tables.items())
-        }
-
-    total = Counter(case.outcome for case in cases)
     return {
-        "tried": len(cases),
-        **{outcome: total[outcome] for outcome in OUTCOMES},
+        **counted(cases, OUTCOMES),
         "in_processes_of_their_own": sum(case.own_process for case in cases),
-        "by_kind": counted(lambda case: case.kind),
-        "by_command": counted(lambda case: case.command),
-        "by_mutation": counted(lambda case: case.mutation),
+        "by_kind": counted_by(cases, lambda case: case.kind, OUTCOMES),
+        "by_command": counted_by(cases, lambda case: case.command, OUTCOMES),
+        "by_mutation": counted_by(cases, lambda case: case.mutation, OUTCOMES),
         "why_unchecked": dict(Counter(case.why for case in cases if case.outcome == "unchecked")),
         "lost_cases": [
             {"number": case.number, "kind": case.kind, "command": case.command, "file": case.file}
@@ -465,15 +454,7 @@ def main() -> int:
     if arguments.cases:
         arguments.cases.write_text("".join(json.dumps(vars(case)) + "\n" for case in cases))
     found = {"seed": arguments.seed, "seconds": round(time.perf_counter() - started), **summary(cases)}
-    if arguments.output:
-        from mebp_triton import files
-        from mebp_triton.report import environment
-
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        files.write_json(arguments.output, {"commit": commit, "environment": environment(), **found})
-    print(json.dumps(found, indent=1))
-    return int(found["lost"] > 0)
+    return finish(found, arguments.output)
 
 
 if __name__ == "__main__":

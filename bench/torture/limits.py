@@ -35,6 +35,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from forked import MIB, Ended, command, forked, import_all  # noqa: E402
+from results import counted, counted_by, finish  # noqa: E402
 from world import TRAIN, copy_into, make_wide, make_world  # noqa: E402
 
 TEMPORARY = ".mebp-tmp-"
@@ -483,21 +484,10 @@ def run(steps: int, every: int, limits: set[str], commands: set[str] | None = No
 
 
 def summary(found: list[Point]) -> dict[str, Any]:
-    def counted(key: Callable[[Point], str]) -> dict[str, dict[str, int]]:
-        tables: dict[str, Counter[str]] = {}
-        for point in found:
-            tables.setdefault(key(point), Counter())[point.outcome] += 1
-        return {
-            name: {"tried": sum(table.values()), **{outcome: table[outcome] for outcome in OUTCOMES}}
-            for name, table in sorted(tables.items())
-        }
-
-    total = Counter(point.outcome for point in found)
     return {
-        "tried": len(found),
-        **{outcome: total[outcome] for outcome in OUTCOMES},
-        "by_limit": counted(lambda point: point.limit),
-        "by_command": counted(lambda point: point.command),
+        **counted(found, OUTCOMES),
+        "by_limit": counted_by(found, lambda point: point.limit, OUTCOMES),
+        "by_command": counted_by(found, lambda point: point.command, OUTCOMES),
         "messages": dict(Counter(point.why for point in found if point.outcome == "refused").most_common(40)),
         "lost_points": [vars(point) for point in found if point.outcome == "lost"],
     }
@@ -515,15 +505,7 @@ def main() -> int:
     commands = set(arguments.commands.split(",")) if arguments.commands else None
     found = run(arguments.steps, arguments.every, set(arguments.limits.split(",")), commands, show=True)
     value = {"seconds": round(time.perf_counter() - started), **summary(found)}
-    if arguments.output:
-        from mebp_triton import files
-        from mebp_triton.report import environment
-
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        files.write_json(arguments.output, {"commit": commit, "environment": environment(), **value})
-    print(json.dumps(value, indent=1))
-    return int(value["lost"] > 0)
+    return finish(value, arguments.output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from mebp_triton.data.text import encode_opened
+from mebp_triton.data.text import encode, opened, opening
 from mebp_triton.importers import one_line
 from mebp_triton.stores.format import Store
 
@@ -68,7 +68,7 @@ def generate_text(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
     else:
-        ids = torch.tensor([encode_opened(tokenizer, prompt)])
+        ids = torch.tensor([opened(encode(tokenizer, prompt), opening(tokenizer))])
         encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     encoded = {name: encoded[name].to(model.mebp.device) for name in ("input_ids", "attention_mask")}
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

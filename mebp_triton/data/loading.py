@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .rows import Masking, tokenize_row
 from .sources import Broken, check_source, rows
-from .text import windows
+from .text import opening, windows
 from .tokenized import RowWriter, TokenizedData
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _add_text(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
 
 
 def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter, masking: Masking, where: str) -> None:
-    found = rows(path)
+    found, head = rows(path), opening(tokenizer)
     while True:
         try:
             number, row = next(found)
@@ -82,7 +82,7 @@ def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         try:
-            writer.add(*tokenize_row(tokenizer, row, masking))
+            writer.add(*tokenize_row(tokenizer, row, masking, head))
         except UnicodeError as error:  # the file's bytes are UTF-8: JSON can spell what is no text
             raise ValueError(f"{where}:{number}: half a surrogate pair is no text ({error}); remove it") from error
         except ValueError as error:

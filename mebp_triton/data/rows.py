@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .text import encode, encode_opened
+from .text import encode, opened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,8 +56,12 @@ class Masking:
             raise ValueError("assistant_only_loss needs chat messages, and this is text: leave it out")
 
 
-def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking) -> tuple[list[int], bytes, bool]:
+def tokenize_row(
+    tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking, head: list[int]
+) -> tuple[list[int], bytes, bool]:
     """A row's ids; for each, 1 if it is trained and 0 if it is masked; whether the row was converted.
+
+    ``head`` is the tokenizer's ``opening``, the same for all rows.
 
     Raises:
         ValueError: the row is of no kind, or of one that cannot be masked as wanted.
@@ -80,7 +84,7 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking)
         if not isinstance(row["text"], str):
             raise ValueError(f"'text' must be a string, got {_shown(row['text'])}")
         masking.check_text()
-        ids = _with_eos(tokenizer, encode_opened(tokenizer, row["text"]))
+        ids = _with_eos(tokenizer, opened(encode(tokenizer, row["text"]), head))
         return ids, b"\1" * len(ids), converted
     if row.get("messages") == []:
         return [], b"", converted  # nothing to train on, as an empty text
@@ -95,10 +99,10 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking)
         if masking.assistant_only_loss:
             raise ValueError("assistant_only_loss needs chat messages, and this row has strings; completion_only_loss?")
         whole = row["prompt"] + row["completion"]
-        _, rest = _split(tokenizer, row["prompt"], whole)
-        head = encode_opened(tokenizer, row["prompt"])
-        ids = _with_eos(tokenizer, head + rest)
-        masked = 0 if masking.completion_only_loss is False else len(head)
+        first, rest = _split(tokenizer, row["prompt"], whole)
+        first = opened(first, head)
+        ids = _with_eos(tokenizer, first + rest)
+        masked = 0 if masking.completion_only_loss is False else len(first)
         return ids, b"\0" * masked + b"\1" * (len(ids) - masked), converted
     if not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
         got = f"{_shown(row['prompt'])} and {_shown(row['completion'])}"

@@ -47,9 +47,8 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[: next(places, 0)]
 
 
-def encode_opened(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text as the model is given it: after ``opening``, unless the text spells that out."""
-    ids, head = encode(tokenizer, text), opening(tokenizer)
+def opened(ids: list[int], head: list[int]) -> list[int]:
+    """Ids of a text as the model is given it: after ``head``, the ``opening``, unless the text spells that out."""
     return ids if ids[: len(head)] == head else head + ids
 
 

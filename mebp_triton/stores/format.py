@@ -25,13 +25,7 @@ MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 # What looking into JSON of another form than expected raises.
 MALFORMED = (KeyError, TypeError, AttributeError, ValueError)
-DTYPES = {
-    "U8": torch.uint8,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+DTYPES = {name: files.DTYPES[name] for name in ("U8", "F16", "BF16", "F32", "F64")}
 
 
 def block_file(index: int) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mebp_triton.data import load_data
 from mebp_triton.data import text as text_module
-from mebp_triton.data.text import SPLIT_REGEXES, encode_opened, opening
+from mebp_triton.data.text import SPLIT_REGEXES, opened, opening
 
 
 @pytest.mark.parametrize("tail", [0, 1, 2, 7])
@@ -35,7 +35,7 @@ def test_txt_is_tokenised_whole_and_every_window_begins_as_the_tokenizer_begins_
     core.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="[BOS]")
     assert encode(tokenizer, "a\nb") == [1] and tokenizer("a\nb")["input_ids"] == [2, 1, 2]
-    assert opening(tokenizer) == [2] and encode_opened(tokenizer, "a\nb") == [2, 1]
+    assert opening(tokenizer) == [2] and opened(encode(tokenizer, "a\nb"), [2]) == [2, 1]
     assert rows(load_data(write("x.txt", "a\nb a\nb"), tokenizer, 8)) == [([2, 1, 1], [2, 1, 1])]
     assert [ids for ids, _ in rows(load_data(write("x.txt", " ".join(["a\nb"] * 5)), tokenizer, 3))] == [
         [2, 1, 1],
@@ -51,8 +51,12 @@ def test_a_text_that_spells_its_beginning_gets_no_second_one():
     core.post_processor = TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", 2)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|pad|>")
     assert opening(tokenizer) == [2]
-    assert encode_opened(tokenizer, "<|pad|>cat") == encode_opened(tokenizer, "cat") == [2, *encode(tokenizer, "cat")]
-    assert encode_opened(tokenizer, "") == [2]
+    assert (
+        opened(encode(tokenizer, "<|pad|>cat"), [2])
+        == opened(encode(tokenizer, "cat"), [2])
+        == [2, *encode(tokenizer, "cat")]
+    )
+    assert opened(encode(tokenizer, ""), [2]) == [2]
 
 
 def test_windows_with_no_room_beside_the_beginning(write):

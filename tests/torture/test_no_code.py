@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import run_store, sentences, word_tokenizer
+from runs import word_tokenizer
 
 from mebp_triton.lora import LoraConfig
 
@@ -104,14 +104,6 @@ def test_the_rule_sees_what_is_wrong(text):
 
 
 # --- files that would leave a mark ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    run_store(root)
-    (root / "train.txt").write_text(sentences(20))
-    return root
 
 
 @pytest.fixture

@@ -4,18 +4,9 @@ import json
 
 import pytest
 import ranks
-from runs import run_store, sentences
 
 from mebp_triton.files import TEMPORARY_PREFIX
 from mebp_triton.stores.format import Store
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    run_store(root)
-    (root / "train.txt").write_text(sentences(40))
-    return root
 
 
 def at_once(root, *commands):

@@ -1,0 +1,44 @@
+"""What ``bend`` and ``limits`` found: counts by outcome, and the file that they go to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+
+class Tried(Protocol):
+    outcome: str
+
+
+Item = TypeVar("Item", bound=Tried)
+
+
+def counted(items: Sequence[Item], outcomes: Sequence[str]) -> dict[str, int]:
+    """How many were tried, and how many had each outcome."""
+    table = Counter(item.outcome for item in items)
+    return {"tried": len(items), **{outcome: table[outcome] for outcome in outcomes}}
+
+
+def counted_by(items: Sequence[Item], key: Callable[[Item], str], outcomes: Sequence[str]) -> dict[str, dict[str, int]]:
+    """``counted`` of those with the same key, by it."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return {name: counted(group, outcomes) for name, group in sorted(groups.items())}
+
+
+def finish(value: dict[str, Any], output: Path | None) -> int:
+    """Prints and writes the summary; the exit code."""
+    if output:
+        from mebp_triton import files
+        from mebp_triton.report import environment
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        files.write_json(output, {"commit": commit, "environment": environment(), **value})
+    print(json.dumps(value, indent=1))
+    return int(value["lost"] > 0)
