@@ -355,13 +355,13 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. FileError where its seal is broken; files of earlier versions have none."""
+    """The object of a JSON file. FileError where its seal is missing or broken."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise FileError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
-    found = value.pop(SEAL, None)
-    if found is not None and sealed(value)[SEAL] != found:
+    if value != sealed(value):
         raise FileError(f"{path} is damaged or was changed: its checksum differs")
+    del value[SEAL]
     return value
 
 

@@ -659,8 +659,10 @@ def test_a_seal_tells_every_change(tmp_path):
         path.write_text(text.replace(old, new, 1))
         with pytest.raises(FileError, match="damaged or was changed"):
             files.read_sealed(path)
-    write_json(path, value)  # of an earlier version
-    assert files.read_sealed(path) == value
+    for seal in ({}, {"SEAL": 1}, {"seal": None}, {"seal": True}, {"seal": str(files.sealed(value)["seal"])}):
+        write_json(path, value | seal)
+        with pytest.raises(FileError, match="damaged or was changed"):
+            files.read_sealed(path)
     path.write_text("[1]")
     with pytest.raises(FileError, match="wanted an object"):
         files.read_sealed(path)

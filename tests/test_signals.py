@@ -25,7 +25,8 @@ def ended(code, **environment):
         "def tell(number):\n"
         "    os.kill(os.getpid(), number)\n"
     )
-    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, env=kept | environment)
+    command = [sys.executable, "-c", start + code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=kept | environment)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -100,7 +100,7 @@ def companion_checksums(directory: Path, weights: Iterable[str]) -> dict[str, li
 def accept_companions(directory: Path) -> list[str]:
     """Takes the companions of a store as they now are; the names of those that are not as the manifest says."""
     manifest = files.read_sealed(directory / MANIFEST)
-    before, now = manifest.get("companions", {}), companion_checksums(directory, manifest["files"])
+    before, now = manifest["companions"], companion_checksums(directory, manifest["files"])
     files.write_json(directory / MANIFEST, files.sealed(manifest | {"companions": now}))
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
@@ -200,7 +200,7 @@ class Store:
             if not whole or any(type(checksum) is not int for checksum in crc32):
                 raise FileError(f"{where}: size or checksums of {name!r:.100} are malformed")
             self.files[name] = StoreFile(self.directory / name, size, crc32)
-        for name, crc32 in manifest.get("companions", {}).items():
+        for name, crc32 in manifest["companions"].items():
             self._check_companion(name, crc32)
         self.matrices = {name: _matrix_info(where, name, entry) for name, entry in manifest["matrices"].items()}
         self.floats: dict[str, str] = dict(manifest["floats"])

@@ -384,21 +384,25 @@ def test_a_configuration_that_does_not_suit_is_refused(make_weight, normal):
 @pytest.mark.parametrize("sizes", [(20, 33), (18, 1, 17)])
 @pytest.mark.parametrize("config", [None, TileConfig(16, 32, 128, split=2)], ids=["default", "split"])
 def test_group(guarded, assert_accurate, make_weight, normal, dtype, scheme, sizes, config):
-    """One launch gives what a launch for each member gives, to the bit."""
+    """One launch gives what a launch for each member gives, to the bit.
+
+    Errors are judged over all members: torch's in a single column of few rows may be as good as none.
+    """
     m, k, r = 15, 130, 3
     weights = [make_weight(n, k, 64, scheme, seed=i) for i, n in enumerate(sizes)]
     x, total = normal(m, k, dtype=dtype), sum(sizes)
     bias, t, b = normal(total, seed=2), normal(m, len(sizes) * r, seed=3), normal(total, r, seed=4)
     found = int4_matmul_group_triton(x, weights, bias, t, b, config)
-    start = 0
+    start, truths, same = 0, [], []
     for index, (n, weight, y) in enumerate(zip(sizes, weights, found, strict=True)):
         own = bias[start : start + n], t[:, index * r : (index + 1) * r], b[start : start + n]
         alone = guarded(int4_matmul_triton, x, weight, *own, config)
         assert y.is_contiguous() and torch.equal(y, alone)
         assert y.untyped_storage().nbytes() == y.nbytes, "an output that is kept would keep the others"
-        truth = reference.matmul(x.double(), weight, *(operand.double() for operand in own))
-        assert_accurate("y", y, reference.matmul(x, weight, *own), truth)
+        truths.append(reference.matmul(x.double(), weight, *(operand.double() for operand in own)))
+        same.append(reference.matmul(x, weight, *own))
         start += n
+    assert_accurate("y", *(torch.cat(each, dim=-1) for each in (found, same, truths)))
 
 
 def test_group_of_views_with_strides_of_their_own(make_weight, normal):
