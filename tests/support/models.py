@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,15 @@ def bnb_directory(
     return root / "model"
 
 
+@lru_cache(maxsize=1)
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="mebp-triton-stores-")
+
+
 def tiny_store(architecture: str, directory: Path | None = None, *, seed: int = 0, **options: Any) -> Path:
     """A store of a tiny model; ``options`` are ``quantize``'s, and the config's under ``config``."""
-    root = Path(tempfile.mkdtemp()) if directory is None else directory
+    root = Path(tempfile.mkdtemp(dir=_scratch().name)) if directory is None else directory
     source = save_tiny_model(architecture, root / "model", seed, **options.pop("config", {}))
     quantize(source, root / "store", **({"group_size": 32} | options))
     return root / "store"
