@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from mebp_triton import files
@@ -77,11 +78,14 @@ def table(plan: Plan) -> Table:
     """Components down, the moments of a step across, in MiB."""
     top = plan.device_peak or plan.host_peak
     where = "on the device" if plan.device else "resident"
-    shown = Table(title=f"{describe(plan)}\nMiB {where}; the highest is the {top.name}", title_justify="left")
+    title = f"{describe(plan)}\nMiB {where}; the highest is the {top.name}"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     moments = plan.device or plan.host
-    shown.add_column("")
+    shown.add_column("", no_wrap=True)
     for moment in moments:
-        shown.add_column(moment.name, justify="right", style="bold" if moment is top else None)
+        longest = max(map(len, moment.name.split()))
+        style = "bold" if moment is top else None
+        shown.add_column(moment.name, justify="right", min_width=longest, style=style)
     for name in COMPONENTS:
         if any(moment.components[name] for moment in moments):
             shown.add_row(name, *(f"{moment.components[name] / MIB:.1f}" for moment in moments))

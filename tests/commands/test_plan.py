@@ -43,11 +43,14 @@ def test_json(plan, store):
     assert value["settings"]["lora_r"] == 4 and value["file_bytes"]["store"] > 0
 
 
-def test_table(plan, store, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.mark.parametrize("columns", [80, 200])
+def test_table(plan, store, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     code, out, _ = plan(store, *SETTINGS)
-    assert code == 0 and "planned peak" in out and "optimizer step" in out and "files: store" in out
-    assert all(name in out for name in ("framework", "LoRA", "gradients", "activations", "total"))
+    assert code == 0 and "planned peak" in out and "files: store" in out
+    assert max(map(len, out.splitlines())) <= columns
+    assert all(f"\n {name} " in out for name in ("framework", "LoRA", "gradients", "activations", "allocator", "total"))
+    assert all(word in out for word in ("embedding", "forward", "backward", "optimizer")), "words are cut"
 
 
 def test_a_model_or_its_config_is_planned_as_the_store_that_it_would_be(plan, store, tmp_path):
