@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MATCH_SECONDS = 1.0  # for one path; it takes microseconds
 LONGEST_EXPRESSION = 1 << 14
+MOST_REPEATS = 100_000  # all fixed counts multiplied
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,10 @@ def _fullmatch(expression: str, path: str) -> bool:
     ``regex`` means the same by what ``re`` compiles, but for its fuzzy and POSIX forms, which no path needs.
     """
     try:
-        if len(expression) > LONGEST_EXPRESSION or re.search(r"\{[^0-9,]|\[\[:", expression):
+        # Fixed counts are unrolled when the expression is compiled: "a{1000000000}" would take all memory.
+        counts = [int(count[:9]) for count in re.findall(r"\{([0-9]+)", expression)]
+        long = len(expression) > LONGEST_EXPRESSION or math.prod(filter(None, counts)) > MOST_REPEATS
+        if long or re.search(r"\{[^0-9,]|\[\[:", expression):
             raise re.error("too long, or of a form that is not supported")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -250,7 +250,17 @@ def test_settings_that_would_make_objects(mebp, world, canary, tmp_path):
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize(
-    "expression", [r"((\w|\w\w|\.)+)+[0-9]", r"(.|..)*[A-Z]", "(" * 3000 + ")" * 3000, "a" * (1 << 15)]
+    "expression",
+    [
+        r"((\w|\w\w|\.)+)+[0-9]",
+        r"(.|..)*[A-Z]",
+        "(" * 3000 + ")" * 3000,
+        "a" * (1 << 15),
+        "a{1000000000}",
+        "a{1000000000,}",
+        f"a{{{'9' * 5000}}}",
+        "((a{600}){600}){600}",
+    ],
 )
 def test_an_expression_that_never_ends(key, expression, monkeypatch):
     """``re`` would match these for longer than anybody waits."""
@@ -274,6 +284,8 @@ def test_what_is_cached_of_expressions_is_what_re_says():
         r".*layers\.(?:1[0-9]|2[0-7])\..*(?:down|up)_proj",
         r"[^.]+",
         r"(?:model\.)?layers.*",
+        r"model\.layers\.\d{1,3}\..{0,500}_proj",
+        r".*\.[a-z]{2}\w{3}j",
     ):
         for path in paths:
             wanted = re.fullmatch(expression, path) is not None
