@@ -39,13 +39,19 @@ def adapter_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def save_adapter(model: Any, directory: Path | str) -> None:
-    """Writes the adapter of ``model`` into ``directory``, as PEFT would; files of an older one are replaced whole."""
+    """Writes the adapter of ``model`` into ``directory``, as PEFT would; files of an older one are replaced whole.
+
+    ValueError where the model has none of ours, or one that is not finite.
+    """
     config = _config_of(model)
     if config is None:
         raise ValueError("the model has no adapter of ours to save: make it with lora=LoraConfig(...)")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise ValueError(f"{broken} is not finite: the adapter is not written")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
     seal = {"crc32": files.tensors_checksum(tensors), "scaling": _scaling(config)}
     files.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt", SEAL: json.dumps(seal)})
     files.write_json(directory / CONFIG, _peft_config(config, model))

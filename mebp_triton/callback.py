@@ -28,7 +28,7 @@ class SelectionCallback(TrainerCallback):
         if state.global_step > 0:
             saved = Path(args.output_dir, f"checkpoint-{state.global_step}", SAVED)
             if saved.exists():
-                self.selection.load_state_dict(files.read_json(saved))
+                self.selection.load_state_dict(files.read_sealed(saved))
             elif self.selection.schedule == "importance":
                 raise ValueError(f"cannot resume: {saved} is missing, and its norms decide what is selected")
             else:
@@ -38,7 +38,7 @@ class SelectionCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         directory = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and directory.is_dir():
-            files.write_json(directory / SAVED, self.selection.state_dict())
+            files.write_json(directory / SAVED, files.sealed(self.selection.state_dict()))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.selection.detach()

@@ -123,6 +123,11 @@ class TrainConfig:
             raise ValueError(
                 "optimizer_in_backward steps by gradients, and optim 'mezo' makes none: leave one of them out"
             )
+        if self.optim == "mezo" and self.on_nan == "skip":
+            raise ValueError(
+                "mezo moves the parameters to and fro before it knows the loss, which rounds them, so a step cannot be "
+                "left out: on_nan 'stop'"
+            )
         if self.optimizer_in_backward and self.on_nan == "skip":
             raise ValueError(
                 "optimizer_in_backward has stepped upper blocks when a lower one's gradient is found not to be finite: "

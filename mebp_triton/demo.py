@@ -77,11 +77,10 @@ def demonstrate(directory: Path, steps: int, compare: bool, console: Console) ->
         raise ValueError("--compare needs PEFT: pip install 'mebp-triton[peft]'")
     check_absent(directory)
     started = time.perf_counter()
-    directory.mkdir(parents=True, exist_ok=True)
-    train_file, held_out = write_text(directory)
     store, run = directory / "store", directory / "run"
 
     _mebp(console, "quantize", str(source), str(store))
+    train_file, held_out = write_text(directory)
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
     training = ["--train-file", str(train_file), "--validation-file", str(held_out), "--output-dir", str(run)]
     result = _mebp(console, "train", str(store), *training, f"--max-steps={steps}", *flags)

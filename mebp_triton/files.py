@@ -62,7 +62,7 @@ def _origin() -> str:
 
 def _temporary_prefix() -> str:
     """Of the names of temporaries: a later process can tell what a crash left behind."""
-    return f"{TEMPORARY_PREFIX}{_origin()}-{os.getpid()}-"
+    return f"{TEMPORARY_PREFIX}{_origin()}-{os.getpid()}.{_started(os.getpid())}-"
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -71,24 +71,23 @@ def remove_leftovers(directory: Path) -> None:
     for entry in directory.glob(f"{TEMPORARY_PREFIX}*"):
         origin, _, rest = entry.name[len(TEMPORARY_PREFIX) :].partition("-")
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-            written = entry.lstat().st_mtime
             if origin == mine:
-                process = rest.partition("-")[0]
-                left = process.isdecimal() and not _lived(int(process), written)
+                process, _, started = rest.partition("-")[0].partition(".")
+                lives = process.isdecimal() and psutil.pid_exists(int(process)) and started == _started(int(process))
+                left = process.isdecimal() and not lives
             else:  # of an earlier boot, if it is this machine's and older than its start
-                left = origin[:8] == mine[:8] and written < psutil.boot_time()
+                left = origin[:8] == mine[:8] and entry.lstat().st_mtime < psutil.boot_time()
             if left and entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             elif left:
                 entry.unlink()
 
 
-def _lived(process: int, when: float) -> bool:
-    """Whether a process of that number lives that did so then: numbers are used again."""
-    try:
-        return psutil.Process(process).create_time() <= when + 2  # clocks of files and of processes differ a little
-    except psutil.Error:
-        return psutil.pid_exists(process)
+def _started(process: int) -> str:
+    """When a process began, in ticks since the boot: numbers are used again, and clocks are set. Empty if not known."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
 
 
 @contextmanager
@@ -234,9 +233,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         FileError: ``path`` exists already and is not an empty directory, or does so when the block ends.
     """
     check_absent(path)
+    made = missing_directories(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    with _written(path):
+    with removed_if_empty(made), _written(path):
         temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
         try:
             yield temporary
@@ -268,10 +268,10 @@ def _finish_directory(directory: Path) -> None:
 def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` fills a new directory that then takes ``path``'s place; the old one is kept until the new one is whole.
 
-    A crash between the two renames leaves the old one as ``<name>.old``; ``recover_directory`` puts it back. An error
-    there puts it back at once.
+    A crash between the two renames leaves the old one set aside; ``recover_directory`` puts it back. An error there
+    puts it back at once.
     """
-    old = path.with_name(path.name + ".old")
+    old = _set_aside(path)
     recover_directory(path)
     with _written(path):
         temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(), dir=path.parent))
@@ -289,14 +289,40 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _set_aside(path: Path) -> Path:
+    """Hidden, and of a name that is nobody else's."""
+    return path.with_name(f".mebp-old-{path.name}")
+
+
+def settled_directory(path: Path) -> Path:
+    """Where the content of a directory lies that ``replace_directory`` writes, or wrote when it was interrupted."""
+    old = _set_aside(path)
+    return old if old.exists() and not path.exists() else path
+
+
 def recover_directory(path: Path) -> None:
-    """Finishes a ``replace_directory`` that was interrupted."""
-    old = path.with_name(path.name + ".old")
+    """Finishes a ``replace_directory`` that was interrupted, and does so no longer."""
+    old = _set_aside(path)
     if old.exists():
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(old, path)
+
+
+def missing_directories(path: Path) -> list[Path]:
+    """``path`` and the directories above it that do not exist, the deepest first."""
+    return [place for place in (path, *path.parents) if not place.exists()]
+
+
+@contextmanager
+def removed_if_empty(places: list[Path]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the first one that is not empty
+            for place in places:
+                place.rmdir()
 
 
 def existing_parent(path: Path) -> Path:
@@ -422,7 +448,8 @@ def safetensors_header(
 def _tensor_entry(path: Path, name: str, entry: Any, dtypes: Mapping[str, torch.dtype]) -> TensorEntry:
     with contextlib.suppress(KeyError, TypeError, ValueError):
         dtype, shape, (begin, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if isinstance(shape, list) and all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        numbers = (begin, end, *shape) if isinstance(shape, list) else ()
+        if numbers and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
             return dtype, tuple(shape), begin, end
     raise FileError(f"{path}: tensor {name!r:.100} has a malformed header entry {entry!r:.100}")
 

@@ -332,7 +332,9 @@ class OnePassLoss:
         valid = int((targets != ignore_index).sum())
         self.statistics = LossStatistics(valid, int(((argmax == targets) & (targets != ignore_index)).sum()))
         divisor = num_items_in_batch if num_items_in_batch is not None else self.normalizer
-        return losses.sum() / (max(valid, 1) if divisor is None else divisor)
+        if divisor is None or valid == 0:  # trainers count 0 items where all is masked
+            divisor = max(valid, 1)
+        return losses.sum() / divisor
 
 
 def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

@@ -9,7 +9,7 @@ import math
 import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,17 +67,14 @@ class RunDirectory:
         if self._held:
             yield
             return
-        made = [place for place in (self.directory, *self.directory.parents) if not place.exists()]
-        try:
-            self.create()
-            with files.locked(self.directory):
-                self._held = True
+        made = files.missing_directories(self.directory)
+        self.create()
+        with files.locked(self.directory), files.removed_if_empty(made):
+            self._held = True
+            try:
                 yield
-        finally:
-            self._held = False
-            with suppress(OSError):  # the first one that is not empty
-                for place in made:
-                    place.rmdir()
+            finally:
+                self._held = False
 
     def is_before_checkpoint(self) -> bool:
         """Whether nothing is there but what a run writes before its first checkpoint."""
@@ -104,23 +101,26 @@ class RunDirectory:
                 raise files.FileError(f"line {number} of {self.metrics} is damaged: it has no step; remove the line")
             yield line.decode(), row
 
-    def cut_metrics(self, step: int) -> None:
+    def cut_metrics(self, step: int) -> list[int]:
         """Drops the lines of steps from ``step`` on, whatever they hold, and a last line that was cut short.
+
+        Returns the steps that are left.
 
         Raises:
             FileError: a line of the steps before is damaged.
         """
         if not self.metrics.exists():
-            return
-        kept: list[str] = []
+            return []
+        kept: list[tuple[int, str]] = []
         try:
-            kept.extend(f"{line}\n" for line, row in self._metrics() if row["step"] < step)
+            kept.extend((row["step"], f"{line}\n") for line, row in self._metrics() if row["step"] < step)
         except files.FileError:
             if len(kept) < step:
                 raise
-        data = "".join(kept).encode()
+        data = "".join(line for _, line in kept).encode()
         if data != self.metrics.read_bytes():
             files.write_bytes(self.metrics, data)
+        return [number for number, _ in kept]
 
     def sync_metrics(self) -> None:
         """What a checkpoint counts on must outlast a loss of power as it does."""
@@ -159,15 +159,23 @@ class RunDirectory:
             "settings": asdict(config),
             "environment": environment(watch.device),
         }
-        files.write_json(self.record, record)
+        files.write_json(self.record, files.sealed(record))
 
-    def summary(self) -> dict[str, Any] | None:
-        """What ``finish`` was given by the run that ended here, or None."""
+    def summary(self, of: dict[str, Any]) -> dict[str, Any] | None:
+        """What ``finish`` was given by the run that ended here, or None.
+
+        Raises:
+            ValueError: it evaluated something else than ``of``, or the file is damaged.
+        """
         if not self.record.exists():
             return None
-        record = files.read_json(self.record)
-        if not isinstance(record, dict):
-            raise files.FileError(f"{self.record} is malformed: remove it")
+        record = files.read_sealed(self.record)
+        for name, value in of.items():
+            if (before := record["settings"].get(name)) != value:
+                raise ValueError(
+                    f"the run in {self.directory} has ended, evaluated with {name} {before!r:.100}: "
+                    f"for {value!r:.100}, use `mebp eval`"
+                )
         return {name: value for name, value in record.items() if name not in BESIDE_THE_SUMMARY}
 
 
@@ -187,8 +195,8 @@ class OthersRunDirectory(RunDirectory):
     def append_metrics(self, row: dict[str, Any]) -> None:
         pass
 
-    def cut_metrics(self, step: int) -> None:
-        pass
+    def cut_metrics(self, step: int) -> list[int]:
+        return []
 
     def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:
         pass

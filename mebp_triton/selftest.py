@@ -6,6 +6,7 @@ square. ``judge`` holds it for the tests on GPUs as well (``bench/gpu``).
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -226,8 +227,10 @@ def check_model(model: Model, device: torch.device, dtype: torch.dtype, backend:
         pairs = [(found, true_loss), *((gradients[name], truth[name]) for name in truth)]
         return [float((a.double().cpu() - b).norm() / b.norm()) for a, b in pairs]
 
-    worst, theirs = max(errors(loss, ours)), max(errors(same_loss, same))
-    # NaN is allowed by no comparison.
+    found, theirs = errors(loss, ours), max(errors(same_loss, same))
+    if not all(map(math.isfinite, found)):  # which max would not tell
+        return {"ok": False, "reason": "gradients are not finite"}
+    worst = max(found)
     return {"relative": worst, "torch_relative": theirs, "ok": worst <= 2 * theirs + torch.finfo(dtype).eps / 2}
 
 

@@ -8,8 +8,9 @@ import math
 import random
 import statistics
 import time
+import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -127,6 +128,8 @@ class Trainer:
         )
         self.step = self.reduced_bytes = self.skipped_in_a_row = self.stopped = 0
         self.planned_peak_bytes: int | None = None
+        # What the losses of ``run.json`` are of.
+        self.evaluated = {name: getattr(config, name) for name in ("validation_file", "max_eval_windows", "max_length")}
         self.fingerprints = {"training data": data.checksum(), "model": _store_checksum(model.mebp.store)}
         for what, checksum in self.fingerprints.items():
             if not processes.same(checksum):
@@ -216,7 +219,10 @@ class Trainer:
             self.skipped_in_a_row += 1
             if config.on_nan == "stop" or self.skipped_in_a_row > MOST_SKIPPED:
                 kept = self._keep_state_before_step(random_state)
-                raise NotFinite(f"{error}: lower the learning rate, or compute in float32; {kept}") from None
+                way = "lower the learning rate, or compute in float32, in a new run"
+                if config.on_nan == "stop" and self.mezo is None and not config.optimizer_in_backward:
+                    way += ", or resume with on_nan 'skip'"
+                raise NotFinite(f"{error}: {way}; {kept}") from None
             why = str(error)
         seconds = time.perf_counter() - started
         return StepResult(self.step, loss, accuracy, tokens, norm, rate, seconds, selected, why is not None, why)
@@ -257,10 +263,11 @@ class Trainer:
             with context:
                 if forward_only_seed is not None:
                     torch.manual_seed(self.processes.seed(forward_only_seed))
+                random_state = self._random_state()
                 for batch in micro_batches:
                     output = self.model(**batch, use_cache=False)
                     if self.config.optimizer_in_backward:
-                        self._check_loss(output.loss.item(), micro_batches)
+                        self._check_loss(output.loss.item(), micro_batches, random_state)
                     if forward_only_seed is None and output.loss.requires_grad:
                         output.loss.backward()
                     loss += output.loss.item()
@@ -269,7 +276,7 @@ class Trainer:
         finally:
             one_pass.normalizer = None
         loss, total = self.processes.sum(loss, correct)
-        self._check_loss(loss, micro_batches)
+        self._check_loss(loss, micro_batches, random_state)
         return loss, total / tokens
 
     def _update_after_backward(self, rate: float, selected: list[int]) -> float:
@@ -320,8 +327,10 @@ class Trainer:
         assert self.optimizer is not None
         return frozenset(range(self.selection.count, len(self.optimizer.param_groups)))
 
-    def _check_loss(self, loss: float, micro_batches: list[dict[str, Tensor]]) -> None:
+    def _check_loss(self, loss: float, micro_batches: list[dict[str, Tensor]], random_state: dict[str, Tensor]) -> None:
+        """``random_state``: that before the micro-batches were run, which draw the same again."""
         if not math.isfinite(loss):
+            self._set_random_state(random_state)
             broken = broken_parameter(self.model) or broken_output(self.model, micro_batches)
             raise NotFinite(f"loss is {loss} at step {self.step}, first {broken or self._elsewhere('the loss itself')}")
 
@@ -339,9 +348,7 @@ class Trainer:
         broken = self.processes.highest(broken_parameter(self.model) is not None)
         if self.step == 0 or changed or any(broken):
             return self._kept()
-        torch.set_rng_state(random_state["cpu"])
-        if "cuda" in random_state:
-            torch.cuda.set_rng_state(random_state["cuda"], self.device)
+        self._set_random_state(random_state)
         self.save_checkpoint()
         return f"the state before this step is in {self.run.checkpoint}"
 
@@ -369,6 +376,7 @@ class Trainer:
             "fingerprints": self.fingerprints,
             "config": asdict(self.config),
             "selection": self.selection.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
 
         def write(directory: Path) -> None:
@@ -400,6 +408,11 @@ class Trainer:
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
+    def _set_random_state(self, states: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
     def _random_states(self) -> dict[str, Tensor]:
         """Of every process; the first one's without its rank."""
         states = self._random_state()
@@ -415,7 +428,8 @@ class Trainer:
         Raises:
             ValueError: it is damaged, or of a run with other settings or another number of processes.
         """
-        self.processes.first(lambda: files.recover_directory(checkpoint))
+        if checkpoint == self.run.checkpoint:
+            self.processes.first(lambda: files.recover_directory(checkpoint))
         if not (checkpoint / "state.json").exists():
             raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
         state = files.read_sealed(checkpoint / "state.json")
@@ -425,8 +439,8 @@ class Trainer:
                     raise ValueError(f"{checkpoint / name} is damaged: its checksum differs")
             self._check_same(state["config"], state["fingerprints"])
             began = state.get("processes", 1)
-            if began != self.processes.size:
-                raise ValueError(f"cannot resume: the run had {began} processes and now has {self.processes.size}")
+            if type(began) is not int or began != self.processes.size:
+                raise ValueError(f"cannot resume: the run had {began!r} processes and now has {self.processes.size}")
             self._restore(state, checkpoint)
         except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -458,11 +472,13 @@ class Trainer:
             self.optimizer.import_group(index, files.read_safetensors(checkpoint / name)[0])
             self.optimizer.moments.drop(index)
         mine = f"-{self.processes.rank}" if self.processes.rank else ""
-        torch.set_rng_state(split["random"][f"cpu{mine}"])
-        if self.device.type == "cuda" and f"cuda{mine}" in split["random"]:
-            torch.cuda.set_rng_state(split["random"][f"cuda{mine}"], self.device)
-        self.step = step
-        self.run.cut_metrics(self.step)
+        saved = split["random"]
+        self._set_random_state({kind: saved[f"{kind}{mine}"] for kind in ("cpu", "cuda") if f"{kind}{mine}" in saved})
+        self.step, self.skipped_in_a_row = step, int(state["skipped_in_a_row"])
+        steps = self.run.cut_metrics(self.step)
+        own = checkpoint.resolve().is_relative_to(self.run.directory.resolve())
+        if self.processes.is_first and own and steps != list(range(self.step))[-len(steps) :]:
+            warnings.warn(f"{self.run.metrics} does not have each step before {self.step} once", stacklevel=2)
         if self.processes.is_first and not self._adapter_is_written():
             save_adapter(self.model, self.run.adapter)
 
@@ -478,7 +494,9 @@ class Trainer:
 
 
 def _store_checksum(store: Store) -> int:
+    """Of the weights, and of the config, by which the same weights may be another model."""
     checksums = {name: file.crc32 for name, file in store.files.items()}
+    checksums["config.json"] = store.companions.get("config.json", [])
     return zlib.crc32(json.dumps(checksums, sort_keys=True).encode())
 
 
@@ -495,10 +513,9 @@ def finetune(
     """
     config, run = trainer.config, trainer.run
     resumed_at = trainer.step
-    evaluated = {name: getattr(config, name) for name in ("validation_file", "max_eval_windows", "max_length")}
-    before = run.saved_evaluation(evaluated) if resumed_at else _evaluate(trainer, validation, on_evaluation)
+    before = run.saved_evaluation(trainer.evaluated) if resumed_at else _evaluate(trainer, validation, on_evaluation)
     if not resumed_at:
-        run.save_evaluation(before, evaluated)
+        run.save_evaluation(before, trainer.evaluated)
     started = time.perf_counter()
     results = trainer.train(on_step, should_stop)
     if trainer.stopped:

@@ -273,3 +273,18 @@ def test_hostile_configs(llama: Path, tmp_path: Path, changes: Any, message: str
     with pytest.raises(ValueError, match=message) as caught:
         mebp.load_adapter(mebp.load(llama, mebp.LoraConfig(r=2)), tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_an_adapter_that_is_not_finite_is_not_written(tmp_path):
+    model = mebp.load(tiny_store("llama"), mebp.LoraConfig(r=2))
+    mebp.save_adapter(model, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    with torch.no_grad():
+        parameter[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"lora_A\.weight is not finite: the adapter is not written"):
+        mebp.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="not finite"):
+        mebp.save_adapter(model, tmp_path / "other")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    assert not (tmp_path / "other").exists()

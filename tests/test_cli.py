@@ -15,12 +15,15 @@ from runs import run_store, sentences, word_tokenizer
 
 from mebp_triton import __version__, commands, files, merge
 from mebp_triton import evaluate as evaluate_module
+from mebp_triton.adapter import save_adapter
 from mebp_triton.autotune.log import Trial
 from mebp_triton.autotune.report import describe_route
 from mebp_triton.cli import main
 from mebp_triton.kernels import tables
 from mebp_triton.kernels.configs import Problem
 from mebp_triton.kernels.tables import read_table
+from mebp_triton.lora import LoraConfig
+from mebp_triton.model import load
 from mebp_triton.stores.format import Store
 from mebp_triton.trainer import RunError, Trainer
 
@@ -151,6 +154,18 @@ def test_packing_a_model_that_would_leak_writes_nothing(mebp, world, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_no_text_is_made_of_logits_that_are_not_finite(mebp, world, tmp_path, temperature):
+    model = load(world / "store", LoraConfig(r=2))
+    with torch.no_grad():
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+            parameter.fill_(1e25)  # each is finite
+    save_adapter(model, tmp_path / "adapter")
+    prompt = ["--prompt=a dog", "--max-new-tokens=3", f"--temperature={temperature}", "--json"]
+    code, out, err = mebp("generate", world / "store", f"--adapter={tmp_path / 'adapter'}", *prompt)
+    assert code == 1 and not out and "the logits after 2 tokens are not finite" in err and err.count("\n") == 1
+
+
 def test_generate(mebp, world):
     tokenizer = word_tokenizer()
     ids = tokenizer("the cat sees", return_tensors="pt").input_ids
@@ -274,9 +289,15 @@ def test_a_model_is_quantized_first_into_a_store_beside_the_run(mebp, world, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-store"]
     assert json.loads(out)["steps"] == 3 and len(Store(tmp_path / "run-store").matrices) == 22
     shutil.rmtree(tmp_path / "run")
-    code, again, err = mebp(*command)
+    one_line(mebp(*command), "run-store is there from an earlier run: train in it")  # the model may be another by now
+    (tmp_path / "run").mkdir()  # killed when it had quantized
+    code, again, err = mebp(*command, "--resume")
     assert code == 0 and "was quantized before: using" in err
     assert json.loads(again)["loss_after"] == json.loads(out)["loss_after"]
+    other = ["--validation-file", str(world / "train.txt")]
+    one_line(mebp(*command, *other, "--resume"), "has ended, evaluated with validation_file", "use `mebp eval`")
+    code, ended, err = mebp(*command, "--resume")
+    assert code == 0 and "nothing is left to do" in err and json.loads(ended) == json.loads(again)
 
 
 def test_a_store_beside_the_run_that_is_another_models_is_not_used(mebp, world, tmp_path):
@@ -289,7 +310,10 @@ def test_a_store_beside_the_run_that_is_another_models_is_not_used(mebp, world, 
         (world / "model", ["--scheme=affine"]),
         (world / "model", ["--group-size=128"]),
     ):
-        result = mebp("train", source, *texts(world), f"--output-dir={tmp_path / 'run'}", *QUICK, *flags)
+        flags = [*flags, f"--output-dir={tmp_path / 'run'}", "--resume"]
+        (tmp_path / "run").mkdir()
+        result = mebp("train", source, *texts(world), *QUICK, *flags)
+        (tmp_path / "run").rmdir()
         one_line(result, "run-store is a store of")
     assert tree(tmp_path) == before
 

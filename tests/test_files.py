@@ -171,7 +171,7 @@ def test_failing_at_any_operation_leaves_old_or_new(way, monkeypatch, what):
     for n, place in attempts(way, monkeypatch, what):
         no_temporaries(place)
         # Only a directory whose last sync failed has its predecessor kept beside it.
-        left = {name: value for name, value in tree(place).items() if ".old" not in name}
+        left = {name: value for name, value in tree(place).items() if ".mebp-old-" not in name}
         assert left in (old, new), f"operation {n}"
         seen.append(left == new)
         recover_directory(place / "checkpoint")
@@ -290,7 +290,7 @@ def test_saving_over_a_mapped_file_leaves_the_map_alone(tmp_path):
 
 
 def test_recover_directory(tmp_path):
-    path, old = tmp_path / "checkpoint", tmp_path / "checkpoint.old"
+    path, old = tmp_path / "checkpoint", tmp_path / ".mebp-old-checkpoint"
     recover_directory(path)
     assert not path.exists()
     old.mkdir()
@@ -300,6 +300,11 @@ def test_recover_directory(tmp_path):
     old.mkdir()
     recover_directory(path)  # died after the second
     assert tree(tmp_path) == {"checkpoint": None, "checkpoint/state": b"old"}
+    mine = tmp_path / "checkpoint.old"
+    mine.mkdir()
+    recover_directory(path)
+    replace_directory(path, lambda directory: (directory / "state").write_text("new"))
+    assert tree(tmp_path) == {"checkpoint": None, "checkpoint/state": b"new", "checkpoint.old": None}
 
 
 def test_check_absent(tmp_path):
@@ -561,13 +566,37 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not
         assert set(tmp_path.iterdir()) == {living, tmp_path / "kept", other_machine}
 
 
+def test_directories_that_were_made_for_nothing_go_again(tmp_path):
+    (tmp_path / "there").mkdir()
+    for place in ("there/store", "x/y/store", "there/z/store"):
+        with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / place):
+            1 / 0  # noqa: B018
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    with atomic_directory(tmp_path / "x" / "y" / "store"):
+        pass
+    assert (tmp_path / "x" / "y" / "store").is_dir()
+
+
+def test_where_the_content_lies_after_a_crash(tmp_path):
+    place, old = tmp_path / "checkpoint", tmp_path / ".mebp-old-checkpoint"
+    assert files.settled_directory(place) == place
+    old.mkdir()
+    assert files.settled_directory(place) == old and old.exists()
+    place.mkdir()
+    assert files.settled_directory(place) == place
+
+
 def test_leftovers_are_told_from_what_is_in_use(tmp_path):
     """By machine, boot, process, and whether the process of that number is the one that wrote."""
     machine, boot = files._origin()[:8], files._origin()[8:]
     started, long_ago = psutil.boot_time(), 1e8
-    cases = {  # origin, process, when written: whether it is left
-        (machine + boot, os.getpid(), None): False,
-        (machine + boot, os.getpid(), started - 5): True,  # a number that was used again
+    mine = files._temporary_prefix().split("-")[-2]
+    assert mine == f"{os.getpid()}.{files._started(os.getpid())}" and int(mine.partition(".")[2]) > 0
+    cases = {  # origin, process and its start, when written: whether it is left
+        (machine + boot, mine, None): False,
+        (machine + boot, mine, long_ago): False,  # the clock was set
+        (machine + boot, f"{os.getpid()}.7", None): True,  # a number that was used again
+        (machine + boot, f"{1 << 30}.7", None): True,
         (machine + boot, 1 << 30, None): True,
         (machine + "0" * 8, 1 << 30, started - 5): True,  # an earlier boot, after a loss of power
         (machine + "0" * 8, 1 << 30, None): False,  # another container

@@ -261,6 +261,20 @@ def test_generation_is_not_deferred(model: Any) -> None:
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 9)
 
 
+@pytest.mark.parametrize("count", [0, torch.tensor(0), 12, None])
+def test_nothing_to_train_is_a_loss_of_zero(model: Any, count: Any) -> None:
+    """A trainer counts 0 items in a batch that is masked as a whole."""
+    examples = batch()
+    examples["labels"] = torch.full_like(examples["labels"], -100)
+    model.train()
+    loss = model(**examples, num_items_in_batch=count).loss
+    assert loss.item() == 0
+    loss.backward()
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            assert not parameter.grad.any(), "zeros, and no NaN"
+
+
 def test_num_items_as_a_tensor(model: Any) -> None:
     """As transformers' Trainer hands it over."""
     given = model(**batch(), num_items_in_batch=torch.tensor(37)).loss

@@ -117,10 +117,12 @@ def test_a_run_whose_plots_fail_is_whole(run, monkeypatch):
     monkeypatch.setattr("mebp_triton.report.draw_plots", fail)
     with pytest.warns(UserWarning, match="the plots are not drawn: .*No space left"):
         run.finish({"steps": 1}, TrainConfig(), DataReport(1, 8, 7, 0, 0), watched())
-    assert run.summary()["steps"] == 1
-    run.record.write_text("[]")
-    with pytest.raises(files.FileError, match="malformed"):
-        run.summary()
+    assert run.summary({"max_length": TrainConfig().max_length})["steps"] == 1
+    with pytest.raises(ValueError, match=r"has ended, evaluated with max_length \d+: for 7, use `mebp eval`"):
+        run.summary({"max_length": 7})
+    run.record.write_text(run.record.read_text().replace('"steps": 1', '"steps": 2'))
+    with pytest.raises(files.FileError, match="damaged or was changed"):
+        run.summary({})
 
 
 def test_cutting_nothing(run):
@@ -203,6 +205,22 @@ def test_a_directory_that_stays_empty_goes_again(tmp_path):
     with RunDirectory(tmp_path / "there").writing():
         pass
     assert (tmp_path / "there").is_dir(), "it was there before"
+
+
+def test_a_directory_goes_while_it_is_locked(tmp_path, monkeypatch):
+    """Else another process could have it in between, and lose it."""
+    held, real = [], Path.rmdir
+
+    def rmdir(place):
+        with pytest.raises(files.FileError, match="in use"), files.locked(place):
+            pass
+        held.append(place)
+        real(place)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    with RunDirectory(tmp_path / "run").writing():
+        pass
+    assert held == [tmp_path / "run"]
 
 
 def test_what_a_run_leaves_before_its_first_checkpoint(run):

@@ -63,6 +63,22 @@ def test_a_fault_in_the_layer_is_seen(monkeypatch, fault):
     assert "gradients of blocks, float32" in found
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_seen(monkeypatch, value):
+    """Whichever of them it is: the largest of some numbers and NaN may be a number."""
+    original = selftest.Model.gradients
+
+    def gradients(*args):
+        loss, found = original(*args)
+        next(reversed(found.values())).view(-1)[0] = value
+        return loss, found
+
+    monkeypatch.setattr(selftest.Model, "gradients", gradients)
+    rows = [row for row in selftest.run(CPU, seconds=600) if row["ok"] is False]
+    assert [row["what"] for row in rows] == ["gradients of blocks"] * 2
+    assert {row["reason"] for row in rows} == {"gradients are not finite"}
+
+
 def test_a_fault_between_blocks_is_seen(monkeypatch):
     original = backprop._BlockFunction.backward
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mebp_triton import files
 from mebp_triton.adapter import adapter_tensors, save_adapter
 from mebp_triton.data import TokenizedData, batches, collate, load_data, pack
 from mebp_triton.optim import learning_rate
+from mebp_triton.stores.format import accept_companions
 from mebp_triton.stores.pages import Pages
 from mebp_triton.trainer import RunError, Trainer, finetune
 from mebp_triton.zeroth_order import MeZO
@@ -313,7 +315,7 @@ def test_another_process_that_writes_into_the_run_is_named(store, data, interrup
 def test_a_checkpoint_between_two_renames_is_found_again(store, data, interrupted, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(interrupted, output)
-    (output / "checkpoint").rename(output / "checkpoint.old")
+    (output / "checkpoint").rename(output / ".mebp-old-checkpoint")
     made = trainer(store, data, output, resume=True, **DEMANDING)
     made.resume(made.run.checkpoint)
     assert made.step == 4
@@ -677,6 +679,80 @@ def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(store, data, t
     assert [row["skipped"] for row in rows] == [False, False, True, False, True, False]
     assert rows[2]["loss"] is None and "layers.1.mlp.down_proj" in rows[2]["not_finite"]
     assert rows[3]["not_finite"] is None and math.isfinite(rows[5]["loss"])
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut to a line", "a line twice"])
+def test_metrics_that_are_not_whole_are_told(store, data, tmp_path, damage):
+    made = trainer(store, data, tmp_path / "run", max_steps=6, save_steps=4)
+    with pytest.raises(Crash):
+        made.train(crash_at(4))
+    lines = made.run.metrics.read_text().splitlines(keepends=True)
+    if damage == "removed":
+        made.run.metrics.unlink()
+    else:
+        made.run.metrics.write_text("".join(lines[:1] if damage == "cut to a line" else [*lines[:2], *lines[1:4]]))
+    again = trainer(store, data, tmp_path / "run", resume=True, max_steps=6, save_steps=4)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl does not have each step before 4 once"):
+        again.resume(again.run.checkpoint)
+
+
+def test_metrics_begin_anew_in_another_directory(store, data, tmp_path, recwarn):
+    made = trainer(store, data, tmp_path / "run", max_steps=8, save_steps=3)
+    with pytest.raises(Crash):
+        made.train(crash_at(4))
+    other = trainer(store, data, tmp_path / "other", max_steps=8, save_steps=3)
+    other.resume(made.run.checkpoint)
+    with pytest.raises(Crash):
+        other.train(crash_at(7))
+    last = trainer(store, data, tmp_path / "other", resume=True, max_steps=8, save_steps=3)
+    last.resume(last.run.checkpoint)
+    assert last.step == 6 and [row["step"] for row in last.run.read_metrics()] == [3, 4, 5]
+    assert not [str(w.message) for w in recwarn if "metrics" in str(w.message)]
+
+
+def test_another_config_is_another_model(store, data, tmp_path):
+    made = trainer(store, data, tmp_path / "run", max_steps=6, save_steps=2)
+    with pytest.raises(Crash):
+        made.train(crash_at(3))
+    changed = Path(shutil.copytree(store, tmp_path / "changed"))
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    accept_companions(changed)
+    again = trainer(changed, data, tmp_path / "run", resume=True, max_steps=6, save_steps=2)
+    with pytest.raises(ValueError, match="cannot resume: the model changed"):
+        again.resume(again.run.checkpoint)
+
+
+def test_the_count_of_skipped_steps_goes_on_when_resumed(store, data, tmp_path, monkeypatch):
+    settings = {"max_steps": 40, "on_nan": "skip", "save_steps": 5}
+    made = trainer(store, data, tmp_path / "run", **settings)
+    spoiling(made, monkeypatch, set(range(3, 40)))
+    with pytest.raises(Crash):
+        made.train(crash_at(9))
+    again = trainer(store, data, tmp_path / "run", resume=True, **settings)
+    again.resume(again.run.checkpoint)
+    spoiling(again, monkeypatch, set(range(3, 40)))
+    with pytest.raises(RunError, match="gradient norm is nan at step 13"):
+        again.train()
+
+
+def test_the_origin_is_looked_for_with_the_numbers_that_the_step_drew(store, data, tmp_path):
+    """A layer that breaks at random is named, not one that breaks another time."""
+    made = trainer(store, data, tmp_path / "run", max_steps=20, save_steps=100)
+    layers = [made.model.get_submodule(f"model.layers.{index}.mlp.down_proj") for index in (0, 2)]
+    seen = []
+
+    def maybe(module, inputs, output):
+        broken = torch.rand(()) < 0.2
+        seen.append((layers.index(module), bool(broken)))
+        return output * math.nan if broken else output
+
+    for layer in layers:
+        layer.register_forward_hook(maybe)
+    with pytest.raises(RunError, match="loss is nan") as caught:
+        made.train()
+    index = next(index for index, broken in seen if broken)
+    assert f"first model.layers.{2 * index}.mlp.down_proj" in str(caught.value)
 
 
 def test_skipping_comes_to_an_end(store, data, tmp_path, monkeypatch):

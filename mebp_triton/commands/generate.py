@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from mebp_triton.data.text import encode, opened, opening
+from mebp_triton.evaluate import RunError
 from mebp_triton.importers import one_line
 from mebp_triton.stores.format import Store
 
@@ -90,6 +91,17 @@ def generate_text(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad():
         output = model.generate(
-            **encoded, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling
+            **encoded,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            streamer=streamer,
+            logits_processor=[_finite],
+            **sampling,
         )
     return tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _finite(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    if not scores.amax(dim=-1).isfinite().all():  # NaN, or infinity; -infinity alone is a token that is left out
+        raise RunError(f"the logits after {ids.shape[1]} tokens are not finite: the model or its adapter is broken")
+    return scores

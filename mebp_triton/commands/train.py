@@ -74,7 +74,10 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, d
             files.check_absent(run.directory)  # again: another process may have been quicker
         if arguments.resume:
             checkpoint = run.checkpoint
+        if goes_on:
             processes.first(lambda: files.recover_directory(run.checkpoint))
+        elif checkpoint is not None:
+            checkpoint = files.settled_directory(checkpoint)
         if checkpoint is not None and not (checkpoint / "state.json").exists():
             if not (arguments.resume and begun and run.is_before_checkpoint()):
                 raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
@@ -106,7 +109,8 @@ def _train_in(
     texts = _load_texts(given, config) if given.is_dir() else None
     # A model directory is planned for before it is quantized, so that a budget too small shows at once.
     plan = _plan(given, arguments, settings) if given.is_dir() else None
-    store = given if is_store else processes.first(lambda: _quantized(given, arguments, config))
+    goes_on = arguments.resume or checkpoint is not None
+    store = given if is_store else processes.first(lambda: _quantized(given, arguments, config, goes_on))
     data, validation = texts or _load_texts(store, config)
     if not given.is_dir():
         plan = _plan(store, arguments, settings)
@@ -139,7 +143,7 @@ def _train_in(
     console.print(f"{config.train_file}: {data.report.describe()}", highlight=False, soft_wrap=True)
     if checkpoint is not None:
         console.print(f"resuming at step {trainer.step} of {trainer.total_steps}", highlight=False)
-        if trainer.step == trainer.total_steps and (summary := run.summary()) is not None:
+        if trainer.step == trainer.total_steps and (summary := run.summary(trainer.evaluated)) is not None:
             console.print("nothing is left to do", highlight=False)
             return summary
     return _train_with_progress(trainer, validation)
@@ -205,8 +209,8 @@ def _load_texts(directory: Path, config: TrainConfig) -> tuple[TokenizedData, To
     return pack(data, config.max_length) if config.packing else data, validation
 
 
-def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig) -> Path:
-    """A store beside the run, made from the model ``given``, now or by an earlier try."""
+def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig, goes_on: bool) -> Path:
+    """A store beside the run, made from the model ``given`` now, or when the run that goes on was begun."""
     beside = Path(config.output_dir.rstrip("/") + "-store")
     if not (beside / MANIFEST).exists():
         outside = ", outside of the memory budget" if config.memory_budget is not None else ""
@@ -214,6 +218,8 @@ def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig) 
         console.print(note, highlight=False, soft_wrap=True)
         quantize_with_progress(str(given), beside, arguments)
         return beside
+    if not goes_on:
+        raise ValueError(f"{beside} is there from an earlier run: train in it, by giving it as the model, or remove it")
     found, wanted = Store(beside), open_source(given).description
     matrices = found.matrices.values()
     other = found.source != wanted

@@ -6,6 +6,7 @@ A ``Source`` hands over one parameter at a time, so importing a model never need
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,8 @@ def one_line(what: str, remedy: str) -> Iterator[None]:
         raise ValueError(f"{what} ({type(error).__name__}: {reason:.300}); {remedy}") from error
 
 
+# Ends of the names of buffers that old checkpoints hold and models compute.
+DERIVED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 # Far above any model; what is built from a config takes memory and time for each.
 MOST_LABELS, MOST_LENGTH, MOST_LAYERS = 1 << 16, 1 << 25, 1 << 12
 # Settings that a weight has as a length, and those that count layers, in every architecture that has them.
@@ -119,6 +122,8 @@ def read_config(path: Path, remedy: str) -> PretrainedConfig:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         why = "needs code from the checkpoint, which is never run" if "auto_map" in content else "is not known"
         raise ValueError(f"{file}: model_type {model_type!r:.100} {why}: give an architecture this transformers has")
+    if (named := _code_on_the_hub(content)) is not None:
+        raise ValueError(f"{file}: {named} names code on the hub, which is never run: take it out")
     labels = content.get("num_labels", 0)
     if type(labels) is not int or labels > MOST_LABELS:  # transformers makes a name for each
         raise ValueError(f"{file}: num_labels is {labels!r:.100}; {remedy}")
@@ -131,6 +136,19 @@ def read_config(path: Path, remedy: str) -> PretrainedConfig:
             if type(value) is int and value > most:
                 raise ValueError(f"{file}: {name} is {value!r:.100}, more than any model has; {remedy}")
     return config
+
+
+def _code_on_the_hub(value: Any) -> str | None:
+    """A setting such as ``attn_implementation: "owner/kernel"``, for which transformers would fetch and import code."""
+    if isinstance(value, list):
+        return next(filter(None, map(_code_on_the_hub, value)), None)
+    if not isinstance(value, dict):
+        return None
+    for key, item in value.items():
+        texts = item.values() if isinstance(item, dict) else [item]
+        if key.endswith("_implementation") and any("/" in text for text in texts if isinstance(text, str)):
+            return f"{key} {item!r:.100}"
+    return next(filter(None, map(_code_on_the_hub, value.values())), None)
 
 
 def check_sizes(where: str, config: PretrainedConfig, shapes: Iterable[tuple[int, ...]]) -> None:
@@ -192,6 +210,14 @@ def check_complete(where: str, wanted: Iterable[str], found: Iterable[str]) -> N
     if missing:
         named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"{where} lacks {named}: give a complete checkpoint of the model its config describes")
+
+
+def tell_unused(where: str, unused: Iterable[str]) -> None:
+    """Warns of tensors that the model has no place for, but for those that any checkpoint may have beside its own."""
+    left = sorted(name for name in unused if not name.endswith(DERIVED) and not name.startswith("rope_"))
+    if left:
+        named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        warnings.warn(f"{where}: the model that its config describes has no {named}: left out", stacklevel=3)
 
 
 def check_shape(where: str, name: str, got: Iterable[int], wanted: Iterable[int]) -> None:

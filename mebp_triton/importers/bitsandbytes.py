@@ -20,6 +20,7 @@ from mebp_triton.kernels.layout import GROUP_SIZES, Int4Weight
 from . import check_shape
 from .safetensors_dir import FLOATS, SafetensorsDirectory
 
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
 STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 # What looking into JSON of another form than expected raises, and tensors of other shapes.
 MALFORMED = (KeyError, TypeError, ValueError, RuntimeError, IndexError, OverflowError)
@@ -97,6 +98,9 @@ class BitsandbytesDirectory(SafetensorsDirectory):
 
     def _usable(self, key: str) -> bool:
         return self._entries[key].dtype in FLOATS or self._state(key) is not None
+
+    def _is_part(self, key: str, used: set[str]) -> bool:
+        return key in used or any(key.rpartition(f".{part}")[0] in used for part in PARTS)
 
     def _state(self, key: str) -> str | None:
         """The name of the tensor that describes how ``key`` is quantised, None if it is a plain float."""

@@ -32,6 +32,7 @@ from . import (
     parameter_aliases,
     persistent_buffers,
     prepare_config,
+    tell_unused,
 )
 
 MAGIC = b"GGUF"
@@ -96,16 +97,19 @@ class GgufFile:
         with one_line(f"{self.path}: no tensor names for architecture {self._arch!r}", "give the model as safetensors"):
             self._names = get_gguf_hf_weights_map(_Outline(model), **extra)
         stored: dict[str, list[Entry]] = {}
+        known: set[str] = set()
         for gguf_name, name in self._names.items():
             # Fused experts are parameters without ".weight", and are stored with it, in several tensors.
             entry = self._header.tensors.get(gguf_name) or self._header.tensors.get(gguf_name + ".weight")
             if entry is not None:
                 stored.setdefault(name, []).append(entry)
+                known.add(entry.name)
         aliases = parameter_aliases(model)
         wanted = {name: [name] for name in persistent_buffers(model)} | aliases
         found = {name: [stored[alias] for alias in names if alias in stored] for name, names in wanted.items()}
         self._entries = {name: entries[0] for name, entries in found.items() if entries}
         check_complete(str(self.path), aliases, self._entries)
+        tell_unused(str(self.path), self._header.tensors.keys() - known)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def has(self, name: str) -> bool:

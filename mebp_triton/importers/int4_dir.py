@@ -37,6 +37,9 @@ class Int4Directory(SafetensorsDirectory):
         check_complete(str(self.path), self._scale_keys(key), self._entries)
         return True
 
+    def _is_part(self, key: str, used: set[str]) -> bool:
+        return key in used or any(key in self._scale_keys(one) for one in used if self._is_int4(one))
+
     def _is_int4(self, key: str) -> bool:
         return self._entries[key].dtype == "U8" and key.endswith(".weight")
 

@@ -13,9 +13,11 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
@@ -24,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mebp_triton import files
 from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.stores.format import COMPANIONS
 
 from . import (
     check_complete,
@@ -34,28 +37,14 @@ from . import (
     persistent_buffers,
     prepare_config,
     read_config,
+    tell_unused,
 )
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Copied byte for byte: rewriting them through a tokenizer object would depend on the version of transformers.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "tekken.json",
-    "spiece.model",
-    "sentencepiece*.model",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-)
+ROWS_ELEMENTS = 1 << 22  # of two tables that are compared, at a time
 
 
 @dataclass(frozen=True)
@@ -92,11 +81,14 @@ class SafetensorsDirectory:
         aliases = parameter_aliases(model)
         present = {renamed: key for key, renamed in current_names(model, self._entries).items()}
         self._keys = {}
+        used: set[str] = set()
         for name, names in [*aliases.items(), *((name, [name]) for name in persistent_buffers(model))]:
             spellings = [way for alias in names for way in (alias, prefix + alias, alias.removeprefix(prefix))]
-            found = next((way for way in spellings if way in present), None)
-            if found is not None:
-                self._keys[name] = present[found]
+            found = list(dict.fromkeys(present[way] for way in spellings if way in present))
+            if found:
+                self._keys[name] = found[0]
+                self._check_tied(found)
+                used.update(found)
         self._check_experts(aliases, present)
         check_complete(str(self.path), aliases, self._keys)
         for key in (self._keys[name] for name in aliases):
@@ -105,6 +97,7 @@ class SafetensorsDirectory:
                 raise ValueError(
                     f"{entry.file}: {key} is {entry.dtype}, wanted one of {FLOATS}: give the unquantised model"
                 )
+        tell_unused(str(self.path), (key for key in self._entries if not self._is_part(key, used)))
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
 
@@ -118,6 +111,29 @@ class SafetensorsDirectory:
                     f"{self.path}: {name} is there in pieces ({present[pieces[0]]}), which transformers "
                     f"{transformers.__version__} joins while loading; such mixtures of experts are not supported"
                 )
+
+    def _check_tied(self, keys: list[str]) -> None:
+        """ValueError where a parameter that the config shares is there under several names, and not the same."""
+        for other in keys[1:]:
+            if not self._is_same(keys[0], other):
+                raise ValueError(
+                    f"{self._entries[other].file}: {other} differs from {keys[0]}, which config.json says it is: "
+                    f"set tie_word_embeddings to false there"
+                )
+
+    def _is_same(self, key: str, other: str) -> bool:
+        one, two = self._entries[key], self._entries[other]
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        with _opened(one.file) as left, _opened(two.file) as right:
+            first, second = left.get_slice(key), right.get_slice(other)
+            step = max(1, ROWS_ELEMENTS // max(1, prod(one.shape[1:])))
+            starts = range(0, one.shape[0], step) if one.shape else ()
+            return all(torch.equal(first[at : at + step], second[at : at + step]) for at in starts)
+
+    def _is_part(self, key: str, used: set[str]) -> bool:
+        """Whether ``key`` is one of ``used``, or belongs to one of them."""
+        return key in used
 
     def _int4_shape(self, name: str) -> tuple[int, ...]:
         """``[out, in]``, as 4-bit forms store it, also where the float parameter is ``[in, out]``."""
@@ -146,7 +162,10 @@ class SafetensorsDirectory:
 
 
 def write_companions(config: dict[str, Any], source: Path, directory: Path) -> None:
-    """``config`` as ``config.json``, and copies of the other files beside the weights in ``source``."""
+    """``config`` as ``config.json``, and copies of the other files beside the weights in ``source``.
+
+    Byte for byte: rewriting them through a tokenizer object would depend on the version of transformers.
+    """
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     Path(directory, "config.json").write_text(text, encoding="utf-8")
     for pattern in COMPANIONS:

@@ -17,12 +17,28 @@ from torch import Tensor
 
 from mebp_triton import files
 from mebp_triton.files import FileError, MappedFile
-from mebp_triton.kernels.layout import GROUP_SIZES, LAYOUT, SCHEMES, Int4Weight, group_count, padded
+from mebp_triton.kernels.layout import GROUP_SIZES, LAYOUT, SCALE_DTYPES, SCHEMES, Int4Weight, group_count, padded
 
 FORMAT = "mebp-int4-store"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
+# What lies beside the weights and is read, but for config.json.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
 # What looking into JSON of another form than expected raises.
 MALFORMED = (KeyError, TypeError, AttributeError, ValueError)
 DTYPES = {name: files.DTYPES[name] for name in ("U8", "F16", "BF16", "F32", "F64")}
@@ -200,8 +216,15 @@ class Store:
             if not whole or any(type(checksum) is not int for checksum in crc32):
                 raise FileError(f"{where}: size or checksums of {name!r:.100} are malformed")
             self.files[name] = StoreFile(self.directory / name, size, crc32)
-        for name, crc32 in manifest["companions"].items():
+        self.companions: dict[str, list[int]] = dict(manifest["companions"])
+        for name, crc32 in self.companions.items():
             self._check_companion(name, crc32)
+        for added in (path for pattern in COMPANIONS for path in self.directory.glob(pattern)):
+            if str(added.relative_to(self.directory)) not in self.companions:
+                raise FileError(
+                    f"{added} was not there when the store was made: remove it, or, if you put it there, take it by "
+                    f"`mebp verify --accept-changes {self.directory}`"
+                )
         self.matrices = {name: _matrix_info(where, name, entry) for name, entry in manifest["matrices"].items()}
         self.floats: dict[str, str] = dict(manifest["floats"])
         named = {
@@ -290,7 +313,8 @@ def _matrix_info(where: Path, name: str, entry: dict[str, Any]) -> MatrixInfo:
     info = MatrixInfo(**{**entry, "shape": (rows, columns)})
     numbers_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
     numbers_fit &= type(info.relative_error) in (int, float)
-    if info.scheme not in SCHEMES or info.group_size not in GROUP_SIZES or not numbers_fit:
+    numbers_fit &= type(info.group_size) is int and info.group_size in GROUP_SIZES
+    if info.scheme not in SCHEMES or DTYPES.get(info.scale_dtype) not in SCALE_DTYPES or not numbers_fit:
         raise FileError(f"{where}: matrix {name!r:.100} is malformed: {entry!r:.300}")
     return info
 

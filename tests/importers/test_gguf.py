@@ -4,6 +4,7 @@ import importlib.util
 import os
 import struct
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,9 @@ def decoded_by_transformers(path: Path):
 
 def assert_equals_transformers(path: Path) -> dict[str, str]:
     """Compares every parameter; returns what each was taken over as."""
-    source = bound(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        source = bound(path)
     schemes = {}
     assert not source.has("nothing")
     for name, parameter in decoded_by_transformers(path).named_parameters():
@@ -79,6 +82,15 @@ def test_llama_equals_transformers(tmp_path, tied):
     assert schemes[first + "self_attn.k_proj.weight"] == schemes[second + "self_attn.q_proj.weight"] == "affine"
     assert schemes[first + "self_attn.v_proj.weight"] == schemes["model.embed_tokens.weight"] == "float"
     assert schemes.get("lm_head.weight") == (None if tied else "symmetric")
+
+
+def test_tensors_that_the_model_has_no_place_for_are_told(tmp_path):
+    tensors = llama_tensors()
+    path = write(tmp_path / "tiny.gguf", "llama", tensors | {"blk.2.attn_q.weight": tensors["blk.1.attn_q.weight"]})
+    with pytest.warns(UserWarning, match=r"has no blk\.2\.attn_q\.weight: left out"):
+        bound(path)
+    write(path, "llama", tensors | {"rope_freqs.weight": ((4,), F32)})
+    assert_equals_transformers(path)
 
 
 def test_gpt2_equals_transformers(tmp_path):

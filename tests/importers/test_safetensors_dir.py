@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,9 @@ def saved(path: Path, config=None, dtype=torch.float32, **options):
 
 def assert_reads(path: Path, model) -> None:
     source = open_source(path)
-    source.bind(on_meta(source.config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        source.bind(on_meta(source.config))
     for name, parameter in model.named_parameters():
         value = source.read(name)
         assert value.dtype == parameter.dtype, name
@@ -386,3 +389,57 @@ def test_paths_that_are_no_model(tmp_path):
     assert_refused(tmp_path, "neither")
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     assert_refused(tmp_path / "model.safetensors", "directory")
+
+
+# --- a config that says less than the weights -----------------------------------------------------------------------
+
+
+def test_layers_that_the_config_leaves_out_are_told(tmp_path):
+    saved(tmp_path)
+    edit(tmp_path / "config.json", num_hidden_layers=1)
+    source = open_source(tmp_path)
+    with pytest.warns(UserWarning, match=r"has no model\.layers\.1\..*, .* and 6 more: left out"):
+        source.bind(on_meta(source.config))
+
+
+def test_what_old_checkpoints_hold_beside_is_not_told(tmp_path):
+    model = saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_reads(tmp_path, model)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_head_that_is_there_as_well(tmp_path, same):
+    model = saved(tmp_path, LlamaConfig(**LLAMA, tie_word_embeddings=True))
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    if not same:
+        head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if same:
+        assert_reads(tmp_path, model)
+    else:
+        assert_refused(tmp_path, "lm_head.weight differs from model.embed_tokens.weight", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "somebody/attention"},
+        {"_attn_implementation": "somebody/attention:kernel"},
+        {"text_config": {"attn_implementation": "somebody/attention"}},
+        {"experts_implementation": {"": "somebody/experts"}},
+    ],
+)
+def test_settings_that_name_code_on_the_hub(tmp_path, change):
+    saved(tmp_path)
+    edit(tmp_path / "config.json", **change)
+    assert_refused(tmp_path, "names code on the hub, which is never run", "somebody/")
+
+
+def test_an_attention_of_transformers_own_is_none(tmp_path):
+    model = saved(tmp_path)
+    edit(tmp_path / "config.json", attn_implementation="eager")
+    assert_reads(tmp_path, model)

@@ -346,6 +346,9 @@ HEADERS = {
     "number as a shape": put(NORM, "shape", 7),
     "object as a shape": put(NORM, "shape", {}),
     "nothing as a shape": put(NORM, "shape", None),
+    "an empty tensor with a side beyond 63 bits": lambda header: header.update(
+        x={"dtype": "F32", "shape": [0, 1 << 70], "data_offsets": [0, 0]}
+    ),
     "one offset": put(NORM, "data_offsets", [0]),
     "three offsets": put(NORM, "data_offsets", [0, 28, 28]),
     "text as offsets": put(NORM, "data_offsets", "ab"),
@@ -587,10 +590,28 @@ def test_a_companion_that_was_changed_is_refused_until_it_is_accepted(tmp_path):
     refuses(tmp_path, "templates/chat.jinja", "does not exist")
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "additional_chat_templates/tool.jinja"])
+def test_a_companion_that_was_added_is_refused_until_it_is_accepted(store, name):
+    (store / name).parent.mkdir(exist_ok=True)
+    (store / name).write_text("{}")
+    refuses(store, name, "was not there when the store was made")
+    assert accept_companions(store) == [name]
+    assert name in Store(store).companions
+
+
 @pytest.mark.parametrize("name", ["../x.json", "/etc/hostname", "a/../../x"])
 def test_companions_lie_inside_the_store(store, name):
     edit(store, lambda manifest: manifest.update(companions={name: [1]}))
     refuses(store, MANIFEST, "is no path inside the store")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"group_size": 32.0}, {"group_size": True}, {"scale_dtype": "BF16"}, {"scale_dtype": "U8"}, {"scheme": 1}],
+)
+def test_a_matrix_is_what_a_matrix_can_be(store, change):
+    edit(store, lambda manifest: manifest["matrices"]["model.layers.0.a"].update(change))
+    refuses(store, MANIFEST, "matrix 'model.layers.0.a' is malformed")
 
 
 def test_a_manifest_is_sealed(store):
