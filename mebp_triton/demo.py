@@ -80,6 +80,7 @@ def demonstrate(directory: Path, steps: int, compare: bool, console: Console) ->
     store, run = directory / "store", directory / "run"
 
     _mebp(console, "quantize", str(source), str(store))
+    directory.mkdir(parents=True, exist_ok=True)
     train_file, held_out = write_text(directory)
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
     training = ["--train-file", str(train_file), "--validation-file", str(held_out), "--output-dir", str(run)]

@@ -295,7 +295,8 @@ def test_a_model_is_quantized_first_into_a_store_beside_the_run(mebp, world, tmp
     assert code == 0 and "was quantized before: using" in err
     assert json.loads(again)["loss_after"] == json.loads(out)["loss_after"]
     other = ["--validation-file", str(world / "train.txt")]
-    one_line(mebp(*command, *other, "--resume"), "has ended, evaluated with validation_file", "use `mebp eval`")
+    code, _, err = mebp(*command, *other, "--resume")
+    assert code == 2 and "has ended, evaluated with validation_file" in err and err.endswith("use `mebp eval`\n")
     code, ended, err = mebp(*command, "--resume")
     assert code == 0 and "nothing is left to do" in err and json.loads(ended) == json.loads(again)
 
@@ -314,7 +315,8 @@ def test_a_store_beside_the_run_that_is_another_models_is_not_used(mebp, world, 
         (tmp_path / "run").mkdir()
         result = mebp("train", source, *texts(world), *QUICK, *flags)
         (tmp_path / "run").rmdir()
-        one_line(result, "run-store is a store of")
+        code, _, err = result
+        assert code == 2 and "run-store is a store of" in err.splitlines()[-1]
     assert tree(tmp_path) == before
 
 
