@@ -336,10 +336,11 @@ def check_absent(path: Path) -> None:
         raise FileError(f"{path} exists already: choose another place or remove it")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``: ValueError where a key stands twice."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) != len(keys):
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.100} stands twice")
     return dict(pairs)
 
 
@@ -357,7 +358,7 @@ def _finite(text: str) -> float:
 def parse_json(data: bytes | str, what: str) -> Any:
     """Strict JSON: no duplicate keys, no NaN or infinity. FileError names ``what``."""
     try:
-        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(data, object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{what} is not valid JSON: {error}") from None
 

@@ -82,19 +82,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    yield number, json.loads(text, object_pairs_hook=_once)
+                    yield number, json.loads(text, object_pairs_hook=files.no_duplicates)
             except UnicodeError as error:
                 raise Broken(number, f"not UTF-8 ({error}); convert the file") from error
             except (ValueError, RecursionError) as error:
                 raise Broken(number, f"broken JSON ({error}); write one object a line") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.100} stands twice")
-    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
