@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from forked import MIB, Ended, address_space, command, forked, import_all  # noqa: E402
 from mutations import MUTATIONS, Mutation, flip_bit  # noqa: E402
 from results import counted, counted_by, finish  # noqa: E402
-from world import TRAIN, copy_into, make_world  # noqa: E402
+from world import SAVED_AT, TRAIN, copy_into, make_world  # noqa: E402
 
 SECONDS = 40  # until a command hangs; it takes less than 3
 MOST_EXTRA = 3 << 30  # of address space
@@ -186,15 +186,23 @@ class Case:
     arguments: list[str] = field(default_factory=list)
 
 
-def unchecked(subject: Subject, case: Case, mutation: Mutation) -> str:
+def unchecked(subject: Subject, case: Case, mutation: Mutation, written: list[Path]) -> str:
     """Why a result that differs is no fault of the reader; "" where it is one."""
     if subject.unchecked:
         return subject.unchecked
     if mutation.forges:
         return "the checksums were forged to match: they tell damage, not who wrote a file"
-    if case.kind == "run" and case.file == "metrics.jsonl":
-        return "the lines of steps are a record: nothing is computed from them"
+    if case.kind == "run" and case.file == "metrics.jsonl" and _steps_are_there(written):
+        return "a step's line has no checksum: it is a record, from which nothing but a plot is made"
     return ""
+
+
+def _steps_are_there(written: list[Path]) -> bool:
+    """Whether ``metrics.jsonl`` has the last steps before the checkpoint, or all: a run may go on from another."""
+    (path,) = [path for path in written if path.name == "metrics.jsonl"]
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    before = [step for step in steps if step < SAVED_AT]
+    return bool(before) and before == list(range(SAVED_AT))[-len(before) :]
 
 
 def _bent(case_directory: Path, subject: Subject, draw: random.Random) -> tuple[Mutation, str]:
@@ -214,13 +222,13 @@ def result(ended: Ended, place: Path, written: list[Path]) -> str:
     parts: list[Any] = []
     if ended.out.strip():
         answer = json.loads(ended.out)
-        parts.append(answer.get("store_bytes", _timeless(answer)))  # a doctor's answer is of the machine but for this
+        parts.append(_timeless(answer))
     for root in written:
-        for path in sorted(root.rglob("*")) if root.exists() else ():
-            name = str(path.relative_to(root))
+        for path in sorted([root, *root.rglob("*")]):
+            name = str(path.relative_to(root.parent))
             if name.endswith((".png", "run.json")) or not path.is_file():
                 continue
-            if name == "metrics.jsonl":
+            if path.name == "metrics.jsonl":
                 parts.append([name, [_timeless(json.loads(line)) for line in path.read_text().splitlines()]])
             elif path.suffix == ".json":
                 parts.append([name, _timeless(json.loads(path.read_text()))])
@@ -229,13 +237,19 @@ def result(ended: Ended, place: Path, written: list[Path]) -> str:
     return json.dumps(parts, sort_keys=True).replace(str(place), "")
 
 
-VOLATILE = ("seconds", "peak", "per_second", "floor", "anonymous", "output_dir", "fingerprint", "host", "device")
-VOLATILE += ("train_file", "components", "copy_gb", "disk", "memory", "free", "seal", "config", "scratch", "moment")
+# What differs from process to process, by its whole name: times and measured peaks of a training, and the seal over
+# them; in a plan, the measured memory of the libraries and the sums that it is part of; in a doctor's answer, what the
+# machine has free, and how fast its disks are.
+VOLATILE = {"seconds", "seconds_waiting_for_data", "seconds_per_step_median", "tokens_per_second", "seal"}
+VOLATILE |= {"peak_rss_bytes", "peak_rss_anonymous_bytes"}
+VOLATILE |= {"framework", "total_bytes", "host_peak_bytes", "planned_peak_bytes"}
+VOLATILE |= {"memory", "available_memory_bytes", "page_cache", "scratch_directory", "advice"}
+VOLATILE |= {"store_speed", "store_bytes_per_second", "scratch_speed", "scratch_bytes_per_second"}
 
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if not any(word in key for word in VOLATILE)}
+        return {key: _timeless(item) for key, item in value.items() if key not in VOLATILE}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
@@ -267,7 +281,8 @@ class Bender:
         return copy, out, [str(part) for part in subject.commands[name](copy, self.world, out)]
 
     def _written(self, copy: Path, out: Path, name: str) -> list[Path]:
-        return [copy / "adapter", copy / "checkpoint", out] if name == "train --resume" else [out]
+        run = [copy / "adapter", copy / "checkpoint", copy / "metrics.jsonl"]
+        return [*run, out] if name == "train --resume" else [out]
 
     def run(self, number: int) -> Case:
         draw = random.Random(f"{self.seed}:{number}")
@@ -319,7 +334,7 @@ class Bender:
             return "harmless", ""
         if Path(case.file).name in ended.err and "mebp: warning:" in ended.err:
             return "warned", next(line for line in ended.err.splitlines() if "mebp: warning:" in line)[-200:]
-        reason = unchecked(subject, case, mutation)
+        reason = unchecked(subject, case, mutation, written)
         return ("unchecked", reason) if reason else ("lost", "another result, without a word")
 
 
