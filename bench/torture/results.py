@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ def counted_by(items: Sequence[Item], key: Callable[[Item], str], outcomes: Sequ
 
 
 def finish(value: dict[str, Any], output: Path | None) -> int:
-    """Prints and writes the summary; the exit code."""
+    """Prints and writes the summary; the exit code: 1 where something was lost, or nothing tried."""
     if output:
         from mebp_triton import files
         from mebp_triton.report import environment
@@ -41,4 +42,6 @@ def finish(value: dict[str, Any], output: Path | None) -> int:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         files.write_json(output, {"commit": commit, "environment": environment(), **value})
     print(json.dumps(value, indent=1))
-    return int(value["lost"] > 0)
+    if not value["tried"]:
+        print("nothing was tried", file=sys.stderr)
+    return int(value["lost"] > 0 or not value["tried"])

@@ -52,3 +52,69 @@ def test_a_planted_fault_is_lost():
     done = subprocess.run([sys.executable, "-c", PLANTED], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "another result, without a word" in [case["why"] for case in json.loads(done.stdout)["lost_cases"]]
+
+
+COMPARED = f"""
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import bend
+from forked import Ended
+given = json.loads(sys.stdin.read())
+
+def result(answer, row):
+    Path("metrics.jsonl").write_text(json.dumps(row))
+    ended = Ended(0, "", json.dumps(answer), "", 0, 0.0)
+    return bend.result(ended, Path.cwd(), [Path("metrics.jsonl").absolute()])
+
+seen = [result(*one) for one in given]
+print(json.dumps([one == seen[0] for one in seen]))
+"""
+PLAN = {
+    "planned_peak_bytes": 9,
+    "moment": "loss",
+    "components": {"framework": 5, "activations": 4},
+    "host": [{"moment": "loss", "total_bytes": 9, "components": {"framework": 5, "activations": 4}}],
+    "settings": {"per_device_train_batch_size": 1, "device": "cpu"},
+}
+ROW = {"step": 0, "loss": 2.5, "seconds": 0.1, "peak_rss_bytes": 7}
+
+
+def changed(value, **changes):
+    """A copy of JSON with other values at these keys, wherever they are."""
+    if isinstance(value, dict):
+        return {key: changes[key] if key in changes else changed(item, **changes) for key, item in value.items()}
+    return [changed(item, **changes) for item in value] if isinstance(value, list) else value
+
+
+def test_what_is_compared(tmp_path):
+    """All of an answer and of the lines of steps, but times and what is measured."""
+    given = [
+        (PLAN, ROW),
+        (changed(PLAN, framework=6, total_bytes=10, planned_peak_bytes=10), changed(ROW, seconds=3, peak_rss_bytes=8)),
+        (changed(PLAN, activations=5), ROW),
+        (changed(PLAN, per_device_train_batch_size=2), ROW),
+        (changed(PLAN, device="cuda"), ROW),
+        (changed(PLAN, moment="embedding"), ROW),
+        (PLAN, changed(ROW, loss=2.25)),
+        (PLAN, changed(ROW, step=1)),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARED],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [True, True] + [False] * 6
+
+
+def test_nothing_tried_is_an_error():
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+         "import results; sys.exit(results.finish({'tried': 0, 'lost': 0}, None))"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr == "nothing was tried\n"
