@@ -139,6 +139,15 @@ def swap(path: Path, draw: random.Random) -> None:
     other.write_bytes(mine)
 
 
+def add(path: Path, draw: random.Random) -> None:
+    """Beside it a file that transformers would read, and that was not there."""
+    names = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
+    lacking = [name for name in names if not (path.parent / name).exists()]
+    name = draw.choice(lacking)
+    texts = ("{}", '{"eos_token": "a"}', "[]", "") if name.endswith(".json") else ("{{ messages }}", "")
+    (path.parent / name).write_text(draw.choice(texts))
+
+
 def _has_other(path: Path) -> bool:
     return any(other != path and other.is_file() and other.suffix == path.suffix for other in path.parent.iterdir())
 
@@ -291,16 +300,19 @@ def header_offsets(path: Path, draw: random.Random) -> None:
 
 
 def header_names(path: Path, draw: random.Random) -> None:
-    """A tensor under another's name, under a path, twice, or one too many."""
+    """A tensor under another's name, under a path, twice, or one too many: an empty one, whose other sides are huge."""
     header, data = _split(path)
     value = json.loads(header)
     name = draw.choice([name for name in value if name != "__metadata__"])
     new = draw.choice(("../../x", "/etc/passwd", "", "x\0y", "__metadata__", name + ".weight", "a" * 70_000))
-    way = draw.choice(("rename", "add", "twice", "metadata"))
+    way = draw.choice(("rename", "add", "empty", "twice", "metadata"))
     if way == "rename":
         value = {new if key == name else key: item for key, item in value.items()}
     if way == "add":
         value[new] = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    if way == "empty":
+        sides = draw.choice(([1 << 62], [1 << 62, 1 << 62], [1 << 63], [1 << 70]))
+        value[draw.choice((new, "x"))] = {"dtype": "F32", "shape": [0, *sides], "data_offsets": [0, 0]}
     if way == "metadata":
         value["__metadata__"] = draw.choice(([], "x", {"format": 1}, {"format": "tf"}, {"a": {"b": "c"}}, None))
     text = json.dumps(value)
@@ -440,6 +452,7 @@ MUTATIONS = [
     Mutation("a FIFO instead", fifo_instead),
     Mutation("a link instead", link_instead),
     Mutation("two files exchanged", swap, _has_other, changes_others=True),
+    Mutation("a file added", add, lambda path: path.name == "manifest.json", changes_others=True),
     *[Mutation("JSON value", json_value, _is_json)] * 4,
     Mutation("JSON document", json_document, _is_json),
     Mutation("JSON line", json_line, _is_jsonl),
