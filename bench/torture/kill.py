@@ -7,7 +7,7 @@ is one SIGKILL, of three kinds:
 
     operation   before the n-th file operation: a file opened for writing, renamed, removed, made, ...
     half        in the middle of the n-th write of a file, of which a half is there
-    moment      at a random moment; in a process of its own from its start, or in the middle of going on, too
+    moment      at a random moment; in a process of its own after it began to write, or in the middle of going on, too
 
 After each, what is there is looked at: a store, checkpoint, adapter or table is whole, or is not taken for one. Then
 the same command runs again (`mebp train` with `--resume`). It must end with the same files, byte for byte: adapter,
@@ -40,7 +40,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import transformers
 
@@ -99,6 +98,7 @@ COMMANDS = {
 CHANGING = ("seconds", "seconds_waiting_for_data", "peak_rss_bytes")  # columns of metrics.jsonl
 RESULTS = ("loss_before", "loss_after", "token_accuracy_before", "token_accuracy_after", "perplexity_after", "steps")
 RESULTS += ("train_loss_last", "trainable_parameters", "settings", "data", "backend")  # of run.json
+COUNTED = ("points", "operation", "half", "moment", "own process", "before it began", "ended before")
 PATH_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -123,7 +123,6 @@ class Deaths:
         sys.addaudithook(self._heard)
         Path.write_bytes = self._halved(Path.write_bytes, self._half_bytes)  # type: ignore[method-assign]
         files.append_line = self._halved(files.append_line, self._half_line)
-        safetensors.torch.save_file = self._halved(safetensors.torch.save_file, self._half_tensors)
         files.write_safetensors_pieces = self._halved(files.write_safetensors_pieces, self._half_pieces)
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -172,11 +171,6 @@ class Deaths:
                 yield piece
 
         write(path, entries, some())
-
-    @staticmethod
-    def _half_tensors(write: Any, tensors: Any, path: Path, **more: Any) -> None:
-        write(tensors, path, **more)
-        os.truncate(path, Path(path).stat().st_size // 2)
 
 
 def forked(action: Callable[[], int | None], said: Path, seconds: float | None = None) -> tuple[int, float]:
@@ -228,19 +222,33 @@ def made_up_rank(architecture: str, limit: int | None = None, progress: Any = No
     return ranked
 
 
-def own_process(directory: Path, arguments: list[str], seconds: float | None) -> Ended:
-    """``mebp`` as a shell starts it, killed after ``seconds``."""
+MADE_UP = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).resolve().parent)!r})
+import kill
+kill.tune.model_rank = kill.made_up_rank
+sys.exit(kill.cli.main(sys.argv[1:]))
+"""
+
+
+def own_process(directory: Path, arguments: list[str], seconds: float) -> Ended:
+    """``mebp`` as a shell starts it, killed ``seconds`` after the first entry in ``directory``."""
     started = time.perf_counter()
+    program = ["-c", MADE_UP] if arguments[0] == "tune" else ["-m", "mebp_triton.cli"]
     with open(directory.with_name(directory.name + ".txt"), "w+") as said:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "mebp_triton.cli", *arguments], cwd=directory, stdout=said, stderr=said
-        )
+        child = subprocess.Popen([sys.executable, *program, *arguments], cwd=directory, stdout=said, stderr=said)
+        while child.poll() is None and not began(directory):
+            time.sleep(0.001)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(seconds)
         child.kill()
         child.wait()
         said.seek(0)
         return Ended(child.returncode, 0, 0, said.read(), time.perf_counter() - started)
+
+
+def began(directory: Path) -> bool:
+    return any(directory.iterdir())
 
 
 # --- what is compared -----------------------------------------------------------------------------------------------
@@ -291,9 +299,10 @@ def half_things(directory: Path, wanted: dict[str, Any]) -> list[str]:
         here = {path: value for path, value in outcome(directory).items() if path.startswith(name + "/")}
         wrong += differences(here, inside)
     run, table = directory / "run", directory / "table.json"
-    if (run / "checkpoint").exists():
-        state = json.loads((run / "checkpoint" / "state.json").read_text())
-        wrong += [f for f, sums in state["crc32"].items() if files.file_checksums(run / "checkpoint" / f) != sums]
+    checkpoint = files.settled_directory(run / "checkpoint")
+    if checkpoint.exists():
+        state = json.loads((checkpoint / "state.json").read_text())
+        wrong += [f for f, sums in state["crc32"].items() if files.file_checksums(checkpoint / f) != sums]
     if (run / "adapter" / "adapter_config.json").exists():
         read_adapter_tensors(run / "adapter")
     if table.exists():
@@ -349,8 +358,10 @@ def complete(place: Path, arguments: list[str]) -> bool:
 
 def try_point(
     root: Path, scenario: Scenario, kind: str, at: float, own: bool, again: float | None
-) -> tuple[int, list[str]]:
-    """How often it was killed (not at all where it ended before), and what went wrong, in words.
+) -> tuple[str, int, list[str]]:
+    """What the first kill was, how many points it and the second one are, and what went wrong, in words.
+
+    A moment at which the command had ended already, or had written nothing yet, is none.
 
     Args:
         again: the command that goes on is killed as well, after so many seconds, and another one goes on.
@@ -358,10 +369,12 @@ def try_point(
     place, arguments = new_place(root, "point"), scenario.arguments
     ended = own_process(place, arguments, at) if own else command(place, arguments, kind, at, scenario.plots)
     if ended.code == 0 and kind == "moment":
-        return 0, []
+        return "ended before", 0, []
     if ended.code != -signal.SIGKILL:
-        return 1, [f"was to be killed, and ended with {ended.code}: {ended.said[-300:]}"]
-    kills = 1
+        return kind, 1, [f"was to be killed, and ended with {ended.code}: {ended.said[-300:]}"]
+    if kind == "moment" and not began(place):
+        kind = "before it began"
+    kills = int(kind != "before it began")
     problems = half_things(place, scenario.wanted)
     if again is not None and not complete(place, arguments):
         kills += command(place, going_on(place, arguments), "moment", again).code == -signal.SIGKILL
@@ -369,8 +382,8 @@ def try_point(
     if not complete(place, arguments):
         last = command(place, going_on(place, arguments), plots=scenario.plots)
         if last.code != 0:
-            return kills, [*problems, f"does not go on: {last.said.strip()[-300:]}"]
-    return kills, problems + differences(outcome(place), scenario.wanted)
+            return kind, kills, [*problems, f"does not go on: {last.said.strip()[-300:]}"]
+    return kind, kills, problems + differences(outcome(place), scenario.wanted)
 
 
 def points(
@@ -388,7 +401,7 @@ def points(
             yield kind, draw.randint(first, max(first, last)), False, None
     for index in range(moments):
         own = index % 4 == 3
-        seconds = scenario.whole.seconds * draw.random() * (2 if own else 1)
+        seconds = scenario.whole.seconds * draw.random()
         twice = scenario.whole.seconds * draw.random() if index % 4 == 1 else None
         yield "moment", seconds, own, twice
 
@@ -439,11 +452,13 @@ def main() -> int:
             scenarios.append(scenario)
             draw = random.Random(zlib.crc32(f"{chosen.seed} {name}".encode()))
             for kind, at, own, again in points(scenario, chosen.points, chosen.moments, draw):
-                kills, wrong = try_point(root, scenario, kind, at, own, again)
+                was, kills, wrong = try_point(root, scenario, kind, at, own, again)
                 what = {"kind": kind, "at": round(at, 3), "own_process": own, "again_at": again}
-                scenario.counted["ended before"] += kills == 0
                 scenario.counted["points"] += kills
                 scenario.counted[kind] += kills
+                scenario.counted["own process"] += own and was == kind
+                if was != kind:
+                    scenario.counted[was] += 1
                 if wrong:
                     scenario.lost.append(what | {"wrong": wrong})
                     print(f"{name}: {what}: {wrong}", file=sys.stderr, flush=True)
@@ -463,7 +478,7 @@ def main() -> int:
                 "arguments": one.arguments,
                 "file_operations": one.whole.operations,
                 "writes": one.whole.halves,
-                **{kind: one.counted[kind] for kind in ("points", "operation", "half", "moment", "ended before")},
+                **{kind: one.counted[kind] for kind in COUNTED},
                 "lost": one.lost,
             }
             for one in scenarios
