@@ -118,26 +118,37 @@ class Bench:
         wide.tried = [name for name in self.tried if name not in ("quantize GGUF", "tune", "train --resume")]
         return wide
 
-    def whole(self, name: str, place: Path) -> str:
-        """What is wrong with what ``name`` left at ``place``, "" if nothing. An absent output is fine."""
+    def whole(self, name: str, place: Path, finished: bool) -> str:
+        """What is wrong with what ``name`` left at ``place``, "" if nothing.
+
+        Args:
+            finished: it ended with exit code 0. If not, an absent output is fine.
+        """
         stray = [path.name for path in place.rglob(f"{TEMPORARY}*")]
         if stray:
             return f"left {stray[0]}"
         if name == "tune":
             ended = forked(command(["tune", "--report", "--target=sm_87", f"--output={place / 'sm_87.json'}"]))
-            return "" if ended.code == 0 else f"the table is damaged: {ended.err.strip()[-200:]}"
+            if ended.code != 0:
+                return f"the table is damaged: {ended.err.strip()[-200:]}"
+            same = (place / "sm_87.json").read_bytes() == (self.world / "tables/sm_87.json").read_bytes()
+            return "finished without a new entry" if finished and same else ""
         out = place / "out"
         if name.startswith("train"):
-            return self._resumes(out)
+            return self._resumes(out, finished)
         if not out.exists():
-            return ""
+            return "finished without an output" if finished else ""
         is_store = name != "merge"
         ended = forked(command(["verify", out] if is_store else ["quantize", out, place / "again"]))
         return "" if ended.code == 0 else f"a half-written output: {ended.err.strip()[-200:]}"
 
-    def _resumes(self, run: Path) -> str:
+    def _resumes(self, run: Path, finished: bool) -> str:
         """Whether the run goes on from its checkpoint to the adapter that it would have had."""
-        if not (run / "checkpoint" / "state.json").exists():
+        from mebp_triton import files
+
+        if finished and not ((run / "checkpoint" / "state.json").exists() and (run / "run.json").exists()):
+            return "finished without a checkpoint or results"
+        if not (files.settled_directory(run / "checkpoint") / "state.json").exists():
             left = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()] if run.exists() else []
             known = {"metrics.jsonl", "evaluation_before.json"}
             return f"without a checkpoint, left {left}" if set(left) - known else ""
@@ -163,7 +174,7 @@ class Bench:
     def judge(self, point: Point, ended: Ended, place: Path) -> Point:
         if fault := ended.fault():
             point.outcome, point.why = "lost", fault
-        elif wrong := self.whole(point.command, place):
+        elif wrong := self.whole(point.command, place, ended.code == 0):
             point.outcome, point.why = "lost", f"(exit code {ended.code}) {wrong}"
         elif ended.code == 0:
             point.outcome = "finished"
@@ -244,10 +255,6 @@ def file_size_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]
             bench.prepare(name, place)
 
             def lower(limit: int = limit) -> None:
-                # The messages go to a file as well.
-                pipe, other = os.pipe()
-                del pipe
-                os.set_inheritable(other, True)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
             ended = bench.run(name, place, lower if limit > 4096 else _small(limit))
@@ -341,7 +348,6 @@ class Failing:
         self.n, self.how, self.count = n, how, 0
 
     def install(self) -> None:
-
         from mebp_triton import files
 
         for name in self.NAMES:
@@ -420,9 +426,6 @@ def operation_points(bench: Bench, scratch: Path, every: int) -> Iterator[Point]
                 failing = Failing(n, how)
 
                 def after(failing: Failing = failing, counted: Path = counted) -> None:
-                    import atexit
-
-                    del atexit
                     failing.install()
                     real_exit = os._exit
 
