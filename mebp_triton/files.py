@@ -433,6 +433,8 @@ def safetensors_header(
         raise FileError(f"{path}: its metadata should be texts by name")
     entries = {name: _tensor_entry(path, name, entry, dtypes) for name, entry in header.items()}
     for name, (dtype, shape, begin, end) in entries.items():
+        if prod(max(1, side) for side in shape) >= 1 << 63:  # which torch cannot have, empty or not
+            raise FileError(f"{path}: tensor {name!r:.100} has the shape {list(shape)!r:.100}")
         aligned = start % dtype.itemsize == 0 and begin % dtype.itemsize == 0  # in the file, and in a copy of its data
         if end - begin != prod(shape) * dtype.itemsize or end > size - start or not aligned:
             raise FileError(f"{path}: tensor {name!r:.100} does not lie within the file as its header says")

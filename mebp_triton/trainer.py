@@ -127,6 +127,7 @@ class Trainer:
             config.num_train_epochs * per_epoch / self.micro_batches_per_step
         )
         self.step = self.reduced_bytes = self.skipped_in_a_row = self.stopped = 0
+        self.first_step = 0  # of ``metrics.jsonl``: a run may go on from another one's checkpoint
         self.planned_peak_bytes: int | None = None
         # What the losses of ``run.json`` are of.
         self.evaluated = {name: getattr(config, name) for name in ("validation_file", "max_eval_windows", "max_length")}
@@ -377,6 +378,7 @@ class Trainer:
             "config": asdict(self.config),
             "selection": self.selection.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
+            "first_step": self.first_step,
         }
 
         def write(directory: Path) -> None:
@@ -477,8 +479,9 @@ class Trainer:
         self.step, self.skipped_in_a_row = step, int(state["skipped_in_a_row"])
         steps = self.run.cut_metrics(self.step)
         own = checkpoint.resolve().is_relative_to(self.run.directory.resolve())
-        if self.processes.is_first and own and steps != list(range(self.step))[-len(steps) :]:
-            warnings.warn(f"{self.run.metrics} does not have each step before {self.step} once", stacklevel=2)
+        self.first_step = int(state["first_step"]) if own else step
+        if self.processes.is_first and steps != list(range(self.first_step, step)):
+            warnings.warn(f"{self.run.metrics} does not have each step before {step} once", stacklevel=2)
         if self.processes.is_first and not self._adapter_is_written():
             save_adapter(self.model, self.run.adapter)
 

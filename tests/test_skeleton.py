@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mebp_triton.skeleton import build_skeleton, float32_tensors, float_names, int4_sites, kept_modules
+from mebp_triton import skeleton
+from mebp_triton.skeleton import build_skeleton, float32_tensors, float_names, int4_sites, kept_modules, run_on_meta
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -130,3 +131,17 @@ def test_the_dtypes_of_float_tensors_are_those_of_from_pretrained(
     in_float32 = float32_tensors(theirs, dtype)
     for name, parameter in theirs.named_parameters():
         assert parameter.dtype == (torch.float32 if in_float32(name) else dtype), name
+
+
+def test_autocast_on_the_meta_device_is_let_pass() -> None:
+    """transformers 4 computes its rotary embedding within one, for which torch has no dtype."""
+    seen = []
+
+    def model(**inputs: Any) -> None:
+        with torch.autocast(device_type="meta", enabled=False):
+            seen.append(inputs["input_ids"].device.type)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen.append(torch.is_autocast_enabled("cpu"))
+
+    run_on_meta(model)
+    assert seen == ["meta", True] and torch.autocast is not skeleton._Autocast

@@ -681,7 +681,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(store, data, t
     assert rows[3]["not_finite"] is None and math.isfinite(rows[5]["loss"])
 
 
-@pytest.mark.parametrize("damage", ["removed", "cut to a line", "a line twice"])
+@pytest.mark.parametrize("damage", ["removed", "cut to a line", "a line twice", "without the first"])
 def test_metrics_that_are_not_whole_are_told(store, data, tmp_path, damage):
     made = trainer(store, data, tmp_path / "run", max_steps=6, save_steps=4)
     with pytest.raises(Crash):
@@ -690,7 +690,8 @@ def test_metrics_that_are_not_whole_are_told(store, data, tmp_path, damage):
     if damage == "removed":
         made.run.metrics.unlink()
     else:
-        made.run.metrics.write_text("".join(lines[:1] if damage == "cut to a line" else [*lines[:2], *lines[1:4]]))
+        left = {"cut to a line": lines[:1], "a line twice": [*lines[:2], *lines[1:4]], "without the first": lines[1:]}
+        made.run.metrics.write_text("".join(left[damage]))
     again = trainer(store, data, tmp_path / "run", resume=True, max_steps=6, save_steps=4)
     with pytest.warns(UserWarning, match=r"metrics\.jsonl does not have each step before 4 once"):
         again.resume(again.run.checkpoint)

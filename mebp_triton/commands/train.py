@@ -109,7 +109,7 @@ def _train_in(
     texts = _load_texts(given, config) if given.is_dir() else None
     # A model directory is planned for before it is quantized, so that a budget too small shows at once.
     plan = _plan(given, arguments, settings) if given.is_dir() else None
-    goes_on = arguments.resume or checkpoint is not None
+    goes_on = arguments.resume or checkpoint is not None or not processes.is_first  # which has just made the store
     store = given if is_store else processes.first(lambda: _quantized(given, arguments, config, goes_on))
     data, validation = texts or _load_texts(store, config)
     if not given.is_dir():

@@ -349,6 +349,9 @@ HEADERS = {
     "an empty tensor with a side beyond 63 bits": lambda header: header.update(
         x={"dtype": "F32", "shape": [0, 1 << 70], "data_offsets": [0, 0]}
     ),
+    "an empty tensor with strides beyond 63 bits": lambda header: header.update(
+        x={"dtype": "F32", "shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]}
+    ),
     "one offset": put(NORM, "data_offsets", [0]),
     "three offsets": put(NORM, "data_offsets", [0, 28, 28]),
     "text as offsets": put(NORM, "data_offsets", "ab"),
