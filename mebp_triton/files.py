@@ -73,8 +73,8 @@ def remove_leftovers(directory: Path) -> None:
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
             if origin == mine:
                 process, _, started = rest.partition("-")[0].partition(".")
-                lives = process.isdecimal() and psutil.pid_exists(int(process)) and started == _started(int(process))
-                left = process.isdecimal() and not lives
+                known = process.isdecimal()
+                left = known and not (psutil.pid_exists(int(process)) and _started(int(process)) in ("", started))
             else:  # of an earlier boot, if it is this machine's and older than its start
                 left = origin[:8] == mine[:8] and entry.lstat().st_mtime < psutil.boot_time()
             if left and entry.is_dir() and not entry.is_symlink():

@@ -101,8 +101,10 @@ class RunDirectory:
                 raise files.FileError(f"line {number} of {self.metrics} is damaged: it has no step; remove the line")
             yield line.decode(), row
 
-    def cut_metrics(self, step: int) -> list[int]:
+    def cut_metrics(self, step: int, first: int = 0) -> list[int]:
         """Drops the lines of steps from ``step`` on, whatever they hold, and a last line that was cut short.
+
+        ``first``: the first step that has a line here.
 
         Returns the steps that are left.
 
@@ -115,7 +117,7 @@ class RunDirectory:
         try:
             kept.extend((row["step"], f"{line}\n") for line, row in self._metrics() if row["step"] < step)
         except files.FileError:
-            if len(kept) < step:
+            if len(kept) < step - first:
                 raise
         data = "".join(line for _, line in kept).encode()
         if data != self.metrics.read_bytes():
@@ -195,7 +197,7 @@ class OthersRunDirectory(RunDirectory):
     def append_metrics(self, row: dict[str, Any]) -> None:
         pass
 
-    def cut_metrics(self, step: int) -> list[int]:
+    def cut_metrics(self, step: int, first: int = 0) -> list[int]:
         return []
 
     def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:

@@ -364,8 +364,10 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Adapter, optimizer, random state and position in ``checkpoint/``; the adapter alone in ``adapter/``.
 
-        RunError where the processes' adapters are not the same bits.
+        RunError where the adapter is not finite, or the processes' are not the same bits; the last checkpoint stays.
         """
+        if (broken := broken_parameter(self.model)) is not None:
+            raise NotFinite(f"{broken} is not finite after step {self.step}: {self._kept()}")
         tensors = {f"adapter/{name}": tensor.cpu().contiguous() for name, tensor in adapter_tensors(self.model).items()}
         self._check_drift(tensors)
         tensors |= self._random_states()
@@ -477,9 +479,9 @@ class Trainer:
         saved = split["random"]
         self._set_random_state({kind: saved[f"{kind}{mine}"] for kind in ("cpu", "cuda") if f"{kind}{mine}" in saved})
         self.step, self.skipped_in_a_row = step, int(state["skipped_in_a_row"])
-        steps = self.run.cut_metrics(self.step)
         own = checkpoint.resolve().is_relative_to(self.run.directory.resolve())
         self.first_step = int(state["first_step"]) if own else step
+        steps = self.run.cut_metrics(step, self.first_step)
         if self.processes.is_first and steps != list(range(self.first_step, step)):
             warnings.warn(f"{self.run.metrics} does not have each step before {step} once", stacklevel=2)
         if self.processes.is_first and not self._adapter_is_written():

@@ -102,7 +102,7 @@ def test_a_wrong_value_names_field_value_and_what_is_allowed(name, value, allowe
 
 @pytest.mark.parametrize("other", [{"optim": "mezo"}, {"optimizer_in_backward": True}])
 def test_steps_that_cannot_be_left_out(other):
-    with pytest.raises(ValueError, match="on_nan 'stop'|on_nan"):
+    with pytest.raises(ValueError, match="on_nan"):
         TrainConfig(on_nan="skip", **other)
     TrainConfig(on_nan="stop", **other)
 

@@ -597,6 +597,7 @@ def test_leftovers_are_told_from_what_is_in_use(tmp_path):
         (machine + boot, mine, long_ago): False,  # the clock was set
         (machine + boot, f"{os.getpid()}.7", None): True,  # a number that was used again
         (machine + boot, f"{1 << 30}.7", None): True,
+        (machine + boot, f"{os.getpid()}.", None): True,
         (machine + boot, 1 << 30, None): True,
         (machine + "0" * 8, 1 << 30, started - 5): True,  # an earlier boot, after a loss of power
         (machine + "0" * 8, 1 << 30, None): False,  # another container
@@ -613,6 +614,13 @@ def test_leftovers_are_told_from_what_is_in_use(tmp_path):
             files.remove_leftovers(tmp_path)
             assert path.exists() != left, (origin, process, written)
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def test_where_starts_are_not_told_a_process_of_that_number_is_taken_for_the_one(tmp_path, monkeypatch):
+    with files.atomic_path(tmp_path / "name") as living:
+        monkeypatch.setattr(files, "_started", lambda process: "")
+        files.remove_leftovers(tmp_path)
+        assert living.exists()
 
 
 # --- several processes ----------------------------------------------------------------------------------------------

@@ -711,6 +711,36 @@ def test_metrics_begin_anew_in_another_directory(store, data, tmp_path, recwarn)
     assert not [str(w.message) for w in recwarn if "metrics" in str(w.message)]
 
 
+def test_damaged_metrics_after_the_checkpoint_are_no_matter_there_either(store, data, tmp_path):
+    made = trainer(store, data, tmp_path / "run", max_steps=8, save_steps=3)
+    with pytest.raises(Crash):
+        made.train(crash_at(4))
+    other = trainer(store, data, tmp_path / "other", max_steps=8, save_steps=3)
+    other.resume(made.run.checkpoint)
+    with pytest.raises(Crash):
+        other.train(crash_at(7))
+    with open(other.run.metrics, "ab") as metrics:
+        metrics.write(b"\0\0\n")
+    last = trainer(store, data, tmp_path / "other", resume=True, max_steps=8, save_steps=3)
+    last.resume(last.run.checkpoint)
+    assert [row["step"] for row in last.run.read_metrics()] == [3, 4, 5]
+
+
+def test_an_adapter_that_is_not_finite_takes_no_checkpoints_place(store, data, tmp_path):
+    made = trainer(store, data, tmp_path / "run", max_steps=6, save_steps=2)
+
+    def spoil(result):
+        if result.step == 3:
+            with torch.no_grad():
+                made.parameters[0][0, 0] = math.inf
+
+    with pytest.raises(RunError, match=r"lora_A \(block 0\) is not finite after step 4: the last checkpoint is kept"):
+        made.train(spoil)
+    assert json.loads((made.run.checkpoint / "state.json").read_text())["step"] == 2
+    again = trainer(store, data, tmp_path / "run", resume=True, max_steps=6, save_steps=2)
+    again.resume(again.run.checkpoint)
+
+
 def test_another_config_is_another_model(store, data, tmp_path):
     made = trainer(store, data, tmp_path / "run", max_steps=6, save_steps=2)
     with pytest.raises(Crash):

@@ -130,7 +130,7 @@ def check_length(store: Path, max_length: int) -> None:
 
 def model_config(given: Path) -> Any:
     """The config of a model or store directory, or in a config.json. Nothing is fetched, and none of its code runs."""
-    if given.suffix == ".gguf":
+    if given.suffix == ".gguf" and given.is_file():
         raise ValueError(f"{given} is a GGUF file: `mebp quantize` it, and give the store")
     return read_config(given, "give a transformers model directory or its config.json")
 

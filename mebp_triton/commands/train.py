@@ -67,7 +67,7 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, d
     # A checkpoint of another run goes on in a new directory; that of this run, in its own.
     inside = checkpoint is not None and checkpoint.resolve().is_relative_to(Path(config.output_dir).resolve())
     goes_on = arguments.resume or inside
-    begun = Path(config.output_dir).is_dir()
+    begun = Path(config.output_dir).is_dir() or (_store_beside(config) / MANIFEST).exists()
     run = (RunDirectory if processes.is_first else OthersRunDirectory)(config.output_dir, goes_on)
     with run.writing():
         if processes.is_first and not goes_on:
@@ -209,9 +209,13 @@ def _load_texts(directory: Path, config: TrainConfig) -> tuple[TokenizedData, To
     return pack(data, config.max_length) if config.packing else data, validation
 
 
+def _store_beside(config: TrainConfig) -> Path:
+    return Path(config.output_dir.rstrip("/") + "-store")
+
+
 def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig, goes_on: bool) -> Path:
     """A store beside the run, made from the model ``given`` now, or when the run that goes on was begun."""
-    beside = Path(config.output_dir.rstrip("/") + "-store")
+    beside = _store_beside(config)
     if not (beside / MANIFEST).exists():
         outside = ", outside of the memory budget" if config.memory_budget is not None else ""
         note = f"{given} is not a store: quantizing it into {beside}{outside}"
@@ -219,7 +223,9 @@ def _quantized(given: Path, arguments: argparse.Namespace, config: TrainConfig, 
         quantize_with_progress(str(given), beside, arguments)
         return beside
     if not goes_on:
-        raise ValueError(f"{beside} is there from an earlier run: train in it, by giving it as the model, or remove it")
+        raise ValueError(
+            f"{beside} is there from an earlier run: --resume takes it, or give it as the model, or remove it"
+        )
     found, wanted = Store(beside), open_source(given).description
     matrices = found.matrices.values()
     other = found.source != wanted

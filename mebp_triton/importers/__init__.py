@@ -6,6 +6,7 @@ A ``Source`` hands over one parameter at a time, so importing a model never need
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -212,9 +213,11 @@ def check_complete(where: str, wanted: Iterable[str], found: Iterable[str]) -> N
         raise ValueError(f"{where} lacks {named}: give a complete checkpoint of the model its config describes")
 
 
-def tell_unused(where: str, unused: Iterable[str]) -> None:
-    """Warns of tensors that the model has no place for, but for those that any checkpoint may have beside its own."""
+def tell_unused(where: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
+    """Warns of tensors that ``model`` has no place for, but for those that checkpoints of its kind have as well."""
+    beside = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     left = sorted(name for name in unused if not name.endswith(DERIVED) and not name.startswith("rope_"))
+    left = [name for name in left if not any(re.search(pattern, name) for pattern in beside)]
     if left:
         named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         warnings.warn(f"{where}: the model that its config describes has no {named}: left out", stacklevel=3)

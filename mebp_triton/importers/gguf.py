@@ -109,7 +109,7 @@ class GgufFile:
         found = {name: [stored[alias] for alias in names if alias in stored] for name, names in wanted.items()}
         self._entries = {name: entries[0] for name, entries in found.items() if entries}
         check_complete(str(self.path), aliases, self._entries)
-        tell_unused(str(self.path), self._header.tensors.keys() - known)
+        tell_unused(str(self.path), model, self._header.tensors.keys() - known)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def has(self, name: str) -> bool:

@@ -38,7 +38,8 @@ class Int4Directory(SafetensorsDirectory):
         return True
 
     def _is_part(self, key: str, used: set[str]) -> bool:
-        return key in used or any(key in self._scale_keys(one) for one in used if self._is_int4(one))
+        owner = key.rpartition(".")[0] + ".weight"
+        return key in used or (owner in used and self._is_int4(owner) and key in self._scale_keys(owner))
 
     def _is_int4(self, key: str) -> bool:
         return self._entries[key].dtype == "U8" and key.endswith(".weight")

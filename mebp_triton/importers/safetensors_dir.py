@@ -97,7 +97,7 @@ class SafetensorsDirectory:
                 raise ValueError(
                     f"{entry.file}: {key} is {entry.dtype}, wanted one of {FLOATS}: give the unquantised model"
                 )
-        tell_unused(str(self.path), (key for key in self._entries if not self._is_part(key, used)))
+        tell_unused(str(self.path), model, (key for key in self._entries if not self._is_part(key, used)))
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
 

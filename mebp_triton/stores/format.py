@@ -220,7 +220,7 @@ class Store:
         for name, crc32 in self.companions.items():
             self._check_companion(name, crc32)
         for added in (path for pattern in COMPANIONS for path in self.directory.glob(pattern)):
-            if str(added.relative_to(self.directory)) not in self.companions:
+            if added.is_file() and str(added.relative_to(self.directory)) not in self.companions:
                 raise FileError(
                     f"{added} was not there when the store was made: remove it, or, if you put it there, take it by "
                     f"`mebp verify --accept-changes {self.directory}`"

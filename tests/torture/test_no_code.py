@@ -39,7 +39,10 @@ IMPORTS_BY_NAME = {"mebp_triton/cli.py": 1, "mebp_triton/__init__.py": 1}
 TIMED = {"re.compile(expression)", "regex.fullmatch(expression, path, timeout=MATCH_SECONDS)"}
 # ... and a name of a module, taken literally.
 ESCAPED = {"re.match(f'{re.escape(parent)}\\\\.\\\\d+\\\\.', key)"}
+# ... and transformers' own, of its classes.
+OF_CLASSES = {"re.search(pattern, name)"}
 EXPRESSIONS = {"mebp_triton/lora.py": TIMED, "mebp_triton/importers/safetensors_dir.py": ESCAPED}
+EXPRESSIONS |= {"mebp_triton/importers/__init__.py": OF_CLASSES}
 PATTERNS = re.compile(r"^(re|regex)\.(compile|match|fullmatch|search|sub|findall|finditer|split)$")
 
 
