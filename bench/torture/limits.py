@@ -342,7 +342,8 @@ def _tree(root: Path) -> dict[str, bytes | None]:
 class Failing:
     """Makes the n-th of a process's file operations fail: what writes, allocates, makes, renames or syncs."""
 
-    NAMES = ("open", "write", "pwrite", "replace", "rename", "fsync", "posix_fallocate", "chmod", "mkdir")
+    NAMED = ("open", "replace", "rename", "chmod", "mkdir")
+    NAMES = (*NAMED, "write", "pwrite", "fsync", "posix_fallocate")
 
     def __init__(self, n: int, how: str) -> None:
         self.n, self.how, self.count = n, how, 0
@@ -372,7 +373,8 @@ class Failing:
             if self.falls_on_this(name):
                 if self.how == "short":
                     self._half(original, name, arguments, options)
-                raise OSError(*self.error())
+                named = arguments[:1] if name in self.NAMED else ()  # as the system's own errors
+                raise OSError(*self.error(), *map(os.fspath, named))
             return original(*arguments, **options)
 
         return operation
