@@ -163,14 +163,14 @@ class Deaths:
             file.write(line[: len(line) // 2])
 
     @staticmethod
-    def _half_pieces(write: Any, path: Path, entries: Any, pieces: Any) -> None:
+    def _half_pieces(write: Any, path: Path, entries: Any, pieces: Any, *metadata: Any) -> None:
         def some() -> Iterator[torch.Tensor]:
             for index, piece in enumerate(pieces):
                 if 2 * index > len(entries):
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield piece
 
-        write(path, entries, some())
+        write(path, entries, some(), *metadata)
 
 
 def forked(action: Callable[[], int | None], said: Path, seconds: float | None = None) -> tuple[int, float]:
