@@ -55,7 +55,8 @@ class RunDirectory:
 
     def create(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(self.directory)
+        for place in (self.directory, self.adapter):
+            files.remove_leftovers(place)
 
     @contextmanager
     def writing(self) -> Iterator[None]:

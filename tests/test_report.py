@@ -163,6 +163,17 @@ def test_making_one_writes_nothing_until_created(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    made = RunDirectory(tmp_path / "run")
+    made.adapter.mkdir(parents=True)
+    name = f"{files.TEMPORARY_PREFIX}{files._origin()}-{1 << 30}.7-x"
+    for place in (made.directory, made.adapter):
+        (place / name).touch()
+        (place / "mine").touch()
+    with made.writing():
+        assert sorted(path.name for path in made.directory.rglob("*")) == ["adapter", "mine", "mine"]
+
+
 def test_an_evaluation_is_kept(run):
     of = {"validation_file": "v.txt", "max_eval_windows": None, "max_length": 64}
     assert run.saved_evaluation(of) is None
