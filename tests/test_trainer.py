@@ -697,32 +697,35 @@ def test_metrics_that_are_not_whole_are_told(store, data, tmp_path, damage):
         again.resume(again.run.checkpoint)
 
 
-def test_metrics_begin_anew_in_another_directory(store, data, tmp_path, recwarn):
-    made = trainer(store, data, tmp_path / "run", max_steps=8, save_steps=3)
+def gone_on_elsewhere(store, data, root):
+    """A run that went on from step 3 of another one, and was interrupted after its checkpoint at 6: its directory."""
+    made = trainer(store, data, root / "run", max_steps=8, save_steps=3)
     with pytest.raises(Crash):
         made.train(crash_at(4))
-    other = trainer(store, data, tmp_path / "other", max_steps=8, save_steps=3)
+    other = trainer(store, data, root / "other", max_steps=8, save_steps=3)
     other.resume(made.run.checkpoint)
     with pytest.raises(Crash):
         other.train(crash_at(7))
-    last = trainer(store, data, tmp_path / "other", resume=True, max_steps=8, save_steps=3)
+    return other.run
+
+
+def resumed_elsewhere(store, data, run):
+    last = trainer(store, data, run.directory, resume=True, max_steps=8, save_steps=3)
     last.resume(last.run.checkpoint)
+    return last
+
+
+def test_metrics_begin_anew_in_another_directory(store, data, tmp_path, recwarn):
+    last = resumed_elsewhere(store, data, gone_on_elsewhere(store, data, tmp_path))
     assert last.step == 6 and [row["step"] for row in last.run.read_metrics()] == [3, 4, 5]
     assert not [str(w.message) for w in recwarn if "metrics" in str(w.message)]
 
 
 def test_damaged_metrics_after_the_checkpoint_are_no_matter_there_either(store, data, tmp_path):
-    made = trainer(store, data, tmp_path / "run", max_steps=8, save_steps=3)
-    with pytest.raises(Crash):
-        made.train(crash_at(4))
-    other = trainer(store, data, tmp_path / "other", max_steps=8, save_steps=3)
-    other.resume(made.run.checkpoint)
-    with pytest.raises(Crash):
-        other.train(crash_at(7))
-    with open(other.run.metrics, "ab") as metrics:
+    run = gone_on_elsewhere(store, data, tmp_path)
+    with open(run.metrics, "ab") as metrics:
         metrics.write(b"\0\0\n")
-    last = trainer(store, data, tmp_path / "other", resume=True, max_steps=8, save_steps=3)
-    last.resume(last.run.checkpoint)
+    last = resumed_elsewhere(store, data, run)
     assert [row["step"] for row in last.run.read_metrics()] == [3, 4, 5]
 
 

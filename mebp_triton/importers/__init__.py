@@ -205,11 +205,16 @@ def persistent_buffers(model: PreTrainedModel) -> list[str]:
     return [name for name, _ in model.named_buffers() if name in kept]
 
 
+def _first(names: list[str]) -> str:
+    """Three of them, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def check_complete(where: str, wanted: Iterable[str], found: Iterable[str]) -> None:
     have = set(found)
     missing = [name for name in wanted if name not in have]
     if missing:
-        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        named = _first(missing)
         raise ValueError(f"{where} lacks {named}: give a complete checkpoint of the model its config describes")
 
 
@@ -219,8 +224,7 @@ def tell_unused(where: str, model: PreTrainedModel, unused: Iterable[str]) -> No
     left = sorted(name for name in unused if not name.endswith(DERIVED) and not name.startswith("rope_"))
     left = [name for name in left if not any(re.search(pattern, name) for pattern in beside)]
     if left:
-        named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        warnings.warn(f"{where}: the model that its config describes has no {named}: left out", stacklevel=3)
+        warnings.warn(f"{where}: the model that its config describes has no {_first(left)}: left out", stacklevel=3)
 
 
 def check_shape(where: str, name: str, got: Iterable[int], wanted: Iterable[int]) -> None:
