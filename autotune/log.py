@@ -16,17 +16,9 @@ from typing import Any
 
 from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
 from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES
-from mebp_triton.kernels.tables import (
-    DTYPE_NAMES,
-    DTYPES,
-    Route,
-    bucket,
-    is_time,
-    parse_config,
-    read_strictly,
-)
+from mebp_triton.kernels.tables import DTYPE_NAMES, DTYPES, Route, bucket, is_time, parse_config, read_strictly
 
-from .measure import Ceilings
+from .ceilings import Ceilings
 
 FORMAT = 1
 SIZE_LIMIT = 1 << 27

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -23,6 +22,8 @@ from mebp_triton.kernels.panel import int4_matmul_dx_panel, int4_matmul_panel
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.tables import Route
 
+from .timing import Limits, Timer
+
 # LoRA's rank in what is measured: training runs every layer with an adapter.
 RANK = 16
 # Launches in one sample. A device queues about a thousand; the panel route makes several per call.
@@ -32,62 +33,11 @@ SAMPLE_US = 2_000.0
 BUDGET_US = 30_000.0
 FEWEST_SAMPLES, MOST_SAMPLES = 3, 15
 CLEARLY_WORSE = 1.25
-CHUNK_BYTES = 32 << 20
 CHECKED_ROWS = 96
 TAIL_ROWS = 32
+CHUNK_BYTES = 32 << 20
 # Relative to the norm; what correct kernels stay below by far.
 NORMWISE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-
-# Runs something some times and says how many microseconds that took on the device.
-Timer = Callable[[Callable[[], object]], float]
-
-
-class WallTimer:
-    """The clock on the wall, for devices that run what they are told at once (a CPU)."""
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e6
-
-
-class CudaTimer:
-    """The time between two events on a CUDA device.
-
-    To launch a small kernel takes longer than to run it. So the device waits first, until all is queued.
-    """
-
-    CYCLES_PER_US = 2_000  # no less than any device's clock: it waits long enough
-    LONGEST_US = 20_000.0
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.host_us = 0.0
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        with torch.cuda.device(self.device):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            torch.cuda._sleep(int(1.5 * self.host_us * self.CYCLES_PER_US))
-            start.record()
-            self.host_us = min(WallTimer()(run), self.LONGEST_US)
-            end.record()
-            end.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a device has: ``cache_bytes`` of L2, and ``memory_bytes`` that measuring may use."""
-
-    cache_bytes: int
-    memory_bytes: int
-
-    @classmethod
-    def of(cls, device: torch.device) -> Limits:
-        """As the device says; half of what is free, as others share it (all of a small device does)."""
-        free, _ = torch.cuda.mem_get_info(device)
-        return cls(torch.cuda.get_device_properties(device).L2_cache_size, free // 2)
 
 
 @dataclass(frozen=True)
@@ -327,40 +277,3 @@ def poisoned() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device can do at best, as measured (or as its data sheet says).
-
-    Attributes:
-        gb_s: copying memory, bytes read and written, in 10^9 bytes per second.
-        tflop_s: a large matrix product, 10^12 floating-point operations per second, by the name of the dtype.
-    """
-
-    gb_s: float
-    tflop_s: dict[str, float]
-
-
-def measure_copy_gb_s(device: torch.device, timer: Timer, limits: Limits) -> float:
-    """Copies a buffer far larger than the cache."""
-    size = min(max(1 << 20, 16 * limits.cache_bytes), 1 << 30, limits.memory_bytes // 2)
-    # Random bytes: some devices move zeros faster.
-    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / _median_us(timer, lambda: target.copy_(source)) / 1e3
-
-
-def measure_matmul_tflop_s(device: torch.device, timer: Timer, limits: Limits, dtype: torch.dtype) -> float:
-    """Multiplies square matrices: 8192 wide, or as wide as memory allows; 256 on a CPU."""
-    size = 256 if device.type == "cpu" else 8192
-    while 4 * size * size * dtype.itemsize > limits.memory_bytes:
-        size //= 2
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    return 2 * size**3 / _median_us(timer, lambda: torch.mm(left, right, out=out)) / 1e6
-
-
-def _median_us(timer: Timer, run: Callable[[], object]) -> float:
-    timer(run)
-    return statistics.median(timer(run) for _ in range(7))

@@ -13,12 +13,13 @@ from functools import cache
 import torch
 import triton
 
-from mebp_triton.autotune.model import NOMINAL, predicted_panel_us, predicted_us
-from mebp_triton.autotune.space import candidates
-from mebp_triton.autotune.static import TENSOR_MEMORY_LIMIT, StaticReport, report
 from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
 from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.tables import Entry, Route
+
+from .compile import TENSOR_MEMORY_LIMIT, StaticReport, report
+from .cost_model import NOMINAL, predicted_panel_us, predicted_us
+from .space import candidates
 
 # Called with how many of how many compilations are done.
 Progress = Callable[[int, int], None]

@@ -9,9 +9,10 @@ from typing import Any
 
 from mebp_triton.kernels.tables import DTYPE_NAMES, Entry, Route, Table
 
+from .ceilings import Ceilings
+from .cost_model import NOMINAL
 from .log import Log, Record
-from .measure import Ceilings, bytes_moved, flops
-from .model import NOMINAL
+from .measure import bytes_moved, flops
 from .tune import target_of
 
 

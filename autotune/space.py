@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 
-from mebp_triton.autotune.model import NOMINAL, Device, grid
 from mebp_triton.kernels.configs import MIN_DOT, Problem, TileConfig, power_of_two_at_least
+
+from .cost_model import NOMINAL, Device, grid
 
 # Out-features (matmul) or in-features (matmul_dx) of the tile, step of the reduction, warps. Four warps hold the sums
 # of small tiles; eight are needed where four would run out of registers.

@@ -9,12 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
-import triton
-from filelock import FileLock
 
 from mebp_triton.kernels.configs import Problem, default_config
 from mebp_triton.kernels.tables import (
@@ -23,50 +19,21 @@ from mebp_triton.kernels.tables import (
     Route,
     Table,
     bucket,
-    check_private,
-    read_named_table,
-    read_table,
-    table_to_json,
-    user_table_path,
 )
 
-from .log import Log, Record, Trial, keep_measurements, log_path, read_log
-from .measure import (
-    Bench,
-    Ceilings,
-    CudaTimer,
-    Limits,
-    Measurement,
-    Timer,
-    measure_copy_gb_s,
-    measure_matmul_tflop_s,
-    plan,
-)
-from .model import NOMINAL
+from .ceilings import Ceilings, measure_copy_gb_s, measure_matmul_tflop_s
+from .cost_model import NOMINAL
+from .log import Log, Record, Trial
+from .measure import Bench, Measurement, plan
 from .rank import rank as rank_by_model
+from .results import Results, versions
+from .timing import CudaTimer, Limits, Timer
 
 LIMIT = 8
-LOCK_SECONDS = 60
-
-# Writes a JSON value into a file, whole or not at all.
-Save = Callable[[Path, Any], None]
 # The candidates of a problem, best prediction first, then those that were dropped.
 Rank = Callable[[Problem], Sequence[Trial]]
 # done, total, what is being done
 Progress = Callable[[int, int, str], None]
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides the device."""
-    return {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
-
-
-def merge(table: Table, entry: Entry) -> Table:
-    """``table`` with a newer entry. What was measured does not give way to a prediction."""
-    old = table.get(entry.problem)
-    if old is not None and old.provenance == "measured" and entry.provenance == "static":
-        return table
-    return table | {entry.problem: entry}
 
 
 def target_of(architecture: str) -> int:
@@ -92,64 +59,6 @@ def model_rank(architecture: str, limit: int | None = None, progress: Callable[[
         return kept + [Trial(dropped.config, reason=dropped.reason[:160]) for dropped in found.dropped]
 
     return ranked
-
-
-class Results:
-    """The table and the log of one architecture, in files that several processes write into.
-
-    Args:
-        path: of the table; the log lies beside it.
-        architecture: such as "sm_87".
-        save: writes JSON atomically.
-    """
-
-    def __init__(self, path: Path, architecture: str, save: Save) -> None:
-        self.path, self.architecture, self.save = path, architecture, save
-
-    def check(self) -> None:
-        """ValueError, before any work, if what is found could not be kept there."""
-        if self.path == user_table_path(self.architecture):
-            if self.path.parent.exists():
-                check_private(self.path.parent)
-            return
-        if not self.path.parent.is_dir():
-            raise ValueError(f"{self.path.parent} is no directory: make it first, or choose another place")
-        self.table()
-
-    def table(self) -> Table:
-        """What is there. The user's own table is ignored with a warning if it is damaged; one that was named is not."""
-        if self.path == user_table_path(self.architecture):
-            return read_table(self.path, self.architecture)
-        try:
-            return read_named_table(self.path, self.architecture) if self.path.exists() else {}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path} is there already and is no table of {self.architecture}: {error}") from None
-
-    def log(self) -> Log:
-        return read_log(log_path(self.path), self.architecture)
-
-    def _lock(self) -> FileLock:
-        # Nobody else may write into it: a launch believes what it finds there.
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return FileLock(self.path.with_name(self.path.name + ".lock"), timeout=LOCK_SECONDS)
-
-    def add(self, entry: Entry | None, record: Record) -> None:
-        """Merges what was found of one problem; ``entry`` is None where no route worked."""
-        with self._lock():
-            log = self.log()
-            key = bucket(record.problem)
-            log.records[key] = keep_measurements(log.records.get(key), record)
-            self.save(log_path(self.path), log.to_json())
-            if entry is not None:
-                self.save(self.path, table_to_json(self.architecture, merge(self.table(), entry).values()))
-
-    def add_ceilings(self, device: str, ceilings: Ceilings) -> None:
-        with self._lock():
-            log = self.log()
-            known = log.ceilings.get(device)
-            rates = ceilings.tflop_s if known is None else known.tflop_s | ceilings.tflop_s
-            log.ceilings[device] = Ceilings(ceilings.gb_s, rates)
-            self.save(log_path(self.path), log.to_json())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mebp_triton.report import environment
+from mebp_triton.system.machine import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 # As in tests/conftest.py: from the root, ``kernels`` would shadow another package.

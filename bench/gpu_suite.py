@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def run(chosen: argparse.Namespace, ends: float, scratch: Path) -> int:
-    from mebp_triton import files
+    from mebp_triton.system import strict_json
 
     part(chosen.parts[0])  # imported once, for all children
     record: dict[str, Any] = {
@@ -83,7 +83,7 @@ def run(chosen: argparse.Namespace, ends: float, scratch: Path) -> int:
         seconds = (ends - time.monotonic()) * PARTS[name] / sum(PARTS[part] for part in waiting)
         found = run_part(name, chosen, seconds, scratch / f"{name}.json")
         record["parts"][name] = found
-        files.write_json(chosen.output, record)
+        strict_json.write_json(chosen.output, record)
         print(f"{name}: {found['status']} in {found['seconds']:.0f} s", found["error"] or "", flush=True)
     return int(any(part["status"] != "done" for part in record["parts"].values()))
 

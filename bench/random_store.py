@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mebp_triton import files
-from mebp_triton.blocks import find_blocks
+from mebp_triton.blocks.runner import find_blocks
+from mebp_triton.convert.writers.store import StoreWriter
 from mebp_triton.kernels.layout import CHUNK, RUN, Int4Weight, Scheme, group_count, pack, padded, unpack
-from mebp_triton.skeleton import Int4Site, build_skeleton, float_names, int4_sites
-from mebp_triton.stores.format import SHARED, StoreWriter, block_file
+from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites
+from mebp_triton.store.manifest import SHARED, block_file
+from mebp_triton.system import atomic
 
 QWEN2_5: dict[str, Any] = {
     "model_type": "qwen2",
@@ -117,7 +118,7 @@ def write_random_store(
         writer.write_file(file, matrices, {name: initial_value(model, name) for name in kept})
         done.update(matrices, kept)
 
-    with files.atomic_directory(target) as directory:
+    with atomic.atomic_directory(target) as directory:
         config.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
@@ -131,7 +132,7 @@ def write_random_store(
 def random_matrix(site: Int4Site, rms: float, scheme: Scheme, group_size: int, device: torch.device) -> Int4Weight:
     """Drawn in packed form. Signs of the scales are drawn as well, since the mean of the codes is not zero."""
     # Importing it starts torch's threads, which a process that forks later must not have.
-    from mebp_triton.quantization import NF4
+    from mebp_triton.kernels.quantize import NF4
 
     n, k = site.out_features, site.in_features
     packed = torch.empty((n, padded(k) // 2), dtype=torch.uint8, device=device).random_()

@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mebp_triton import files
+from mebp_triton.system import atomic
 
 MIB = 1 << 20
 KERNELS = {"matmul": "forward, Y = X·Wᵀ", "matmul_dx": "backward, dX = dY·W"}
@@ -45,12 +45,12 @@ class Page:
 
     def plot(self, figure: Figure, name: str, text: str) -> None:
         path = self.output.with_name(f"{self.output.stem}-{name}.png")
-        with files.atomic_path(path) as temporary:
+        with atomic.atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
         self.lines += [f"![{text}]({path.name})", ""]
 
     def write(self) -> None:
-        files.write_bytes(self.output, ("\n".join(self.lines).rstrip() + "\n").encode())
+        atomic.write_bytes(self.output, ("\n".join(self.lines).rstrip() + "\n").encode())
 
 
 def suite_page(page: Page, name: str, record: dict[str, Any]) -> None:

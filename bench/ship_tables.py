@@ -15,10 +15,10 @@ from pathlib import Path
 
 from random_store import MODELS
 
-from mebp_triton import files
 from mebp_triton.autotune.rank import static_table
 from mebp_triton.kernels.configs import TUNED, Problem
 from mebp_triton.kernels.tables import M_BUCKETS, bucket, read_table, table_to_json
+from mebp_triton.system import atomic
 
 TABLES = Path(__file__).parent.parent / "kernels" / "tables"
 TARGETS = (80, 86, 87, 89, 90, 100, 120)
@@ -52,7 +52,7 @@ def main() -> None:
         lines = ",\n".join(json.dumps(entry) for entry in table.pop("entries"))
         text = json.dumps(table)[:-1] + ', "entries": [\n' + lines + "\n]}\n"
         TABLES.mkdir(exist_ok=True)
-        files.write_bytes(path, text.encode())
+        atomic.write_bytes(path, text.encode())
         print(f"{path}: {len(kept)} entries", flush=True)
 
 

@@ -17,11 +17,11 @@ from gpu.operands import close, nf4_pair
 from gpu.speed import SAME, bitsandbytes_dx
 from torch import Tensor
 
+from mebp_triton.kernels.accuracy import normal, random_weight
+from mebp_triton.kernels.functions import int4_cross_entropy, int4_matmul, int4_matmul_dx
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.ops import int4_cross_entropy, int4_matmul, int4_matmul_dx
 from mebp_triton.kernels.reference import decode
-from mebp_triton.lora import int4_lora_linear
-from mebp_triton.selftest import normal, random_weight
+from mebp_triton.layers.lora_function import int4_lora_linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

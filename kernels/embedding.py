@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .configs import MIN_DOT, Problem, TileConfig, default_config
 from .decode import load_planes, plane_columns
+from .launch import FLOAT_DTYPES, runs_compiled, weight_arguments
 from .layout import Int4Weight
-from .matmul import FLOAT_DTYPES, runs_compiled, weight_arguments
 
 # A panel: 64 rows by two chunks, stored in runs of 64 bytes.
 PANEL_CONFIG = TileConfig(block_m=64, block_n=MIN_DOT, block_k=128, num_warps=4, num_stages=1)

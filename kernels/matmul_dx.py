@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .configs import MOST_MEMBERS, Problem, TileConfig, default_config, power_of_two_at_least
 from .decode import load_planes, of_member, plane_columns
+from .launch import can_group, check_operand, runs_compiled, weight_arguments
 from .layout import Int4Weight
-from .matmul import can_group, check_operand, runs_compiled, weight_arguments
 from .split import parts_of, sum_parts
 
 

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .cross_entropy import RunningSoftmax
+    from .running_softmax import RunningSoftmax
+
 
 BLOCK_V = 1024
 

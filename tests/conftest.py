@@ -28,7 +28,7 @@ os.environ["TRITON_CACHE_DIR"] = COMPILED.name
 @pytest.fixture
 def mebp(capsys):
     """Runs the command in this process: exit code, standard output, standard error."""
-    from mebp_triton.cli import main
+    from mebp_triton.cli.main import main
 
     def run(*arguments):
         capsys.readouterr()

@@ -12,13 +12,40 @@ FOLDERS = {"kernels": "mebp_triton.kernels", "autotune": "mebp_triton.autotune",
 SOURCES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 TREES = {path: ast.parse((ROOT / path).read_text()) for path in SOURCES}
 
+# The rooms from the ground up, and the files of each from the ground up. A file may import what stands before it here:
+# files of lower rooms, and earlier files of its own. docs/architecture.md says what each room knows.
+FLOORS = {
+    "kernels": """layout decode running_softmax split reference configs softmax_tile bitsandbytes accuracy launch
+        quantize tables matmul matmul_dx embedding panel cross_entropy routing ops functions""",
+    "autotune": "sass shapes cost_model space compile timing ceilings log rank measure results tune report",
+    "layers": "lora_config lora_function int4_module linear shared_input deferred_logits head loss",
+    "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file mapped_file
+        scratch memory machine storage signals lost_pages""",
+    "store": """residency waiting dynamic8 block_inputs optimizer_state manifest reader pages arena placement table_rows""",
+    "data": "tokenized text chat rows sources batching packing loading",
+    "blocks": "runner call leaks replay recompute backward mlp_chunks hooks selection engine",
+    "models": "skeleton config names adapter saving build discover load",
+    "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
+    "convert": """companions readers.source readers.gguf_header readers.gguf readers.safetensors_dir readers.bitsandbytes
+        readers.int4_dir readers.merged_store readers writers.store writers.model_directory quantize merge""",
+    "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw evaluation settings settings_file plots
+        run_directory plan.live_bytes plan.inventory plan.traced_model plan.phases plan.planner trainer finetune
+        gradient_check""",
+    "cli": """console inference peft_baseline doctor.advice doctor.findings parser commands.quantize commands.verify commands.eval
+        commands.generate commands.merge commands.plan commands.tune commands.train commands.doctor demonstration
+        commands.demo main __main__""",
+}
+ORDER = [f"mebp_triton.{room}.{file}" for room, files in FLOORS.items() for file in files.split()]
+# What each folder may import besides the standard library and the rooms below.
+OUTSIDE = {"kernels": {"torch", "triton"}, "autotune": {"torch", "triton", "filelock", "matplotlib"}}
+
 # Modules without a test of the same name, and why.
 TESTED_ELSEWHERE = {
     **{
         f"mebp_triton/commands/{name}.py": "what the commands do is tested through the command, in test_cli"
         for name in ("common", "demo", "doctor", "eval", "generate", "quantize", "train", "verify")
     },
-    "mebp_triton/peer.py": "transformers + PEFT for comparison; test_trainer holds our steps against the same loop",
+    "mebp_triton/cli/peft_baseline.py": "transformers + PEFT for comparison; test_trainer holds our steps against the same loop",
 }
 # What pyproject.toml calls by another name than Python does, and what our dependencies themselves depend on.
 IMPORT_NAMES = {"pyyaml": "yaml"}
@@ -58,52 +85,108 @@ def within(name, package):
 
 
 def wrong_imports(path):
-    """What this file must not import."""
+    """What this file must not import: what does not stand below it in ``FLOORS``, and what its folder must not know."""
     name = module_name(path)
-    for imported, line in imports(path):
+    below = ORDER[: ORDER.index(name)] if name in ORDER else []
+    for imported, line in imports(path) if name != "mebp_triton" else ():  # the face of all rooms
         root = imported.partition(".")[0]
-        if path.parts[0] == "kernels":
-            outside = sys.stdlib_module_names | {"torch", "triton"}
-            fine = root in outside or within(imported, "mebp_triton.kernels")
-        elif path.parts[0] == "autotune":
-            floors = ("mebp_triton.kernels", "mebp_triton.autotune")
-            outside = sys.stdlib_module_names | {"torch", "triton", "filelock", "matplotlib"}
-            fine = root in outside or any(within(imported, f) for f in floors)
-        else:
-            fine = root not in {"tests", "bench", "pytest", "support", "models", "runs"}
-            if within(imported, "mebp_triton.autotune"):
-                fine = name == "mebp_triton.commands.tune"
-        if not fine or root in ("kernels", "autotune"):
+        fine = root not in {"kernels", "autotune", "tests", "bench", "pytest", "support", "models", "runs"}
+        if root == "mebp_triton":
+            home = home_of(imported)
+            fine = home is None or home == name or home in below or is_package(home)
+            if fine and home is not None and within(home, "mebp_triton.autotune"):
+                fine = within(name, "mebp_triton.autotune") or name == "mebp_triton.cli.commands.tune"
+        elif path.parts[0] in OUTSIDE:
+            fine = root in sys.stdlib_module_names | OUTSIDE[path.parts[0]]
+        if not fine:
             yield f"{path}:{line} imports {imported}"
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def home_of(imported):
+    """The module of this package that an import comes from; None for a name of the package ``mebp_triton`` itself."""
+    parts = imported.split(".")
+    found = next(".".join(parts[:count]) for count in range(len(parts), 0, -1) if ".".join(parts[:count]) in MODULES)
+    return None if found == "mebp_triton" else found
+
+
+def is_package(name):
+    """Whether ``name`` is a package that imports nothing at once, so that importing it is no import of its files."""
+    path = MODULES[name]
+    return path.name == "__init__.py" and name not in ORDER and not any(True for _ in imports(path))
+
+
+def test_every_file_has_its_place():
+    empty = {name for name in MODULES if name not in ORDER and (name == "mebp_triton" or is_package(name))}
+    rooms = {f"mebp_triton.{room}" for room in FLOORS}
+    assert MODULES.keys() - empty - rooms == set(ORDER) - rooms, "a file is missing in FLOORS, or gone"
+    assert len(set(ORDER)) == len(ORDER)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_imports_go_down_only(path):
-    # `from mebp_triton.kernels import x` also reads as importing the package above it: that is no import of its own.
-    assert not [line for line in wrong_imports(path) if not line.endswith(" imports mebp_triton")]
+    assert not list(wrong_imports(path))
+
+
+def test_no_packages_import_each_other_in_a_circle():
+    """``FLOORS`` forbids circles of files; the packages within a room could still need each other."""
+    needs = {}
+    for name, path in MODULES.items():
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for imported, _ in imports(path):
+            home = home_of(imported) if imported.partition(".")[0] == "mebp_triton" else None
+            if home is not None:
+                other = home if MODULES[home].name == "__init__.py" else home.rpartition(".")[0]
+                if not within(other, package) and not within(package, other):
+                    needs.setdefault(package, set()).add(other)
+    assert not circle(needs)
+
+
+def circle(needs):
+    """Names that need each other, in a row; empty if there are none."""
+
+    def follow(name, way):
+        if name in way:
+            return way[way.index(name) :]
+        for other in sorted(needs.get(name, ())):
+            if found := follow(other, [*way, name]):
+                return found
+        return []
+
+    return next(filter(None, (follow(name, []) for name in sorted(needs))), [])
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}}) == []
 
 
 def test_the_rule_sees_what_is_wrong():
-    """Planted imports, each in the floor where it is forbidden."""
-    for folder, text in (
-        ("kernels", "from mebp_triton.lora import LoraConfig"),
-        ("kernels", "from ..lora import LoraConfig"),
-        ("kernels", "def f():\n    import transformers"),
-        ("kernels", "from mebp_triton.autotune import static"),
-        ("autotune", "from mebp_triton import trainer"),
-        ("autotune", "import kernels.ops"),
-        ("kernels", "import filelock"),
-        ("autotune", "import transformers"),
-        ("mebp_triton", "from tests.models import tiny_store"),
-        ("mebp_triton", "def f():\n    from .autotune import static"),
-        ("mebp_triton", "from kernels import ops"),
+    """Planted imports, each in a file where it is forbidden."""
+    for place, text in (
+        ("kernels/layout.py", "from mebp_triton.layers.lora_config import LoraConfig"),
+        ("kernels/layout.py", "from ..layers.lora_config import LoraConfig"),
+        ("kernels/layout.py", "from .panel import spans"),
+        ("kernels/ops.py", "def f():\n    import transformers"),
+        ("kernels/ops.py", "from mebp_triton.autotune import compile"),
+        ("kernels/ops.py", "import filelock"),
+        ("autotune/tune.py", "from mebp_triton.training import trainer"),
+        ("autotune/tune.py", "import kernels.ops"),
+        ("autotune/tune.py", "import transformers"),
+        ("mebp_triton/store/reader.py", "from tests.models import tiny_store"),
+        ("mebp_triton/store/reader.py", "from mebp_triton.blocks.engine import BlockEngine"),
+        ("mebp_triton/store/reader.py", "def f():\n    from .arena import Stager"),
+        ("mebp_triton/training/trainer.py", "def f():\n    from mebp_triton.autotune import compile"),
+        ("mebp_triton/training/trainer.py", "from kernels import ops"),
     ):
-        path = Path(folder) / "planted.py"
-        TREES[path] = ast.parse(text)
+        path = Path(place)
+        whole, TREES[path] = TREES[path], ast.parse(text)
         try:
             assert list(wrong_imports(path)), text
         finally:
-            del TREES[path]
+            TREES[path] = whole
 
 
 def declared():

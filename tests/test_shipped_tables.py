@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mebp_triton.autotune.compile import report
 from mebp_triton.autotune.rank import unfit
-from mebp_triton.autotune.static import report
 from mebp_triton.kernels.configs import TUNED
 from mebp_triton.kernels.tables import M_BUCKETS, SHIPPED, parse_table, read_table
 

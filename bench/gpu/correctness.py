@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mebp_triton.autotune.measure import poisoned
-from mebp_triton.kernels import ops
+from mebp_triton.kernels import functions
+from mebp_triton.kernels.accuracy import judge, normal, random_weight
 from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight, Scheme
 from mebp_triton.kernels.reference import decode
-from mebp_triton.selftest import check_embedding, check_head, check_lora_layer, judge, normal, random_weight
+from mebp_triton.training.gradient_check import check_embedding, check_head, check_lora_layer
 
 from .operands import dtype_name, strided
 from .routes import known_routes, route_name, run_dx, run_forward
@@ -101,9 +102,9 @@ def check_linear(
     added = normal(n, dtype=dtype, device=device) if bias and kernel == "matmul" else None
     with poisoned():
         if kernel == "matmul":
-            ours = (run or ops.int4_matmul)(x, known.weight, added, low, high, backend="triton")
+            ours = (run or functions.int4_matmul)(x, known.weight, added, low, high, backend="triton")
         else:
-            ours = (run or ops.int4_matmul_dx)(x, known.weight, low, high, backend="triton")
+            ours = (run or functions.int4_matmul_dx)(x, known.weight, low, high, backend="triton")
 
     def expected(matrix: Tensor) -> Tensor:
         to = matrix.dtype
@@ -128,8 +129,8 @@ def _groups(session: Session) -> None:
         ts = [normal(m, 16, dtype=dtype, device=session.device) for _ in shapes]
         bs = [normal(n, 16, dtype=dtype, device=session.device) for n, _ in shapes]
         with poisoned():
-            ys = ops.int4_matmul_group(x, weights, [None] * len(shapes), ts, bs, backend="triton")
-            dx = ops.int4_matmul_dx_group(dys, weights, backend="triton")
+            ys = functions.int4_matmul_group(x, weights, [None] * len(shapes), ts, bs, backend="triton")
+            dx = functions.int4_matmul_dx_group(dys, weights, backend="triton")
         about = {"shapes": shapes, "dtype": dtype_name(dtype), "m": m}
         for index, (y, weight, t, b) in enumerate(zip(ys, weights, ts, bs, strict=True)):
             same, truth = (x.to(to) @ decode(weight, to).t() + t.to(to) @ b.to(to).t() for to in (dtype, torch.float64))

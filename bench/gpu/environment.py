@@ -7,8 +7,8 @@ import subprocess
 
 import torch
 
-from mebp_triton.autotune.measure import measure_copy_gb_s, measure_matmul_tflop_s
-from mebp_triton.report import environment as versions
+from mebp_triton.autotune.ceilings import measure_copy_gb_s, measure_matmul_tflop_s
+from mebp_triton.system.machine import environment as versions
 
 from .operands import dtype_name
 from .session import Session

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mebp_triton.selftest import normal
+from mebp_triton.kernels.accuracy import normal
 
 from .memory import make_layer
 from .operands import close

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mebp_triton.kernels.accuracy import normal, random_weight
 from mebp_triton.kernels.layout import Scheme
-from mebp_triton.lora import Int4LoRALinear
-from mebp_triton.memory import peak_resident_bytes
-from mebp_triton.selftest import normal, random_weight
+from mebp_triton.layers.linear import Int4LoRALinear
+from mebp_triton.system.memory import peak_resident_bytes
 
 from .session import Session
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mebp_triton.kernels.accuracy import normal
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.selftest import normal
 
 
 def dtype_name(dtype: torch.dtype) -> str:

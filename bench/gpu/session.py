@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from mebp_triton import files
-from mebp_triton.autotune.measure import CudaTimer, Limits, Timer, WallTimer
+from mebp_triton.autotune.timing import CudaTimer, Limits, Timer, WallTimer
+from mebp_triton.system import strict_json
 
 from .sizes import Sizes
 
@@ -79,5 +79,5 @@ class Session:
     def save(self, now: bool = False, error: str | None = None) -> None:
         """Writes what there is so far; at most every few seconds, unless ``now``."""
         if now or time.monotonic() - self.saved >= SECONDS_BETWEEN_SAVES:
-            files.write_json(self.kept, {"results": self.results, "failures": self.failures, "error": error})
+            strict_json.write_json(self.kept, {"results": self.results, "failures": self.failures, "error": error})
             self.saved = time.monotonic()

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mebp_triton.autotune.measure import SAMPLE_US, WINDOW, Timer
-from mebp_triton.kernels import ops
+from mebp_triton.autotune.measure import SAMPLE_US, WINDOW
+from mebp_triton.autotune.timing import Timer
+from mebp_triton.kernels import functions
+from mebp_triton.kernels.accuracy import normal, random_weight
 from mebp_triton.kernels.configs import Problem
 from mebp_triton.kernels.embedding import decode_rows_triton
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.tables import architecture_of, choose
-from mebp_triton.selftest import normal, random_weight
 
 from .operands import clone, close, dtype_name, nf4_pair
 from .routes import route_name, run_dx, run_forward
@@ -95,7 +96,7 @@ class Weights:
     def sides(self, kernel: str) -> dict[str, Side]:
         forward = kernel == "matmul"
         run = run_forward if forward else run_dx
-        op = ops.int4_matmul if forward else ops.int4_matmul_dx
+        op = functions.int4_matmul if forward else functions.int4_matmul_dx
         sides = {
             "cublas": Side([_times(w, forward) for w in self.plain], "int4"),
             "ours": Side([partial(_ours, op, w) for w in self.ours], "int4"),

@@ -20,11 +20,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mebp_triton as mebp
+from mebp_triton.cli.peft_baseline import with_adapter
 from mebp_triton.kernels.reference import decode
-from mebp_triton.memory import peak_resident_bytes
-from mebp_triton.optim import BlockAdamW, block_groups
-from mebp_triton.peer import with_adapter
-from mebp_triton.stores.format import Store
+from mebp_triton.store.reader import Store
+from mebp_triton.system.memory import peak_resident_bytes
+from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups
 
 from .session import Session
 

@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Sequence
 
-from mebp_triton import files
 from mebp_triton.autotune.log import Trial, log_path
+from mebp_triton.autotune.results import Results
 from mebp_triton.autotune.shapes import problems
-from mebp_triton.autotune.tune import Machine, Rank, Results, model_rank, tune
+from mebp_triton.autotune.tune import Machine, Rank, model_rank, tune
 from mebp_triton.kernels.configs import Problem, default_config
 from mebp_triton.kernels.tables import architecture_of, load_tables, user_table_path
+from mebp_triton.system import strict_json
 
 from .session import Session
 
@@ -19,7 +20,7 @@ from .session import Session
 def tuning(session: Session) -> None:
     """The parts after this one use what it found: it lies where ``choose`` looks."""
     architecture = architecture_of(session.device) or "cpu"
-    results = Results(user_table_path(architecture), architecture, files.write_json)
+    results = Results(user_table_path(architecture), architecture, strict_json.write_json)
     machine = Machine(session.device, session.device.type, session.limits(), session.timer())
     if session.on_gpu:
         machine = Machine.of(session.device)

@@ -30,15 +30,18 @@ import torch
 from grid import COMMON, HALVES, LONGEST, MODES, PAIRS, PARTS, STEPS, TIMED
 
 import mebp_triton as mebp
-from mebp_triton import files
-from mebp_triton.config import TrainConfig
-from mebp_triton.data import TokenizedData, load_data
-from mebp_triton.demo import find_model
-from mebp_triton.evaluate import RunError, evaluate
-from mebp_triton.memory import peak_resident_bytes
-from mebp_triton.report import RunDirectory, environment
-from mebp_triton.selection import Schedule, select_blocks
-from mebp_triton.trainer import Trainer
+from mebp_triton.blocks.selection import Schedule, select_blocks
+from mebp_triton.cli.demonstration import find_model
+from mebp_triton.data.loading import load_data
+from mebp_triton.data.tokenized import TokenizedData
+from mebp_triton.system import strict_json
+from mebp_triton.system.errors import RunError
+from mebp_triton.system.machine import environment
+from mebp_triton.system.memory import peak_resident_bytes
+from mebp_triton.training.evaluation import evaluate
+from mebp_triton.training.run_directory import RunDirectory
+from mebp_triton.training.settings import TrainConfig
+from mebp_triton.training.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "study"
 EVALUATED = 24  # windows
@@ -225,7 +228,7 @@ def work(job: dict[str, Any]) -> str:
     texts, looks = [Path(path) for path in job["texts"]], job["steps"]
     found = train(Path(job["store"]), texts, job["row"], job["seed"], max(looks), looks)
     path = Path(job["path"])
-    files.write_json(path, found | {"threads": job["threads"]})
+    strict_json.write_json(path, found | {"threads": job["threads"]})
     last = next(reversed(found["evaluations"].values()), [math.nan])[0]
     return f"{path.stem}: {last:.4f} in {time.perf_counter() - started:.0f} s"
 
@@ -255,14 +258,16 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "smollm2"
-        command = [sys.executable, "-m", "mebp_triton.cli", "quantize", str(find_model()), str(store), "--json"]
+        command = [sys.executable, "-m", "mebp_triton.cli.main", "quantize", str(find_model()), str(store), "--json"]
         subprocess.run(command, check=True, capture_output=True)
         language = (arguments.train_file.resolve(), arguments.validation_file.resolve())
         texts = {"language": language, "instructions": write_instructions(Path(scratch))}
         for part in arguments.parts:
             if part in MEASUREMENTS:
                 found = MEASUREMENTS[part](store, language)
-                files.write_json(RESULTS / f"{part}.json", found | {"threads": threads, "environment": environment()})
+                strict_json.write_json(
+                    RESULTS / f"{part}.json", found | {"threads": threads, "environment": environment()}
+                )
                 continue
             (RESULTS / part).mkdir(parents=True, exist_ok=True)
             jobs = jobs_of(part, store, texts, threads)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .rows import Masking, tokenize_row
+from .chat import Masking
+from .rows import tokenize_row
 from .sources import Broken, check_source, rows
 from .text import opening, windows
 from .tokenized import RowWriter, TokenizedData

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mebp_triton import files
+from mebp_triton.system import strict_json
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 WANTED = "a .txt, .jsonl or .parquet file"
@@ -82,7 +82,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    yield number, json.loads(text, object_pairs_hook=files.no_duplicates)
+                    yield number, json.loads(text, object_pairs_hook=strict_json.no_duplicates)
             except UnicodeError as error:
                 raise Broken(number, f"not UTF-8 ({error}); convert the file") from error
             except (ValueError, RecursionError) as error:
@@ -130,7 +130,7 @@ def _dataset_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _check_saved(path: Path) -> None:
     """TypeError where a saved dataset names files outside of its directory, or none."""
-    state = files.read_json(path / "state.json")
+    state = strict_json.read_json(path / "state.json")
     if not isinstance(state, dict) or not isinstance(state.get("_data_files"), list):
         raise TypeError("state.json names no data files")
     for entry in state["_data_files"]:

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
 PIECE_CHARS = 1 << 16
 CUT = re.compile(r"(?<=[!-~]\n)(?=[A-Za-z])|(?<=\n)(?= [A-Za-z])")
 # Llama-3's and Qwen2's way to part words (they differ in digits); GPT-2's is built into ByteLevel.
@@ -105,3 +112,20 @@ def _splits_at_cuts(tokenizer: PreTrainedTokenizerBase) -> bool:
         elif part["type"] != "Digits":
             return False
     return parted
+
+
+def split_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, whole: str) -> tuple[list[int], list[int]]:
+    """Ids of the prompt exactly as at inference, and of what follows it.
+
+    What follows is read off the whole, since some tokenisers put a space before any text they start on. Where a token
+    of the whole straddles the boundary that cannot be, and the rest is tokenised alone.
+    """
+    head, ids = encode(tokenizer, prompt), encode(tokenizer, whole)
+    if ids[: len(head)] == head:
+        return head, ids[len(head) :]
+    return head, encode(tokenizer, whole[len(prompt) :])
+
+
+def with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]

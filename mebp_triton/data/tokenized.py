@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mebp_triton.files import ScratchArray
+from mebp_triton.system.scratch import ScratchArray
 
 IGNORE_INDEX = -100
 CHECKSUM_CHUNK = 1 << 20  # elements

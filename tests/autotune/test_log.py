@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mebp_triton.autotune.ceilings import Ceilings
 from mebp_triton.autotune.log import Log, Record, Trial, keep_measurements, log_path, parse_log, read_log
-from mebp_triton.autotune.measure import Ceilings
 from mebp_triton.kernels.configs import Problem, TileConfig
 from mebp_triton.kernels.tables import bucket
 

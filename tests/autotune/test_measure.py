@@ -8,20 +8,17 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from mebp_triton.autotune import measure
+from mebp_triton.autotune import ceilings, measure, timing
+from mebp_triton.autotune.ceilings import measure_copy_gb_s, measure_matmul_tflop_s
 from mebp_triton.autotune.measure import (
     Bench,
-    CudaTimer,
-    Limits,
-    WallTimer,
     bytes_moved,
     flops,
-    measure_copy_gb_s,
-    measure_matmul_tflop_s,
     plan,
     poisoned,
     workspace_bytes,
 )
+from mebp_triton.autotune.timing import CudaTimer, Limits, WallTimer
 from mebp_triton.kernels.configs import Problem, TileConfig, default_config
 from mebp_triton.kernels.layout import SCHEMES
 
@@ -196,7 +193,7 @@ def test_bytes_and_operations():
 
 def test_copies_fit_into_memory_and_at_last_m_is_halved():
     problem = problem_of(m=4096, n=4096, k=4096, dtype=torch.float16)
-    one, fixed = bytes_moved(problem), 32 * 2**20 + 6 * measure.CHUNK_BYTES + workspace_bytes(problem, None)
+    one, fixed = bytes_moved(problem), 32 * 2**20 + 6 * ceilings.CHUNK_BYTES + workspace_bytes(problem, None)
     assert plan(problem, Limits(10 * one, 1 << 40)) == (problem, 20)
     assert plan(problem, Limits(10 * one, fixed + 5 * one)) == (problem, 5)
     smaller, copies = plan(problem, Limits(10 * one, fixed + one))
@@ -247,7 +244,7 @@ def test_the_device_waits_while_launches_are_queued(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("idle"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append(cycles))
-    monkeypatch.setattr(measure.WallTimer, "__call__", lambda self, run: run() or 100.0)
+    monkeypatch.setattr(timing.WallTimer, "__call__", lambda self, run: run() or 100.0)
     timer = CudaTimer(torch.device("cuda"))
     assert timer(lambda: events.append("run")) == 250.0
     assert events == ["enter", "idle", 0, "record", "run", "record", "wait for the end", "exit"]

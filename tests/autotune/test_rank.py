@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mebp_triton.autotune import rank as ranking
+from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport
 from mebp_triton.autotune.rank import MOST_CONFIGS, TOLERANCE, compiled, rank, static_table, unfit, variants
 from mebp_triton.autotune.sass import LoopCounts
-from mebp_triton.autotune.static import SHARED_LIMITS, StaticReport
 from mebp_triton.kernels.configs import Problem, TileConfig
 from mebp_triton.kernels.tables import parse_table, table_to_json
 

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
+from mebp_triton.autotune.ceilings import Ceilings
 from mebp_triton.autotune.log import Log, Record, Trial
-from mebp_triton.autotune.measure import Ceilings, bytes_moved
+from mebp_triton.autotune.measure import bytes_moved
 from mebp_triton.autotune.report import ceilings_of, describe_route, draw, nominal_ceilings, rows
 from mebp_triton.kernels.configs import Problem, TileConfig
 from mebp_triton.kernels.tables import Entry, bucket

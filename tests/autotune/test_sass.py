@@ -6,8 +6,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mebp_triton.autotune.compile import meta_weight, specialize
 from mebp_triton.autotune.sass import LoopCounts, count, cuobjdump, disassemble, main_loops, parse
-from mebp_triton.autotune.static import meta_weight, specialize
 from mebp_triton.kernels import matmul
 from mebp_triton.kernels.configs import TileConfig
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mebp_triton.autotune.model import NOMINAL, grid
+from mebp_triton.autotune.cost_model import NOMINAL, grid
 from mebp_triton.autotune.space import MIN_STEPS, candidates
 from mebp_triton.kernels.configs import Problem
 

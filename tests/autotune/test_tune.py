@@ -10,24 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mebp_triton import files
 from mebp_triton.autotune import rank as ranking
+from mebp_triton.autotune import results as results_module
 from mebp_triton.autotune import tune as module
+from mebp_triton.autotune.ceilings import Ceilings
 from mebp_triton.autotune.log import Log, Record, Trial, log_path, read_log
-from mebp_triton.autotune.measure import Ceilings, Limits, Measurement, WallTimer
-from mebp_triton.autotune.tune import (
-    Machine,
-    Results,
-    merge,
-    model_rank,
-    target_of,
-    tune,
-    tune_offline,
-    versions,
-    winner,
-)
+from mebp_triton.autotune.measure import Measurement
+from mebp_triton.autotune.results import Results, merge, versions
+from mebp_triton.autotune.timing import Limits, WallTimer
+from mebp_triton.autotune.tune import Machine, model_rank, target_of, tune, tune_offline, winner
 from mebp_triton.kernels.configs import Problem, TileConfig, default_config
 from mebp_triton.kernels.tables import Entry, bucket, read_table, user_table_path
+from mebp_triton.system import strict_json
 
 MACHINE = Machine(torch.device("cpu"), "A device", Limits(1 << 16, 1 << 30), WallTimer())
 PROBLEMS = [Problem(kernel, m, 128, 128, dtype=torch.float32) for kernel in ("matmul", "matmul_dx") for m in (16, 64)]
@@ -45,7 +39,7 @@ def no_rank(problem):
 
 @pytest.fixture
 def results(tmp_path):
-    return Results(tmp_path / "tables" / "sm_87.json", "sm_87", files.write_json)
+    return Results(tmp_path / "tables" / "sm_87.json", "sm_87", strict_json.write_json)
 
 
 @pytest.fixture
@@ -131,7 +125,7 @@ def test_what_was_measured_is_skipped(results, measured, monkeypatch):
     # Unless it is asked for, on another device, or with other versions.
     assert tune(PROBLEMS, MACHINE, results, no_rank, force=True) == PROBLEMS
     assert tune(PROBLEMS, replace(MACHINE, name="Another"), results, no_rank) == PROBLEMS
-    monkeypatch.setattr(module, "versions", lambda: {"triton": "99", "torch": "99"})
+    monkeypatch.setattr(results_module, "versions", lambda: {"triton": "99", "torch": "99"})
     assert tune(PROBLEMS, MACHINE, results, no_rank) == PROBLEMS
 
 
@@ -215,7 +209,7 @@ def test_only_its_user_may_write_there(results):
 @pytest.mark.parametrize("garbage", ["", "{", '{"format": 1, "architecture": "sm_90", "entries": []}', "\0" * 99])
 def test_the_users_own_table_is_replaced_where_it_is_damaged_or_foreign(tmp_path, monkeypatch, garbage):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    results = Results(user_table_path("sm_87"), "sm_87", files.write_json)
+    results = Results(user_table_path("sm_87"), "sm_87", strict_json.write_json)
     results.check()
     results.path.parent.mkdir(parents=True, mode=0o700)
     results.path.write_text(garbage)
@@ -252,7 +246,7 @@ def test_the_users_own_table_must_not(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     path.parent.chmod(0o777)
     with pytest.raises(ValueError, match="everybody may write"):
-        Results(path, "sm_87", files.write_json).check()
+        Results(path, "sm_87", strict_json.write_json).check()
 
 
 WRITER = textwrap.dedent("""

@@ -14,9 +14,9 @@ from argparse import Namespace
 import pytest
 import torch
 
+from mebp_triton.kernels.accuracy import judge
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.tables import parse_table
-from mebp_triton.selftest import judge
 
 PARTS = ["environment", "correctness", "memory", "graphs", "tune", "speed", "training"]
 HAS_PEER = importlib.util.find_spec("bitsandbytes") is not None

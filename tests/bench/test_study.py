@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from runs import run_store, sentences
 
-from mebp_triton.config import TrainConfig
+from mebp_triton.training.settings import TrainConfig
 
 STUDY = Path(__file__).resolve().parent.parent.parent / "bench" / "study"
 

@@ -5,15 +5,8 @@ import pytest
 import torch
 from texts import rows, text_data
 
-from mebp_triton.data import (
-    Example,
-    batches,
-    batches_per_epoch,
-    collate,
-    epoch_order,
-    evenly_spaced,
-    valid_tokens,
-)
+from mebp_triton.data.batching import batches, batches_per_epoch, collate, epoch_order, evenly_spaced, valid_tokens
+from mebp_triton.data.tokenized import Example
 
 
 @pytest.mark.parametrize(

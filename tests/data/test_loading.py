@@ -8,8 +8,11 @@ import pytest
 import torch
 from texts import QUESTION, SENTENCES, rows
 
-from mebp_triton.data import batches, collate, load_data, pack
-from mebp_triton.files import FileError, ScratchArray
+from mebp_triton.data.batching import batches, collate
+from mebp_triton.data.loading import load_data
+from mebp_triton.data.packing import pack
+from mebp_triton.system.errors import FileError
+from mebp_triton.system.scratch import ScratchArray
 
 
 def test_one_file_mixes_kinds_and_skips_blank_lines(tokenizer, write):

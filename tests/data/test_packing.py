@@ -9,8 +9,9 @@ from models import ARCHITECTURES, our_gradients, peft_gradients, peft_model, ran
 from torch import nn
 
 import mebp_triton as mebp
-from mebp_triton.data import DataReport, TokenizedData, check_packing, collate, pack, valid_tokens
-from mebp_triton.data.packing import best_fit_decreasing
+from mebp_triton.data.batching import collate, valid_tokens
+from mebp_triton.data.packing import best_fit_decreasing, check_packing, pack
+from mebp_triton.data.tokenized import DataReport, TokenizedData
 
 LENGTHS = [9, 24, 5, 2, 13, 11, 7, 17, 3]
 REFUSED = {"opt"}  # its mask is made without position_ids

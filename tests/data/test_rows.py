@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from mebp_triton.data import Masking, load_data
+from mebp_triton.data.chat import Masking
+from mebp_triton.data.loading import load_data
 
 
 def test_text_row_ends_in_eos_once(tokenizer, write):

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from texts import ANSWER, QUESTION, rows
 
-from mebp_triton.data import check_source, load_data
+from mebp_triton.data.loading import load_data
+from mebp_triton.data.sources import check_source
 
 MIXED = [
     {"messages": QUESTION + ANSWER},

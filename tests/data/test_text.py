@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from mebp_triton.data import load_data
 from mebp_triton.data import text as text_module
+from mebp_triton.data.loading import load_data
 from mebp_triton.data.text import SPLIT_REGEXES, opened, opening
 
 

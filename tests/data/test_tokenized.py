@@ -5,7 +5,8 @@ import pytest
 import torch
 from texts import QUESTION, SENTENCES, encode, rows, text_data
 
-from mebp_triton.data import collate, load_data, valid_tokens
+from mebp_triton.data.batching import collate, valid_tokens
+from mebp_triton.data.loading import load_data
 
 
 def test_rows_are_cut_and_a_fully_masked_one_is_dropped(tokenizer, write):

@@ -6,7 +6,8 @@ from allocations import Allocations
 from torch.nn import functional
 
 from mebp_triton.kernels import cross_entropy, panel, reference
-from mebp_triton.kernels.cross_entropy import apply_chain, int4_cross_entropy_panel
+from mebp_triton.kernels.cross_entropy import int4_cross_entropy_panel
+from mebp_triton.kernels.running_softmax import apply_chain
 
 CHAINS = {
     "plain": (1.0,),

@@ -7,19 +7,18 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from mebp_triton.kernels import matmul, ops, reference, tables
+from mebp_triton.kernels import functions, matmul, ops, reference, routing, tables
 from mebp_triton.kernels.configs import Problem, TileConfig, default_config
-from mebp_triton.kernels.layout import SCHEMES
-from mebp_triton.kernels.ops import (
-    BACKENDS,
+from mebp_triton.kernels.functions import (
     int4_cross_entropy,
     int4_embedding,
     int4_matmul,
     int4_matmul_dx,
     int4_matmul_dx_group,
     int4_matmul_group,
-    resolve_backend,
 )
+from mebp_triton.kernels.layout import SCHEMES
+from mebp_triton.kernels.routing import BACKENDS, resolve_backend
 from mebp_triton.kernels.tables import Entry
 
 PANEL = "panel"
@@ -222,8 +221,13 @@ def test_wrong_widths(make_weight, call, name):
     [
         (70, int4_matmul),
         (7, int4_matmul_dx),
-        (70, lambda x, weight: ops.int4_matmul_group(x, [weight], [None], [torch.zeros(3, 2)], [torch.zeros(7, 2)])),
-        (7, lambda dy, weight: ops.int4_matmul_dx_group([dy, dy], [weight, weight])),
+        (
+            70,
+            lambda x, weight: functions.int4_matmul_group(
+                x, [weight], [None], [torch.zeros(3, 2)], [torch.zeros(7, 2)]
+            ),
+        ),
+        (7, lambda dy, weight: functions.int4_matmul_dx_group([dy, dy], [weight, weight])),
         (70, lambda x, weight: int4_cross_entropy(x, weight, torch.zeros(3).long())),
     ],
 )
@@ -235,14 +239,14 @@ def test_integers_are_no_activations(make_weight, columns, call, dtype):
 def test_auto_means_panels_on_the_cpu_and_triton_on_a_gpu(monkeypatch):
     assert resolve_backend("auto", torch.device("cpu")) == "panel"
     assert resolve_backend("panel", torch.device("cuda")) == "panel"
-    assert resolve_backend("auto", torch.device("cuda")) == ("triton" if ops.has_triton() else "panel")
-    monkeypatch.setattr(ops, "has_triton", lambda: False)
+    assert resolve_backend("auto", torch.device("cuda")) == ("triton" if routing.has_triton() else "panel")
+    monkeypatch.setattr(routing, "has_triton", lambda: False)
     assert resolve_backend("auto", torch.device("cuda")) == "panel"
     with pytest.raises(ValueError, match="not installed"):
         resolve_backend("triton", torch.device("cuda"))
 
 
-@pytest.mark.skipif(not ops.has_triton(), reason="needs the package triton")
+@pytest.mark.skipif(not routing.has_triton(), reason="needs the package triton")
 def test_triton_on_the_cpu_is_an_error_outside_of_its_interpreter(monkeypatch, make_weight):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     weight = make_weight(7, 70).to("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton.language import core
 
-from mebp_triton.kernels.cross_entropy import RunningSoftmax
+from mebp_triton.kernels.running_softmax import RunningSoftmax
 from mebp_triton.kernels.softmax_tile import BLOCK_V, update_softmax
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")

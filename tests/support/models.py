@@ -11,9 +11,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mebp_triton.convert import quantize
+from mebp_triton.convert.quantize import quantize
 from mebp_triton.kernels.reference import decode
-from mebp_triton.stores.format import Store
+from mebp_triton.store.reader import Store
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -156,7 +156,7 @@ def peft_model(store: Path, model: Any, dtype: torch.dtype = torch.float32, **lo
     """``decoded_model`` under PEFT, with the adapter values of ``model`` (ours)."""
     import peft
 
-    from mebp_triton.adapter import adapter_tensors
+    from mebp_triton.models.adapter import adapter_tensors
 
     tensors = adapter_tensors(model)
     targets = sorted({name.split(".")[-3] for name in tensors})
@@ -206,7 +206,7 @@ def peft_gradients(wrapped: Any) -> dict[str, torch.Tensor]:
 
 
 def our_gradients(model: Any) -> dict[str, torch.Tensor | None]:
-    from mebp_triton.adapter import PREFIX, adapter_layers
+    from mebp_triton.models.adapter import PREFIX, adapter_layers
 
     found = {}
     for name, layer in adapter_layers(model).items():

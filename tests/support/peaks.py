@@ -15,19 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from mebp_triton import memory
-from mebp_triton.allocator import return_free_memory, return_large_freed_memory
-from mebp_triton.config import TrainConfig
-from mebp_triton.data import DataReport, TokenizedData, pack
+from mebp_triton.convert.writers.store import StoreWriter
+from mebp_triton.data.packing import pack
+from mebp_triton.data.tokenized import DataReport, TokenizedData
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.tables import DTYPES
-from mebp_triton.model import load
-from mebp_triton.planning.inventory import Inventory
-from mebp_triton.planning.moments import FIRST_STEPS
-from mebp_triton.planning.planner import Planner
-from mebp_triton.report import RunDirectory
-from mebp_triton.stores.format import Store, StoreWriter
-from mebp_triton.trainer import Trainer
+from mebp_triton.models.load import load
+from mebp_triton.store.reader import Store
+from mebp_triton.system import memory
+from mebp_triton.system.memory import return_free_memory, return_large_freed_memory
+from mebp_triton.training.plan.inventory import Inventory
+from mebp_triton.training.plan.phases import FIRST_STEPS
+from mebp_triton.training.plan.planner import Planner
+from mebp_triton.training.run_directory import RunDirectory
+from mebp_triton.training.settings import TrainConfig
+from mebp_triton.training.trainer import Trainer
 
 
 def random_tokens(vocabulary: int, rows: int, length: int) -> TokenizedData:

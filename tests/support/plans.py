@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mebp_triton.planning.inventory import Inventory
-from mebp_triton.planning.planner import Plan, Planner
-from mebp_triton.stores.format import Store
+from mebp_triton.store.reader import Store
+from mebp_triton.training.plan.inventory import Inventory
+from mebp_triton.training.plan.planner import Plan, Planner
 
 SMALL: dict[str, Any] = {"device": "cpu", "max_length": 32, "lora_r": 4}
 

@@ -24,12 +24,15 @@ from models import batch, randomize_adapter
 from runs import trainer, word_tokenizer
 
 import mebp_triton as mebp
-import mebp_triton.commands.train
-from mebp_triton import cli, distributed, report
-from mebp_triton.adapter import adapter_layers, adapter_tensors
-from mebp_triton.data import load_data
-from mebp_triton.distributed import joined
-from mebp_triton.trainer import Trainer, finetune
+import mebp_triton.cli.commands.train
+from mebp_triton.cli import main
+from mebp_triton.data.loading import load_data
+from mebp_triton.models.adapter import adapter_layers, adapter_tensors
+from mebp_triton.training import plots
+from mebp_triton.training import processes as processes_module
+from mebp_triton.training.finetune import finetune
+from mebp_triton.training.processes import joined
+from mebp_triton.training.trainer import Trainer
 
 
 @dataclass
@@ -74,8 +77,8 @@ def _run_rank(rank: int, size: int, port: int, root: Path, body: Any, arguments:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    report.draw_plots = lambda *_: []  # most of the time of so short a run
-    distributed.TIMEOUT = timedelta(minutes=10)  # longer than a test waits: none may end by it
+    plots.draw_plots = lambda *_: []  # most of the time of so short a run
+    processes_module.TIMEOUT = timedelta(minutes=10)  # longer than a test waits: none may end by it
     body(*arguments)
 
 
@@ -147,7 +150,7 @@ def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step:
 
     Trainer._one_step = broken  # type: ignore[method-assign]
     mebp_triton.commands.train._plan = lambda *_: None
-    sys.exit(cli.main(arguments))
+    sys.exit(main.main(arguments))
 
 
 def command_of_rank(given: list[list[str]]) -> None:

@@ -12,14 +12,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from mebp_triton.config import TrainConfig
-from mebp_triton.convert import quantize
-from mebp_triton.data import TokenizedData, load_data
-from mebp_triton.distributed import ALONE
-from mebp_triton.lora import LoraConfig
-from mebp_triton.model import load
-from mebp_triton.report import OthersRunDirectory, RunDirectory
-from mebp_triton.trainer import Trainer
+from mebp_triton.convert.quantize import quantize
+from mebp_triton.data.loading import load_data
+from mebp_triton.data.tokenized import TokenizedData
+from mebp_triton.layers.lora_config import LoraConfig
+from mebp_triton.models.load import load
+from mebp_triton.training.processes import ALONE
+from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory
+from mebp_triton.training.settings import TrainConfig
+from mebp_triton.training.trainer import Trainer
 
 SUBJECTS = ["the cat", "a dog", "my friend", "this old ship", "one tall tree"]
 VERBS = ["sees", "likes", "follows", "finds", "forgets"]

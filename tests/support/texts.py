@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mebp_triton.data import load_data
+from mebp_triton.data.loading import load_data
 
 SENTENCES = [
     "The cat sat on the mat and looked at the dog.",

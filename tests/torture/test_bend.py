@@ -1,4 +1,4 @@
-"""Bent files, in short: a hundred of the cases of ``bench/torture/bend.py``, and that it sees what is lost."""
+"""Bent files, in short: a hundred of the cases of ``tests/torture/bend.py``, and that it sees what is lost."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "bench" / "torture" / "bend.py"
+SCRIPT = ROOT / "tests" / "torture" / "bend.py"
 
 
 @pytest.fixture(scope="module")

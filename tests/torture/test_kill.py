@@ -1,11 +1,11 @@
-"""The short form of bench/torture/kill.py: a few points of each command."""
+"""The short form of tests/torture/kill.py: a few points of each command."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "torture" / "kill.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tests" / "torture" / "kill.py"
 
 
 def test_what_is_killed_goes_on_to_the_same_end(tmp_path):

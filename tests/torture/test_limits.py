@@ -1,4 +1,4 @@
-"""Full disks and limits, in short: some points of ``bench/torture/limits.py``."""
+"""Full disks and limits, in short: some points of ``tests/torture/limits.py``."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "bench" / "torture" / "limits.py"
+SCRIPT = ROOT / "tests" / "torture" / "limits.py"
 
 
 def run(*options):

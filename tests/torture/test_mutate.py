@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "bench" / "torture" / "mutate.py"
+SCRIPT = ROOT / "tests" / "torture" / "mutate.py"
 
 
 @pytest.fixture

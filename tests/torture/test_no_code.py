@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from runs import word_tokenizer
 
-from mebp_triton.lora import LoraConfig
+from mebp_triton.layers.lora_config import LoraConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
@@ -34,15 +34,15 @@ CALLS |= {"np.load", "numpy.load", "yaml.load", "yaml.full_load", "yaml.unsafe_l
 CALLS |= {"importlib.reload", "importlib.util.spec_from_file_location", "get_class_from_dynamic_module"}
 CALLS |= {"jinja2.Environment", "jinja2.Template", "load_dataset", "datasets.load_dataset"}
 # Where a name is imported that is no constant: a command, one of argparse's choices; and public names of the package.
-IMPORTS_BY_NAME = {"mebp_triton/cli.py": 1, "mebp_triton/__init__.py": 1}
+IMPORTS_BY_NAME = {"mebp_triton/cli/main.py": 1, "mebp_triton/__init__.py": 1}
 # Expressions that are not literals: an adapter's, with a limit of time.
 TIMED = {"re.compile(expression)", "regex.fullmatch(expression, path, timeout=MATCH_SECONDS)"}
 # ... and a name of a module, taken literally.
 ESCAPED = {"re.match(f'{re.escape(parent)}\\\\.\\\\d+\\\\.', key)"}
 # ... and transformers' own, of its classes.
 OF_CLASSES = {"re.search(pattern, name)"}
-EXPRESSIONS = {"mebp_triton/lora.py": TIMED, "mebp_triton/importers/safetensors_dir.py": ESCAPED}
-EXPRESSIONS |= {"mebp_triton/importers/__init__.py": OF_CLASSES}
+EXPRESSIONS = {"mebp_triton/layers/linear.py": TIMED, "mebp_triton/convert/readers/safetensors_dir.py": ESCAPED}
+EXPRESSIONS |= {"mebp_triton/convert/readers/__init__.py": OF_CLASSES}
 PATTERNS = re.compile(r"^(re|regex)\.(compile|match|fullmatch|search|sub|findall|finditer|split)$")
 
 
@@ -267,7 +267,7 @@ def test_settings_that_would_make_objects(mebp, world, canary, tmp_path):
 )
 def test_an_expression_that_never_ends(key, expression, monkeypatch):
     """``re`` would match these for longer than anybody waits."""
-    monkeypatch.setattr("mebp_triton.lora.MATCH_SECONDS", 0.1)
+    monkeypatch.setattr("mebp_triton.layers.lora_config.MATCH_SECONDS", 0.1)
     value = {expression: 2} if key.endswith("pattern") else expression
     config = LoraConfig(**({"target_modules": "all-linear"} | {key: value}))
     path = "model.layers.0.self_attn.q_proj_and_a_long_name_of_many_words_for_a_layer_of_the_decoder"

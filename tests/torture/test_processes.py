@@ -5,8 +5,8 @@ import json
 import pytest
 import ranks
 
-from mebp_triton.files import TEMPORARY_PREFIX
-from mebp_triton.stores.format import Store
+from mebp_triton.store.reader import Store
+from mebp_triton.system.temporaries import TEMPORARY_PREFIX
 
 
 def at_once(root, *commands):

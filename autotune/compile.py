@@ -1,0 +1,223 @@
+"""What the compiler says of a kernel, with no GPU: registers, spills, shared memory, instructions of the main loop.
+
+A kernel is compiled for a named target exactly as a launch would compile it. Too much shared memory is no compile
+error, so a report compares it with the target's limit. These limits serve analysis only: on a device, its own
+properties are asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from mebp_triton.kernels import embedding, matmul, matmul_dx
+from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig
+from mebp_triton.kernels.layout import Int4Weight, Scheme, group_count, padded
+
+from .sass import LoopCounts, count, cuobjdump, disassemble, main_loops
+
+# Bytes of shared memory that one block may ask for (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMITS = {
+    75: 65_536,
+    80: 166_912,
+    86: 101_376,
+    87: 166_912,
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    120: 101_376,
+}
+
+POINTER_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
+# Columns of sm_100's tensor memory, where its matrix instructions keep sums.
+TENSOR_MEMORY_LIMIT = 512
+
+
+@dataclass(frozen=True)
+class StaticReport:
+    """One kernel compiled for one target.
+
+    Attributes:
+        kernel: its name.
+        target_sm: compute capability, such as 87.
+        registers: per thread.
+        spill_bytes: per thread, what did not fit into registers (the stack frame).
+        shared_bytes: per block.
+        shared_limit: what a block may ask for on that target.
+        tensor_memory: columns of it per block; sm_100 only.
+        loop: one trip of the main loop; None where no loop has matrix instructions. Of several, the longest.
+        conversions: from integer to float, in all loops with matrix instructions.
+        unpacking_per_weight: integer instructions that unpack, per weight of a tile; None where nothing is known.
+            Above what one decoding takes, several warps decode the same weight.
+    """
+
+    kernel: str
+    target_sm: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    tensor_memory: int = 0
+    loop: LoopCounts | None = None
+    conversions: int = 0
+    unpacking_per_weight: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        """A launch would be accepted."""
+        return self.shared_bytes <= self.shared_limit and self.tensor_memory <= TENSOR_MEMORY_LIMIT
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """``cuobjdump``'s resource line of the one kernel in a cubin: REG, STACK, SHARED, LOCAL, ..."""
+    dump = cuobjdump(cubin, "--dump-resource-usage")
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
+    if not {"REG", "STACK"} <= usage.keys():
+        raise RuntimeError(f"cuobjdump gave no resource usage:\n{dump}")
+    return usage
+
+
+def specialize(kernel: JITFunction, arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict, dict]:
+    """Signature, constants and attributes of a launch with these arguments, as the JIT would derive them.
+
+    A tensor stands for a pointer aligned to 16 bytes. An integer 1 and None become constants; an integer that is a
+    multiple of 16 is known to be one.
+    """
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = POINTER_TYPES[value.dtype]
+            attributes[(index,)] = DIVISIBLE_BY_16
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = DIVISIBLE_BY_16
+    return signature, constants, attributes
+
+
+def compile_for(
+    kernel: JITFunction, arguments: Mapping[str, Any], target_sm: int, options: Mapping[str, Any]
+) -> StaticReport:
+    """Compiles a kernel for a GPU that need not be there.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        arguments: all its arguments by name, as for a launch; tensors may lie on the meta device.
+        target_sm: compute capability, one of ``SHARED_LIMITS``.
+        options: as for a launch: ``num_warps``, ``num_stages``, ...
+
+    Raises:
+        ValueError: an unknown target, or a kernel that belongs to Triton's interpreter.
+    """
+    if target_sm not in SHARED_LIMITS:
+        raise ValueError(f"target_sm must be one of {sorted(SHARED_LIMITS)}, got {target_sm}")
+    if not isinstance(kernel, JITFunction):
+        raise ValueError(f"kernel must be a JIT function, got {type(kernel).__name__}; unset TRITON_INTERPRET")
+    signature, constants, attributes = specialize(kernel, arguments)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", target_sm, 32),
+        options=dict(options),
+    )
+    cubin = compiled.asm["cubin"]
+    usage = resource_usage(cubin)
+    loops = [count(loop) for loop in main_loops(disassemble(cubin))]
+    return StaticReport(
+        kernel=kernel.__name__,
+        target_sm=target_sm,
+        registers=usage["REG"],
+        spill_bytes=usage["STACK"],
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=SHARED_LIMITS[target_sm],
+        tensor_memory=getattr(compiled.metadata, "tmem_size", 0),
+        loop=max(loops, key=lambda loop: loop.issue_slots, default=None),
+        conversions=sum(loop.conversions for loop in loops),
+    )
+
+
+def meta_weight(n: int, k: int, group_size: int, scheme: Scheme, scale_dtype: torch.dtype) -> Int4Weight:
+    """A weight of these shapes without memory."""
+    scales = torch.empty(group_count(k, group_size), n, dtype=scale_dtype, device="meta")
+    return Int4Weight(
+        packed=torch.empty(n, padded(k) // 2, dtype=torch.uint8, device="meta"),
+        scales=scales,
+        in_features=k,
+        group_size=group_size,
+        minimum=torch.empty_like(scales) if scheme == "affine" else None,
+        codebook=torch.empty(16, device="meta") if scheme == "codebook" else None,
+    )
+
+
+def report(
+    problem: Problem,
+    config: TileConfig,
+    target_sm: int,
+    rank: int = 16,
+    bias: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
+    members: int = 1,
+) -> StaticReport:
+    """The report of one of our kernels.
+
+    Args:
+        problem: which kernel, on what. Only what a launch specialises on matters of its shape: divisibility by 16 and
+            by ``block_k``, and sizes of 1.
+        config: tile sizes.
+        target_sm: compute capability.
+        rank: of the LoRA term; 0 for none. The embedding has none.
+        bias: with a bias; ``matmul`` only.
+        scale_dtype: of the weight's scales.
+        members: weights of one launch, each as the problem says.
+
+    Raises:
+        ValueError: an unknown kernel or target, or a configuration that the kernel cannot run so.
+    """
+    m, n, k = problem.m, problem.n, problem.k
+    if problem.kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {KERNELS}, got {problem.kernel!r}")
+    if not config.suits(problem):
+        raise ValueError(f"config must suit the problem, got {config} for {problem}")
+    weight = meta_weight(n, k, problem.group_size, problem.scheme, scale_dtype)
+    weights = [weight] * members
+
+    def meta(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    out_dtype = problem.dtype if config.split == 1 else torch.float32
+    if problem.kernel == "matmul":
+        outs = n * members
+        t, b = (meta(m, rank * members), meta(outs, rank)) if rank else (None, None)
+        function, x, ys = matmul._matmul_kernel, meta(m, k), [meta(m, n, dtype=out_dtype)] * members
+        arguments = matmul.matmul_arguments(x, weights, meta(outs) if bias else None, t, b, ys, config)
+    elif problem.kernel == "matmul_dx":
+        g, a = (meta(m, rank * members), meta(rank * members, k)) if rank else (None, None)
+        function, dx = matmul_dx._matmul_dx_kernel, meta(m, k, dtype=out_dtype)
+        arguments = matmul_dx.matmul_dx_arguments([meta(m, n)] * members, weights, g, a, dx, config)
+    else:
+        function, ids = embedding._embedding_kernel, torch.empty(m, dtype=torch.int64, device="meta")
+        arguments = embedding.embedding_arguments(ids, weight, meta(m, k), config)
+    made = compile_for(function, arguments, target_sm, config.launch_options())
+    if made.loop is None:
+        return made
+    decoded = config.block_n * config.block_k / (32 * config.num_warps)
+    return replace(made, unpacking_per_weight=made.loop.unpacking / decoded)

@@ -1,0 +1,223 @@
+"""The operations as functions of ``Int4Weight``: what every layer calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import Int4Weight
+from .ops import cross_entropy_op, embedding_op, matmul_dx_op, matmul_op, no_autocast, shaped
+from .panel import int4_matmul_dx_group_panel
+from .routing import resolve_backend, routed
+from .tables import Route
+
+
+def _fields(weight: Int4Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+    return weight.packed, weight.scales, weight.minimum, weight.codebook, weight.in_features, weight.group_size
+
+
+def int4_matmul(
+    x: Tensor,
+    weight: Int4Weight,
+    bias: Tensor | None = None,
+    t: Tensor | None = None,
+    b: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``Y = X·Wᵀ + bias + t·bᵀ``, differentiable in x, bias, t and b.
+
+    Args:
+        x: ``[..., K]``. weight: ``[N, K]``. bias: ``[N]``.
+        t: ``[..., R]``, LoRA's scaled ``X·Aᵀ``. b: ``[N, R]``, LoRA's B.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+    """
+    _check("x", x, weight.in_features, weight, backend)
+    flat = x.reshape(-1, x.shape[-1])
+    t = None if t is None else t.reshape(-1, t.shape[-1])
+    with no_autocast(x):
+        y = matmul_op(flat, *_fields(weight), bias, t, b, backend)
+    return shaped(y, x)
+
+
+def int4_matmul_dx(
+    dy: Tensor, weight: Int4Weight, g: Tensor | None = None, a: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """``dX = dY·W + g·a``, differentiable in dy, g and a.
+
+    Args:
+        dy: ``[..., N]``. weight: ``[N, K]``. g: ``[..., R]``, LoRA's scaled ``dY·B``. a: ``[R, K]``, LoRA's A.
+
+    Returns:
+        ``[..., K]`` in dy's dtype.
+    """
+    _check("dy", dy, weight.out_features, weight, backend)
+    flat = dy.reshape(-1, dy.shape[-1])
+    g = None if g is None else g.reshape(-1, g.shape[-1])
+    with no_autocast(dy):
+        dx = matmul_dx_op(flat, *_fields(weight), g, a, backend)
+    return dx.view(*dy.shape[:-1], weight.in_features)
+
+
+def int4_matmul_group(
+    x: Tensor,
+    weights: Sequence[Int4Weight],
+    biases: Sequence[Tensor | None],
+    ts: Sequence[Tensor],
+    bs: Sequence[Tensor],
+    backend: str = "auto",
+) -> list[Tensor]:
+    """``int4_matmul`` of several weights with one input ``[..., K]``: in one launch where a fused kernel takes them.
+
+    Args:
+        weights: ``[N_i, K]`` each; biases: ``[N_i]`` or None.
+        ts: ``[..., R_i]``, LoRA's scaled ``X·A_iᵀ``; bs: ``[N_i, R_i]``.
+
+    Returns:
+        ``[..., N_i]`` each. Not differentiable: for use within an autograd function.
+    """
+    _check("x", x, weights[0].in_features, weights[0], backend)
+    flat = x.reshape(-1, x.shape[-1])
+    ts = [t.reshape(-1, t.shape[-1]) for t in ts]
+    with no_autocast(x):
+        outputs = _matmul_group(flat, weights, biases, ts, bs, backend)
+    return [shaped(y, x) for y in outputs]
+
+
+def _matmul_group(
+    x: Tensor,
+    weights: Sequence[Int4Weight],
+    biases: Sequence[Tensor | None],
+    ts: Sequence[Tensor],
+    bs: Sequence[Tensor],
+    backend: str,
+) -> list[Tensor]:
+    def one_by_one() -> list[Tensor]:
+        members = zip(weights, biases, ts, bs, strict=True)
+        return [matmul_op(x, *_fields(weight), bias, t, b, backend) for weight, bias, t, b in members]
+
+    def launch(route: Route) -> list[Tensor]:
+        if route is None:
+            return one_by_one()
+        from .matmul import int4_matmul_group_triton
+
+        bias = None
+        if any(bias is not None for bias in biases):
+            pairs = zip(biases, weights, strict=True)
+            bias = torch.cat([x.new_zeros(w.out_features) if b is None else b.to(x.dtype) for b, w in pairs])
+        t = torch.cat([t.to(x.dtype) for t in ts], dim=1)
+        b = torch.cat([b.to(x.dtype) for b in bs])
+        return int4_matmul_group_triton(x, weights, bias, t, b, route)
+
+    if resolve_backend(backend, x.device, x.dtype) == "panel" or not _alike(weights, bs):
+        return one_by_one()
+    return routed("matmul", x, weights, launch)
+
+
+def int4_matmul_dx_group(
+    dys: Sequence[Tensor],
+    weights: Sequence[Int4Weight],
+    g: Tensor | None = None,
+    a: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``sum dY_i·W_i + g·a``, written once.
+
+    Args:
+        dys: ``[..., N_i]`` each. weights: ``[N_i, K]`` each. g: ``[..., R]`` and a: ``[R, K]``: the members' side by
+            side.
+
+    Returns:
+        ``[..., K]`` in dys' dtype. Not differentiable: for use within an autograd function.
+    """
+    for dy, weight in zip(dys, weights, strict=True):
+        _check("dy", dy, weight.out_features, weight, backend)
+    leading, k = dys[0].shape[:-1], weights[0].in_features
+    dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    g = None if g is None else g.reshape(-1, g.shape[-1])
+    with no_autocast(dys[0]):
+        return _matmul_dx_group(dys, weights, g, a, backend).view(*leading, k)
+
+
+def _matmul_dx_group(
+    dys: Sequence[Tensor], weights: Sequence[Int4Weight], g: Tensor | None, a: Tensor | None, backend: str
+) -> Tensor:
+    def launch(route: Route) -> Tensor:
+        if route is None:
+            return int4_matmul_dx_group_panel(dys, weights, g, a, by_kernel=True)
+        from .matmul_dx import int4_matmul_dx_group_triton
+
+        return int4_matmul_dx_group_triton(dys, weights, g, a, route)
+
+    if resolve_backend(backend, dys[0].device, dys[0].dtype) == "panel":
+        return int4_matmul_dx_group_panel(dys, weights, g, a)
+    if _alike(weights, ()):
+        return routed("matmul_dx", dys[0], weights, launch)
+    # Each by its own route; LoRA's term, which is of all of them, with the last.
+    *first, last = zip(dys, weights, strict=True)
+    total = matmul_dx_op(last[0], *_fields(last[1]), g, a, backend)
+    for dy, weight in first:
+        total += matmul_dx_op(dy, *_fields(weight), None, None, backend)
+    return total
+
+
+def _alike(weights: Sequence[Int4Weight], bs: Sequence[Tensor]) -> bool:
+    from .launch import can_group
+
+    return can_group(weights) and len({b.shape[1] for b in bs}) <= 1
+
+
+def int4_embedding(ids: Tensor, weight: Int4Weight, dtype: torch.dtype, backend: str = "auto") -> Tensor:
+    """Rows ``ids`` (int64, any shape) of the table ``[V, K]``: ``[*ids.shape, K]`` in ``dtype``. Not differentiable."""
+    return embedding_op(ids, *_fields(weight), dtype, backend)
+
+
+def int4_cross_entropy(
+    hidden: Tensor,
+    weight: Int4Weight,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    factors: Sequence[float] = (1.0,),
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy per token over the int4 head and the argmax, differentiable in ``hidden``.
+
+    Args:
+        hidden: ``[T, K]``. weight: ``[V, K]``. targets: ``[T]`` int64. bias: ``[V]``, frozen.
+        factors: what the model does to its logits, see ``cross_entropy``.
+
+    Returns:
+        losses ``[T]`` float32 or wider, 0 where ignored; argmax ``[T]`` int64, -1 where ignored.
+    """
+    _check("hidden", hidden, weight.in_features, weight, backend)
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets must have shape {tuple(hidden.shape[:1])}, got {tuple(targets.shape)}")
+    need_grad = torch.is_grad_enabled() and hidden.requires_grad
+    fields, chain = _fields(weight), list(factors)
+    with no_autocast(hidden):
+        losses, _, argmax = cross_entropy_op(hidden, *fields, targets, bias, ignore_index, chain, backend, need_grad)
+    return losses, argmax
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """TypeError for integers, as of a linear layer; modelling code that casts to ``layer.weight.dtype`` makes such."""
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{name} is {tensor.dtype}, wanted a floating dtype; if the model casts its activations to the dtype of an "
+            f"int4 layer's weight, which is packed codes, that layer must stay float"
+        )
+
+
+def _check(name: str, tensor: Tensor, width: int, weight: Int4Weight, backend: str) -> None:
+    check_floating(name, tensor)
+    if backend == "triton" and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float32 or float16, or backend 'panel'")
+    if tensor.dim() == 0 or tensor.shape[-1] != width:
+        raise ValueError(f"{name} must have {width} columns, got shape {tuple(tensor.shape)}")
+    if tensor.device != weight.device:
+        # The meta device: weights that are brought in only while their block runs.
+        raise ValueError(f"{name} is on {tensor.device} and the int4 weight on {weight.device}")

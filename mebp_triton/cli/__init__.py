@@ -1,0 +1,1 @@
+"""The command ``mebp``. Importing this imports neither torch nor transformers."""

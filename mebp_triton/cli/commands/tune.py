@@ -1,0 +1,158 @@
+"""``mebp tune``: finds the fastest kernel configurations."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mebp_triton.cli.console import answer, console, progress_bar
+from mebp_triton.cli.inference import DTYPES, model_config
+from mebp_triton.kernels.tables import M_BUCKETS, architecture_of, bucket, load_tables, user_table_path
+from mebp_triton.models import discover
+from mebp_triton.models.skeleton import build_skeleton, int4_sites
+from mebp_triton.store.reader import Store
+from mebp_triton.system import atomic, strict_json
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from mebp_triton.autotune import report
+    from mebp_triton.autotune.results import Results
+
+    architecture = _tuned_architecture(arguments)
+    path = Path(arguments.output) if arguments.output else user_table_path(architecture)
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory: --output names the table's file")
+    results = Results(path, architecture, strict_json.write_json)
+    if not arguments.report:
+        results.check()
+    if arguments.plot and (Path(arguments.plot).is_dir() or not Path(arguments.plot).absolute().parent.is_dir()):
+        raise ValueError(f"--plot {arguments.plot} names no file in an existing directory")
+    problems = _tuned_problems(arguments, architecture)
+    tuned = [] if arguments.report else _tune(arguments, problems, results)
+    log, table = results.log(), results.table()
+    if arguments.report and not arguments.output:
+        # As a launch finds them: the shipped ones, and over them the user's own.
+        table = load_tables(architecture)
+    if problems:
+        wanted = {bucket(problem) for problem in problems}
+        table = {problem: entry for problem, entry in table.items() if problem in wanted}
+    if arguments.report and not table:
+        raise ValueError(f"nothing was tuned for {architecture} yet, {path} has no such entry: run `mebp tune` first")
+    rows = report.rows(table, log, report.nominal_ceilings(architecture))
+    ceilings = report.ceilings_of(rows, log, report.nominal_ceilings(architecture))
+    if arguments.plot:
+        with atomic.atomic_path(Path(arguments.plot)) as temporary:
+            report.draw(rows, ceilings, f"int4 kernels on {architecture}", temporary)
+    value = {
+        "architecture": architecture,
+        "table": str(path),
+        "tuned": len(tuned),
+        "ceilings": {name: dataclasses.asdict(ceiling) for name, ceiling in ceilings.items()},
+        "rows": [row.to_json() for row in rows],
+    }
+    shipped = arguments.report and not arguments.output
+    answer(arguments, value, _tune_table(f"kernels on {architecture}" if shipped else str(path), rows))
+
+
+def _tuned_architecture(arguments: argparse.Namespace) -> str:
+    """That of --target, or of this machine's device. ValueError for one that cannot be tuned for here."""
+    from mebp_triton.autotune.compile import SHARED_LIMITS
+
+    here = architecture_of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else ""
+    targets = [f"sm_{target}" for target in SHARED_LIMITS]
+    if arguments.target is not None and arguments.target not in (*targets, here):
+        raise ValueError(f"--target must be one of {', '.join(targets)}, got {arguments.target!r}")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
+    if arguments.report and (arguments.offline or arguments.force):
+        raise ValueError("--report tunes nothing: leave out --offline and --force")
+    if (arguments.offline or arguments.report) and (arguments.target or here):
+        return arguments.target or here
+    if arguments.offline or arguments.report:
+        raise ValueError("there is no CUDA device here: name an architecture, such as --target sm_87")
+    if not here:
+        raise ValueError("there is no CUDA device here to measure on: use --offline --target sm_87 (or another one)")
+    if arguments.target not in (None, here):
+        raise ValueError(f"--target is {arguments.target}, and the device here is {here}: add --offline")
+    return here
+
+
+def _tuned_problems(arguments: argparse.Namespace, architecture: str) -> list[Any]:
+    """One for every bucket of the layers asked for; none only with --report."""
+    from mebp_triton.autotune import shapes
+    from mebp_triton.autotune.tune import target_of
+
+    dtype = DTYPES[arguments.dtype or ("bfloat16" if target_of(architecture) >= 80 else "float16")]
+    tokens = shapes.parse_tokens(arguments.m) if arguments.m else M_BUCKETS
+    kinds = [(arguments.scheme or "symmetric", arguments.group_size or 64)]
+    if arguments.shapes:
+        pairs = shapes.parse_shapes(arguments.shapes)
+    elif arguments.model:
+        pairs = shapes.with_groups(_shared_inputs(model_config(Path(arguments.model))))
+    elif arguments.store:
+        store = Store(Path(arguments.store))
+        pairs = shapes.with_groups(_shared_inputs(model_config(store.directory)))
+        found = {(info.scheme, info.group_size) for info in store.matrices.values()}
+        kinds = sorted({(arguments.scheme or scheme, arguments.group_size or size) for scheme, size in found})
+    elif arguments.report:
+        return []
+    else:
+        raise ValueError("say what to tune for: --store DIR, --model DIR_OR_CONFIG or --shapes NxK,...")
+    return [problem for kind in kinds for problem in shapes.problems(pairs, tokens, *kind, dtype)]
+
+
+def _shared_inputs(config: Any) -> list[list[tuple[int, int]]]:
+    """(N, K) of the decoder's linear layers, those that read the same input together."""
+    try:
+        groups = discover.shared_inputs(config)
+    except ValueError as error:
+        console.print(f"{error}; each layer is tuned alone", highlight=False, soft_wrap=True)
+        model = build_skeleton(config, torch.float32, "eager")
+        groups = [[site] for site in int4_sites(model)[0] if site.role == "linear"]
+    return [[(site.out_features, site.in_features) for site in group] for group in groups]
+
+
+def _tune(arguments: argparse.Namespace, problems: list[Any], results: Any) -> list[Any]:
+    from mebp_triton.autotune import tune
+
+    with progress_bar("ranking" if arguments.offline else "measuring") as update:
+
+        def on_compilation(done: int, total: int) -> None:
+            update(done, total, task="compiling")
+
+        if arguments.offline:
+            rank = tune.model_rank(results.architecture, arguments.limit, on_compilation)
+            return tune.tune_offline(problems, results, rank, arguments.force, update)
+        machine = tune.Machine.of(torch.device("cuda", torch.cuda.current_device()))
+        rank = tune.model_rank(results.architecture, None, on_compilation)
+        return tune.tune(problems, machine, results, rank, arguments.limit or tune.LIMIT, arguments.force, update)
+
+
+def _tune_table(title: str, rows: list[Any]) -> Table:
+    predicted = any(row.provenance == "static" for row in rows)
+    title += "\n* predicted, and held against the data sheet: nothing was measured" if predicted else ""
+    table = Table(title=title, title_justify="left")
+    for heading in ("kernel", "M", "N x K", "route", "us", "GB/s (of copy)", "TFLOP/s (of matmul)", "next best"):
+        table.add_column(heading, overflow="fold")
+
+    def rate(value: float | None, share: float | None) -> str:
+        return "" if value is None else f"{value:.3g}" + ("" if share is None else f" ({share:.0%})")
+
+    for row in rows:
+        lost = [f"{loss.route} {loss.slower_by:+.0%}" for loss in row.lost if loss.slower_by is not None]
+        table.add_row(
+            row.kernel,
+            str(row.m),
+            f"{row.n}x{row.k}",
+            row.route,
+            f"{row.time_us:.1f}" + ("*" if row.provenance == "static" else ""),
+            rate(row.gb_s, row.of_copy),
+            rate(row.tflop_s, row.of_matmul),
+            lost[0] if lost else "",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""``mebp doctor``: findings about this machine, and advice that follows from them."""

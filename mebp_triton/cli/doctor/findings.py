@@ -1,0 +1,189 @@
+"""The doctor: what this machine has, a self-test of the int4 products, and what a user should set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from mebp_triton.kernels.routing import has_triton, resolve_backend
+from mebp_triton.kernels.tables import SHIPPED, architecture_of, read_table, user_table_path
+from mebp_triton.store.reader import Store
+from mebp_triton.system import machine, storage
+from mebp_triton.system.machine import environment
+from mebp_triton.system.storage import Speed
+from mebp_triton.system.units import MIB
+
+from .advice import advise, gib
+
+
+def examine(
+    store: Path | None = None, scratch: Path | None = None, root: Path = machine.ROOT, measure: bool = True
+) -> dict[str, Any]:
+    """Facts by name; ``advice`` is a list of lines.
+
+    Args:
+        store: measured too, and compared with the memory available.
+        scratch: where files of a run would lie; the system's temporary directory by default.
+        root: below which the kernel's files are read.
+        measure: whether to time the storage.
+
+    Raises:
+        ValueError: ``store`` is no store, or ``scratch`` no directory.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scratch = Path(tempfile.gettempdir()) if scratch is None else scratch
+    if not scratch.is_dir():
+        raise ValueError(f"scratch directory {scratch} is not a directory: name one that exists")
+    here = environment(device)
+    findings: dict[str, Any] = {"triton": "not installed"} | dict(here["versions"])
+    findings |= {
+        "platform": here["platform"],
+        "board": machine.tegra(root) or "no Jetson",
+        "cpu_threads": torch.get_num_threads(),
+        **_memory(root),
+        **_storage(scratch, store, root, measure),
+        **_device(device, root),
+        "backend": resolve_backend("auto", device),
+        "self_test": _self_test(device),
+    }
+    findings["advice"] = advise(findings, dict(os.environ))
+    return findings
+
+
+def _memory(root: Path) -> dict[str, Any]:
+    memory, limit = machine.meminfo(root), machine.cgroup_limit(root)
+    total = memory.get("MemTotal") or psutil.virtual_memory().total
+    available = machine.available_memory_bytes(root)
+    areas = storage.swaps(root)
+    swap = sum(area.size for area in areas) if root != machine.ROOT or areas else psutil.swap_memory().total
+    compressed = sum(area.size for area in areas if area.compressed)
+    found = {
+        "memory": f"{gib(total)}, {gib(available)} available",
+        "available_memory_bytes": available,
+        "memory_limit": "none" if limit is None else f"{gib(limit[0])} by a cgroup, {gib(limit[1])} left",
+        "memory_limit_bytes": None if limit is None else limit[0],
+        "swap": gib(swap) + (f", of which {gib(compressed)} on zram" if compressed else ""),
+        "swap_bytes": swap,
+        "swap_zram_bytes": compressed,
+        "page_cache": "unknown",
+    }
+    if "Cached" in memory:
+        ratios = [machine.read_text(root / f"proc/sys/vm/{name}") for name in ("dirty_background_ratio", "dirty_ratio")]
+        limits = f"; writing back starts at {ratios[0]} %, writers wait at {ratios[1]} %" if all(ratios) else ""
+        dirty = memory.get("Dirty", 0) / MIB
+        found["page_cache"] = f"{gib(memory['Cached'])} cached, {dirty:.1f} MiB dirty{limits}"
+    return found
+
+
+def _storage(scratch: Path, store: Path | None, root: Path, measure: bool) -> dict[str, Any]:
+    mount = storage.mount_of(scratch, root)
+    found: dict[str, Any] = {
+        "scratch_directory": f"{scratch}, {gib(psutil.disk_usage(str(scratch)).free)} free",
+        "scratch_file_system": f"{mount.kind or 'unknown'} on {mount.device or 'unknown'}",
+        "scratch_in_memory": mount.in_memory,
+        "scratch_on_card": mount.is_card,
+        **_speed("scratch", lambda: storage.scratch_speed(scratch), measure),
+    }
+    if store is not None:
+        opened = Store(store)
+        largest = max((file.mapped for file in opened.files.values()), key=lambda mapped: mapped.size)
+        largest.drop()
+        found |= {
+            "store": f"{store}, {gib(opened.nbytes())}",
+            "store_bytes": opened.nbytes(),
+            **_speed("store", lambda: storage.read_speed(largest.path), measure),
+        }
+    return found
+
+
+def _speed(name: str, take: Any, measure: bool) -> dict[str, Any]:
+    if not measure:
+        return {f"{name}_speed": "not measured", f"{name}_bytes_per_second": None}
+    try:
+        speed: Speed = take()
+    except OSError as error:
+        return {f"{name}_speed": f"not measured: {error.strerror}", f"{name}_bytes_per_second": None}
+    slowest = speed.read if speed.write is None else min(speed.read, speed.write)
+    return {f"{name}_speed": str(speed), f"{name}_bytes_per_second": int(slowest)}
+
+
+def _device(device: torch.device, root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "device": "none: training runs on the CPU",
+        "nvidia_device": device.type == "cuda" or machine.has_nvidia_device(root),
+        "torch_cuda": torch.version.cuda or torch.version.hip or "none",
+        "unified_memory": machine.is_unified(device, root),
+        "compute_capability": architecture_of(device),
+        "kernel_table": "none needed on the CPU",
+        "ptxas": "none needed without Triton",
+        "c_compiler": c_compiler() or "none found",
+    }
+    if device.type == "cuda":
+        properties: Any = torch.cuda.get_device_properties(device)
+        architecture = found["compute_capability"]
+        found["device"] = f"{properties.name}, {architecture}, {gib(properties.total_memory)}"
+        found["kernel_table"] = kernel_table(architecture)
+    if has_triton() and torch.version.hip is None:
+        found["ptxas"] = find_ptxas(found["compute_capability"])
+    return found
+
+
+def kernel_table(architecture: str) -> str:
+    """Whether launches on this compute capability have a table, and what it rests on."""
+    own = read_table(user_table_path(architecture), architecture)
+    shipped = read_table(SHIPPED / f"{architecture}.json", architecture)
+    parts = []
+    for name, table in (("your own", own), ("shipped", shipped)):
+        if table:
+            measured = sum(entry.provenance == "measured" for entry in table.values())
+            parts.append(f"{name}: {len(table)} entries, {measured} of them measured")
+    return "; ".join(parts) or f"none for {architecture}: kernels take their default configuration"
+
+
+def find_ptxas(architecture: str) -> str:
+    """The assembler that Triton would start for this architecture, and its version; else "missing" and why."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        digits = architecture.removeprefix("sm_")
+        tool = get_ptxas(int(digits) if digits.isdigit() else 80)
+    except (ImportError, RuntimeError, OSError) as error:  # no NVIDIA backend, none that runs, none that is executable
+        return f"missing: {' '.join(str(error).split())}"
+    return f"{tool.path}, release {tool.version}"
+
+
+def c_compiler() -> str:
+    """What Triton compiles its launchers with, as it looks for it; "" if there is none."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
+
+
+def _self_test(device: torch.device) -> str:
+    """Forward and dX of a small random int4 matrix against float64 on the decoded codes."""
+    from mebp_triton.kernels.functions import int4_matmul, int4_matmul_dx
+    from mebp_triton.kernels.layout import Int4Weight
+    from mebp_triton.kernels.reference import decode
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (160, 200), generator=generator).to(torch.uint8)
+    weight = Int4Weight.from_codes(codes, torch.rand(4, 160, generator=generator).half(), 64)
+    x = torch.randn(7, 200, generator=generator)
+    dy = torch.randn(7, 160, generator=generator)
+    worst = 0.0
+    try:
+        weight, x, dy = weight.to(device), x.to(device), dy.to(device)
+        truth = decode(weight)
+        for ours, exact in (
+            (int4_matmul(x, weight), x.double() @ truth.t()),
+            (int4_matmul_dx(dy, weight), dy.double() @ truth),
+        ):
+            worst = max(worst, float((ours.double() - exact).norm() / exact.norm()))
+    except Exception as error:  # a compiler or a driver that is not there: what a doctor is for
+        return f"int4 products FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    word = "passed" if worst <= 1e-6 else "FAILED"
+    return f"int4 products {word}: relative error {worst:.1e} against float64"

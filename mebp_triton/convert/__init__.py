@@ -1,0 +1,1 @@
+"""Foreign checkpoints in, models and stores out: readers, writers, quantizing and merging."""

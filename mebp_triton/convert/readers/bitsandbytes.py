@@ -1,0 +1,78 @@
+"""Model directories that bitsandbytes quantised to 4 bits (NF4, FP4): codes and scales are taken over bit for bit.
+
+bitsandbytes itself is not needed. It flattens a weight ``[out, in]`` row by row and packs two codes a byte, the first
+in the high nibble; every ``blocksize`` flat weights share an absmax, which may be quantised in turn ("double
+quantisation"). Beside ``<weight>`` lie ``.absmax``, ``.quant_map`` (16 levels), ``.nested_absmax``,
+``.nested_quant_map`` and, as JSON in bytes, ``.quant_state.bitsandbytes__<type>``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mebp_triton.kernels.bitsandbytes import int4_from_bnb, resolve_absmax
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.models.names import check_shape
+from mebp_triton.system import strict_json
+
+from .safetensors_dir import FLOATS, SafetensorsDirectory
+
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
+STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+# What looking into JSON of another form than expected raises, and tensors of other shapes.
+MALFORMED = (KeyError, TypeError, ValueError, RuntimeError, IndexError, OverflowError)
+
+
+class BitsandbytesDirectory(SafetensorsDirectory):
+    """The ``Source`` of a model directory with ``quant_method`` bitsandbytes, 4 bits."""
+
+    quant_method = "bitsandbytes"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        settings = self._config_json.pop("quantization_config")
+        if settings.get("load_in_4bit") is not True:
+            raise ValueError(
+                f"{path / 'config.json'}: bitsandbytes with {8 if settings.get('load_in_8bit') else 'no stated'} bits "
+                f"is not supported, only load_in_4bit: give a 4-bit or the unquantised model"
+            )
+        del self.config.quantization_config
+        self.description = f"bitsandbytes directory {path.resolve().name}"
+
+    def _usable(self, key: str) -> bool:
+        return self._entries[key].dtype in FLOATS or self._state(key) is not None
+
+    def _is_part(self, key: str, used: set[str]) -> bool:
+        return key in used or any(key.rpartition(f".{part}")[0] in used for part in PARTS)
+
+    def _state(self, key: str) -> str | None:
+        """The name of the tensor that describes how ``key`` is quantised, None if it is a plain float."""
+        return next((key + state for state in STATES if key + state in self._entries), None)
+
+    def read(self, name: str) -> Tensor | Int4Weight:
+        key = self._keys[name]
+        described = self._state(key)
+        if described is None:
+            return super().read(name)
+        where = f"{self._entries[key].file}: {key}"
+        state = strict_json.parse_json(self._tensor(described).numpy().tobytes(), described)
+        try:
+            weight = self._weight(key, state)
+        except MALFORMED as error:
+            problem = str(error) if type(error) is ValueError else f"damaged, {type(error).__name__}: {error}"
+            raise ValueError(f"{where}: {' '.join(problem.split())}") from None
+        check_shape(str(self._entries[key].file), name, weight.shape, self._int4_shape(name))
+        return weight
+
+    def _weight(self, key: str, state: dict[str, Any]) -> Int4Weight:
+        absmax = self._tensor(f"{key}.absmax")
+        if "nested_blocksize" in state:
+            quant_map, nested = self._tensor(f"{key}.nested_quant_map"), self._tensor(f"{key}.nested_absmax")
+            absmax = resolve_absmax(absmax, quant_map, nested, state["nested_blocksize"], state["nested_offset"])
+        rows, columns = state["shape"]
+        return int4_from_bnb(
+            self._tensor(key), absmax, self._tensor(f"{key}.quant_map"), (rows, columns), state["blocksize"]
+        )

@@ -1,0 +1,198 @@
+"""GGUF files. Q4_0 and Q4_1 matrices are taken over bit for bit; every other type is decoded to float32.
+
+Names, configs, tokenizers and what an architecture does to its matrices come from transformers and the ``gguf``
+package. Only the header is walked here: ``gguf.GGUFReader`` builds an array per vocabulary entry, which takes
+seconds, and loops on a corrupt length; here each length is compared with the file before it is followed.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.models.config import check_sizes, prepare_config
+from mebp_triton.models.names import check_complete, check_shape, parameter_aliases, persistent_buffers, tell_unused
+from mebp_triton.system.foreign_errors import one_line
+
+from .gguf_header import DOWNLOAD, Entry, Header, read_header
+
+BLOCK = 32
+# Bytes of float16 in front of a block's 16 bytes of nibbles: the scale, and for Q4_1 the minimum.
+HALVES = {"Q4_0": 2, "Q4_1": 4}
+
+
+class GgufFile:
+    """The ``Source`` of one GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._header = read_header(path)
+        self._arch = str(self._header.metadata.get("general.architecture"))
+        self.description = f"GGUF {path.name} ({self._arch})"
+        _check_supported(path, self._header)
+        with one_line(f"{path} gives no config for architecture {self._arch!r}", "give the model as safetensors"):
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+        self.config = prepare_config(config, str(path))
+        check_sizes(str(path), self.config, (entry.shape for entry in self._header.tensors.values()))
+        # The name that the file gives itself, taken for a setting.
+        self.config.__dict__.pop("_model_name_or_path", None)
+        self._names: dict[str, str] = {}
+        self._entries: dict[str, list[Entry]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def bind(self, model: PreTrainedModel) -> None:
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        self._processor = TENSOR_PROCESSORS.get(self._arch, TensorProcessor)(config=self.config.to_dict())
+        # transformers 4 has no such parameter, and no processor in need of it.
+        takes_processor = "processor" in inspect.signature(get_gguf_hf_weights_map).parameters
+        extra: dict[str, Any] = {"processor": self._processor} if takes_processor else {}
+        with one_line(f"{self.path}: no tensor names for architecture {self._arch!r}", "give the model as safetensors"):
+            self._names = get_gguf_hf_weights_map(_Outline(model), **extra)
+        stored: dict[str, list[Entry]] = {}
+        known: set[str] = set()
+        for gguf_name, name in self._names.items():
+            # Fused experts are parameters without ".weight", and are stored with it, in several tensors.
+            entry = self._header.tensors.get(gguf_name) or self._header.tensors.get(gguf_name + ".weight")
+            if entry is not None:
+                stored.setdefault(name, []).append(entry)
+                known.add(entry.name)
+        aliases = parameter_aliases(model)
+        wanted = {name: [name] for name in persistent_buffers(model)} | aliases
+        found = {name: [stored[alias] for alias in names if alias in stored] for name, names in wanted.items()}
+        self._entries = {name: entries[0] for name, entries in found.items() if entries}
+        check_complete(str(self.path), aliases, self._entries)
+        tell_unused(str(self.path), model, self._header.tensors.keys() - known)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def has(self, name: str) -> bool:
+        return name in self._entries
+
+    def read(self, name: str) -> Tensor | Int4Weight:
+        entries = self._entries[name]
+        order = self._row_order(entries[0]) if len(entries) == 1 else None
+        value = self._decode(entries) if order is None else self._codes(entries[0], order)
+        check_shape(str(self.path), name, value.shape, self._shapes[name])
+        return value
+
+    def save_companions(self, directory: str | os.PathLike[str]) -> None:
+        self.config.save_pretrained(str(directory))
+        if not self._header.metadata.get("tokenizer.ggml.tokens"):
+            return
+        with one_line(f"{self.path} gives no tokenizer", "give the model as safetensors"):
+            folder, name = str(self.path.parent), self.path.name
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+        tokenizer.save_pretrained(str(directory))
+
+    def _bytes(self, entry: Entry) -> np.ndarray:
+        """Read, not mapped: a file cut short in the meantime is an error here, a SIGBUS in a map."""
+        data = np.empty(entry.nbytes, np.uint8)
+        with open(self.path, "rb") as file:
+            file.seek(entry.offset)
+            if file.readinto(data.data) != entry.nbytes:
+                raise ValueError(f"{self.path} ends inside {entry.name}; {DOWNLOAD}")
+        return data.reshape(*entry.shape[:-1], -1)
+
+    def _process(self, entry: Entry, values: np.ndarray, made: dict[str, Tensor]) -> np.ndarray | None:
+        """Undoes what the converter to GGUF did. None: the processor put its result into ``made``."""
+        result = self._processor.process(
+            weights=values, name=entry.name, tensor_key_mapping=self._names, parsed_parameters={"tensors": made}
+        )
+        return None if result.name is None else result.weights
+
+    def _decode(self, entries: list[Entry]) -> Tensor:
+        from gguf import GGMLQuantizationType, dequantize
+
+        made: dict[str, Tensor] = {}
+        for entry in entries:
+            with one_line(f"{self.path}: {entry.name} of type {entry.kind} cannot be decoded", "use another GGUF type"):
+                values = dequantize(self._bytes(entry), GGMLQuantizationType[entry.kind])
+                processed = self._process(entry, values, made)
+            if processed is not None:
+                return torch.from_numpy(np.ascontiguousarray(processed))
+        (value,) = made.values()
+        return value
+
+    def _row_order(self, entry: Entry) -> Tensor | None:
+        """The stored row of each row of the parameter; None if the codes cannot be kept.
+
+        Found by sending row numbers and column numbers through the processor: codes can be kept when rows only
+        change places and columns stay, since groups lie along a row.
+        """
+        if entry.kind not in HALVES or len(entry.shape) != 2:
+            return None
+        rows, columns = (np.arange(size, dtype=np.float32) for size in entry.shape)
+        row_numbers = np.broadcast_to(rows[:, None], entry.shape)
+        moved = self._process(entry, row_numbers, {})
+        if moved is row_numbers:
+            return torch.arange(entry.shape[0])
+        beside = self._process(entry, np.broadcast_to(columns, entry.shape), {})
+        if moved is None or beside is None or moved.shape != entry.shape or beside.shape != entry.shape:
+            return None
+        order = moved[:, 0]
+        whole_rows = np.array_equal(moved, np.broadcast_to(order[:, None], entry.shape))
+        if not whole_rows or not np.array_equal(np.sort(order), rows) or not (beside == columns).all():
+            return None
+        return torch.from_numpy(order.astype(np.int64))
+
+    def _codes(self, entry: Entry, order: Tensor) -> Int4Weight:
+        """A block holds 32 weights: byte j has element j in its low nibble and element j + 16 in its high nibble.
+
+        Q4_0 is ``(code - 8) * d``, our symmetric scheme; Q4_1 is ``code * d + m``, our affine one.
+        """
+        rows, columns = entry.shape
+        split = HALVES[entry.kind]
+        blocks = torch.from_numpy(self._bytes(entry)).view(rows, columns // BLOCK, split + BLOCK // 2)  # [N, K/32, B]
+        halves = blocks[..., :split].contiguous().view(torch.float16)  # [N, K/32, 1 or 2]
+        nibbles = blocks[..., split:]  # [N, K/32, 16]
+        codes = torch.empty(rows, columns // BLOCK, 2, BLOCK // 2, dtype=torch.uint8)
+        torch.bitwise_and(nibbles, 15, out=codes[:, :, 0])
+        torch.bitwise_right_shift(nibbles, 4, out=codes[:, :, 1])
+        minimum = halves[..., 1].t() if entry.kind == "Q4_1" else None
+        weight = Int4Weight.from_codes(codes.view(rows, columns), halves[..., 0].t(), BLOCK, minimum)
+        moved = bool((order[1:] < order[:-1]).any())
+        return weight.permute_rows(order) if moved else weight
+
+
+class _Outline:
+    """The two upper levels of a model, as far as ``get_gguf_hf_weights_map`` looks at one.
+
+    It descends into every submodule, in case the file was made from the base model, and builds the table of all
+    names anew in each: seconds for a small model, minutes for a deep one. A base model is near the top.
+    """
+
+    def __init__(self, module: torch.nn.Module, levels: int = 2) -> None:
+        self.config = getattr(module, "config", None)
+        self.state_dict = module.state_dict
+        self._children = dict(module.named_children()) if levels else {}
+        self._levels = levels
+
+    def named_children(self) -> list[tuple[str, _Outline]]:
+        return [(name, _Outline(child, self._levels - 1)) for name, child in self._children.items()]
+
+
+def _check_supported(path: Path, header: Header) -> None:
+    """Said at once, before transformers spends seconds on the vocabulary."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    arch = header.metadata.get("general.architecture")
+    # The two sides differ in dashes and underscores: qwen3moe and qwen3_moe.
+    plain = {name.replace("_", "") for name in GGUF_SUPPORTED_ARCHITECTURES}
+    if not isinstance(arch, str) or arch.replace("-", "").replace("_", "") not in plain:
+        raise ValueError(f"{path}: GGUF architecture {arch!r} is not supported; give the model as safetensors")
+    parts = header.metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        raise ValueError(f"{path} is one of {parts} parts; join them by llama-gguf-split --merge")

@@ -1,0 +1,74 @@
+"""Model directories of ``save_pretrained`` for models loaded with ``Int4Config``: codes are taken as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mebp_triton.huggingface.int4_config import METHOD, Int4Config
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.quantize import NF4
+from mebp_triton.models.names import check_complete, check_shape
+
+from .safetensors_dir import SafetensorsDirectory
+
+SCALE_DTYPES = {2: torch.float16, 4: torch.float32}
+
+
+class Int4Directory(SafetensorsDirectory):
+    """The ``Source`` of such a directory; what is float in it is read as such."""
+
+    quant_method = METHOD
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            self._int4 = Int4Config(**self._config_json.pop("quantization_config"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path / 'config.json'}: quantization_config: {error}") from None
+        del self.config.quantization_config
+        self.description = f"int4 directory {path.resolve().name}"
+
+    def _usable(self, key: str) -> bool:
+        if not self._is_int4(key):
+            return super()._usable(key)
+        check_complete(str(self.path), self._scale_keys(key), self._entries)
+        return True
+
+    def _is_part(self, key: str, used: set[str]) -> bool:
+        owner = key.rpartition(".")[0] + ".weight"
+        return key in used or (owner in used and self._is_int4(owner) and key in self._scale_keys(owner))
+
+    def _is_int4(self, key: str) -> bool:
+        return self._entries[key].dtype == "U8" and key.endswith(".weight")
+
+    def _scale_keys(self, key: str) -> list[str]:
+        names = ["scales", "minimum"] if self._int4.scheme == "affine" else ["scales"]
+        return [key.removesuffix("weight") + name for name in names]
+
+    def read(self, name: str) -> Tensor | Int4Weight:
+        key = self._keys[name]
+        if not self._is_int4(key):
+            return super().read(name)
+        rows, columns = self._int4_shape(name)
+        packed = self._tensor(key)
+        check_shape(str(self._entries[key].file), name, packed.shape[:1], (rows,))
+        scales = [self._scales(scale_key, rows) for scale_key in self._scale_keys(key)]
+        codebook = NF4.clone() if self._int4.scheme == "codebook" else None
+        try:
+            return Int4Weight(packed, scales[0], columns, self._int4.group_size, *scales[1:], codebook=codebook)
+        except ValueError as error:
+            raise ValueError(f"{self._entries[key].file}: {key}: {error}") from None
+
+    def _scales(self, key: str, rows: int) -> Tensor:
+        """From bytes ``[groups, rows * itemsize]``."""
+        entry, stored = self._entries[key], self._tensor(key)
+        width = entry.shape[1] / rows if entry.dtype == "U8" and len(entry.shape) == 2 else 0
+        if width not in SCALE_DTYPES:
+            raise ValueError(f"{entry.file}: {key} is {entry.dtype} {entry.shape}, wanted the scales of {rows} rows")
+        scales = stored.clone().view(SCALE_DTYPES[int(width)])
+        if not bool(scales.isfinite().all()):
+            raise ValueError(f"{entry.file}: {key} is not finite: the file is damaged, save or download it again")
+        return scales

@@ -1,0 +1,130 @@
+"""A store and its adapter, read as one checkpoint of merged weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mebp_triton.convert.companions import write_companions
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.reference import decode
+from mebp_triton.models.adapter import PREFIX, adapter_shapes, check_fit, read_adapter_config, read_adapter_tensors
+from mebp_triton.models.build import check_matrices
+from mebp_triton.models.config import check_sizes, prepare_config, read_config
+from mebp_triton.models.names import check_complete, check_shape, parameter_aliases
+from mebp_triton.models.skeleton import Int4Site, int4_sites
+from mebp_triton.store.reader import Store
+from mebp_triton.system import strict_json
+
+PIECE_ELEMENTS = 1 << 20  # decoding takes up to 24 bytes for each
+
+
+class MergedStore:
+    """The ``Source`` that a store and an adapter make together.
+
+    Args:
+        store: a directory made by ``quantize``.
+        adapter: a directory in PEFT's format; None for the store's own weights.
+
+    Raises:
+        ValueError: one of them is damaged, or (in ``bind``) they do not fit each other.
+    """
+
+    def __init__(self, store: Path | str, adapter: Path | str | None = None) -> None:
+        self.store = Store(store)
+        self.adapter = adapter
+        self.directory = self.store.directory
+        self._config_json = strict_json.read_json(self.directory / "config.json")
+        self.config = prepare_config(read_config(self.directory, "quantize the model again"), str(self.directory))
+        check_sizes(f"store {self.directory}", self.config, self.store.shapes())
+        self.description = self.store.source
+        self._lora = None if adapter is None else read_adapter_config(adapter)
+        self._tensors = {} if adapter is None else read_adapter_tensors(adapter)
+        if adapter is not None:
+            self.description += f", merged with adapter {Path(adapter).resolve().name}"
+        self._sites: dict[str, Int4Site] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def bind(self, model: PreTrainedModel) -> None:
+        sites, tied = int4_sites(model)
+        check_matrices(self.store, sites, tied)
+        self._sites = {f"{site.name}.weight": site for site in sites}
+        check_complete(f"store {self.directory}", parameter_aliases(model), [*self._sites, *self.store.floats])
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name in self.store.floats:
+            if name in self._shapes:
+                check_shape(f"store {self.directory}", name, self.store.float_shape(name), self._shapes[name])
+        if self._lora is not None:
+            linear = {site.name: (site.out_features, site.in_features) for site in sites if site.role == "linear"}
+            check_fit(adapter_shapes(self._lora, linear), self._tensors, str(self.adapter))
+
+    def has(self, name: str) -> bool:
+        return name in self._sites or name in self.store.floats
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Of a parameter that is stored as a float; None of a matrix."""
+        return None if name in self._sites else self.store.files[self.store.floats[name]].entries[name][0]
+
+    def read(self, name: str) -> Tensor | Int4Weight:
+        """As it is stored, where no adapter changes it."""
+        if name not in self._sites:
+            return self.store.float_tensor(name)
+        site = self._sites[name]
+        if self._delta(site) is None:
+            self._verify(site)
+            return self.store.weight(site.name)
+        merged = torch.empty(site.out_features, site.in_features)
+        done = 0
+        for piece in self._rows(site):
+            merged[done : done + len(piece)] = piece
+            done += len(piece)
+        return merged.t() if site.transposed else merged
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The parameter from its first row to its last; a matrix in float32."""
+        site = self._sites.get(name)
+        if site is None:
+            yield self.store.float_tensor(name)
+        elif site.transposed:
+            yield torch.cat(list(self._rows(site))).t()
+        else:
+            yield from self._rows(site)
+
+    def save_companions(self, directory: str | os.PathLike[str]) -> None:
+        write_companions(self._config_json, self.directory, Path(directory))
+
+    def save_as(self, dtype: str, directory: Path) -> None:
+        """``save_companions`` with another dtype in the config."""
+        config = {key: value for key, value in self._config_json.items() if key != "torch_dtype"}
+        write_companions(config | {"dtype": dtype}, self.directory, directory)
+
+    def _delta(self, site: Int4Site) -> tuple[Tensor, Tensor, float] | None:
+        """A, B in float32 and the scaling, where the adapter changes the matrix."""
+        names = [f"{PREFIX}{site.name}.lora_{part}.weight" for part in "AB"]
+        if self._lora is None or names[0] not in self._tensors:
+            return None
+        a, b = (self._tensors[name].float() for name in names)
+        return a, b, self._lora.scaling(site.name)
+
+    def _verify(self, site: Int4Site) -> None:
+        self.store.files[self.store.matrices[site.name].file].verify()
+
+    def _rows(self, site: Int4Site) -> Iterator[Tensor]:
+        """``[rows, in]`` float32, some rows of ``[out, in]`` at a time."""
+        self._verify(site)
+        weight, mapped = self.store.weight(site.name), self.store.files[self.store.matrices[site.name].file].mapped
+        step = max(1, PIECE_ELEMENTS // site.in_features)
+        delta = self._delta(site)
+        for start in range(0, site.out_features, step):
+            stop = min(start + step, site.out_features)
+            rows = decode(weight.rows(start, stop), torch.float32)
+            if delta is not None:
+                a, b, scaling = delta
+                rows.addmm_(b[start:stop], a, alpha=scaling)
+            yield rows
+        mapped.drop()

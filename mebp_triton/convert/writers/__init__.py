@@ -1,0 +1,1 @@
+"""What conversions write, a file for each format."""

@@ -1,0 +1,60 @@
+"""Writes an int4 store, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mebp_triton.kernels.layout import LAYOUT, Int4Weight
+from mebp_triton.store.manifest import FORMAT, FORMAT_VERSION, MANIFEST, MatrixInfo, companion_checksums, dtype_name
+from mebp_triton.system import reading, safetensors_file, strict_json
+
+
+@dataclass
+class StoreWriter:
+    """Writes a store into an empty directory; the manifest comes last and makes it whole."""
+
+    directory: Path
+    source: str
+    tied_head: bool
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    matrices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    floats: dict[str, str] = field(default_factory=dict)
+
+    def write_file(
+        self, name: str, matrices: Mapping[str, tuple[Int4Weight, float]], floats: Mapping[str, Tensor]
+    ) -> None:
+        """One file: ``matrices`` by module name with their relative errors, ``floats`` by parameter name."""
+        tensors: dict[str, Tensor] = {key: tensor.contiguous() for key, tensor in floats.items()}
+        for module, (weight, error) in matrices.items():
+            parts = weight.tensors()
+            if weight.codebook is not None:
+                parts["codebook"] = weight.codebook.clone()  # safetensors refuses what several matrices share
+            tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+            info = MatrixInfo(
+                name, weight.scheme, weight.shape, weight.group_size, dtype_name(weight.scales.dtype), error
+            )
+            self.matrices[module] = asdict(info)
+        path = self.directory / name
+        safetensors_file.write_safetensors(path, tensors)
+        self.files[name] = {"bytes": path.stat().st_size, "crc32": reading.file_checksums(path)}
+        self.floats |= dict.fromkeys(floats, name)
+
+    def finish(self) -> None:
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "layout": LAYOUT,
+            "source": self.source,
+            "tied_head": self.tied_head,
+            "checksum_chunk_bytes": reading.CHECKSUM_CHUNK,
+            "files": self.files,
+            "companions": companion_checksums(self.directory, self.files),
+            "matrices": self.matrices,
+            "floats": self.floats,
+        }
+        strict_json.write_json(self.directory / MANIFEST, strict_json.sealed(manifest))

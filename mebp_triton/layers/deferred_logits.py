@@ -1,0 +1,192 @@
+"""Logits that are not computed until somebody needs them.
+
+``DeferredLogits`` write down what the model does to its logits; the loss applies it tile by tile. Any operation that is
+not understood makes the real logits. ``OnDemandLogits`` are what a caller gets where gradients are off.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Head(Protocol):
+    """What deferred logits need of a language-model head ``[V, K]``."""
+
+    out_features: int
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Real logits ``[..., V]`` of hidden states ``[..., K]``."""
+        ...
+
+    def cross_entropy(
+        self, hidden: Tensor, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and argmax ``[T]`` of hidden states ``[T, K]``; ``factors``: see ``DeferredLogits``."""
+        ...
+
+
+class DeferredLogits:
+    """Logits ``[..., V]`` that are not computed: a hidden state, the head, and what is done to the result.
+
+    ``factors``: multiplied one after the other, with a tanh between two neighbours.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, factors: tuple[float, ...]) -> None:
+        self.hidden, self.head, self.factors = hidden, head, factors
+
+    def _times(self, factor: float) -> DeferredLogits:
+        return DeferredLogits(self.hidden, self.head, (*self.factors[:-1], self.factors[-1] * factor))
+
+    def materialize(self) -> Tensor:
+        """The real logits."""
+        logits = self.head.logits(self.hidden) * self.factors[0]
+        for factor in self.factors[1:]:
+            logits = torch.tanh(logits) * factor
+        return logits
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.head.out_features))
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    def float(self) -> DeferredLogits:
+        return self  # the loss is computed in float32 anyway
+
+    def contiguous(self) -> DeferredLogits:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> DeferredLogits:
+        return self  # only the dtype or device of what the loss reads and accumulates anyway
+
+    def tanh(self) -> DeferredLogits:
+        return DeferredLogits(self.hidden, self.head, (*self.factors, 1.0))
+
+    def __mul__(self, other: Any) -> Any:
+        return self._times(float(other)) if isinstance(other, int | float) else _materialized(self, "*") * other
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._times(1.0 / other) if isinstance(other, int | float) else _materialized(self, "/") / other
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        first = args[0] if args else None
+        if isinstance(first, DeferredLogits) and not kwargs:
+            if function is torch.tanh and len(args) == 1:
+                return first.tanh()
+            if function in (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__) and len(args) == 2:
+                return first * args[1]
+            if function in (torch.div, torch.Tensor.div, torch.Tensor.__truediv__) and len(args) == 2:
+                return first / args[1]
+        name = getattr(function, "__name__", str(function))
+        args, kwargs = tree_map(
+            lambda item: _materialized(item, name) if isinstance(item, DeferredLogits) else item, (args, kwargs or {})
+        )
+        return function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name.endswith("_"):
+            raise TypeError(
+                f"deferred logits cannot be changed in place by {name}: call the model with return_logits=True"
+            )
+        return getattr(_materialized(self, name), name)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda logits, *others: getattr(_materialized(logits, name), name)(*others)
+
+
+# Python looks for operators on the type, so ``__getattr__`` does not see them.
+for _name in (
+    "getitem",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "rtruediv",
+    "matmul",
+    "pow",
+    "neg",
+    "abs",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+):
+    setattr(DeferredLogits, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _materialized(logits: DeferredLogits, operation: str) -> Tensor:
+    warnings.warn(
+        f"the model applies {operation!r} to its logits, so all of them ({tuple(logits.shape)}) are computed: "
+        "the result is the same, the memory is not",
+        stacklevel=3,
+    )
+    return logits.materialize()
+
+
+class OnDemandLogits(Tensor):
+    """Logits ``[..., V]`` in float32 or wider that the first operation on them computes; no warning, and no gradient.
+
+    Until then only the hidden state is kept: a trainer that evaluates the loss alone does not pay for them.
+    """
+
+    _deferred: DeferredLogits | None
+    _real: Tensor | None
+
+    @staticmethod
+    def __new__(cls, deferred: DeferredLogits) -> OnDemandLogits:
+        dtype = torch.promote_types(deferred.dtype, torch.float32)
+        made = Tensor._make_wrapper_subclass(cls, deferred.shape, dtype=dtype, device=deferred.device)
+        made._deferred, made._real = deferred, None
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map(
+            lambda item: item.computed() if isinstance(item, OnDemandLogits) else item, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    @torch.no_grad()
+    def computed(self) -> Tensor:
+        if self._deferred is not None:
+            self._real, self._deferred = self._deferred.materialize().to(self.dtype), None
+        assert self._real is not None
+        return self._real
+
+    # These do not come by way of the dispatcher.
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.computed().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.computed().tolist()
+
+    def __array__(self, *args: Any) -> Any:
+        return self.computed().__array__(*args)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return f"OnDemandLogits(shape={tuple(self.shape)}, dtype={self.dtype})"

@@ -1,0 +1,117 @@
+"""The int4 language-model head, whole or walked in segments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mebp_triton.kernels.cross_entropy import OnePass
+from mebp_triton.kernels.functions import int4_cross_entropy, int4_matmul, int4_matmul_dx
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.reference import decode
+from mebp_triton.kernels.routing import resolve_backend
+
+from .deferred_logits import DeferredLogits
+from .int4_module import Int4Table
+from .lora_function import autocast_input
+
+DECODED_ROWS = 4096  # at a time
+
+
+class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
+    """A frozen language-model head over an int4 weight ``[V, K]``, possibly the embedding's.
+
+    Attributes:
+        deferred: while true, ``forward`` returns ``DeferredLogits`` instead of logits.
+    """
+
+    def __init__(
+        self, weight: Int4Weight, bias: Tensor | None, compute_dtype: torch.dtype, backend: str = "auto"
+    ) -> None:
+        nn.Module.__init__(self)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.deferred = False
+        self._init_int4(weight, compute_dtype, backend)
+
+    def forward(self, x: Tensor) -> Any:
+        x = autocast_input(x)
+        return DeferredLogits(x, self, (1.0,)) if self.deferred else self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        if self.rows is None:
+            return int4_matmul(x, self.int4(), self.bias, backend=self.backend)
+        return _WalkedLogits.apply(x, self)
+
+    def decoded(self) -> nn.Linear:
+        """The same as a plain, frozen linear layer in ``compute_dtype``."""
+        weight = torch.empty(self.weight.shape, dtype=self.compute_dtype, device=self.weight.device)
+        for first, rows in self.rows.segments() if self.rows is not None else [(0, self.int4())]:
+            for start in range(0, rows.out_features, DECODED_ROWS):
+                part = decode(rows.rows(start, start + DECODED_ROWS), torch.promote_types(weight.dtype, torch.float32))
+                weight[first + start : first + start + part.shape[0]] = part
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return linear
+
+    def cross_entropy(
+        self, hidden: Tensor, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """``int4_cross_entropy`` over this head: losses and argmax, ``[T]``."""
+        if self.rows is None:
+            return int4_cross_entropy(hidden, self.int4(), targets, self.bias, ignore_index, factors, self.backend)
+        return _WalkedLoss.apply(hidden, self, targets, ignore_index, factors)
+
+
+class _WalkedLoss(torch.autograd.Function):
+    """``int4_cross_entropy`` over a head that comes in segments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Int4Head, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
+    ) -> tuple[Tensor, Tensor]:
+        assert head.rows is not None
+        by_kernel = resolve_backend(head.backend, hidden.device, hidden.dtype) == "triton"
+        with torch.autocast(hidden.device.type, enabled=False):
+            one_pass = OnePass(hidden, targets, head.bias, ignore_index, factors, ctx.needs_input_grad[0], by_kernel)
+            for first, rows in head.rows.segments():
+                one_pass.add(rows, first)
+            losses, grad, argmax = one_pass.finish(head.rows.gather(one_pass.targets))
+        ctx.save_for_backward(grad)
+        ctx.dtype = hidden.dtype
+        ctx.mark_non_differentiable(argmax)
+        return losses, argmax
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return (grad * dlosses.unsqueeze(1)).to(ctx.dtype), None, None, None, None
+
+
+class _WalkedLogits(torch.autograd.Function):
+    """All logits of a head that comes in segments."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Int4Head) -> Tensor:
+        assert head.rows is not None
+        ctx.head = head
+        logits = x.new_empty(*x.shape[:-1], head.out_features)
+        for first, rows in head.rows.segments():
+            stop = first + rows.out_features
+            bias = None if head.bias is None else head.bias[first:stop]
+            logits[..., first:stop] = int4_matmul(x, rows, bias, backend=head.backend)
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, None]:
+        head: Int4Head = ctx.head
+        assert head.rows is not None
+        wide = torch.promote_types(dlogits.dtype, torch.float32)
+        dx = dlogits.new_zeros(*dlogits.shape[:-1], head.in_features, dtype=wide)
+        for first, rows in head.rows.segments():
+            part = dlogits[..., first : first + rows.out_features]
+            dx += int4_matmul_dx(part, rows, backend=head.backend)
+        return dx.to(dlogits.dtype), None

@@ -1,0 +1,159 @@
+"""What all int4 modules share: a frozen packed weight that can be put in place and taken away; tables of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mebp_triton.kernels.functions import (
+    int4_embedding,
+)
+from mebp_triton.kernels.layout import Int4Weight
+
+if TYPE_CHECKING:
+    pass
+
+
+class Int4Module(nn.Module):
+    """What the int4 layers share: a frozen weight whose tensors are put in place, and replaced, from outside."""
+
+    INT4_BUFFERS: ClassVar = ("packed", "scales", "minimum", "codebook")
+
+    in_features: int
+    out_features: int
+    group_size: int
+    backend: str
+    compute_dtype: torch.dtype
+
+    def _init_int4(self, weight: Int4Weight, compute_dtype: torch.dtype, backend: str) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.group_size, self.compute_dtype, self.backend = weight.group_size, compute_dtype, backend
+        self.set_int4(weight)
+
+    def _set_packed(self, packed: Tensor) -> None:
+        raise NotImplementedError
+
+    def _packed(self) -> Tensor:
+        raise NotImplementedError
+
+    def set_int4(self, weight: Int4Weight) -> None:
+        """Puts ``weight``'s tensors in place, without a copy."""
+        self._set_packed(weight.packed)
+        for name in ("scales", "minimum", "codebook"):
+            self._buffers[name] = getattr(weight, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """``model.to(dtype)`` and its like move the weight, and leave the dtypes of its tensors alone."""
+        own = {id(self._buffers[name]) for name in self.INT4_BUFFERS if self._buffers.get(name) is not None}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if id(tensor) not in own or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Scales may come as their bytes, as ``save_pretrained`` writes them."""
+        for name in ("scales", "minimum"):
+            own, given = self._buffers.get(name), state_dict.get(prefix + name)
+            if own is not None and given is not None and given.dtype == torch.uint8 and given.shape != own.shape:
+                state_dict[prefix + name] = given.contiguous().view(own.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def int4(self) -> Int4Weight:
+        """The weight as it lies now."""
+        scales, minimum, codebook = (self._buffers[name] for name in ("scales", "minimum", "codebook"))
+        assert scales is not None
+        return Int4Weight(self._packed(), scales, self.in_features, self.group_size, minimum, codebook)
+
+
+class RowSource(Protocol):
+    """A table that is not in place as a whole."""
+
+    def gather(self, ids: Tensor) -> Int4Weight:
+        """Rows ``ids`` (any shape, flattened) on the device."""
+        ...
+
+    def segments(self) -> Iterator[tuple[int, Int4Weight]]:
+        """All rows in order: the number of the first, and some rows on the device, until the next are asked for."""
+        ...
+
+
+class AbsentWeight(Tensor):
+    """A weight with a shape, a dtype and a device, and nothing in it: whoever computes with it is told."""
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> AbsentWeight:
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            f"{func}: the weight of an int4 embedding or head is not there as a float tensor; for a trainer that "
+            f"multiplies by lm_head.weight itself, as TRL's SFTTrainer, use load(..., head='float')"
+        )
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return f"AbsentWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+class Int4Table(Int4Module):
+    """An int4 module whose ``weight`` other code only asks for its dtype, device and shape.
+
+    Attributes:
+        rows: where the rows come from; None where the whole table lies in place.
+        device: where ``weight`` is, for a table that does not lie there.
+    """
+
+    rows: RowSource | None = None
+    device: torch.device | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise ValueError(
+            "an int4 embedding or head cannot be copied, as PEFT's modules_to_save does to train it: take it out, or, "
+            "for the head, load(..., head='float')"
+        )
+
+    def _set_packed(self, packed: Tensor) -> None:
+        self._parameters.pop("weight", None)
+        self._buffers["packed"] = packed
+
+    def _packed(self) -> Tensor:
+        packed = self._buffers["packed"]
+        assert packed is not None
+        return packed
+
+    @property
+    def weight(self) -> AbsentWeight:
+        device = self.device or self._packed().device
+        return AbsentWeight((self.out_features, self.in_features), self.compute_dtype, device)
+
+
+class Int4Embedding(Int4Table, nn.Embedding):  # type: ignore[override,misc]
+    """A frozen embedding over an int4 table; only the rows asked for are decoded.
+
+    Made from an existing embedding by ``replace_embedding``, which keeps what a subclass adds (a scale, say).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.rows is None:
+            return int4_embedding(input, self.int4(), self.compute_dtype, self.backend)
+        places = torch.arange(input.numel(), device=input.device).view(input.shape)
+        return int4_embedding(places, self.rows.gather(input), self.compute_dtype, self.backend)
+
+
+def replace_embedding(module: nn.Embedding, weight: Int4Weight, compute_dtype: torch.dtype, backend: str) -> None:
+    """Turns ``module`` into an ``Int4Embedding`` in place.
+
+    A subclass of ``nn.Embedding`` keeps its own forward: its ``super().forward`` then is the int4 one.
+    """
+    kind = type(module)
+    bases = (Int4Embedding,) if kind is nn.Embedding else (kind, Int4Embedding)
+    module.__class__ = type(f"Int4{kind.__name__}", bases, {})
+    assert isinstance(module, Int4Embedding)
+    module._init_int4(weight, compute_dtype, backend)

@@ -1,0 +1,195 @@
+"""Which layers get an adapter, and its rank and scaling: PEFT's names and meaning."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import regex
+
+if TYPE_CHECKING:
+    pass
+
+
+MATCH_SECONDS = 1.0  # for one path; it takes microseconds
+LONGEST_EXPRESSION = 1 << 14
+MOST_REPEATS = 100_000  # all fixed counts multiplied
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Names and meaning as in PEFT.
+
+    Attributes:
+        r: rank, at least 1.
+        lora_alpha: the update is scaled by ``lora_alpha / r`` (``/ sqrt(r)`` with ``use_rslora``).
+        lora_dropout: probability, on the input of the LoRA branch, while training.
+        target_modules: "all-linear" (every linear layer but the head), a list of names (a module matches if its
+            path is the name or ends with "." + name), or one regular expression that must match the whole path.
+        exclude_modules: as ``target_modules``, taken out of what that selected.
+        use_rslora: see ``lora_alpha``.
+        rank_pattern, alpha_pattern: other values by a regular expression that must match the path, or its end after a
+            dot; the first that does counts.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | list[str] | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
+                raise ValueError(f"{name} must map regular expressions to numbers, got {pattern!r:.100}")
+        for rank in (self.r, *self.rank_pattern.values()):
+            if type(rank) is not int or not 1 <= rank < 1 << 31:
+                raise ValueError(f"lora rank r must be a whole number of at least 1, got {rank!r:.100}")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r:.100}")
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if not _is_number(alpha) or not abs(alpha) < 1e30:
+                raise ValueError(f"lora_alpha must be finite, got {alpha!r:.100}")
+        if type(self.use_rslora) is not bool:
+            raise ValueError(f"use_rslora must be true or false, got {self.use_rslora!r:.100}")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: name modules, or use 'all-linear'")
+        for name in ("target_modules", "exclude_modules"):
+            wanted = getattr(self, name)
+            names = wanted if isinstance(wanted, list | tuple) else [wanted or ""]
+            if not all(isinstance(module, str) for module in names):
+                raise ValueError(f"{name} must be names, or one regular expression, got {wanted!r:.100}")
+
+    def rank(self, path: str) -> int:
+        return _pattern_value(self.rank_pattern, path, self.r)
+
+    def scaling(self, path: str) -> float:
+        alpha = _pattern_value(self.alpha_pattern, path, self.lora_alpha)
+        rank = self.rank(path)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, path: str) -> bool:
+        """Whether the linear layer at ``path`` (never the head) gets an adapter."""
+        if self.exclude_modules and _matches(self.exclude_modules, path):
+            return False
+        return self.target_modules == "all-linear" or _matches(self.target_modules, path)
+
+
+def as_lora_config(config: Any) -> LoraConfig:
+    """A ``LoraConfig`` from ours or from a ``peft.LoraConfig``. ValueError for what only PEFT's layers can do."""
+    if isinstance(config, LoraConfig):
+        return config
+    if getattr(config, "peft_type", None) is None:
+        raise ValueError(f"lora must be a LoraConfig of mebp_triton or of peft, got {type(config).__name__}")
+    values = {key: value for key, value in vars(config).items() if value is not None}
+    taken = lora_config_from_dict(values)
+    if "target_modules" not in values:
+        raise ValueError("peft.LoraConfig without target_modules depends on the architecture: name the modules")
+    if values.get("init_lora_weights", True) is not True:
+        raise ValueError(f"init_lora_weights={values['init_lora_weights']!r} is not supported: leave it at True")
+    return taken
+
+
+# PEFT's settings that change what an adapter computes, and the values that mean "not used".
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "modules_to_save": ([], ()),
+    "layer_replication": ([], ()),
+    "target_parameters": ([], ()),
+    "trainable_token_indices": ([], {}, ()),
+    "layers_to_transform": ([], ()),
+    "bias": ("none",),
+    "use_bdlora": (False,),
+    "alora_invocation_tokens": ([], ()),
+    "arrow_config": (),
+    "kasa_config": (),
+    "monteclora_config": (),
+    "velora_config": (),
+    # Any other initialisation (PiSSA, OLoRA, CorDA, LoftQ) changes the base weights as well.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+
+
+# Those that change nothing, or nothing once an adapter is trained, whatever their value.
+WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "revision", "task_type"}
+WITHOUT_EFFECT |= {"inference_mode", "fan_in_fan_out", "layers_pattern", "megatron_config", "megatron_core"}
+WITHOUT_EFFECT |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
+WITHOUT_EFFECT |= {"runtime_config", "ensure_weight_tying"}
+
+
+def lora_config_from_file(values: dict[str, Any]) -> LoraConfig:
+    """``lora_config_from_dict`` of a file: ValueError also for what it lacks, and for a setting that is not known."""
+    for key in ("r", "lora_alpha", "target_modules"):
+        if values.get(key) is None:
+            raise ValueError(f"it has no {key}")
+    known = {item.name for item in fields(LoraConfig)} | UNSUPPORTED.keys() | WITHOUT_EFFECT
+    for key in sorted(values.keys() - known):
+        if values[key] not in (None, False, [], {}):
+            raise ValueError(f"the adapter uses {key!r:.100}, which is not known here; train it without")
+    return lora_config_from_dict(values)
+
+
+def lora_config_from_dict(values: dict[str, Any]) -> LoraConfig:
+    """From the fields of PEFT's ``adapter_config.json``."""
+    kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
+    if kind != "LORA":
+        raise ValueError(f"the adapter is of type {kind!r:.100}; only LORA is supported")
+    for key, unused in UNSUPPORTED.items():
+        value = values.get(key)
+        # Of the same type, since 0 and 1 are False and True to Python.
+        if value is not None and not any(type(value) is type(off) and value == off for off in unused):
+            raise ValueError(f"the adapter uses {key}={value!r:.100}, which is not supported; train it without")
+    known = {item.name for item in fields(LoraConfig)}
+    taken = {key: value for key, value in values.items() if key in known and value is not None}
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(taken.get(key), set | list | tuple):
+            taken[key] = tuple(sorted(taken[key], key=str))
+    return LoraConfig(**taken)
+
+
+def _matches(wanted: str | tuple[str, ...] | list[str], path: str) -> bool:
+    if isinstance(wanted, str):
+        return _fullmatch(wanted, path)
+    return any(path == name or path.endswith("." + name) for name in wanted)
+
+
+def _pattern_value(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if _fullmatch(rf"(.*\.)?({key})", path)), default)
+
+
+@lru_cache(maxsize=1 << 16)
+def _fullmatch(expression: str, path: str) -> bool:
+    """As ``re.fullmatch``, but that an expression from a file may not run on and on: ``(a+)+$`` takes 2^n steps.
+
+    ``regex`` means the same by what ``re`` compiles, but for its fuzzy and POSIX forms, which no path needs.
+    """
+    try:
+        # Fixed counts are unrolled when the expression is compiled: "a{1000000000}" would take all memory.
+        counts = [int(count[:9]) for count in re.findall(r"\{([0-9]+)", expression)]
+        long = len(expression) > LONGEST_EXPRESSION or math.prod(filter(None, counts)) > MOST_REPEATS
+        if long or re.search(r"\{[^0-9,]|\[\[:", expression):
+            raise re.error("too long, or of a form that is not supported")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(expression)
+            return regex.fullmatch(expression, path, timeout=MATCH_SECONDS) is not None
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{expression!r:.100} is not a regular expression: {error}") from None
+    except TimeoutError:
+        raise ValueError(
+            f"{expression!r:.100} takes too long to match {path}: write it without nested repeats"
+        ) from None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)

@@ -1,0 +1,111 @@
+"""The int4 head and the loss over it, in one pass and without logits, under transformers' own modelling code.
+
+A model's forward calls its head, does what it does to the logits (Gemma's soft-capping, Granite's scale), and hands
+them to ``loss_function``. While a loss without logits is wanted, the head returns ``DeferredLogits``, which write
+down those operations instead of computing them; the loss then applies them tile by tile. Any operation that is not
+understood makes the real logits, so the result is exact either way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .deferred_logits import DeferredLogits, OnDemandLogits
+from .head import Int4Head
+
+
+@dataclass
+class LossStatistics:
+    """Counts of the last loss: targets, and how many of them were the most likely token."""
+
+    tokens: int = 0
+    correct: int = 0
+
+
+class OnePassLoss:
+    """Takes ``model.loss_function``'s place, for deferred and for real logits alike.
+
+    The mean over the valid targets; or their sum over ``num_items_in_batch`` where the caller gives it, or over
+    ``normalizer`` where that is set: so micro-batches add up to the mean over all tokens of a step. A batch without one
+    valid target has loss 0 and zero gradients.
+
+    Attributes:
+        statistics: of the last call.
+    """
+
+    def __init__(self) -> None:
+        self.statistics = LossStatistics()
+        self.normalizer: float | None = None
+
+    def __call__(
+        self,
+        logits: Any,
+        labels: Tensor,
+        *args: Any,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.reshape(-1).to(logits.device)
+        _check_targets(targets, logits.shape[-1], ignore_index)
+        if isinstance(logits, DeferredLogits):
+            head = logits.head
+            hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
+            losses, argmax = head.cross_entropy(hidden, targets, ignore_index, logits.factors)
+        else:
+            real = logits.reshape(-1, logits.shape[-1]).float()
+            losses = nn.functional.cross_entropy(real, targets, ignore_index=ignore_index, reduction="none")
+            argmax = real.argmax(dim=-1)
+        valid = int((targets != ignore_index).sum())
+        self.statistics = LossStatistics(valid, int(((argmax == targets) & (targets != ignore_index)).sum()))
+        divisor = num_items_in_batch if num_items_in_batch is not None else self.normalizer
+        if divisor is None or valid == 0:  # trainers count 0 items where all is masked
+            divisor = max(valid, 1)
+        return losses.sum() / divisor
+
+
+def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    if bool(bad.any()):
+        raise ValueError(f"label {int(targets[bad][0])} is not a token of the vocabulary 0..{vocabulary - 1}")
+
+
+def _handed_out(item: Any) -> Any:
+    """What the caller gets for deferred logits: with gradients on, nothing."""
+    if not isinstance(item, DeferredLogits):
+        return item
+    return None if torch.is_grad_enabled() else OnDemandLogits(item)
+
+
+def install_loss(model: Any, head: Int4Head) -> OnePassLoss:
+    """Lets ``model(..., labels=...)`` compute its loss in one pass over ``head``.
+
+    ``model(..., labels=..., return_logits=True)`` computes the logits as well, as the model itself would; where
+    gradients are off, they are there as ``OnDemandLogits`` without being asked for.
+    """
+    loss = OnePassLoss()
+    model.loss_function = loss
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        wanted = kwargs.pop("return_logits", False)
+        head.deferred = kwargs.get("labels") is not None and not wanted
+        return args, kwargs
+
+    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        head.deferred = False
+        if isinstance(output, dict) and isinstance(output.get("logits"), DeferredLogits):
+            return type(output)(**{key: _handed_out(value) for key, value in output.items()})
+        if isinstance(output, tuple):
+            return tuple(_handed_out(item) for item in output)
+        return output
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True, always_call=True)
+    return loss

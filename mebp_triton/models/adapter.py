@@ -1,0 +1,239 @@
+"""Adapters in PEFT's format, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mebp_triton.layers.linear import Int4LoRALinear
+from mebp_triton.layers.lora_config import LoraConfig, lora_config_from_file
+from mebp_triton.system import safetensors_file, strict_json
+from mebp_triton.system.errors import FileError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# In the metadata of the weights we write: their checksum, and by what they are scaled. PEFT writes none.
+SEAL = "mebp_seal"
+SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+def adapter_layers(model: Any) -> dict[str, Int4LoRALinear]:
+    """The layers with an adapter, by path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Int4LoRALinear)}
+
+
+def adapter_tensors(model: Any) -> dict[str, Tensor]:
+    """The adapter's tensors by PEFT's names: A ``[R, K]``, B ``[N, R]``."""
+    tensors = {}
+    for name, layer in adapter_layers(model).items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+    return tensors
+
+
+def save_adapter(model: Any, directory: Path | str) -> None:
+    """Writes the adapter of ``model`` into ``directory``, as PEFT would; files of an older one are replaced whole.
+
+    ValueError where the model has none of ours, or one that is not finite.
+    """
+    config = _config_of(model)
+    if config is None:
+        raise ValueError("the model has no adapter of ours to save: make it with lora=LoraConfig(...)")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise ValueError(f"{broken} is not finite: the adapter is not written")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    seal = {"crc32": safetensors_file.tensors_checksum(tensors), "scaling": _scaling(config)}
+    safetensors_file.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt", SEAL: json.dumps(seal)})
+    strict_json.write_json(directory / CONFIG, _peft_config(config, model))
+
+
+def _scaling(config: LoraConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SCALING}
+
+
+def _config_of(model: Any) -> LoraConfig | None:
+    """What the model's adapter was made from: by ``load``, or by ``replace_linears``."""
+    return model.mebp.lora if hasattr(model, "mebp") else getattr(model, "mebp_lora", None)
+
+
+def _base_of(model: Any) -> tuple[str, str | None]:
+    """Name and PEFT's task type of the model beneath the adapter."""
+    if hasattr(model, "mebp"):
+        return os.path.basename(os.path.abspath(model.mebp.store.directory)), "CAUSAL_LM"
+    config: Any = getattr(model, "config", None)
+    causal = hasattr(model, "can_generate") and model.can_generate() and not config.is_encoder_decoder
+    return getattr(config, "name_or_path", ""), "CAUSAL_LM" if causal else None
+
+
+def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
+    layers = adapter_layers(model)
+    targets: Any = config.target_modules
+    # PEFT's own "all-linear" would look at its model's layer types. What was left out is not named again.
+    if _selected(model, replace(config, exclude_modules=None)) != set(layers):
+        targets = _shortest_suffixes(model, layers)
+    base, task = _base_of(model)
+    return {
+        "alpha_pattern": dict(config.alpha_pattern),
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": config.lora_alpha,
+        "lora_bias": False,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": dict(config.rank_pattern),
+        "revision": None,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "task_type": task,
+        "use_dora": False,
+        "use_rslora": config.use_rslora,
+    }
+
+
+def _shortest_suffixes(model: Any, layers: dict[str, Int4LoRALinear]) -> list[str]:
+    """Last path components that select exactly the adapted layers, or whole paths where those would select more."""
+    suffixes = sorted({name.rpartition(".")[2] for name in layers})
+    exact = _selected(model, LoraConfig(target_modules=suffixes)) == set(layers)
+    return suffixes if exact else sorted(layers)
+
+
+def _selected(model: Any, config: LoraConfig) -> set[str]:
+    return {name for name, _ in model.named_modules() if config.targets(name)}
+
+
+def read_adapter_config(directory: Path | str) -> LoraConfig:
+    """The ``LoraConfig`` of a saved adapter, which its weights agree with as far as their header tells.
+
+    Raises:
+        ValueError: it is damaged, contradicts its weights, or uses what only PEFT's own layers can do.
+    """
+    path, weights = Path(directory) / CONFIG, Path(directory) / WEIGHTS
+    if not path.exists():
+        raise ValueError(f"{directory} is no adapter: it has no {CONFIG}")
+    values = strict_json.read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold a JSON object")
+    try:
+        config = lora_config_from_file(values)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    entries, metadata = safetensors_file.read_safetensors_header(weights)
+    # A rank from the config alone could ask for any amount of memory.
+    for name, (_, shape, _, _) in entries.items():
+        layer = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        if name.endswith(".lora_A.weight") and shape[:1] != (config.rank(layer),):
+            raise ValueError(
+                f"the adapter {directory} contradicts itself: {layer} has rank {config.rank(layer)} by its config, and "
+                f"{name} has shape {shape}"
+            )
+    largest = max((shape[0] for _, shape, _, _ in entries.values() if shape), default=0)
+    if max((config.r, *config.rank_pattern.values())) > largest:
+        raise ValueError(f"the adapter {directory} contradicts itself: its config has a rank that no tensor has")
+    seal = _seal(weights, metadata)
+    if seal is not None and json.loads(json.dumps(_scaling(config))) != seal.get("scaling"):
+        raise FileError(f"{path} is not what {weights} was saved with ({seal.get('scaling')!r:.200}): put it back")
+    return config
+
+
+def _seal(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    if SEAL not in metadata:
+        return None
+    seal = strict_json.parse_json(metadata[SEAL], f"{SEAL} of {path}")
+    if not isinstance(seal, dict):
+        raise FileError(f"{path} is damaged: its {SEAL} is no object")
+    return seal
+
+
+def read_adapter_tensors(directory: Path | str) -> dict[str, Tensor]:
+    """The tensors of a saved adapter. FileError where they are damaged."""
+    path = Path(directory) / WEIGHTS
+    tensors, metadata = safetensors_file.read_safetensors(path)
+    seal = _seal(path, metadata)
+    if seal is not None and seal.get("crc32") != safetensors_file.tensors_checksum(tensors):
+        raise FileError(f"{path} is damaged: its checksum differs")
+    return tensors
+
+
+def load_adapter(model: Any, directory: Path | str) -> None:
+    """Puts a saved adapter's values into ``model``, which must have been loaded with the same layers and ranks.
+
+    ``mebp_triton.load(store, lora=read_adapter_config(directory))`` makes such a model, as ``replace_linears`` does.
+
+    Raises:
+        ValueError: the adapter is of another model or shape; the model keeps its own.
+    """
+    config, tensors = read_adapter_config(directory), read_adapter_tensors(directory)
+    layers = adapter_layers(model)
+    for name, layer in layers.items():
+        rank = layer.lora_A.shape[0]
+        if config.rank(name) != rank:
+            raise ValueError(
+                f"the adapter {directory} does not fit this model: {name} has rank {config.rank(name)}, wanted {rank}"
+            )
+    copy_adapter(model, tensors, str(directory))
+    for name, layer in layers.items():
+        layer.scaling = config.scaling(name)
+    # So that ``save_adapter`` writes the scaling that is used.
+    scale = {key: getattr(config, key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
+    holder, name = (model.mebp, "lora") if hasattr(model, "mebp") else (model, "mebp_lora")
+    setattr(holder, name, replace(_config_of(model) or config, **scale))
+
+
+def adapter_shapes(config: LoraConfig, layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's tensors by PEFT's names, for layers of (out, in) features by path."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns) in layers.items():
+        if config.targets(name):
+            shapes[f"{PREFIX}{name}.lora_A.weight"] = (config.rank(name), columns)
+            shapes[f"{PREFIX}{name}.lora_B.weight"] = (rows, config.rank(name))
+    return shapes
+
+
+def check_fit(own: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], what: str) -> None:
+    """ValueError where ``tensors`` have other names or shapes than ``own``, or are not finite."""
+    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or surplus:
+        word, names = ("lacks", missing) if missing else ("has", surplus)
+        raise ValueError(
+            f"the adapter {what} does not fit this model: it {word} {names[0]}"
+            + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        )
+    for name, shape in own.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"the adapter {what} does not fit this model: {name} has shape {tuple(tensors[name].shape)}, "
+                f"wanted {shape}"
+            )
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"the adapter {what} is damaged: {name} is of {tensors[name].dtype}")
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"the adapter {what} is damaged: {name} is not finite")
+
+
+@torch.no_grad()
+def copy_adapter(model: Any, tensors: dict[str, Tensor], what: str) -> None:
+    """All of ``tensors`` into the model's adapter, or none."""
+    own = adapter_tensors(model)
+    check_fit({name: tuple(tensor.shape) for name, tensor in own.items()}, tensors, what)
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])

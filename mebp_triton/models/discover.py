@@ -1,0 +1,128 @@
+"""What is found out about a model by running it without data: layers with one input, MLPs that can run by chunks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mebp_triton.blocks.mlp_chunks import chunk_mlp
+from mebp_triton.kernels.configs import MOST_MEMBERS
+from mebp_triton.layers.linear import Int4LoRALinear
+from mebp_triton.layers.shared_input import SharedInput
+
+from .skeleton import Int4Site, int4_sites, meta_model, run_on_meta
+
+
+def shared_inputs(config: Any) -> list[list[Int4Site]]:
+    """The decoder's linear layers by what they read: those of one parent with one input together, in order of calls.
+
+    Found by running the model of ``config`` on the meta device: no names, no numbers.
+
+    Raises:
+        ValueError: the model cannot be run like that.
+    """
+    model = meta_model(config)
+    groups: dict[tuple[int, str], list[Int4Site]] = {}
+    inputs = []  # kept, so that no two have the same id
+
+    def watch(site: Int4Site) -> None:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs.append(arguments[0])
+            groups.setdefault((id(arguments[0]), site.name.rpartition(".")[0]), []).append(site)
+
+        model.get_submodule(site.name).register_forward_pre_hook(hook)
+
+    for site in int4_sites(model)[0]:
+        if site.role == "linear":
+            watch(site)
+    run_on_meta(model)
+    return list(groups.values())
+
+
+def join_shared_inputs(model: nn.Module, config: Any) -> None:
+    """Lets the adapted layers of ``model`` that read one input be computed together."""
+    try:
+        groups = shared_inputs(config)
+    except ValueError as error:
+        warnings.warn(f"{error}; layers that share an input are computed one by one", stacklevel=3)
+        return
+    for sites in groups:
+        modules = [model.get_submodule(site.name) for site in sites]
+        layers = [module for module in modules if isinstance(module, Int4LoRALinear)]
+        if 1 < len(layers) <= MOST_MEMBERS and len(set(layers)) == len(layers):
+            shared = SharedInput(layers)
+            for layer in layers:
+                layer.shared_input = shared
+
+
+MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward"})
+
+
+def find_mlps(config: Any, blocks: str) -> list[str]:
+    """The paths of the MLPs in the block list ``blocks`` of ``config``'s model that can run by chunks of tokens.
+
+    Such a module has an MLP's name, and its own linear layers, but no attention, no experts and no other parameters.
+    Its block gives it one tensor, and it returns one of the same shape.
+
+    Raises:
+        ValueError: the modelling code cannot be run on the meta device.
+    """
+    model = meta_model(config)
+    fits: dict[str, bool] = {}
+
+    def watch(path: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+            fits[path] = fits.get(path, True) and alone and output.shape == args[0].shape
+
+        module.register_forward_hook(hook, with_kwargs=True)
+
+    for path, module in model.get_submodule(blocks).named_modules(prefix=blocks):
+        if path.rpartition(".")[2] in MLP_NAMES and _is_mlp(module):
+            watch(path, module)
+    run_on_meta(model)
+    found = [path for path, fit in fits.items() if fit]
+    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    inside = list(module.modules())
+    linear = [part for part in inside if type(part) in (nn.Linear, Conv1D)]
+    others = [part for part in inside if part not in linear]
+    if any("attention" in type(part).__name__.lower() or isinstance(part, nn.ModuleList) for part in others):
+        return False
+    return len(linear) > 1 and not any(part._parameters for part in others)
+
+
+def install_mlp_chunks(model: Any, stack: nn.ModuleList, tokens: int | None) -> None:
+    """Lets the MLPs in the blocks ``stack`` of ``model`` run by chunks of ``tokens``. 0 or None leaves them whole.
+
+    Before the block engine is made, which has to know them.
+
+    Raises:
+        ValueError: ``tokens`` is no such number.
+    """
+    if tokens is None or tokens == 0:
+        return
+    if type(tokens) is not int or tokens < 0:
+        raise ValueError(f"mlp_chunk_tokens must be a whole number of tokens, or 0 for whole MLPs, got {tokens!r}")
+    blocks = next(path for path, module in model.named_modules() if module is stack)
+    name = type(model).__name__
+    try:
+        paths = find_mlps(model.config, blocks)
+    except ValueError as error:
+        warnings.warn(f"{error}; its MLPs run whole, mlp_chunk_tokens={tokens} changes nothing", stacklevel=3)
+        return
+    for path in paths:
+        chunk_mlp(model.get_submodule(path), tokens)
+    prefixes = [f"{blocks}.{index}." for index in range(len(stack))]
+    without = sum(not any(path.startswith(prefix) for path in paths) for prefix in prefixes)
+    if without:
+        warnings.warn(
+            f"{without} of {len(stack)} blocks of {name} have no MLP that can run by chunks of tokens: theirs run "
+            f"whole, whatever mlp_chunk_tokens is",
+            stacklevel=3,
+        )

@@ -1,0 +1,125 @@
+"""Where the blocks' inputs wait for the backward pass: on the device, in host memory, or in a file."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mebp_triton.system.errors import InPlaceChange
+from mebp_triton.system.machine import is_unified
+from mebp_triton.system.scratch import ScratchFile, Slot
+
+from .residency import RESIDENCIES, Residency
+from .waiting import Waiting
+
+
+class Checkpoint(Protocol):
+    def load(self) -> Tensor:
+        """The tensor that was saved, on its device. May be called more than once."""
+        ...
+
+
+class CheckpointStore(Protocol):
+    def save(self, tensor: Tensor) -> Checkpoint: ...
+
+
+class DeviceCheckpoints:
+    """Keeps the tensor itself, no copy; changing it in place before the backward pass is an error."""
+
+    def save(self, tensor: Tensor) -> Checkpoint:
+        return _Kept(tensor)
+
+
+class _Kept:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def load(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise InPlaceChange("the input of a block was modified in place between its forward and its backward pass")
+        return self.tensor
+
+
+class HostCheckpoints:
+    """Copies to host memory, pinned where a GPU copies from it."""
+
+    def save(self, tensor: Tensor) -> Checkpoint:
+        if tensor.device.type == "cpu":
+            return _Copied(tensor.detach().clone(), tensor.device)
+        pinned = tensor.device.type == "cuda" and not is_unified(tensor.device)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return _Copied(copy.copy_(tensor.detach()), tensor.device)
+
+
+class _Copied:
+    def __init__(self, copy: Tensor, device: torch.device) -> None:
+        self.copy, self.device = copy, device
+
+    def load(self) -> Tensor:
+        return self.copy.to(self.device, copy=True)  # whoever gets it may change it, and it may be loaded again
+
+
+class FileCheckpoints:
+    """Written to slots of a nameless file, and read back: what waits there is not resident memory.
+
+    A slot is used again, by anything that fits into it, once nothing refers to the checkpoint that had it.
+    """
+
+    def __init__(self, directory: Path, waiting: Waiting | None = None) -> None:
+        self.directory = directory
+        self.waiting = Waiting() if waiting is None else waiting
+        self.file: ScratchFile | None = None  # made at the first save: loading a model writes nothing
+        self.free: list[Slot] = []
+
+    def save(self, tensor: Tensor) -> Checkpoint:
+        with self.waiting.counted():
+            slot = self._slot(tensor.nbytes)
+            checkpoint = _Filed(self, slot, tensor)
+        weakref.finalize(checkpoint, self._give_back, slot)
+        return checkpoint
+
+    def _give_back(self, slot: Slot) -> None:
+        self.free.append(slot)
+
+    def _slot(self, size: int) -> Slot:
+        """The smallest free slot that is large enough and not twice too large, or a new one."""
+        if self.file is None:
+            self.file = ScratchFile(self.directory)
+        fitting = [slot for slot in self.free if size <= slot.size <= max(2 * size, 4096)]
+        if not fitting:
+            # Rounded up, so that sequences of nearly one length share slots.
+            step = max(1 << max(size - 1, 1).bit_length() >> 3, 4096)
+            return self.file.slot(-(-size // step) * step)
+        best = min(fitting, key=lambda slot: slot.size)
+        self.free = [slot for slot in self.free if slot is not best]
+        return best
+
+
+class _Filed:
+    def __init__(self, store: FileCheckpoints, slot: Slot, tensor: Tensor) -> None:
+        self.file, self.waiting, self.slot = store.file, store.waiting, slot
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        if tensor.numel():
+            slot.write(tensor.detach().to("cpu").contiguous())
+
+    def load(self) -> Tensor:
+        with self.waiting.counted():
+            tensor = torch.empty(self.shape, dtype=self.dtype)
+            if tensor.numel():
+                self.slot.read(tensor)
+            return tensor.to(self.device)
+
+
+def checkpoint_store(residency: Residency, directory: Path, waiting: Waiting | None = None) -> CheckpointStore:
+    """The store for ``residency``. ``directory`` is where "file" puts its file."""
+    if residency == "device":
+        return DeviceCheckpoints()
+    if residency == "host":
+        return HostCheckpoints()
+    if residency == "file":
+        return FileCheckpoints(directory, waiting)
+    raise ValueError(f"checkpoints must be one of {', '.join(RESIDENCIES)}, got {residency!r}")

@@ -1,0 +1,85 @@
+"""AdamW's two moments of every parameter, group by group: on the device, in host memory, or in a memory-mapped file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mebp_triton.system.scratch import MappedSlot, ScratchFile
+
+from .dynamic8 import decode, encode, encoded_bytes
+from .residency import RESIDENCIES, Residency
+
+SIGNED = (True, False)  # the first moment, the second
+
+
+class Moments:
+    """Zeros at first. Kept in float32 (float64 for float64 parameters), whatever the parameters' dtype, or in 8 bits.
+
+    Args:
+        groups: parameters, group by group.
+        residency: where the moments lie while their group is not open.
+        directory: where residency "file" puts its file.
+        eight_bit: keep them as ``dynamic8`` does, a quarter of the memory. They are decoded while their group is open.
+    """
+
+    def __init__(
+        self, groups: Sequence[Sequence[Tensor]], residency: Residency, directory: Path, eight_bit: bool = False
+    ) -> None:
+        if residency not in RESIDENCIES:
+            raise ValueError(f"optimizer state must be one of {', '.join(RESIDENCIES)}, got {residency!r}")
+        self.groups = [list(group) for group in groups]
+        self.eight_bit = eight_bit
+        self.slots: list[MappedSlot] = []
+        self.buffers: list[Tensor] = []
+        scratch = ScratchFile(directory) if residency == "file" else None
+        for group in self.groups:
+            dtype = torch.uint8 if eight_bit else _wide(group)
+            size = sum(parameter.numel() for parameter in group)
+            count = 2 * (encoded_bytes(size) if eight_bit else size)
+            if scratch is not None:
+                slot = scratch.mapped_slot(count * dtype.itemsize)  # a new file reads as zeros
+                self.slots.append(slot)
+                self.buffers.append(slot.bytes.view(dtype))
+            else:
+                device = group[0].device if group and residency == "device" else "cpu"
+                self.buffers.append(torch.zeros(count, dtype=dtype, device=device))
+
+    @contextmanager
+    def open(self, index: int, changes: bool = True) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """First and second moments of a group, shaped as its parameters and on their device; ``changes`` are kept."""
+        group, buffer = self.groups[index], self.buffers[index]
+        device = group[0].device if group else buffer.device
+        stored = buffer if buffer.device == device else buffer.to(device)
+        halves = stored.view(2, stored.numel() // 2).unbind()
+        sizes = [parameter.numel() for parameter in group]
+        working = halves
+        if self.eight_bit:
+            working = tuple(decode(half, sum(sizes), s, _wide(group)) for half, s in zip(halves, SIGNED, strict=True))
+        first, second = (
+            [piece.view(parameter.shape) for piece, parameter in zip(moment.split(sizes), group, strict=True)]
+            for moment in working
+        )
+        try:
+            yield first, second
+        finally:
+            if changes and self.eight_bit:
+                for moment, half, signed in zip(working, halves, SIGNED, strict=True):
+                    encode(moment, half, signed)
+            if changes and stored is not buffer:
+                buffer.copy_(stored)
+            self.drop(index)
+
+    def drop(self, index: int) -> None:
+        """Gives back the resident pages of a group's moments, where they lie in a file."""
+        if self.slots:
+            self.slots[index].drop()
+
+
+def _wide(group: Sequence[Tensor]) -> torch.dtype:
+    """In which a group's moments are computed."""
+    return torch.float64 if any(parameter.dtype == torch.float64 for parameter in group) else torch.float32

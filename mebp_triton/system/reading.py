@@ -1,0 +1,62 @@
+"""Reads whose end comes early are errors; checksums of what was read."""
+
+from __future__ import annotations
+
+import os
+import stat
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import FileError
+
+CHECKSUM_CHUNK = 1 << 20
+
+
+def read_bytes(path: Path, limit: int = 1 << 28) -> bytes:
+    check_regular(path)
+    if path.stat().st_size > limit:
+        raise FileError(f"{path} has {path.stat().st_size} bytes, more than the {limit} that such a file may have")
+    return path.read_bytes()
+
+
+def check_regular(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileError(f"{path} does not exist") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise FileError(f"{path} is not a regular file")
+
+
+def checksums(data: memoryview | bytes, chunk: int = CHECKSUM_CHUNK) -> list[int]:
+    """CRC-32 of every ``chunk`` bytes."""
+    view = memoryview(data)
+    return [zlib.crc32(view[start : start + chunk]) for start in range(0, len(view), chunk)]
+
+
+def file_checksums(path: Path) -> list[int]:
+    """``checksums`` of a file's bytes, read chunk by chunk."""
+    check_regular(path)
+    found = []
+    with open(path, "rb") as file:
+        while data := file.read(CHECKSUM_CHUNK):
+            found.append(zlib.crc32(data))
+    return found
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_fully(handle: int, view: memoryview, offset: int, what: Path | str) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done:]], offset + done)
+        if count == 0:
+            raise FileError(f"{what} ended {len(view) - done} bytes early")
+        done += count

@@ -1,0 +1,69 @@
+"""JSON without duplicate keys, NaN or infinity; objects that carry a checksum of themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .atomic import write_bytes
+from .errors import FileError
+from .reading import read_bytes
+
+SEAL = "seal"
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``: ValueError where a key stands twice."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.100} stands twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.20} is larger than any number")
+    return number
+
+
+def parse_json(data: bytes | str, what: str) -> Any:
+    """Strict JSON: no duplicate keys, no NaN or infinity. FileError names ``what``."""
+    try:
+        return json.loads(data, object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{what} is not valid JSON: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    return parse_json(read_bytes(path), str(path))
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's object with a checksum of all the rest of it, which ``read_sealed`` compares."""
+    body = {key: item for key, item in value.items() if key != SEAL}
+    text = json.dumps(json.loads(json.dumps(body)), sort_keys=True)
+    return body | {SEAL: zlib.crc32(text.encode())}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. FileError where its seal is missing or broken."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FileError(f"{path} holds a JSON {type(value).__name__}, wanted an object")
+    if value != sealed(value):
+        raise FileError(f"{path} is damaged or was changed: its checksum differs")
+    del value[SEAL]
+    return value

@@ -1,0 +1,1 @@
+"""Training runs: settings become a plan, the plan becomes steps, and the steps fill a run directory."""

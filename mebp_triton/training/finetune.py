@@ -1,0 +1,76 @@
+"""A whole run: evaluate, train, evaluate again, and write the results."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mebp_triton.data.tokenized import TokenizedData
+from mebp_triton.kernels.routing import resolve_backend
+from mebp_triton.system.memory import peak_resident_bytes
+
+from .evaluation import Evaluation, evaluate
+from .trainer import StepResult, Trainer
+
+
+def finetune(
+    trainer: Trainer,
+    validation: TokenizedData | None,
+    on_step: Callable[[StepResult], None] = lambda result: None,
+    on_evaluation: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], int] = lambda: 0,
+) -> dict[str, Any] | None:
+    """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots. Returns what ``run.json`` holds.
+
+    None where ``should_stop`` ended the training, see ``Trainer.train``: then ``run.json`` is not written.
+    """
+    config, run = trainer.config, trainer.run
+    resumed_at = trainer.step
+    before = run.saved_evaluation(trainer.evaluated) if resumed_at else _evaluate(trainer, validation, on_evaluation)
+    if not resumed_at:
+        run.save_evaluation(before, trainer.evaluated)
+    started = time.perf_counter()
+    results = trainer.train(on_step, should_stop)
+    if trainer.stopped:
+        return None
+    train_seconds = time.perf_counter() - started
+    after = _evaluate(trainer, validation, on_evaluation)
+    rows = run.read_metrics()
+    tokens = sum(result.tokens for result in results)
+    seconds = [result.seconds for result in results]
+    on_device = trainer.watch.peak_device_bytes()
+    peaks = trainer.processes.highest(peak_resident_bytes(), trainer.watch.peak_anonymous, on_device or 0)
+    resident, anonymous, allocated = map(int, peaks)
+    summary = {
+        "loss_before": before and before.loss,
+        "loss_after": after and after.loss,
+        "token_accuracy_before": before and before.token_accuracy,
+        "token_accuracy_after": after and after.token_accuracy,
+        "perplexity_before": before and before.perplexity,
+        "perplexity_after": after and after.perplexity,
+        "steps": trainer.step,
+        "resumed_at_step": resumed_at or None,
+        "steps_not_finite": sum(row.get("not_finite") is not None for row in rows),
+        "train_loss_last": rows[-1]["loss"] if rows else None,
+        "tokens_per_second": tokens / train_seconds if results else None,
+        "seconds_per_step_median": statistics.median(seconds) if seconds else None,
+        "trainable_parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "processes": trainer.processes.size,
+        "peak_rss_bytes": resident,
+        "peak_rss_anonymous_bytes": anonymous,
+        "peak_device_bytes": None if on_device is None else allocated,
+        "planned_peak_bytes": trainer.planned_peak_bytes,
+        "selected_ratio": trainer.selection.ratio,
+        "selection_mode": config.selection_mode,
+        "backend": resolve_backend(trainer.model.mebp.backend, trainer.device),
+    }
+    run.finish(summary, config, trainer.data.report, trainer.watch)
+    return summary
+
+
+def _evaluate(trainer: Trainer, data: TokenizedData | None, progress: Callable[[int, int], None]) -> Evaluation | None:
+    if data is None:
+        return None
+    return evaluate(trainer.model, data, trainer.config.max_eval_windows, progress, trainer.processes)

@@ -1,0 +1,243 @@
+"""The kernels and a model's gradients against float64 on the decoded codes, on the device that will train.
+
+The rule for numbers: twice the error of torch in the same dtype, and half a rounding, as maximum and as root mean
+square. ``judge`` holds it for the tests on GPUs as well (``bench/gpu``).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mebp_triton.convert.quantize import quantize
+from mebp_triton.kernels import functions, routing
+from mebp_triton.kernels.accuracy import judge, normal, random_weight
+from mebp_triton.kernels.layout import SCHEMES, Int4Weight, Scheme
+from mebp_triton.kernels.reference import cross_entropy, decode
+from mebp_triton.layers.lora_config import LoraConfig
+from mebp_triton.layers.lora_function import int4_lora_linear
+from mebp_triton.models.load import load
+from mebp_triton.store.reader import Store
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOKENS = (33, 1, 300)  # tails of a tile, a decoding step, several tiles
+SHAPE, TABLE = (160, 200), (1100, 200)  # no multiples of a tile; K is padded
+SECONDS = 45.0
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+
+def check_lora_layer(
+    weight: Int4Weight, dtype: torch.dtype, m: int, rank: int = 16, backend: routing.Backend = "auto"
+) -> dict[str, dict[str, Any]]:
+    """Output and all gradients of a LoRA layer of ``m`` tokens, as ``judge`` finds each."""
+    device, (n, k), scaling = weight.device, weight.shape, 2.0
+    values = {
+        "x": normal(m, k, dtype=dtype, device=device),
+        "bias": normal(n, dtype=dtype, device=device),
+        "a": normal(rank, k, dtype=torch.float32, device=device) / k**0.5,
+        "b": normal(n, rank, dtype=torch.float32, device=device),
+    }
+    dy = normal(m, n, dtype=dtype, device=device)
+
+    def results(to: torch.dtype | None, layer: Callable[..., Tensor]) -> dict[str, Tensor]:
+        leaves = {name: (v if to is None else v.to(to)).detach().requires_grad_() for name, v in values.items()}
+        y = layer(leaves["x"], leaves["bias"], leaves["a"], leaves["b"])
+        grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+        return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+    def plain(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        t = x @ a.to(x.dtype).t() * scaling
+        return x @ decode(weight, x.dtype).t() + bias + t @ b.to(x.dtype).t()
+
+    ours = results(None, lambda x, bias, a, b: int4_lora_linear(x, weight, bias, a, b, scaling, backend))
+    same, truth = results(None, plain), results(torch.float64, plain)
+    return {name: judge(ours[name], same[name], truth[name]) for name in truth}
+
+
+def check_embedding(weight: Int4Weight, dtype: torch.dtype, tokens: int, backend: routing.Backend = "auto") -> bool:
+    """Rows are decoded to the bit."""
+    ids = torch.randint(0, weight.shape[0], (tokens,), device=weight.device)
+    return torch.equal(functions.int4_embedding(ids, weight, dtype, backend=backend), decode(weight, dtype)[ids])
+
+
+def check_head(
+    weight: Int4Weight, dtype: torch.dtype, tokens: int, backend: routing.Backend = "auto"
+) -> tuple[float, float, dict[str, Any]]:
+    """Of the loss over an int4 head: it, the true one, and the gradient as ``judge`` finds it."""
+    hidden = normal(tokens, weight.shape[1], dtype=dtype, device=weight.device)
+    targets = torch.randint(0, weight.shape[0], (tokens,), device=weight.device)
+    targets[1:2] = -100
+    leaf, peer = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    losses, _ = functions.int4_cross_entropy(leaf, weight, targets, backend=backend)
+    loss = losses.sum()
+    loss.backward()
+    true_loss, true_grad, _ = cross_entropy(hidden.double(), weight, targets)
+    # As transformers computes it: logits in the activations' dtype, the loss in float32.
+    logits = (peer @ decode(weight, dtype).t()).float()
+    nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    assert leaf.grad is not None and peer.grad is not None
+    return loss.item(), true_loss.item(), judge(leaf.grad, peer.grad, true_grad)
+
+
+# --- a model --------------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """A small Llama in a store, and transformers' own with the decoded weights and the same adapter, in any dtype."""
+
+    def __init__(self, directory: Path) -> None:
+        import transformers
+
+        config = transformers.LlamaConfig(
+            vocab_size=160,
+            hidden_size=128,
+            intermediate_size=200,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+        )
+        source = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        with torch.no_grad():
+            for parameter in source.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.08)
+        source.save_pretrained(directory / "model")
+        quantize(directory / "model", directory / "store")
+        self.store, self.config, self.ids = directory / "store", config, torch.randint(0, 160, (2, 30))
+
+    def gradients(
+        self, device: torch.device, dtype: torch.dtype, backend: routing.Backend
+    ) -> tuple[Any, dict[str, Any]]:
+        """Loss and gradients by the engine, block by block, weights and checkpoints in files."""
+        lora = LoraConfig(r=8, lora_alpha=16)
+        places: dict[str, Any] = {"weights": "file", "checkpoints": "file"}
+        model = load(self.store, lora, device=device, dtype=dtype, backend=backend, **places).train()
+        generator = torch.Generator().manual_seed(1)
+        self.adapter: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    value = 0.1 * torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(value)
+                    self.adapter[name] = value
+        ids = self.ids.to(device)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    def plain_gradients(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+        """The same by autograd alone; no code of the engine or the kernels takes part."""
+        import transformers
+
+        store = Store(self.store)
+        model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
+        with torch.no_grad():
+            for name in store.matrices:
+                model.get_submodule(name).weight.copy_(decode(store.weight(name), dtype))
+            for name in store.floats:
+                model.get_parameter(name).copy_(store.float_tensor(name))
+        model = model.to(device).train()
+        leaves = {name: value.to(device, dtype).requires_grad_() for name, value in self.adapter.items()}
+        for name in {name.rpartition(".")[0] for name in leaves}:
+            a, b = leaves[f"{name}.lora_A"], leaves[f"{name}.lora_B"]
+            model.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output, a=a, b=b: output + 2.0 * (inputs[0] @ a.t()) @ b.t()
+            )
+        ids = self.ids.to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        wide = logits if dtype == torch.float64 else logits.float()
+        loss = nn.functional.cross_entropy(wide, ids[:, 1:].flatten())
+        return loss.detach(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def check_model(model: Model, device: torch.device, dtype: torch.dtype, backend: routing.Backend) -> dict[str, Any]:
+    """Loss and adapter gradients of whole blocks. The largest of the relative errors is held against torch's largest.
+
+    A gradient of one matrix may be luckier than another: so it is by the rule, but for the largest.
+    """
+    loss, ours = model.gradients(device, dtype, backend)
+    same_loss, same = model.plain_gradients(device, dtype)
+    true_loss, truth = model.plain_gradients(torch.device("cpu"), torch.float64)
+    if ours.keys() != truth.keys() or any(gradient is None for gradient in ours.values()):
+        return {"ok": False, "reason": "gradients are missing"}
+
+    def errors(found: Any, gradients: dict[str, Any]) -> list[float]:
+        pairs = [(found, true_loss), *((gradients[name], truth[name]) for name in truth)]
+        return [float((a.double().cpu() - b).norm() / b.norm()) for a, b in pairs]
+
+    found, theirs = errors(loss, ours), max(errors(same_loss, same))
+    if not all(map(math.isfinite, found)):  # which max would not tell
+        return {"ok": False, "reason": "gradients are not finite"}
+    worst = max(found)
+    return {"relative": worst, "torch_relative": theirs, "ok": worst <= 2 * theirs + torch.finfo(dtype).eps / 2}
+
+
+# --- all of it ------------------------------------------------------------------------------------------------------
+
+
+def run(device: torch.device, backend: routing.Backend = "auto", seconds: float = SECONDS) -> list[dict[str, Any]]:
+    """Every check that ``seconds`` leave room for, the ones that training rests on first.
+
+    Returns:
+        A row a check: what, dtype, ok, and relative, the error as a part of the result's norm, where there is one;
+        ``reason`` where it failed otherwise. Those that were not run have ok None.
+    """
+    started, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        for what, dtype, check in _checks(device, backend, Path(scratch)):
+            row: dict[str, Any] = {"what": what, "dtype": str(dtype).removeprefix("torch.")}
+            if time.monotonic() - started > seconds:
+                rows.append(row | {"ok": None})
+                continue
+            try:
+                rows.append(row | check())
+            except Exception as error:  # a compiler or a driver that is not there: what a self-test is for
+                line = " ".join(str(error).split())[:200]
+                rows.append(row | {"ok": False, "reason": f"{type(error).__name__}: {line}"})
+    return rows
+
+
+def _checks(
+    device: torch.device, backend: routing.Backend, scratch: Path
+) -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str, Any]]]]:
+    model = Model(scratch)
+    for dtype in DTYPES[:2]:
+        yield "gradients of blocks", dtype, partial(check_model, model, device, dtype, backend)
+    for scheme, dtype in product(SCHEMES, DTYPES):
+        for what, check in (("LoRA layer", _layer), ("head", _head), ("embedding", _embedding)):
+            yield f"{what}, {scheme}, {TOKENS[0]} tokens", dtype, partial(check, device, backend, dtype, scheme)
+    for m, scheme, dtype in product(TOKENS[1:], SCHEMES, DTYPES):
+        yield f"LoRA layer, {scheme}, {m} tokens", dtype, partial(_layer, device, backend, dtype, scheme, m)
+
+
+def _layer(
+    device: torch.device, backend: routing.Backend, dtype: torch.dtype, scheme: Scheme, m: int = TOKENS[0]
+) -> dict[str, Any]:
+    found = check_lora_layer(random_weight(*SHAPE, device, scheme), dtype, m, backend=backend)
+    wrong = [name for name, row in found.items() if not row["ok"]]
+    row: dict[str, Any] = {"ok": not wrong, "relative": max(row.get("relative") or 0.0 for row in found.values())}
+    return row | ({"reason": f"beyond the rule: {', '.join(wrong)}"} if wrong else {})
+
+
+def _head(device: torch.device, backend: routing.Backend, dtype: torch.dtype, scheme: Scheme) -> dict[str, Any]:
+    loss, truth, row = check_head(random_weight(*TABLE, device, scheme), dtype, TOKENS[0], backend)
+    near = abs(loss - truth) <= 1e-2 * abs(truth)
+    return {"ok": row["ok"] and near, "relative": row.get("relative")}
+
+
+def _embedding(device: torch.device, backend: routing.Backend, dtype: torch.dtype, scheme: Scheme) -> dict[str, Any]:
+    return {"ok": check_embedding(random_weight(*TABLE, device, scheme), dtype, TOKENS[0], backend)}

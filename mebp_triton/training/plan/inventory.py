@@ -1,0 +1,139 @@
+"""The tensors of a store, whether it exists already or not, and a stand-in for it that has shapes and no bytes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mebp_triton.blocks.runner import find_blocks
+from mebp_triton.kernels.layout import Int4Weight, group_count, padded
+from mebp_triton.models.skeleton import build_skeleton, float_names, int4_sites
+from mebp_triton.store.manifest import SHARED, MatrixInfo, block_file
+from mebp_triton.store.reader import Store
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+def nbytes(shape: Shape) -> int:
+    return shape[0].itemsize * prod(shape[1])
+
+
+def has_bitsandbytes(config: Any) -> bool:
+    """Whether the linear layers of the checkpoint are bitsandbytes' own 4 bits, which ``quantize`` takes over."""
+    settings = getattr(config, "quantization_config", None)
+    return isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The tensors of a store, whether it exists already or not.
+
+    Attributes:
+        files: per file, its tensors' dtypes and shapes by name. sizes: per file, its bytes.
+        matrices, floats, tied_head: as in ``Store``.
+    """
+
+    files: dict[str, dict[str, Shape]]
+    sizes: dict[str, int]
+    matrices: dict[str, MatrixInfo]
+    floats: dict[str, str]
+    tied_head: bool
+
+    @classmethod
+    def of_store(cls, store: Store) -> Inventory:
+        files = {
+            name: {tensor: (entry[0], entry[1]) for tensor, entry in file.entries.items()}
+            for name, file in store.files.items()
+        }
+        sizes = {name: file.mapped.size for name, file in store.files.items()}
+        return cls(files, sizes, store.matrices, store.floats, store.tied_head)
+
+    @classmethod
+    def of_config(cls, config: Any, scheme: str | None = None, group_size: int | None = None) -> Inventory:
+        """Of the store that ``quantize`` would make of a model with this config."""
+        taken_over = has_bitsandbytes(config) and scheme in (None, "codebook") and group_size in (None, 64)
+        scheme = scheme or ("codebook" if has_bitsandbytes(config) else "symmetric")
+        group_size = group_size or 64
+        model = build_skeleton(copy.deepcopy(config), torch.float32)
+        path, stack = find_blocks(model)
+        sites, tied = int4_sites(model)
+        files: dict[str, dict[str, Shape]] = {name: {} for name in (*map(block_file, range(len(stack))), SHARED)}
+        matrices, floats = {}, {}
+
+        def file_of(name: str) -> str:
+            inside = name.startswith(path + ".")
+            return block_file(int(name.removeprefix(path + ".").split(".")[0])) if inside else SHARED
+
+        for site in sites:
+            shape, file = (site.out_features, site.in_features), file_of(site.name)
+            groups = (group_count(site.in_features, group_size), site.out_features)
+            files[file][f"{site.name}.packed"] = torch.uint8, (site.out_features, padded(site.in_features) // 2)
+            scale_dtype = torch.float32 if taken_over and site.role == "linear" else torch.float16
+            files[file][f"{site.name}.scales"] = scale_dtype, groups
+            if scheme == "affine":
+                files[file][f"{site.name}.minimum"] = torch.float16, groups
+            if scheme == "codebook":
+                files[file][f"{site.name}.codebook"] = torch.float32, (16,)
+            scale_name = "F32" if scale_dtype == torch.float32 else "F16"
+            matrices[site.name] = MatrixInfo(file, scheme, shape, group_size, scale_name, 0.0)
+        dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
+        for name in float_names(model, sites):
+            floats[name] = file_of(name)
+            files[floats[name]][name] = dtype, tuple(model.get_parameter(name).shape)
+        sizes = {name: sum(map(nbytes, tensors.values())) for name, tensors in files.items()}
+        return cls(files, sizes, matrices, floats, tied)
+
+    def part(self, dropped: set[str]) -> Inventory:
+        """Without the blocks whose files are ``dropped``."""
+        matrices = {name: info for name, info in self.matrices.items() if info.file not in dropped}
+        floats = {name: file for name, file in self.floats.items() if file not in dropped}
+        return dataclasses.replace(self, matrices=matrices, floats=floats)
+
+
+class ShapesOnly:
+    """Stands for a ``Store`` while a model is traced: tensors of the right shapes, none with bytes."""
+
+    def __init__(self, inventory: Inventory, directory: str) -> None:
+        self.inventory, self.directory = inventory, directory
+        self.matrices, self.floats, self.tied_head = inventory.matrices, inventory.floats, inventory.tied_head
+        self.files = {name: _NoFile(name, inventory.matrices) for name in inventory.files}
+
+    def weight(self, name: str, source: Any = None) -> Int4Weight:
+        info = self.matrices[name]
+        shapes = self.inventory.files[info.file]
+        parts = {
+            part: torch.empty(shape, dtype=dtype)
+            for part in ("packed", "scales", "minimum", "codebook")
+            if (found := shapes.get(f"{name}.{part}")) is not None
+            for dtype, shape in [found]
+        }
+        return Int4Weight(in_features=info.shape[1], group_size=info.group_size, **parts)
+
+    def float_tensor(self, name: str) -> Tensor:
+        dtype, shape = self.inventory.files[self.floats[name]][name]
+        return torch.empty(shape, dtype=dtype)
+
+
+class _NoFile:
+    """Stands for a ``StoreFile`` and its mapping, of which nothing is read."""
+
+    start = 0
+
+    def __init__(self, name: str, matrices: Mapping[str, MatrixInfo]) -> None:
+        self.entries = {f"{matrix}.packed": (torch.uint8, (), 0, 0) for matrix in matrices}
+        self.mapped = self
+
+    def verify(self) -> None:
+        pass
+
+    def populate(self, start: int = 0, stop: int = 0) -> None:
+        pass
+
+    read_ahead = drop = populate

@@ -1,0 +1,207 @@
+"""The run directory: ``run.json``, ``metrics.jsonl``, the adapter, the resumable checkpoint, and plots."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mebp_triton.system import atomic, errors, reading, strict_json, temporaries
+from mebp_triton.system.memory import MemoryWatch
+
+from .evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from mebp_triton.data.tokenized import DataReport
+
+    from .settings import TrainConfig
+
+from mebp_triton.system.machine import environment
+
+from .plots import draw_plots
+
+METRICS_LIMIT = 1 << 34
+
+
+BESIDE_THE_SUMMARY = ("plots", "data", "settings", "environment")  # in run.json
+
+
+class RunDirectory:
+    """Where a run writes.
+
+    Args:
+        directory: made by whoever writes into it first.
+        resume: whether it may hold a run already.
+
+    Raises:
+        ValueError: it holds something, and ``resume`` is false.
+    """
+
+    def __init__(self, directory: Path | str, resume: bool = False) -> None:
+        self.directory = Path(directory)
+        if not resume:
+            atomic.check_absent(self.directory)
+        self.checkpoint = self.directory / "checkpoint"
+        self.adapter = self.directory / "adapter"
+        self.metrics = self.directory / "metrics.jsonl"
+        self.record = self.directory / "run.json"
+        self.evaluation = self.directory / "evaluation_before.json"
+        self._held = False
+
+    def create(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for place in (self.directory, self.adapter):
+            temporaries.remove_leftovers(place)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within, no other process writes there. The directory is made, and goes again if nothing was written.
+
+        Raises:
+            FileError: another process is writing there.
+        """
+        if self._held:
+            yield
+            return
+        made = atomic.missing_directories(self.directory)
+        self.create()
+        with atomic.locked(self.directory), atomic.removed_if_empty(made):
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+
+    def is_before_checkpoint(self) -> bool:
+        """Whether nothing is there but what a run writes before its first checkpoint."""
+        names = {entry.name for entry in self.directory.iterdir()}
+        names -= {self.metrics.name, self.evaluation.name}
+        return all(name.startswith(temporaries.TEMPORARY_PREFIX) for name in names)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        atomic.append_line(self.metrics, json.dumps(row, allow_nan=False))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        if not self.metrics.exists():
+            return []
+        return [row for _, row in self._metrics()]
+
+    def _metrics(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every line and what it says. A last one that was cut short is left out; FileError for any other."""
+        *whole, cut = reading.read_bytes(self.metrics, METRICS_LIMIT).split(b"\n")
+        for number, line in enumerate(whole, start=1):
+            if not line.strip():
+                continue
+            row = strict_json.parse_json(line, f"line {number} of {self.metrics}")
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise errors.FileError(f"line {number} of {self.metrics} is damaged: it has no step; remove the line")
+            yield line.decode(), row
+
+    def cut_metrics(self, step: int, first: int = 0) -> list[int]:
+        """Drops the lines of steps from ``step`` on, whatever they hold, and a last line that was cut short.
+
+        ``first``: the first step that has a line here.
+
+        Returns the steps that are left.
+
+        Raises:
+            FileError: a line of the steps before is damaged.
+        """
+        if not self.metrics.exists():
+            return []
+        kept: list[tuple[int, str]] = []
+        try:
+            kept.extend((row["step"], f"{line}\n") for line, row in self._metrics() if row["step"] < step)
+        except errors.FileError:
+            if len(kept) < step - first:
+                raise
+        data = "".join(line for _, line in kept).encode()
+        if data != self.metrics.read_bytes():
+            atomic.write_bytes(self.metrics, data)
+        return [number for number, _ in kept]
+
+    def sync_metrics(self) -> None:
+        """What a checkpoint counts on must outlast a loss of power as it does."""
+        if self.metrics.exists():
+            atomic.sync_file(self.metrics)
+
+    def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:
+        """``of``: the settings that say what was evaluated."""
+        if evaluation is not None:
+            strict_json.write_json(self.evaluation, strict_json.sealed({"of": of, "found": asdict(evaluation)}))
+
+    def saved_evaluation(self, of: dict[str, Any]) -> Evaluation | None:
+        """What ``save_evaluation`` kept, unless it is of something else."""
+        if not self.evaluation.exists():
+            if of.get("validation_file"):
+                warnings.warn(f"{self.evaluation} is gone: the loss before training is not known", stacklevel=2)
+            return None
+        saved = strict_json.read_sealed(self.evaluation)
+        try:
+            return Evaluation(**saved["found"]) if saved["of"] == of else None
+        except (TypeError, KeyError):
+            raise ValueError(f"{self.evaluation} is malformed: remove it to go on without") from None
+
+    def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
+        """``run.json`` and, where matplotlib is installed, the plots."""
+        metrics = self.read_metrics()
+        try:
+            plots = draw_plots(self.directory, metrics, watch)
+        except Exception as error:  # the run is whole without them
+            warnings.warn(f"the plots are not drawn: {' '.join(str(error).split())}", stacklevel=2)
+            plots = []
+        record = {
+            **summary,
+            "plots": plots,
+            "data": asdict(data),
+            "settings": asdict(config),
+            "environment": environment(watch.device),
+        }
+        strict_json.write_json(self.record, strict_json.sealed(record))
+
+    def summary(self, of: dict[str, Any]) -> dict[str, Any] | None:
+        """What ``finish`` was given by the run that ended here, or None.
+
+        Raises:
+            ValueError: it evaluated something else than ``of``, or the file is damaged.
+        """
+        if not self.record.exists():
+            return None
+        record = strict_json.read_sealed(self.record)
+        for name, value in of.items():
+            if (before := record["settings"].get(name)) != value:
+                raise ValueError(
+                    f"the run in {self.directory} has ended, evaluated with {name} {before!r:.100}: "
+                    f"for {value!r:.100}, use `mebp eval`"
+                )
+        return {name: value for name, value in record.items() if name not in BESIDE_THE_SUMMARY}
+
+
+class OthersRunDirectory(RunDirectory):
+    """The run directory of another process: it is read here, and written there."""
+
+    def __init__(self, directory: Path | str, resume: bool = True) -> None:
+        super().__init__(directory, resume=True)
+
+    def create(self) -> None:
+        pass
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        yield
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        pass
+
+    def cut_metrics(self, step: int, first: int = 0) -> list[int]:
+        return []
+
+    def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:
+        pass
+
+    def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
+        pass

@@ -1,0 +1,70 @@
+"""A YAML or JSON file of settings, in place of flags."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from mebp_triton.system import errors, reading, strict_json
+
+from .settings import TrainConfig
+
+CONFIG_FILE_LIMIT = 1 << 20
+
+
+def _parse_yaml(data: bytes) -> Any:
+    """Plain values by name. Neither a key twice nor an alias, of which a short file can make gigabytes."""
+    loader = yaml.SafeLoader(data)
+    try:
+        node = loader.get_single_node()
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"setting {next(key for key in keys if keys.count(key) > 1)!r:.100} stands twice")
+        if not all(isinstance(part, yaml.ScalarNode) for pair in pairs for part in pair):
+            raise ValueError("every setting is a name and one plain value")
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def read_config_file(path: Path | str) -> dict[str, Any]:
+    """A YAML or JSON file of settings: keys are the flags' names, with dashes or underscores.
+
+    Raises:
+        ValueError: unreadable, or a key that is no setting (the nearest one is named).
+    """
+    path = Path(path)
+    data = reading.read_bytes(path, CONFIG_FILE_LIMIT)
+    try:
+        values = strict_json.parse_json(data, str(path)) if path.suffix == ".json" else _parse_yaml(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, errors.FileError):
+            raise
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold settings by name, got {type(values).__name__}")
+    known = [item.name for item in dataclasses.fields(TrainConfig)]
+    kinds = get_type_hints(TrainConfig)
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"{path}: unknown setting {key!r:.100}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if name in settings:
+            raise ValueError(f"{path}: setting {name!r} stands twice")
+        if value is not None and type(value) not in (str, int, float, bool):
+            raise ValueError(f"{path}: setting {name!r} must be one value, got {type(value).__name__}")
+        if name == "memory_budget" and type(value) is int:
+            value = str(value)  # bytes
+        if kinds[name] is float and isinstance(value, str):  # YAML 1.1 takes 2e-4 for a word
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        settings[name] = value
+    return settings

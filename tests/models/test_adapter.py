@@ -1,0 +1,290 @@
+"""Adapters go to PEFT and come back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import batch, decoded_model, randomize_adapter, tiny_store
+from safetensors.torch import load_file, save_file
+
+import mebp_triton as mebp
+from mebp_triton.models.adapter import adapter_layers, adapter_tensors
+
+TOLERANCE = 1e-4  # logits, absolute
+
+
+@pytest.fixture(scope="module")
+def llama() -> Path:
+    return tiny_store("llama")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=batch(2, 12, None)["input_ids"]).logits
+
+
+def ours_with(store: Path, directory: Path) -> Any:
+    model = mebp.load(store, lora=mebp.read_adapter_config(directory))
+    mebp.load_adapter(model, directory)
+    return model
+
+
+LORA = [
+    {"r": 4, "lora_alpha": 8},
+    {"r": 4, "lora_alpha": 8, "use_rslora": True},
+    {"r": 4, "lora_alpha": 8, "rank_pattern": {"down_proj": 6}, "alpha_pattern": {"q_proj": 3}},
+    {"r": 3, "target_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+    {"r": 3, "target_modules": r".*layers\.[02]\..*(v|gate)_proj"},
+    {"r": 3, "exclude_modules": ["k_proj", "down_proj"]},
+]
+
+
+@pytest.mark.parametrize("lora", LORA, ids=lambda value: "-".join(value))
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_ours_gives_the_same_logits_in_peft(architecture: str, lora: dict[str, Any], tmp_path: Path) -> None:
+    if architecture == "gpt2" and lora is not LORA[0]:
+        lora = {"r": 5, "lora_alpha": 7, "target_modules": ["c_attn", "mlp.c_proj"]}
+    store = tiny_store(architecture)
+    model = mebp.load(store, mebp.LoraConfig(**lora))
+    randomize_adapter(model, scale=0.3)
+    mebp.save_adapter(model, tmp_path)
+    base = decoded_model(store)
+    plain = logits(base)
+    wrapped = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    assert (logits(wrapped) - logits(model)).abs().max() <= TOLERANCE
+    assert (logits(wrapped) - plain).abs().max() > 100 * TOLERANCE, "the adapter should matter"
+    # And back into ours, from our own files: to the bit.
+    assert torch.equal(logits(ours_with(store, tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_trained_by_peft_gives_the_same_logits_in_ours(architecture: str, rslora: bool, tmp_path: Path) -> None:
+    store = tiny_store(architecture)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=9, use_rslora=rslora, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1
+    )
+    wrapped = peft.get_peft_model(decoded_model(store), config)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(5):
+        wrapped(**batch(seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wrapped.save_pretrained(tmp_path)
+    model = ours_with(store, tmp_path)
+    assert (logits(wrapped.eval()) - logits(model)).abs().max() <= TOLERANCE
+    assert adapter_layers(model)
+
+
+def test_all_linear_never_means_the_head(llama: Path, tmp_path: Path) -> None:
+    model = mebp.load(tiny_store("qwen2"), mebp.LoraConfig(r=2))
+    assert not any("lm_head" in name for name in adapter_tensors(model))
+    mebp.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+def saved(store: Path, directory: Path, **lora: Any) -> Path:
+    mebp.save_adapter(mebp.load(store, mebp.LoraConfig(**({"r": 2} | lora))), directory)
+    return directory
+
+
+def change_config(directory: Path, **values: Any) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"peft_type": "IA3"}, "type 'IA3'"),
+        ({"r": 0}, "at least 1, got 0"),
+        ({"r": True}, "at least 1, got True"),
+        ({"lora_dropout": 2}, "lora_dropout"),
+    ],
+)
+def test_configs_that_cannot_be_honoured(llama: Path, tmp_path: Path, changes: Any, message: str) -> None:
+    saved(llama, tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        mebp.read_adapter_config(tmp_path)
+
+
+def test_an_adapter_of_another_model(llama: Path, tmp_path: Path) -> None:
+    saved(tiny_store("llama", config={"hidden_size": 64}), tmp_path)
+    model = mebp.load(llama, mebp.LoraConfig(r=2))
+    before = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
+    with pytest.raises(ValueError, match="does not fit this model.*shape"):
+        mebp.load_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="does not fit this model: it lacks"):
+        mebp.load_adapter(mebp.load(llama, mebp.LoraConfig(r=2)), saved(tiny_store("gpt2"), tmp_path))
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter_tensors(model).items())
+
+
+def test_damaged_files(llama: Path, tmp_path: Path) -> None:
+    weights = saved(llama, tmp_path) / "adapter_model.safetensors"
+    model = mebp.load(llama, mebp.LoraConfig(r=2))
+    whole = weights.read_bytes()
+    tensors = load_file(weights)
+    name = sorted(tensors)[3]
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, weights)
+    with pytest.raises(ValueError, match="not finite"):
+        mebp.load_adapter(model, tmp_path)
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="damaged"):
+        mebp.load_adapter(model, tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match="does not exist"):
+        mebp.load_adapter(model, tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="is no adapter"):
+        mebp.read_adapter_config(tmp_path)
+
+
+def test_a_model_without_adapter_saves_none(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no adapter of ours to save"):
+        mebp.save_adapter(mebp.load(llama), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_patterns_that_are_regular_expressions(llama: Path, tmp_path: Path) -> None:
+    """PEFT matches them so; another reading gives other scalings without a word."""
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=9,
+        target_modules=r".*\.(q_proj|up_proj)",
+        rank_pattern={r"layers\.[01]\.mlp\..*": 2},
+        alpha_pattern={r"model\.layers\.\d\.self_attn.q_proj": 30, "^model.layers.1.mlp.up_proj": 50},
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    wrapped = peft.get_peft_model(decoded_model(llama), config)
+    wrapped.save_pretrained(tmp_path)
+    assert (logits(wrapped.eval()) - logits(ours_with(llama, tmp_path))).abs().max() <= TOLERANCE
+
+
+def test_an_adapter_that_changes_its_base_is_refused(llama: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    peft.get_peft_model(decoded_model(llama), config).save_pretrained(tmp_path)
+    change_config(tmp_path, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        mebp.read_adapter_config(tmp_path)
+
+
+def test_a_loaded_adapters_scaling_is_saved_again(llama: Path, tmp_path: Path) -> None:
+    trained = mebp.load(llama, mebp.LoraConfig(r=2, lora_alpha=40, alpha_pattern={"q_proj": 10}, use_rslora=True))
+    randomize_adapter(trained)
+    mebp.save_adapter(trained, tmp_path / "first")
+    model = mebp.load(llama, mebp.LoraConfig(r=2, lora_alpha=2))
+    mebp.load_adapter(model, tmp_path / "first")
+    mebp.save_adapter(model, tmp_path / "second")
+    again = ours_with(llama, tmp_path / "second")
+    assert torch.equal(logits(model), logits(trained)) and torch.equal(logits(again), logits(trained))
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"r": 4}, {"rank_pattern": {"v_proj": 1}}], ids=str)
+def test_a_config_that_does_not_fit_leaves_the_model_as_it_was(llama: Path, tmp_path: Path, changes: Any) -> None:
+    saved(llama, tmp_path)
+    change_config(tmp_path, **changes)
+    model = mebp.load(llama, mebp.LoraConfig(r=2, lora_alpha=7))
+    randomize_adapter(model)
+    before = logits(model)
+    with pytest.raises(ValueError, match="use_dora|contradicts itself: .* has rank [14] by its config"):
+        mebp.load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+def test_saving_replaces_an_older_adapter_whole(llama: Path, tmp_path: Path) -> None:
+    saved(llama, tmp_path, target_modules=["q_proj", "k_proj"])
+    saved(llama, tmp_path, target_modules=["v_proj"])
+    assert {name.split(".")[-3] for name in load_file(tmp_path / "adapter_model.safetensors")} == {"v_proj"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_bfloat16_adapter_keeps_its_dtype(llama: Path, tmp_path: Path) -> None:
+    model = mebp.load(llama, mebp.LoraConfig(r=2), adapter_dtype=torch.bfloat16)
+    randomize_adapter(model)
+    mebp.save_adapter(model, tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    wide = ours_with(llama, tmp_path)
+    assert {tensor.dtype for tensor in adapter_tensors(wide).values()} == {torch.float32}
+    for name, tensor in adapter_tensors(wide).items():
+        assert torch.equal(tensor, adapter_tensors(model)[name].float())
+
+
+def test_a_flipped_bit_in_the_weights_is_found(llama: Path, tmp_path: Path) -> None:
+    weights = saved(llama, tmp_path) / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    model = mebp.load(llama, mebp.LoraConfig(r=2))
+    for place in (-1, -500, -3000):
+        bent = bytearray(whole)
+        bent[place] ^= 1
+        weights.write_bytes(bent)
+        with pytest.raises(ValueError, match="damaged: its checksum differs"):
+            mebp.load_adapter(model, tmp_path)
+    tensors = load_file(weights)
+    save_file(tensors, weights)  # PEFT writes no checksum
+    mebp.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": 9}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}], ids=str
+)
+def test_a_scaling_that_the_weights_were_not_saved_with(llama: Path, tmp_path: Path, changes: Any) -> None:
+    saved(llama, tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match="is not what .* was saved with"):
+        mebp.read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 1 << 30}, "contradicts itself"),
+        ({"r": True}, "whole number"),
+        ({"rank_pattern": {"no_such_layer": 1 << 30}}, "a rank that no tensor has"),
+        ({"rank_pattern": [1]}, "rank_pattern must map"),
+        ({"lora_alpha": None}, "it has no lora_alpha"),
+        ({"lora_alpha": True}, "must be finite"),
+        ({"lora_alpha": "8"}, "must be finite"),
+        ({"lora_dropout": "0"}, "lora_dropout must lie in"),
+        ({"use_rslora": "no"}, "use_rslora must be true or false"),
+        ({"use_dora": 0}, "use_dora=0"),
+        ({"target_modules": None}, "it has no target_modules"),
+        ({"target_modules": ["q_proj", 1]}, "target_modules must be names"),
+        ({"lora_of_the_future": True}, "'lora_of_the_future', which is not known here"),
+    ],
+    ids=str,
+)
+def test_hostile_configs(llama: Path, tmp_path: Path, changes: Any, message: str) -> None:
+    saved(llama, tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        mebp.load_adapter(mebp.load(llama, mebp.LoraConfig(r=2)), tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_an_adapter_that_is_not_finite_is_not_written(tmp_path):
+    model = mebp.load(tiny_store("llama"), mebp.LoraConfig(r=2))
+    mebp.save_adapter(model, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    with torch.no_grad():
+        parameter[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"lora_A\.weight is not finite: the adapter is not written"):
+        mebp.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="not finite"):
+        mebp.save_adapter(model, tmp_path / "other")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,77 @@
+"""Where the blocks' inputs wait."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mebp_triton.store.block_inputs import FileCheckpoints, checkpoint_store
+from mebp_triton.store.residency import RESIDENCIES
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1,), (0, 4)])
+def test_what_was_saved_is_loaded_more_than_once(residency: Any, dtype: Any, shape: Any, tmp_path: Path) -> None:
+    store = checkpoint_store(residency, tmp_path)
+    tensor = torch.randn(shape).to(dtype)
+    checkpoint = store.save(tensor)
+    for _ in range(2):
+        found = checkpoint.load()
+        assert torch.equal(found, tensor) and found.dtype == dtype and found.shape == tensor.shape
+
+
+@pytest.mark.parametrize("residency", ["host", "file"])
+def test_a_copy_does_not_follow_its_source(residency: Any, tmp_path: Path) -> None:
+    store = checkpoint_store(residency, tmp_path)
+    tensor = torch.ones(4)
+    checkpoint = store.save(tensor)
+    tensor.zero_()
+    assert torch.equal(checkpoint.load(), torch.ones(4))
+
+
+@pytest.mark.parametrize("residency", ["host", "file"])
+def test_what_is_loaded_may_be_changed_and_is_loaded_again_as_it_was(residency: Any, tmp_path: Path) -> None:
+    tensor = torch.arange(6.0)
+    checkpoint = checkpoint_store(residency, tmp_path).save(tensor)
+    checkpoint.load().mul_(0.5)
+    assert torch.equal(checkpoint.load(), tensor)
+
+
+def test_on_the_device_a_change_in_place_is_an_error(tmp_path: Path) -> None:
+    tensor = torch.ones(4)
+    checkpoint = checkpoint_store("device", tmp_path).save(tensor)
+    tensor.zero_()
+    with pytest.raises(RuntimeError, match="modified in place"):
+        checkpoint.load()
+
+
+def test_noncontiguous_tensors_are_saved_by_value(tmp_path: Path) -> None:
+    tensor = torch.arange(12.0).view(3, 4).t()
+    assert torch.equal(FileCheckpoints(tmp_path).save(tensor).load(), tensor)
+
+
+def test_a_slot_is_used_again_only_when_nothing_refers_to_its_checkpoint(tmp_path: Path) -> None:
+    store = FileCheckpoints(tmp_path)
+    first, second = store.save(torch.ones(8)), store.save(torch.full((8,), 2.0))
+    del second
+    gc.collect()
+    third = store.save(torch.full((8,), 3.0))
+    assert torch.equal(first.load(), torch.ones(8)) and torch.equal(third.load(), torch.full((8,), 3.0))
+    assert store.file is not None and store.file.end == 2 * 4096
+
+
+def test_nothing_is_written_before_the_first_save_and_no_file_has_a_name(tmp_path: Path) -> None:
+    store = FileCheckpoints(tmp_path / "scratch")
+    assert not (tmp_path / "scratch").exists()
+    store.save(torch.ones(3))
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_unknown_residency(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoints must be one of device, host, file, got 'tape'"):
+        checkpoint_store("tape", tmp_path)  # type: ignore[arg-type]

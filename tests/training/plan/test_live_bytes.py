@@ -1,0 +1,137 @@
+"""Traced live bytes are those of the real computation; fake tensors never get out."""
+
+import pytest
+import torch
+from torch import nn
+
+from mebp_triton.kernels import panel
+from mebp_triton.kernels.functions import int4_cross_entropy, int4_embedding, int4_matmul, int4_matmul_dx
+from mebp_triton.kernels.layout import Int4Weight, group_count
+from mebp_triton.training.plan.live_bytes import LiveBytes, traced
+
+MIB = 1 << 20
+
+
+def weight(rows: int, columns: int, group_size: int = 64) -> Int4Weight:
+    packed = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+    scales = torch.ones(group_count(columns, group_size), rows, dtype=torch.float16)
+    return Int4Weight(packed, scales, columns, group_size)
+
+
+def test_live_and_peak():
+    live = LiveBytes()
+    with traced(live):
+        a = torch.empty(MIB)  # 4 MiB
+        b = a * 2
+        assert (live.live, live.peak) == (8 * MIB, 8 * MIB)
+        view = b[: MIB // 2]
+        del b
+        assert live.live == 8 * MIB  # the view holds it
+        del view
+        assert live.live == 4 * MIB and live.restart() == 8 * MIB and live.peak == 4 * MIB
+        a.add_(1)
+        assert live.peak == 4 * MIB
+        c = a.to(torch.bfloat16)
+        assert live.peak == 6 * MIB
+    del a, c
+    assert live.live == 0
+
+
+def test_real_tensors_are_no_new_bytes_and_stay_what_they_are():
+    real, live = torch.ones(MIB), LiveBytes()
+    with traced(live):
+        made = real + 1
+        assert live.live == 4 * MIB
+    assert type(real) is torch.Tensor and bool((real == 1).all())
+    assert made.shape == (MIB,)
+
+
+def test_a_backward_pass_frees_what_it_has_used():
+    """x -> W1 -> relu -> W2: at the turn two activations live, at the end the gradients."""
+    live = LiveBytes()
+    with traced(live):
+        layers = nn.Sequential(nn.Linear(256, 1024, bias=False), nn.ReLU(), nn.Linear(1024, 256, bias=False))
+        x = torch.empty(512, 256)
+        start = live.live
+        assert start == 4 * (2 * 256 * 1024 + 512 * 256)
+        y = layers(x)
+        # relu's output is kept for the backward pass, its input is not.
+        assert live.live - start == 4 * 512 * (1024 + 256)
+        assert live.peak - start == 4 * 512 * max(2 * 1024, 1024 + 256)
+        y.sum().backward()
+        del y
+        assert live.live - start == 4 * 2 * 256 * 1024
+
+
+def test_attention_needs_no_square_of_the_length():
+    live = LiveBytes()
+    with traced(live):
+        q = torch.empty(1, 2, 4096, 64, requires_grad=True)
+        start = live.restart()
+        out = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        assert live.peak - start < 2 * q.nbytes
+        out.sum().backward()
+
+
+def test_values_that_python_asks_for():
+    live = LiveBytes()
+    with traced(live):
+        x = torch.empty(8)
+        assert bool((x > 1).any()) is False and int((x > 1).sum()) == 1 and float(x.sum()) == 1.0
+        assert (x > 1).nonzero().shape == (8, 1)  # the largest case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panels_are_counted(dtype):
+    """A product of the opaque operation takes what its twin in plain torch takes, at every call."""
+    live = LiveBytes()
+    with traced(live):
+        w, x = weight(2048, 1024), torch.empty(64, 1024, dtype=dtype)
+        base = live.live
+        live.restart()
+        y = int4_matmul(x, w, backend="panel")
+        panel_bytes = panel.PANEL_ELEMENTS["cpu"] * (1 + 4 + (2 if dtype == torch.bfloat16 else 0))
+        assert 0 <= live.live - base - y.nbytes - panel_bytes < 4096  # the buffers are kept
+        first = live.restart() - base
+        assert first > y.nbytes + panel_bytes + 4096
+        again = int4_matmul(x, w, backend="panel")
+        assert live.restart() - base == first + again.nbytes
+        dx = int4_matmul_dx(y, w, backend="panel")
+        assert dx.shape == x.shape and 0 <= live.live - base - 2 * y.nbytes - dx.nbytes - panel_bytes < 4096
+
+
+def test_table_and_loss_are_counted():
+    live = LiveBytes()
+    with traced(live):
+        w, ids = weight(4096, 256), torch.zeros(128, dtype=torch.int64)
+        hidden = int4_embedding(ids, w, torch.float32, backend="panel").requires_grad_()
+        int4_cross_entropy(hidden, w, ids, backend="panel")  # whose buffers stay
+        base = live.live
+        live.restart()
+        losses, argmax = int4_cross_entropy(hidden, w, ids, backend="panel")
+        tile = 4 * 128 * 1024
+        assert live.peak - base > tile > live.live - base
+        losses.sum().backward()
+        assert hidden.grad.shape == hidden.shape and argmax.shape == ids.shape
+
+
+def test_the_panels_own_buffers_stay_real():
+    w, x = weight(256, 128), torch.ones(4, 128)
+    before = int4_matmul(x, w, backend="panel")
+    kept = dict(panel._kept.__dict__)
+    live = LiveBytes()
+    with traced(live):
+        int4_matmul(torch.empty(4, 128), weight(4096, 512).rows(0, 256).columns(0, 128), backend="panel")
+        assert live.buffers == {}
+    assert panel._kept.__dict__ == kept and set(map(type, kept.values())) == {torch.Tensor}
+    assert set(live.buffers) == {("codes", torch.uint8), ("values", torch.float32)} <= set(kept)
+    assert torch.equal(int4_matmul(x, w, backend="panel"), before)
+
+
+def test_an_error_within_leaves_nothing_behind():
+    w, x = weight(256, 128), torch.ones(4, 128)
+    before = int4_matmul(x, w, backend="panel")
+    with pytest.raises(RuntimeError), traced(LiveBytes()):
+        int4_matmul(torch.empty(4, 128), weight(256, 128), backend="panel")
+        torch.empty(2) + torch.empty(3)
+    assert torch.equal(int4_matmul(x, w, backend="panel"), before)

@@ -1,0 +1,151 @@
+"""Components are the sizes of real tensors."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from models import ARCHITECTURES, tiny_store
+from plans import SMALL, at, planner
+
+from mebp_triton.models.load import load
+from mebp_triton.store.manifest import SHARED
+from mebp_triton.store.optimizer_state import Moments
+from mebp_triton.store.reader import Store
+from mebp_triton.system import machine
+from mebp_triton.training.optimizers.adamw import block_groups
+from mebp_triton.training.settings import TrainConfig
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_components_are_the_sizes_of_the_models_tensors(architecture, optim):
+    store = tiny_store(architecture)
+    opened = Store(store)
+    places = dict.fromkeys(("weights", "optimizer_state", "checkpoints"), "device")
+    settings = TrainConfig(**SMALL, **places, optim=optim).resolved()
+    plan = planner(store, framework=0).predict(settings)
+    model = load(store, settings.lora(), checkpoints="device", recompute_granularity="selective")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = at(plan, "backward of the lowest block")
+    assert found["LoRA"] == found["gradients"] == sum(parameter.nbytes for parameter in trained)
+    moments = Moments(block_groups(model, model.mebp.engine), "device", Path("unused"), optim == "adamw_8bit")
+    assert found["optimizer state"] == sum(buffer.nbytes for buffer in moments.buffers)
+    assert found["weights of blocks"] == sum(file.mapped.size for name, file in opened.files.items() if name != SHARED)
+    assert found["other weights"] == opened.files[SHARED].mapped.size
+    floats = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    assert found["float parameters"] >= sum(parameter.nbytes for parameter in floats)
+    assert plan.files == {"store": opened.nbytes()}
+
+
+def test_what_waits_is_what_is_saved(store, tmp_path):
+    """Checkpoints and kept outputs, against what the engine gives to its store."""
+    settings = TrainConfig(**SMALL, recompute_granularity="selective").resolved()
+    plan = planner(store).predict(settings)
+    model = load(store, settings.lora(), recompute_granularity="selective").train()
+    sizes = []
+    original = model.mebp.engine.checkpoints.save
+    model.mebp.engine.checkpoints.save = lambda tensor: sizes.append(tensor.nbytes) or original(tensor)
+    ids = torch.ones(1, settings.max_length, dtype=torch.int64)
+    model(input_ids=ids, labels=ids)
+    hidden = 4 * settings.max_length * model.config.hidden_size
+    blocks = model.config.num_hidden_layers
+    assert plan.files["checkpoints"] == blocks * hidden
+    assert plan.files["checkpoints"] + plan.files["kept outputs"] == sum(sizes)
+
+
+def test_weights_in_files_count_one_block(store):
+    opened, plan = Store(store), planner(store).predict(TrainConfig(**SMALL).resolved())
+    largest = max(file.mapped.size for name, file in opened.files.items() if name != SHARED)
+    assert at(plan, "backward of the lowest block")["weights of blocks"] == largest
+    assert at(plan, "optimizer step")["weights of blocks"] == 0
+    assert at(plan, "backward of the lowest block")["optimizer state"] == 0
+    group = at(plan, "optimizer step")
+    assert group["optimizer state"] == 2 * group["LoRA"] // 3  # of one of three blocks
+    assert {one.components["optimizer state"] for one in plan.host} == {0, group["optimizer state"]}
+
+
+def test_settings_move_the_component_they_are_about(plans):
+    def found(moment="backward of the lowest block", **changes):
+        return at(plans.predict(TrainConfig(**SMALL | changes).resolved()), moment)
+
+    plain = found()
+    assert found(lora_r=8)["LoRA"] == 2 * plain["LoRA"]
+    one_third = found(selection_mode="identity", selected_ratio=0.34)
+    assert one_third["gradients"] == plain["gradients"] // 3 and one_third["LoRA"] == plain["LoRA"]
+    assert found(optimizer_in_backward=True)["gradients"] == plain["gradients"] // 3
+    top = "backward of the top block"
+    assert found(top)["gradients"] == plain["gradients"] // 3
+    assert found(top, gradient_accumulation_steps=2)["gradients"] == plain["gradients"]
+    assert found(per_device_train_batch_size=4)["activations"] > 2 * plain["activations"]
+    kept = found(top, checkpoints="device", recompute_granularity="selective")
+    assert kept["kept outputs"] > kept["checkpoints"] > 0 == plain["checkpoints"]
+    assert found(mlp_chunk_tokens=8)["activations"] < plain["activations"]
+    assert found(return_freed_memory=True)["allocator"] < plain["allocator"]
+    mezo = plans.predict(TrainConfig(**SMALL, optim="mezo").resolved())
+    assert {moment.components["gradients"] for moment in mezo.host} == {0}
+    assert "checkpoints" not in mezo.files and mezo.peak < plans.predict(TrainConfig(**SMALL).resolved()).peak
+
+
+def test_a_device_has_moments_of_its_own(store, monkeypatch):
+    """Nothing here runs there: the sizes are those of the tensors."""
+    opened = Store(store)
+    resolved = TrainConfig(**SMALL).resolved()
+    settings = dataclasses.replace(
+        resolved, device="cuda", dtype="bfloat16", weights="host", checkpoints="host", optimizer_state="device"
+    )
+    monkeypatch.setattr(machine, "is_unified", lambda device: False)
+    plan = planner(store, framework=7 * MIB).predict(settings)
+    assert plan.device and plan.peak == plan.device_peak.total and not plan.shared
+    found = at(plan, "backward of the lowest block")
+    blocks = [file.mapped.size for name, file in opened.files.items() if name != SHARED]
+    assert found["framework"] == found["checkpoints"] == found["allocator"] == 0
+    assert found["weights of blocks"] == 2 * max(blocks)
+    assert found["optimizer state"] == 2 * found["LoRA"]
+    host = plan.host_peak.components
+    assert host["weights of blocks"] == sum(blocks) and host["framework"] == 7 * MIB
+    assert host["checkpoints"] == 3 * 2 * 32 * 48
+
+
+def test_only_the_last_block_is_adapted(store):
+    target = r"model\.layers\.2\..*_proj"
+    plan = planner(store, framework=0).predict(TrainConfig(**SMALL, target_modules=target).resolved())
+    found = at(plan, "backward of the lowest block")
+    model = load(store, plan.settings.lora())
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert found["LoRA"] == found["gradients"] == trained
+
+
+def test_linear_layers_outside_of_blocks_are_resident_and_counted():
+    store = tiny_store("opt", config={"word_embed_proj_dim": 32})
+    model = load(store, weights="file")
+    outside = [module for name, module in model.named_modules() if name.endswith(("project_in", "project_out"))]
+    assert len(outside) == 2
+    size = sum(module.int4().nbytes for module in outside)
+    plan = planner(store).predict(TrainConfig(**SMALL).resolved())
+    assert at(plan, "optimizer step")["other weights"] == size
+    table = model.get_input_embeddings().int4().nbytes
+    assert size < table, "the whole file would be more than these"
+
+
+def test_blocks_below_the_lowest_adapted_one_keep_nothing(store):
+    target = r"model\.layers\.2\..*_proj"
+    settings = TrainConfig(**SMALL, target_modules=target, recompute_granularity="full").resolved()
+    plan = planner(store, framework=0).predict(settings)
+    model = load(store, settings.lora()).train()
+    sizes = []
+    original = model.mebp.engine.checkpoints.save
+    model.mebp.engine.checkpoints.save = lambda tensor: sizes.append(tensor.nbytes) or original(tensor)
+    ids = torch.ones(1, settings.max_length, dtype=torch.int64)
+    model(input_ids=ids, labels=ids)
+    assert len(sizes) == 1 and plan.files["checkpoints"] == sizes[0]
+
+
+def test_rows_that_are_gathered_count_on_the_host(store, monkeypatch):
+    settings = dataclasses.replace(TrainConfig(**SMALL).resolved(), device="cuda", dtype="bfloat16", weights="file")
+    monkeypatch.setattr(machine, "is_unified", lambda device: False)
+    table = Store(store).weight("model.embed_tokens")
+    host = planner(store, framework=0).predict(settings).host_peak.components
+    assert host["other weights"] >= table.nbytes, "a small table comes in whole, by the pages around its rows"

@@ -1,0 +1,49 @@
+"""A few blocks stand for all: one of every kind is traced, and what it takes is what real tensors take."""
+
+import pytest
+import torch
+from models import tiny_store
+from plans import SMALL, planner
+from transformers import AutoConfig
+
+from mebp_triton.kernels.panel import panel_elements
+from mebp_triton.store.reader import Store
+from mebp_triton.system.errors import CannotTrace
+from mebp_triton.training.plan.inventory import Inventory
+from mebp_triton.training.plan.traced_model import TracedModel
+from mebp_triton.training.settings import TrainConfig
+
+
+def traced(store, **changes):
+    settings = TrainConfig(**SMALL | changes).resolved()
+    return TracedModel(Inventory.of_store(Store(store)), AutoConfig.from_pretrained(store), settings)
+
+
+def test_as_many_blocks_are_traced_as_have_one_of_every_kind(store):
+    assert traced(store).depth == 2  # all alike: the second one shows what a block adds
+    assert traced(store, target_modules=r"model\.layers\.2\..*_proj").depth == 3
+    sliding = tiny_store("gemma3_text")
+    kinds = AutoConfig.from_pretrained(sliding).layer_types
+    assert len(set(kinds)) == 2
+    assert traced(sliding).depth == max(kinds.index(kind) for kind in set(kinds)) + 1
+
+
+def test_a_trace_holds_no_bytes_and_leaves_nothing_changed(store):
+    cpu = torch.device("cpu")
+    usual = panel_elements(cpu)
+    model = traced(store, dtype="float32")
+    first = model.run("full", "device", 0)
+    base, again = model.live.live, model.run("selective", "device", 8)
+    assert model.live.live == base and panel_elements(cpu) == usual
+    assert model.run("full", "device", 0) is first and again.outputs[0] > 0 == first.outputs[0]
+    tokens, hidden = SMALL["max_length"], model.config.hidden_size
+    assert first.checkpoint == (4 * tokens * hidden,) * 2
+
+
+def test_a_model_whose_code_does_not_run_without_data(store, monkeypatch):
+    def failing(*args, **kwargs):
+        raise RuntimeError("no data\nhere")
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaModel.forward", failing)
+    with pytest.raises(CannotTrace, match="a model of type llama cannot be traced: RuntimeError: no data$"):
+        planner(store).predict(TrainConfig(**SMALL).resolved())
