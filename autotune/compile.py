@@ -21,7 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from mebp_triton.kernels import embedding, matmul, matmul_dx
 from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig
-from mebp_triton.kernels.layout import Int4Weight, Scheme, group_count, padded
+from mebp_triton.kernels.layout import Int4Weight, group_count, padded
+from mebp_triton.kernels.names import Scheme
 
 from .sass import LoopCounts, count, cuobjdump, disassemble, main_loops
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
-from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.tables import DTYPE_NAMES, DTYPES, Route, bucket, is_time, parse_config, read_strictly
 
 from .ceilings import Ceilings

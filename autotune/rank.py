@@ -14,7 +14,7 @@ import torch
 import triton
 
 from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
-from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.tables import Entry, Route
 
 from .compile import TENSOR_MEMORY_LIMIT, StaticReport, report

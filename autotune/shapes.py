@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from mebp_triton.kernels.configs import TUNED, Problem
-from mebp_triton.kernels.layout import Scheme
+from mebp_triton.kernels.names import Scheme
 from mebp_triton.kernels.tables import M_BUCKETS, bucket
 
 Shape = tuple[int, int]

@@ -20,7 +20,7 @@ import transformers
 from random_store import MODELS, write_random_store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.models.config import prepare_config
 from mebp_triton.system import atomic, reading
 from mebp_triton.system.foreign_errors import one_line

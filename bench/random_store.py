@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.convert.writers.store import StoreWriter
-from mebp_triton.kernels.layout import CHUNK, RUN, Int4Weight, Scheme, group_count, pack, padded, unpack
+from mebp_triton.kernels.layout import CHUNK, RUN, Int4Weight, group_count, pack, padded, unpack
+from mebp_triton.kernels.names import Scheme
 from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites
 from mebp_triton.store.manifest import SHARED, block_file
 from mebp_triton.system import atomic

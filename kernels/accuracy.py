@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Int4Weight, Scheme
+from .layout import Int4Weight
+from .names import Scheme
 
 
 def judge(ours: Tensor, same: Tensor, truth: Tensor) -> dict[str, Any]:

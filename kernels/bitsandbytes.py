@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import GROUP_SIZES, Int4Weight
+from .layout import Int4Weight
+from .names import GROUP_SIZES
 
 
 def common_group_size(columns: int, blocksize: int) -> int | None:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from .layout import CHUNK, Scheme
+from .layout import CHUNK
+from .names import Scheme
 
 Kernel = Literal["matmul", "matmul_dx", "embedding"]
 KERNELS: tuple[Kernel, ...] = ("matmul", "matmul_dx", "embedding")

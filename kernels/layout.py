@@ -9,19 +9,16 @@ A K that is no multiple of 64 is padded.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .names import GROUP_SIZES, Scheme
+
 LAYOUT = "planar64-v1"
 CHUNK = 64
 RUN = CHUNK // 2
-GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPES = (torch.float16, torch.float32)
-
-Scheme = Literal["symmetric", "affine", "codebook"]
-SCHEMES: tuple[Scheme, ...] = ("symmetric", "affine", "codebook")
 
 
 def padded(in_features: int) -> int:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import GROUP_SIZES, SCALE_DTYPES, SCHEMES, Int4Weight, Scheme, group_count, padded
+from .layout import SCALE_DTYPES, Int4Weight, group_count, padded
+from .names import GROUP_SIZES, SCHEMES, Scheme
 from .reference import decode
 
 # NF4 of QLoRA (arXiv 2305.14314), the float32 values of bitsandbytes.

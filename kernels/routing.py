@@ -14,10 +14,9 @@ from torch import Tensor
 
 from .configs import Kernel, Problem
 from .layout import Int4Weight
+from .names import BACKENDS
 from .tables import Route, architecture_of, choose, refuse
 
-Backend = Literal["auto", "triton", "panel"]
-BACKENDS: tuple[Backend, ...] = ("auto", "triton", "panel")
 Result = TypeVar("Result")
 
 

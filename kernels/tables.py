@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 
 from .configs import TUNED, Problem, TileConfig, default_config
-from .layout import GROUP_SIZES, SCHEMES
+from .names import GROUP_SIZES, SCHEMES
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"

@@ -15,7 +15,7 @@ TREES = {path: ast.parse((ROOT / path).read_text()) for path in SOURCES}
 # The rooms from the ground up, and the files of each from the ground up. A file may import what stands before it here:
 # files of lower rooms, and earlier files of its own. docs/architecture.md says what each room knows.
 FLOORS = {
-    "kernels": """layout decode running_softmax split reference configs softmax_tile bitsandbytes accuracy launch
+    "kernels": """names layout decode running_softmax split reference configs softmax_tile bitsandbytes accuracy launch
         quantize tables matmul matmul_dx embedding panel cross_entropy routing ops functions""",
     "autotune": "sass shapes cost_model space compile timing ceilings log rank measure results tune report",
     "layers": "lora_config lora_function int4_module linear shared_input deferred_logits head loss",
@@ -23,7 +23,7 @@ FLOORS = {
         scratch memory machine storage signals lost_pages""",
     "store": """residency waiting dynamic8 block_inputs optimizer_state manifest reader pages arena placement table_rows""",
     "data": "tokenized text chat rows sources batching packing loading",
-    "blocks": "runner call leaks replay recompute backward mlp_chunks hooks selection engine",
+    "blocks": "options runner call leaks replay recompute backward mlp_chunks hooks selection engine",
     "models": "skeleton config names adapter saving build discover load",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.gguf_header readers.gguf readers.safetensors_dir readers.bitsandbytes

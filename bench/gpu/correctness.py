@@ -13,7 +13,8 @@ from torch import Tensor
 from mebp_triton.autotune.measure import poisoned
 from mebp_triton.kernels import functions
 from mebp_triton.kernels.accuracy import judge, normal, random_weight
-from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight, Scheme
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES, Scheme
 from mebp_triton.kernels.reference import decode
 from mebp_triton.training.gradient_check import check_embedding, check_head, check_lora_layer
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mebp_triton.kernels.accuracy import normal, random_weight
-from mebp_triton.kernels.layout import Scheme
+from mebp_triton.kernels.names import Scheme
 from mebp_triton.layers.linear import Int4LoRALinear
 from mebp_triton.system.memory import peak_resident_bytes
 

@@ -30,7 +30,8 @@ import torch
 from grid import COMMON, HALVES, LONGEST, MODES, PAIRS, PARTS, STEPS, TIMED
 
 import mebp_triton as mebp
-from mebp_triton.blocks.selection import Schedule, select_blocks
+from mebp_triton.blocks.options import Schedule
+from mebp_triton.blocks.selection import select_blocks
 from mebp_triton.cli.demonstration import find_model
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.tokenized import TokenizedData

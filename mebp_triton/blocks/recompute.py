@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .replay import Recorded, Recording, Replay
-
-Granularity = Literal["full", "selective"]
-GRANULARITIES: tuple[Granularity, ...] = ("full", "selective")
 
 
 def _producers(module: nn.Module) -> Iterator[Recorded]:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from .hooks import BlockHooks
+from .options import MODES, SCHEDULES, UNSELECTED_UPDATES, Mode, Schedule, UnselectedUpdate
 from .runner import BlockRunner, Treatment, find_blocks
 
-Mode = Literal["full", "identity", "exact", "freeze"]
-MODES: tuple[Mode, ...] = ("full", "identity", "exact", "freeze")
-Schedule = Literal["cyclic", "strided", "random", "importance"]
-SCHEDULES: tuple[Schedule, ...] = ("cyclic", "strided", "random", "importance")
-UnselectedUpdate = Literal["momentum", "none"]
-UNSELECTED_UPDATES: tuple[UnselectedUpdate, ...] = ("momentum", "none")
 NORM_DECAY = 0.9  # of the running gradient norms that "importance" samples by
 EVEN_PART = 0.2  # of its probability is spread evenly, so that every block is trained again
 

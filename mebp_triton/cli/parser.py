@@ -55,8 +55,7 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type, but: frozense
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES
-    from mebp_triton.kernels.routing import BACKENDS
+    from mebp_triton.kernels.names import BACKENDS, GROUP_SIZES, SCHEMES
     from mebp_triton.kernels.tables import DTYPES
     from mebp_triton.training.settings import TrainConfig
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mebp_triton.convert.readers.merged_store import MergedStore
 from mebp_triton.convert.readers.safetensors_dir import INDEX, SINGLE
 from mebp_triton.convert.writers.model_directory import rounded, shards
-from mebp_triton.kernels.layout import Scheme
+from mebp_triton.kernels.names import Scheme
 from mebp_triton.models.names import persistent_buffers
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.manifest import dtype_name

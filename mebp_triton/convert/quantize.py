@@ -13,7 +13,8 @@ from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.convert.readers import open_source
 from mebp_triton.convert.readers.source import Source
 from mebp_triton.convert.writers.store import StoreWriter
-from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight, Scheme
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES, Scheme
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.names import persistent_buffers

@@ -8,7 +8,8 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mebp_triton.kernels.layout import GROUP_SIZES, LAYOUT, SCHEMES, Scheme
+from mebp_triton.kernels.layout import LAYOUT
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES, Scheme
 
 METHOD = "mebp_int4"
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mebp_triton.kernels.layout import Scheme
+from mebp_triton.kernels.names import Scheme
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear

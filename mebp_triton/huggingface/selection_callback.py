@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from mebp_triton.blocks.selection import LayerCyclicManager, UnselectedUpdate
+from mebp_triton.blocks.options import UnselectedUpdate
+from mebp_triton.blocks.selection import LayerCyclicManager
 from mebp_triton.system import strict_json
 
 SAVED = "selection.json"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mebp_triton.blocks.engine import BlockEngine, watch_training
-from mebp_triton.blocks.recompute import GRANULARITIES, Granularity
+from mebp_triton.blocks.options import GRANULARITIES, Granularity
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.layers.int4_module import Int4Module, Int4Table

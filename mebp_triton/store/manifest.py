@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from mebp_triton.kernels.layout import GROUP_SIZES, SCALE_DTYPES, SCHEMES
+from mebp_triton.kernels.layout import SCALE_DTYPES
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.system import reading, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 

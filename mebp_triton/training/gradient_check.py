@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from mebp_triton.convert.quantize import quantize
 from mebp_triton.kernels import functions, routing
 from mebp_triton.kernels.accuracy import judge, normal, random_weight
-from mebp_triton.kernels.layout import SCHEMES, Int4Weight, Scheme
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import SCHEMES, Scheme
 from mebp_triton.kernels.reference import cross_entropy, decode
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.layers.lora_function import int4_lora_linear

@@ -10,10 +10,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mebp_triton.blocks.recompute import Granularity
-from mebp_triton.blocks.selection import Mode, Schedule, UnselectedUpdate
+from mebp_triton.blocks.options import Granularity, Mode, Schedule, UnselectedUpdate
 from mebp_triton.data.chat import Masking
-from mebp_triton.kernels.routing import Backend
+from mebp_triton.kernels.names import Backend
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.store.residency import Residency
 from mebp_triton.system.machine import resolve_device

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport, compile_for, report, specialize
 from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig, default_config
-from mebp_triton.kernels.layout import SCHEMES
+from mebp_triton.kernels.names import SCHEMES
 
 M, N, K = 512, 4096, 4096
 OPTIONS = TileConfig(16, 16, 64, num_warps=4, num_stages=2).launch_options()

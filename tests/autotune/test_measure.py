@@ -20,7 +20,7 @@ from mebp_triton.autotune.measure import (
 )
 from mebp_triton.autotune.timing import CudaTimer, Limits, WallTimer
 from mebp_triton.kernels.configs import Problem, TileConfig, default_config
-from mebp_triton.kernels.layout import SCHEMES
+from mebp_triton.kernels.names import SCHEMES
 
 # The fixture that makes the kernels run on this machine, which belongs to the tests of the kernels.
 _spec = importlib.util.spec_from_file_location(

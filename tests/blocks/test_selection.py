@@ -19,7 +19,8 @@ from models import (
 )
 
 import mebp_triton as mebp
-from mebp_triton.blocks.selection import MODES, SCHEDULES, gradient_norm, sample_blocks, select_blocks, selected_count
+from mebp_triton.blocks.options import MODES, SCHEDULES
+from mebp_triton.blocks.selection import gradient_norm, sample_blocks, select_blocks, selected_count
 
 
 @pytest.fixture(scope="module")

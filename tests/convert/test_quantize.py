@@ -14,7 +14,7 @@ from mebp_triton.convert import quantize as quantize_module
 from mebp_triton.convert.quantize import quantize
 from mebp_triton.convert.readers import open_source
 from mebp_triton.convert.writers.store import StoreWriter
-from mebp_triton.kernels.layout import SCHEMES
+from mebp_triton.kernels.names import SCHEMES
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.skeleton import build_skeleton, float_names

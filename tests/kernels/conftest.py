@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight, Scheme
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES, Scheme
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 dot works on bit patterns: it is not tested there.

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.embedding import int4_embedding_triton
-from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 

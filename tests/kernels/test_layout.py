@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from mebp_triton.kernels.layout import GROUP_SIZES, LAYOUT, Int4Weight, group_count, pack, padded, unpack
+from mebp_triton.kernels.layout import LAYOUT, Int4Weight, group_count, pack, padded, unpack
+from mebp_triton.kernels.names import GROUP_SIZES
 from mebp_triton.kernels.reference import decode
 
 WIDTHS = (1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 449)

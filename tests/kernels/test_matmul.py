@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from mebp_triton.kernels import matmul, reference
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.launch import can_group
-from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight
+from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import int4_matmul_group_triton, int4_matmul_triton
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 

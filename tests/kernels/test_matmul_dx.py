@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
-from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight
+from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul_dx import int4_matmul_dx_group_triton, int4_matmul_dx_triton
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 

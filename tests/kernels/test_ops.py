@@ -17,8 +17,8 @@ from mebp_triton.kernels.functions import (
     int4_matmul_dx_group,
     int4_matmul_group,
 )
-from mebp_triton.kernels.layout import SCHEMES
-from mebp_triton.kernels.routing import BACKENDS, resolve_backend
+from mebp_triton.kernels.names import BACKENDS, SCHEMES
+from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.kernels.tables import Entry
 
 PANEL = "panel"

@@ -5,7 +5,8 @@ import torch
 from allocations import Allocations
 
 from mebp_triton.kernels import panel, reference
-from mebp_triton.kernels.layout import CHUNK, GROUP_SIZES, SCHEMES, Int4Weight, unpack
+from mebp_triton.kernels.layout import CHUNK, Int4Weight, unpack
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.panel import (
     int4_embedding_panel,
     int4_matmul_dx_group_panel,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mebp_triton.kernels import quantize
-from mebp_triton.kernels.layout import GROUP_SIZES, SCHEMES, Int4Weight, unpack
+from mebp_triton.kernels.layout import Int4Weight, unpack
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.quantize import NF4, quantize_matrix
 from mebp_triton.kernels.reference import decode
 

@@ -10,7 +10,8 @@ from allocations import Allocations
 from torch import nn
 
 from mebp_triton.kernels import ops, panel, reference
-from mebp_triton.kernels.layout import SCHEMES, Int4Weight
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import SCHEMES
 from mebp_triton.layers.int4_module import AbsentWeight, Int4Embedding, replace_embedding
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.layers.lora_config import UNSUPPORTED, LoraConfig, as_lora_config, lora_config_from_dict

