@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mebp_triton.store.block_inputs import Checkpoint, CheckpointStore
+from mebp_triton.store.block_inputs import BlockInput, BlockInputStore
 from mebp_triton.store.pages import Pages
 
 from .call import Arguments, Call
@@ -26,7 +26,7 @@ class Host(Protocol):
 
     blocks: list[nn.Module]
     pages: Sequence[Pages]
-    checkpoints: CheckpointStore
+    checkpoints: BlockInputStore
     keep_outputs: bool
     recomputes: list[Recompute]
     unchecked: set[int]
@@ -69,7 +69,7 @@ class BlockRun:
         self.versions = [tensor._version for tensor in self.watched]
         self.training = engine.blocks[index].training
         self.surroundings = ForwardState(leaves[hidden].device, random=self.training)
-        self.checkpoint: Checkpoint | None = None
+        self.checkpoint: BlockInput | None = None
         self.recording: Recording | None = None
         self.output_spec: Any = None
         self.output_leaves: list[Any] = []

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from mebp_triton.layers.linear import ComputedTogether, Int4LoRALinear
-from mebp_triton.store.block_inputs import CheckpointStore, DeviceCheckpoints
+from mebp_triton.store.block_inputs import BlockInputStore, DeviceBlockInputs
 from mebp_triton.store.pages import Pages
 from mebp_triton.store.waiting import Waiting
 
@@ -63,13 +63,13 @@ class BlockEngine(BlockRunner):
         self,
         blocks: Iterable[nn.Module],
         pages: Sequence[Pages] | None = None,
-        checkpoints: CheckpointStore | None = None,
+        checkpoints: BlockInputStore | None = None,
         keep_outputs: bool = False,
         waiting: Waiting | None = None,
     ) -> None:
         super().__init__(blocks, self._run)
         self.pages: Sequence[Pages] = pages if pages is not None else [Pages()] * len(self.blocks)
-        self.checkpoints = checkpoints if checkpoints is not None else DeviceCheckpoints()
+        self.checkpoints = checkpoints if checkpoints is not None else DeviceBlockInputs()
         self.keep_outputs = keep_outputs
         self.waiting = Waiting() if waiting is None else waiting
         self.recomputes = [Recompute(block) for block in self.blocks]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mebp_triton.layers.linear import Int4LoRALinear
 from mebp_triton.layers.lora_function import autocast_input
-from mebp_triton.store.block_inputs import Checkpoint, CheckpointStore
+from mebp_triton.store.block_inputs import BlockInput, BlockInputStore
 from mebp_triton.system.errors import InPlaceChange
 from mebp_triton.system.random_state import RandomState
 
@@ -52,9 +52,9 @@ Recorded = Int4LoRALinear | OpaqueModule
 class Recording:
     """Keeps the outputs of a block's adapted layers during its forward pass, call by call."""
 
-    def __init__(self, store: CheckpointStore) -> None:
+    def __init__(self, store: BlockInputStore) -> None:
         self.store = store
-        self.kept: dict[Recorded, list[Checkpoint]] = defaultdict(list)
+        self.kept: dict[Recorded, list[BlockInput]] = defaultdict(list)
         self.parts: dict[OpaqueModule, list[Recording]] = defaultdict(list)
         self.unused: Recorded | None = None
 

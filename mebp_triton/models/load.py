@@ -19,7 +19,7 @@ from mebp_triton.layers.int4_module import Int4Module, Int4Table
 from mebp_triton.layers.lora_config import LoraConfig, as_lora_config
 from mebp_triton.layers.loss import OnePassLoss, install_loss
 from mebp_triton.store.arena import Stager
-from mebp_triton.store.block_inputs import checkpoint_store
+from mebp_triton.store.block_inputs import block_input_store
 from mebp_triton.store.manifest import SHARED, block_file
 from mebp_triton.store.pages import Pages
 from mebp_triton.store.placement import host_copy, place_weights
@@ -143,7 +143,7 @@ def load(
     install_mlp_chunks(model, stack, mlp_chunk_tokens)
     scratch = Path(scratch_directory) if scratch_directory is not None else Path(tempfile.gettempdir())
     keep_outputs = recompute_granularity == "selective"
-    engine = BlockEngine(stack, pages, checkpoint_store(checkpoints, scratch, waiting), keep_outputs, waiting)
+    engine = BlockEngine(stack, pages, block_input_store(checkpoints, scratch, waiting), keep_outputs, waiting)
     watch_training(model, blocks_path, engine)
     model.mebp = Runtime(opened, engine, install_loss(model, int4_head), config, device, backend)
     model.gradient_checkpointing_enable = _no_second_checkpointing

@@ -17,20 +17,20 @@ from .residency import RESIDENCIES, Residency
 from .waiting import Waiting
 
 
-class Checkpoint(Protocol):
+class BlockInput(Protocol):
     def load(self) -> Tensor:
         """The tensor that was saved, on its device. May be called more than once."""
         ...
 
 
-class CheckpointStore(Protocol):
-    def save(self, tensor: Tensor) -> Checkpoint: ...
+class BlockInputStore(Protocol):
+    def save(self, tensor: Tensor) -> BlockInput: ...
 
 
-class DeviceCheckpoints:
+class DeviceBlockInputs:
     """Keeps the tensor itself, no copy; changing it in place before the backward pass is an error."""
 
-    def save(self, tensor: Tensor) -> Checkpoint:
+    def save(self, tensor: Tensor) -> BlockInput:
         return _Kept(tensor)
 
 
@@ -44,10 +44,10 @@ class _Kept:
         return self.tensor
 
 
-class HostCheckpoints:
+class HostBlockInputs:
     """Copies to host memory, pinned where a GPU copies from it."""
 
-    def save(self, tensor: Tensor) -> Checkpoint:
+    def save(self, tensor: Tensor) -> BlockInput:
         if tensor.device.type == "cpu":
             return _Copied(tensor.detach().clone(), tensor.device)
         pinned = tensor.device.type == "cuda" and not is_unified(tensor.device)
@@ -63,7 +63,7 @@ class _Copied:
         return self.copy.to(self.device, copy=True)  # whoever gets it may change it, and it may be loaded again
 
 
-class FileCheckpoints:
+class FileBlockInputs:
     """Written to slots of a nameless file, and read back: what waits there is not resident memory.
 
     A slot is used again, by anything that fits into it, once nothing refers to the checkpoint that had it.
@@ -75,7 +75,7 @@ class FileCheckpoints:
         self.file: ScratchFile | None = None  # made at the first save: loading a model writes nothing
         self.free: list[Slot] = []
 
-    def save(self, tensor: Tensor) -> Checkpoint:
+    def save(self, tensor: Tensor) -> BlockInput:
         with self.waiting.counted():
             slot = self._slot(tensor.nbytes)
             checkpoint = _Filed(self, slot, tensor)
@@ -100,7 +100,7 @@ class FileCheckpoints:
 
 
 class _Filed:
-    def __init__(self, store: FileCheckpoints, slot: Slot, tensor: Tensor) -> None:
+    def __init__(self, store: FileBlockInputs, slot: Slot, tensor: Tensor) -> None:
         self.file, self.waiting, self.slot = store.file, store.waiting, slot
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         if tensor.numel():
@@ -114,12 +114,12 @@ class _Filed:
             return tensor.to(self.device)
 
 
-def checkpoint_store(residency: Residency, directory: Path, waiting: Waiting | None = None) -> CheckpointStore:
+def block_input_store(residency: Residency, directory: Path, waiting: Waiting | None = None) -> BlockInputStore:
     """The store for ``residency``. ``directory`` is where "file" puts its file."""
     if residency == "device":
-        return DeviceCheckpoints()
+        return DeviceBlockInputs()
     if residency == "host":
-        return HostCheckpoints()
+        return HostBlockInputs()
     if residency == "file":
-        return FileCheckpoints(directory, waiting)
+        return FileBlockInputs(directory, waiting)
     raise ValueError(f"checkpoints must be one of {', '.join(RESIDENCIES)}, got {residency!r}")

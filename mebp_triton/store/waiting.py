@@ -22,7 +22,7 @@ class Waiting:
         finally:
             self.seconds += time.perf_counter() - started
 
-    def taken(self) -> float:
+    def pop_seconds(self) -> float:
         """The seconds so far; counting starts again at 0."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds

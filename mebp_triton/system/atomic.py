@@ -157,11 +157,11 @@ def _finish_directory(directory: Path) -> None:
 def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     """``write`` fills a new directory that then takes ``path``'s place; the old one is kept until the new one is whole.
 
-    A crash between the two renames leaves the old one set aside; ``recover_directory`` puts it back. An error there
+    A crash between the two renames leaves the old one set aside; ``finish_replacing`` puts it back. An error there
     puts it back at once.
     """
     old = _set_aside(path)
-    recover_directory(path)
+    finish_replacing(path)
     with naming(path):
         temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(), dir=path.parent))
         try:
@@ -183,13 +183,13 @@ def _set_aside(path: Path) -> Path:
     return path.with_name(f".mebp-old-{path.name}")
 
 
-def settled_directory(path: Path) -> Path:
+def locate_directory(path: Path) -> Path:
     """Where the content of a directory lies that ``replace_directory`` writes, or wrote when it was interrupted."""
     old = _set_aside(path)
     return old if old.exists() and not path.exists() else path
 
 
-def recover_directory(path: Path) -> None:
+def finish_replacing(path: Path) -> None:
     """Finishes a ``replace_directory`` that was interrupted, and does so no longer."""
     old = _set_aside(path)
     if old.exists():

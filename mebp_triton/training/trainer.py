@@ -171,7 +171,7 @@ class Trainer:
             start_batch=self.step * self.micro_batches_per_step,
             epochs=None if config.max_steps else config.num_train_epochs,
         )
-        self.model.mebp.engine.waiting.taken()  # what evaluations waited for and ran is none of a step's
+        self.model.mebp.engine.waiting.pop_seconds()  # what evaluations waited for and ran is none of a step's
         self.model.mebp.engine.counters.taken()
         record_at = min(self.step + 1, self.total_steps - 1)  # the second step: the first one warms up
         while self.step < self.total_steps:
@@ -182,7 +182,7 @@ class Trainer:
             self.step += 1
             self.selection.advance()
             results.append(result)
-            waited = self.model.mebp.engine.waiting.taken()
+            waited = self.model.mebp.engine.waiting.pop_seconds()
             taken = {"seconds_waiting_for_data": waited, "peak_rss_bytes": peak_resident_bytes()}
             taken |= {f"blocks_{name}": count for name, count in self.model.mebp.engine.counters.taken().items()}
             if self.processes.size > 1:
@@ -437,7 +437,7 @@ class Trainer:
             ValueError: it is damaged, or of a run with other settings or another number of processes.
         """
         if checkpoint == self.run.checkpoint:
-            self.processes.first(lambda: atomic.recover_directory(checkpoint))
+            self.processes.first(lambda: atomic.finish_replacing(checkpoint))
         if not (checkpoint / "state.json").exists():
             raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
         state = strict_json.read_sealed(checkpoint / "state.json")

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import mebp_triton as mebp
 from mebp_triton.blocks.engine import BlockEngine
-from mebp_triton.store.block_inputs import FileCheckpoints
+from mebp_triton.store.block_inputs import FileBlockInputs
 from mebp_triton.store.pages import Pages
 
 
@@ -502,7 +502,7 @@ def test_only_the_checkpoint_holds_a_blocks_input_between_forward_and_backward(t
             return super().forward(hidden_states, scale, flag)
 
     blocks = [Noting(6).double() for _ in range(4)]
-    engine = BlockEngine(blocks, checkpoints=FileCheckpoints(tmp_path))
+    engine = BlockEngine(blocks, checkpoints=FileBlockInputs(tmp_path))
     assert not engine.keep_outputs
     treatments = ("train", "exact", "identity", "train")
     engine.treatment = lambda index: treatments[index]

@@ -17,7 +17,7 @@ from mebp_triton.blocks.replay import ForwardState
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.layers import linear
 from mebp_triton.layers.linear import Int4LoRALinear
-from mebp_triton.store.block_inputs import DeviceCheckpoints, HostCheckpoints
+from mebp_triton.store.block_inputs import DeviceBlockInputs, HostBlockInputs
 from mebp_triton.system.random_state import RandomState
 
 
@@ -216,7 +216,7 @@ class Block(nn.Module):
 KINDS = ["plain", "clamped in place", "added in place", "twice", "a square", "a part", "not used"]
 
 
-@pytest.mark.parametrize("store", [DeviceCheckpoints, HostCheckpoints])
+@pytest.mark.parametrize("store", [DeviceBlockInputs, HostBlockInputs])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_block_has_plain_autograds_gradients(kind: str, keep: bool, store: Any) -> None:
@@ -241,7 +241,7 @@ def test_any_block_has_plain_autograds_gradients(kind: str, keep: bool, store: A
 def test_products_of_blocks_of_other_kinds(products: list[int], kind: str) -> None:
     """What was changed in place is computed again where no copy of it was made; nothing else is."""
     counts = []
-    for store in (DeviceCheckpoints(), HostCheckpoints()):
+    for store in (DeviceBlockInputs(), HostBlockInputs()):
         block = Block(kind)
         BlockEngine([block], checkpoints=store, keep_outputs=True)
         for _ in range(3):

@@ -68,7 +68,7 @@ def test_two_arenas_for_all_blocks_give_the_same_gradients(store: Path, residenc
         assert all(torch.equal(our_gradients(model)[name], grad) for name, grad in our_gradients(truth).items())
     largest = max(opened.files[block_file(index)].data().numel() for index in range(3))
     assert [arena.buffer.numel() for arena in stager.arenas] == [largest] * 2
-    assert model.mebp.engine.waiting.taken() > 0
+    assert model.mebp.engine.waiting.pop_seconds() > 0
     with torch.no_grad():
         assert torch.equal(model(**batch()).loss, truth(**batch()).loss)
 
@@ -112,7 +112,7 @@ def test_a_slow_reader_is_waited_for(store: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(arena_module.ArenaPages, "read", slow)
     assert torch.equal(model(**batch()).loss, expected)
-    assert model.mebp.engine.waiting.taken() >= 0.05
+    assert model.mebp.engine.waiting.pop_seconds() >= 0.05
 
 
 def test_an_error_of_the_reader_ends_the_step_and_the_next_one_reads_again(

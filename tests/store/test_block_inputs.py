@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mebp_triton.store.block_inputs import FileCheckpoints, checkpoint_store
+from mebp_triton.store.block_inputs import FileBlockInputs, block_input_store
 from mebp_triton.store.residency import RESIDENCIES
 
 
@@ -17,7 +17,7 @@ from mebp_triton.store.residency import RESIDENCIES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (1,), (0, 4)])
 def test_what_was_saved_is_loaded_more_than_once(residency: Any, dtype: Any, shape: Any, tmp_path: Path) -> None:
-    store = checkpoint_store(residency, tmp_path)
+    store = block_input_store(residency, tmp_path)
     tensor = torch.randn(shape).to(dtype)
     checkpoint = store.save(tensor)
     for _ in range(2):
@@ -27,7 +27,7 @@ def test_what_was_saved_is_loaded_more_than_once(residency: Any, dtype: Any, sha
 
 @pytest.mark.parametrize("residency", ["host", "file"])
 def test_a_copy_does_not_follow_its_source(residency: Any, tmp_path: Path) -> None:
-    store = checkpoint_store(residency, tmp_path)
+    store = block_input_store(residency, tmp_path)
     tensor = torch.ones(4)
     checkpoint = store.save(tensor)
     tensor.zero_()
@@ -37,14 +37,14 @@ def test_a_copy_does_not_follow_its_source(residency: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize("residency", ["host", "file"])
 def test_what_is_loaded_may_be_changed_and_is_loaded_again_as_it_was(residency: Any, tmp_path: Path) -> None:
     tensor = torch.arange(6.0)
-    checkpoint = checkpoint_store(residency, tmp_path).save(tensor)
+    checkpoint = block_input_store(residency, tmp_path).save(tensor)
     checkpoint.load().mul_(0.5)
     assert torch.equal(checkpoint.load(), tensor)
 
 
 def test_on_the_device_a_change_in_place_is_an_error(tmp_path: Path) -> None:
     tensor = torch.ones(4)
-    checkpoint = checkpoint_store("device", tmp_path).save(tensor)
+    checkpoint = block_input_store("device", tmp_path).save(tensor)
     tensor.zero_()
     with pytest.raises(RuntimeError, match="modified in place"):
         checkpoint.load()
@@ -52,11 +52,11 @@ def test_on_the_device_a_change_in_place_is_an_error(tmp_path: Path) -> None:
 
 def test_noncontiguous_tensors_are_saved_by_value(tmp_path: Path) -> None:
     tensor = torch.arange(12.0).view(3, 4).t()
-    assert torch.equal(FileCheckpoints(tmp_path).save(tensor).load(), tensor)
+    assert torch.equal(FileBlockInputs(tmp_path).save(tensor).load(), tensor)
 
 
 def test_a_slot_is_used_again_only_when_nothing_refers_to_its_checkpoint(tmp_path: Path) -> None:
-    store = FileCheckpoints(tmp_path)
+    store = FileBlockInputs(tmp_path)
     first, second = store.save(torch.ones(8)), store.save(torch.full((8,), 2.0))
     del second
     gc.collect()
@@ -66,7 +66,7 @@ def test_a_slot_is_used_again_only_when_nothing_refers_to_its_checkpoint(tmp_pat
 
 
 def test_nothing_is_written_before_the_first_save_and_no_file_has_a_name(tmp_path: Path) -> None:
-    store = FileCheckpoints(tmp_path / "scratch")
+    store = FileBlockInputs(tmp_path / "scratch")
     assert not (tmp_path / "scratch").exists()
     store.save(torch.ones(3))
     assert list((tmp_path / "scratch").iterdir()) == []
@@ -74,4 +74,4 @@ def test_nothing_is_written_before_the_first_save_and_no_file_has_a_name(tmp_pat
 
 def test_unknown_residency(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoints must be one of device, host, file, got 'tape'"):
-        checkpoint_store("tape", tmp_path)  # type: ignore[arg-type]
+        block_input_store("tape", tmp_path)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ def test_seconds_add_up_and_are_taken_once():
         with waiting.counted():
             time.sleep(0.01)
     assert 0.02 <= waiting.seconds < 5
-    assert waiting.taken() >= 0.02 and waiting.taken() == 0
+    assert waiting.pop_seconds() >= 0.02 and waiting.pop_seconds() == 0
 
 
 def test_a_failure_counts_as_well():

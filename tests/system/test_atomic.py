@@ -26,7 +26,7 @@ from mebp_triton.system.atomic import (
     atomic_directory,
     atomic_path,
     check_absent,
-    recover_directory,
+    finish_replacing,
     replace_directory,
     write_bytes,
 )
@@ -172,7 +172,7 @@ def test_failing_at_any_operation_leaves_old_or_new(way, monkeypatch, what):
         left = {name: value for name, value in tree(place).items() if ".mebp-old-" not in name}
         assert left in (old, new), f"operation {n}"
         seen.append(left == new)
-        recover_directory(place / "checkpoint")
+        finish_replacing(place / "checkpoint")
         assert tree(place) == left
     assert seen == sorted(seen), "old again after new"
     assert not seen[0]
@@ -204,7 +204,7 @@ def test_dying_at_any_operation_leaves_old_or_new(way, monkeypatch):
         if os.waitstatus_to_exitcode(status) == 0:
             reached_the_end = True
             break
-        recover_directory(place / "checkpoint")
+        finish_replacing(place / "checkpoint")
         left = {
             name: value for name, value in tree(place).items() if not name.split("/")[0].startswith(TEMPORARY_PREFIX)
         }
@@ -289,18 +289,18 @@ def test_saving_over_a_mapped_file_leaves_the_map_alone(tmp_path):
 
 def test_recover_directory(tmp_path):
     path, old = tmp_path / "checkpoint", tmp_path / ".mebp-old-checkpoint"
-    recover_directory(path)
+    finish_replacing(path)
     assert not path.exists()
     old.mkdir()
     (old / "state").write_text("old")
-    recover_directory(path)  # died between the two renames
+    finish_replacing(path)  # died between the two renames
     assert tree(tmp_path) == {"checkpoint": None, "checkpoint/state": b"old"}
     old.mkdir()
-    recover_directory(path)  # died after the second
+    finish_replacing(path)  # died after the second
     assert tree(tmp_path) == {"checkpoint": None, "checkpoint/state": b"old"}
     mine = tmp_path / "checkpoint.old"
     mine.mkdir()
-    recover_directory(path)
+    finish_replacing(path)
     replace_directory(path, lambda directory: (directory / "state").write_text("new"))
     assert tree(tmp_path) == {"checkpoint": None, "checkpoint/state": b"new", "checkpoint.old": None}
 
@@ -577,11 +577,11 @@ def test_directories_that_were_made_for_nothing_go_again(tmp_path):
 
 def test_where_the_content_lies_after_a_crash(tmp_path):
     place, old = tmp_path / "checkpoint", tmp_path / ".mebp-old-checkpoint"
-    assert atomic.settled_directory(place) == place
+    assert atomic.locate_directory(place) == place
     old.mkdir()
-    assert atomic.settled_directory(place) == old and old.exists()
+    assert atomic.locate_directory(place) == old and old.exists()
     place.mkdir()
-    assert atomic.settled_directory(place) == place
+    assert atomic.locate_directory(place) == place
 
 
 def test_leftovers_are_told_from_what_is_in_use(tmp_path):

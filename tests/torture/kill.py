@@ -303,7 +303,7 @@ def half_things(directory: Path, wanted: dict[str, Any]) -> list[str]:
         here = {path: value for path, value in outcome(directory).items() if path.startswith(name + "/")}
         wrong += differences(here, inside)
     run, table = directory / "run", directory / "table.json"
-    checkpoint = atomic.settled_directory(run / "checkpoint")
+    checkpoint = atomic.locate_directory(run / "checkpoint")
     if checkpoint.exists():
         state = json.loads((checkpoint / "state.json").read_text())
         wrong += [f for f, sums in state["crc32"].items() if reading.file_checksums(checkpoint / f) != sums]

@@ -148,7 +148,7 @@ class Bench:
 
         if finished and not ((run / "checkpoint" / "state.json").exists() and (run / "run.json").exists()):
             return "finished without a checkpoint or results"
-        if not (atomic.settled_directory(run / "checkpoint") / "state.json").exists():
+        if not (atomic.locate_directory(run / "checkpoint") / "state.json").exists():
             left = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()] if run.exists() else []
             known = {"metrics.jsonl", "evaluation_before.json"}
             return f"without a checkpoint, left {left}" if set(left) - known else ""

@@ -72,9 +72,9 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, d
         if arguments.resume:
             checkpoint = run.checkpoint
         if goes_on:
-            processes.first(lambda: atomic.recover_directory(run.checkpoint))
+            processes.first(lambda: atomic.finish_replacing(run.checkpoint))
         elif checkpoint is not None:
-            checkpoint = atomic.settled_directory(checkpoint)
+            checkpoint = atomic.locate_directory(checkpoint)
         if checkpoint is not None and not (checkpoint / "state.json").exists():
             if not (arguments.resume and begun and run.is_before_checkpoint()):
                 raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")

@@ -25,7 +25,7 @@ from mebp_triton.layers.loss import install_loss
 from mebp_triton.models.build import Builder, check_targets
 from mebp_triton.models.discover import find_mlps, join_shared_inputs
 from mebp_triton.models.skeleton import build_skeleton
-from mebp_triton.store.block_inputs import Checkpoint, CheckpointStore, DeviceCheckpoints, HostCheckpoints
+from mebp_triton.store.block_inputs import BlockInput, BlockInputStore, DeviceBlockInputs, HostBlockInputs
 from mebp_triton.store.manifest import block_file
 from mebp_triton.store.residency import Residency
 from mebp_triton.store.table_rows import StoredRows
@@ -44,11 +44,11 @@ class _Counted:
         waiting: bytes now. saved: of every tensor, in order.
     """
 
-    def __init__(self, store: CheckpointStore) -> None:
+    def __init__(self, store: BlockInputStore) -> None:
         self.store = store
         self.waiting, self.saved = 0, []  # type: ignore[var-annotated]
 
-    def save(self, tensor: Tensor) -> Checkpoint:
+    def save(self, tensor: Tensor) -> BlockInput:
         checkpoint = self.store.save(tensor)
         self.saved.append(tensor.nbytes)
         self.waiting += tensor.nbytes
@@ -60,9 +60,9 @@ class _Counted:
 
 
 class _Elsewhere:
-    """Checkpoints that wait in no memory: what ``FileCheckpoints`` needs of it while it writes and reads."""
+    """Checkpoints that wait in no memory: what ``FileBlockInputs`` needs of it while it writes and reads."""
 
-    def save(self, tensor: Tensor) -> Checkpoint:
+    def save(self, tensor: Tensor) -> BlockInput:
         tensor.detach().contiguous()
         return _Away(tensor.shape, tensor.dtype)
 
@@ -179,9 +179,9 @@ class TracedModel:
 
     def _step(self, granularity: Granularity, checkpoints: Residency) -> Traced:
         on_host = self.settings.device == "cpu"
-        places: dict[Residency, CheckpointStore] = {
-            "device": DeviceCheckpoints(),
-            "host": HostCheckpoints() if on_host else _Elsewhere(),
+        places: dict[Residency, BlockInputStore] = {
+            "device": DeviceBlockInputs(),
+            "host": HostBlockInputs() if on_host else _Elsewhere(),
             "file": _Elsewhere(),
         }
         waiting, live = _Counted(places[checkpoints]), self.live
