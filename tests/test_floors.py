@@ -20,7 +20,7 @@ FLOORS = {
     "autotune": "sass shapes cost_model space compile timing ceilings log rank measure results tune report",
     "layers": "lora_config lora_function int4_module linear shared_input deferred_logits head loss",
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file mapped_file
-        scratch memory machine storage signals lost_pages""",
+        scratch memory machine storage signals""",
     "store": """residency waiting dynamic8 block_inputs optimizer_state manifest reader pages arena placement table_rows""",
     "data": "tokenized text chat rows sources batching packing loading",
     "blocks": "options runner call leaks replay recompute backward mlp_chunks hooks selection engine",

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from mebp_triton.system.signals import interrupting
+from mebp_triton.system.signals import interrupting, reporting_lost_pages
 
 from .parser import build_parser
 
@@ -70,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interrupting():
             build_parser().parse_args(argv, arguments)
             warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
-            from mebp_triton.system.lost_pages import ending_with_a_line
-
-            with ending_with_a_line():
+            with reporting_lost_pages():
                 importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments)
         return 0
     except KeyboardInterrupt as interruption:

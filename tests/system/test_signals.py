@@ -1,5 +1,9 @@
-"""A first signal ends in good order, a second one at once; nothing is installed but within."""
+"""A first signal ends in good order, a second one at once, and a lost page with one line.
 
+Handlers exist only inside the context managers.
+"""
+
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +26,7 @@ def ended(code, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
     start = (
         "import os, signal, time\n"
-        "from mebp_triton.signals import Interrupted, interrupting, noting\n"
+        "from mebp_triton.system.signals import interrupting, noting\n"
         "def tell(number):\n"
         "    os.kill(os.getpid(), number)\n"
     )
@@ -111,8 +115,75 @@ def test_importing_and_other_threads_install_nothing():
     thread.start()
     thread.join()
     assert seen == [(before, 0)]
-    script = (
-        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, signal.getsignal(signal.SIGTERM) == 0)"
-    )
-    assert ended("import mebp_triton, mebp_triton.cli\n" + script)[1] == "True True\n"
+    script = """
+import sys
+print("torch" in sys.modules)
+import mebp_triton, mebp_triton.cli.main
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, signal.getsignal(signal.SIGTERM) == 0)
+"""
+    assert ended(script)[1] == "False\nTrue True\n", "torch takes seconds, in which no signal would be heard"
     assert signals.ECHO_SECONDS > 0
+
+
+# --- lost pages -----------------------------------------------------------------------------------------------------
+
+CUT = "os.truncate(path, 4096); "
+CASES = {
+    "torch": CUT + "mapped.bytes.view(torch.int64).sum()",
+    "torch, in several threads": CUT + "torch.set_num_threads(4); mapped.bytes.view(torch.float32).exp().sum()",
+    "numpy, with the lock held": CUT + "mapped.bytes.numpy()[-1]",
+    "a thread": CUT
+    + "import threading; t = threading.Thread(target=lambda: mapped.bytes.sum()); t.start(); t.join()",
+    "another fault": "os.kill(os.getpid(), signal.SIGBUS)",
+    "no fault": "pass",
+}
+# Each case runs in a fork of a process that has imported torch and computed nothing yet.
+PROGRAM = """
+import json, os, signal, sys, torch
+from pathlib import Path
+from mebp_triton.system.mapped_file import MappedFile
+from mebp_triton.system.signals import reporting_lost_pages
+directory = Path(sys.argv[1])
+results = {}
+for name, code in json.loads(sys.stdin.read()).items():
+    child = os.fork()
+    if child == 0:
+        for number, stream in ((1, "out"), (2, "err")):
+            os.dup2(os.open(directory / f"{name}.{stream}", os.O_CREAT | os.O_WRONLY), number)
+        path = directory / f"{name}.safetensors"
+        path.write_bytes(bytes(16 << 20))
+        mapped = MappedFile(path, path.stat().st_size)
+        with reporting_lost_pages():
+            exec(code)
+        os.write(1, b"went on")
+        os.kill(os.getpid(), signal.SIGBUS)  # now the system's own handler ends the process
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    results[name] = [code, *((directory / f"{name}.{stream}").read_text() for stream in ("out", "err"))]
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """Exit code, output, errors and file of each case."""
+    directory = tmp_path_factory.mktemp("faults")
+    command = [sys.executable, "-c", PROGRAM, str(directory)]
+    done = subprocess.run(command, input=json.dumps(CASES), capture_output=True, text=True, timeout=300, check=True)
+    return {name: (*result, directory / f"{name}.safetensors") for name, result in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize("name", [name for name, code in CASES.items() if CUT in code])
+def test_a_file_cut_short_while_it_is_read(faults, name):
+    code, out, err, path = faults[name]
+    assert (code, out) == (1, "")
+    assert err == f"mebp: error: {path} was cut short while it was in use: what was saved before is whole\n"
+
+
+def test_other_lost_pages_are_named_for_what_they_are(faults):
+    code, out, err, _ = faults["another fault"]
+    assert (code, out) == (1, "") and "a page of a mapped file cannot be read: the disk failed" in err
+
+
+def test_afterwards_the_signal_is_the_systems_again(faults):
+    code, out, _, _ = faults["no fault"]
+    assert (code, out) == (-signal.SIGBUS, "went on")
