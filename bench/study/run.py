@@ -41,6 +41,7 @@ from mebp_triton.system.machine import environment
 from mebp_triton.system.memory import peak_resident_bytes
 from mebp_triton.training.evaluation import evaluate
 from mebp_triton.training.run_directory import RunDirectory
+from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 from mebp_triton.training.trainer import Trainer
 
@@ -88,7 +89,7 @@ def prepared(
 
 def settings_of(row: dict[str, Any], seed: int, steps: int, run: Path) -> TrainConfig:
     places: dict[str, Any] = {"device": "cpu", "output_dir": str(run), "train_file": "text", "checkpoints": "device"}
-    return TrainConfig(**(COMMON | row | places), seed=seed, max_steps=steps).resolved()
+    return resolve(TrainConfig(**(COMMON | row | places), seed=seed, max_steps=steps))
 
 
 def train(

@@ -1,154 +1,223 @@
-"""Settings of a training run: one dataclass, from which the command line and configuration files are read.
+"""The settings of a training run, each declared once: its default, its help, its range, and who depends on it.
 
-Names and meanings are those of transformers, TRL and PEFT where they have one.
+``TrainConfig`` is what a user asks for; the command line and the settings file are derived from its fields.
+``run_settings.resolve`` turns it into what runs. Names and meanings are those of transformers, TRL and PEFT where they
+have one. Importing this imports no torch, so that ``mebp --help`` is quick.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mebp_triton.blocks.options import Granularity, Mode, Schedule, UnselectedUpdate
 from mebp_triton.data.chat import Masking
 from mebp_triton.kernels.names import Backend
+from mebp_triton.kernels.names import FloatName as Dtype
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.store.residency import Residency
-from mebp_triton.system.machine import resolve_device
 from mebp_triton.system.units import parse_size
-from mebp_triton.training.optimizers.schedules import SchedulerType
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+from .optimizers.schedules import SchedulerType
+
 Optim = Literal["adamw", "adamw_8bit", "mezo"]
 OnNan = Literal["stop", "skip"]
+MOST_INTEGER = (1 << 31) - 1  # of every whole number but the seed: lengths and counts stay within 32 bits
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one setting besides its name, type and default.
+
+    Attributes:
+        help: the text of its flag.
+        least, most: the smallest and the largest value allowed.
+        above, below: like ``least`` and ``most``, but these values themselves are not allowed.
+        on_cpu, on_gpu: what None becomes on a CPU and on a GPU; None where None means something of its own.
+        resume: "same" if a resumed run must have the value it was begun with; "free" if the value does not change the
+            numbers of a step, but for rounding on another device.
+        traced: whether the model that the planner traces depends on it.
+        chosen: whether the plan may choose it.
+        evaluated: whether it says which data the losses of ``run.json`` were evaluated on.
+    """
+
+    help: str
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    on_cpu: Any = None
+    on_gpu: Any = None
+    resume: Literal["same", "free"] = "same"
+    traced: bool = False
+    chosen: bool = False
+    evaluated: bool = False
+
+
+def setting(default: Any, help: str, **facts: Any) -> Any:
+    """A field of ``TrainConfig``: its default, the help of its flag, and the other ``Facts`` about it."""
+    return field(default=default, metadata={"help": help, "facts": Facts(help, **facts)})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Every field is a flag of ``mebp train``."""
+    """What a user asks of a training run. Every field is a flag of ``mebp train``; None leaves a choice open.
 
-    train_file: str = _setting(
-        "", "what to train on: .txt, .jsonl, .parquet, or a directory of datasets (docs/data.md)"
+    Raises:
+        ValueError: a value is out of its range, or two settings contradict each other.
+    """
+
+    train_file: str = setting("", "what to train on: .txt, .jsonl, .parquet, or a directory of datasets (docs/data.md)")
+    validation_file: str | None = setting(None, "evaluated before and after", resume="free", evaluated=True)
+    output_dir: str = setting("", "the run directory: results, adapter, checkpoint, plots", resume="free")
+    max_steps: int = setting(0, "optimizer steps; 0 for as many as num_train_epochs make", least=0)
+    num_train_epochs: int = setting(1, "passes over the training file, where max_steps is 0", least=1)
+    max_length: int = setting(512, "tokens per example", least=2, traced=True, evaluated=True)
+    packing: bool = setting(
+        False, "put several training rows into one of max_length, which do not see each other", traced=True
     )
-    validation_file: str | None = _setting(None, "evaluated before and after")
-    output_dir: str = _setting("", "the run directory: results, adapter, checkpoint, plots")
-    max_steps: int = _setting(0, "optimizer steps; 0 for as many as num_train_epochs make")
-    num_train_epochs: int = _setting(1, "passes over the training file, where max_steps is 0")
-    max_length: int = _setting(512, "tokens per example")
-    packing: bool = _setting(False, "put several training rows into one of max_length, which do not see each other")
-    completion_only_loss: bool | None = _setting(None, "mask prompts (default: where rows have prompt and completion)")
-    assistant_only_loss: bool = _setting(False, "mask all chat messages but the assistant's")
-    max_eval_windows: int | None = _setting(None, "evaluate on that many evenly spaced windows; all by default")
-    per_device_train_batch_size: int = _setting(1, "examples per forward pass")
-    gradient_accumulation_steps: int = _setting(1, "forward passes per optimizer step")
-    lora_r: int = _setting(16, "LoRA rank")
-    lora_alpha: float = _setting(32.0, "LoRA scale: alpha / r")
-    lora_dropout: float = _setting(0.0, "dropout on the LoRA branch's input")
-    use_rslora: bool = _setting(False, "LoRA scale alpha / sqrt(r)")
-    target_modules: str = _setting("all-linear", "all-linear, names separated by commas, or a regular expression")
-    learning_rate: float = _setting(2e-4, "peak learning rate")
-    lr_scheduler_type: SchedulerType = _setting("linear", "decay after the warm-up")
-    warmup_steps: int = _setting(0, "steps of linear warm-up")
-    weight_decay: float = _setting(0.0, "decoupled weight decay")
-    max_grad_norm: float = _setting(1.0, "clip the gradient's global norm; 0 for no clipping")
-    optim: Optim = _setting("adamw", "adamw; adamw_8bit: moments in 8 bits; mezo: zeroth order, two forward passes")
-    on_nan: OnNan = _setting("stop", "at a loss or gradient that is not finite: stop, or skip the step")
-    mezo_epsilon: float = _setting(1e-3, "finite-difference step of mezo")
-    seed: int = _setting(42, "of the adapter, the data order, dropout, selection and mezo")
-    selection_mode: Mode = _setting("full", "how the gradient passes blocks that are not selected at a step")
-    selected_ratio: float = _setting(0.5, "the part of the blocks a step trains, where selection_mode is not full")
-    selection_schedule: Schedule = _setting("cyclic", "which blocks a step trains")
-    unselected_update: UnselectedUpdate = _setting("momentum", "what AdamW does to blocks that are not selected")
-    weights: Residency | None = _setting(None, "where weights lie: device, host or file (default: file on a CPU)")
-    checkpoints: Residency | None = _setting(None, "where block inputs wait (default: file on a CPU)")
-    optimizer_state: Residency | None = _setting(None, "where AdamW's moments lie (default: file on a CPU)")
-    recompute_granularity: Granularity | None = _setting(
-        None, "full keeps each block's input; selective its linear layers' outputs too (default: selective if it fits)"
+    completion_only_loss: bool | None = setting(None, "mask prompts (default: where rows have prompt and completion)")
+    assistant_only_loss: bool = setting(False, "mask all chat messages but the assistant's")
+    max_eval_windows: int | None = setting(
+        None, "evaluate on that many evenly spaced windows; all by default", least=1, resume="free", evaluated=True
     )
-    mlp_chunk_tokens: int | None = _setting(None, "run the MLPs by chunks of that many tokens; 0 for whole (default)")
-    optimizer_in_backward: bool = _setting(False, "step each block as soon as its gradients exist, and free them")
-    return_freed_memory: bool | None = _setting(
-        None, "on a CPU: large freed tensors go back to the system at once, a lower peak, slower (default: off)"
+    per_device_train_batch_size: int = setting(1, "examples per forward pass", least=1, traced=True)
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimizer step", least=1)
+    lora_r: int = setting(16, "LoRA rank", least=1, most=4096, traced=True)
+    lora_alpha: float = setting(32.0, "LoRA scale: alpha / r")
+    lora_dropout: float = setting(0.0, "dropout on the LoRA branch's input", least=0, below=1, traced=True)
+    use_rslora: bool = setting(False, "LoRA scale alpha / sqrt(r)")
+    target_modules: str = setting(
+        "all-linear", "all-linear, names separated by commas, or a regular expression", traced=True
     )
-    memory_budget: str | None = _setting(None, "900MiB, 4GB, ...: what is not set by hand is chosen to stay inside")
-    device: str | None = _setting(None, "cpu, cuda, cuda:1, ...; by default a GPU if there is one")
-    dtype: Dtype | None = _setting(None, "of activations (default: bfloat16 on a GPU, float32 on a CPU)")
-    backend: Backend = _setting("auto", "kernels: triton, panel (plain torch), or auto")
-    save_steps: int = _setting(100, "write a resumable checkpoint every that many steps, and at the end")
+    learning_rate: float = setting(2e-4, "peak learning rate", above=0)
+    lr_scheduler_type: SchedulerType = setting("linear", "decay after the warm-up")
+    warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay", least=0)
+    max_grad_norm: float = setting(1.0, "clip the gradient's global norm; 0 for no clipping", least=0)
+    optim: Optim = setting(
+        "adamw", "adamw; adamw_8bit: moments in 8 bits; mezo: zeroth order, two forward passes", traced=True
+    )
+    on_nan: OnNan = setting("stop", "at a loss or gradient that is not finite: stop, or skip the step", resume="free")
+    mezo_epsilon: float = setting(1e-3, "finite-difference step of mezo", above=0)
+    seed: int = setting(42, "of the adapter, the data order, dropout, selection and mezo", least=0, most=(1 << 63) - 1)
+    selection_mode: Mode = setting(
+        "full", "how the gradient passes blocks that are not selected at a step", traced=True
+    )
+    selected_ratio: float = setting(
+        0.5, "the part of the blocks a step trains, where selection_mode is not full", above=0, most=1
+    )
+    selection_schedule: Schedule = setting("cyclic", "which blocks a step trains")
+    unselected_update: UnselectedUpdate = setting("momentum", "what AdamW does to blocks that are not selected")
+    weights: Residency | None = setting(
+        None,
+        "where weights lie: device, host or file (default: file on a CPU)",
+        on_cpu="file",
+        on_gpu="device",
+        resume="free",
+        traced=True,
+        chosen=True,
+    )
+    checkpoints: Residency | None = setting(
+        None,
+        "where block inputs wait (default: file on a CPU)",
+        on_cpu="file",
+        on_gpu="device",
+        resume="free",
+        chosen=True,
+    )
+    optimizer_state: Residency | None = setting(
+        None,
+        "where AdamW's moments lie (default: file on a CPU)",
+        on_cpu="file",
+        on_gpu="device",
+        resume="free",
+        chosen=True,
+    )
+    recompute_granularity: Granularity | None = setting(
+        None,
+        "full keeps each block's input; selective its linear layers' outputs too (default: selective if it fits)",
+        on_cpu="full",
+        on_gpu="full",
+        resume="free",
+        chosen=True,
+    )
+    mlp_chunk_tokens: int | None = setting(
+        None,
+        "run the MLPs by chunks of that many tokens; 0 for whole (default)",
+        least=0,
+        on_cpu=0,
+        on_gpu=0,
+        chosen=True,
+    )
+    optimizer_in_backward: bool = setting(False, "step each block as soon as its gradients exist, and free them")
+    return_freed_memory: bool | None = setting(
+        None,
+        "on a CPU: large freed tensors go back to the system at once, a lower peak, slower (default: off)",
+        on_cpu=False,
+        on_gpu=False,
+        resume="free",
+        chosen=True,
+    )
+    memory_budget: str | None = setting(
+        None, "900MiB, 4GB, ...: what is not set by hand is chosen to stay inside", resume="free"
+    )
+    device: str | None = setting(
+        None, "cpu, cuda, cuda:1, ...; by default a GPU if there is one", resume="free", traced=True
+    )
+    dtype: Dtype | None = setting(
+        None,
+        "of activations (default: bfloat16 on a GPU, float32 on a CPU)",
+        on_cpu="float32",
+        on_gpu="bfloat16",
+        traced=True,
+    )
+    backend: Backend = setting("auto", "kernels: triton, panel (plain torch), or auto", resume="free", traced=True)
+    save_steps: int = setting(
+        100, "write a resumable checkpoint every that many steps, and at the end", least=1, resume="free"
+    )
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            _check_choice(name, kind, getattr(self, name))
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        hints = _hints(type(self))
         for name, value in vars(self).items():
-            if name != "seed" and type(value) is int and value >= 1 << 31:
-                raise ValueError(f"{name} must be below 2**31, got {value}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}")
-        for name in ("learning_rate", "mezo_epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not 0 < self.selected_ratio <= 1:
-            raise ValueError(f"selected_ratio must lie in (0, 1], got {self.selected_ratio}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
-        if self.seed >= 1 << 63:
-            raise ValueError(f"seed must be below 2**63, got {self.seed}")
-        if self.lora_r > 4096:
-            raise ValueError(f"lora_r must be at most 4096, got {self.lora_r}")
-        if self.lora_alpha == 0:
-            raise ValueError("lora_alpha must not be 0: nothing would be trained")
-        if self.dtype == "float16" and self.optim != "mezo":
-            raise ValueError("dtype 'float16' loses small gradients: train in bfloat16 or float32")
+            _check_type(name, hints[name], value)
+            if value is not None:
+                _check_range(name, value)
         if self.memory_budget is not None:
             parse_size("memory_budget", self.memory_budget)
-        if self.optim == "mezo" and self.selection_mode != "full":
-            raise ValueError(f"selection_mode {self.selection_mode!r} needs gradients, and optim 'mezo' makes none")
-        if self.optimizer_in_backward and self.optim == "mezo":
-            raise ValueError(
-                "optimizer_in_backward steps by gradients, and optim 'mezo' makes none: leave one of them out"
-            )
-        if self.optim == "mezo" and self.on_nan == "skip":
-            raise ValueError(
+        for contradiction in self._contradictions():
+            raise ValueError(contradiction)
+
+    def _contradictions(self) -> Iterator[str]:
+        """What is wrong with settings that are each right alone."""
+        mezo, in_backward = self.optim == "mezo", self.optimizer_in_backward
+        if self.lora_alpha == 0:
+            yield "lora_alpha must not be 0: nothing would be trained"
+        if self.dtype == "float16" and not mezo:
+            yield "dtype 'float16' loses small gradients: train in bfloat16 or float32"
+        if mezo and self.selection_mode != "full":
+            yield f"selection_mode {self.selection_mode!r} needs gradients, and optim 'mezo' makes none"
+        if mezo and in_backward:
+            yield "optimizer_in_backward steps by gradients, and optim 'mezo' makes none: leave one of them out"
+        if mezo and self.on_nan == "skip":
+            yield (
                 "mezo moves the parameters to and fro before it knows the loss, which rounds them, so a step cannot be "
                 "left out: on_nan 'stop'"
             )
-        if self.optimizer_in_backward and self.on_nan == "skip":
-            raise ValueError(
+        if in_backward and self.on_nan == "skip":
+            yield (
                 "optimizer_in_backward has stepped upper blocks when a lower one's gradient is found not to be finite: "
                 "on_nan 'skip' cannot undo that, leave one of them out"
             )
-        if self.optimizer_in_backward and self.gradient_accumulation_steps != 1:
-            raise ValueError(
+        if in_backward and self.gradient_accumulation_steps != 1:
+            yield (
                 "optimizer_in_backward takes a step in every backward pass, so it needs gradient_accumulation_steps 1, "
                 f"got {self.gradient_accumulation_steps}: leave one of them out"
             )
-
-    def resolved(self) -> TrainConfig:
-        """With the defaults that depend on the machine filled in.
-
-        But ``recompute_granularity``, which depends on the model as well: ``plan.chosen`` fills it in.
-        """
-        device = resolve_device(self.device)
-        place: Residency = "file" if device == "cpu" else "device"
-        return dataclasses.replace(
-            self,
-            device=device,
-            dtype=self.dtype or ("float32" if device == "cpu" else "bfloat16"),
-            weights=self.weights or place,
-            checkpoints=self.checkpoints or place,
-            optimizer_state=self.optimizer_state or place,
-            mlp_chunk_tokens=self.mlp_chunk_tokens or 0,
-            return_freed_memory=bool(self.return_freed_memory),
-        )
 
     def lora(self) -> LoraConfig:
         """The adapter that the settings describe."""
@@ -161,37 +230,32 @@ class TrainConfig:
         )
 
     def masking(self) -> Masking:
-        """What enters the loss, as the settings say."""
+        """Which tokens enter the loss."""
         return Masking(self.completion_only_loss, self.assistant_only_loss)
 
     def targets(self) -> str | list[str]:
-        """``target_modules`` as ``LoraConfig`` takes it: a list where it is names and commas."""
+        """``target_modules`` as ``LoraConfig`` takes it: a list where it consists of names and commas."""
         text = self.target_modules
         names = [name.strip() for name in text.split(",")]
         plain = all(name.replace(".", "").replace("_", "").isalnum() for name in names)
         return names if plain and text != "all-linear" else text
 
 
-_LEAST = {
-    "mlp_chunk_tokens": 0,
-    "max_steps": 0,
-    "num_train_epochs": 1,
-    "max_length": 2,
-    "max_eval_windows": 1,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "lora_r": 1,
-    "warmup_steps": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "save_steps": 1,
-    "seed": 0,
-}
+FACTS: dict[str, Facts] = {item.name: item.metadata["facts"] for item in dataclasses.fields(TrainConfig)}
+FREE_ON_RESUME = frozenset(name for name, facts in FACTS.items() if facts.resume == "free")
+TRACED_BY = tuple(name for name, facts in FACTS.items() if facts.traced)
+CHOSEN = tuple(name for name, facts in FACTS.items() if facts.chosen)
+EVALUATED = tuple(name for name, facts in FACTS.items() if facts.evaluated)
 
 
-def _check_choice(name: str, kind: Any, value: Any) -> None:
-    """ValueError where ``value`` is none of a Literal's values or of another type than the field's."""
-    allowed = [part for part in (get_args(kind) if get_origin(kind) not in (None, Literal) else [kind])]
+@functools.cache
+def _hints(settings: type) -> dict[str, Any]:
+    return get_type_hints(settings)
+
+
+def _check_type(name: str, kind: Any, value: Any) -> None:
+    """ValueError where ``value`` is none of a Literal's values, or of another type than the field's."""
+    allowed = get_args(kind) if get_origin(kind) not in (None, Literal) else (kind,)
     if value is None and type(None) in allowed:
         return
     for part in allowed:
@@ -200,7 +264,31 @@ def _check_choice(name: str, kind: Any, value: Any) -> None:
                 return
             raise ValueError(f"{name} must be one of {', '.join(get_args(part))}, got {value!r:.200}")
     plain = tuple(part for part in allowed if part is not type(None))
-    if isinstance(value, bool) and bool not in plain:
+    # A bool is an int to Python, and a whole number is good enough for a float.
+    fits = bool in plain if isinstance(value, bool) else isinstance(value, plain)
+    if not fits and not (float in plain and type(value) is int):
         raise ValueError(f"{name} must be of type {plain[0].__name__}, got {value!r:.200}")
-    if not isinstance(value, plain) and not (float in plain and isinstance(value, int)):
-        raise ValueError(f"{name} must be of type {plain[0].__name__}, got {value!r:.200}")
+
+
+def _check_range(name: str, value: Any) -> None:
+    """ValueError where a number is not finite or out of the range that its facts give."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    facts = FACTS[name]
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    most = facts.most if facts.most is not None or isinstance(value, float) else MOST_INTEGER
+    too_small = facts.least is not None and value < facts.least or facts.above is not None and value <= facts.above
+    too_large = most is not None and value > most or facts.below is not None and value >= facts.below
+    if too_small or too_large:
+        raise ValueError(f"{name} must be {_range(facts, too_small)}, got {value}")
+
+
+def _range(facts: Facts, too_small: bool) -> str:
+    """The bound that was broken, or both where a small interval is meant."""
+    low, high = facts.least if facts.above is None else facts.above, facts.most if facts.below is None else facts.below
+    if low is not None and high == 1:
+        return f"in {'[' if facts.above is None else '('}{low:g}, {high:g}{']' if facts.below is None else ')'}"
+    if too_small:
+        return f"at least {facts.least}" if facts.above is None else f"larger than {facts.above:g}"
+    return f"at most {MOST_INTEGER if high is None else high}"

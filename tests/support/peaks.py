@@ -28,6 +28,7 @@ from mebp_triton.training.plan.inventory import Inventory
 from mebp_triton.training.plan.phases import FIRST_STEPS
 from mebp_triton.training.plan.planner import Planner
 from mebp_triton.training.run_directory import RunDirectory
+from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 from mebp_triton.training.trainer import Trainer
 
@@ -106,6 +107,6 @@ if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
     runs = json.loads(Path(sys.argv[1]).read_text())
     return_large_freed_memory()
-    train(runs[0][0], TrainConfig(device="cpu", max_steps=2, max_length=64, recompute_granularity="full").resolved())
+    train(runs[0][0], resolve(TrainConfig(device="cpu", max_steps=2, max_length=64, recompute_granularity="full")))
     for store, settings in runs:
         print(json.dumps(measure(store, settings)), flush=True)

@@ -19,6 +19,7 @@ from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.load import load
 from mebp_triton.training.processes import ALONE
 from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory
+from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 from mebp_triton.training.trainer import Trainer
 
@@ -65,7 +66,7 @@ def trainer(store: Path, data: TokenizedData, output: Path, resume: bool = False
     """A new model and trainer, as ``mebp train`` makes them. ``load_options`` go to ``load``."""
     options, processes = settings.pop("load_options", {}), settings.pop("processes", ALONE)
     chosen: dict[str, Any] = {"lora_r": 4, "lora_alpha": 8.0, "learning_rate": 5e-3, "device": "cpu", "save_steps": 4}
-    config = TrainConfig(train_file="text.txt", output_dir=str(output), **(chosen | settings)).resolved()
+    config = resolve(TrainConfig(train_file="text.txt", output_dir=str(output), **(chosen | settings)))
     run = RunDirectory(output, resume=resume) if processes.is_first else OthersRunDirectory(output)
     lora = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.targets())
     assert config.weights and config.checkpoints

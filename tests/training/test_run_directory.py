@@ -15,6 +15,7 @@ from mebp_triton.system.memory import MemoryWatch
 from mebp_triton.training.evaluation import Evaluation
 from mebp_triton.training.plots import draw_plots
 from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory
+from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -169,7 +170,7 @@ def test_making_one_writes_nothing_until_created(tmp_path):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     made = RunDirectory(tmp_path / "run")
     made.adapter.mkdir(parents=True)
-    name = f"{temporaries.TEMPORARY_PREFIX}{temporaries._origin()}-{1 << 30}.7-x"
+    name = temporaries.temporary_prefix().rsplit("-", 2)[0] + f"-{1 << 30}.7-x"
     for place in (made.directory, made.adapter):
         (place / name).touch()
         (place / "mine").touch()
@@ -249,7 +250,7 @@ def test_what_a_run_leaves_before_its_first_checkpoint(run):
 def test_finishing_writes_everything_that_a_reader_needs(run):
     for row in rows(3):
         run.append_metrics(row)
-    config = TrainConfig(train_file="t.txt", device="cpu").resolved()
+    config = resolve(TrainConfig(train_file="t.txt", device="cpu"))
     run.finish({"loss_after": None, "steps": 3}, config, DataReport(5, 50, 45, 1, 0), watched())
     record = json.loads((run.directory / "run.json").read_text())
     assert record["loss_after"] is None and record["steps"] == 3

@@ -12,6 +12,7 @@ from mebp_triton.cli.commands.train import _train_config
 from mebp_triton.cli.parser import build_parser
 from mebp_triton.system.machine import resolve_device
 from mebp_triton.system.units import parse_size
+from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 from mebp_triton.training.settings_file import read_config_file
 
@@ -157,21 +158,21 @@ def test_the_edges_are_allowed():
 
 
 def test_on_a_cpu_everything_lies_in_files():
-    config = TrainConfig(device="cpu", checkpoints="host").resolved()
+    config = resolve(TrainConfig(device="cpu", checkpoints="host"))
     assert (config.device, config.dtype) == ("cpu", "float32")
     assert (config.weights, config.checkpoints, config.optimizer_state) == ("file", "host", "file")
     assert (config.mlp_chunk_tokens, config.return_freed_memory) == (0, False)
     assert config.recompute_granularity is None  # depends on the model: the plan fills it in
-    assert TrainConfig(device="cpu", return_freed_memory=False).resolved().return_freed_memory is False
-    assert config.resolved() == config
-    kept = TrainConfig(device="cpu", dtype="bfloat16", weights="device").resolved()
+    assert resolve(TrainConfig(device="cpu", return_freed_memory=False)).return_freed_memory is False
+    assert resolve(config) == config
+    kept = resolve(TrainConfig(device="cpu", dtype="bfloat16", weights="device"))
     assert (kept.dtype, kept.weights) == ("bfloat16", "device")
 
 
 def test_on_a_gpu_everything_lies_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    config = TrainConfig().resolved()
+    config = resolve(TrainConfig())
     assert (config.device, config.dtype) == ("cuda", "bfloat16")
     assert (config.weights, config.checkpoints, config.optimizer_state) == ("device",) * 3
     assert config.return_freed_memory is False
@@ -185,10 +186,10 @@ def test_a_device_that_is_not_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert resolve_device(None) == "cpu"
     with pytest.raises(ValueError, match="device 'cuda' is not here: torch sees 0 GPUs"):
-        TrainConfig(device="cuda").resolved()
+        resolve(TrainConfig(device="cuda"))
     for name in ("gpu", "meta", "mps", "", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "CPU"):
         with pytest.raises(ValueError, match=f"device must be cpu, cuda or cuda:N, got {name!r}"):
-            TrainConfig(device=name).resolved()
+            resolve(TrainConfig(device=name))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(write):
     assert (config.max_steps, config.lora_r, config.use_rslora) == (9, 4, False)
     assert (config.selected_ratio, config.selection_mode, config.validation_file) == (0.25, "exact", "v.txt")
     assert config.learning_rate == TrainConfig().learning_rate
-    assert config.weights is None and config.resolved().weights == "file"
+    assert config.weights is None and resolve(config).weights == "file"
 
 
 def test_a_flag_that_repeats_the_default_wins_as_well(write):

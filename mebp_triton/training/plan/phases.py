@@ -10,7 +10,7 @@ from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.store.dynamic8 import encoded_bytes
 from mebp_triton.store.manifest import SHARED, block_file
 from mebp_triton.store.table_rows import segment_rows
-from mebp_triton.training.settings import TrainConfig
+from mebp_triton.training.run_settings import RunSettings
 
 from .inventory import Inventory, nbytes
 from .traced_model import Traced, TracedModel
@@ -50,7 +50,7 @@ def _largest(sizes: list[int], count: int) -> int:
 class Sizes:
     """What the whole model's parts take, from its inventory and what was traced of its first blocks."""
 
-    def __init__(self, inventory: Inventory, model: TracedModel, step: Traced, settings: TrainConfig) -> None:
+    def __init__(self, inventory: Inventory, model: TracedModel, step: Traced, settings: RunSettings) -> None:
         kinds = model.kinds
         self.count = count = len(kinds)
         place = [kinds.index(kind) for kind in kinds]  # of the traced block of the same kind
@@ -135,7 +135,7 @@ FIRST_STEPS = 34 << 20
 KEPT_BY_ALLOCATOR_PER_BLOCK = 0.07
 
 
-def moments_here(sizes: Sizes, step: Traced, settings: TrainConfig, kind: str, framework: int) -> tuple[Moment, ...]:
+def moments_here(sizes: Sizes, step: Traced, settings: RunSettings, kind: str, framework: int) -> tuple[Moment, ...]:
     """Of the memory in which the model computes: the process's on a CPU, the device's otherwise."""
     on_cpu = kind == "cpu"
     here = ("device", "host") if on_cpu else ("device",)
@@ -190,7 +190,7 @@ def moments_here(sizes: Sizes, step: Traced, settings: TrainConfig, kind: str, f
     return tuple(Moment(name, components) for name, components in moments_of.items())
 
 
-def _add_allocator(moments: dict[str, dict[str, int]], sizes: Sizes, step: Traced, settings: TrainConfig) -> None:
+def _add_allocator(moments: dict[str, dict[str, int]], sizes: Sizes, step: Traced, settings: RunSettings) -> None:
     """Adds what glibc's malloc holds and nobody uses. The first step ends with it, so every later moment has it."""
     gradients = max(components["gradients"] for components in moments.values())
     if settings.return_freed_memory:
@@ -209,18 +209,18 @@ def _add_allocator(moments: dict[str, dict[str, int]], sizes: Sizes, step: Trace
         components["allocator"] = max(anonymous.values()) - anonymous[name] + scattered
 
 
-def moments_beside(sizes: Sizes, settings: TrainConfig, framework: int) -> tuple[Moment, ...]:
+def moments_beside(sizes: Sizes, settings: RunSettings, framework: int) -> tuple[Moment, ...]:
     """The process's own memory while a device computes; what CUDA's libraries take is not known before."""
     weights = settings.weights
     components = dict.fromkeys(COMPONENTS, 0) | {
         "framework": framework,
         # Read through two buffers of one block; a copy in host memory is read from where it lies.
-        "weights of blocks": {"device": 0, "host": sizes.blocks, "file": 2 * sizes.largest_block}[weights or "device"],
+        "weights of blocks": {"device": 0, "host": sizes.blocks, "file": 2 * sizes.largest_block}[weights],
         "other weights": {
             "device": 0,
             "host": sizes.shared,
             "file": max(sizes.segment, sizes.gathered),
-        }[weights or "device"],
+        }[weights],
         "optimizer state": sizes.moments if settings.optimizer_state == "host" else 0,
         "checkpoints": sizes.checkpoints if settings.checkpoints == "host" else 0,
         "kept outputs": sizes.kept if settings.checkpoints == "host" else 0,

@@ -23,27 +23,13 @@ from mebp_triton.system import atomic, machine, memory
 from mebp_triton.system.errors import CannotTrace
 from mebp_triton.system.memory import return_free_memory
 from mebp_triton.system.units import mib, parse_size
-from mebp_triton.training.settings import TrainConfig
+from mebp_triton.training.run_settings import RunSettings, resolve
+from mebp_triton.training.settings import TRACED_BY, TrainConfig
 
 from .inventory import Inventory
 from .phases import Moment, Sizes, moments_beside, moments_here
 from .traced_model import Traced, TracedModel
 
-# Settings on which a traced model depends; one of other settings is traced anew.
-TRACED_BY = (
-    "max_length",
-    "per_device_train_batch_size",
-    "packing",
-    "lora_r",
-    "lora_dropout",
-    "target_modules",
-    "optim",
-    "selection_mode",
-    "device",
-    "dtype",
-    "backend",
-    "weights",
-)
 RESIDENCIES_OF = ("optimizer_state", "checkpoints", "weights")
 CHUNKS = (0, 512, 256, 128, 64)
 
@@ -53,14 +39,14 @@ class Plan:
     """The predicted memory of a run.
 
     Attributes:
-        settings: what it is predicted for, resolved.
+        settings: the run that it is predicted for.
         host: the process's resident set at the moments of a step.
         device: what the device's allocator has given out then; empty on a CPU.
         shared: whether the device's memory is the host's, so that both count together.
         files: bytes on disk: the store, checkpoints, optimizer state.
     """
 
-    settings: TrainConfig
+    settings: RunSettings
     host: tuple[Moment, ...]
     device: tuple[Moment, ...]
     shared: bool
@@ -119,14 +105,13 @@ class Planner:
             self._framework = memory.resident().total
         return self._framework
 
-    def traced(self, settings: TrainConfig) -> tuple[TracedModel, Traced]:
+    def traced(self, settings: RunSettings) -> tuple[TracedModel, Traced]:
         key = tuple(getattr(settings, name) for name in TRACED_BY)
-        granularity = settings.recompute_granularity or "selective"
         try:
             if key not in self.models:
                 self.models[key] = TracedModel(self.inventory, self.config, settings)
             model = self.models[key]
-            return model, model.run(granularity, settings.checkpoints or "device", settings.mlp_chunk_tokens or 0)
+            return model, model.run(settings.recompute_granularity, settings.checkpoints, settings.mlp_chunk_tokens)
         except ValueError:
             raise
         except Exception as error:  # a model's own code may raise anything
@@ -134,54 +119,53 @@ class Planner:
             kind = self.config.model_type
             raise CannotTrace(f"a model of type {kind} cannot be traced: {type(error).__name__}: {reason}") from error
 
-    def predict(self, settings: TrainConfig) -> Plan:
-        """``settings``: resolved."""
+    def predict(self, settings: RunSettings) -> Plan:
+        """The memory that a run with these settings will take at its peak."""
         model, step = self.traced(settings)
         sizes = Sizes(self.inventory, model, step, settings)
         if settings.device == "cpu":
             host = moments_here(sizes, step, settings, "cpu", self.framework)
             return Plan(settings, host, (), False, sizes.files)
-        device = torch.device(settings.device or "cuda")
+        device = torch.device(settings.device)
         here = moments_here(sizes, step, settings, "cuda", 0)
         beside = moments_beside(sizes, settings, self.framework)
         return Plan(settings, beside, here, machine.is_unified(device), sizes.files)
 
-    def default(self, settings: TrainConfig) -> TrainConfig:
-        """``settings`` resolved, the granularity too: selective if what is kept takes half of what is free."""
-        resolved = settings.resolved()
-        if resolved.recompute_granularity is not None or resolved.optim == "mezo":
-            return dataclasses.replace(resolved, recompute_granularity=resolved.recompute_granularity or "full")
-        selective = dataclasses.replace(resolved, recompute_granularity="selective")
+    def default(self, asked: TrainConfig) -> RunSettings:
+        """What runs without a memory budget: outputs are kept where they take at most half of what is free."""
+        if asked.recompute_granularity is not None or asked.optim == "mezo":
+            return resolve(asked)
+        selective = resolve(asked, recompute_granularity="selective")
         model, step = self.traced(selective)
         kept = Sizes(self.inventory, model, step, selective).kept
         free = machine.available_memory_bytes()
-        if resolved.checkpoints == "device" and resolved.device != "cpu":
-            free = torch.cuda.mem_get_info(torch.device(resolved.device or "cuda"))[0]
-        if resolved.checkpoints == "file":
-            free = min(free, _free_disk(resolved))
-        return selective if kept <= free / 2 else dataclasses.replace(resolved, recompute_granularity="full")
+        if selective.checkpoints == "device" and selective.device != "cpu":
+            free = torch.cuda.mem_get_info(torch.device(selective.device))[0]
+        if selective.checkpoints == "file":
+            free = min(free, _free_disk(selective))
+        return selective if kept <= free / 2 else dataclasses.replace(selective, recompute_granularity="full")
 
-    def candidates(self, settings: TrainConfig) -> Iterator[TrainConfig]:
-        """Settings from the fastest to the smallest, resolved. What was set by hand stays; only rounding changes."""
-        resolved = settings.resolved()
+    def candidates(self, asked: TrainConfig) -> Iterator[RunSettings]:
+        """Settings from the fastest to the smallest. What was set by hand stays; only rounding changes."""
+        resolved = resolve(asked)
         on_cpu = resolved.device == "cpu"
         places: list[Residency] = ["device", "file"]
-        if not on_cpu and not machine.is_unified(torch.device(resolved.device or "cuda")):
+        if not on_cpu and not machine.is_unified(torch.device(resolved.device)):
             places.insert(1, "host")  # where host and device memory are one, it would be a copy in the same memory
         granularities: list[Granularity] = ["selective", "full"]
-        if settings.recompute_granularity is not None:
-            granularities = [settings.recompute_granularity]
-        elif settings.optim == "mezo":
+        if asked.recompute_granularity is not None:
+            granularities = [asked.recompute_granularity]
+        elif asked.optim == "mezo":
             granularities = ["full"]
         chunks = [resolved.mlp_chunk_tokens]
-        if settings.mlp_chunk_tokens is None and not settings.lora_dropout:  # chunks draw other dropout masks
+        if asked.mlp_chunk_tokens is None and not asked.lora_dropout:  # chunks draw other dropout masks
             tokens = resolved.max_length * resolved.per_device_train_batch_size
             chunks = [chunk for chunk in CHUNKS if chunk < tokens]
         returns = [resolved.return_freed_memory]
-        if on_cpu and settings.return_freed_memory is None:
+        if on_cpu and asked.return_freed_memory is None:
             returns = [False, True]
 
-        open_ = [name for name in RESIDENCIES_OF if getattr(settings, name) is None]
+        open_ = [name for name in RESIDENCIES_OF if getattr(asked, name) is None]
         moves: list[dict[str, Any]] = [dict.fromkeys(open_, places[0])]
         for place in places[1:]:
             for name in open_:
@@ -199,26 +183,26 @@ class Planner:
                             **move,
                         )
 
-    def choose(self, settings: TrainConfig) -> Plan:
-        """The plan of the first of the candidates that stays inside ``settings.memory_budget``.
+    def choose(self, asked: TrainConfig) -> Plan:
+        """The plan of the first of the candidates that stays inside ``asked.memory_budget``.
 
         Raises:
             ValueError: none does; it names the smallest peak, of what it is made, and what would help.
         """
-        assert settings.memory_budget is not None
-        budget = parse_size("memory_budget", settings.memory_budget)
+        assert asked.memory_budget is not None
+        budget = parse_size("memory_budget", asked.memory_budget)
         plans = []
-        for candidate in self.candidates(settings):
+        for candidate in self.candidates(asked):
             plans.append(self.predict(candidate))
-            kept = plans[-1].files.get("kept outputs", 0) if settings.recompute_granularity is None else 0
+            kept = plans[-1].files.get("kept outputs", 0) if asked.recompute_granularity is None else 0
             if plans[-1].needed <= budget and kept <= _free_disk(candidate) / 2:
                 return plans[-1]
         least = min(plans, key=lambda plan: plan.needed)
         raise ValueError(self._refusal(least, budget))
 
-    def resolve(self, settings: TrainConfig) -> Plan:
-        """The plan of ``settings``: chosen by their memory budget, or with the defaults."""
-        return self.predict(self.default(settings)) if settings.memory_budget is None else self.choose(settings)
+    def resolve(self, asked: TrainConfig) -> Plan:
+        """The plan of what runs: chosen to stay inside the memory budget, or by the defaults."""
+        return self.predict(self.default(asked)) if asked.memory_budget is None else self.choose(asked)
 
     def _refusal(self, least: Plan, budget: int) -> str:
         top = least.device_peak or least.host_peak
@@ -243,6 +227,6 @@ class Planner:
         )
 
 
-def _free_disk(settings: TrainConfig) -> int:
+def _free_disk(settings: RunSettings) -> int:
     """Bytes that are free where the run's scratch files go."""
     return shutil.disk_usage(atomic.existing_parent(Path(settings.output_dir or "."))).free

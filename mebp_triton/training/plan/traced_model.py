@@ -31,7 +31,7 @@ from mebp_triton.store.residency import Residency
 from mebp_triton.store.table_rows import StoredRows
 from mebp_triton.store.waiting import Waiting
 from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups
-from mebp_triton.training.settings import TrainConfig
+from mebp_triton.training.run_settings import RunSettings
 
 from .inventory import Inventory, ShapesOnly
 from .live_bytes import LiveBytes, traced
@@ -103,13 +103,13 @@ class TracedModel:
     Args:
         inventory: of the whole model's store.
         config: transformers'.
-        settings: resolved.
+        settings: of the run.
     """
 
-    def __init__(self, inventory: Inventory, config: Any, settings: TrainConfig) -> None:
+    def __init__(self, inventory: Inventory, config: Any, settings: RunSettings) -> None:
         self.settings, self.config = settings, config
         self.mlps: list[str] | None = None
-        self.dtype = COMPUTE_DTYPES[settings.dtype or "float32"]
+        self.dtype = COMPUTE_DTYPES[settings.dtype]
         self.model = build_skeleton(copy.deepcopy(config), self.dtype)
         path, stack = find_blocks(self.model)
         lora = settings.lora()

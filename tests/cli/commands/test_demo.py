@@ -22,6 +22,7 @@ from mebp_triton.data.loading import load_data
 from mebp_triton.store.reader import Store
 from mebp_triton.training.evaluation import evaluate
 from mebp_triton.training.run_directory import RunDirectory
+from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 from mebp_triton.training.trainer import Trainer
 
@@ -185,9 +186,9 @@ def test_the_real_model_from_end_to_end(tmp_path):
     train_file, held_out = write_text(tmp_path)
     tokenizer = load_tokenizer(tmp_path / "store")
     data, validation = (load_data(path, tokenizer, 64) for path in (train_file, held_out))
-    config = TrainConfig(
+    config = resolve(TrainConfig(
         train_file=str(train_file), output_dir=str(tmp_path / "run"), max_steps=3, learning_rate=2e-3, device="cpu"
-    ).resolved()
+    ))
     lora = mebp_triton.LoraConfig(r=8)
     model = mebp_triton.load(
         tmp_path / "store", lora, weights="file", checkpoints="file", scratch_directory=tmp_path / "run"

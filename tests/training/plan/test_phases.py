@@ -14,6 +14,7 @@ from mebp_triton.store.optimizer_state import Moments
 from mebp_triton.store.reader import Store
 from mebp_triton.system import machine
 from mebp_triton.training.optimizers.adamw import block_groups
+from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 
 MIB = 1 << 20
@@ -25,7 +26,7 @@ def test_components_are_the_sizes_of_the_models_tensors(architecture, optim):
     store = tiny_store(architecture)
     opened = Store(store)
     places = dict.fromkeys(("weights", "optimizer_state", "checkpoints"), "device")
-    settings = TrainConfig(**SMALL, **places, optim=optim).resolved()
+    settings = resolve(TrainConfig(**SMALL, **places, optim=optim))
     plan = planner(store, framework=0).predict(settings)
     model = load(store, settings.lora(), checkpoints="device", recompute_granularity="selective")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -42,7 +43,7 @@ def test_components_are_the_sizes_of_the_models_tensors(architecture, optim):
 
 def test_what_waits_is_what_is_saved(store, tmp_path):
     """Checkpoints and kept outputs, against what the engine gives to its store."""
-    settings = TrainConfig(**SMALL, recompute_granularity="selective").resolved()
+    settings = resolve(TrainConfig(**SMALL, recompute_granularity="selective"))
     plan = planner(store).predict(settings)
     model = load(store, settings.lora(), recompute_granularity="selective").train()
     sizes = []
@@ -57,7 +58,7 @@ def test_what_waits_is_what_is_saved(store, tmp_path):
 
 
 def test_weights_in_files_count_one_block(store):
-    opened, plan = Store(store), planner(store).predict(TrainConfig(**SMALL).resolved())
+    opened, plan = Store(store), planner(store).predict(resolve(TrainConfig(**SMALL)))
     largest = max(file.mapped.size for name, file in opened.files.items() if name != SHARED)
     assert at(plan, "backward of the lowest block")["weights of blocks"] == largest
     assert at(plan, "optimizer step")["weights of blocks"] == 0
@@ -69,7 +70,7 @@ def test_weights_in_files_count_one_block(store):
 
 def test_settings_move_the_component_they_are_about(plans):
     def found(moment="backward of the lowest block", **changes):
-        return at(plans.predict(TrainConfig(**SMALL | changes).resolved()), moment)
+        return at(plans.predict(resolve(TrainConfig(**SMALL | changes))), moment)
 
     plain = found()
     assert found(lora_r=8)["LoRA"] == 2 * plain["LoRA"]
@@ -84,15 +85,15 @@ def test_settings_move_the_component_they_are_about(plans):
     assert kept["kept outputs"] > kept["checkpoints"] > 0 == plain["checkpoints"]
     assert found(mlp_chunk_tokens=8)["activations"] < plain["activations"]
     assert found(return_freed_memory=True)["allocator"] < plain["allocator"]
-    mezo = plans.predict(TrainConfig(**SMALL, optim="mezo").resolved())
+    mezo = plans.predict(resolve(TrainConfig(**SMALL, optim="mezo")))
     assert {moment.components["gradients"] for moment in mezo.host} == {0}
-    assert "checkpoints" not in mezo.files and mezo.peak < plans.predict(TrainConfig(**SMALL).resolved()).peak
+    assert "checkpoints" not in mezo.files and mezo.peak < plans.predict(resolve(TrainConfig(**SMALL))).peak
 
 
 def test_a_device_has_moments_of_its_own(store, monkeypatch):
     """Nothing here runs there: the sizes are those of the tensors."""
     opened = Store(store)
-    resolved = TrainConfig(**SMALL).resolved()
+    resolved = resolve(TrainConfig(**SMALL))
     settings = dataclasses.replace(
         resolved, device="cuda", dtype="bfloat16", weights="host", checkpoints="host", optimizer_state="device"
     )
@@ -111,7 +112,7 @@ def test_a_device_has_moments_of_its_own(store, monkeypatch):
 
 def test_only_the_last_block_is_adapted(store):
     target = r"model\.layers\.2\..*_proj"
-    plan = planner(store, framework=0).predict(TrainConfig(**SMALL, target_modules=target).resolved())
+    plan = planner(store, framework=0).predict(resolve(TrainConfig(**SMALL, target_modules=target)))
     found = at(plan, "backward of the lowest block")
     model = load(store, plan.settings.lora())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
@@ -124,7 +125,7 @@ def test_linear_layers_outside_of_blocks_are_resident_and_counted():
     outside = [module for name, module in model.named_modules() if name.endswith(("project_in", "project_out"))]
     assert len(outside) == 2
     size = sum(module.int4().nbytes for module in outside)
-    plan = planner(store).predict(TrainConfig(**SMALL).resolved())
+    plan = planner(store).predict(resolve(TrainConfig(**SMALL)))
     assert at(plan, "optimizer step")["other weights"] == size
     table = model.get_input_embeddings().int4().nbytes
     assert size < table, "the whole file would be more than these"
@@ -132,7 +133,7 @@ def test_linear_layers_outside_of_blocks_are_resident_and_counted():
 
 def test_blocks_below_the_lowest_adapted_one_keep_nothing(store):
     target = r"model\.layers\.2\..*_proj"
-    settings = TrainConfig(**SMALL, target_modules=target, recompute_granularity="full").resolved()
+    settings = resolve(TrainConfig(**SMALL, target_modules=target, recompute_granularity="full"))
     plan = planner(store, framework=0).predict(settings)
     model = load(store, settings.lora()).train()
     sizes = []
@@ -144,7 +145,7 @@ def test_blocks_below_the_lowest_adapted_one_keep_nothing(store):
 
 
 def test_rows_that_are_gathered_count_on_the_host(store, monkeypatch):
-    settings = dataclasses.replace(TrainConfig(**SMALL).resolved(), device="cuda", dtype="bfloat16", weights="file")
+    settings = dataclasses.replace(resolve(TrainConfig(**SMALL)), device="cuda", dtype="bfloat16", weights="file")
     monkeypatch.setattr(machine, "is_unified", lambda device: False)
     table = Store(store).weight("model.embed_tokens")
     host = planner(store, framework=0).predict(settings).host_peak.components

@@ -17,6 +17,7 @@ from runs import run_store, sentences
 from mebp_triton.system import machine
 from mebp_triton.training.plan.phases import Moment
 from mebp_triton.training.plan.planner import CHUNKS, Plan
+from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 
 MIB = 1 << 20
@@ -58,7 +59,7 @@ def test_candidates_go_from_fast_to_small(plans):
 
 def test_where_host_and_device_memory_are_one_nothing_is_copied_to_the_host(plans, monkeypatch):
     settings = TrainConfig(**SMALL, memory_budget="1GiB")
-    resolved = dataclasses.replace(settings.resolved(), device="cuda")
+    resolved = dataclasses.replace(resolve(settings), device="cuda")
     monkeypatch.setattr(TrainConfig, "resolved", lambda self: resolved)
     for unified, places in ((True, {"device", "file"}), (False, {"device", "host", "file"})):
         monkeypatch.setattr(machine, "is_unified", lambda device, unified=unified: unified)
@@ -101,7 +102,7 @@ def test_the_first_that_fits_is_chosen(plans):
 
 def test_a_reserve_is_kept(plans):
     kept, returned = (
-        plans.predict(TrainConfig(**SMALL, return_freed_memory=value).resolved()) for value in (False, True)
+        plans.predict(resolve(TrainConfig(**SMALL, return_freed_memory=value))) for value in (False, True)
     )
     assert kept.needed == math.ceil(1.12 * kept.peak) and returned.needed == math.ceil(1.05 * returned.peak)
 
@@ -120,7 +121,7 @@ def test_nothing_fits(store):
 
 
 def test_without_a_budget_outputs_are_kept_where_they_take_half_of_what_is_free(plans, monkeypatch):
-    kept = plans.predict(TrainConfig(**SMALL).resolved()).files["kept outputs"]
+    kept = plans.predict(resolve(TrainConfig(**SMALL))).files["kept outputs"]
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 2 * kept)
     assert plans.resolve(TrainConfig(**SMALL)).settings.recompute_granularity == "selective"
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 2 * kept - 2)

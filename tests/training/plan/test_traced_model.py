@@ -11,11 +11,12 @@ from mebp_triton.store.reader import Store
 from mebp_triton.system.errors import CannotTrace
 from mebp_triton.training.plan.inventory import Inventory
 from mebp_triton.training.plan.traced_model import TracedModel
+from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 
 
 def traced(store, **changes):
-    settings = TrainConfig(**SMALL | changes).resolved()
+    settings = resolve(TrainConfig(**SMALL | changes))
     return TracedModel(Inventory.of_store(Store(store)), AutoConfig.from_pretrained(store), settings)
 
 
@@ -46,4 +47,4 @@ def test_a_model_whose_code_does_not_run_without_data(store, monkeypatch):
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaModel.forward", failing)
     with pytest.raises(CannotTrace, match="a model of type llama cannot be traced: RuntimeError: no data$"):
-        planner(store).predict(TrainConfig(**SMALL).resolved())
+        planner(store).predict(resolve(TrainConfig(**SMALL)))

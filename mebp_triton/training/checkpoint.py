@@ -1,0 +1,219 @@
+"""The run's checkpoint: everything that a resumed run needs to go on to the same numbers.
+
+A directory holds ``state.json`` (position, settings, selection, checksums), ``state.safetensors`` (the adapter, and the
+random states of all processes), and a file for each group of optimizer state. It is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mebp_triton.blocks.selection import LayerCyclicManager
+from mebp_triton.models.adapter import adapter_tensors, copy_adapter, save_adapter
+from mebp_triton.store.reader import Store
+from mebp_triton.system import atomic, reading, safetensors_file, strict_json
+from mebp_triton.system.errors import FileError, NotFinite, RunError
+from mebp_triton.system.random_state import RandomState
+
+from .nonfinite import broken_parameter
+from .processes import Processes
+from .run_directory import RunDirectory
+from .run_settings import RunSettings, resolve
+from .settings import FREE_ON_RESUME, TrainConfig
+from .updates import Update
+
+TENSORS = "state.safetensors"
+STATE = "state.json"
+
+
+@dataclass
+class Position:
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps taken.
+        first_step: the first one with a line in ``metrics.jsonl``: a run may go on from another run's checkpoint.
+        skipped_in_a_row: steps left out just now, since something in them was not finite.
+    """
+
+    step: int = 0
+    first_step: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Checkpoint:
+    """Writes and reads the checkpoint of a run.
+
+    Args:
+        fingerprints: checksums of the data and of the model, which a resumed run must share.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        update: Update,
+        selection: LayerCyclicManager,
+        settings: RunSettings,
+        run: RunDirectory,
+        processes: Processes,
+        fingerprints: dict[str, int],
+    ) -> None:
+        self.model, self.update, self.selection, self.settings = model, update, selection, settings
+        self.run, self.processes, self.fingerprints = run, processes, fingerprints
+        self.device: torch.device = model.mebp.device
+        self.state_files = [f"optimizer-{index:05d}.safetensors" for index in range(update.state_groups)]
+
+    def kept(self) -> str:
+        """What is left of the run where no checkpoint can be written, for error messages."""
+        return "the last checkpoint is kept" if self.run.checkpoint.exists() else "no checkpoint was written yet"
+
+    def save(self, position: Position) -> None:
+        """Writes ``checkpoint/``, and the adapter alone once more into ``adapter/``.
+
+        Raises:
+            NotFinite: the adapter is not finite.
+            RunError: the processes' adapters are not the same bits. In both cases the last checkpoint stays.
+        """
+        if (broken := broken_parameter(self.model)) is not None:
+            raise NotFinite(f"{broken} is not finite after step {position.step}: {self.kept()}")
+        tensors = {f"adapter/{name}": tensor.cpu().contiguous() for name, tensor in adapter_tensors(self.model).items()}
+        self._check_drift(tensors, position.step)
+        tensors |= self._random_states()
+        if not self.processes.is_first:
+            return
+        state = {
+            "step": position.step,
+            "processes": self.processes.size,
+            "fingerprints": self.fingerprints,
+            "config": asdict(self.settings),
+            "selection": self.selection.state_dict(),
+            "skipped_in_a_row": position.skipped_in_a_row,
+            "first_step": position.first_step,
+        }
+
+        def write(directory: Path) -> None:
+            safetensors_file.write_safetensors(directory / TENSORS, tensors)
+            for index, name in enumerate(self.state_files):  # one by one, so that no two are in memory
+                safetensors_file.write_safetensors(directory / name, self.update.export_group(index))
+                self.update.release_group(index)
+            crc32 = {name: reading.file_checksums(directory / name) for name in (TENSORS, *self.state_files)}
+            strict_json.write_json(directory / STATE, strict_json.sealed(state | {"crc32": crc32}))
+
+        # The metrics first: a checkpoint counts on the lines of the steps before it.
+        self.run.sync_metrics()
+        atomic.replace_directory(self.run.checkpoint, write)
+        save_adapter(self.model, self.run.adapter)
+
+    def _check_drift(self, tensors: dict[str, Tensor], step: int) -> None:
+        checksum = 0
+        for tensor in tensors.values() if self.processes.size > 1 else ():
+            checksum = zlib.crc32(tensor.view(torch.uint8).numpy().data, checksum)
+        if not self.processes.same(checksum):
+            raise RunError(
+                f"the adapters of the processes differ after step {step}, and must not: start them on machines of "
+                f"one kind, with the same versions; {self.kept()}"
+            )
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """Random states of all processes: "random/cpu" for rank 0, "random/cpu-1" for rank 1."""
+        return {
+            f"random/{generator}-{rank}" if rank else f"random/{generator}": state
+            for generator, own in RandomState(self.device).states.items()
+            for rank, state in enumerate(self.processes.gather(own))
+        }
+
+    def resume(self, directory: Path, total_steps: int) -> Position:
+        """Puts the run where ``directory`` was written, and returns its position.
+
+        Raises:
+            ValueError: it is damaged, or of a run with other settings or another number of processes.
+        """
+        if directory == self.run.checkpoint:
+            self.processes.first(lambda: atomic.finish_replacing(directory))
+        if not (directory / STATE).exists():
+            raise ValueError(f"there is no checkpoint in {directory} to resume from")
+        state = strict_json.read_sealed(directory / STATE)
+        try:
+            for name in (TENSORS, *self.state_files):
+                if reading.file_checksums(directory / name) != state["crc32"][name]:
+                    raise ValueError(f"{directory / name} is damaged: its checksum differs")
+            self._check_same(state["config"], state["fingerprints"])
+            began = state.get("processes", 1)
+            if type(began) is not int or began != self.processes.size:
+                raise ValueError(f"cannot resume: the run had {began!r} processes and now has {self.processes.size}")
+            position = self._restore(state, directory, total_steps)
+        except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ValueError(f"{directory / STATE} is malformed, or of another version ({problem})") from None
+        self._settle_run_directory(position)
+        return position
+
+    def _check_same(self, settings: dict[str, Any], fingerprints: dict[str, int]) -> None:
+        """ValueError where the checkpoint's settings, data or model are not those of this run."""
+        # A checkpoint of an older version lacks newer settings: it was made as with their defaults.
+        defaults = asdict(resolve(TrainConfig()))
+        ours = asdict(self.settings)
+        for name, value in (defaults | settings).items():
+            if name not in FREE_ON_RESUME and ours[name] != value:
+                raise ValueError(f"cannot resume: {name} was {value!r:.200} and now is {ours[name]!r:.200}")
+        for what, checksum in self.fingerprints.items():
+            if fingerprints[what] != checksum:
+                raise ValueError(f"cannot resume: the {what} changed since the checkpoint was written")
+
+    def _restore(self, state: dict[str, Any], directory: Path, total_steps: int) -> Position:
+        tensors: dict[str, dict[str, Tensor]] = {"adapter": {}, "random": {}}
+        for key, tensor in safetensors_file.read_safetensors(directory / TENSORS)[0].items():
+            kind, _, name = key.partition("/")
+            tensors[kind][name] = tensor
+        step = state["step"]
+        if type(step) is not int or not 0 <= step <= total_steps:
+            raise ValueError(f"{directory / STATE} is malformed: step {step!r:.100} of {total_steps}")
+        self.selection.load_state_dict(state["selection"])
+        copy_adapter(self.model, tensors["adapter"], str(directory))
+        for index, name in enumerate(self.state_files):
+            self.update.import_group(index, safetensors_file.read_safetensors(directory / name)[0])
+            self.update.release_group(index)
+        suffix = f"-{self.processes.rank}" if self.processes.rank else ""
+        saved = tensors["random"]
+        # A run may go on elsewhere: what a generator that is not here had drawn does not matter.
+        here = RandomState(self.device).states
+        own = {name: saved[f"{name}{suffix}"] for name in here if f"{name}{suffix}" in saved}
+        RandomState(self.device, own).put_back()
+        inside = directory.resolve().is_relative_to(self.run.directory.resolve())
+        return Position(step, int(state["first_step"]) if inside else step, int(state["skipped_in_a_row"]))
+
+    def _settle_run_directory(self, position: Position) -> None:
+        """Makes the metrics and the adapter beside the checkpoint those of its step."""
+        steps = self.run.cut_metrics(position.step, position.first_step)
+        if not self.processes.is_first:
+            return
+        if steps != list(range(position.first_step, position.step)):
+            warnings.warn(f"{self.run.metrics} does not have each step before {position.step} once", stacklevel=3)
+        if not self._adapter_is_written():
+            save_adapter(self.model, self.run.adapter)
+
+    def _adapter_is_written(self) -> bool:
+        """Whether ``adapter/`` holds the adapter: a run may have ended between the checkpoint and it."""
+        ours = adapter_tensors(self.model)
+        try:
+            saved, _ = safetensors_file.read_safetensors(self.run.adapter / "adapter_model.safetensors")
+        except (OSError, FileError):
+            return False
+        same = saved.keys() == ours.keys() and all(torch.equal(saved[name], ours[name].cpu()) for name in saved)
+        return same and (self.run.adapter / "adapter_config.json").exists()
+
+
+def store_fingerprint(store: Store) -> int:
+    """CRC-32 over the checksums of the store's weights and of its config.json."""
+    # The config counts as well: by another one, the same weights are another model.
+    checksums = {name: file.crc32 for name, file in store.files.items()}
+    checksums["config.json"] = store.companions.get("config.json", [])
+    return zlib.crc32(json.dumps(checksums, sort_keys=True).encode())
