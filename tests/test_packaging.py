@@ -69,7 +69,7 @@ def test_metadata(wheel):
     assert "License-Expression: Apache-2.0" in metadata
     assert any(name.endswith("LICENSE") for name in names)
     entries = wheel.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
-    assert re.search(r"^mebp = mebp_triton\.cli:main$", entries, re.MULTILINE)
+    assert re.search(r"^mebp = mebp_triton\.cli\.main:main$", entries, re.MULTILINE)
 
 
 def test_the_installed_wheel_works_from_anywhere(wheel, tmp_path):
@@ -81,8 +81,8 @@ def test_the_installed_wheel_works_from_anywhere(wheel, tmp_path):
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         "import mebp_triton, mebp_triton.kernels.layout, mebp_triton.autotune\n"
         "print(mebp_triton.__file__, mebp_triton.kernels.layout.__file__, mebp_triton.autotune.__file__)\n"
-        "import mebp_triton.commands.train\n"
-        "from mebp_triton.cli import main\n"
+        "import mebp_triton.cli.commands.train\n"
+        "from mebp_triton.cli.main import main\n"
         "main(['--version'])\n"
     )
     done = subprocess.run(

@@ -149,7 +149,7 @@ def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step:
         return one_step(self, micro_batches)
 
     Trainer._one_step = broken  # type: ignore[method-assign]
-    mebp_triton.commands.train._plan = lambda *_: None
+    mebp_triton.cli.commands.train._plan = lambda *_: None
     sys.exit(main.main(arguments))
 
 

@@ -149,29 +149,22 @@ def address_space(extra: int) -> Callable[[], None]:
 
 
 def import_all() -> None:
-    """What the commands import while they run, once, so that no child does."""
+    """Imports everything that commands import while they run, so that no child has to.
+
+    Plots are not drawn in the children: they take a second of each run, and nobody looks at them.
+    """
     import importlib
+    import pkgutil
 
     import torch
 
-    torch.set_num_threads(1)
-    for name in ("cli", "commands.quantize", "commands.train", "commands.plan", "commands.eval", "commands.generate"):
-        importlib.import_module(f"mebp_triton.{name}")
-    for name in ("commands.merge", "commands.tune", "commands.verify", "commands.doctor", "autotune.tune", "demo"):
-        importlib.import_module(f"mebp_triton.{name}")
-    for name in ("importers.gguf", "importers.bitsandbytes", "importers.int4_dir", "autotune.report"):
-        importlib.import_module(f"mebp_triton.{name}")
-    from transformers.models.llama import modeling_llama  # noqa: F401
-
+    import mebp_triton
     from mebp_triton.training import plots
 
-    plots.draw_plots = lambda *arguments: []  # a second of each run, and looked at by nobody
-
-    for name in (
-        "gguf",
-        "datasets",
-        "pyarrow.parquet",
-        "matplotlib.figure",
-        "transformers.modeling_gguf_pytorch_utils",
-    ):
-        importlib.import_module(name)
+    torch.set_num_threads(1)
+    own = [module.name for module in pkgutil.walk_packages(mebp_triton.__path__, "mebp_triton.")]
+    others = ["gguf", "datasets", "pyarrow.parquet", "matplotlib.figure", "transformers.modeling_gguf_pytorch_utils"]
+    for name in [*own, *others, "transformers.models.llama.modeling_llama"]:
+        if not name.endswith("__main__"):
+            importlib.import_module(name)
+    plots.draw_plots = lambda *arguments: []

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 import transformers
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 from make_store import make_tokenizer
 
 import mebp_triton.cli.commands.merge
@@ -231,7 +231,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).resolve().parent)!r})
 import kill
 kill.tune.model_rank = kill.made_up_rank
-sys.exit(kill.cli.main(sys.argv[1:]))
+sys.exit(kill.main_module.main(sys.argv[1:]))
 """
 
 

@@ -41,7 +41,7 @@ import sys
 sys.argv = ["bend.py", "--count=12", "--process=1000", "--seed=1", "--kinds=store"]
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import bend
-from mebp_triton.stores.format import StoreFile
+from mebp_triton.store.reader import StoreFile
 StoreFile.verify = lambda self, again=False: None
 sys.exit(bend.main())
 """
