@@ -28,9 +28,9 @@ FLOORS = {
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.gguf_header readers.gguf readers.safetensors_dir readers.bitsandbytes
         readers.int4_dir readers.merged_store readers writers.store writers.model_directory quantize merge""",
-    "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw evaluation settings settings_file plots
-        run_directory plan.live_bytes plan.inventory plan.traced_model plan.phases plan.planner trainer finetune
-        gradient_check""",
+    "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw evaluation settings
+        run_settings settings_file plots run_directory plan.live_bytes plan.inventory plan.traced_model plan.phases
+        plan.planner step updates checkpoint trainer finetune gradient_check""",
     "cli": """console inference peft_baseline doctor.advice doctor.findings parser commands.quantize commands.verify commands.eval
         commands.generate commands.merge commands.plan commands.tune commands.train commands.doctor demonstration
         commands.demo main __main__""",
