@@ -63,6 +63,10 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
     return field(default=default, metadata={"help": help, "facts": Facts(help, **facts)})
 
 
+# Facts of a setting that says where something lies.
+PLACE: dict[str, Any] = {"on_cpu": "file", "on_gpu": "device", "resume": "free", "chosen": True}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What a user asks of a training run. Every field is a flag of ``mebp train``; None leaves a choice open.
@@ -116,27 +120,18 @@ class TrainConfig:
     weights: Residency | None = setting(
         None,
         "where weights lie: device, host or file (default: file on a CPU)",
-        on_cpu="file",
-        on_gpu="device",
-        resume="free",
         traced=True,
-        chosen=True,
+        **PLACE,
     )
     checkpoints: Residency | None = setting(
         None,
         "where block inputs wait (default: file on a CPU)",
-        on_cpu="file",
-        on_gpu="device",
-        resume="free",
-        chosen=True,
+        **PLACE,
     )
     optimizer_state: Residency | None = setting(
         None,
         "where AdamW's moments lie (default: file on a CPU)",
-        on_cpu="file",
-        on_gpu="device",
-        resume="free",
-        chosen=True,
+        **PLACE,
     )
     recompute_granularity: Granularity | None = setting(
         None,
