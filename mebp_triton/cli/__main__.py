@@ -1,4 +1,4 @@
-"""``python -m mebp_triton.cli``."""
+"""Runs ``python -m mebp_triton.cli`` as ``mebp``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A store's tokenizer, config and model, as the commands need them."""
+"""A store's tokenizer, config, model and validation text, as the commands need them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,51 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
+from mebp_triton.data.chat import Masking
+from mebp_triton.data.loading import load_data
+from mebp_triton.data.sources import check_source
+from mebp_triton.data.tokenized import TokenizedData
+from mebp_triton.kernels.tables import DTYPES
 from mebp_triton.models import adapter
 from mebp_triton.models.config import read_config
 from mebp_triton.models.load import load
 from mebp_triton.system.foreign_errors import one_line
 from mebp_triton.system.machine import resolve_device
+from mebp_triton.training.evaluation import Evaluation, evaluate
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from .console import progress_bar
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model or store directory.
+
+    Raises:
+        ValueError: there is none, or it cannot be used.
+    """
+    with (
+        _printing_to_stderr(),
+        one_line(f"{directory} has no usable tokenizer", "put the model's tokenizer files there"),
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("it turns the letter a into no token")
+        return tokenizer
 
 
 @contextmanager
 def _printing_to_stderr() -> Iterator[None]:
-    """What a library in another language prints on standard output goes to standard error: the output is an answer."""
+    """While active, what a library prints past Python on standard output goes to standard error.
+
+    tokenizers, in Rust, prints warnings there, and a command's standard output is its answer.
+    """
     sys.stdout.flush()
     try:
         kept = os.dup(1)
-    except OSError:  # there is none
+    except OSError:  # standard output is closed
         yield
         return
     os.dup2(2, 1)
@@ -39,24 +65,6 @@ def _printing_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def load_tokenizer(store: Path) -> Any:
-    with (
-        _printing_to_stderr(),
-        one_line(f"{store} has no usable tokenizer", "put the model's tokenizer files there"),
-    ):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(store, local_files_only=True, trust_remote_code=False)
-        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-            raise ValueError("what is there makes no token of a letter")
-        return tokenizer
-
-
-def check_length(store: Path, max_length: int) -> None:
-    config = model_config(store).get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and max_length > longest:
-        raise ValueError(f"max_length {max_length} is longer than the {longest} tokens that the model takes")
-
-
 def model_config(given: Path) -> Any:
     """The config of a model or store directory, or in a config.json. Nothing is fetched, and none of its code runs."""
     if given.suffix == ".gguf" and given.is_file():
@@ -64,19 +72,51 @@ def model_config(given: Path) -> Any:
     return read_config(given, "give a transformers model directory or its config.json")
 
 
-def load_for_inference(store: Path, arguments: argparse.Namespace) -> Any:
-    """The model with its adapter, weights where inference wants them."""
-    device = resolve_device(arguments.device)
-    dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
-    lora = adapter.read_adapter_config(arguments.adapter) if arguments.adapter else None
+def check_length(directory: Path, max_length: int) -> None:
+    """Raises ValueError where a window of ``max_length`` tokens is longer than the model takes."""
+    longest = getattr(model_config(directory).get_text_config(), "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ValueError(f"max_length {max_length} is longer than the {longest} tokens that the model takes")
+
+
+def load_validation(store: Path, arguments: argparse.Namespace) -> TokenizedData:
+    """The windows of ``--validation-file``, by the store's tokenizer; see ``flags.add_validation``."""
+    check_source(arguments.validation_file, "validation-file")
+    check_length(store, arguments.max_length)
+    masking = Masking(arguments.completion_only_loss, arguments.assistant_only_loss)
+    tokenizer = load_tokenizer(store)
+    return load_data(
+        arguments.validation_file, tokenizer, arguments.max_length, name="validation-file", masking=masking
+    )
+
+
+def load_for_inference(
+    store: Path,
+    adapter_directory: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    backend: str = "auto",
+) -> Any:
+    """The model of ``store`` with the adapter; weights stay in their files on a CPU, and are copied to a GPU."""
+    device = resolve_device(device)
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    lora = adapter.read_adapter_config(adapter_directory) if adapter_directory else None
     model = load(
         store,
         lora,
         weights="file" if device == "cpu" else "device",
         device=device,
         dtype=DTYPES[dtype],
-        backend=arguments.backend,
+        backend=backend,
     )
-    if arguments.adapter:
-        adapter.load_adapter(model, arguments.adapter)
+    if adapter_directory:
+        adapter.load_adapter(model, adapter_directory)
     return model
+
+
+def evaluate_with_progress(
+    model: Any, data: TokenizedData, windows: int | None, description: str = "evaluating"
+) -> Evaluation:
+    """The result of ``evaluate``, under a progress bar with this description."""
+    with progress_bar(description) as update:
+        return evaluate(model, data, windows, update)

@@ -1,14 +1,15 @@
-"""The command ``mebp``: parsing, messages and exit codes. What each command does lies in ``commands/``.
+"""The command ``mebp``: runs one command, and turns what happens into messages and an exit code.
 
-Exit codes: 0 done; 1 the run failed; 2 the user's mistake, one line that says what to do; 130 and 143 interrupted by
-Ctrl-C and SIGTERM. A traceback only with ``--debug``.
+Exit codes: 0 success; 1 the run failed; 2 the user's mistake, with one line that says what to do; 130 and 143
+interrupted by Ctrl-C and SIGTERM. Tracebacks are shown only with ``--debug``.
+
+Nothing imported here imports torch: ``--help`` and a mistyped flag must be answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import os
 import resource
 import signal
@@ -18,20 +19,74 @@ from collections.abc import Sequence
 
 from mebp_triton.system.signals import interrupting, reporting_lost_pages
 
+from .console import silence_transformers
 from .parser import build_parser
 
-# A path that cannot be: the user's to mend.
+# Failures of the system that name a path which the user can mend.
 PATH_MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
-
-# Of torch and all it loads, threads' stacks among it; and of what comes after that.
+# Address space that importing torch needs, with the stacks of its threads; and what must remain once it is imported.
 LIBRARIES_ADDRESS_SPACE, LEAST_ADDRESS_SPACE = 2 << 30, 64 << 20
+
+HINTS = {"train": "; --resume goes on from the last checkpoint", "tune": "; the same command goes on"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``mebp`` and returns the exit code.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Raises:
+        SystemExit: after ``--help`` or ``--version``, and with code 2 for arguments that cannot be parsed.
+    """
+    try:
+        check_address_space()
+    except OSError as error:
+        print(f"mebp: error: {error.strerror}", file=sys.stderr)
+        return 1
+    share_cores()
+    arguments = argparse.Namespace(command="", debug=False)
+    try:
+        with interrupting():
+            build_parser().parse_args(argv, arguments)
+            warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
+            with reporting_lost_pages():
+                silence_transformers()
+                arguments.run(arguments)
+        return 0
+    except KeyboardInterrupt as interruption:
+        print(f"mebp: {str(interruption) or 'interrupted' + HINTS.get(arguments.command, '')}", file=sys.stderr)
+        return 128 + getattr(interruption, "number", signal.SIGINT)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:  # every failure becomes one line; --debug shows where it came from
+        if arguments.debug:
+            raise
+        return report(error)
+
+
+def report(error: Exception) -> int:
+    """Prints one line about ``error``; returns the exit code, 2 for the user's mistake and 1 for any other failure."""
+    from mebp_triton.system.errors import RunError
+    from mebp_triton.system.foreign_errors import is_out_of_memory
+
+    is_users = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in PATH_MISTAKES)
+    # These say all there is to say. An OSError does when it names its file, as on a full disk.
+    is_clear = is_users or isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
+    line = " ".join(str(error).split())
+    if is_out_of_memory(error):
+        is_clear, line = True, "out of memory: give --memory-budget, shorter rows or a smaller batch"
+    elif not is_clear and not isinstance(error, OSError):
+        line = f"{type(error).__name__}: {line}"
+    print(f"mebp: error: {line}{'' if is_clear else ' (--debug shows where)'}", file=sys.stderr)
+    return 2 if is_users else 1
 
 
 def share_cores() -> None:
-    """Lets OpenMP's threads wait for each other by sleeping, soon, and not by spinning. Before torch is imported.
+    """Lets OpenMP's threads sleep soon, instead of spinning, while they wait for each other. Call before torch loads.
 
-    By default libgomp spins for milliseconds: beside one other busy process on as many cores as threads, the one that
+    By default libgomp spins for milliseconds. With another busy process on as many cores as threads, the thread that
     spins keeps the one it waits for from running, and a step takes 30 times as long.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -39,9 +94,10 @@ def share_cores() -> None:
 
 
 def check_address_space() -> None:
-    """OSError where ``ulimit -v`` leaves less than the libraries take: they would end the process each in its own way.
+    """Raises OSError where ``ulimit -v`` leaves less address space than the libraries need.
 
-    Some of them, and Python itself, do not get over a failed allocation of a few bytes; a tensor's is an exception.
+    A tensor that finds no memory is an exception. But some libraries, and Python itself, end the process without a word
+    when an allocation of a few bytes fails.
     """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     least = LEAST_ADDRESS_SPACE if "torch" in sys.modules else LIBRARIES_ADDRESS_SPACE
@@ -55,48 +111,3 @@ def check_address_space() -> None:
             f"the address space is limited to {limit >> 20} MiB, of which {max(left, 0) >> 20} are left and "
             f"{least >> 20} needed: raise it (ulimit -v), and limit memory by --memory-budget",
         )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs ``mebp``; returns the exit code."""
-    try:
-        check_address_space()
-    except OSError as error:
-        print(f"mebp: error: {error.strerror}", file=sys.stderr)
-        return 1
-    share_cores()
-    arguments = argparse.Namespace(command="", debug=False)
-    try:
-        with interrupting():
-            build_parser().parse_args(argv, arguments)
-            warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
-            with reporting_lost_pages():
-                importlib.import_module(f".commands.{arguments.command}", __package__).run(arguments)
-        return 0
-    except KeyboardInterrupt as interruption:
-        hints = {"train": "; --resume goes on from the last checkpoint", "tune": "; the same command goes on"}
-        line = str(interruption) or f"interrupted{hints.get(arguments.command, '')}"
-        print(f"mebp: {line}", file=sys.stderr)
-        return 128 + getattr(interruption, "number", signal.SIGINT)
-    except BrokenPipeError:
-        return 1
-    except Exception as error:  # every failure becomes one line; --debug shows where it came from
-        if arguments.debug:
-            raise
-        from mebp_triton.system.errors import RunError
-        from mebp_triton.system.foreign_errors import is_out_of_memory
-
-        users = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in PATH_MISTAKES)
-        # What says all there is to say: a full disk, and what file it was, among them.
-        known = users or isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
-        line = " ".join(str(error).split())
-        if is_out_of_memory(error):
-            known, line = True, "out of memory: give --memory-budget, shorter rows or a smaller batch"
-        elif not known and not isinstance(error, OSError):
-            line = f"{type(error).__name__}: {line}"
-        print(f"mebp: error: {line}{'' if known else ' (--debug shows where)'}", file=sys.stderr)
-        return 2 if users else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

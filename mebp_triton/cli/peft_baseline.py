@@ -1,7 +1,8 @@
-"""The same training by transformers + PEFT, for comparison: ``python -m mebp_triton.cli.peft_baseline '{"model": ..., ...}'``.
+"""The same training by transformers + PEFT, for comparison.
 
-Runs in a process of its own, so that its peak memory is its own. Same data, same order, same schedule, same
-evaluation; plain autograd with gradient checkpointing, torch's AdamW.
+Run in a process of its own, so that its peak memory is its own: ``python -m mebp_triton.cli.peft_baseline SETTINGS``
+with the settings of ``train`` as JSON. Data, order, schedule and evaluation are those of ``mebp train``. The rest is
+plain autograd with gradient checkpointing, and torch's AdamW.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from typing import Any
 
 import torch
 
-from mebp_triton.data.batching import batches, collate, evenly_spaced
+from mebp_triton.data.batching import batches, collate
 from mebp_triton.data.loading import load_data
-from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.huggingface.replace import replace_linears
 from mebp_triton.system.memory import peak_resident_bytes
+from mebp_triton.training.evaluation import WindowScore, evaluate, plain_score
 from mebp_triton.training.optimizers.schedules import learning_rate
 
-REPLACED = "+mebp"  # bitsandbytes' layers, by ours: ``replace_linears``, and nothing else of this package
+# Bases whose bitsandbytes layers are replaced by ours (``replace_linears``); nothing else of this package is used.
+REPLACED = "+mebp"
 BASES = ("float32", "bfloat16", "nf4-float32", "nf4-bfloat16", f"nf4-float32{REPLACED}", f"nf4-bfloat16{REPLACED}")
 
 
 def load_base(settings: dict[str, Any]) -> Any:
-    """The base model: from a GGUF file, decoded; or from a model directory in one of ``BASES``."""
+    """The base model: of a GGUF file, decoded, or of a model directory in one of ``BASES``."""
     import transformers
 
     base = settings.get("base", "float32")
@@ -48,7 +50,7 @@ def load_base(settings: dict[str, Any]) -> Any:
 
 
 def with_adapter(base: Any, settings: dict[str, Any]) -> Any:
-    """PEFT's model with LoRA on every linear layer, gradient checkpointing on."""
+    """PEFT's model: LoRA on every linear layer of ``base``, with gradient checkpointing."""
     import peft
 
     base.config.use_cache = False
@@ -64,31 +66,23 @@ def with_adapter(base: Any, settings: dict[str, Any]) -> Any:
     return replace_linears(model) if settings.get("base", "").endswith(REPLACED) else model
 
 
-@torch.no_grad()
-def evaluate(model: Any, data: TokenizedData, windows: int | None) -> tuple[float, float]:
-    """Loss and token accuracy, as ``evaluate.evaluate``."""
-    model.eval()
+def score(model: Any, batch: dict[str, torch.Tensor]) -> WindowScore:
+    """``plain_score`` for a model that goes on training afterwards."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             # On CPUs with AVX512-BF16, bitsandbytes (0.50) takes an evaluation as the beginning of inference for good:
             # it packs the weights for a bfloat16 product that has no gradient, also when training goes on.
             module.train()
-    loss, correct, tokens = 0.0, 0, 0
-    for place in evenly_spaced(data, windows):
-        batch = {name: value.to(model.device) for name, value in collate([data[place]], pad_token_id=0).items()}
-        output = model(**batch)
-        targets = batch["labels"][:, 1:]
-        valid = targets != -100
-        loss += float(output.loss) * int(valid.sum())
-        correct += int(((output.logits[:, :-1].argmax(-1) == targets) & valid).sum())
-        tokens += int(valid.sum())
-    model.train()
-    return loss / tokens, correct / tokens
+    return plain_score(model, batch)
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
-    """``settings``: model or gguf, tokenizer, train_file, max_steps, max_length, lora_r, lora_alpha, learning_rate,
-    warmup_steps, seed; optionally base, validation_file, max_eval_windows."""
+    """Trains and returns the numbers that ``run.json`` has of a run, with the losses and seconds of all steps.
+
+    Args:
+        settings: model or gguf, tokenizer, train_file, max_steps, max_length, lora_r, lora_alpha, learning_rate,
+            warmup_steps, seed; optionally base (one of ``BASES``), validation_file, max_eval_windows.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -101,7 +95,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings["learning_rate"], weight_decay=0.0)
-    before = evaluate(model, held_out, windows) if held_out is not None else (None, None)
+    before = evaluate(model, held_out, windows, score=score) if held_out is not None else None
     seconds, losses, tokens = [], [], 0
     steps = settings["max_steps"]
     for step, examples in zip(range(steps), batches(data, 1, settings["seed"]), strict=False):
@@ -117,12 +111,12 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         losses.append(loss.item())
         tokens += int((batch["labels"][:, 1:] != -100).sum())
         seconds.append(time.perf_counter() - started)
-    after = evaluate(model, held_out, windows) if held_out is not None else (None, None)
+    after = evaluate(model, held_out, windows, score=score) if held_out is not None else None
     return {
-        "loss_before": before[0],
-        "loss_after": after[0],
-        "token_accuracy_before": before[1],
-        "token_accuracy_after": after[1],
+        "loss_before": before and before.loss,
+        "loss_after": after and after.loss,
+        "token_accuracy_before": before and before.token_accuracy,
+        "token_accuracy_after": after and after.token_accuracy,
         "train_losses": losses,
         "step_seconds": seconds,
         "seconds_per_step_median": statistics.median(seconds),

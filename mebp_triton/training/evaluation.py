@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mebp_triton.data.batching import collate, evenly_spaced
 from mebp_triton.data.tokenized import TokenizedData
+from mebp_triton.system.errors import RunError
 
 if TYPE_CHECKING:
     from .processes import Processes
 
-from mebp_triton.system.errors import RunError
-
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over ``tokens`` targets. ``loss`` in nats per token."""
+    """The mean over ``tokens`` predicted tokens of ``windows`` windows; ``loss`` is in nats per token."""
 
     loss: float
     token_accuracy: float
@@ -34,12 +34,33 @@ class Evaluation:
 
 
 def check_vocabulary(model: Any, data: TokenizedData, what: str) -> None:
-    """ValueError where the tokenizer made ids that the model has no row for: it is another model's, or damaged."""
+    """Raises ValueError where ``data`` has token ids that the model does not have: its tokenizer is another model's."""
     size, highest = model.config.get_text_config().vocab_size, data.highest_id()
     if highest >= size:
         raise ValueError(
             f"{what} has the token id {highest}, and the model {size} tokens: its tokenizer belongs to another model"
         )
+
+
+WindowScore = tuple[float, int, int]  # of one window: the sum of its losses, tokens predicted right, tokens predicted
+
+
+def int4_score(model: Any, batch: dict[str, Tensor]) -> WindowScore:
+    """Scores a window by the statistics of this package's loss, which makes no logits."""
+    device = model.mebp.device
+    output = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+    counted = model.mebp.loss.statistics
+    return output.loss.item() * counted.tokens, counted.correct, counted.tokens
+
+
+def plain_score(model: Any, batch: dict[str, Tensor]) -> WindowScore:
+    """Scores a window by the loss and logits of any transformers model."""
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    output = model(**batch)
+    targets = batch["labels"][:, 1:]
+    valid = targets != -100
+    tokens = int(valid.sum())
+    return output.loss.item() * tokens, int(((output.logits[:, :-1].argmax(-1) == targets) & valid).sum()), tokens
 
 
 @torch.no_grad()
@@ -49,10 +70,15 @@ def evaluate(
     max_windows: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     processes: Processes | None = None,
+    score: Callable[[Any, dict[str, Tensor]], WindowScore] = int4_score,
 ) -> Evaluation:
-    """Over ``max_windows`` evenly spaced windows of ``data``, or all. The model's mode is put back afterwards.
+    """The loss and accuracy over evenly spaced windows of ``data``. The model's mode is put back afterwards.
 
-    Each of several ``processes`` takes its part of the windows; all have the result.
+    Args:
+        max_windows: how many windows; all by default.
+        progress: called with (windows done, windows in all).
+        processes: each takes its part of the windows, and all return the whole result.
+        score: scores one window, given as ``[1, tokens]`` tensors on the CPU.
 
     Raises:
         ValueError: there is no token to predict, or one that the model does not have.
@@ -61,21 +87,16 @@ def evaluate(
     check_vocabulary(model, data, "the evaluation data")
     places = evenly_spaced(data, max_windows)
     mine = places if processes is None else places[processes.rank :: processes.size]
-    device = model.mebp.device
-    training = model.training
+    was_training = model.training
     model.eval()
     loss, correct, tokens = 0.0, 0, 0
     try:
         for done, place in enumerate(mine):
-            batch = collate([data[place]], pad_token_id=0)
-            output = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
-            counted = model.mebp.loss.statistics
-            loss += output.loss.item() * counted.tokens
-            correct += counted.correct
-            tokens += counted.tokens
+            window = score(model, collate([data[place]], pad_token_id=0))
+            loss, correct, tokens = loss + window[0], correct + window[1], tokens + window[2]
             progress(done + 1, len(mine))
     finally:
-        model.train(training)
+        model.train(was_training)
     if processes is not None:
         loss, *counts = processes.sum(loss, correct, tokens)
         correct, tokens = map(int, counts)

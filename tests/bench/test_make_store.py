@@ -62,7 +62,7 @@ def test_published_models_have_their_number_of_parameters(bench_path, name):
 def test_a_store_can_be_trained_from_the_command_line(make, tmp_path):
     store = make("store")
     (tmp_path / "text.txt").write_text(TEXT * 20)
-    command = [sys.executable, "-m", "mebp_triton.cli.main", "train", store, "--train-file", tmp_path / "text.txt"]
+    command = [sys.executable, "-m", "mebp_triton.cli", "train", store, "--train-file", tmp_path / "text.txt"]
     options = ["--output-dir", tmp_path / "run", "--max-steps", "1", "--max-length", "32", "--json"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

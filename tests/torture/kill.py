@@ -238,7 +238,7 @@ sys.exit(kill.main_module.main(sys.argv[1:]))
 def own_process(directory: Path, arguments: list[str], seconds: float) -> Ended:
     """``mebp`` as a shell starts it, killed ``seconds`` after the first entry in ``directory``."""
     started = time.perf_counter()
-    program = ["-c", MADE_UP] if arguments[0] == "tune" else ["-m", "mebp_triton.cli.main"]
+    program = ["-c", MADE_UP] if arguments[0] == "tune" else ["-m", "mebp_triton.cli"]
     with open(directory.with_name(directory.name + ".txt"), "w+") as said:
         child = subprocess.Popen([sys.executable, *program, *arguments], cwd=directory, stdout=said, stderr=said)
         while child.poll() is None and not began(directory):

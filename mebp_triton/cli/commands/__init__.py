@@ -1,1 +1,4 @@
-"""What each sub-command of ``mebp`` does: a file and a function ``run`` per command."""
+"""The commands of ``mebp``, a module each: ``add_flags`` declares a command's flags, and ``run`` does its work.
+
+Importing these modules imports no torch, so that help and a mistyped flag are answered at once.
+"""

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-import torch
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from mebp_triton.cli.console import answer, two_columns
-from mebp_triton.cli.doctor.findings import examine
-from mebp_triton.kernels.routing import resolve_backend
-from mebp_triton.system.errors import RunError
-from mebp_triton.system.machine import resolve_device
-from mebp_triton.training import gradient_check
+from mebp_triton.cli.flags import add_device
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "store", metavar="STORE", nargs="?", help="also time this store, and compare its size with the memory here"
+    )
+    parser.add_argument(
+        "--scratch-directory",
+        metavar="DIR",
+        help="time storage here, where a run would keep files (default: the system's temporary directory)",
+    )
+    parser.add_argument(
+        "--gradients",
+        action="store_true",
+        help="instead, compare kernels and gradients on this device with float64; takes a minute",
+    )
+    add_device(parser, use="for --gradients: ")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from mebp_triton.cli.doctor.findings import examine
+
     if arguments.gradients:
-        _gradients(arguments)
+        _check_gradients(arguments)
         return
     findings = examine(
         Path(arguments.store) if arguments.store else None,
@@ -28,18 +42,26 @@ def run(arguments: argparse.Namespace) -> None:
     )
     hidden = ("advice", "scratch_in_memory", "scratch_on_card")
     rows = {
-        name: value
+        name.replace("_", " "): value
         for name, value in findings.items()
         if name not in hidden and not name.endswith(("_bytes", "_bytes_per_second"))
     }
-    table = two_columns("this machine", {key.replace("_", " "): value for key, value in rows.items()})
-    answer(arguments, findings, table)
+    answer(arguments, findings, two_columns("this machine", rows))
     if not arguments.json:
+        from rich.console import Console
+
         for line in findings["advice"]:
-            Console().print(f"- {line}", highlight=False)
+            Console().print(f"- {line}", highlight=False, markup=False)
 
 
-def _gradients(arguments: argparse.Namespace) -> None:
+def _check_gradients(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mebp_triton.kernels.routing import resolve_backend
+    from mebp_triton.system.errors import RunError
+    from mebp_triton.system.machine import resolve_device
+    from mebp_triton.training import gradient_check
+
     device = torch.device(resolve_device(arguments.device))
     backend = resolve_backend(arguments.backend, device)
     rows = gradient_check.run(device, arguments.backend)
@@ -55,6 +77,9 @@ def _gradients(arguments: argparse.Namespace) -> None:
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """A row per check of ``gradient_check.run``."""
+    from rich.table import Table
+
     table = Table(title=f"against float64: {title}", title_justify="left")
     for column in ("check", "dtype", "relative error", "result"):
         table.add_column(column)

@@ -1,43 +1,53 @@
-"""``mebp merge``: a store and its adapter become a model directory, or a store again."""
+"""``mebp merge``: turns a store and its adapter into a model directory, or into a store again."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
+from typing import TYPE_CHECKING, Any
 
 from mebp_triton.cli.console import answer, progress_bar, readable, two_columns
-from mebp_triton.cli.inference import check_length, load_for_inference, load_tokenizer
-from mebp_triton.cli.peft_baseline import evaluate as evaluate_plain
-from mebp_triton.convert.merge import DTYPES, merge, merge_to_store
-from mebp_triton.data.chat import Masking
-from mebp_triton.data.loading import load_data
-from mebp_triton.data.sources import check_source
-from mebp_triton.data.tokenized import TokenizedData
-from mebp_triton.store.reader import Store
-from mebp_triton.system import atomic
-from mebp_triton.system.machine import resolve_device
-from mebp_triton.training.evaluation import evaluate
+from mebp_triton.cli.flags import add_quantization, add_validation
+from mebp_triton.kernels.names import FLOAT_NAMES
+
+if TYPE_CHECKING:
+    from mebp_triton.data.tokenized import TokenizedData
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", metavar="STORE", help="a store made by mebp quantize")
+    parser.add_argument("output", metavar="OUT", help="the directory to make")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="adapter in PEFT's format (default: none, the store's decoded weights)"
+    )
+    parser.add_argument("--dtype", choices=FLOAT_NAMES, help="dtype of the model directory (default: the config's)")
+    parser.add_argument(
+        "--as-store",
+        action="store_true",
+        help="make a store: matrices that the adapter changes are quantized again; the next two imply this",
+    )
+    add_quantization(parser)
+    add_validation(parser, required=False, use="show what merging costs: the loss on this text before and after")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from mebp_triton.cli.inference import load_validation
+    from mebp_triton.convert.merge import merge, merge_to_store
+    from mebp_triton.store.reader import Store
+    from mebp_triton.system import atomic
+
     as_store = arguments.as_store or arguments.scheme is not None or arguments.group_size is not None
     if as_store and arguments.dtype is not None:
-        raise ValueError("--dtype is of a model directory; --as-store, --scheme and --group-size make a store: choose")
-    if arguments.max_eval_windows is not None and arguments.max_eval_windows < 1:
-        raise ValueError(f"--max-eval-windows must be at least 1, got {arguments.max_eval_windows}")
+        raise ValueError(
+            "--dtype makes a model directory, and --as-store, --scheme and --group-size make a store: choose one"
+        )
     store, output = Path(arguments.store), Path(arguments.output)
-    Store(store)
+    Store(store)  # refuses what is no store before the text is read
     atomic.check_absent(output)
-    data = _validation(store, arguments)
+    data = load_validation(store, arguments) if arguments.validation_file is not None else None
     windows = arguments.max_eval_windows
     value: dict[str, Any] = {"output": arguments.output, "adapter": arguments.adapter}
-    before = None
-    if data is not None:
-        before = _loss(store, arguments.adapter, data, windows, "evaluating the store")
+    before = _loss(store, arguments.adapter, data, windows, "evaluating the store") if data is not None else None
     with progress_bar("merging") as update:
         if as_store:
             options = arguments.scheme, arguments.group_size, arguments.scale_search
@@ -56,27 +66,23 @@ def run(arguments: argparse.Namespace) -> None:
     answer(arguments, value, two_columns(arguments.output, readable(value)))
 
 
-def _validation(store: Path, arguments: argparse.Namespace) -> TokenizedData | None:
-    if arguments.validation_file is None:
-        return None
-    check_source(arguments.validation_file, "validation-file")
-    check_length(store, arguments.max_length)
-    masking = Masking(arguments.completion_only_loss, arguments.assistant_only_loss)
-    options: dict[str, Any] = {"name": "validation-file", "masking": masking}
-    return load_data(arguments.validation_file, load_tokenizer(store), arguments.max_length, **options)
+def _loss(store: Path, adapter: str | None, data: TokenizedData, windows: int | None, description: str) -> float:
+    from mebp_triton.cli.inference import evaluate_with_progress, load_for_inference
 
-
-def _loss(store: Path, adapter: str | None, data: TokenizedData, windows: int | None, what: str) -> float:
-    settings = argparse.Namespace(adapter=adapter, device=None, dtype=None, backend="auto")
-    model = load_for_inference(store, settings)
-    with progress_bar(what) as update:
-        return evaluate(model, data, windows, update).loss
+    return evaluate_with_progress(load_for_inference(store, adapter), data, windows, description).loss
 
 
 def _plain_loss(directory: Path, dtype: str, data: TokenizedData, windows: int | None) -> float:
-    """By transformers alone, in the dtype that was written; the whole model is in memory."""
+    """The loss by transformers alone, in the dtype that was written. The whole model is in memory."""
+    import torch
+    import transformers
+
+    from mebp_triton.kernels.tables import DTYPES
+    from mebp_triton.system.machine import resolve_device
+    from mebp_triton.training.evaluation import evaluate, plain_score
+
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False
     )
     device: Any = torch.device(resolve_device(None))
-    return evaluate_plain(model.to(device), data, windows)[0]
+    return evaluate(model.to(device), data, windows, score=plain_score).loss

@@ -5,41 +5,42 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 from pathlib import Path
-from typing import Any
-
-from rich import box
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from mebp_triton.cli.console import answer
-from mebp_triton.cli.inference import check_length, load_tokenizer, model_config
-from mebp_triton.store.manifest import MANIFEST
-from mebp_triton.store.reader import Store
-from mebp_triton.system import atomic
-from mebp_triton.system.units import MIB, parse_size
-from mebp_triton.training.plan.inventory import Inventory
-from mebp_triton.training.plan.phases import COMPONENTS, Moment
-from mebp_triton.training.plan.planner import Plan, Planner
-from mebp_triton.training.settings import TrainConfig
-from mebp_triton.training.settings_file import read_config_file
+from mebp_triton.cli.flags import add_plot, add_quantization, add_settings, plot_path
+from mebp_triton.system.units import MIB
+from mebp_triton.training.settings import CHOSEN, TrainConfig
 
-CHOSEN: tuple[str, ...] = ("weights", "checkpoints", "optimizer_state", "recompute_granularity", "mlp_chunk_tokens")
-CHOSEN += ("return_freed_memory",)
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mebp_triton.training.plan.phases import Moment
+    from mebp_triton.training.plan.planner import Plan
 
 
-def settings_of(arguments: argparse.Namespace) -> TrainConfig:
-    """From flags and ``--config``, not resolved: what was not set is None."""
-    settings = read_config_file(arguments.config) if arguments.config else {}
-    known = {item.name for item in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**(settings | {name: value for name, value in vars(arguments).items() if name in known}))
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a store, a model directory or a config.json")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of train's settings; flags win")
+    add_plot(parser, "the memory at each moment of a step")
+    add_settings(parser, TrainConfig)
+    add_quantization(parser)
 
 
-def planner_of(given: Path, config: Any, scheme: str | None, group_size: int | None) -> Planner:
-    """For a store, or for the store that would be made of a model directory or a ``config.json``."""
-    if (given / MANIFEST).exists():
-        return Planner(Inventory.of_store(Store(given)), config)
-    return Planner(Inventory.of_config(config, scheme, group_size), config)
+def run(arguments: argparse.Namespace) -> None:
+    from mebp_triton.cli.inference import check_length, load_tokenizer, model_config
+    from mebp_triton.cli.planning import planner_of, settings_of
+
+    settings, given, plot = settings_of(arguments), Path(arguments.model), plot_path(arguments)
+    config = model_config(given)
+    check_length(given, settings.max_length)
+    with contextlib.suppress(ValueError):
+        load_tokenizer(given)  # so that the memory it leaves in use in a training process is in use here as well
+    plan = planner_of(given, config, arguments.scheme, arguments.group_size).resolve(settings)
+    if plot is not None:
+        draw(plan, plot)
+    answer(arguments, as_json(plan), table(plan))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -65,19 +66,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def describe(plan: Plan) -> str:
-    """One line: what was chosen."""
-    settings = plan.settings
-    parts = [f"{name.replace('_', ' ')} {getattr(settings, name)}" for name in CHOSEN[:4]]
-    if settings.mlp_chunk_tokens:
-        parts.append(f"MLPs by {settings.mlp_chunk_tokens} tokens")
-    if settings.return_freed_memory:
-        parts.append("freed memory returned")
-    return f"planned peak {plan.peak / MIB:.0f} MiB: {', '.join(parts)}"
-
-
 def table(plan: Plan) -> Table:
     """Components down, the moments of a step across, in MiB."""
+    from rich import box
+    from rich.table import Table
+
+    from mebp_triton.cli.planning import describe
+    from mebp_triton.training.plan.phases import COMPONENTS
+
     top = plan.device_peak or plan.host_peak
     where = "on the device" if plan.device else "resident"
     title = f"{describe(plan)}\nMiB {where}; the highest is the {top.name}"
@@ -104,6 +100,11 @@ def draw(plan: Plan, path: Path) -> None:
     """A stacked bar for every moment of a step, as PNG."""
     from matplotlib.figure import Figure
 
+    from mebp_triton.cli.planning import describe
+    from mebp_triton.system import atomic
+    from mebp_triton.system.units import parse_size
+    from mebp_triton.training.plan.phases import COMPONENTS
+
     moments = plan.device or plan.host
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -124,20 +125,3 @@ def draw(plan: Plan, path: Path) -> None:
     axes.legend(fontsize=8)
     with atomic.atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    settings, given = settings_of(arguments), Path(arguments.model)
-    path = Path(arguments.plot) if arguments.plot else None
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError(f"--plot {path} names no file in an existing directory")
-    if path is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs the package matplotlib, which is not installed")
-    config = model_config(given)
-    check_length(given, settings.max_length)
-    with contextlib.suppress(ValueError):
-        load_tokenizer(given)  # so that what it leaves behind in a training process is here as well
-    plan = planner_of(given, config, arguments.scheme, arguments.group_size).resolve(settings)
-    if path is not None:
-        draw(plan, path)
-    answer(arguments, as_json(plan), table(plan))

@@ -1,28 +1,28 @@
-"""``mebp quantize``: a model becomes a store."""
+"""``mebp quantize``: makes a store from a model."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 from pathlib import Path
-
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from mebp_triton.cli.console import answer, progress_bar
-from mebp_triton.convert.quantize import QuantizeReport, quantize
+from mebp_triton.cli.flags import add_quantization
 from mebp_triton.system.units import MIB
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-def quantize_with_progress(source: str, store: Path, arguments: argparse.Namespace) -> QuantizeReport:
-    with progress_bar("quantizing") as update:
-        return quantize(
-            source,
-            store,
-            scheme=arguments.scheme,
-            group_size=arguments.group_size,
-            scale_search=arguments.scale_search,
-            progress=update,
-        )
+    from mebp_triton.convert.quantize import QuantizeReport
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SRC", help="model directory (safetensors; 4-bit bitsandbytes too) or .gguf file"
+    )
+    parser.add_argument("store", metavar="OUT", help="the store directory to make")
+    add_quantization(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,7 +37,29 @@ def run(arguments: argparse.Namespace) -> None:
         "relative_error_worst": max(report.errors.values()),
         "relative_error": report.errors,
     }
-    table = Table(title=f"{arguments.store}: {report.int4_bytes / MIB:.1f} MiB int4", title_justify="left")
+    answer(arguments, value, _table(arguments.store, report))
+
+
+def quantize_with_progress(source: str, store: Path, arguments: argparse.Namespace) -> QuantizeReport:
+    """Makes ``store`` from ``source`` as the quantization flags say, under a progress bar."""
+    from mebp_triton.convert.quantize import quantize
+
+    with progress_bar("quantizing") as update:
+        return quantize(
+            source,
+            store,
+            scheme=arguments.scheme,
+            group_size=arguments.group_size,
+            scale_search=arguments.scale_search,
+            progress=update,
+        )
+
+
+def _table(store: str, report: QuantizeReport) -> Table:
+    """A row per kind of layer, such as q_proj."""
+    from rich.table import Table
+
+    table = Table(title=f"{store}: {report.int4_bytes / MIB:.1f} MiB int4", title_justify="left")
     for heading in ("layer", "matrices", "scheme", "relative error, median", "worst"):
         table.add_column(heading)
     kinds: dict[str, list[str]] = {}
@@ -46,6 +68,5 @@ def run(arguments: argparse.Namespace) -> None:
     for kind, names in kinds.items():
         errors = [report.errors[name] for name in names]
         schemes = ", ".join(sorted({report.schemes[name] for name in names}))
-        median = statistics.median(errors)
-        table.add_row(kind, str(len(names)), schemes, f"{median:.4f}", f"{max(errors):.4f}")
-    answer(arguments, value, table)
+        table.add_row(kind, str(len(names)), schemes, f"{statistics.median(errors):.4f}", f"{max(errors):.4f}")
+    return table

@@ -5,38 +5,67 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.table import Table
+from mebp_triton.cli.console import answer, progress_bar, say
+from mebp_triton.cli.flags import add_plot, at_least_one, plot_path
+from mebp_triton.kernels.names import FLOAT_NAMES, GROUP_SIZES, SCHEMES
 
-from mebp_triton.cli.console import answer, console, progress_bar
-from mebp_triton.cli.inference import DTYPES, model_config
-from mebp_triton.kernels.tables import M_BUCKETS, architecture_of, bucket, load_tables, user_table_path
-from mebp_triton.models import discover
-from mebp_triton.models.skeleton import build_skeleton, int4_sites
-from mebp_triton.store.reader import Store
-from mebp_triton.system import atomic, strict_json
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    shapes = parser.add_mutually_exclusive_group()
+    shapes.add_argument("--store", metavar="DIR", help="tune for the layers of this store, its scheme and group size")
+    shapes.add_argument(
+        "--model", metavar="DIR_OR_CONFIG", help="tune for the layers of this model directory or config.json"
+    )
+    shapes.add_argument("--shapes", metavar="NxK,...", help="tune for weights of these sizes (out x in features)")
+    parser.add_argument("--m", metavar="M,...", help="numbers of tokens (default: one for every bucket of the tables)")
+    parser.add_argument(
+        "--dtype", choices=FLOAT_NAMES, help="dtype of activations (default: bfloat16; float16 before sm_80)"
+    )
+    parser.add_argument(
+        "--scheme", choices=SCHEMES, help="how 4-bit codes become weights (default: the store's, or symmetric)"
+    )
+    parser.add_argument(
+        "--group-size", type=int, choices=GROUP_SIZES, help="weights per scale (default: the store's, or 64)"
+    )
+    parser.add_argument("--target", metavar="SM", help="architecture, such as sm_87 (default: this device's)")
+    parser.add_argument("--offline", action="store_true", help="compile and rank for --target; measure nothing")
+    parser.add_argument(
+        "--limit",
+        type=at_least_one,
+        metavar="N",
+        help="candidates to measure (default: 8), or with --offline to keep (default: all)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="the table to write (default: the user's own)")
+    parser.add_argument("--report", action="store_true", help="show what was found before; tune nothing")
+    add_plot(parser, "achieved bandwidth and rate")
+    parser.add_argument("--force", action="store_true", help="tune again what was found before")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from mebp_triton.autotune import report
     from mebp_triton.autotune.results import Results
+    from mebp_triton.kernels.tables import bucket, load_tables, user_table_path
+    from mebp_triton.system import atomic, strict_json
 
-    architecture = _tuned_architecture(arguments)
+    architecture = _architecture(arguments)
     path = Path(arguments.output) if arguments.output else user_table_path(architecture)
     if path.is_dir():
         raise ValueError(f"{path} is a directory: --output names the table's file")
     results = Results(path, architecture, strict_json.write_json)
     if not arguments.report:
         results.check()
-    if arguments.plot and (Path(arguments.plot).is_dir() or not Path(arguments.plot).absolute().parent.is_dir()):
-        raise ValueError(f"--plot {arguments.plot} names no file in an existing directory")
-    problems = _tuned_problems(arguments, architecture)
+    plot = plot_path(arguments)
+    problems = _problems(arguments, architecture)
     tuned = [] if arguments.report else _tune(arguments, problems, results)
     log, table = results.log(), results.table()
-    if arguments.report and not arguments.output:
-        # As a launch finds them: the shipped ones, and over them the user's own.
+    # A report without --output shows what a launch would find: the shipped table, and over it the user's own.
+    reports_all = arguments.report and not arguments.output
+    if reports_all:
         table = load_tables(architecture)
     if problems:
         wanted = {bucket(problem) for problem in problems}
@@ -45,8 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"nothing was tuned for {architecture} yet, {path} has no such entry: run `mebp tune` first")
     rows = report.rows(table, log, report.nominal_ceilings(architecture))
     ceilings = report.ceilings_of(rows, log, report.nominal_ceilings(architecture))
-    if arguments.plot:
-        with atomic.atomic_path(Path(arguments.plot)) as temporary:
+    if plot is not None:
+        with atomic.atomic_path(plot) as temporary:
             report.draw(rows, ceilings, f"int4 kernels on {architecture}", temporary)
     value = {
         "architecture": architecture,
@@ -55,20 +84,24 @@ def run(arguments: argparse.Namespace) -> None:
         "ceilings": {name: dataclasses.asdict(ceiling) for name, ceiling in ceilings.items()},
         "rows": [row.to_json() for row in rows],
     }
-    shipped = arguments.report and not arguments.output
-    answer(arguments, value, _tune_table(f"kernels on {architecture}" if shipped else str(path), rows))
+    answer(arguments, value, _table(f"kernels on {architecture}" if reports_all else str(path), rows))
 
 
-def _tuned_architecture(arguments: argparse.Namespace) -> str:
-    """That of --target, or of this machine's device. ValueError for one that cannot be tuned for here."""
+def _architecture(arguments: argparse.Namespace) -> str:
+    """The architecture of --target, or of this machine's device.
+
+    Raises:
+        ValueError: there is none, or it cannot be tuned for here.
+    """
+    import torch
+
     from mebp_triton.autotune.compile import SHARED_LIMITS
+    from mebp_triton.kernels.tables import architecture_of
 
     here = architecture_of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else ""
     targets = [f"sm_{target}" for target in SHARED_LIMITS]
     if arguments.target is not None and arguments.target not in (*targets, here):
         raise ValueError(f"--target must be one of {', '.join(targets)}, got {arguments.target!r}")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
     if arguments.report and (arguments.offline or arguments.force):
         raise ValueError("--report tunes nothing: leave out --offline and --force")
     if (arguments.offline or arguments.report) and (arguments.target or here):
@@ -82,10 +115,13 @@ def _tuned_architecture(arguments: argparse.Namespace) -> str:
     return here
 
 
-def _tuned_problems(arguments: argparse.Namespace, architecture: str) -> list[Any]:
-    """One for every bucket of the layers asked for; none only with --report."""
+def _problems(arguments: argparse.Namespace, architecture: str) -> list[Any]:
+    """A problem for every bucket of the layers asked for. Only with --report may there be none: it shows all then."""
     from mebp_triton.autotune import shapes
     from mebp_triton.autotune.tune import target_of
+    from mebp_triton.cli.inference import model_config
+    from mebp_triton.kernels.tables import DTYPES, M_BUCKETS
+    from mebp_triton.store.reader import Store
 
     dtype = DTYPES[arguments.dtype or ("bfloat16" if target_of(architecture) >= 80 else "float16")]
     tokens = shapes.parse_tokens(arguments.m) if arguments.m else M_BUCKETS
@@ -97,8 +133,8 @@ def _tuned_problems(arguments: argparse.Namespace, architecture: str) -> list[An
     elif arguments.store:
         store = Store(Path(arguments.store))
         pairs = shapes.with_groups(_shared_inputs(model_config(store.directory)))
-        found = {(info.scheme, info.group_size) for info in store.matrices.values()}
-        kinds = sorted({(arguments.scheme or scheme, arguments.group_size or size) for scheme, size in found})
+        formats = {(info.scheme, info.group_size) for info in store.matrices.values()}
+        kinds = sorted({(arguments.scheme or scheme, arguments.group_size or size) for scheme, size in formats})
     elif arguments.report:
         return []
     else:
@@ -107,17 +143,25 @@ def _tuned_problems(arguments: argparse.Namespace, architecture: str) -> list[An
 
 
 def _shared_inputs(config: Any) -> list[list[tuple[int, int]]]:
-    """(N, K) of the decoder's linear layers, those that read the same input together."""
+    """(N, K) of the decoder's linear layers. Layers that read the same input are in one list, since they run as one."""
+    import torch
+
+    from mebp_triton.models import discover
+    from mebp_triton.models.skeleton import build_skeleton, int4_sites
+
     try:
         groups = discover.shared_inputs(config)
     except ValueError as error:
-        console.print(f"{error}; each layer is tuned alone", highlight=False, soft_wrap=True)
+        say(f"{error}; each layer is tuned alone")
         model = build_skeleton(config, torch.float32, "eager")
         groups = [[site] for site in int4_sites(model)[0] if site.role == "linear"]
     return [[(site.out_features, site.in_features) for site in group] for group in groups]
 
 
 def _tune(arguments: argparse.Namespace, problems: list[Any], results: Any) -> list[Any]:
+    """Measures or ranks the candidates of each problem, and keeps what wins in ``results``."""
+    import torch
+
     from mebp_triton.autotune import tune
 
     with progress_bar("ranking" if arguments.offline else "measuring") as update:
@@ -133,9 +177,11 @@ def _tune(arguments: argparse.Namespace, problems: list[Any], results: Any) -> l
         return tune.tune(problems, machine, results, rank, arguments.limit or tune.LIMIT, arguments.force, update)
 
 
-def _tune_table(title: str, rows: list[Any]) -> Table:
+def _table(title: str, rows: list[Any]) -> Table:
+    from rich.table import Table
+
     predicted = any(row.provenance == "static" for row in rows)
-    title += "\n* predicted, and held against the data sheet: nothing was measured" if predicted else ""
+    title += "\n* predicted, and compared with the data sheet: nothing was measured" if predicted else ""
     table = Table(title=title, title_justify="left")
     for heading in ("kernel", "M", "N x K", "route", "us", "GB/s (of copy)", "TFLOP/s (of matmul)", "next best"):
         table.add_column(heading, overflow="fold")

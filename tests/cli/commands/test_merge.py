@@ -88,7 +88,7 @@ def test_without_a_text_nothing_is_evaluated(world, mebp, tmp_path):
         (["--dtype=float16", "--scheme=affine"], "choose"),
         (["--adapter=nowhere"], "nowhere is no adapter"),
         (["--validation-file=nowhere.txt"], "validation-file nowhere.txt: no such file"),
-        (["--max-eval-windows=0"], "--max-eval-windows must be at least 1"),
+        (["--max-eval-windows=0"], "--max-eval-windows: must be a whole number of at least 1, got 0"),
         (["--dtype=int4"], "invalid choice"),
     ],
 )

@@ -1,0 +1,117 @@
+"""Flags that several commands share. Nothing here imports torch: a mistyped flag must be answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from mebp_triton.kernels.names import BACKENDS, FLOAT_NAMES, GROUP_SIZES, SCHEMES
+
+
+def at_least_one(text: str) -> int:
+    """A type for ``add_argument``: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return value
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Adds one flag per field of the dataclass ``settings``. A flag that is not given stays out of the namespace."""
+    kinds = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        flag, kind = "--" + field.name.replace("_", "-"), kinds[field.name]
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": field.metadata["help"]}
+        if field.default not in (None, ""):
+            shown = {False: "off", True: "on"}[field.default] if isinstance(field.default, bool) else field.default
+            options["help"] += f" (default: {shown})"
+        parts = get_args(kind) if get_origin(kind) not in (None, Literal) else (kind,)
+        kind = next(part for part in parts if part is not type(None))
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif get_origin(kind) is Literal:
+            parser.add_argument(flag, choices=get_args(kind), **options)
+        else:
+            parser.add_argument(flag, type=kind, metavar=field.name.split("_")[-1].upper(), **options)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how a float matrix becomes int4."""
+    parser.add_argument(
+        "--scheme", choices=SCHEMES, help="how 4-bit codes become weights (default: the source's, or symmetric)"
+    )
+    parser.add_argument(
+        "--group-size", type=int, choices=GROUP_SIZES, help="weights per scale (default: the source's, or 64)"
+    )
+    parser.add_argument(
+        "--scale-search",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="search each scale for the least squared error (default: on)",
+    )
+
+
+def add_inference(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that ``inference.load_for_inference`` reads."""
+    parser.add_argument("--adapter", metavar="DIR", help="adapter in PEFT's format")
+    add_device(parser)
+    parser.add_argument(
+        "--dtype", choices=FLOAT_NAMES, help="dtype of activations (default: bfloat16 on a GPU, float32 on a CPU)"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser, use: str = "") -> None:
+    """Adds ``--device`` and ``--backend``; ``use`` opens their help."""
+    parser.add_argument(
+        "--device", metavar="DEVICE", help=f"{use}cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help=f"{use}kernels (default: auto)")
+
+
+def add_validation(parser: argparse.ArgumentParser, required: bool, use: str) -> None:
+    """Adds the flags that ``inference.load_validation`` reads; ``use`` is the help of ``--validation-file``."""
+    parser.add_argument("--validation-file", required=required, metavar="FILE", help=use)
+    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    parser.add_argument(
+        "--completion-only-loss",
+        action=argparse.BooleanOptionalAction,
+        help="mask prompts, as in train (default: where rows have prompt and completion)",
+    )
+    parser.add_argument(
+        "--assistant-only-loss",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="mask all chat messages but the assistant's, as in train (default: off)",
+    )
+    parser.add_argument(
+        "--max-eval-windows",
+        type=at_least_one,
+        metavar="N",
+        help="evaluate on this many evenly spaced windows (default: all)",
+    )
+
+
+def add_plot(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--plot", metavar="FILE", help=f"draw {what} as a PNG")
+
+
+def plot_path(arguments: argparse.Namespace) -> Path | None:
+    """The file that ``--plot`` names.
+
+    Raises:
+        ValueError: its directory does not exist, or matplotlib is not installed.
+    """
+    if not arguments.plot:
+        return None
+    path = Path(arguments.plot)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot {path} names no file in an existing directory")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs the package matplotlib: pip install 'mebp-triton[plots]'")
+    return path

@@ -1,0 +1,41 @@
+"""What ``mebp plan`` and ``mebp train`` share: settings from arguments, a planner for a model, a plan in one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mebp_triton.store.manifest import MANIFEST
+from mebp_triton.store.reader import Store
+from mebp_triton.system.units import MIB
+from mebp_triton.training.plan.inventory import Inventory
+from mebp_triton.training.plan.planner import Plan, Planner
+from mebp_triton.training.settings import CHOSEN, TrainConfig
+from mebp_triton.training.settings_file import read_config_file
+
+
+def settings_of(arguments: argparse.Namespace) -> TrainConfig:
+    """From flags and ``--config``, not resolved: what was not set is None."""
+    settings = read_config_file(arguments.config) if arguments.config else {}
+    known = {item.name for item in dataclasses.fields(TrainConfig)}
+    return TrainConfig(**(settings | {name: value for name, value in vars(arguments).items() if name in known}))
+
+
+def planner_of(given: Path, config: Any, scheme: str | None, group_size: int | None) -> Planner:
+    """For a store, or for the store that would be made of a model directory or a ``config.json``."""
+    if (given / MANIFEST).exists():
+        return Planner(Inventory.of_store(Store(given)), config)
+    return Planner(Inventory.of_config(config, scheme, group_size), config)
+
+
+def describe(plan: Plan) -> str:
+    """One line: what was chosen."""
+    settings = plan.settings
+    parts = [f"{name.replace('_', ' ')} {getattr(settings, name)}" for name in CHOSEN[:4]]
+    if settings.mlp_chunk_tokens:
+        parts.append(f"MLPs by {settings.mlp_chunk_tokens} tokens")
+    if settings.return_freed_memory:
+        parts.append("freed memory returned")
+    return f"planned peak {plan.peak / MIB:.0f} MiB: {', '.join(parts)}"

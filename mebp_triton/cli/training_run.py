@@ -1,0 +1,254 @@
+"""A training run from the command's arguments to ``run.json``: texts, plan, store, model, steps."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mebp_triton.cli.commands.quantize import quantize_with_progress
+from mebp_triton.cli.console import progress_bar, say
+from mebp_triton.cli.inference import check_length, load_tokenizer, model_config
+from mebp_triton.cli.planning import describe, planner_of, settings_of
+from mebp_triton.convert.readers import open_source
+from mebp_triton.data.loading import load_data
+from mebp_triton.data.packing import pack
+from mebp_triton.data.sources import check_source
+from mebp_triton.data.tokenized import TokenizedData
+from mebp_triton.kernels.routing import resolve_backend
+from mebp_triton.models.load import load
+from mebp_triton.store.manifest import MANIFEST
+from mebp_triton.store.reader import Store
+from mebp_triton.system import atomic, strict_json
+from mebp_triton.system.errors import CannotTrace, Interrupted
+from mebp_triton.system.memory import peak_resident_bytes, return_free_memory, return_large_freed_memory
+from mebp_triton.system.signals import noting
+from mebp_triton.system.units import MIB, parse_size
+from mebp_triton.training.finetune import finetune
+from mebp_triton.training.plan.planner import Plan
+from mebp_triton.training.processes import Processes
+from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory
+from mebp_triton.training.run_settings import RunSettings, resolve
+from mebp_triton.training.settings import TrainConfig
+from mebp_triton.training.trainer import StepResult, Trainer
+
+
+def train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, dict[str, Any] | Interrupted]:
+    """Trains; returns the run directory, and what ``run.json`` says of the run, or the signal that ended it."""
+    asked = _asked(arguments)
+    asked = dataclasses.replace(asked, device=processes.device(asked.device))
+    # A device or a backend that is not here shows before anything is read.
+    device = torch.device(resolve(asked).device)
+    resolve_backend(asked.backend, device)
+    if processes.size > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)
+    checkpoint = Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
+    if arguments.resume and checkpoint is not None:
+        raise ValueError("--resume and --resume-from-checkpoint are two ways to say the same: give one")
+    # A checkpoint of another run goes on in a new directory; that of this run, in its own.
+    inside = checkpoint is not None and checkpoint.resolve().is_relative_to(Path(asked.output_dir).resolve())
+    goes_on = arguments.resume or inside
+    begun = Path(asked.output_dir).is_dir() or (_store_beside(asked) / MANIFEST).exists()
+    run = (RunDirectory if processes.is_first else OthersRunDirectory)(asked.output_dir, goes_on)
+    with run.writing():
+        if processes.is_first and not goes_on:
+            atomic.check_absent(run.directory)  # again: another process may have been quicker
+        if arguments.resume:
+            checkpoint = run.checkpoint
+        if goes_on:
+            processes.first(lambda: atomic.finish_replacing(run.checkpoint))
+        elif checkpoint is not None:
+            checkpoint = atomic.locate_directory(checkpoint)
+        if checkpoint is not None and not (checkpoint / "state.json").exists():
+            if not (arguments.resume and begun and run.is_before_checkpoint()):
+                raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
+            note = f"{run.directory} has no checkpoint yet: starting from the beginning"
+            say(note)
+            checkpoint = None
+        return run.directory, _train_in(run, checkpoint, asked, arguments, processes)
+
+
+def _train_in(
+    run: RunDirectory,
+    checkpoint: Path | None,
+    asked: TrainConfig,
+    arguments: argparse.Namespace,
+    processes: Processes,
+) -> dict[str, Any] | Interrupted:
+    if checkpoint is not None and asked.mlp_chunk_tokens is None:
+        asked = dataclasses.replace(asked, mlp_chunk_tokens=_chunks_begun_with(checkpoint))
+    check_source(asked.train_file)
+    if asked.validation_file:
+        check_source(asked.validation_file, "validation-file")
+    given = Path(arguments.store)
+    is_store = _is_store(given, arguments)
+    # Where the tokenizer lies there already, the texts are read first: what is wrong with them shows at once.
+    texts = _load_texts(given, asked) if given.is_dir() else None
+    # A model directory is planned for before it is quantized, so that a budget too small shows at once.
+    plan = _plan(given, arguments, asked) if given.is_dir() else None
+    goes_on = arguments.resume or checkpoint is not None or not processes.is_first  # which has just made the store
+    store = given if is_store else processes.first(lambda: _quantized(given, arguments, asked, goes_on))
+    data, validation = texts or _load_texts(store, asked)
+    if not given.is_dir():
+        plan = _plan(store, arguments, asked)
+    settings = resolve(asked) if plan is None else plan.settings
+    if plan is not None and asked.memory_budget is not None:
+        say(describe(plan))
+    # A choice depends on the memory that is free here, so the first process makes it for all.
+    shared = processes.share(dataclasses.asdict(settings)) | {"device": settings.device}
+    settings = RunSettings(**shared)
+    _prepare_process(settings, plan)
+    model = load(
+        store,
+        settings.lora(),
+        weights=settings.weights,
+        checkpoints=settings.checkpoints,
+        device=settings.device,
+        dtype=settings.dtype,
+        backend=settings.backend,
+        seed=settings.seed,
+        scratch_directory=run.directory,
+        recompute_granularity=settings.recompute_granularity,
+        mlp_chunk_tokens=settings.mlp_chunk_tokens,
+    )
+    trainer = Trainer(model, data, settings, run, processes=processes)
+    if checkpoint is None:
+        run.cut_metrics(0)
+    else:
+        trainer.resume(checkpoint)
+    trainer.planned_peak_bytes = None if plan is None else plan.peak
+    say(f"{settings.train_file}: {data.report.describe()}")
+    if checkpoint is not None:
+        say(f"resuming at step {trainer.step} of {trainer.total_steps}")
+        if trainer.step == trainer.total_steps and (summary := run.summary(trainer.evaluated)) is not None:
+            say("nothing is left to do")
+            return summary
+    return _train_with_progress(trainer, validation)
+
+
+def _asked(arguments: argparse.Namespace) -> TrainConfig:
+    """The settings as the user gave them. ValueError where one that every run needs is missing."""
+    asked = settings_of(arguments)
+    for name in ("train_file", "output_dir"):
+        if not getattr(asked, name):
+            raise ValueError(f"--{name.replace('_', '-')} is missing")
+    return asked
+
+
+def _chunks_begun_with(checkpoint: Path) -> int | None:
+    """The chunks that a run was begun with, by choice or by its plan: others would change the order of its sums."""
+    settings = strict_json.read_sealed(checkpoint / "state.json").get("config")
+    return settings.get("mlp_chunk_tokens") if isinstance(settings, dict) else None
+
+
+def _plan(given: Path, arguments: argparse.Namespace, asked: TrainConfig) -> Plan | None:
+    """The plan; None, with a line that says so, for a model that cannot be traced and has no budget to keep."""
+    try:
+        return planner_of(given, model_config(given), arguments.scheme, arguments.group_size).resolve(asked)
+    except CannotTrace as error:
+        if asked.memory_budget is not None:
+            raise
+        say(f"no peak is predicted: {error}")
+        return None
+
+
+def _prepare_process(settings: RunSettings, plan: Plan | None) -> None:
+    """Sets this process's allocators as the settings ask, and the limit of the device's memory."""
+    return_free_memory()  # the tokenizer and the trace have left much of it behind
+    if settings.return_freed_memory and not return_large_freed_memory():
+        say("return_freed_memory needs glibc, and this is another C library: freed memory may be kept")
+    device = torch.device(settings.device)
+    if settings.memory_budget is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        budget = parse_size("memory_budget", settings.memory_budget)
+        if plan is not None and plan.shared:
+            budget -= plan.host_peak.total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+
+
+def _is_store(given: Path, arguments: argparse.Namespace) -> bool:
+    """Whether ``given`` is a store and not a model. ValueError if it is neither, or a store that cannot be used."""
+    if not (given / MANIFEST).exists() and not (given.is_dir() and not (given / "config.json").exists()):
+        if not given.is_file():  # a GGUF file takes its time to open
+            open_source(given)
+        return False
+    Store(given)
+    if arguments.scheme or arguments.group_size:
+        raise ValueError(f"--scheme and --group-size are for models that are quantized first; {given} is a store")
+    return True
+
+
+def _load_texts(directory: Path, asked: TrainConfig) -> tuple[TokenizedData, TokenizedData | None]:
+    """The training and the validation file, tokenized by what lies in ``directory``."""
+    tokenizer = load_tokenizer(directory)
+    check_length(directory, asked.max_length)
+
+    def tokenized(path: str, name: str) -> TokenizedData:
+        return load_data(path, tokenizer, asked.max_length, name=name, masking=asked.masking(), scratch=scratch)
+
+    scratch = atomic.existing_parent(Path(asked.output_dir))
+    data = tokenized(asked.train_file, "train-file")
+    validation = tokenized(asked.validation_file, "validation-file") if asked.validation_file else None
+    return pack(data, asked.max_length) if asked.packing else data, validation
+
+
+def _store_beside(asked: TrainConfig) -> Path:
+    return Path(asked.output_dir.rstrip("/") + "-store")
+
+
+def _quantized(given: Path, arguments: argparse.Namespace, asked: TrainConfig, goes_on: bool) -> Path:
+    """A store beside the run, made from the model ``given`` now, or when the run that goes on was begun."""
+    beside = _store_beside(asked)
+    if not (beside / MANIFEST).exists():
+        outside = ", outside of the memory budget" if asked.memory_budget is not None else ""
+        note = f"{given} is not a store: quantizing it into {beside}{outside}"
+        say(note)
+        quantize_with_progress(str(given), beside, arguments)
+        return beside
+    if not goes_on:
+        raise ValueError(
+            f"{beside} is there from an earlier run: --resume takes it, or give it as the model, or remove it"
+        )
+    found, wanted = Store(beside), open_source(given).description
+    matrices = found.matrices.values()
+    other = found.source != wanted
+    other |= arguments.scheme not in (None, *{info.scheme for info in matrices})
+    other |= arguments.group_size not in (None, *{info.group_size for info in matrices})
+    if other:
+        raise ValueError(f"{beside} is a store of {found.source} made with other options: remove it, or train in it")
+    say(f"{given} was quantized before: using {beside}")
+    return beside
+
+
+def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any] | Interrupted:
+    recent: deque[float] = deque(maxlen=10)
+    with progress_bar("training") as update, noting(announce=trainer.processes.is_first) as noted:
+
+        def on_step(result: StepResult) -> None:
+            if result.loss is not None:
+                recent.append(result.loss)
+            if result.not_finite is not None:
+                say(f"skipped: {result.not_finite}")
+            mean = statistics.fmean(recent) if recent else math.nan
+            note = (
+                f"loss {mean:.3f}  {result.tokens / max(result.seconds, 1e-9):.0f} tok/s  "
+                f"peak {peak_resident_bytes() / MIB:.0f} MiB"
+            )
+            update(result.step + 1, trainer.total_steps, note)
+
+        def on_evaluation(done: int, total: int) -> None:
+            if number := noted():
+                raise Interrupted(number)  # no step is lost
+            update(done, total, task="evaluating " + ("after" if recent else "before"))
+
+        summary = finetune(trainer, validation, on_step, on_evaluation, noted)
+    if summary is not None:
+        return summary
+    after = f"interrupted after step {trainer.step} of {trainer.total_steps}"
+    return Interrupted(trainer.stopped, f"{after}; --resume goes on from there")
