@@ -81,7 +81,7 @@ def test_the_installed_wheel_works_from_anywhere(wheel, tmp_path):
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         "import mebp_triton, mebp_triton.kernels.layout, mebp_triton.autotune\n"
         "print(mebp_triton.__file__, mebp_triton.kernels.layout.__file__, mebp_triton.autotune.__file__)\n"
-        "import mebp_triton.cli.commands.train\n"
+        "import mebp_triton.cli.training_run\n"
         "from mebp_triton.cli.main import main\n"
         "main(['--version'])\n"
     )

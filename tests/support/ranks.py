@@ -24,7 +24,7 @@ from models import batch, randomize_adapter
 from runs import trainer, word_tokenizer
 
 import mebp_triton as mebp
-import mebp_triton.cli.commands.train
+import mebp_triton.cli.training_run
 from mebp_triton.cli import main
 from mebp_triton.data.loading import load_data
 from mebp_triton.models.adapter import adapter_layers, adapter_tensors
@@ -149,7 +149,7 @@ def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step:
         return one_step(self, micro_batches)
 
     Trainer._one_step = broken  # type: ignore[method-assign]
-    mebp_triton.cli.commands.train._plan = lambda *_: None
+    mebp_triton.cli.training_run._plan = lambda *_: None
     sys.exit(main.main(arguments))
 
 

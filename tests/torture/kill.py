@@ -46,10 +46,8 @@ import transformers
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 from make_store import make_tokenizer
 
-import mebp_triton.cli.commands.merge
-import mebp_triton.cli.commands.quantize
-import mebp_triton.cli.commands.train
-import mebp_triton.cli.commands.tune  # noqa: F401 - imported before the forks
+import mebp_triton.cli.training_run
+import mebp_triton.convert.merge  # noqa: F401 - imported before the forks
 from mebp_triton.autotune import tune
 from mebp_triton.autotune.log import Trial
 from mebp_triton.cli import main as main_module
