@@ -1,1 +1,1 @@
-"""Files that survive a crash, mapped memory, and what this machine has: no model is known here."""
+"""Files that survive a crash, mapped memory, and what this machine has. Nothing here knows a model."""

@@ -1,4 +1,4 @@
-"""Every error of the package that has a name. Anything else that is wrong with an input is a plain ``ValueError``."""
+"""Every named error of the package. Any other mistake in an input is a plain ``ValueError``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NotFinite(RunError):
 
 
 class LostProcess(RunError):
-    """Another process of the run ended without a word, or does not answer."""
+    """Another process of the run has ended without a message, or does not answer."""
 
 
 class FailedProcess(RunError):

@@ -114,7 +114,9 @@ def reporting_lost_pages() -> Iterator[None]:
         if lost:
             line = f"{', '.join(lost)} was cut short while it was in use: what was saved before is whole"
         else:
-            line = "a page of a mapped file cannot be read: the disk failed, or a file was cut short while it was in use"
+            line = (
+                "a page of a mapped file cannot be read: the disk failed, or a file was cut short while it was in use"
+            )
         os.write(2, f"mebp: error: {line}\n".encode(errors="surrogateescape"))
         os._exit(LOST_PAGE_EXIT_CODE)
 

@@ -103,21 +103,21 @@ def scratch_speed(directory: Path) -> Speed:
     return Speed(read.read, rate, read.from_cache)
 
 
-def read_speed(path: Path, limit: int = 64 << 20) -> Speed:
+def read_speed(path: Path, limit: int = 64 << 20, root: Path = ROOT) -> Speed:
     """Reads up to ``limit`` bytes of a file for up to a second, its pages dropped before. OSError if it cannot."""
     buffer, done = bytearray(1 << 20), 0
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        before, start = _fetched(), time.perf_counter()
+        before, start = _fetched(root), time.perf_counter()
         while done < limit and time.perf_counter() - start < SECONDS and (count := file.readinto(buffer)):
             done += count
-        seconds, after = time.perf_counter() - start, _fetched()
+        seconds, after = time.perf_counter() - start, _fetched(root)
     from_cache = None if before is None or after is None else after - before < done // 2
     return Speed(done / max(seconds, 1e-9), None, from_cache)
 
 
-def _fetched(root: Path = ROOT) -> int | None:
+def _fetched(root: Path) -> int | None:
     """Bytes that this process had fetched from storage so far."""
     for line in read_text(root / "proc/self/io").splitlines():
         if line.startswith("read_bytes: "):

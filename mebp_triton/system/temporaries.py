@@ -1,4 +1,4 @@
-"""Names of temporary files: by them, a later process recognises what a crash left behind."""
+"""Names of temporary files, from which a later process recognises what a crash left behind."""
 
 from __future__ import annotations
 
@@ -12,45 +12,58 @@ from pathlib import Path
 import psutil
 
 TEMPORARY_PREFIX = ".mebp-tmp-"
+ROOT = Path("/")
 
 
-def _origin() -> str:
-    """Names the machine, and its boot and container: 8 hexadecimal digits each.
+def temporary_prefix(root: Path = ROOT) -> str:
+    """Prefix of temporary names: encodes machine, boot, container and process, so that leftovers are recognised.
 
-    A process's number says nothing on another machine, after a reboot, or in another container: so they are told apart.
+    Args:
+        root: where the kernel's files (``proc/``) are read.
     """
-    boot = []
-    for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        with contextlib.suppress(OSError):
-            boot.append(os.readlink(source) if source.endswith("/pid") else Path(source).read_text())
-    return "".join(f"{zlib.crc32(text.encode()):08x}" for text in (platform.node(), " ".join(boot)))
+    return f"{TEMPORARY_PREFIX}{_origin(root)}-{os.getpid()}.{_start_of(os.getpid(), root)}-"
 
 
-def temporary_prefix() -> str:
-    """Of the names of temporaries: a later process can tell what a crash left behind."""
-    return f"{TEMPORARY_PREFIX}{_origin()}-{os.getpid()}.{_started(os.getpid())}-"
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Removes temporaries in ``directory`` whose process is no more; only those of this machine and container."""
-    mine = _origin()
+def remove_leftovers(directory: Path, root: Path = ROOT) -> None:
+    """Removes the temporaries in ``directory`` whose process has ended; only those of this machine and container."""
+    mine = _origin(root)
     for entry in directory.glob(f"{TEMPORARY_PREFIX}*"):
         origin, _, rest = entry.name[len(TEMPORARY_PREFIX) :].partition("-")
-        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+        with contextlib.suppress(OSError):  # another process removed it, or it is another user's
             if origin == mine:
-                process, _, started = rest.partition("-")[0].partition(".")
-                known = process.isdecimal()
-                left = known and not (psutil.pid_exists(int(process)) and _started(int(process)) in ("", started))
-            else:  # of an earlier boot, if it is this machine's and older than its start
-                left = origin[:8] == mine[:8] and entry.lstat().st_mtime < psutil.boot_time()
-            if left and entry.is_dir() and not entry.is_symlink():
+                process, _, start = rest.partition("-")[0].partition(".")
+                is_left = process.isdecimal() and not _is_running(int(process), start, root)
+            else:  # it is left if this machine wrote it before its last start
+                is_left = origin[:8] == mine[:8] and entry.lstat().st_mtime < psutil.boot_time()
+            if is_left and entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
-            elif left:
+            elif is_left:
                 entry.unlink()
 
 
-def _started(process: int) -> str:
-    """When a process began, in ticks since the boot: numbers are used again, and clocks are set. Empty if not known."""
+def _origin(root: Path) -> str:
+    """Identifies the machine, and its boot and container: 8 hexadecimal digits each.
+
+    A process's number means something else on another machine, after a reboot, and in another container.
+    """
+    boot = []
+    for source in ("proc/sys/kernel/random/boot_id", "proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            path = root / source
+            boot.append(os.readlink(path) if path.is_symlink() else path.read_text())
+    return "".join(f"{zlib.crc32(text.encode()):08x}" for text in (platform.node(), " ".join(boot)))
+
+
+def _is_running(process: int, start: str, root: Path) -> bool:
+    """Whether the process with this number and start still runs. Where no start can be read, its number decides."""
+    return psutil.pid_exists(process) and _start_of(process, root) in ("", start)
+
+
+def _start_of(process: int, root: Path) -> str:
+    """The time a process began, in ticks since the boot; "" if unknown.
+
+    It tells processes apart whose numbers are equal. Ticks, because clocks are set.
+    """
     with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return (root / f"proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     return ""

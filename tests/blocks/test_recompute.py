@@ -18,7 +18,6 @@ from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.layers import linear
 from mebp_triton.layers.linear import Int4LoRALinear
 from mebp_triton.store.block_inputs import DeviceBlockInputs, HostBlockInputs
-from mebp_triton.system.random_state import RandomState
 
 
 @functools.cache
@@ -285,20 +284,6 @@ def test_the_output_left_out_is_nan_and_reaches_no_gradient() -> None:
 
 
 # --- surroundings ---------------------------------------------------------------------------------------------------
-
-
-def test_random_numbers_are_drawn_again_and_the_generator_goes_on_where_it_was() -> None:
-    torch.manual_seed(3)
-    state = RandomState(torch.device("cpu"))
-    assert not state.changed()
-    first = torch.rand(4)
-    assert state.changed()
-    after = RandomState(torch.device("cpu"))
-    with state.replayed():
-        assert torch.equal(torch.rand(4), first)
-    assert not after.changed()
-    state.put_back()
-    assert torch.equal(torch.rand(4), first)
 
 
 @pytest.mark.parametrize("random", [False, True])

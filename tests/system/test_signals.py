@@ -132,8 +132,7 @@ CASES = {
     "torch": CUT + "mapped.bytes.view(torch.int64).sum()",
     "torch, in several threads": CUT + "torch.set_num_threads(4); mapped.bytes.view(torch.float32).exp().sum()",
     "numpy, with the lock held": CUT + "mapped.bytes.numpy()[-1]",
-    "a thread": CUT
-    + "import threading; t = threading.Thread(target=lambda: mapped.bytes.sum()); t.start(); t.join()",
+    "a thread": CUT + "import threading; t = threading.Thread(target=lambda: mapped.bytes.sum()); t.start(); t.join()",
     "another fault": "os.kill(os.getpid(), signal.SIGBUS)",
     "no fault": "pass",
 }
