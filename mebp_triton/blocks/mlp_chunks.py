@@ -57,12 +57,12 @@ class ChunkedMLP(OpaqueModule):
     def value(self, x: Tensor, parts: Sequence[Recording | None]) -> Tensor:
         """The output, without a graph; as it was kept, or NaN, where the block's recompute needs no more."""
         tape = self.tape
-        known = None if tape is None else tape.known(self, x)
+        known = None if tape is None else tape.lookup(self, x)
         before = RandomState(x.device) if self.training and isinstance(tape, Recording) else None
         y = self._computed(x, parts) if known is None else known
         # Were it kept although it draws random numbers, the recompute of the block would draw others after it.
         if tape is not None and (before is None or not before.changed()):
-            tape.passed(self, y)
+            tape.record(self, y)
         return y
 
     @torch.no_grad()

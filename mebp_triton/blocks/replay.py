@@ -58,10 +58,10 @@ class Recording:
         self.parts: dict[OpaqueModule, list[Recording]] = defaultdict(list)
         self.unused: Recorded | None = None
 
-    def known(self, layer: Recorded, x: Tensor) -> Tensor | None:
+    def lookup(self, layer: Recorded, x: Tensor) -> Tensor | None:
         return None
 
-    def passed(self, layer: Recorded, y: Tensor) -> None:
+    def record(self, layer: Recorded, y: Tensor) -> None:
         if layer is not self.unused:
             self.kept[layer].append(self.store.save(y))
 
@@ -81,7 +81,7 @@ class Replay:
         self.calls: Counter[Recorded] = Counter()
         self.parts_given: Counter[OpaqueModule] = Counter()
 
-    def known(self, layer: Recorded, x: Tensor) -> Tensor | None:
+    def lookup(self, layer: Recorded, x: Tensor) -> Tensor | None:
         if layer is self.unused:
             width = x.shape[-1] if isinstance(layer, OpaqueModule) else layer.out_features
             return autocast_input(x).new_full((*x.shape[:-1], width), float("nan"))
@@ -94,7 +94,7 @@ class Replay:
         except InPlaceChange:
             return None  # the block changes that output in place, so it is computed again
 
-    def passed(self, layer: Recorded, y: Tensor) -> None:
+    def record(self, layer: Recorded, y: Tensor) -> None:
         self.calls[layer] += 1
 
     def part(self, unit: OpaqueModule) -> Recording | None:

@@ -61,7 +61,7 @@ class Counters:
     identity: int = 0
     checkpoint: int = 0
 
-    def taken(self) -> dict[str, int]:
+    def pop_counts(self) -> dict[str, int]:
         """The counts since the last call."""
         counts = asdict(self)
         for name in counts:

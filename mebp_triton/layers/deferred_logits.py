@@ -1,7 +1,7 @@
-"""Logits that are not computed until somebody needs them.
+"""Logits that are not computed until something needs them.
 
-``DeferredLogits`` write down what the model does to its logits; the loss applies it tile by tile. Any operation that is
-not understood makes the real logits. ``OnDemandLogits`` are what a caller gets where gradients are off.
+``DeferredLogits`` record what a model does to its logits, and the loss applies it tile by tile. An operation that
+cannot be recorded computes the real logits. ``OnDemandLogits`` are what a model's caller gets when gradients are off.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ from torch.utils._pytree import tree_map
 
 
 class Head(Protocol):
-    """What deferred logits need of a language-model head ``[V, K]``."""
+    """A language-model head ``[V, K]`` as deferred logits and the loss see it."""
 
     out_features: int
 
     def logits(self, x: Tensor) -> Tensor:
-        """Real logits ``[..., V]`` of hidden states ``[..., K]``."""
+        """The real logits ``[..., V]`` of hidden states ``[..., K]``."""
         ...
 
     def cross_entropy(
         self, hidden: Tensor, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Losses and argmax ``[T]`` of hidden states ``[T, K]``; ``factors``: see ``DeferredLogits``."""
+        """Losses and argmax ``[T]`` of hidden states ``[T, K]``. ``factors``: see ``DeferredLogits``."""
         ...
 
 
 class DeferredLogits:
-    """Logits ``[..., V]`` that are not computed: a hidden state, the head, and what is done to the result.
+    """Logits ``[..., V]`` that are not computed: the hidden state, the head, and what is done to their product.
 
-    ``factors``: multiplied one after the other, with a tanh between two neighbours.
+    Args:
+        hidden: ``[..., K]``.
+        factors: what the logits are multiplied by, one after the other, with a tanh between two neighbours.
+            ``(1 / c, c)`` is soft-capping at c.
     """
 
     def __init__(self, hidden: Tensor, head: Head, factors: tuple[float, ...]) -> None:
@@ -66,13 +69,13 @@ class DeferredLogits:
         return self.hidden.dtype
 
     def float(self) -> DeferredLogits:
-        return self  # the loss is computed in float32 anyway
+        return self  # the loss computes in float32 in any case
 
     def contiguous(self) -> DeferredLogits:
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> DeferredLogits:
-        return self  # only the dtype or device of what the loss reads and accumulates anyway
+        return self  # the loss chooses the dtype in which it accumulates, and runs where the hidden state is
 
     def tanh(self) -> DeferredLogits:
         return DeferredLogits(self.hidden, self.head, (*self.factors, 1.0))
@@ -117,7 +120,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return lambda logits, *others: getattr(_materialized(logits, name), name)(*others)
 
 
-# Python looks for operators on the type, so ``__getattr__`` does not see them.
+# Python looks operators up on the type, so ``__getattr__`` does not see them.
 for _name in (
     "getitem",
     "add",
@@ -140,16 +143,16 @@ for _name in (
 def _materialized(logits: DeferredLogits, operation: str) -> Tensor:
     warnings.warn(
         f"the model applies {operation!r} to its logits, so all of them ({tuple(logits.shape)}) are computed: "
-        "the result is the same, the memory is not",
+        "the results stay the same, but this takes more memory",
         stacklevel=3,
     )
     return logits.materialize()
 
 
 class OnDemandLogits(Tensor):
-    """Logits ``[..., V]`` in float32 or wider that the first operation on them computes; no warning, and no gradient.
+    """Logits ``[..., V]`` in float32 or wider that the first operation on them computes, without a gradient.
 
-    Until then only the hidden state is kept: a trainer that evaluates the loss alone does not pay for them.
+    Until then only the hidden state is kept, so a trainer that evaluates nothing but the loss does not pay for them.
     """
 
     _deferred: DeferredLogits | None
@@ -173,12 +176,13 @@ class OnDemandLogits(Tensor):
 
     @torch.no_grad()
     def computed(self) -> Tensor:
+        """The real logits, computed at the first call."""
         if self._deferred is not None:
             self._real, self._deferred = self._deferred.materialize().to(self.dtype), None
         assert self._real is not None
         return self._real
 
-    # These do not come by way of the dispatcher.
+    # These three do not go through the dispatcher.
     def numpy(self, *, force: bool = False) -> Any:
         return self.computed().numpy(force=force)
 

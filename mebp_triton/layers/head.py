@@ -1,4 +1,4 @@
-"""The int4 language-model head, whole or walked in segments."""
+"""The int4 language-model head: in place as a whole, or read segment by segment."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .deferred_logits import DeferredLogits
 from .int4_module import Int4Table
 from .lora_function import autocast_input
 
-DECODED_ROWS = 4096  # at a time
+DECODED_ROWS = 4096  # rows that ``Int4Head.decoded`` decodes at a time
 
 
 class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
-    """A frozen language-model head over an int4 weight ``[V, K]``, possibly the embedding's.
+    """A frozen language-model head over an int4 weight ``[V, K]``, which may be the embedding's.
 
     Attributes:
-        deferred: while true, ``forward`` returns ``DeferredLogits`` instead of logits.
+        deferred: while True, ``forward`` returns ``DeferredLogits`` instead of logits.
     """
 
     def __init__(
@@ -40,12 +40,13 @@ class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
         return DeferredLogits(x, self, (1.0,)) if self.deferred else self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
+        """The logits ``[..., V]`` of hidden states ``[..., K]``."""
         if self.rows is None:
             return int4_matmul(x, self.int4(), self.bias, backend=self.backend)
-        return _WalkedLogits.apply(x, self)
+        return _SegmentedLogits.apply(x, self)
 
     def decoded(self) -> nn.Linear:
-        """The same as a plain, frozen linear layer in ``compute_dtype``."""
+        """The same head as a plain frozen linear layer in ``compute_dtype``."""
         weight = torch.empty(self.weight.shape, dtype=self.compute_dtype, device=self.weight.device)
         for first, rows in self.rows.segments() if self.rows is not None else [(0, self.int4())]:
             for start in range(0, rows.out_features, DECODED_ROWS):
@@ -58,14 +59,14 @@ class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
     def cross_entropy(
         self, hidden: Tensor, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
     ) -> tuple[Tensor, Tensor]:
-        """``int4_cross_entropy`` over this head: losses and argmax, ``[T]``."""
+        """Losses and argmax ``[T]`` of hidden states ``[T, K]``; see ``int4_cross_entropy``."""
         if self.rows is None:
             return int4_cross_entropy(hidden, self.int4(), targets, self.bias, ignore_index, factors, self.backend)
-        return _WalkedLoss.apply(hidden, self, targets, ignore_index, factors)
+        return _SegmentedLoss.apply(hidden, self, targets, ignore_index, factors)
 
 
-class _WalkedLoss(torch.autograd.Function):
-    """``int4_cross_entropy`` over a head that comes in segments."""
+class _SegmentedLoss(torch.autograd.Function):
+    """``int4_cross_entropy`` over a head that is read segment by segment."""
 
     @staticmethod
     def forward(
@@ -90,8 +91,8 @@ class _WalkedLoss(torch.autograd.Function):
         return (grad * dlosses.unsqueeze(1)).to(ctx.dtype), None, None, None, None
 
 
-class _WalkedLogits(torch.autograd.Function):
-    """All logits of a head that comes in segments."""
+class _SegmentedLogits(torch.autograd.Function):
+    """All logits of a head that is read segment by segment."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, head: Int4Head) -> Tensor:

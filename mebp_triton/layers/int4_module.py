@@ -1,24 +1,19 @@
-"""What all int4 modules share: a frozen packed weight that can be put in place and taken away; tables of rows."""
+"""Int4 modules: a frozen packed weight whose tensors are put in place, and replaced, from outside; tables of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mebp_triton.kernels.functions import (
-    int4_embedding,
-)
+from mebp_triton.kernels.functions import int4_embedding
 from mebp_triton.kernels.layout import Int4Weight
-
-if TYPE_CHECKING:
-    pass
 
 
 class Int4Module(nn.Module):
-    """What the int4 layers share: a frozen weight whose tensors are put in place, and replaced, from outside."""
+    """A module over a frozen int4 weight, whose tensors are put in place, and replaced, from outside."""
 
     INT4_BUFFERS: ClassVar = ("packed", "scales", "minimum", "codebook")
 
@@ -40,13 +35,13 @@ class Int4Module(nn.Module):
         raise NotImplementedError
 
     def set_int4(self, weight: Int4Weight) -> None:
-        """Puts ``weight``'s tensors in place, without a copy."""
+        """Puts the tensors of ``weight`` in place, without a copy."""
         self._set_packed(weight.packed)
         for name in ("scales", "minimum", "codebook"):
             self._buffers[name] = getattr(weight, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """``model.to(dtype)`` and its like move the weight, and leave the dtypes of its tensors alone."""
+        """Moves the int4 tensors, but keeps their dtypes: ``model.to(dtype)`` must not turn codes into floats."""
         own = {id(self._buffers[name]) for name in self.INT4_BUFFERS if self._buffers.get(name) is not None}
 
         def move(tensor: Tensor) -> Tensor:
@@ -56,7 +51,7 @@ class Int4Module(nn.Module):
         return super()._apply(move, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Scales may come as their bytes, as ``save_pretrained`` writes them."""
+        """Also accepts scales in the form of their bytes, which ``save_pretrained`` writes."""
         for name in ("scales", "minimum"):
             own, given = self._buffers.get(name), state_dict.get(prefix + name)
             if own is not None and given is not None and given.dtype == torch.uint8 and given.shape != own.shape:
@@ -64,26 +59,29 @@ class Int4Module(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def int4(self) -> Int4Weight:
-        """The weight as it lies now."""
+        """The weight made of the tensors that are in place now."""
         scales, minimum, codebook = (self._buffers[name] for name in ("scales", "minimum", "codebook"))
         assert scales is not None
         return Int4Weight(self._packed(), scales, self.in_features, self.group_size, minimum, codebook)
 
 
 class RowSource(Protocol):
-    """A table that is not in place as a whole."""
+    """A table whose rows are brought in when they are needed."""
 
     def gather(self, ids: Tensor) -> Int4Weight:
-        """Rows ``ids`` (any shape, flattened) on the device."""
+        """The rows ``ids`` (of any shape, flattened) on the device."""
         ...
 
     def segments(self) -> Iterator[tuple[int, Int4Weight]]:
-        """All rows in order: the number of the first, and some rows on the device, until the next are asked for."""
+        """All rows in order, as segments: the number of the first row, and the rows on the device.
+
+        A segment is valid until the next one is asked for.
+        """
         ...
 
 
 class AbsentWeight(Tensor):
-    """A weight with a shape, a dtype and a device, and nothing in it: whoever computes with it is told."""
+    """A weight with a shape, a dtype and a device but no data. Computing with it raises RuntimeError."""
 
     @staticmethod
     def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> AbsentWeight:
@@ -94,8 +92,8 @@ class AbsentWeight(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(
-            f"{func}: the weight of an int4 embedding or head is not there as a float tensor; for a trainer that "
-            f"multiplies by lm_head.weight itself, as TRL's SFTTrainer, use load(..., head='float')"
+            f"{func}: an int4 embedding or head has no float weight to compute with; for a trainer that multiplies by "
+            f"lm_head.weight itself, such as TRL's SFTTrainer, use load(..., head='float')"
         )
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
@@ -103,11 +101,11 @@ class AbsentWeight(Tensor):
 
 
 class Int4Table(Int4Module):
-    """An int4 module whose ``weight`` other code only asks for its dtype, device and shape.
+    """An embedding or a head. Other code asks its ``weight`` only for dtype, device and shape.
 
     Attributes:
-        rows: where the rows come from; None where the whole table lies in place.
-        device: where ``weight`` is, for a table that does not lie there.
+        rows: where the rows come from; None if the whole table is in place.
+        device: the device that ``weight`` reports; None for that of the table itself.
     """
 
     rows: RowSource | None = None
@@ -115,8 +113,8 @@ class Int4Table(Int4Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise ValueError(
-            "an int4 embedding or head cannot be copied, as PEFT's modules_to_save does to train it: take it out, or, "
-            "for the head, load(..., head='float')"
+            "an int4 embedding or head cannot be copied, which PEFT's modules_to_save does to train it: take it out of "
+            "modules_to_save, or, for the head, use load(..., head='float')"
         )
 
     def _set_packed(self, packed: Tensor) -> None:
@@ -135,9 +133,9 @@ class Int4Table(Int4Module):
 
 
 class Int4Embedding(Int4Table, nn.Embedding):  # type: ignore[override,misc]
-    """A frozen embedding over an int4 table; only the rows asked for are decoded.
+    """A frozen embedding over an int4 table, of which only the rows asked for are decoded.
 
-    Made from an existing embedding by ``replace_embedding``, which keeps what a subclass adds (a scale, say).
+    ``replace_embedding`` makes it of an existing embedding, and keeps what a subclass of that adds, such as a scale.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -150,7 +148,7 @@ class Int4Embedding(Int4Table, nn.Embedding):  # type: ignore[override,misc]
 def replace_embedding(module: nn.Embedding, weight: Int4Weight, compute_dtype: torch.dtype, backend: str) -> None:
     """Turns ``module`` into an ``Int4Embedding`` in place.
 
-    A subclass of ``nn.Embedding`` keeps its own forward: its ``super().forward`` then is the int4 one.
+    A subclass of ``nn.Embedding`` keeps its own forward, whose ``super().forward`` is then the int4 one.
     """
     kind = type(module)
     bases = (Int4Embedding,) if kind is nn.Embedding else (kind, Int4Embedding)

@@ -1,7 +1,7 @@
-"""LoRA over an int4 weight: the autograd function and the layers.
+"""The linear layers over an int4 weight: frozen, and with a LoRA adapter.
 
-``Y = X·Wᵀ + bias + s·(X·Aᵀ)·Bᵀ``; backward, with ``g = s·dY·B``: ``dX = dY·W + g·A``, ``dA = gᵀ·X``,
-``dB = s·dYᵀ·(X·Aᵀ)``. Nothing of size ``[N, K]`` is allocated; ``s·X·Aᵀ`` ``[M, R]`` is kept for the backward pass.
+An adapted layer knows two things about its surroundings by protocol alone: the layers that read the same input
+(``ComputedTogether``), and what a recompute of its block need not compute (``Tape``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mebp_triton.kernels.functions import (
-    int4_matmul,
-)
+from mebp_triton.kernels.functions import int4_matmul
 from mebp_triton.kernels.layout import Int4Weight
 
 from .int4_module import Int4Module
@@ -25,8 +23,8 @@ from .lora_function import LoraOperand, autocast_input, int4_lora_linears
 class Int4Linear(Int4Module, nn.Linear):
     """A frozen linear layer over an int4 weight.
 
-    A subclass of ``nn.Linear`` whose ``weight`` is the packed uint8 tensor: tools that look for a linear layer, such
-    as PEFT, find one and leave its weight alone.
+    It is an ``nn.Linear`` whose ``weight`` is the packed uint8 tensor, so that tools which look for linear layers, such
+    as PEFT, find it and leave its weight alone.
     """
 
     def __init__(
@@ -52,26 +50,26 @@ class Int4Linear(Int4Module, nn.Linear):
 
 
 class ComputedTogether(Protocol):
-    """Layers with one input: the first one that is called computes the outputs of all."""
+    """Layers with one input, of which the first that is called computes the outputs of all. See ``SharedInput``."""
 
     def output_of(self, layer: Int4LoRALinear, x: Tensor) -> Tensor:
-        """``layer``'s output ``[..., N]`` for ``x`` ``[..., K]``."""
+        """The output ``[..., N]`` of ``layer`` for ``x`` ``[..., K]``."""
         ...
 
     def forget(self) -> None:
-        """Lets go of outputs that nobody asked for."""
+        """Drops outputs that were computed and not asked for."""
         ...
 
 
 class Tape(Protocol):
-    """What a block's recompute need not compute again."""
+    """The outputs of a block's layers, recorded in its forward pass and looked up when the block is recomputed."""
 
-    def known(self, layer: Int4LoRALinear, x: Tensor) -> Tensor | None:
-        """The output of ``layer`` for ``x`` at its next call, if it is known."""
+    def lookup(self, layer: Int4LoRALinear, x: Tensor) -> Tensor | None:
+        """The output of the next call of ``layer``, which gets ``x``; None if it must be computed."""
         ...
 
-    def passed(self, layer: Int4LoRALinear, y: Tensor) -> None:
-        """A call of ``layer`` gave ``y``."""
+    def record(self, layer: Int4LoRALinear, y: Tensor) -> None:
+        """Takes note of a call of ``layer`` that returned ``y``."""
         ...
 
 
@@ -79,10 +77,10 @@ class Int4LoRALinear(Int4Linear):
     """``Int4Linear`` with a LoRA adapter: ``lora_A`` ``[R, K]`` (PEFT's initialisation), ``lora_B`` ``[N, R]`` (zeros).
 
     Attributes:
-        fan_in_fan_out: the float layer kept its weight as ``[in, out]``; only who merges the adapter needs to know.
-        shared_input: the layers that read the same input as this one and are computed together with it; see
-            ``SharedInput``. None where the layer is computed alone.
-        tape: knows outputs of this layer already, or wants to; see ``backprop``.
+        fan_in_fan_out: whether the float layer kept its weight as ``[in, out]``; merging the adapter depends on it.
+        shared_input: the layers that read the same input and are computed together with this one; None if it is
+            computed alone.
+        tape: set by the layer's block during a forward pass to be recorded, or a recompute; see ``blocks.recompute``.
     """
 
     fan_in_fan_out = False
@@ -113,16 +111,17 @@ class Int4LoRALinear(Int4Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.lora_dropout.p > 0:
-            # The two branches see different inputs, so the LoRA one has its own operations.
+            # The two branches see different inputs, so the fused function does not apply.
             x = autocast_input(x)
             t = (self.lora_dropout(x) @ self.lora_A.to(x.dtype).t()) * self.scaling
             return int4_matmul(x, self.int4(), self.bias, t, self.lora_B, self.backend)
         y = compute_together([self], x)[0] if self.shared_input is None else self.shared_input.output_of(self, x)
         if self.tape is not None:
-            self.tape.passed(self, y)
+            self.tape.record(self, y)
         return y
 
     def operand(self) -> LoraOperand:
+        """This layer's part in a call of ``int4_lora_linears``."""
         return LoraOperand(self.int4(), self.bias, self.lora_A, self.lora_B, self.scaling)
 
     def extra_repr(self) -> str:
@@ -130,8 +129,8 @@ class Int4LoRALinear(Int4Linear):
 
 
 def compute_together(layers: Sequence[Int4LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of layers with one input; those that a tape knows are not computed, if it knows all of them."""
-    known = [None if layer.tape is None else layer.tape.known(layer, x) for layer in layers]
-    outputs = tuple(y for y in known if y is not None)
-    whole = outputs if len(outputs) == len(layers) else None
-    return int4_lora_linears(x, [layer.operand() for layer in layers], layers[0].backend, whole)
+    """The outputs of layers with one input. Nothing is computed if the layers' tapes know all of them."""
+    found = [None if layer.tape is None else layer.tape.lookup(layer, x) for layer in layers]
+    outputs = tuple(y for y in found if y is not None)
+    known = outputs if len(outputs) == len(layers) else None
+    return int4_lora_linears(x, [layer.operand() for layer in layers], layers[0].backend, known)

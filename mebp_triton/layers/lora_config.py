@@ -1,4 +1,4 @@
-"""Which layers get an adapter, and its rank and scaling: PEFT's names and meaning."""
+"""Which layers get an adapter, with which rank and scaling. Names and meanings are those of PEFT."""
 
 from __future__ import annotations
 
@@ -7,33 +7,32 @@ import re
 import warnings
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import regex
 
-if TYPE_CHECKING:
-    pass
-
-
-MATCH_SECONDS = 1.0  # for one path; it takes microseconds
-LONGEST_EXPRESSION = 1 << 14
-MOST_REPEATS = 100_000  # all fixed counts multiplied
+MATCH_SECONDS = 1.0  # time limit for matching one path; an honest expression takes microseconds
+LONGEST_EXPRESSION = 1 << 14  # characters
+MOST_REPEATS = 100_000  # limit on the product of all fixed counts of an expression
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Names and meaning as in PEFT.
+    """The settings of an adapter. LoRA: arXiv 2106.09685; names and meanings are those of ``peft.LoraConfig``.
 
     Attributes:
-        r: rank, at least 1.
-        lora_alpha: the update is scaled by ``lora_alpha / r`` (``/ sqrt(r)`` with ``use_rslora``).
-        lora_dropout: probability, on the input of the LoRA branch, while training.
-        target_modules: "all-linear" (every linear layer but the head), a list of names (a module matches if its
+        r: the rank, at least 1.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        lora_dropout: the probability of dropout on the input of the LoRA branch, in training mode.
+        target_modules: "all-linear" (every linear layer except the head), a list of names (a module matches if its
             path is the name or ends with "." + name), or one regular expression that must match the whole path.
-        exclude_modules: as ``target_modules``, taken out of what that selected.
-        use_rslora: see ``lora_alpha``.
-        rank_pattern, alpha_pattern: other values by a regular expression that must match the path, or its end after a
-            dot; the first that does counts.
+        exclude_modules: modules left out of that choice, written in the same way.
+        use_rslora: scale by ``lora_alpha / sqrt(r)`` instead (arXiv 2312.03732).
+        rank_pattern, alpha_pattern: other values of ``r`` and ``lora_alpha`` by regular expression. An expression must
+            match the whole path, or the end of it after a dot; the first one that matches counts.
+
+    Raises:
+        ValueError: a value is of the wrong type or out of range.
     """
 
     r: int = 16
@@ -69,36 +68,42 @@ class LoraConfig:
                 raise ValueError(f"{name} must be names, or one regular expression, got {wanted!r:.100}")
 
     def rank(self, path: str) -> int:
+        """The rank of the adapter at module path ``path``."""
         return _pattern_value(self.rank_pattern, path, self.r)
 
     def scaling(self, path: str) -> float:
+        """The factor by which the update of the layer at ``path`` is multiplied."""
         alpha = _pattern_value(self.alpha_pattern, path, self.lora_alpha)
         rank = self.rank(path)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, path: str) -> bool:
-        """Whether the linear layer at ``path`` (never the head) gets an adapter."""
+        """Whether the linear layer at ``path`` gets an adapter. The head, which never does, is not asked about."""
         if self.exclude_modules and _matches(self.exclude_modules, path):
             return False
         return self.target_modules == "all-linear" or _matches(self.target_modules, path)
 
 
 def as_lora_config(config: Any) -> LoraConfig:
-    """A ``LoraConfig`` from ours or from a ``peft.LoraConfig``. ValueError for what only PEFT's layers can do."""
+    """Returns a ``LoraConfig`` for one of ours or a ``peft.LoraConfig``.
+
+    Raises:
+        ValueError: ``config`` is neither, or uses a setting that only PEFT's own layers support.
+    """
     if isinstance(config, LoraConfig):
         return config
     if getattr(config, "peft_type", None) is None:
         raise ValueError(f"lora must be a LoraConfig of mebp_triton or of peft, got {type(config).__name__}")
     values = {key: value for key, value in vars(config).items() if value is not None}
-    taken = lora_config_from_dict(values)
+    ours = lora_config_from_dict(values)
     if "target_modules" not in values:
         raise ValueError("peft.LoraConfig without target_modules depends on the architecture: name the modules")
     if values.get("init_lora_weights", True) is not True:
         raise ValueError(f"init_lora_weights={values['init_lora_weights']!r} is not supported: leave it at True")
-    return taken
+    return ours
 
 
-# PEFT's settings that change what an adapter computes, and the values that mean "not used".
+# PEFT's settings that change what an adapter computes, each with the values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
     "lora_bias": (False,),
@@ -115,12 +120,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "kasa_config": (),
     "monteclora_config": (),
     "velora_config": (),
-    # Any other initialisation (PiSSA, OLoRA, CorDA, LoftQ) changes the base weights as well.
+    # Every other initialisation (PiSSA, OLoRA, CorDA, LoftQ) changes the base weights as well.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 
-
-# Those that change nothing, or nothing once an adapter is trained, whatever their value.
+# PEFT's settings that change nothing here whatever their value: some concern only the start of a training.
 WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "revision", "task_type"}
 WITHOUT_EFFECT |= {"inference_mode", "fan_in_fan_out", "layers_pattern", "megatron_config", "megatron_core"}
 WITHOUT_EFFECT |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
@@ -128,7 +132,11 @@ WITHOUT_EFFECT |= {"runtime_config", "ensure_weight_tying"}
 
 
 def lora_config_from_file(values: dict[str, Any]) -> LoraConfig:
-    """``lora_config_from_dict`` of a file: ValueError also for what it lacks, and for a setting that is not known."""
+    """Reads the fields of an ``adapter_config.json``, which, unlike an object of PEFT, may lack some or have others.
+
+    Raises:
+        ValueError: a required field is missing, or a field is unknown and set, or see ``lora_config_from_dict``.
+    """
     for key in ("r", "lora_alpha", "target_modules"):
         if values.get(key) is None:
             raise ValueError(f"it has no {key}")
@@ -140,21 +148,25 @@ def lora_config_from_file(values: dict[str, Any]) -> LoraConfig:
 
 
 def lora_config_from_dict(values: dict[str, Any]) -> LoraConfig:
-    """From the fields of PEFT's ``adapter_config.json``."""
+    """Makes a ``LoraConfig`` of the fields of PEFT's config.
+
+    Raises:
+        ValueError: the adapter is no LoRA, or uses a setting that changes what it computes and is not supported.
+    """
     kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
     if kind != "LORA":
         raise ValueError(f"the adapter is of type {kind!r:.100}; only LORA is supported")
     for key, unused in UNSUPPORTED.items():
         value = values.get(key)
-        # Of the same type, since 0 and 1 are False and True to Python.
+        # The types are compared too, since 0 == False and 1 == True in Python.
         if value is not None and not any(type(value) is type(off) and value == off for off in unused):
             raise ValueError(f"the adapter uses {key}={value!r:.100}, which is not supported; train it without")
     known = {item.name for item in fields(LoraConfig)}
-    taken = {key: value for key, value in values.items() if key in known and value is not None}
+    ours = {key: value for key, value in values.items() if key in known and value is not None}
     for key in ("target_modules", "exclude_modules"):
-        if isinstance(taken.get(key), set | list | tuple):
-            taken[key] = tuple(sorted(taken[key], key=str))
-    return LoraConfig(**taken)
+        if isinstance(ours.get(key), set | list | tuple):
+            ours[key] = tuple(sorted(ours[key], key=str))
+    return LoraConfig(**ours)
 
 
 def _matches(wanted: str | tuple[str, ...] | list[str], path: str) -> bool:
@@ -169,16 +181,17 @@ def _pattern_value(pattern: dict[str, Any], path: str, default: Any) -> Any:
 
 @lru_cache(maxsize=1 << 16)
 def _fullmatch(expression: str, path: str) -> bool:
-    """As ``re.fullmatch``, but that an expression from a file may not run on and on: ``(a+)+$`` takes 2^n steps.
+    """``re.fullmatch`` with a time limit, since an expression may come from a file: ``(a+)+$`` takes 2^n steps.
 
-    ``regex`` means the same by what ``re`` compiles, but for its fuzzy and POSIX forms, which no path needs.
+    ``re`` has no time limit, so ``regex`` does the matching. It understands what ``re`` compiles in the same way,
+    except for its fuzzy and POSIX forms, which no path needs and which are refused.
     """
     try:
-        # Fixed counts are unrolled when the expression is compiled: "a{1000000000}" would take all memory.
+        # Compiling an expression unrolls its fixed counts: "a{1000000000}" would take all memory.
         counts = [int(count[:9]) for count in re.findall(r"\{([0-9]+)", expression)]
         long = len(expression) > LONGEST_EXPRESSION or math.prod(filter(None, counts)) > MOST_REPEATS
         if long or re.search(r"\{[^0-9,]|\[\[:", expression):
-            raise re.error("too long, or of a form that is not supported")
+            raise re.error("too long, or in a form that is not supported")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             re.compile(expression)

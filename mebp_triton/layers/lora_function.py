@@ -1,6 +1,6 @@
 """LoRA over an int4 weight as one autograd function.
 
-``Y = X·Wᵀ + bias + s·(X·Aᵀ)·Bᵀ``; backward, with ``g = s·dY·B``: ``dX = dY·W + g·A``, ``dA = gᵀ·X``,
+Forward: ``Y = X·Wᵀ + bias + s·(X·Aᵀ)·Bᵀ``. Backward, with ``g = s·dY·B``: ``dX = dY·W + g·A``, ``dA = gᵀ·X``,
 ``dB = s·dYᵀ·(X·Aᵀ)``. Nothing of size ``[N, K]`` is allocated; ``s·X·Aᵀ`` ``[M, R]`` is kept for the backward pass.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from mebp_triton.kernels.functions import (
     int4_matmul_group,
 )
 from mebp_triton.kernels.layout import Int4Weight
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class LoraOperand:
 
 
 class _Int4LoRAFunction(torch.autograd.Function):
-    """Of one layer, or of several with one input. Tensors follow as bias, lora_a, lora_b of each."""
+    """One layer, or several with one input. ``tensors`` are the bias, lora_a and lora_b of each layer in turn."""
 
     @staticmethod
     def forward(
@@ -60,7 +57,7 @@ class _Int4LoRAFunction(torch.autograd.Function):
             part.mul_(scaling)
         ctx.save_for_backward(x, t, *tensors)
         ctx.weights, ctx.scalings, ctx.backend = weights, scalings, backend
-        # An output that nobody used brings no gradient: it is then left out of the sums.
+        # The gradient of an output that nobody used stays None, so the sums of the backward pass leave it out.
         ctx.set_materialize_grads(False)
         if known is not None:
             return known
@@ -71,8 +68,8 @@ class _Int4LoRAFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: gradient checkpointing does not hand them out again
-        # Whoever calls backward under autocast would otherwise get its products rounded.
+        saved = ctx.saved_tensors  # read once: gradient checkpointing does not hand them out a second time
+        # Autocast would round the products here, if backward() is called under it.
         with torch.autocast(saved[0].device.type, enabled=False):
             return _lora_gradients(ctx, saved, dys)
 
@@ -87,12 +84,12 @@ def _lora_gradients(ctx: Any, saved: tuple[Tensor, ...], dys: tuple[Tensor | Non
     need_x, _, _, _, _, *need = ctx.needs_input_grad
     ts = t.split([a.shape[0] for a in tensors[1::3]], dim=-1)
     gradients: list[Tensor | None] = [None] * len(tensors)
-    taken = [index for index, dy in enumerate(dys) if dy is not None]
-    if not taken:
+    used = [index for index, dy in enumerate(dys) if dy is not None]
+    if not used:
         return None, None, None, None, None, *gradients
     rounded: list[Tensor] = []
     gs: list[Tensor] = []
-    for index in taken:
+    for index in used:
         bias, _, lora_b = tensors[3 * index : 3 * index + 3]
         need_bias, need_a, need_b = need[3 * index : 3 * index + 3]
         dy: Any = dys[index]
@@ -109,11 +106,11 @@ def _lora_gradients(ctx: Any, saved: tuple[Tensor, ...], dys: tuple[Tensor | Non
             gradients[3 * index + 2] = _reduce_tokens(dy, ts[index], lora_b.dtype)
     dx = None
     if need_x:
-        weights = [ctx.weights[index] for index in taken]
-        if len(taken) == 1:
-            dx = int4_matmul_dx(rounded[0], weights[0], gs[0], tensors[3 * taken[0] + 1], ctx.backend)
+        weights = [ctx.weights[index] for index in used]
+        if len(used) == 1:
+            dx = int4_matmul_dx(rounded[0], weights[0], gs[0], tensors[3 * used[0] + 1], ctx.backend)
         else:
-            a = _concatenated([tensors[3 * index + 1] for index in taken], x.dtype)
+            a = _concatenated([tensors[3 * index + 1] for index in used], x.dtype)
             dx = int4_matmul_dx_group(rounded, weights, torch.cat(gs, dim=-1), a, ctx.backend)
     return dx, None, None, None, None, *gradients
 
@@ -144,11 +141,14 @@ def int4_lora_linear(
     Args:
         x: ``[..., K]``; under autocast it is cast to the autocast dtype.
         weight: ``[N, K]``. bias: ``[N]``.
-        lora_a: ``[R, K]``. lora_b: ``[N, R]``. Their gradients come in their own dtype, accumulated in float32.
-        known: the output, where it is known already, and only the gradients are wanted. It becomes the result.
+        lora_a: ``[R, K]``. lora_b: ``[N, R]``. Their gradients have their own dtype, and are accumulated in float32.
+        known: the output ``[..., N]``, if it is known and only gradients are wanted. It becomes the result.
 
     Returns:
         ``[..., N]`` in x's dtype.
+
+    Raises:
+        TypeError: x is not floating-point.
     """
     outputs = None if known is None else (known,)
     return int4_lora_linears(x, [LoraOperand(weight, bias, lora_a, lora_b, scaling)], backend, outputs)[0]
@@ -157,7 +157,11 @@ def int4_lora_linear(
 def int4_lora_linears(
     x: Tensor, operands: Sequence[LoraOperand], backend: str = "auto", known: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, ...]:
-    """``int4_lora_linear`` of several layers with one input: one launch where a kernel takes them, dX written once."""
+    """Computes ``int4_lora_linear`` for several layers with one input.
+
+    One launch serves all of them where a kernel takes them together, and dX is written once. If given, ``known`` are
+    the outputs of all layers.
+    """
     x = autocast_input(x)
     tensors = [tensor for operand in operands for tensor in (operand.bias, operand.lora_a, operand.lora_b)]
     weights = tuple(operand.weight for operand in operands)
@@ -167,7 +171,7 @@ def int4_lora_linears(
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """x in the dtype in which a linear layer would run here. TypeError for integers."""
+    """Returns x in the dtype in which a linear layer would compute here. Raises TypeError for integers."""
     check_floating("x", x)
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:

@@ -1,9 +1,9 @@
-"""The int4 head and the loss over it, in one pass and without logits, under transformers' own modelling code.
+"""The loss over an int4 head, in one pass and without logits, under transformers' own modelling code.
 
-A model's forward calls its head, does what it does to the logits (Gemma's soft-capping, Granite's scale), and hands
-them to ``loss_function``. While a loss without logits is wanted, the head returns ``DeferredLogits``, which write
-down those operations instead of computing them; the loss then applies them tile by tile. Any operation that is not
-understood makes the real logits, so the result is exact either way.
+A model's forward calls its head, changes the logits (Gemma's soft-capping, Granite's scale), and passes them to
+``loss_function``. When a loss without logits is wanted, the head returns ``DeferredLogits``, which record those changes
+instead of computing them, and the loss applies them tile by tile. A change that cannot be recorded computes the real
+logits, so the result is exact either way.
 """
 
 from __future__ import annotations
@@ -20,21 +20,27 @@ from .head import Int4Head
 
 @dataclass
 class LossStatistics:
-    """Counts of the last loss: targets, and how many of them were the most likely token."""
+    """Counts of the last loss.
+
+    Attributes:
+        tokens: targets that are not ignored.
+        correct: those of them that were the most likely token.
+    """
 
     tokens: int = 0
     correct: int = 0
 
 
 class OnePassLoss:
-    """Takes ``model.loss_function``'s place, for deferred and for real logits alike.
+    """The cross-entropy that replaces ``model.loss_function``, for deferred and for real logits alike.
 
-    The mean over the valid targets; or their sum over ``num_items_in_batch`` where the caller gives it, or over
-    ``normalizer`` where that is set: so micro-batches add up to the mean over all tokens of a step. A batch without one
-    valid target has loss 0 and zero gradients.
+    The sum over the valid targets is divided by their number, or by ``num_items_in_batch`` if the caller passes it, or
+    else by ``normalizer`` if that is set. With either of these the micro-batches of a step add up to the mean over all
+    of its tokens. A batch without a valid target has loss 0 and zero gradients.
 
     Attributes:
-        statistics: of the last call.
+        statistics: counts of the last call.
+        normalizer: the number of targets to divide by; None for those of the batch.
     """
 
     def __init__(self) -> None:
@@ -66,7 +72,7 @@ class OnePassLoss:
         valid = int((targets != ignore_index).sum())
         self.statistics = LossStatistics(valid, int(((argmax == targets) & (targets != ignore_index)).sum()))
         divisor = num_items_in_batch if num_items_in_batch is not None else self.normalizer
-        if divisor is None or valid == 0:  # trainers count 0 items where all is masked
+        if divisor is None or valid == 0:  # a trainer counts 0 items in a batch that is masked as a whole
             divisor = max(valid, 1)
         return losses.sum() / divisor
 
@@ -74,21 +80,24 @@ class OnePassLoss:
 def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
     bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
     if bool(bad.any()):
-        raise ValueError(f"label {int(targets[bad][0])} is not a token of the vocabulary 0..{vocabulary - 1}")
+        raise ValueError(
+            f"label {int(targets[bad][0])} is not a token of the vocabulary 0..{vocabulary - 1}; a token without a "
+            f"target is labelled {ignore_index}"
+        )
 
 
 def _handed_out(item: Any) -> Any:
-    """What the caller gets for deferred logits: with gradients on, nothing."""
+    """The item of a model's output that its caller gets: None for deferred logits while gradients are on."""
     if not isinstance(item, DeferredLogits):
         return item
     return None if torch.is_grad_enabled() else OnDemandLogits(item)
 
 
 def install_loss(model: Any, head: Int4Head) -> OnePassLoss:
-    """Lets ``model(..., labels=...)`` compute its loss in one pass over ``head``.
+    """Makes ``model(..., labels=...)`` compute its loss in one pass over ``head``.
 
-    ``model(..., labels=..., return_logits=True)`` computes the logits as well, as the model itself would; where
-    gradients are off, they are there as ``OnDemandLogits`` without being asked for.
+    ``model(..., labels=..., return_logits=True)`` computes the logits as well, in the model's own way. While gradients
+    are off, the output has them as ``OnDemandLogits`` in any case.
     """
     loss = OnePassLoss()
     model.loss_function = loss

@@ -98,11 +98,11 @@ def test_what_is_not_needed_does_not_run(plain: Any, mode: Any, checkpointing: s
 
     for index, block in enumerate(blocks):
         block.self_attn.register_forward_hook(functools.partial(count, index))
-    selection.engine.counters.taken()
+    selection.engine.counters.pop_counts()
     step(model)
     again = [1 if index == chosen or (mode != "identity" and index > chosen) else 0 for index in range(4)]
     assert calls == ([1] * 4 if checkpointing == "none" else [1 + more for more in again])
-    assert selection.engine.counters.taken()["forward"] == 4
+    assert selection.engine.counters.pop_counts()["forward"] == 4
 
 
 class Block(nn.Module):
