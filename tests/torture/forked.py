@@ -159,7 +159,7 @@ def import_all() -> None:
     import torch
 
     import mebp_triton
-    from mebp_triton.training import plots
+    from mebp_triton.training import run_directory
 
     torch.set_num_threads(1)
     own = [module.name for module in pkgutil.walk_packages(mebp_triton.__path__, "mebp_triton.")]
@@ -167,4 +167,4 @@ def import_all() -> None:
     for name in [*own, *others, "transformers.models.llama.modeling_llama"]:
         if not name.endswith("__main__"):
             importlib.import_module(name)
-    plots.draw_plots = lambda *arguments: []
+    run_directory.draw_plots = lambda *arguments: []

@@ -56,7 +56,7 @@ from mebp_triton.models.adapter import read_adapter_tensors
 from mebp_triton.store.reader import Store
 from mebp_triton.system import atomic, reading, safetensors_file, strict_json
 from mebp_triton.system.machine import environment
-from mebp_triton.training import plots as plots_module
+from mebp_triton.training import run_directory
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 300,
@@ -207,7 +207,7 @@ def command(directory: Path, arguments: list[str], kind: str = "", at: float = 0
         def run() -> int:
             os.chdir(directory)
             if not plots:
-                plots_module.draw_plots = lambda *_: []  # most of the time of so short a run
+                run_directory.draw_plots = lambda *_: []  # most of the time of so short a run
             tune.model_rank = made_up_rank
             Deaths(counts, kind, int(at))
             return main_module.main(arguments)
