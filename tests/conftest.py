@@ -25,6 +25,19 @@ COMPILED = tempfile.TemporaryDirectory(prefix="mebp-triton-compiled-")
 os.environ["TRITON_CACHE_DIR"] = COMPILED.name
 
 
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory):
+    """Tiny stores that tests read and never change: ``shared_store("llama", scheme="affine")`` is a path.
+
+    See ``runs.SharedStores``.
+    """
+    from runs import SharedStores
+
+    stores = SharedStores(tmp_path_factory.mktemp("shared-stores"))
+    yield stores
+    assert stores.stamps(stores.root) == stores.written, "a test has changed a store that other tests read"
+
+
 @pytest.fixture
 def mebp(capsys):
     """Runs the command in this process: exit code, standard output, standard error."""

@@ -56,6 +56,34 @@ def run_store(root: Path, architecture: str = "llama", seed: int = 0, **config: 
     return root / "store"
 
 
+class SharedStores:
+    """Tiny stores that tests only read, each made once for all tests of this process.
+
+    A store's directory has the name ``store``; the model with its tokenizer lies beside it as ``model``. A test that
+    changes anything copies the store first.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.stores: dict[str, Path] = {}
+        self.written: dict[Path, tuple[int, int]] = {}
+
+    def __call__(self, architecture: str = "llama", *, seed: int = 0, config: Any = None, **options: Any) -> Path:
+        """The store of a tiny model; ``config`` changes the model's, ``options`` are ``quantize``'s."""
+        key = repr((architecture, seed, sorted((config or {}).items()), sorted(options.items())))
+        if key not in self.stores:
+            place = self.root / f"{architecture}-{len(self.stores)}"
+            model = model_directory(place / "model", architecture, seed, **(config or {}))
+            quantize(model, place / "store", **({"group_size": 32} | options))
+            self.stores[key] = place / "store"
+            self.written |= self.stamps(place)
+        return self.stores[key]
+
+    def stamps(self, place: Path) -> dict[Path, tuple[int, int]]:
+        """Size and time of the last change of every file below ``place``."""
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in place.rglob("*") if path.is_file()}
+
+
 def text_data(root: Path, count: int = 40, seed: int = 0, max_length: int = 24) -> TokenizedData:
     path = root / f"text-{count}-{seed}.txt"
     path.write_text(sentences(count, seed))
