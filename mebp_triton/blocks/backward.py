@@ -1,91 +1,118 @@
-"""One call of one block, from its forward pass to its backward pass."""
+"""One call of one block as an autograd function: a forward pass without a graph, and a backward pass that recomputes.
+
+The forward pass keeps the block's input and nothing else. The backward pass loads that input, runs the block again with
+a graph of its own, differentiates it, and returns the gradients as those of the function's inputs. So the graph of one
+block exists at a time, and autograd itself adds gradients up and runs hooks.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mebp_triton.store.block_inputs import BlockInput, BlockInputStore
-from mebp_triton.store.pages import Pages
 
 from .call import Arguments, Call
-from .leaks import check_modules, check_objects
+from .leaks import check_objects
 from .recompute import Recompute
 from .replay import ForwardState, Recording
-from .runner import Counters, Event, Treatment
+from .runner import Counters, Treatment, trainable_parameters
+
+T = TypeVar("T")
 
 
 class Host(Protocol):
-    """What a call of a block needs of the engine that runs the blocks."""
+    """The engine as one call of a block sees it."""
 
-    blocks: list[nn.Module]
-    pages: Sequence[Pages]
-    checkpoints: BlockInputStore
+    block_inputs: BlockInputStore
     keep_outputs: bool
-    recomputes: list[Recompute]
-    unchecked: set[int]
     counters: Counters
-    observer: Callable[[Event, int], None]
 
-    def trainable(self, index: int) -> list[nn.Parameter]: ...
+    def run_forward(self, index: int, forward: Callable[[], T]) -> T:
+        """Returns ``forward()``, the forward pass of block ``index``, with the block's weights in place."""
+        ...
 
-    def run_forward(self, index: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any: ...
+    def run_backward(self, index: int, backward: Callable[[], T], continues: bool) -> T:
+        """Returns ``backward()``, the backward pass of block ``index``, with the block's weights in place.
 
-    def call(self, index: int, run: Callable[[], Any]) -> Any: ...
+        ``continues``: whether the backward pass goes on to a lower block.
+        """
+        ...
 
-    def prefetch_below(self, index: int) -> None: ...
+    def check_modules(self, index: int) -> None:
+        """Checks once what block ``index`` left in its modules. Called right after a recompute."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the model: its place, its module, how it is recomputed, and the forward of its own."""
+
+    index: int
+    module: nn.Module
+    recompute: Recompute
+    forward: Callable[..., Any]
 
 
 class BlockRun:
-    """One call of one block, from its forward to its backward."""
+    """One call of one block, from its forward to its backward pass.
+
+    Args:
+        arguments: the arguments, flattened.
+        live: the call with the original containers, which the forward pass writes to.
+        hidden: the place of the hidden state among the leaves of the arguments.
+        inputs: the places of those leaves that require a gradient.
+        parameters: the parameters that get a gradient.
+    """
 
     def __init__(
         self,
-        engine: Host,
-        index: int,
-        original: Callable[..., Any],
+        host: Host,
+        block: Block,
+        treatment: Treatment,
         arguments: Arguments,
         live: Call,
-        moving: list[int],
         hidden: int,
-        treatment: Treatment,
+        inputs: list[int],
         parameters: list[nn.Parameter],
     ) -> None:
-        self.engine, self.index, self.original, self.treatment = engine, index, original, treatment
-        self.arguments, self.moving, self.hidden = arguments, moving, hidden
+        self.host, self.block, self.treatment = host, block, treatment
+        self.arguments, self.hidden, self.inputs, self.parameters = arguments, hidden, inputs, parameters
         self.live: Call | None = live
         self.leaves = leaves = arguments.leaves
-        self.parameters = parameters
-        # A block that only passes the gradient on is recomputed with its parameters too.
-        # The hidden state is its checkpoint's to watch.
-        held = [leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and place != hidden]
-        self.watched = [*engine.trainable(index), *held] if treatment != "identity" else []
+        # The recompute reads these as well, so they must not change before it; the parameters also where they are not
+        # trained. Identity reads nothing. The hidden state is watched where it is kept.
+        others = [leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and place != hidden]
+        self.watched = [*trainable_parameters(block.module), *others] if treatment != "identity" else []
         self.versions = [tensor._version for tensor in self.watched]
-        self.training = engine.blocks[index].training
-        self.surroundings = ForwardState(leaves[hidden].device, random=self.training)
-        self.checkpoint: BlockInput | None = None
+        self.training = block.module.training
+        self.state = ForwardState(leaves[hidden].device, random=self.training)
+        self.block_input: BlockInput | None = None
         self.recording: Recording | None = None
         self.output_spec: Any = None
         self.output_leaves: list[Any] = []
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Runs the block without a graph; afterwards only the checkpoint holds its input."""
+        """Runs the block without a graph; afterwards its input is held by the block input store alone."""
         assert self.live is not None
-        keeping: AbstractContextManager[object] = nullcontext()
+        recording: AbstractContextManager[object] = nullcontext()
         if self.treatment != "identity":
-            self.checkpoint = self.engine.checkpoints.save(self.leaves[self.hidden])
-            self.engine.counters.checkpoint += 1
-            if self.engine.keep_outputs:
-                self.recording = Recording(self.engine.checkpoints)
-                keeping = self.engine.recomputes[self.index].recorded(self.recording)
-        with keeping:
-            output = self.engine.run_forward(self.index, self.original, self.live.args, self.live.kwargs)
+            self.block_input = self.host.block_inputs.save(self.leaves[self.hidden])
+            self.host.counters.checkpoint += 1
+            if self.host.keep_outputs:
+                self.recording = Recording(self.host.block_inputs)
+                recording = self.block.recompute.recorded(self.recording)
+        with recording:
+            output = self.host.run_forward(
+                self.block.index, functools.partial(self.block.forward, *self.live.args, **self.live.kwargs)
+            )
         self.leaves[self.hidden] = None
         if self.treatment == "identity":
             self.leaves.clear()
@@ -95,7 +122,10 @@ class BlockRun:
         return tensors
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> Any:
-        """The block's output with the function's tensors in it; they are put into its containers as well."""
+        """The block's output with ``tensors``, the autograd function's outputs, in it.
+
+        They also replace what the forward pass wrote into containers: those tensors have no graph.
+        """
         assert self.live is not None
         given = iter(tensors)
         leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self.output_leaves]
@@ -105,67 +135,87 @@ class BlockRun:
         return output
 
     def backward(self, grads: tuple[Tensor | None, ...], needed: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients of the moving inputs and the parameters, by recomputing the block."""
-        changed = [p._version for p in self.watched] != self.versions
-        if changed:
-            raise RuntimeError(f"a parameter or an input of block {self.index} changed between forward and backward")
-        if self.engine.blocks[self.index].training != self.training:
-            raise RuntimeError(f"block {self.index} went from train() to eval(), or back, between forward and backward")
-        assert self.checkpoint is not None
+        """Recomputes the block and differentiates it.
+
+        Args:
+            grads: the gradients of the outputs; None where an output has none.
+            needed: for each of the inputs, then of the parameters, whether its gradient is wanted.
+
+        Returns:
+            The gradients of the inputs, then of the parameters; None where not wanted.
+
+        Raises:
+            RuntimeError: something that the recompute reads has changed since the forward pass.
+        """
+        self._check_unchanged()
+        assert self.block_input is not None
         leaves = list(self.leaves)
-        leaves[self.hidden] = self.checkpoint.load()
-        for place, need in zip(self.moving, needed, strict=False):
+        leaves[self.hidden] = self.block_input.load()
+        # Detached, the inputs are leaves of the recompute's graph: differentiation stops at the block's own inputs, and
+        # autograd continues with what is returned here.
+        for place, need in zip(self.inputs, needed, strict=False):
             leaves[place] = leaves[place].detach().requires_grad_(need)
-        inputs = [leaves[place] for place in self.moving] + self.parameters
-        wanted = [item for item, need in zip(inputs, needed, strict=True) if need]
-        with self.engine.pages[self.index]:
-            self.engine.prefetch_below(self.index if any(needed[: len(self.moving)]) else 0)
-            found = self._gradients(leaves, wanted, grads)
-        self.engine.counters.recompute += 1
-        self.engine.observer("backward", self.index)
-        given = iter(found)
+        sources = [leaves[place] for place in self.inputs] + self.parameters
+        wanted = [source for source, need in zip(sources, needed, strict=True) if need]
+        gradients = self.host.run_backward(
+            self.block.index,
+            lambda: self._gradients(leaves, wanted, grads),
+            continues=any(needed[: len(self.inputs)]),
+        )
+        given = iter(gradients)
         return [next(given) if need else None for need in needed]
+
+    def _check_unchanged(self) -> None:
+        index = self.block.index
+        if [tensor._version for tensor in self.watched] != self.versions:
+            raise RuntimeError(f"a parameter or an input of block {index} changed between forward and backward")
+        if self.block.module.training != self.training:
+            raise RuntimeError(f"block {index} went from train() to eval(), or back, between forward and backward")
 
     def _gradients(
         self, leaves: list[Any], wanted: list[Tensor], grads: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad(), _only_trainable(self), _without_hooks(self.parameters):
-            outputs = self.engine.recomputes[self.index].run(lambda: self._recompute(leaves), self.recording)
-            if self.index in self.engine.unchecked:
-                self.engine.unchecked.remove(self.index)
-                check_modules(self.index, self.engine.blocks)
+        # A block that passes the gradient on but is not trained is recomputed with frozen parameters: otherwise the
+        # autograd functions inside would compute parameter gradients that nobody wants.
+        frozen = trainable_parameters(self.block.module) if self.treatment == "exact" else []
+        with torch.enable_grad(), _frozen(frozen), _without_hooks(self.parameters):
+            outputs = self.block.recompute.run(lambda: self._recompute(leaves), self.recording)
+            self.host.check_modules(self.block.index)
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
             return torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
 
     def _recompute(self, leaves: list[Any]) -> list[Tensor]:
+        """The block's output tensors, in the order of those of ``forward``, with a graph."""
         call = self.arguments.call(leaves)
-        with self.surroundings.replayed():
-            output = self.engine.call(self.index, functools.partial(self.original, *call.args, **call.kwargs))
+        with self.state.replayed():
+            output = self.block.recompute.call(functools.partial(self.block.forward, *call.args, **call.kwargs))
         outputs = [leaf for leaf in tree_flatten((output, call.written()))[0] if isinstance(leaf, Tensor)]
-        check_objects(self.index, self.arguments.objects(call), outputs)
+        check_objects(self.block.index, self.arguments.objects(call), outputs)
         return outputs
 
 
-_TENSOR = object()
+_TENSOR = object()  # marks the place of a tensor among the leaves of an output
 
 
 @contextmanager
-def _only_trainable(run: BlockRun) -> Iterator[None]:
-    """Within, the parameters of a block that passes the gradient on but is not trained require none."""
-    frozen = run.engine.trainable(run.index) if run.treatment == "exact" else []
-    for parameter in frozen:
+def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """While active, ``parameters`` require no gradient."""
+    for parameter in parameters:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in frozen:
+        for parameter in parameters:
             parameter.requires_grad_(True)
 
 
 @contextmanager
 def _without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within, hooks on the parameters rest: they run when autograd gets the gradients that are found here."""
-    hooks = [(found, dict(found)) for parameter in parameters if (found := parameter._backward_hooks)]
+    """While active, hooks on ``parameters`` do not run.
+
+    ``torch.autograd.grad`` would run them here, and autograd runs them again when it gets the gradients from us.
+    """
+    hooks = [(own, dict(own)) for parameter in parameters if (own := parameter._backward_hooks)]
     for live, _ in hooks:
         live.clear()
     try:
@@ -176,8 +226,10 @@ def _without_hooks(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 class BlockFunction(torch.autograd.Function):
+    """A ``BlockRun`` for autograd. ``tensors`` are the run's inputs, then its parameters."""
+
     @staticmethod
-    def forward(ctx: Any, run: BlockRun, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, run: BlockRun, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.run = run
         ctx.set_materialize_grads(False)
         outputs = run.forward()
@@ -192,6 +244,6 @@ class BlockFunction(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None, *[None] * len(needed))
         if run.treatment == "identity":
-            run.engine.counters.identity += 1
-            return (None, *(grads[0] if place == run.hidden else None for place in run.moving))
+            run.host.counters.identity += 1
+            return (None, *(grads[0] if place == run.hidden else None for place in run.inputs))
         return (None, *run.backward(grads, needed))

@@ -1,8 +1,9 @@
-"""A block's arguments and results as flat lists, and the ways by which a tensor may leave a block unseen.
+"""A block's arguments and results as flat lists of leaves.
 
-A dictionary or list among the arguments may be written to by one block and read by a later one, as the keys and values
-that blocks of Gemma 3n and Gemma 4 share. What lies in it counts among the block's inputs, and what the block puts into
-it among its outputs, so gradients go both ways. Any other object is only looked at.
+One block may write to a dictionary or list among its arguments, and a later block may read it there, as the blocks of
+Gemma 3n and Gemma 4 do that share keys and values. The entries of such a container count among a block's inputs, and
+what the block writes into it counts among the outputs, so gradients flow both ways. Any other object is only looked at
+(see ``leaks``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def _is_container(leaf: Any) -> bool:
 
 
 def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Containers and caches are leaves."""
+    """The leaves of the arguments; containers and caches are leaves as a whole."""
     return tree_flatten(
         (args, kwargs), lambda leaf: isinstance(leaf, Cache) or (_is_container(leaf) and leaf is not kwargs)
     )
@@ -32,21 +33,21 @@ def _entries(container: Any) -> dict[Any, Any]:
 
 
 class Call:
-    """The arguments of one call, and what it puts into the containers among them."""
+    """The arguments of one call, and what the call writes into the containers among them."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], containers: list[Any]) -> None:
         self.args, self.kwargs, self.containers = args, kwargs, containers
         self._before = [_entries(container) for container in containers]
 
     def written(self) -> list[dict[Any, Any]]:
-        """By container, the entries that are new or others than before the call."""
+        """For each container, the entries that were added or replaced since this object was made."""
         return [
             {key: value for key, value in _entries(container).items() if key not in before or before[key] is not value}
             for container, before in zip(self.containers, self._before, strict=True)
         ]
 
     def write(self, entries: list[dict[Any, Any]]) -> None:
-        """Puts them into the containers, as ``written`` gave them."""
+        """Puts entries into the containers; ``entries`` has the form that ``written`` returns."""
         for container, new in zip(self.containers, entries, strict=True):
             for key, value in new.items():
                 container[key] = value
@@ -55,17 +56,17 @@ class Call:
 def map_caches(
     change: Callable[[Cache], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with what ``change`` makes of each cache in its place."""
+    """The arguments with each cache replaced by ``change(cache)``."""
     leaves, spec = _flat(args, kwargs)
     return tree_unflatten([change(leaf) if isinstance(leaf, Cache) else leaf for leaf in leaves], spec)
 
 
 class Arguments:
-    """Arguments as a list of leaves, with what lies in containers after the others.
+    """Arguments as a list of leaves, followed by the leaves of the containers' entries.
 
     Attributes:
-        leaves: tensors, containers (copies, as they are before the call), caches, and whatever else there is.
-        containers: the real ones, which the call writes to.
+        leaves: tensors, containers (copied as they are before the call), caches, and whatever else there is.
+        containers: the original containers, which the call writes to.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -79,7 +80,7 @@ class Arguments:
         self.leaves: list[Any] = [*outer, *inner]
 
     def call(self, leaves: Sequence[Any]) -> Call:
-        """A call with other ``leaves``, in containers of its own."""
+        """A call with ``leaves`` in place of the original ones, and with containers of its own."""
         outer = list(leaves[: self._count])
         for place, entries in zip(
             self._places, tree_unflatten(list(leaves[self._count :]), self._inner_spec), strict=True
@@ -91,7 +92,7 @@ class Arguments:
         return Call(args, kwargs, [outer[place] for place in self._places])
 
     def objects(self, call: Call) -> list[Any]:
-        """What may hold tensors without being one: the containers of ``call``, and other objects among the leaves."""
+        """The arguments of ``call`` that may hold tensors but are none: its containers, and all other objects."""
         others = (
             leaf for leaf in self.leaves[: self._count] if not isinstance(leaf, Tensor) and not _is_container(leaf)
         )

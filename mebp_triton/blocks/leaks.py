@@ -1,4 +1,9 @@
-"""The ways by which a tensor may leave a block unseen, and lose its gradient."""
+"""Finds tensors that leave a block by a way other than its outputs, and would lose their gradient.
+
+The forward pass of a block makes no graph. A tensor that the block leaves in an object or a module has no gradient
+there, and a later block that reads it would be trained wrongly without any sign. A recompute does make a graph, so it
+shows such tensors: they have a ``grad_fn``.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +15,15 @@ from torch import Tensor, nn
 
 
 def check_objects(index: int, objects: Iterable[Any], outputs: Iterable[Any]) -> None:
-    """ValueError where block ``index`` left a tensor with a gradient in one of ``objects``, of its arguments.
+    """Checks the objects among a block's arguments after a recompute.
 
-    Later blocks may read it there, and got it from a forward pass that has no graph. ``outputs``: tensors that are
-    known to be the block's outputs.
+    Args:
+        index: the block's.
+        objects: those of its arguments that are no tensors.
+        outputs: the tensors that are known to be the block's outputs, which may be anywhere.
+
+    Raises:
+        ValueError: the block left another tensor with a gradient in one of ``objects``.
     """
     known = {id(output) for output in outputs}
     for thing in objects:
@@ -22,10 +32,12 @@ def check_objects(index: int, objects: Iterable[Any], outputs: Iterable[Any]) ->
 
 
 def check_modules(index: int, blocks: Sequence[nn.Module]) -> None:
-    """``check_objects`` of the attributes of block ``index`` and its modules.
+    """Checks the attributes of block ``index`` and of the modules in it after a recompute.
 
-    A warning for those of its own, which may be a state that nobody else reads; ValueError where the module is in
-    another block too.
+    It warns of a tensor with a gradient in a module of this block alone, which may be a state that nothing else reads.
+
+    Raises:
+        ValueError: the block left such a tensor in a module that is part of another block too.
     """
     for path, module in blocks[index].named_modules():
         for name, value in vars(module).items():
@@ -49,7 +61,7 @@ def _has_lost(thing: Any, known: set[int]) -> bool:
 
 
 def _tensors(thing: Any, depth: int = 4) -> Iterator[Tensor]:
-    """The tensors in ``thing``: itself, or in dictionaries, lists, tuples and sets."""
+    """The tensors in ``thing``: itself, or those in dictionaries, lists, tuples and sets down to ``depth``."""
     if isinstance(thing, Tensor):
         yield thing
     elif depth and isinstance(thing, Mapping | list | tuple | set):

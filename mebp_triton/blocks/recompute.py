@@ -1,8 +1,8 @@
-"""What a block's recompute leaves out: outputs of its adapted layers that were kept, or that no gradient needs.
+"""What a block's recompute leaves out: the outputs of its adapted layers that were kept, or that no gradient needs.
 
-A recompute makes what the gradients need. Where the outputs of the linear layers were kept in the forward pass, it has
-no matrix products. And no gradient needs the output of the block's last linear layer where only additions follow it:
-that product is left out in any case. An MLP that runs by chunks (see ``token_chunks``) counts as one layer.
+A recompute makes what the gradients need. If the outputs of the linear layers were kept in the forward pass, it
+computes no matrix product. And if only additions follow the block's last linear layer, no gradient needs that layer's
+output, so its product is left out in any case. An MLP that runs by chunks (see ``mlp_chunks``) counts as one layer.
 """
 
 from __future__ import annotations
@@ -14,59 +14,91 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mebp_triton.layers.linear import Int4LoRALinear
+
 from .replay import Recorded, Recording, Replay
 
 
-def _producers(module: nn.Module) -> Iterator[Recorded]:
+def _recorded_in(module: nn.Module) -> Iterator[Recorded]:
     for child in module.children():
         if isinstance(child, Recorded):
             yield child
         else:
-            yield from _producers(child)
+            yield from _recorded_in(child)
 
 
 class Recompute:
-    """Recomputes one block (or one unit), over and over.
+    """Runs one block (or one ``OpaqueModule``), and recomputes it, in every step.
 
-    The first recompute finds out which layer comes last. From then on its output is NaN, not computed, and nothing
-    after it may be saved for the backward pass: whatever has a gradient that depends on the value would be. If
-    something is (a norm or an activation after it, a dropout mask), the recompute is done again in full, and for this
-    block always will be. An autograd function after it that keeps a value by itself, and not by ``save_for_backward``,
-    is not seen: its gradient would be NaN.
+    The first recompute finds out which layer is the last one. From then on that layer's output is NaN instead of
+    computed, as long as nothing after it is saved for the backward pass: an operation whose gradient depends on a value
+    saves that value. If something is saved (by a norm or an activation after the layer, or as a dropout mask), this
+    recompute is done once more in full, and so is every later one. Only an autograd function that keeps a value by
+    other means than ``save_for_backward`` is not seen: its gradient would be NaN.
+
+    Attributes:
+        layers: the layers that are recorded.
+        last: the layer whose output is left out; None if there is none, or none is known yet.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.layers = list(dict.fromkeys(_producers(block)))
+    def __init__(self, module: nn.Module) -> None:
+        self.layers = list(dict.fromkeys(_recorded_in(module)))
+        adapted = [layer for layer in module.modules() if isinstance(layer, Int4LoRALinear)]
+        self.shared_inputs = {layer.shared_input for layer in adapted if layer.shared_input is not None}
         self.last: Recorded | None = None
         self.settled = False
 
+    def call(self, forward: Callable[[], Any]) -> Any:
+        """Returns ``forward()``, the module's own forward pass; afterwards no layer keeps an output for another."""
+        try:
+            return forward()
+        finally:
+            for shared in self.shared_inputs:
+                shared.forget()
+
     @contextmanager
     def recorded(self, recording: Recording) -> Iterator[None]:
-        """Within, the block's forward pass is recorded."""
+        """While active, the outputs of the layers are kept in ``recording``."""
         recording.unused = self.last
         with self.taped(recording):
             yield
 
     def run(self, recompute: Callable[[], Any], recording: Recording | None) -> Any:
-        """What ``recompute`` returns; its gradients are right, its value may be NaN."""
+        """Returns what ``recompute`` returns. Gradients through it are right, but its value may be NaN.
+
+        Args:
+            recompute: runs the module's forward pass with a graph; it may be called twice.
+            recording: made in the forward pass that is recomputed.
+        """
         if not self.settled:
-            return self._find(recompute, recording)
-        unused = self.last
-        if unused is None:
-            with self.taped(Replay(recording, None)):
-                return recompute()
+            return self._find_last(recompute, recording)
+        if self.last is not None:
+            output, needed = self._run_without(self.last, recompute, recording)
+            if not needed:
+                return output
+            self.last = output = None  # frees the graph before another one is made
+        with self.taped(Replay(recording, None)):
+            return recompute()
+
+    def _run_without(
+        self, unused: Recorded, recompute: Callable[[], Any], recording: Recording | None
+    ) -> tuple[Any, bool]:
+        """The output of a recompute in which ``unused`` gives NaN, and whether a gradient may depend on that."""
         saved: list[torch.Size] = []
         entered: list[torch.autograd.graph.saved_tensors_hooks] = []
 
         def note(tensor: Tensor) -> Tensor:
             saved.append(tensor.shape)
-            return tensor.detach()  # the tensor itself, kept by the function that made it, would never be freed
+            # Not the tensor itself: kept by the function that made it, it would form a cycle and never be freed.
+            return tensor.detach()
 
-        def after(*_: Any) -> None:
+        def watch(*_: Any) -> None:
+            # ``note`` sees every tensor that autograd saves from here on, that is, after the layer has returned. The
+            # end of this watch is the end of the recompute, so the context cannot be written as a with statement.
             entered.append(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
             entered[-1].__enter__()
 
-        hook = unused.register_forward_hook(after)
+        hook = unused.register_forward_hook(watch)
         try:
             with self.taped(Replay(recording, unused)):
                 output = recompute()
@@ -74,15 +106,12 @@ class Recompute:
             hook.remove()
             for context in reversed(entered):
                 context.__exit__(None, None, None)
-        if saved or len(entered) != 1:
-            self.last = output = None
-            with self.taped(Replay(recording, None)):
-                return recompute()
-        return output
+        # A layer that was called twice is the last one only at its second call, and NaN reached what lies between.
+        return output, bool(saved) or len(entered) != 1
 
     @contextmanager
     def taped(self, tape: Recording | Replay) -> Iterator[None]:
-        """Within, the layers' calls are ``tape``'s to see."""
+        """While active, ``tape`` is the tape of the layers."""
         for layer in self.layers:
             layer.tape = tape
         try:
@@ -91,7 +120,8 @@ class Recompute:
             for layer in self.layers:
                 layer.tape = None
 
-    def _find(self, recompute: Callable[[], Any], recording: Recording | None) -> Any:
+    def _find_last(self, recompute: Callable[[], Any], recording: Recording | None) -> Any:
+        """Recomputes in full, and sees which layer is called last."""
         called: list[Recorded] = []
         hooks = [layer.register_forward_hook(lambda module, *_: called.append(module)) for layer in self.layers]
         try:

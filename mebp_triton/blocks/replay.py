@@ -1,4 +1,9 @@
-"""What a block's recompute is given back: outputs that were kept, autocast, random numbers."""
+"""How a recompute sees what the forward pass saw.
+
+There are two kinds of it. ``ForwardState`` is what PyTorch keeps outside of the model: autocast and the random
+generators. ``Recording`` and ``Replay`` are tapes (see ``layers.linear.Tape``): outputs of layers that were kept in the
+forward pass, by call, so that the recompute can use them instead of computing them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,12 @@ from mebp_triton.system.random_state import RandomState
 
 
 class ForwardState:
-    """What a forward pass depends on beside its arguments: autocast, and with ``random`` the generators."""
+    """The state outside of the model that a forward pass depends on.
+
+    Args:
+        device: where the forward pass runs.
+        random: whether it may draw random numbers, so that the generators belong to it.
+    """
 
     def __init__(self, device: torch.device, random: bool) -> None:
         kind = device.type
@@ -32,15 +42,16 @@ class ForwardState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
+        """While active, the state is that of the forward pass; afterwards it is what it was before."""
         random = self.random.replayed() if self.random is not None else nullcontext()
         with random, torch.autocast(**self.autocast):
             yield
 
 
 class OpaqueModule(nn.Module):
-    """A module that counts as one layer in its block's recompute, and looks after the layers inside by itself.
+    """A module that counts as one layer in its block's recompute, and recomputes the layers inside by itself.
 
-    Its output has its input's shape.
+    Its output has the shape of its input.
     """
 
     tape: Recording | Replay | None = None
@@ -50,7 +61,13 @@ Recorded = Int4LoRALinear | OpaqueModule
 
 
 class Recording:
-    """Keeps the outputs of a block's adapted layers during its forward pass, call by call."""
+    """A tape that keeps the outputs of a block's adapted layers during its forward pass.
+
+    Attributes:
+        kept: the outputs of each layer, in the order of its calls.
+        parts: the recordings of what each opaque module computes piece by piece.
+        unused: a layer whose output no gradient needs, so that it is not kept.
+    """
 
     def __init__(self, store: BlockInputStore) -> None:
         self.store = store
@@ -65,21 +82,24 @@ class Recording:
         if layer is not self.unused:
             self.kept[layer].append(self.store.save(y))
 
-    def part(self, unit: OpaqueModule) -> Recording:
-        """For the next piece of what ``unit`` computes."""
-        self.parts[unit].append(Recording(self.store))
-        return self.parts[unit][-1]
+    def part(self, module: OpaqueModule) -> Recording:
+        """A new recording, for the next piece of what ``module`` computes."""
+        self.parts[module].append(Recording(self.store))
+        return self.parts[module][-1]
 
 
 class Replay:
-    """Gives each call the output that was kept of it; NaN for that of the layer ``unused``."""
+    """A tape that answers each call with the output that was kept of it, and calls of ``unused`` with NaN.
+
+    NaN, so that a gradient which depends on that output after all cannot go unnoticed.
+    """
 
     def __init__(self, recording: Recording | None, unused: Recorded | None) -> None:
         self.kept = {} if recording is None else recording.kept
         self.parts = {} if recording is None else recording.parts
         self.unused = unused
         self.calls: Counter[Recorded] = Counter()
-        self.parts_given: Counter[OpaqueModule] = Counter()
+        self.pieces: Counter[OpaqueModule] = Counter()
 
     def lookup(self, layer: Recorded, x: Tensor) -> Tensor | None:
         if layer is self.unused:
@@ -89,16 +109,16 @@ class Replay:
         if call >= len(kept):
             return None
         try:
-            # A tensor of its own, since it becomes the output of an autograd function.
+            # A tensor object of its own: it becomes the output of an autograd function, which sets its grad_fn.
             return kept[call].load().detach()
         except InPlaceChange:
-            return None  # the block changes that output in place, so it is computed again
+            return None  # the block changed this output in place, so what was kept is no longer the layer's output
 
     def record(self, layer: Recorded, y: Tensor) -> None:
         self.calls[layer] += 1
 
-    def part(self, unit: OpaqueModule) -> Recording | None:
-        """What was kept of the next piece of what ``unit`` computes."""
-        parts, place = self.parts.get(unit, []), self.parts_given[unit]
-        self.parts_given[unit] += 1
-        return parts[place] if place < len(parts) else None
+    def part(self, module: OpaqueModule) -> Recording | None:
+        """What was kept of the next piece of what ``module`` computes."""
+        parts, piece = self.parts.get(module, []), self.pieces[module]
+        self.pieces[module] += 1
+        return parts[piece] if piece < len(parts) else None

@@ -1,4 +1,4 @@
-"""The repeated blocks of a Hugging Face model: found in its module tree, and run by someone else."""
+"""The repeated blocks of a Hugging Face model: finding them in its module tree, and running them in its place."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
-    """The decoder stack: the shallowest ``ModuleList`` with as many entries as the config has hidden layers.
+    """Finds the decoder stack: the shallowest ``ModuleList`` with as many entries as the config has hidden layers.
 
     Args:
         model: a transformers (or PEFT) model.
-        path: the stack's path in the module tree, where the rule does not find it.
+        path: the stack's path in the module tree, for a model where that rule does not find it.
 
     Returns:
         The path and the list.
@@ -24,13 +24,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         ValueError: no list fits, or several do at the same depth.
     """
     if path is not None:
-        try:
-            found = model.get_submodule(path)
-        except AttributeError:
-            raise ValueError(f"blocks={path!r} is no module of {type(model).__name__}") from None
-        if not isinstance(found, nn.ModuleList) or len(found) == 0:
-            raise ValueError(f"blocks={path!r} is a {type(found).__name__}, wanted a ModuleList with entries")
-        return path, found
+        return path, _blocks_at(model, path)
     config: Any = model.config
     count = config.get_text_config().num_hidden_layers
     lists = [
@@ -48,13 +42,30 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
     return shallowest[0][1], shallowest[0][2]
 
 
+def _blocks_at(model: nn.Module, path: str) -> nn.ModuleList:
+    try:
+        blocks = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"blocks={path!r} is no module of {type(model).__name__}") from None
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+        raise ValueError(f"blocks={path!r} is a {type(blocks).__name__}, wanted a ModuleList with entries")
+    return blocks
+
+
 Treatment = Literal["train", "exact", "identity"]
 Event = Literal["forward", "backward"]
 
 
 @dataclass
 class Counters:
-    """How often a block's forward ran, was computed again, and was passed by; and how many inputs were kept."""
+    """What the blocks did. The names are part of ``metrics.jsonl``, as ``blocks_forward`` and so on.
+
+    Attributes:
+        forward: forward passes of a block.
+        recompute: forward passes that ran again for a backward pass.
+        identity: blocks that the gradient passed unchanged.
+        checkpoint: block inputs that were kept.
+    """
 
     forward: int = 0
     recompute: int = 0
@@ -70,16 +81,19 @@ class Counters:
 
 
 class BlockRunner:
-    """Stands in the place of each block's ``forward``, until ``remove``.
+    """Replaces the ``forward`` of each block until ``remove``.
 
     Args:
         blocks: the model's blocks, in order.
-        run: called in place of block i's forward with i, that forward, and its arguments.
+        run: called instead of the forward of block i, with i, that forward, and its arguments.
 
     Attributes:
-        treatment: what the selection says of block i at this step; all "train" without one.
-        observer: called with (event, block index) after each block's forward and backward.
-        around: the model's parameters outside of the blocks, as far as a selection named them.
+        treatment: how the selection treats block i in this step; without a selection, every block is trained.
+        observer: called with (event, block index) after each block's forward and backward pass.
+        outer_parameters: the model's parameters outside of the blocks; the selection sets them.
+
+    Raises:
+        ValueError: a block stands twice in the list, or has a runner already.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], run: Callable[..., Any]) -> None:
@@ -89,9 +103,9 @@ class BlockRunner:
         self.treatment: Callable[[int], Treatment] = lambda index: "train"
         self.observer: Callable[[Event, int], None] = lambda event, index: None
         self.counters = Counters()
-        self.around: list[nn.Parameter] = []
-        self._had = [block.__dict__.get("forward") for block in self.blocks]
-        self._put: list[Any] = []
+        self.outer_parameters: list[nn.Parameter] = []
+        self._own_forwards = [block.__dict__.get("forward") for block in self.blocks]
+        self._our_forwards: list[Any] = []
         self.removed = False
         others = (getattr(block.forward, "block_runner", None) for block in self.blocks)
         if any(other is not None and not other.removed for other in others):
@@ -100,40 +114,49 @@ class BlockRunner:
             wrapped = functools.wraps(block.forward)(functools.partial(self._enter, run, index, block.forward))
             wrapped.block_runner = self  # type: ignore[attr-defined]
             block.forward = wrapped  # type: ignore[method-assign]
-            self._put.append(wrapped)
+            self._our_forwards.append(wrapped)
 
     def _enter(self, run: Callable[..., Any], index: int, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         return original(*args, **kw) if self.removed else run(index, original, *args, **kw)
 
     def remove(self) -> None:
-        """Gives every block the forward back that it had; where others wrapped ours since, it only calls that."""
+        """Gives every block its own forward back.
+
+        Where another library has wrapped ours since, ours stays in place and only calls the block's own.
+        """
         self.removed = True
-        for block, had, put in zip(self.blocks, self._had, self._put, strict=True):
-            if block.__dict__.get("forward") is put:
+        for block, own, ours in zip(self.blocks, self._own_forwards, self._our_forwards, strict=True):
+            if block.__dict__.get("forward") is ours:
                 del block.forward
-                if had is not None:
-                    block.forward = had
+                if own is not None:
+                    block.forward = own
 
     def trainable(self, index: int) -> list[nn.Parameter]:
-        """The block's parameters that require a gradient."""
-        return [parameter for parameter in self.blocks[index].parameters() if parameter.requires_grad]
+        """The parameters of block ``index`` that are trained when the block is selected."""
+        return trainable_parameters(self.blocks[index])
 
-    def selected_anew(self) -> None:
-        """The selection is about to change."""
+    def selection_will_change(self) -> None:
+        """Called before the selection chooses other blocks."""
 
-    def is_below(self, index: int, moving: bool) -> bool:
-        """Whether no gradient is wanted through the block: it lies below the lowest that is trained at this step.
+    def is_below(self, index: int, requires_grad: bool) -> bool:
+        """Whether no gradient is wanted through block ``index``, since it lies below all blocks that are trained.
 
-        ``moving``: one of its inputs requires a gradient. That only counts where something outside of the blocks is
-        trained: gradient checkpointing lets inputs require gradients that nobody wants.
+        Args:
+            requires_grad: one of the block's inputs requires a gradient. That counts only if something outside of the
+                blocks is trained: for gradient checkpointing, trainers make inputs require gradients nobody wants.
         """
-        if moving and any(parameter.requires_grad for parameter in self.around):
+        if requires_grad and any(parameter.requires_grad for parameter in self.outer_parameters):
             return False
-        return not any(self.treatment(place) == "train" for place in range(index + 1))
+        return not any(self.treatment(lower) == "train" for lower in range(index + 1))
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``module`` that require a gradient."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A block's input: its first positional argument, or the one of that name."""
+    """A block's input: its first positional argument, or the one named hidden_states."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
         raise ValueError("a block was called without its hidden state as first or as hidden_states argument")

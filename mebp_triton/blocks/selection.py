@@ -14,21 +14,28 @@ from .hooks import BlockHooks
 from .options import MODES, SCHEDULES, UNSELECTED_UPDATES, Mode, Schedule, UnselectedUpdate
 from .runner import BlockRunner, Treatment, find_blocks
 
-NORM_DECAY = 0.9  # of the running gradient norms that "importance" samples by
-EVEN_PART = 0.2  # of its probability is spread evenly, so that every block is trained again
+NORM_DECAY = 0.9  # decay of the running gradient norms that "importance" samples by
+EVEN_PART = 0.2  # part of its probability that is spread evenly, so that no block is left out for good
 
 
 def selected_count(count: int, ratio: float) -> int:
-    """How many of ``count`` blocks a step trains: at least one."""
+    """The number of blocks that a step trains: ``round(ratio * count)``, but at least one and at most ``count``."""
     return min(count, max(1, round(ratio * count)))
 
 
 def select_blocks(step: int, count: int, ratio: float, schedule: Schedule, seed: int = 0) -> frozenset[int]:
-    """The blocks selected at ``step``: ``max(1, round(ratio * count))`` of ``count``.
+    """The ``k = selected_count(count, ratio)`` of ``count`` blocks that are selected at ``step``.
 
-    cyclic: windows of neighbours, one after the other, around the end. strided: evenly spaced, shifted by one block a
-    step. random: the blocks are shuffled and dealt out, so that every round of ``ceil(count / k)`` steps covers all;
-    a pure function of seed and step. Every schedule covers every block.
+    Every schedule covers every block, and is a pure function of its arguments.
+
+    Args:
+        schedule: "cyclic" takes windows of neighbours, one after the other and around the end; "strided" takes evenly
+            spaced blocks, shifted by one block each step; "random" shuffles the blocks and deals them out, so that
+            every round of ``ceil(count / k)`` steps covers all.
+        seed: for the shuffles of "random".
+
+    Raises:
+        ValueError: there is no such schedule.
     """
     size = selected_count(count, ratio)
     if schedule == "cyclic":
@@ -44,10 +51,13 @@ def select_blocks(step: int, count: int, ratio: float, schedule: Schedule, seed:
 
 
 def sample_blocks(step: int, norms: Sequence[float | None], ratio: float, seed: int = 0) -> frozenset[int]:
-    """As many blocks, without replacement, with probabilities that grow with ``norms``; seeded by seed and step.
+    """Draws the blocks for ``step`` without replacement, with probabilities that grow with ``norms``.
 
-    A block whose norm is not known yet counts as the largest. A fifth of the probability is even. (Efraimidis and
-    Spirakis 2006: the largest of ``log(u) / weight`` are such a sample.)
+    A fifth of the probability is spread evenly. The draw is a pure function of the arguments. Efraimidis and Spirakis
+    (2006) show that the blocks with the largest ``log(u) / weight``, for uniform ``u``, are such a sample.
+
+    Args:
+        norms: the gradient norm of each block; None if it is not known yet, which counts as the largest one.
     """
     count = len(norms)
     most = max((norm for norm in norms if norm is not None), default=0.0) or 1.0
@@ -63,25 +73,30 @@ def sample_blocks(step: int, norms: Sequence[float | None], ratio: float, seed: 
 
 
 class LayerCyclicManager:
-    """Selects the blocks of a model that a step trains.
+    """Selects the blocks of a model that a step trains (LCSB, arXiv 2602.13073).
 
-    Works on any transformers or PEFT model, by hooks on its blocks (``remove`` takes them off); on a model that
-    ``mebp_triton.load`` made, by its block engine.
+    It works on any transformers or PEFT model, by hooks on the blocks that ``remove`` takes off again. On a model made
+    by ``mebp_triton.load`` it uses the block engine of the model.
 
     Args:
         model: the model.
         ratio: the part of the blocks that is selected, in (0, 1].
-        mode: "full" all blocks; "identity" the gradient passes the others unchanged; "exact" it passes them truly but
-            their parameters get none; "freeze" only the topmost blocks are trained, always the same.
+        mode: how the gradient passes the blocks that are not selected, whose parameters get no gradient. "identity":
+            unchanged, as if the block were its residual connection alone. "exact": as it truly would. "freeze": always
+            selects the topmost blocks, so no gradient passes the others. "full": selects all blocks.
         schedule: "cyclic", "strided" or "random", see ``select_blocks``; "importance" samples by a running norm of the
             blocks' gradients, see ``sample_blocks``.
-        seed: of the random schedules.
-        blocks: the path of the block list, where it is not found by itself.
+        seed: for the schedules that draw random numbers.
+        blocks: the path of the block list, for a model in which it is not found.
 
     Attributes:
-        step: optimizer steps so far.
-        norms: the running gradient norm of every block, None before its first; kept for "importance" alone.
-        selected: the blocks that are trained at this step.
+        step: the number of optimizer steps so far.
+        norms: the running gradient norm of every block, None before its first one; used by "importance" alone.
+        selected: the blocks that are trained in this step.
+
+    Raises:
+        ValueError: an argument is out of range, the model has a selection already, its blocks are not found, or a block
+            that may be selected has no trainable parameters.
     """
 
     def __init__(
@@ -108,9 +123,9 @@ class LayerCyclicManager:
         self._model = model
         self._handles: list[Any] = []
         self.norms: list[float | None] = [None] * self.count
-        self._select_anew()
-        able = {"full": (), "freeze": self.selected}.get(mode, range(self.count))
-        if idle := [index for index in able if not self.engine.trainable(index)]:
+        self._choose()
+        candidates = {"full": (), "freeze": self.selected}.get(mode, range(self.count))
+        if idle := [index for index in candidates if not self.engine.trainable(index)]:
             if self._own:
                 self.engine.remove()
             raise ValueError(
@@ -121,6 +136,7 @@ class LayerCyclicManager:
 
     @property
     def count(self) -> int:
+        """The number of blocks."""
         return len(self.engine.blocks)
 
     def _select(self) -> frozenset[int]:
@@ -132,19 +148,22 @@ class LayerCyclicManager:
             return sample_blocks(self.step, self.norms, self.ratio, self.seed)
         return select_blocks(self.step, self.count, self.ratio, self.schedule, self.seed)
 
-    def _select_anew(self) -> None:
-        self.engine.selected_anew()
+    def _choose(self) -> None:
+        self.engine.selection_will_change()
         self.selected = self._select()
         inside = {id(parameter) for block in self.engine.blocks for parameter in block.parameters()}
-        self.engine.around = [parameter for parameter in self._model.parameters() if id(parameter) not in inside]
+        self.engine.outer_parameters = [
+            parameter for parameter in self._model.parameters() if id(parameter) not in inside
+        ]
 
     def treatment(self, index: int) -> Treatment:
+        """What happens to block ``index`` in this step; see ``engine``."""
         if index in self.selected:
             return "train"
         return "identity" if self.mode == "identity" else "exact"
 
     def record_norms(self, norms: Mapping[int, float]) -> None:
-        """Takes the gradient norms of this step's blocks into the running ones; one that is not finite is left out."""
+        """Updates the running norms with gradient norms of this step, by block. Ignores what is not finite."""
         for index, norm in norms.items():
             before = self.norms[index]
             if not math.isfinite(norm):
@@ -152,20 +171,23 @@ class LayerCyclicManager:
             self.norms[index] = norm if before is None else NORM_DECAY * before + (1 - NORM_DECAY) * norm
 
     def advance(self) -> None:
-        """To the next selection: call it once per optimizer step, after all micro-batches' backward passes."""
+        """Makes the next selection. Call it once per optimizer step, after the backward passes of all micro-batches."""
         self.step += 1
-        self._select_anew()
+        self._choose()
 
     def attach(self, optimizer: torch.optim.Optimizer, unselected_update: UnselectedUpdate = "momentum") -> None:
-        """Every step of ``optimizer`` advances the selection, until ``detach`` or ``remove``.
+        """Makes every step of ``optimizer`` advance the selection, until ``detach`` or ``remove``.
 
         An optimizer that was attached before is detached.
 
         Args:
-            optimizer: any of torch's over all of the blocks' trainable parameters, or accelerate's wrapper of one; not
-                ``BlockAdamW``, which is told what is selected.
-            unselected_update: "momentum": the blocks that are not selected are stepped with a gradient of zero, as LCSB
-                does; "none": they are left as they are.
+            optimizer: one of torch's over all trainable parameters of the blocks, or accelerate's wrapper of one. Not
+                ``BlockAdamW``, which is told in each step what is selected.
+            unselected_update: what happens to blocks that are not selected: "momentum" steps them with a gradient of
+                zero, as LCSB does; "none" leaves them as they are.
+
+        Raises:
+            ValueError: there is no such update, or the optimizer lacks trainable parameters of a block.
         """
         if unselected_update not in UNSELECTED_UPDATES:
             known = ", ".join(UNSELECTED_UPDATES)
@@ -193,12 +215,13 @@ class LayerCyclicManager:
         self._handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def detach(self) -> None:
-        """The optimizer that was attached no longer advances the selection."""
+        """Ends what ``attach`` began."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
+        """The state of the selection, in types that JSON has."""
         return {
             "step": self.step,
             "mode": self.mode,
@@ -209,7 +232,7 @@ class LayerCyclicManager:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state`` was. ValueError if it is of another selection."""
+        """Restores what ``state_dict`` returned. Raises ValueError if that was a selection with other settings."""
         for key in ("mode", "ratio", "schedule", "seed"):
             if state[key] != getattr(self, key):
                 raise ValueError(f"the saved selection has {key} {state[key]!r}, this one {getattr(self, key)!r}")
@@ -217,10 +240,10 @@ class LayerCyclicManager:
             raise ValueError(f"the saved selection is of {len(state['norms'])} blocks, this one of {self.count}")
         self.norms = [None if norm is None else float(norm) for norm in state["norms"]]
         self.step = int(state["step"])
-        self._select_anew()
+        self._choose()
 
     def remove(self) -> None:
-        """Back to training every block; takes off the hooks that this manager put on."""
+        """Ends the selection: every block is trained again, and the hooks of this manager are gone."""
         self.detach()
         if getattr(self.engine.treatment, "__self__", None) is self:
             self.engine.treatment = lambda index: "train"
@@ -229,6 +252,6 @@ class LayerCyclicManager:
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
-    """The 2-norm of all their gradients together; 0.0 without any."""
-    found = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
-    return math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in found))
+    """The 2-norm of the gradients of all ``parameters`` together; 0.0 if none has a gradient."""
+    gradients = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
+    return math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))

@@ -396,7 +396,7 @@ def test_a_leaf_below_the_blocks_gets_its_gradient(llama: Any) -> None:
 def test_nothing_stays_behind_after_a_step(llama: Any, checkpoints: Any, tmp_path: Any) -> None:
     """Neither tensors nor slots of the checkpoint file: they are as many after ten steps as after one."""
     model = loaded(llama, checkpoints=checkpoints, scratch_directory=tmp_path)
-    store = model.mebp.engine.checkpoints
+    store = model.mebp.engine.block_inputs
     saved: list[Any] = []
     save = store.save
 
@@ -502,7 +502,7 @@ def test_only_the_checkpoint_holds_a_blocks_input_between_forward_and_backward(t
             return super().forward(hidden_states, scale, flag)
 
     blocks = [Noting(6).double() for _ in range(4)]
-    engine = BlockEngine(blocks, checkpoints=FileBlockInputs(tmp_path))
+    engine = BlockEngine(blocks, block_inputs=FileBlockInputs(tmp_path))
     assert not engine.keep_outputs
     treatments = ("train", "exact", "identity", "train")
     engine.treatment = lambda index: treatments[index]

@@ -153,7 +153,7 @@ def test_the_products_of_a_recompute(products: list[int], architecture: str, rec
 def test_identity_keeps_nothing() -> None:
     model = loaded("llama", "selective")
     mebp.LayerCyclicManager(model, ratio=1 / 3, mode="identity")  # the first block is trained
-    store = model.mebp.engine.checkpoints
+    store = model.mebp.engine.block_inputs
     saved: list[Tensor] = []
     save = store.save
     store.save = lambda tensor: saved.append(tensor) or save(tensor)
@@ -163,7 +163,7 @@ def test_identity_keeps_nothing() -> None:
 
 def test_what_is_known_to_be_unused_is_not_kept() -> None:
     model = loaded("llama", "selective")
-    store = model.mebp.engine.checkpoints
+    store = model.mebp.engine.block_inputs
     saved: list[Tensor] = []
     save = store.save
     store.save = lambda tensor: saved.append(tensor) or save(tensor)
@@ -222,7 +222,7 @@ def test_any_block_has_plain_autograds_gradients(kind: str, keep: bool, store: A
     """An output kept on the device that the block then changes in place is computed again."""
     plain = Block(kind)
     ours = copy.deepcopy(plain)
-    engine = BlockEngine([ours], checkpoints=store(), keep_outputs=keep)
+    engine = BlockEngine([ours], block_inputs=store(), keep_outputs=keep)
     for seed in (1, 2, 3):
         found = []
         for block in (plain, ours):
@@ -242,7 +242,7 @@ def test_products_of_blocks_of_other_kinds(products: list[int], kind: str) -> No
     counts = []
     for store in (DeviceBlockInputs(), HostBlockInputs()):
         block = Block(kind)
-        BlockEngine([block], checkpoints=store, keep_outputs=True)
+        BlockEngine([block], block_inputs=store, keep_outputs=True)
         for _ in range(3):
             output = block(torch.ones(2, 24, requires_grad=True))
             products.clear()

@@ -38,7 +38,7 @@ from .live_bytes import LiveBytes, traced
 
 
 class _Counted:
-    """A checkpoint store that counts the bytes which wait in it.
+    """A block input store that counts the bytes that wait in it.
 
     Attributes:
         waiting: bytes now. saved: of every tensor, in order.
@@ -49,18 +49,18 @@ class _Counted:
         self.waiting, self.saved = 0, []  # type: ignore[var-annotated]
 
     def save(self, tensor: Tensor) -> BlockInput:
-        checkpoint = self.store.save(tensor)
+        block_input = self.store.save(tensor)
         self.saved.append(tensor.nbytes)
         self.waiting += tensor.nbytes
-        weakref.finalize(checkpoint, self._gone, tensor.nbytes)
-        return checkpoint
+        weakref.finalize(block_input, self._gone, tensor.nbytes)
+        return block_input
 
     def _gone(self, size: int) -> None:
         self.waiting -= size
 
 
 class _Elsewhere:
-    """Checkpoints that wait in no memory: what ``FileBlockInputs`` needs of it while it writes and reads."""
+    """Block inputs that wait in no memory. It allocates what ``FileBlockInputs`` does while it writes and reads."""
 
     def save(self, tensor: Tensor) -> BlockInput:
         tensor.detach().contiguous()

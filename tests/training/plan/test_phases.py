@@ -47,8 +47,8 @@ def test_what_waits_is_what_is_saved(store, tmp_path):
     plan = planner(store).predict(settings)
     model = load(store, settings.lora(), recompute_granularity="selective").train()
     sizes = []
-    original = model.mebp.engine.checkpoints.save
-    model.mebp.engine.checkpoints.save = lambda tensor: sizes.append(tensor.nbytes) or original(tensor)
+    original = model.mebp.engine.block_inputs.save
+    model.mebp.engine.block_inputs.save = lambda tensor: sizes.append(tensor.nbytes) or original(tensor)
     ids = torch.ones(1, settings.max_length, dtype=torch.int64)
     model(input_ids=ids, labels=ids)
     hidden = 4 * settings.max_length * model.config.hidden_size
@@ -137,8 +137,8 @@ def test_blocks_below_the_lowest_adapted_one_keep_nothing(store):
     plan = planner(store, framework=0).predict(settings)
     model = load(store, settings.lora()).train()
     sizes = []
-    original = model.mebp.engine.checkpoints.save
-    model.mebp.engine.checkpoints.save = lambda tensor: sizes.append(tensor.nbytes) or original(tensor)
+    original = model.mebp.engine.block_inputs.save
+    model.mebp.engine.block_inputs.save = lambda tensor: sizes.append(tensor.nbytes) or original(tensor)
     ids = torch.ones(1, settings.max_length, dtype=torch.int64)
     model(input_ids=ids, labels=ids)
     assert len(sizes) == 1 and plan.files["checkpoints"] == sizes[0]
