@@ -1,1 +1,1 @@
-"""Files behind tensors: weights, activation checkpoints, optimizer state."""
+"""The int4 store on disk, and where tensors wait: on the device, in host memory, or in a file."""

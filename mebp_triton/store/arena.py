@@ -1,4 +1,8 @@
-"""Weights copied to a device while a block runs: two arenas, a thread that fills them, and a stream."""
+"""Weights that are copied to a device while a block runs: two arenas, a thread that fills them, and a stream.
+
+A block's bytes come by one read and one copy into an arena. There are two arenas, so that the next block's read and
+copy, in a thread and on a stream of their own, run while this block computes.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.system.machine import is_unified
 
-from .pages import Pages
+from .pages import Pages, WeightHolder
 from .reader import Store, StoreFile
 from .waiting import Waiting
 
@@ -23,9 +26,12 @@ class _Arena:
     """A buffer on the device that holds one block's data section at a time.
 
     Attributes:
-        owner: whose data it holds, or is about to.
-        filled: done when the copy was started (on a CPU: made).
-        copied: on a GPU, when the copy has ended. free: when the last computation that reads it has.
+        owner: the pages whose data it holds, or is about to hold.
+        in_use: whether its block is running.
+        filled: done once the copy into it has been started on the stream (on a CPU: made).
+        staging: pinned host memory that the copy reads.
+        copied: the event on the copying stream after which the data is there.
+        free: the event on the computing stream after which the buffer may be overwritten.
     """
 
     buffer: Tensor
@@ -42,7 +48,8 @@ class Stager:
     """Two arenas on a device, and the thread that fills them.
 
     Attributes:
-        size: bytes of an arena: those of the largest block.
+        size: the bytes of an arena: those of the largest block.
+        arenas: in the order in which they were last given to a block.
     """
 
     device: torch.device
@@ -56,14 +63,15 @@ class Stager:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="mebp-pages")
 
     def prefetch(self, owner: ArenaPages) -> None:
-        if self._holding(owner) is None and (arena := self._least_needed()) is not None:
+        """Starts to fill an arena for ``owner``, if one can be spared. Returns at once."""
+        if self._arena_of(owner) is None and (arena := self._spare_arena()) is not None:
             self._start(arena, owner)
 
     def acquire(self, owner: ArenaPages) -> Tensor:
-        """The owner's data section on the device, until ``release``."""
-        arena = self._holding(owner)
+        """Waits for the owner's data section on the device; it stays there until ``release``."""
+        arena = self._arena_of(owner)
         if arena is None:
-            arena = self._least_needed() or self._new()
+            arena = self._spare_arena() or self._new_arena()
             self._start(arena, owner)
         assert arena.filled is not None
         arena.in_use = True
@@ -78,33 +86,38 @@ class Stager:
         return arena.buffer[: owner.size]
 
     def release(self, owner: ArenaPages) -> None:
-        arena = self._holding(owner)
+        """Lets the owner's arena be filled for another, once the computations that were started have read it."""
+        arena = self._arena_of(owner)
         assert arena is not None and arena.in_use
         arena.in_use = False
         if self.stream is not None:
             arena.free = torch.cuda.current_stream(self.device).record_event()
 
-    def _holding(self, owner: ArenaPages) -> _Arena | None:
+    def _arena_of(self, owner: ArenaPages) -> _Arena | None:
         return next((arena for arena in self.arenas if arena.owner is owner), None)
 
-    def _least_needed(self) -> _Arena | None:
-        """An arena whose block has run; the one that waits longest. None if there is none and two exist already."""
+    def _spare_arena(self) -> _Arena | None:
+        """An arena whose block does not run, the one that waits longest; None if both run."""
         if len(self.arenas) < 2:
-            return self._new()
+            return self._new_arena()
         return next((arena for arena in self.arenas if not arena.in_use), None)
 
-    def _new(self) -> _Arena:
+    def _new_arena(self) -> _Arena:
         arena = _Arena(torch.empty(self.size, dtype=torch.uint8, device=self.device))
-        if self.stream is not None:  # the memory may have been another tensor's
+        if self.stream is not None:
+            # The allocator may have given out memory that computations on the other stream still read.
             arena.free = torch.cuda.current_stream(self.device).record_event()
         self.arenas.append(arena)
         return arena
 
     def _start(self, arena: _Arena, owner: ArenaPages) -> None:
+        """Gives an arena to ``owner``, and lets the thread fill it."""
         if arena.filled is not None and not arena.filled.done():
-            arena.filled.exception()  # it was read ahead for a block that did not come: the read must end first
+            # It was read ahead for a block that did not come. That read must end before another writes here; if it
+            # failed, nobody needs to know.
+            arena.filled.exception()
         self.arenas.remove(arena)
-        self.arenas.append(arena)  # the others have waited longer
+        self.arenas.append(arena)
         arena.owner = owner
         arena.filled = self.thread.submit(self._fill, arena, owner)
 
@@ -115,20 +128,21 @@ class Stager:
             return
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             source = self._source(arena, owner)
+            # The read above needs not wait for the computations that still use the arena; the copy does.
             if arena.free is not None:
                 self.stream.wait_event(arena.free)
             target.copy_(source, non_blocking=True)
             arena.copied = self.stream.record_event()
 
     def _source(self, arena: _Arena, owner: ArenaPages) -> Tensor:
-        """The bytes where the device copies from: pinned, but where host and device memory are one."""
+        """The owner's bytes in host memory; pinned, unless the device's memory is the host's."""
         if owner.host is not None:
             return owner.host
         if self.unified:
             owner.file.verify()
             return owner.file.data()
         if arena.copied is not None:
-            arena.copied.synchronize()
+            arena.copied.synchronize()  # the last copy may still read the staging buffer
         if arena.staging is None:
             arena.staging = torch.empty(self.size, dtype=torch.uint8, pin_memory=True)
         owner.read(arena.staging[: owner.size])
@@ -136,18 +150,18 @@ class Stager:
 
 
 class ArenaPages(Pages):
-    """Weights that are views of an arena while within, and lie nowhere (on the meta device) otherwise."""
+    """A block's weights: while active, views of an arena; otherwise on the meta device, without bytes."""
 
     def __init__(
-        self, store: Store, file: StoreFile, modules: Mapping[str, Int4Module], stager: Stager, host: Tensor | None
+        self, store: Store, file: StoreFile, modules: Mapping[str, WeightHolder], stager: Stager, host: Tensor | None
     ) -> None:
         self.store, self.file, self.modules, self.stager, self.host = store, file, modules, stager, host
         self.size = file.data().numel()
         self.depth = 0
-        self._leave()
+        self._remove_weights()
 
     def read(self, target: Tensor) -> None:
-        """The data section into a CPU tensor."""
+        """Reads the data section into a CPU tensor."""
         if self.host is not None:
             target.copy_(self.host)
             return
@@ -171,10 +185,11 @@ class ArenaPages(Pages):
         self.depth -= 1
         if self.depth == 0:
             self.stager.release(self)
-            self._leave()
+            self._remove_weights()
             if self.host is None:
                 self.file.mapped.drop()
 
-    def _leave(self) -> None:
+    def _remove_weights(self) -> None:
+        """Leaves only shapes in the modules: using one outside of its block is an error, not another block's weight."""
         for name, module in self.modules.items():
             module.set_int4(self.store.weight(name).to("meta"))

@@ -13,28 +13,39 @@ from mebp_triton.system.errors import InPlaceChange
 from mebp_triton.system.machine import is_unified
 from mebp_triton.system.scratch import ScratchFile, Slot
 
-from .residency import RESIDENCIES, Residency
+from .residency import Residency
 from .waiting import Waiting
 
 
 class BlockInput(Protocol):
+    """A tensor that waits."""
+
     def load(self) -> Tensor:
-        """The tensor that was saved, on its device. May be called more than once."""
+        """Returns the tensor that was saved, on its device. May be called more than once."""
         ...
 
 
 class BlockInputStore(Protocol):
+    """A place where tensors wait."""
+
     def save(self, tensor: Tensor) -> BlockInput: ...
 
 
+def block_input_store(residency: Residency, directory: Path, waiting: Waiting | None = None) -> BlockInputStore:
+    """Makes the store for ``residency``; with "file", its file lies in ``directory``."""
+    if residency == "device":
+        return DeviceBlockInputs()
+    return HostBlockInputs() if residency == "host" else FileBlockInputs(directory, waiting)
+
+
 class DeviceBlockInputs:
-    """Keeps the tensor itself, no copy; changing it in place before the backward pass is an error."""
+    """Keeps the tensor itself and no copy; changing it in place before the backward pass is an error."""
 
     def save(self, tensor: Tensor) -> BlockInput:
-        return _Kept(tensor)
+        return _OnDevice(tensor)
 
 
-class _Kept:
+class _OnDevice:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.version = tensor.detach(), tensor._version
 
@@ -45,28 +56,28 @@ class _Kept:
 
 
 class HostBlockInputs:
-    """Copies to host memory, pinned where a GPU copies from it."""
+    """Copies to host memory; to pinned memory where a GPU with memory of its own copies from it."""
 
     def save(self, tensor: Tensor) -> BlockInput:
         if tensor.device.type == "cpu":
-            return _Copied(tensor.detach().clone(), tensor.device)
+            return _OnHost(tensor.detach().clone(), tensor.device)
         pinned = tensor.device.type == "cuda" and not is_unified(tensor.device)
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        return _Copied(copy.copy_(tensor.detach()), tensor.device)
+        return _OnHost(copy.copy_(tensor.detach()), tensor.device)
 
 
-class _Copied:
+class _OnHost:
     def __init__(self, copy: Tensor, device: torch.device) -> None:
         self.copy, self.device = copy, device
 
     def load(self) -> Tensor:
-        return self.copy.to(self.device, copy=True)  # whoever gets it may change it, and it may be loaded again
+        return self.copy.to(self.device, copy=True)  # the caller may change it, and it may be loaded again
 
 
 class FileBlockInputs:
-    """Written to slots of a nameless file, and read back: what waits there is not resident memory.
+    """Writes to slots of a nameless file, and reads back: what waits there is not resident memory.
 
-    A slot is used again, by anything that fits into it, once nothing refers to the checkpoint that had it.
+    A slot is used again, by anything that fits into it, once nothing refers to the block input that had it.
     """
 
     def __init__(self, directory: Path, waiting: Waiting | None = None) -> None:
@@ -77,15 +88,12 @@ class FileBlockInputs:
 
     def save(self, tensor: Tensor) -> BlockInput:
         with self.waiting.counted():
-            slot = self._slot(tensor.nbytes)
-            checkpoint = _Filed(self, slot, tensor)
-        weakref.finalize(checkpoint, self._give_back, slot)
-        return checkpoint
+            slot = self._take_slot(tensor.nbytes)
+            saved = _InFile(self, slot, tensor)
+        weakref.finalize(saved, self.free.append, slot)
+        return saved
 
-    def _give_back(self, slot: Slot) -> None:
-        self.free.append(slot)
-
-    def _slot(self, size: int) -> Slot:
+    def _take_slot(self, size: int) -> Slot:
         """The smallest free slot that is large enough and not twice too large, or a new one."""
         if self.file is None:
             self.file = ScratchFile(self.directory)
@@ -95,12 +103,13 @@ class FileBlockInputs:
             step = max(1 << max(size - 1, 1).bit_length() >> 3, 4096)
             return self.file.slot(-(-size // step) * step)
         best = min(fitting, key=lambda slot: slot.size)
-        self.free = [slot for slot in self.free if slot is not best]
+        self.free.remove(best)
         return best
 
 
-class _Filed:
+class _InFile:
     def __init__(self, store: FileBlockInputs, slot: Slot, tensor: Tensor) -> None:
+        # The file is kept here too: slots are of no use once it is closed.
         self.file, self.waiting, self.slot = store.file, store.waiting, slot
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         if tensor.numel():
@@ -112,14 +121,3 @@ class _Filed:
             if tensor.numel():
                 self.slot.read(tensor)
             return tensor.to(self.device)
-
-
-def block_input_store(residency: Residency, directory: Path, waiting: Waiting | None = None) -> BlockInputStore:
-    """The store for ``residency``. ``directory`` is where "file" puts its file."""
-    if residency == "device":
-        return DeviceBlockInputs()
-    if residency == "host":
-        return HostBlockInputs()
-    if residency == "file":
-        return FileBlockInputs(directory, waiting)
-    raise ValueError(f"checkpoints must be one of {', '.join(RESIDENCIES)}, got {residency!r}")

@@ -1,8 +1,8 @@
-"""Numbers in 8 bits: blockwise dynamic quantization (Dettmers et al., arXiv 2110.02861), as bitsandbytes' optimizers.
+"""Numbers in 8 bits: blockwise dynamic quantization (Dettmers et al., arXiv 2110.02861), as bitsandbytes has it.
 
-256 consecutive values share a scale: the one of largest magnitude, with its sign, so that it is kept exactly. A code
-stands for one of 256 values in [-1, 1], or in [0, 1] where no value is negative, denser towards 0: seven decades, each
-with twice the values of the one below.
+256 consecutive values share a scale: the value of largest magnitude, with its sign, so that this one is kept exactly.
+A code stands for one of 256 values in [-1, 1], or in [0, 1] where no value is negative. They are denser towards 0:
+seven decades, each with twice as many values as the one below.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK = 256  # values that share a scale
 
 @functools.cache
 def dynamic_map(signed: bool, device: torch.device) -> Tensor:
-    """The values of the 256 codes, ascending, float32; those of ``bitsandbytes.functional.create_dynamic_map``."""
+    """The values of the 256 codes, ascending, float32: those of ``bitsandbytes.functional.create_dynamic_map``."""
     values = [0.0, 1.0]
     for decade in range(7):
         means = torch.linspace(0.1, 1.0, (2**decade if signed else 2 ** (decade + 1)) + 1, dtype=torch.float32)
@@ -27,18 +27,19 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
 
 
 def encoded_bytes(count: int) -> int:
-    """What ``count`` values take: a float32 for every block and a byte each, to a multiple of 4."""
+    """Bytes that ``count`` values take: a float32 for every block and a byte for each value, to a multiple of 4."""
     return 4 * -(-count // BLOCK) + 4 * -(-count // 4)
 
 
 def encode(values: Tensor, into: Tensor, signed: bool) -> None:
-    """Each value to the nearest code; one that is not zero never to 0 where ``signed`` is False.
+    """Writes the nearest code of each value.
 
-    For a second moment, by whose root is divided, 0 beside a first moment that is not would be an endless step.
+    With ``signed=False`` no value but 0 becomes 0. AdamW divides by the root of the second moment, so a 0 there beside
+    a first moment that is not 0 would make the step infinite.
 
     Args:
         values: [count], finite; none is negative where ``signed`` is False.
-        into: uint8 [encoded_bytes(count)], on the values' device: the scales' bytes, then the codes.
+        into: uint8 [encoded_bytes(count)], on the values' device; takes the scales' bytes, then the codes.
     """
     count = values.numel()
     blocks = -(-count // BLOCK)
@@ -54,7 +55,7 @@ def encode(values: Tensor, into: Tensor, signed: bool) -> None:
 
 
 def decode(encoded: Tensor, count: int, signed: bool, dtype: torch.dtype) -> Tensor:
-    """Of ``encode``: [count] of ``dtype``."""
+    """The [count] values of ``dtype`` that ``encode`` has written."""
     blocks = -(-count // BLOCK)
     scales = encoded[: 4 * blocks].view(torch.float32)
     values = dynamic_map(signed, encoded.device)[encoded[4 * blocks :][:count].int()]

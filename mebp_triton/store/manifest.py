@@ -1,12 +1,8 @@
-"""The store on disk: a manifest, one safetensors file per block, one for the rest; see docs/store-format.md.
-
-``StoreWriter`` makes one, block by block; ``Store`` opens one and checks all that can be checked without
-reading the weights.
-"""
+"""The manifest of a store: what lies in which file, and the checksums of all; see docs/store-format.md."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,7 @@ FORMAT = "mebp-int4-store"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
-# What lies beside the weights and is read, but for config.json.
+# Companions are the files beside the weights that are read: config.json and these.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*.json",
@@ -38,18 +34,24 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
-# What looking into JSON of another form than expected raises.
+# The errors of Python code that reads JSON of another form than it expects.
 MALFORMED = (KeyError, TypeError, AttributeError, ValueError)
 DTYPES = {name: safetensors_file.DTYPES[name] for name in ("U8", "F16", "BF16", "F32", "F64")}
 
 
 def block_file(index: int) -> str:
+    """The name of the file of block ``index``."""
     return f"block-{index:05d}.safetensors"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in manifests and safetensors headers."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """One int4 matrix: the file it lies in, its logical shape, and how far it is from its source."""
+    """One int4 matrix: the file it lies in, its logical shape, and its relative distance to its source."""
 
     file: str
     scheme: str
@@ -58,32 +60,58 @@ class MatrixInfo:
     scale_dtype: str
     relative_error: float
 
+    @classmethod
+    def from_json(cls, where: Path, name: str, entry: dict[str, Any]) -> MatrixInfo:
+        """Reads the entry of matrix ``name`` in the manifest ``where``. FileError, or one of MALFORMED."""
+        rows, columns = entry["shape"]
+        info = cls(**{**entry, "shape": (rows, columns)})
+        numbers_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
+        numbers_fit &= type(info.relative_error) in (int, float)
+        numbers_fit &= type(info.group_size) is int and info.group_size in GROUP_SIZES
+        if info.scheme not in SCHEMES or DTYPES.get(info.scale_dtype) not in SCALE_DTYPES or not numbers_fit:
+            raise FileError(f"{where}: matrix {name!r:.100} is malformed: {entry!r:.300}")
+        return info
+
+
+# --- companions -----------------------------------------------------------------------------------------------------
+
 
 def companion_checksums(directory: Path, weights: Iterable[str]) -> dict[str, list[int]]:
-    """Of the config, the tokenizer's files and all else that lies beside the weights."""
+    """Checksums of all files of a store but its manifest and its ``weights``, by their path in it."""
     own = {MANIFEST, *weights}
-    found = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    return {name: reading.file_checksums(path) for name, path in found.items() if name not in own}
+    files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {name: reading.file_checksums(path) for name, path in files.items() if name not in own}
+
+
+def check_companions(directory: Path, companions: Mapping[str, list[int]]) -> None:
+    """Compares the companions of a store with their checksums in its manifest.
+
+    Raises:
+        FileError: one of them was changed, removed or added since.
+    """
+    for name, crc32 in companions.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise FileError(f"{directory / MANIFEST}: {name!r:.100} is no path inside the store")
+        if reading.file_checksums(directory / name) != crc32:
+            raise FileError(
+                f"{directory / name} is not what it was when the store was made: put it back, or, if you changed it, "
+                f"take it as it is by `mebp verify --accept-changes {directory}`"
+            )
+    for added in (path for pattern in COMPANIONS for path in directory.glob(pattern)):
+        if added.is_file() and str(added.relative_to(directory)) not in companions:
+            raise FileError(
+                f"{added} was not there when the store was made: remove it, or, if you put it there, take it by "
+                f"`mebp verify --accept-changes {directory}`"
+            )
 
 
 def accept_companions(directory: Path) -> list[str]:
-    """Takes the companions of a store as they now are; the names of those that are not as the manifest says."""
+    """Writes the checksums of a store's companions, as they now are, into its manifest.
+
+    Returns:
+        The names of those that were changed, removed or added.
+    """
     manifest = strict_json.read_sealed(directory / MANIFEST)
     before, now = manifest["companions"], companion_checksums(directory, manifest["files"])
     strict_json.write_json(directory / MANIFEST, strict_json.sealed(manifest | {"companions": now}))
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-
-
-def matrix_info(where: Path, name: str, entry: dict[str, Any]) -> MatrixInfo:
-    rows, columns = entry["shape"]
-    info = MatrixInfo(**{**entry, "shape": (rows, columns)})
-    numbers_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
-    numbers_fit &= type(info.relative_error) in (int, float)
-    numbers_fit &= type(info.group_size) is int and info.group_size in GROUP_SIZES
-    if info.scheme not in SCHEMES or DTYPES.get(info.scale_dtype) not in SCALE_DTYPES or not numbers_fit:
-        raise FileError(f"{where}: matrix {name!r:.100} is malformed: {entry!r:.300}")
-    return info
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)

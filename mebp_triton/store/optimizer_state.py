@@ -1,4 +1,4 @@
-"""AdamW's two moments of every parameter, group by group: on the device, in host memory, or in a memory-mapped file."""
+"""AdamW's two moments of every parameter, group by group: on the device, in host memory, or in a mapped file."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from torch import Tensor
 from mebp_triton.system.scratch import MappedSlot, ScratchFile
 
 from .dynamic8 import decode, encode, encoded_bytes
-from .residency import RESIDENCIES, Residency
+from .residency import Residency, check_residency
 
-SIGNED = (True, False)  # the first moment, the second
+SIGNED = (True, False)  # the first moment is signed, the second never negative
 
 
 class Moments:
-    """Zeros at first. Kept in float32 (float64 for float64 parameters), whatever the parameters' dtype, or in 8 bits.
+    """The moments of all parameters, zeros at first.
+
+    They are kept in float32 (float64 for float64 parameters), whatever the parameters' dtype, or in 8 bits.
 
     Args:
         groups: parameters, group by group.
         residency: where the moments lie while their group is not open.
         directory: where residency "file" puts its file.
-        eight_bit: keep them as ``dynamic8`` does, a quarter of the memory. They are decoded while their group is open.
+        eight_bit: keep them as ``dynamic8`` does, in a quarter of the memory; decoded while their group is open.
     """
 
     def __init__(
         self, groups: Sequence[Sequence[Tensor]], residency: Residency, directory: Path, eight_bit: bool = False
     ) -> None:
-        if residency not in RESIDENCIES:
-            raise ValueError(f"optimizer state must be one of {', '.join(RESIDENCIES)}, got {residency!r}")
+        check_residency("optimizer state", residency)
         self.groups = [list(group) for group in groups]
         self.eight_bit = eight_bit
         self.slots: list[MappedSlot] = []
         self.buffers: list[Tensor] = []
         scratch = ScratchFile(directory) if residency == "file" else None
         for group in self.groups:
-            dtype = torch.uint8 if eight_bit else _wide(group)
+            dtype = torch.uint8 if eight_bit else _computed_dtype(group)
             size = sum(parameter.numel() for parameter in group)
             count = 2 * (encoded_bytes(size) if eight_bit else size)
             if scratch is not None:
@@ -51,7 +52,11 @@ class Moments:
 
     @contextmanager
     def open(self, index: int, changes: bool = True) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """First and second moments of a group, shaped as its parameters and on their device; ``changes`` are kept."""
+        """While active, a group's moments are at hand; with ``changes``, what was changed is kept.
+
+        Yields:
+            The first and the second moments, shaped as the parameters and on their device.
+        """
         group, buffer = self.groups[index], self.buffers[index]
         device = group[0].device if group else buffer.device
         stored = buffer if buffer.device == device else buffer.to(device)
@@ -59,7 +64,8 @@ class Moments:
         sizes = [parameter.numel() for parameter in group]
         working = halves
         if self.eight_bit:
-            working = tuple(decode(half, sum(sizes), s, _wide(group)) for half, s in zip(halves, SIGNED, strict=True))
+            wide, count = _computed_dtype(group), sum(sizes)
+            working = tuple(decode(half, count, signed, wide) for half, signed in zip(halves, SIGNED, strict=True))
         first, second = (
             [piece.view(parameter.shape) for piece, parameter in zip(moment.split(sizes), group, strict=True)]
             for moment in working
@@ -80,6 +86,6 @@ class Moments:
             self.slots[index].drop()
 
 
-def _wide(group: Sequence[Tensor]) -> torch.dtype:
-    """In which a group's moments are computed."""
+def _computed_dtype(group: Sequence[Tensor]) -> torch.dtype:
+    """The dtype in which a group's moments are computed."""
     return torch.float64 if any(parameter.dtype == torch.float64 for parameter in group) else torch.float32

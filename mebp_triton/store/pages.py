@@ -1,21 +1,27 @@
-"""Weights brought in while a block runs, and dropped after it.
+"""Weights that are brought in while a block runs, and dropped after it.
 
-Where they lie: ``device`` in the device's memory throughout; ``host`` in the host's; ``file`` in the store's files.
-
-On a CPU weights in files are views of the mapping: entering makes a block's pages resident in one call, leaving gives
-them back, and the next block's are read ahead into the system's cache meanwhile. A device that is not the CPU gets a
-block's bytes by one read and one copy into an arena; with two arenas, a thread, and a stream of its own, the next
-block's read and copy run while this one computes.
+On a CPU, weights in files are views of a mapping: entering makes a block's pages resident in one call, leaving gives
+them back, and meanwhile the system reads the next block's pages into its cache. ``arena`` does it for other devices.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
+
+from mebp_triton.kernels.layout import Int4Weight
 
 from .reader import StoreFile
 from .waiting import Waiting
 
 
+class WeightHolder(Protocol):
+    """A module that computes with an int4 weight."""
+
+    def set_int4(self, weight: Int4Weight) -> None: ...
+
+
 class Pages:
-    """Weights that always lie in place. Others are there within: ``with pages: ...``."""
+    """A block's weights, in place while active: ``with pages: ...``. These always are."""
 
     def __enter__(self) -> None:
         pass
@@ -24,11 +30,11 @@ class Pages:
         pass
 
     def prefetch(self) -> None:
-        """They will be needed next. Returns at once."""
+        """Says that these weights are needed next. Returns at once."""
 
 
 class MappedPages(Pages):
-    """Weights that are views of a mapped file."""
+    """A block's weights as views of a mapped file, resident while active."""
 
     def __init__(self, file: StoreFile, waiting: Waiting) -> None:
         self.file, self.waiting = file, waiting

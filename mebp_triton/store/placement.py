@@ -1,4 +1,4 @@
-"""Puts the weights of a block where the settings say: device, host or file."""
+"""Puts the weights of a block where they shall lie: on the device, in host memory, or in their file."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.system.machine import is_unified
 
 from .arena import ArenaPages, Stager
-from .pages import MappedPages, Pages
+from .pages import MappedPages, Pages, WeightHolder
 from .reader import Store, StoreFile
 from .residency import Residency
 from .waiting import Waiting
@@ -20,15 +19,21 @@ from .waiting import Waiting
 def place_weights(
     store: Store,
     file_name: str,
-    modules: Mapping[str, Int4Module],
+    modules: Mapping[str, WeightHolder],
     residency: Residency,
     device: torch.device,
     stager: Stager | None,
     waiting: Waiting,
 ) -> Pages:
-    """Puts the weights of ``modules`` (names in the store) where ``residency`` says; returns what to enter to use them.
+    """Gives ``modules`` their weights, from one file of the store.
 
-    ``stager``: for a device other than the CPU and residency "host" or "file"; without one they become resident.
+    Args:
+        modules: int4 modules by their names in the store.
+        residency: where the weights lie while their block does not run.
+        stager: brings "host" and "file" to a device other than the CPU; without one the weights become resident there.
+
+    Returns:
+        What to enter while the weights are used.
     """
     file = store.files[file_name]
     if residency == "file" and device.type == "cpu" and stager is None:
@@ -47,7 +52,7 @@ def place_weights(
 
 
 def host_copy(file: StoreFile, device: torch.device) -> Tensor:
-    """The data section in host memory, verified, and pinned for a GPU with memory of its own."""
+    """Copies a data section to host memory, verified; pinned for a GPU with memory of its own."""
     file.verify()
     pinned = device.type == "cuda" and not is_unified(device)
     data = torch.empty(file.data().numel(), dtype=torch.uint8, pin_memory=pinned)

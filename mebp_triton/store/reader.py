@@ -1,4 +1,4 @@
-"""Opens a store, and checks all that can be checked without reading the weights."""
+"""Opens a store, and checks all that can be checked without reading the weights; see docs/store-format.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mebp_triton.system import reading, strict_json
 from mebp_triton.system.errors import FileError
 from mebp_triton.system.mapped_file import MappedFile
 
-from .manifest import COMPANIONS, DTYPES, FORMAT, FORMAT_VERSION, MALFORMED, MANIFEST, MatrixInfo, matrix_info
+from .manifest import DTYPES, FORMAT, FORMAT_VERSION, MALFORMED, MANIFEST, MatrixInfo, check_companions
 
 
 class StoreFile:
@@ -27,23 +27,22 @@ class StoreFile:
         self.start, self.entries = self.mapped.header(DTYPES)
 
     def tensor(self, name: str, source: Tensor | None = None) -> Tensor:
-        """The tensor ``name`` as a view: of the mapping, or of ``source``, a copy of the data section elsewhere."""
+        """Views the tensor ``name`` in the mapping, or in ``source``, a copy of the data section elsewhere."""
         dtype, shape, begin, end = self.entries[name]
         data = self.data() if source is None else source
         return data[begin:end].view(dtype).view(shape)
 
     def data(self) -> Tensor:
-        """The data section, uint8."""
+        """The data section as bytes, mapped."""
         return self.mapped.bytes[self.start :]
 
     def verify(self, again: bool = False) -> None:
-        """Compares the checksums, once unless ``again``. FileError names the first chunk that differs."""
+        """Compares the checksums; only once unless ``again``. FileError names the first chunk that differs."""
         self.mapped.check()
         if self.verified and not again:
             return
-        found = self.mapped.checksums()
-        for index, (left, right) in enumerate(zip(found, self.crc32, strict=True)):
-            if left != right:
+        for index, (crc32, wanted) in enumerate(zip(self.mapped.checksums(), self.crc32, strict=True)):
+            if crc32 != wanted:
                 raise FileError(
                     f"{self.path} is damaged: checksum of bytes {index * reading.CHECKSUM_CHUNK} to "
                     f"{min((index + 1) * reading.CHECKSUM_CHUNK, self.mapped.size)} differs; quantize the model again"
@@ -52,7 +51,7 @@ class StoreFile:
         self.verified = True
 
     def _check_finite(self) -> None:
-        """The float tensors, scales among them: by reading, a little at a time."""
+        """Checks the float tensors, scales among them, by reading a little at a time."""
         for name, (dtype, shape, begin, _) in self.entries.items():
             if not dtype.is_floating_point:
                 continue
@@ -65,7 +64,10 @@ class StoreFile:
 
 
 class Store:
-    """An opened store. Opening checks the manifest, its companions, every file's size and header; no weight is read.
+    """An opened store: weights are views of mapped files, verified by their users before they are read.
+
+    Opening checks the manifest, the companions, and every file's size and header; no weight is read. Companions are
+    read whole for that, so a command opens its store once and passes it on.
 
     Raises:
         FileError: something is missing, cut short, malformed or contradicts the manifest.
@@ -113,15 +115,8 @@ class Store:
                 raise FileError(f"{where}: size or checksums of {name!r:.100} are malformed")
             self.files[name] = StoreFile(self.directory / name, size, crc32)
         self.companions: dict[str, list[int]] = dict(manifest["companions"])
-        for name, crc32 in self.companions.items():
-            self._check_companion(name, crc32)
-        for added in (path for pattern in COMPANIONS for path in self.directory.glob(pattern)):
-            if added.is_file() and str(added.relative_to(self.directory)) not in self.companions:
-                raise FileError(
-                    f"{added} was not there when the store was made: remove it, or, if you put it there, take it by "
-                    f"`mebp verify --accept-changes {self.directory}`"
-                )
-        self.matrices = {name: matrix_info(where, name, entry) for name, entry in manifest["matrices"].items()}
+        check_companions(self.directory, self.companions)
+        self.matrices = {name: MatrixInfo.from_json(where, name, entry) for name, entry in manifest["matrices"].items()}
         self.floats: dict[str, str] = dict(manifest["floats"])
         named = {
             (info.file, tensor) for name, info in self.matrices.items() for tensor in self._check_matrix(name, info)
@@ -135,18 +130,8 @@ class Store:
                 if (file, name) not in named:
                     raise FileError(f"{self.directory / file}: tensor {name!r:.100} is not in {MANIFEST}")
 
-    def _check_companion(self, name: str, crc32: list[int]) -> None:
-        path = self.directory / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-            raise FileError(f"{self.directory / MANIFEST}: {name!r:.100} is no path inside the store")
-        if reading.file_checksums(path) != crc32:
-            raise FileError(
-                f"{path} is not what it was when the store was made: put it back, or, if you changed it, "
-                f"take it as it is by `mebp verify --accept-changes {self.directory}`"
-            )
-
     def _check_matrix(self, name: str, info: MatrixInfo) -> list[str]:
-        """The tensors of a matrix, all there."""
+        """Checks that the tensors of a matrix are there, in their shapes and dtypes. Returns their names."""
         rows, columns = info.shape
         groups = (group_count(columns, info.group_size), rows)
         scale = DTYPES[info.scale_dtype]
@@ -160,16 +145,16 @@ class Store:
             wanted["codebook"] = (torch.float32, (16,))
         entries = self.files[info.file].entries
         for part, (dtype, shape) in wanted.items():
-            found = entries.get(f"{name}.{part}")
-            if found is None or found[:2] != (dtype, shape):
+            entry = entries.get(f"{name}.{part}")
+            if entry is None or entry[:2] != (dtype, shape):
                 raise FileError(
                     f"{self.directory / info.file}: tensor {f'{name}.{part}':.100} should be {dtype} {shape}, "
-                    f"found {'nothing' if found is None else f'{found[0]} {found[1]}'}"
+                    f"found {'nothing' if entry is None else f'{entry[0]} {entry[1]}'}"
                 )
         return [f"{name}.{part}" for part in wanted]
 
     def weight(self, name: str, source: Tensor | None = None) -> Int4Weight:
-        """The int4 matrix of module ``name`` as views, see ``StoreFile.tensor``."""
+        """Views the int4 matrix of module ``name``, see ``StoreFile.tensor``."""
         info = self.matrices[name]
         file = self.files[info.file]
         has = file.entries.__contains__
@@ -183,7 +168,7 @@ class Store:
         )
 
     def float_tensor(self, name: str) -> Tensor:
-        """A copy of the float parameter ``name``, in the dtype it is stored in."""
+        """Copies the float parameter ``name``, in the dtype it is stored in."""
         file = self.files[self.floats[name]]
         file.verify()
         return file.tensor(name).clone()
@@ -192,7 +177,7 @@ class Store:
         return self.files[self.floats[name]].entries[name][1]
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of all matrices, and of what stayed float."""
+        """The shapes of all matrices and of all parameters that stayed float."""
         return [info.shape for info in self.matrices.values()] + [self.float_shape(name) for name in self.floats]
 
     def nbytes(self) -> int:
@@ -202,3 +187,8 @@ class Store:
         """Gives back every resident page of every file."""
         for file in self.files.values():
             file.mapped.drop()
+
+
+def open_store(store: Store | Path | str) -> Store:
+    """Opens the store in a directory; returns a store that is open already as it is."""
+    return store if isinstance(store, Store) else Store(store)

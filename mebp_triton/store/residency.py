@@ -1,4 +1,4 @@
-"""The three places where tensors may wait: device, host, file."""
+"""The three places where tensors may wait: the device, host memory, and a file."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ RESIDENCIES: tuple[Residency, ...] = ("device", "host", "file")
 
 
 def check_residency(name: str, value: str) -> None:
+    """Raises ValueError, which names ``name``, where ``value`` is none of the three."""
     if value not in RESIDENCIES:
         raise ValueError(f"{name} must be one of {', '.join(RESIDENCIES)}, got {value!r}")

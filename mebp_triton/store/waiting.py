@@ -1,4 +1,4 @@
-"""How long the computation waited for data."""
+"""The time for which the computation waits for data."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 @dataclass
 class Waiting:
-    """Seconds for which the computation waited for data."""
+    """Seconds for which the computation has waited for data."""
 
     seconds: float = 0.0
 
     @contextmanager
     def counted(self) -> Iterator[None]:
+        """While active, time counts as waiting."""
         started = time.perf_counter()
         try:
             yield
@@ -23,6 +24,6 @@ class Waiting:
             self.seconds += time.perf_counter() - started
 
     def pop_seconds(self) -> float:
-        """The seconds so far; counting starts again at 0."""
+        """Returns the seconds so far; counting starts again at 0."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds

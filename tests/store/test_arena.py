@@ -1,8 +1,7 @@
-"""Weights brought in while a block runs, and gone after it."""
+"""Weights that are copied to a device while a block runs: the same gradients, read ahead, and gone afterwards."""
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -10,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from models import batch, our_gradients, randomize_adapter, tiny_store
 
 import mebp_triton as mebp
 from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.store import arena as arena_module
 from mebp_triton.store import placement
-from mebp_triton.store.manifest import SHARED, block_file
+from mebp_triton.store.manifest import block_file
 from mebp_triton.store.reader import Store
-from mebp_triton.system.memory import resident
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +24,24 @@ def store() -> Path:
     return tiny_store("qwen2")
 
 
-def loaded(store: Path, **options: Any) -> Any:
-    model = mebp.load(store, mebp.LoraConfig(r=4, lora_alpha=8), **options)
+def loaded(store: Path) -> Any:
+    model = mebp.load(store, mebp.LoraConfig(r=4, lora_alpha=8))
     randomize_adapter(model)
     return model
+
+
+@pytest.fixture(scope="module")
+def truth(store: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Loss and gradients with the weights on the device throughout."""
+    model = loaded(store)
+    loss = model(**batch()).loss
+    loss.backward()
+    return loss.detach(), our_gradients(model)
+
+
+@pytest.fixture
+def model(store: Path) -> Any:
+    return loaded(store)
 
 
 def block_modules(model: Any, index: int) -> dict[str, Int4Module]:
@@ -53,11 +64,8 @@ def staged(model: Any, residency: Any) -> arena_module.Stager:
 
 
 @pytest.mark.parametrize("residency", ["host", "file"])
-def test_two_arenas_for_all_blocks_give_the_same_gradients(store: Path, residency: Any) -> None:
+def test_two_arenas_for_all_blocks_give_the_same_gradients(model: Any, truth: Any, residency: Any) -> None:
     """A block's bytes are copied in when it runs, or before, over those of another."""
-    truth = loaded(store)
-    truth(**batch()).loss.backward()
-    model = loaded(store)
     stager = staged(model, residency)
     opened: Store = model.mebp.store
     for _ in range(2):
@@ -65,17 +73,16 @@ def test_two_arenas_for_all_blocks_give_the_same_gradients(store: Path, residenc
         loss = model(**batch()).loss
         assert all(m.int4().device.type == "meta" for i in range(3) for m in block_modules(model, i).values())
         loss.backward()
-        assert all(torch.equal(our_gradients(model)[name], grad) for name, grad in our_gradients(truth).items())
+        assert all(torch.equal(our_gradients(model)[name], grad) for name, grad in truth[1].items())
     largest = max(opened.files[block_file(index)].data().numel() for index in range(3))
     assert [arena.buffer.numel() for arena in stager.arenas] == [largest] * 2
     assert model.mebp.engine.waiting.pop_seconds() > 0
     with torch.no_grad():
-        assert torch.equal(model(**batch()).loss, truth(**batch()).loss)
+        assert torch.equal(model(**batch()).loss, truth[0])
 
 
-def test_the_next_block_is_read_while_this_one_runs(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_block_is_read_while_this_one_runs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another thread, in the order of the forward and of the backward pass; those passed by are not read."""
-    model = loaded(store)
     staged(model, "file")
     events: list[tuple[str, int]] = []
     read = arena_module.ArenaPages.read
@@ -98,10 +105,7 @@ def test_the_next_block_is_read_while_this_one_runs(store: Path, monkeypatch: py
     assert [index for event, index in events if event == "read"] == [2, 0]
 
 
-def test_a_slow_reader_is_waited_for(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    truth = loaded(store)
-    expected = truth(**batch()).loss
-    model = loaded(store)
+def test_a_slow_reader_is_waited_for(model: Any, truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     staged(model, "file")
     read = arena_module.ArenaPages.read
 
@@ -111,15 +115,13 @@ def test_a_slow_reader_is_waited_for(store: Path, monkeypatch: pytest.MonkeyPatc
         read(entered, target)
 
     monkeypatch.setattr(arena_module.ArenaPages, "read", slow)
-    assert torch.equal(model(**batch()).loss, expected)
+    assert torch.equal(model(**batch()).loss, truth[0])
     assert model.mebp.engine.waiting.pop_seconds() >= 0.05
 
 
 def test_an_error_of_the_reader_ends_the_step_and_the_next_one_reads_again(
-    store: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, truth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = loaded(store)
-    expected = model(**batch()).loss
     staged(model, "file")
 
     def fail(entered: arena_module.ArenaPages, target: torch.Tensor) -> None:
@@ -130,11 +132,10 @@ def test_an_error_of_the_reader_ends_the_step_and_the_next_one_reads_again(
         for _ in range(2):
             with pytest.raises(OSError, match="input/output"):
                 model(**batch())
-    assert torch.equal(model(**batch()).loss, expected)
+    assert torch.equal(model(**batch()).loss, truth[0])
 
 
-def test_a_weight_used_outside_its_block_is_an_error_not_another_blocks_weight(store: Path) -> None:
-    model = loaded(store)
+def test_a_weight_used_outside_its_block_is_an_error_not_another_blocks_weight(model: Any) -> None:
     staged(model, "file")
     layer = block_modules(model, 0)["model.layers.0.self_attn.q_proj"]
     x = torch.randn(1, 48)
@@ -143,68 +144,3 @@ def test_a_weight_used_outside_its_block_is_an_error_not_another_blocks_weight(s
     assert inside.device.type == "cpu"
     with pytest.raises(ValueError, match="the int4 weight on meta"):
         layer(x)
-
-
-def test_pages_in_a_mapped_file_are_resident_only_within(tmp_path: Path) -> None:
-    directory = tmp_path / "model"
-    config = transformers.LlamaConfig(
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=64,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    mebp.quantize(str(directory), tmp_path / "store", scale_search=False)
-    model = mebp.load(tmp_path / "store", weights="file")
-    pages_of_block = model.mebp.engine.pages[0]
-    size = model.mebp.store.files[block_file(0)].data().numel()
-    with pages_of_block:  # the first time, checksums are compared
-        pass
-    before = resident().file_backed
-    with pages_of_block:
-        within = resident().file_backed
-    assert size > 2 << 20 and within - before >= size * 0.95
-    assert resident().file_backed - before < size * 0.05
-
-
-@pytest.mark.parametrize("weights", ["device", "host", "file"])
-def test_a_flipped_bit_is_found_on_first_use(weights: Any, tmp_path: Path) -> None:
-    damaged = tiny_store("llama", tmp_path)
-    file = damaged / block_file(1)
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 4
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match="block-00001.* is damaged"):
-        model = loaded(damaged, weights=weights)
-        model(**batch())
-
-
-def test_a_host_copy_is_verified(store: Path, tmp_path: Path) -> None:
-    """Of the embedding too, whose file may have no other reader."""
-    damaged = tmp_path / "store"
-    shutil.copytree(store, damaged)
-    data = bytearray((damaged / SHARED).read_bytes())
-    data[-20] ^= 1
-    (damaged / SHARED).write_bytes(data)
-    with pytest.raises(ValueError, match="is damaged"):
-        placement.host_copy(Store(damaged).files[SHARED], torch.device("cpu"))
-
-
-def test_a_file_that_shrinks_while_mapped_is_an_error(tmp_path: Path) -> None:
-    shrinking = tiny_store("llama", tmp_path)
-    model = loaded(shrinking, weights="file")
-    model(**batch()).loss.backward()
-    file = shrinking / block_file(2)
-    with open(file, "r+b") as handle:
-        handle.truncate(file.stat().st_size // 2)
-    with pytest.raises(ValueError, match="cut short"):
-        model(**batch())
-
-
-def test_unknown_residency(store: Path) -> None:
-    with pytest.raises(ValueError, match="weights must be one of device, host, file, got 'disk'"):
-        mebp.load(store, weights="disk")
-    with pytest.raises(ValueError, match="checkpoints must be one of"):
-        mebp.load(store, checkpoints="disk")

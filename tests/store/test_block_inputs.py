@@ -1,4 +1,4 @@
-"""Where the blocks' inputs wait."""
+"""Block inputs that wait: loaded as they were saved, on whichever place."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mebp_triton.store.residency import RESIDENCIES
 def test_what_was_saved_is_loaded_more_than_once(residency: Any, dtype: Any, shape: Any, tmp_path: Path) -> None:
     store = block_input_store(residency, tmp_path)
     tensor = torch.randn(shape).to(dtype)
-    checkpoint = store.save(tensor)
+    saved = store.save(tensor)
     for _ in range(2):
-        found = checkpoint.load()
+        found = saved.load()
         assert torch.equal(found, tensor) and found.dtype == dtype and found.shape == tensor.shape
 
 
@@ -29,25 +29,25 @@ def test_what_was_saved_is_loaded_more_than_once(residency: Any, dtype: Any, sha
 def test_a_copy_does_not_follow_its_source(residency: Any, tmp_path: Path) -> None:
     store = block_input_store(residency, tmp_path)
     tensor = torch.ones(4)
-    checkpoint = store.save(tensor)
+    saved = store.save(tensor)
     tensor.zero_()
-    assert torch.equal(checkpoint.load(), torch.ones(4))
+    assert torch.equal(saved.load(), torch.ones(4))
 
 
 @pytest.mark.parametrize("residency", ["host", "file"])
 def test_what_is_loaded_may_be_changed_and_is_loaded_again_as_it_was(residency: Any, tmp_path: Path) -> None:
     tensor = torch.arange(6.0)
-    checkpoint = block_input_store(residency, tmp_path).save(tensor)
-    checkpoint.load().mul_(0.5)
-    assert torch.equal(checkpoint.load(), tensor)
+    saved = block_input_store(residency, tmp_path).save(tensor)
+    saved.load().mul_(0.5)
+    assert torch.equal(saved.load(), tensor)
 
 
 def test_on_the_device_a_change_in_place_is_an_error(tmp_path: Path) -> None:
     tensor = torch.ones(4)
-    checkpoint = block_input_store("device", tmp_path).save(tensor)
+    saved = block_input_store("device", tmp_path).save(tensor)
     tensor.zero_()
     with pytest.raises(RuntimeError, match="modified in place"):
-        checkpoint.load()
+        saved.load()
 
 
 def test_noncontiguous_tensors_are_saved_by_value(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_noncontiguous_tensors_are_saved_by_value(tmp_path: Path) -> None:
     assert torch.equal(FileBlockInputs(tmp_path).save(tensor).load(), tensor)
 
 
-def test_a_slot_is_used_again_only_when_nothing_refers_to_its_checkpoint(tmp_path: Path) -> None:
+def test_a_slot_is_used_again_only_when_nothing_refers_to_what_it_holds(tmp_path: Path) -> None:
     store = FileBlockInputs(tmp_path)
     first, second = store.save(torch.ones(8)), store.save(torch.full((8,), 2.0))
     del second
@@ -70,8 +70,3 @@ def test_nothing_is_written_before_the_first_save_and_no_file_has_a_name(tmp_pat
     assert not (tmp_path / "scratch").exists()
     store.save(torch.ones(3))
     assert list((tmp_path / "scratch").iterdir()) == []
-
-
-def test_unknown_residency(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="checkpoints must be one of device, host, file, got 'tape'"):
-        block_input_store("tape", tmp_path)  # type: ignore[arg-type]

@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from models import batch, our_gradients, randomize_adapter, tiny_store
+from stores import BLOCK, one_matrix
 
 import mebp_triton as mebp
 from mebp_triton.kernels.reference import decode
-from mebp_triton.store import table_rows
 from mebp_triton.store.arena import Stager
 from mebp_triton.store.manifest import SHARED
 from mebp_triton.store.placement import host_copy
-from mebp_triton.store.table_rows import StoredRows
+from mebp_triton.store.reader import Store
+from mebp_triton.store.table_rows import SEGMENT_BYTES, SEGMENT_STEP, StoredRows, segment_rows
 from mebp_triton.store.waiting import Waiting
 from mebp_triton.system.memory import resident
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_rows, "SEGMENT_BYTES", 1)
-    monkeypatch.setattr(table_rows, "SEGMENT_STEP", 20)
+@dataclass
+class Table:
+    """A model, and what it computes with its whole tables in place."""
+
+    model: Any
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor | None]
+    logits: torch.Tensor
+    logit_gradients: dict[str, torch.Tensor | None]
 
 
-def loaded(architecture: str, **options: Any) -> Any:
-    model = mebp.load(tiny_store(architecture), mebp.LoraConfig(r=4, lora_alpha=8), **options)
-    randomize_adapter(model)
-    return model
+def backward(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    model.zero_grad()
+    loss.backward()
+    return our_gradients(model)
+
+
+@pytest.fixture(scope="module")
+def tables() -> Callable[[str], Table]:
+    @lru_cache
+    def table(architecture: str) -> Table:
+        model = mebp.load(tiny_store(architecture), mebp.LoraConfig(r=4, lora_alpha=8))
+        randomize_adapter(model)
+        examples = batch()
+        loss = model(**examples).loss
+        gradients = backward(model, loss)
+        with torch.no_grad():
+            logits = model(input_ids=examples["input_ids"]).logits
+        through_logits = backward(model, model(input_ids=examples["input_ids"]).logits.square().mean())
+        return Table(model, loss.detach(), gradients, logits, through_logits)
+
+    return table
 
 
 def walk(model: Any, how: str) -> None:
@@ -44,41 +69,44 @@ def walk(model: Any, how: str) -> None:
     names = {name: module for name, module in model.named_modules() if module in (embedding, head)}
     for name, module in names.items():
         if name in store.matrices:
-            module.rows = StoredRows(store, name, CPU, stager, waiting, host)
+            module.rows = StoredRows(store, name, CPU, stager, waiting, host, segment_bytes=1, segment_step=20)
     if store.tied_head:
         head.rows = embedding.rows
 
 
 @pytest.mark.parametrize("how", ["cpu", "file", "host"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "granite", "phi", "gpt2"])
-def test_loss_gradients_and_logits_are_those_of_the_whole_table(architecture: str, how: str) -> None:
+def test_loss_gradients_and_logits_are_those_of_the_whole_table(tables: Any, architecture: str, how: str) -> None:
     """Tied and untied heads, soft-capping, scaled logits, a bias."""
-    whole, walked = loaded(architecture), loaded(architecture)
-    walk(walked, how)
-    assert len(walked.get_output_embeddings().rows.spans) > 3
-    examples = batch()
-    for model in (whole, walked):
-        model(**examples).loss.backward()
-    torch.testing.assert_close(walked(**examples).loss, whole(**examples).loss, rtol=1e-6, atol=0)
-    for name, gradient in our_gradients(whole).items():
-        torch.testing.assert_close(our_gradients(walked)[name], gradient, rtol=1e-4, atol=1e-7)
+    whole = tables(architecture)
+    model, examples = whole.model, batch()
+    walk(model, how)
+    assert len(model.get_output_embeddings().rows.spans) > 3
+    loss = model(**examples).loss
+    torch.testing.assert_close(loss, whole.loss, rtol=1e-6, atol=0)
+    for name, gradient in backward(model, loss).items():
+        torch.testing.assert_close(gradient, whole.gradients[name], rtol=1e-4, atol=1e-7)
     with torch.no_grad():
-        logits = [model(input_ids=examples["input_ids"]).logits for model in (whole, walked)]
-    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)
+        logits = model(input_ids=examples["input_ids"]).logits
+    torch.testing.assert_close(logits, whole.logits, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_through_real_logits() -> None:
-    whole, walked = loaded("llama"), loaded("llama")
-    walk(walked, "cpu")
-    examples = batch()
-    for model in (whole, walked):
-        model(input_ids=examples["input_ids"]).logits.square().mean().backward()
-    for name, gradient in our_gradients(whole).items():
-        torch.testing.assert_close(our_gradients(walked)[name], gradient, rtol=1e-4, atol=1e-8)
+def test_gradients_through_real_logits(tables: Any) -> None:
+    whole = tables("llama")
+    walk(whole.model, "cpu")
+    gradients = backward(whole.model, whole.model(input_ids=batch()["input_ids"]).logits.square().mean())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, whole.logit_gradients[name], rtol=1e-4, atol=1e-8)
 
 
-def test_segments_are_all_rows_in_order() -> None:
-    model = loaded("llama")
+def test_the_rows_of_a_segment() -> None:
+    assert segment_rows(SEGMENT_BYTES // 5000) == 4 * SEGMENT_STEP  # 5000 rows would cut a tile of the loss
+    assert segment_rows(SEGMENT_BYTES) == segment_rows(1 << 40) == SEGMENT_STEP
+    assert segment_rows(0, 100, 30) == 90
+
+
+def test_segments_are_all_rows_in_order(tables: Any) -> None:
+    model = tables("llama").model
     walk(model, "file")
     source = model.get_output_embeddings().rows
     expected = decode(source.weight)
@@ -101,24 +129,12 @@ def test_a_damaged_table_is_found_on_first_use(tmp_path: Path) -> None:
         mebp.load(damaged, weights="file")(**batch())
 
 
-def test_little_of_a_large_table_is_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_rows, "SEGMENT_BYTES", 1 << 20)
-    monkeypatch.setattr(table_rows, "SEGMENT_STEP", 1024)
-    config = transformers.LlamaConfig(
-        hidden_size=512,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=40_000,
-        tie_word_embeddings=True,
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    mebp.quantize(str(tmp_path / "model"), tmp_path / "store", scale_search=False)
-    model = mebp.load(tmp_path / "store", weights="file")
-    source = model.get_output_embeddings().rows
+def test_little_of_a_large_table_is_resident(tmp_path: Path) -> None:
+    store = Store(one_matrix(tmp_path, 40_000, 512))
+    source = StoredRows(store, "m", CPU, None, Waiting(), None, segment_bytes=1 << 20)
     packed, scales = source.weight.packed.nbytes, source.weight.scales.nbytes
     assert packed > 10_000_000
+    store.files[BLOCK].verify()
     most, before = 0, resident().file_backed
     for _, part in source.segments():
         part.packed.sum(), part.scales.sum()

@@ -67,3 +67,11 @@ def test_pieces_must_be_what_was_announced(tmp_path):
     with pytest.raises(RuntimeError, match="4 bytes of data were written, 16 announced"):
         write_safetensors_pieces(tmp_path / "y", entries, [torch.tensor([1.0])])
     assert not (tmp_path / "y").exists()
+
+
+def test_a_header_longer_than_any_real_one_is_refused_before_it_is_parsed(tmp_path):
+    length = (1 << 26) + 8
+    (tmp_path / "x").write_bytes(length.to_bytes(8, "little"))
+    os.truncate(tmp_path / "x", length + 100)
+    with pytest.raises(FileError, match=f"header length {length} does not fit"):
+        read_safetensors(tmp_path / "x")

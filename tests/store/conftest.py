@@ -1,0 +1,19 @@
+"""Fixtures of the store room's tests."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from stores import golden_store
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory):
+    """A small store that no test may change."""
+    return golden_store(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture
+def copied(golden, tmp_path):
+    """A copy of it that a test may bend."""
+    return Path(shutil.copytree(golden, tmp_path / "store"))

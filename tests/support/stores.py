@@ -1,0 +1,108 @@
+"""Small stores that are written by hand, and ways to bend them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mebp_triton.convert.writers.store import StoreWriter
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.store.manifest import MANIFEST, SHARED, block_file
+from mebp_triton.store.reader import Store
+from mebp_triton.system import reading, strict_json
+from mebp_triton.system.errors import FileError
+
+ROWS, COLUMNS, GROUP = 5, 70, 32
+BLOCK = block_file(0)
+GOLDEN = bytes(range(100, 164))  # one row of 128 codes
+
+
+def int4(
+    scheme: str,
+    seed: int = 0,
+    rows: int = ROWS,
+    columns: int = COLUMNS,
+    group_size: int = GROUP,
+    dtype: torch.dtype = torch.float16,
+) -> Int4Weight:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, columns), generator=generator).to(torch.uint8)
+    shape = -(-columns // group_size), rows
+    return Int4Weight.from_codes(
+        codes,
+        torch.randn(shape, generator=generator).to(dtype),
+        group_size,
+        minimum=torch.randn(shape, generator=generator).to(dtype) if scheme == "affine" else None,
+        codebook=torch.randn(16, generator=generator) if scheme == "codebook" else None,
+    )
+
+
+WEIGHTS = {
+    "model.layers.0.a": int4("symmetric", 1),
+    "model.layers.0.b": int4("affine", 2),
+    "model.layers.0.c": int4("codebook", 3),
+    "model.layers.0.d": int4("symmetric", 4, 3, 129, 128, torch.float32),
+}
+NORM = "model.layers.0.norm.weight"
+FLOATS = {
+    NORM: torch.randn(7, generator=torch.Generator().manual_seed(0)),
+    "model.layers.0.half": torch.arange(3.0).half(),
+    "model.layers.0.brain": torch.arange(4.0).bfloat16(),
+}
+
+
+def golden_store(directory: Path) -> Path:
+    """A store of all schemes and dtypes, with an embedding whose bytes are known."""
+    writer = StoreWriter(directory, "a test", tied_head=True)
+    writer.write_file(BLOCK, {name: (weight, 0.125) for name, weight in WEIGHTS.items()}, FLOATS)
+    embedding = Int4Weight(
+        torch.tensor(list(GOLDEN), dtype=torch.uint8).view(1, 64), torch.tensor([[2.0], [-0.5]]), 128, 64
+    )
+    writer.write_file(SHARED, {"model.embed": (embedding, 0.0)}, {})
+    writer.finish()
+    return directory
+
+
+def one_matrix(directory: Path, rows: int = ROWS, columns: int = COLUMNS) -> Path:
+    """A store of the matrix "m" in one file, with random codes and scales of 1."""
+    writer = StoreWriter(directory, "a test", False)
+    packed = torch.randint(0, 256, (rows, -(-columns // 64) * 32), dtype=torch.uint8)
+    scales = torch.ones(-(-columns // 64), rows, dtype=torch.float16)
+    writer.write_file(BLOCK, {"m": (Int4Weight(packed, scales, columns, 64), 0.0)}, {})
+    writer.finish()
+    return directory
+
+
+def refuses(directory: Path, name: str, match: str | None = None) -> None:
+    """Opening fails with one line that names the file."""
+    with pytest.raises(FileError, match=match) as caught:
+        Store(directory)
+    assert str(directory / name) in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def edit(directory: Path, change: Callable[[Any], Any]) -> None:
+    """Changes the manifest, and seals it again."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    changed = change(manifest)
+    changed = changed if isinstance(changed, dict | list) else manifest
+    sealed = strict_json.sealed(changed) if isinstance(changed, dict) else changed
+    (directory / MANIFEST).write_text(json.dumps(sealed))
+
+
+def reseal(directory: Path) -> None:
+    """Tells the manifest size and checksums of the block's file as it is now, as who means harm would."""
+    data = (directory / BLOCK).read_bytes()
+    edit(directory, lambda m: m["files"].update({BLOCK: {"bytes": len(data), "crc32": reading.checksums(data)}}))
+
+
+def flip(path: Path, place: int) -> None:
+    """Flips a bit of the byte at ``place``."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
