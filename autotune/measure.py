@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from mebp_triton.kernels.accuracy import judge, random_weight
 from mebp_triton.kernels.configs import Problem
-from mebp_triton.kernels.layout import Int4Weight, group_count, padded
+from mebp_triton.kernels.layout import group_count, padded
 from mebp_triton.kernels.panel import int4_matmul_dx_panel, int4_matmul_panel
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.tables import Route
@@ -36,8 +37,6 @@ CLEARLY_WORSE = 1.25
 CHECKED_ROWS = 96
 TAIL_ROWS = 32
 CHUNK_BYTES = 32 << 20
-# Relative to the norm; what correct kernels stay below by far.
-NORMWISE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,10 @@ class Bench:
         self.generator = torch.Generator(device).manual_seed(0)
         self.out_features = problem.n if problem.kernel == "matmul" else problem.k
         inputs = problem.k if problem.kernel == "matmul" else problem.n
-        self.weights = self._weights()
+        self.weights = [
+            random_weight(problem.n, problem.k, device, problem.scheme, problem.group_size, generator=self.generator)
+            for _ in range(copies)
+        ]
         # [copies, M, K] or [copies, M, N]
         self.x = self._normal(copies, problem.m, inputs, dtype=problem.dtype)
         # LoRA's terms: t [M, R] and b [N, R], or g [M, R] and a [R, K].
@@ -132,28 +134,6 @@ class Bench:
 
     def _normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
-
-    def _weights(self) -> list[Int4Weight]:
-        problem, device = self.problem, self.device
-        shape = (self.copies, problem.n, padded(problem.k) // 2)
-        packed = torch.randint(0, 256, shape, generator=self.generator, device=device, dtype=torch.uint8)
-        groups = (self.copies, group_count(problem.k, problem.group_size), problem.n)
-        scales = self._normal(*groups, dtype=torch.float16).mul_(0.02)
-        minima = self._normal(*groups, dtype=torch.float16).mul_(0.1) if problem.scheme == "affine" else None
-        codebook = None
-        if problem.scheme == "codebook":
-            codebook = self._normal(16, dtype=torch.float32).sort().values
-        return [
-            Int4Weight(
-                packed[copy],
-                scales[copy],
-                problem.k,
-                problem.group_size,
-                None if minima is None else minima[copy],
-                codebook,
-            )
-            for copy in range(self.copies)
-        ]
 
     def _checked_rows(self) -> Tensor:
         """Some of the M rows, evenly spaced, and the last ones: float64 is slow on most devices."""
@@ -212,21 +192,13 @@ class Bench:
         return self._wrong(result)
 
     def _wrong(self, result: Tensor) -> str | None:
-        """As tests judge: twice the error of torch in the same dtype, as maximum and as RMS, and half a rounding."""
+        """What is wrong with a result, by the rule that the tests use; None if nothing is."""
         if tuple(result.shape) != (self.problem.m, self.out_features) or result.dtype != self.problem.dtype:
             return f"wrong: a result of shape {tuple(result.shape)} in {result.dtype}"
         if not bool(result.isfinite().all()):
             return "wrong: not finite, or not written"
-        error, theirs = result[self.rows].double() - self.truth, self.same.double() - self.truth
-        eps = torch.finfo(result.dtype).eps
-        for name, measure in (("largest", _largest), ("RMS", _rms)):
-            found, allowed = measure(error), 2 * measure(theirs) + eps / 2 * measure(self.truth)
-            if not found <= allowed:
-                return f"wrong: {name} error {found:.3g}, allowed {allowed:.3g}"
-        relative = float(error.norm() / self.truth.norm())
-        if relative > NORMWISE[result.dtype]:
-            return f"wrong: relative error {relative:.3g}, allowed {NORMWISE[result.dtype]:.3g}"
-        return None
+        verdict = judge(result[self.rows], self.same, self.truth, product=True)
+        return None if verdict["ok"] else f"wrong: {verdict['reason']}"
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -256,14 +228,6 @@ class Bench:
                 break
         self.outputs = [None] * self.copies
         return Measurement(statistics.median(samples), tuple(samples), reason)
-
-
-def _largest(error: Tensor) -> float:
-    return float(error.abs().max())
-
-
-def _rms(error: Tensor) -> float:
-    return float(error.square().mean().sqrt())
 
 
 @contextmanager

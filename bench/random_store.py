@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.convert.writers.store import StoreWriter
-from mebp_triton.kernels.layout import CHUNK, RUN, Int4Weight, group_count, pack, padded, unpack
+from mebp_triton.kernels.accuracy import random_weight
+from mebp_triton.kernels.layout import CHUNK, RUN, Int4Weight, pack, unpack
 from mebp_triton.kernels.names import Scheme
 from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites
 from mebp_triton.store.manifest import SHARED, block_file
@@ -131,22 +133,20 @@ def write_random_store(
 
 
 def random_matrix(site: Int4Site, rms: float, scheme: Scheme, group_size: int, device: torch.device) -> Int4Weight:
-    """Drawn in packed form. Signs of the scales are drawn as well, since the mean of the codes is not zero."""
+    """A random weight whose scales have one size and random signs, since the mean of the codes is not zero."""
     # Importing it starts torch's threads, which a process that forks later must not have.
     from mebp_triton.kernels.quantize import NF4
 
-    n, k = site.out_features, site.in_features
-    packed = torch.empty((n, padded(k) // 2), dtype=torch.uint8, device=device).random_()
+    k = site.in_features
+    weight = random_weight(site.out_features, k, device, scheme, group_size)
     if k % CHUNK:
-        packed[:, -RUN:] = pack(unpack(packed[:, -RUN:], k % CHUNK), pad_code=8 if scheme == "symmetric" else 0)
-    shape = (group_count(k, group_size), n)
-    signs = torch.randint(0, 2, shape, dtype=torch.int8, device=device) * 2 - 1
-    scales = signs.to(torch.float16) * (rms / RMS[scheme])
-    return Int4Weight(
-        packed=packed,
+        # Padding as a store has it.
+        last = weight.packed[:, -RUN:]
+        last.copy_(pack(unpack(last, k % CHUNK), pad_code=8 if scheme == "symmetric" else 0))
+    scales = torch.where(weight.scales < 0, -1.0, 1.0).half() * (rms / RMS[scheme])
+    return replace(
+        weight,
         scales=scales,
-        in_features=k,
-        group_size=group_size,
         minimum=scales * -7.5 if scheme == "affine" else None,
         codebook=NF4.to(device) if scheme == "codebook" else None,
     ).to("cpu")

@@ -1,41 +1,58 @@
-"""The one rule of correctness: how far a result may be from float64 on the decoded codes."""
+"""The one rule of correctness: how far a result may be from float64 on the decoded codes; and random operands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import Int4Weight
+from .layout import Int4Weight, group_count, padded
 from .names import Scheme
 
+# Limits of one product's error, relative to the norm of the truth. Correct kernels stay far below them.
+PRODUCT_LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
-def judge(ours: Tensor, same: Tensor, truth: Tensor) -> dict[str, Any]:
-    """Errors of ``ours`` and of torch's ``same``, both against ``truth`` in float64; and whether ours is allowed.
+
+def judge(ours: Tensor, same: Tensor, truth: Tensor, product: bool = False) -> dict[str, Any]:
+    """Holds the error of ``ours`` against that of torch in the same dtype.
+
+    Our error, as maximum and as root mean square, may be twice torch's plus half a rounding (torch's own error may
+    happen to be zero).
+
+    Args:
+        ours: the result to judge, of any shape.
+        same: torch's result, in the dtype of ``ours``.
+        truth: the exact result, in float64.
+        product: ``ours`` is one matrix product, whose error also has a limit of its own, ``PRODUCT_LIMITS``.
 
     Returns:
-        max, rms, torch_max, torch_rms, relative (to the norm), ok; narrow: no more than torch's own, and a rounding.
+        "ok"; "reason" where it is false; "max", "rms", "torch_max", "torch_rms" and "relative", the error's norm as a
+        part of the truth's (None for what is not finite); "narrow": no more than torch's error plus one rounding.
     """
     assert truth.dtype == torch.float64
-    if ours.shape != truth.shape:
-        return {"ok": False, "reason": f"shape {tuple(ours.shape)}, wanted {tuple(truth.shape)}"}
+    if ours.shape != truth.shape or ours.dtype != same.dtype:
+        found, wanted = f"{tuple(ours.shape)} {ours.dtype}", f"{tuple(truth.shape)} {same.dtype}"
+        return {"ok": False, "reason": f"result is {found}, wanted {wanted}"}
     if truth.numel() == 0:
         return {"ok": True, "narrow": True}
-    finite = bool(ours.isfinite().all())
-    row: dict[str, Any] = {"ok": finite, "narrow": finite}
+    error, torch_error = ours.double() - truth, same.double() - truth
     eps = torch.finfo(ours.dtype).eps
-    measures: dict[str, Callable[[Tensor], float]] = {"max": _largest, "rms": _rms}
-    for name, measure in measures.items():
-        found, theirs = measure(ours.double() - truth), measure(same.double() - truth)
+    reasons = [] if bool(ours.isfinite().all()) else ["not finite"]
+    row: dict[str, Any] = {"narrow": not reasons}
+    for name, measure in (("max", _largest), ("rms", _rms)):
+        found, theirs, size = measure(error), measure(torch_error), measure(truth)
         row |= {name: found, f"torch_{name}": theirs}
-        # torch's own error may happen to be none.
-        row["ok"] = row["ok"] and found <= 2 * theirs + eps / 2 * measure(truth)
-        row["narrow"] = row["narrow"] and found <= theirs + eps * measure(truth)
-    row["relative"] = float((ours.double() - truth).norm() / truth.norm())
-    # JSON has no word for a number that is none.
-    return {key: value if value == value else None for key, value in row.items()}
+        row["narrow"] = row["narrow"] and found <= theirs + eps * size
+        limit = 2 * theirs + eps / 2 * size
+        if not found <= limit:
+            reasons.append(f"{name} error {found:.3g}, allowed {limit:.3g}")
+    row["relative"] = float(error.norm() / truth.norm())
+    if product and not error.norm() <= PRODUCT_LIMITS[ours.dtype] * truth.norm():
+        reasons.append(f"relative error {row['relative']:.3g}, allowed {PRODUCT_LIMITS[ours.dtype]:.3g}")
+    # JSON cannot hold NaN or infinity.
+    row = {key: value if abs(value) < float("inf") else None for key, value in row.items()}
+    return {"ok": not reasons} | ({"reason": reasons[0]} if reasons else {}) | row
 
 
 def _largest(error: Tensor) -> float:
@@ -46,20 +63,34 @@ def _rms(error: Tensor) -> float:
     return float(error.square().mean().sqrt())
 
 
-def normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+def normal(*shape: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Random normal numbers, drawn in float32 and rounded to ``dtype``."""
+    return torch.randn(shape, device=device, dtype=torch.float32, generator=generator).to(dtype)
 
 
 def random_weight(
-    n: int, k: int, device: torch.device, scheme: Scheme = "symmetric", group_size: int = 64
+    n: int,
+    k: int,
+    device: torch.device,
+    scheme: Scheme = "symmetric",
+    group_size: int = 64,
+    scale_dtype: torch.dtype = torch.float16,
+    generator: torch.Generator | None = None,
 ) -> Int4Weight:
-    """Random codes; scales of both signs; decoded entries of a real weight's size."""
-    groups = -(-k // group_size)
-    scales = (0.02 * torch.randn(groups, n, device=device)).half()
-    return Int4Weight.from_codes(
-        torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device),
-        scales,
-        group_size,
-        minimum=(0.1 * torch.randn(groups, n, device=device)).half() if scheme == "affine" else None,
-        codebook=torch.randn(16, device=device).sort().values if scheme == "codebook" else None,
+    """A random ``W[n, k]``, drawn in packed form: scales of both signs, decoded entries of a real weight's size.
+
+    The padding of K is random as well, since no operation may read it.
+    """
+    groups = group_count(k, group_size)
+
+    def numbers(*shape: int, dtype: torch.dtype = scale_dtype) -> Tensor:
+        return normal(*shape, dtype=dtype, device=device, generator=generator)
+
+    return Int4Weight(
+        packed=torch.randint(0, 256, (n, padded(k) // 2), dtype=torch.uint8, device=device, generator=generator),
+        scales=numbers(groups, n).mul_(0.02),
+        in_features=k,
+        group_size=group_size,
+        minimum=numbers(groups, n).mul_(0.1) if scheme == "affine" else None,
+        codebook=numbers(16, dtype=torch.float32).sort().values if scheme == "codebook" else None,
     )

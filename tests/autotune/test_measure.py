@@ -1,15 +1,12 @@
 """Measuring: what is rejected, what is timed, over which buffers. On a CPU: the interpreter, and told clocks."""
 
-import importlib.util
-import math
-from pathlib import Path
-
+import interpreted
 import pytest
 import torch
+from interpreted import triton_kernels  # noqa: F401 - a fixture, used by its name
 from triton.runtime.errors import OutOfResources
 
-from mebp_triton.autotune import ceilings, measure, timing
-from mebp_triton.autotune.ceilings import measure_copy_gb_s, measure_matmul_tflop_s
+from mebp_triton.autotune import measure
 from mebp_triton.autotune.measure import (
     Bench,
     bytes_moved,
@@ -18,18 +15,11 @@ from mebp_triton.autotune.measure import (
     poisoned,
     workspace_bytes,
 )
-from mebp_triton.autotune.timing import CudaTimer, Limits, WallTimer
+from mebp_triton.autotune.timing import Limits
 from mebp_triton.kernels.configs import Problem, TileConfig, default_config
 from mebp_triton.kernels.names import SCHEMES
 
-# The fixture that makes the kernels run on this machine, which belongs to the tests of the kernels.
-_spec = importlib.util.spec_from_file_location(
-    "kernels_conftest", Path(__file__).parents[1] / "kernels" / "conftest.py"
-)
-_conftest = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_conftest)
-triton_kernels, DEVICE = _conftest.triton_kernels, torch.device(_conftest.DEVICE)
-
+DEVICE = torch.device(interpreted.DEVICE)
 LIMITS = Limits(cache_bytes=1 << 16, memory_bytes=1 << 30)
 KERNELS = ("matmul", "matmul_dx")
 
@@ -63,8 +53,9 @@ def test_the_panel_route_is_right(kernel, scheme, dtype):
     assert bench(problem_of(kernel, m=150, scheme=scheme, dtype=dtype)).reject(None) is None
 
 
+@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_tile_is_right(triton_kernels, kernel):
+def test_a_tile_is_right(kernel):
     for problem in (problem_of(kernel), problem_of(kernel, m=5, scheme="affine", dtype=torch.float16)):
         assert bench(problem).reject(default_config(problem)) is None
 
@@ -193,7 +184,7 @@ def test_bytes_and_operations():
 
 def test_copies_fit_into_memory_and_at_last_m_is_halved():
     problem = problem_of(m=4096, n=4096, k=4096, dtype=torch.float16)
-    one, fixed = bytes_moved(problem), 32 * 2**20 + 6 * ceilings.CHUNK_BYTES + workspace_bytes(problem, None)
+    one, fixed = bytes_moved(problem), 32 * 2**20 + 6 * measure.CHUNK_BYTES + workspace_bytes(problem, None)
     assert plan(problem, Limits(10 * one, 1 << 40)) == (problem, 20)
     assert plan(problem, Limits(10 * one, fixed + 5 * one)) == (problem, 5)
     smaller, copies = plan(problem, Limits(10 * one, fixed + one))
@@ -201,52 +192,3 @@ def test_copies_fit_into_memory_and_at_last_m_is_halved():
     assert plan(problem, Limits(0, 1 << 40)) == (problem, 2)
     with pytest.raises(ValueError, match=r"4096x4096 needs \d+ MiB to be measured, and 100 MiB may be used"):
         plan(problem, Limits(1 << 20, 100 << 20))
-
-
-def test_ceilings():
-    timer = ToldTimer([100.0] * 99, first=100.0)
-    assert measure_copy_gb_s(DEVICE, timer, LIMITS) == pytest.approx(2 * (1 << 20) / 100.0 / 1e3)
-    assert measure_matmul_tflop_s(torch.device("cpu"), timer, LIMITS, torch.float32) == pytest.approx(2 * 256**3 / 1e8)
-
-
-def test_the_clock_on_the_wall():
-    assert 0 < WallTimer()(lambda: None) < math.inf
-
-
-def test_the_device_waits_while_launches_are_queued(monkeypatch):
-    """With a CUDA device that only keeps a record."""
-    events = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            events.append("record")
-
-        def synchronize(self):
-            events.append("wait for the end")
-
-        def elapsed_time(self, end):
-            return 0.25
-
-    class Device:
-        def __init__(self, device):
-            pass
-
-        def __enter__(self):
-            events.append("enter")
-
-        def __exit__(self, *error):
-            events.append("exit")
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", Device)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("idle"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append(cycles))
-    monkeypatch.setattr(timing.WallTimer, "__call__", lambda self, run: run() or 100.0)
-    timer = CudaTimer(torch.device("cuda"))
-    assert timer(lambda: events.append("run")) == 250.0
-    assert events == ["enter", "idle", 0, "record", "run", "record", "wait for the end", "exit"]
-    assert timer(lambda: None) == 250.0
-    assert 150 * CudaTimer.CYCLES_PER_US in events

@@ -1,19 +1,12 @@
 """``Y = X·Wᵀ + bias + t·bᵀ`` against float64 on the decoded codes."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mebp_triton.kernels import matmul, reference
+from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
-from mebp_triton.kernels.launch import can_group
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import int4_matmul_group_triton, int4_matmul_triton
 from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
@@ -303,43 +296,6 @@ def test_any_shape(
     assert ((y.double() - truth).abs() <= bound + torch.finfo(dtype).tiny).all()
 
 
-def test_under_the_interpreters_own_switch():
-    """``TRITON_INTERPRET=1`` works for a whole process, too."""
-    program = """
-import torch
-from mebp_triton.kernels import matmul, reference
-from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.matmul import can_group, int4_matmul_group_triton, int4_matmul_triton
-torch.manual_seed(0)
-codes = torch.randint(0, 16, (5, 70), dtype=torch.uint8)
-weight = Int4Weight.from_codes(codes, torch.randn(3, 5), 32)
-x = torch.randn(3, 70)
-torch.testing.assert_close(int4_matmul_triton(x, weight), reference.matmul(x, weight), rtol=1e-5, atol=1e-4)
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
-
-
-@triton.jit
-def _careless_kernel(x_ptr, y_ptr, N, MASKED: tl.constexpr):
-    offs_n = tl.arange(0, 16)
-    mask = offs_n < N if MASKED else offs_n < 16
-    tl.store(y_ptr + offs_n, tl.load(x_ptr + offs_n, mask=mask))
-
-
-def test_the_interpreter_here_is_strict(device):
-    if device == "cuda":
-        pytest.skip("of the interpreter")
-    kernel = type(matmul._matmul_kernel)(_careless_kernel.fn)
-    x, y = torch.zeros(10), torch.zeros(16)
-    kernel[(1,)](x, y, 10, MASKED=True)
-    assert torch.equal(y.isnan(), torch.arange(16) >= 10)
-    with pytest.raises(Exception, match="load of 6 addresses outside"):
-        kernel[(1,)](x, y, 10, MASKED=False)
-    with pytest.raises(Exception, match="store of 6 addresses outside"):
-        kernel[(1,)](y, x, 16, MASKED=False)
-
-
 @pytest.mark.parametrize("split", [2, 8])
 @pytest.mark.parametrize("scale_sums", [False, True])
 def test_split_reductions(check, make_weight, normal, dtype, group_size, split, scale_sums):
@@ -413,20 +369,3 @@ def test_group_of_views_with_strides_of_their_own(make_weight, normal):
     x = normal(9, 100)
     for weight, y in zip(weights, int4_matmul_group_triton(x, weights), strict=True):
         assert torch.equal(y, int4_matmul_triton(x, weight))
-
-
-def test_what_cannot_share_a_launch(make_weight, normal):
-    weight = make_weight(20, 100, 32)
-    others = {
-        "other group size": make_weight(20, 100, 64),
-        "other width": make_weight(20, 101, 32),
-        "other scheme": make_weight(20, 100, 32, "affine"),
-        "other scales": make_weight(20, 100, 32, scale_dtype=torch.float32),
-    }
-    assert can_group([weight, make_weight(3, 100, 32)]) and not can_group([])
-    assert not can_group([weight] * 4)
-    for name, other in others.items():
-        assert not can_group([weight, other]), name
-        with pytest.raises(ValueError, match="cannot share a launch"):
-            int4_matmul_group_triton(normal(5, 100), [weight, other])
-    assert can_group([make_weight(20, 100, 32, "codebook", seed=seed) for seed in range(3)])

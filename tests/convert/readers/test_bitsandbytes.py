@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mebp_triton.convert.quantize import quantize
 from mebp_triton.convert.readers import open_source
-from mebp_triton.kernels.bitsandbytes import int4_from_bnb, resolve_absmax
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.load import load
 from mebp_triton.models.skeleton import build_skeleton
@@ -133,44 +132,7 @@ def test_companions_say_nothing_of_bitsandbytes(nf4, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)("the cat").input_ids == word_tokenizer()("the cat").input_ids
 
 
-# --- the pure functions ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shape", "blocksize", "group_size"),
-    [
-        ((6, 128), 64, 64),
-        ((6, 128), 128, 128),
-        ((3, 256), 256, 128),
-        ((5, 96), 64, 32),  # blocks straddle rows, but no group straddles blocks
-        ((3, 96), 128, 32),  # the last block is not full
-        ((7, 64), 4096, 64),
-    ],
-)
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_any_block_size(shape, blocksize, group_size, kind):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    packed, state = bitsandbytes.functional.quantize_4bit(values, blocksize=blocksize, quant_type=kind)
-    weight = int4_from_bnb(packed, state.absmax, state.code, shape, blocksize)
-    assert weight.group_size == group_size
-    state.shape = torch.Size((1, values.numel()))  # on a CPU, 0.50 takes the blocks of every row to begin anew
-    truth = bitsandbytes.functional.dequantize_4bit(packed, state).view(shape)
-    assert torch.equal(decode(weight, torch.float32), truth)
-    assert relative_rms(truth, values) < 0.2
-
-
-def test_nested_scales_are_resolved_to_the_bit():
-    values = torch.randn(64, 640, generator=torch.Generator().manual_seed(2))
-    _, state = bitsandbytes.functional.quantize_4bit(values, blocksize=64, quant_type="nf4", compress_statistics=True)
-    truth = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    nested = state.state2
-    found = resolve_absmax(state.absmax, nested.code, nested.absmax, nested.blocksize, state.offset)
-    assert found.dtype == torch.float32 and torch.equal(found, truth)
-
-
 def test_rows_that_blocks_and_groups_straddle_cannot_be_taken_over(tmp_path):
-    with pytest.raises(ValueError, match="in_features 48 is no multiple of 32 .* give the unquantised model"):
-        int4_from_bnb(torch.zeros(96, dtype=torch.uint8), torch.ones(3), torch.zeros(16), (4, 48), 64)
     directory = bnb_directory(tmp_path, config={"hidden_size": 48})
     with pytest.raises(ValueError, match=r"layers\.0\.\w+\.\w+\.weight: in_features 48 is no multiple of 32"):
         quantize(directory, tmp_path / "store")

@@ -1,0 +1,129 @@
+"""The operations as functions of ``Int4Weight``: shapes, mistakes, and which launcher a call takes."""
+
+import pytest
+import torch
+
+from mebp_triton.kernels import functions, ops, reference, routing
+from mebp_triton.kernels.configs import TileConfig, default_config
+from mebp_triton.kernels.functions import (
+    int4_cross_entropy,
+    int4_matmul,
+    int4_matmul_dx,
+    int4_matmul_dx_group,
+    int4_matmul_group,
+)
+
+
+def test_leading_dimensions(make_weight, normal):
+    weight = make_weight(5, 70)
+    for shape in ((70,), (0, 70), (3, 70), (2, 0, 70), (2, 3, 4, 70)):
+        x = normal(*shape)
+        torch.testing.assert_close(int4_matmul(x, weight), reference.matmul(x, weight))
+        dy = normal(*shape[:-1], 5)
+        torch.testing.assert_close(int4_matmul_dx(dy, weight), reference.matmul_dx(dy, weight))
+
+
+def test_lora_operands_have_the_leading_dimensions_of_x(make_weight, normal):
+    weight, x = make_weight(5, 70), normal(2, 3, 70)
+    t, b = normal(2, 3, 4), normal(5, 4)
+    torch.testing.assert_close(int4_matmul(x, weight, None, t, b), reference.matmul(x, weight, None, t, b))
+
+
+def test_stride_0_gradient(make_weight, normal):
+    """What ``sum()`` hands back is one number with strides 0."""
+    weight, x = make_weight(5, 70), normal(2, 3, 70).requires_grad_(True)
+    int4_matmul(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, reference.decode(weight, torch.float32).sum(0).expand(2, 3, 70))
+
+
+def test_cross_entropy_makes_a_gradient_only_where_one_can_be_asked_for(make_weight, normal, device, monkeypatch):
+    weight, targets = make_weight(7, 70), torch.tensor([1, -100, 6], device=device)
+    hidden, asked = normal(3, 70), []
+    panel = ops.int4_cross_entropy_panel
+    monkeypatch.setattr(ops, "int4_cross_entropy_panel", lambda *args: asked.append(args[-2]) or panel(*args))
+    int4_cross_entropy(hidden, weight, targets)
+    with torch.no_grad():
+        int4_cross_entropy(hidden.clone().requires_grad_(True), weight, targets)
+    int4_cross_entropy(hidden.clone().requires_grad_(True), weight, targets)
+    assert asked == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda weight: int4_matmul(torch.zeros(3, 71), weight), "x must have 70 columns"),
+        (lambda weight: int4_matmul(torch.zeros(()), weight), "x must have 70 columns"),
+        (lambda weight: int4_matmul_dx(torch.zeros(3, 70), weight), "dy must have 7 columns"),
+        (lambda weight: int4_cross_entropy(torch.zeros(3, 7), weight, torch.zeros(3).long()), "hidden must have 70"),
+    ],
+)
+def test_wrong_widths(make_weight, call, name):
+    with pytest.raises(ValueError, match=name):
+        call(make_weight(7, 70).to("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    ("columns", "call"),
+    [
+        (70, int4_matmul),
+        (7, int4_matmul_dx),
+        (
+            70,
+            lambda x, weight: int4_matmul_group(x, [weight], [None], [torch.zeros(3, 2)], [torch.zeros(7, 2)]),
+        ),
+        (7, lambda dy, weight: int4_matmul_dx_group([dy, dy], [weight, weight])),
+        (70, lambda x, weight: int4_cross_entropy(x, weight, torch.zeros(3).long())),
+    ],
+)
+def test_integers_are_no_activations(make_weight, columns, call, dtype):
+    with pytest.raises(TypeError, match=f"is {dtype}, wanted a floating dtype"):
+        call(torch.zeros(3, columns, dtype=dtype), make_weight(7, 70).to("cpu"))
+
+
+@pytest.mark.usefixtures("triton_kernels")
+class TestRoutes:
+    """Which launcher an operation takes; in Triton's interpreter."""
+
+    @pytest.fixture(autouse=True)
+    def interpreted(self, monkeypatch, device):
+        if device == "cpu":
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    @pytest.fixture(params=[TileConfig(16, 32, 64, split=2), None], ids=["tile", "panel"])
+    def route(self, request, monkeypatch):
+        monkeypatch.setattr(routing, "choose", lambda problem, architecture: request.param)
+        return request.param
+
+    def test_single(self, make_weight, normal, scheme, route):
+        weight, x, dy = make_weight(20, 70, 32, scheme), normal(2, 3, 70), normal(2, 3, 20)
+        t, b, g, a = normal(2, 3, 4), normal(20, 4, seed=2), normal(2, 3, 4, seed=3), normal(4, 70, seed=4)
+        y, dx = int4_matmul(x, weight, None, t, b, "triton"), int4_matmul_dx(dy, weight, g, a, "triton")
+        torch.testing.assert_close(y, reference.matmul(x, weight, None, t, b), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dx, reference.matmul_dx(dy, weight, g, a), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("group_sizes", [(32, 32, 32), (32, 64, 32)], ids=["alike", "not alike"])
+    @pytest.mark.parametrize("ranks", [(4, 4, 4), (4, 1, 2)], ids=str)
+    def test_group(self, make_weight, normal, scheme, route, group_sizes, ranks):
+        """With a bias for one of three; also members that no launch can take together."""
+        sizes = (20, 1, 33)
+        weights = [make_weight(n, 70, size, scheme, seed=n) for n, size in zip(sizes, group_sizes, strict=True)]
+        x, biases = normal(2, 3, 70), [None, normal(1, seed=5), None]
+        ts = [normal(2, 3, r, seed=r) for r in ranks]
+        bs = [normal(n, r, seed=n) for n, r in zip(sizes, ranks, strict=True)]
+        found = int4_matmul_group(x, weights, biases, ts, bs, "triton")
+        for y, *operands in zip(found, weights, biases, ts, bs, strict=True):
+            torch.testing.assert_close(y, reference.matmul(x, *operands), rtol=1e-4, atol=1e-4)
+        dys = [normal(2, 3, n, seed=n) for n in sizes]
+        g, a = normal(2, 3, sum(ranks)), normal(sum(ranks), 70)
+        truth = sum(reference.matmul_dx(dy, weight) for dy, weight in zip(dys, weights, strict=True)) + g @ a
+        torch.testing.assert_close(int4_matmul_dx_group(dys, weights, g, a, "triton"), truth, rtol=1e-4, atol=1e-4)
+
+    def test_members_that_are_not_alike_have_routes_of_their_own(self, make_weight, normal, monkeypatch):
+        """They must not fall to the panels, whatever the tables say."""
+        asked = []
+        monkeypatch.setattr(routing, "choose", lambda problem, _: asked.append(problem.n) or default_config(problem))
+        monkeypatch.setattr(functions, "int4_matmul_dx_group_panel", lambda *args, **kwargs: pytest.fail("by panels"))
+        weights = [make_weight(20, 70, 32), make_weight(9, 70, 64)]
+        int4_matmul_dx_group([normal(3, 20), normal(3, 9)], weights, backend="triton")
+        assert sorted(asked) == [9, 20]

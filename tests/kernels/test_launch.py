@@ -1,0 +1,67 @@
+"""What a launch is given: which weights can share one, their arguments, and what operands must be."""
+
+import pytest
+import torch
+
+from mebp_triton.kernels import split
+from mebp_triton.kernels.launch import can_group, check_operand, runs_compiled, weight_arguments
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.matmul import int4_matmul_group_triton
+
+
+def meta_weight(n, scheme):
+    """Without memory."""
+    scales = torch.empty(4, n, dtype=torch.float16, device="meta")
+    packed = torch.empty(n, 64, dtype=torch.uint8, device="meta")
+    return Int4Weight(packed, scales, 100, 32, torch.empty_like(scales) if scheme == "affine" else None)
+
+
+def test_what_cannot_share_a_launch(make_weight, normal):
+    weight = make_weight(20, 100, 32)
+    others = {
+        "other group size": make_weight(20, 100, 64),
+        "other width": make_weight(20, 101, 32),
+        "other scheme": make_weight(20, 100, 32, "affine"),
+        "other scales": make_weight(20, 100, 32, scale_dtype=torch.float32),
+    }
+    assert can_group([weight, make_weight(3, 100, 32)]) and not can_group([])
+    assert not can_group([weight] * 4)
+    for name, other in others.items():
+        assert not can_group([weight, other]), name
+        with pytest.raises(ValueError, match="cannot share a launch"):
+            int4_matmul_group_triton(normal(5, 100), [weight, other])
+    assert can_group([make_weight(20, 100, 32, "codebook", seed=seed) for seed in range(3)])
+
+
+def test_arguments_of_a_group():
+    """Members that are not there repeat the last one, and have no rows; alone, a weight has no others at all."""
+    one, other = meta_weight(20, "affine"), meta_weight(33, "affine")
+    alone, pair = weight_arguments(one), weight_arguments(one, other)
+    assert (alone["MEMBERS"], pair["MEMBERS"]) == (1, 2)
+    assert (alone["N"], alone["N1"], alone["N2"]) == (20, 0, 0) and (pair["N"], pair["N1"], pair["N2"]) == (20, 33, 0)
+    for name in ("packed", "scales", "minimum"):
+        assert alone[f"{name}1_ptr"] is alone[f"{name}2_ptr"] is None
+        assert pair[f"{name}_ptr"] is getattr(one, name)
+        assert pair[f"{name}1_ptr"] is pair[f"{name}2_ptr"] is getattr(other, name)
+    assert (pair["stride_sg"], pair["stride_sg1"], pair["stride_zg1"], alone["stride_sg1"]) == (20, 33, 33, 0)
+    assert pair["HAS_MINIMUM"] and not pair["HAS_CODEBOOK"] and pair["GROUP"] == 32
+
+
+def test_operands_are_checked():
+    cpu = torch.device("cpu")
+    check_operand("x", torch.zeros(3, 4), (3, 4), cpu)
+    for tensor, message in (
+        (torch.zeros(4, 3), r"x must have shape \(3, 4\), got \(4, 3\)"),
+        (torch.zeros(3, 4, dtype=torch.int64), "x must be one of .* got torch.int64"),
+        (torch.zeros(3, 4, device="meta"), "x must be on cpu, where the weight is, got meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_operand("x", tensor, (3, 4), cpu)
+
+
+def test_assembly_is_for_what_is_compiled_for_nvidia(monkeypatch):
+    assert not runs_compiled(lambda: None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert runs_compiled(split._sum_parts_kernel)
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert not runs_compiled(split._sum_parts_kernel)
