@@ -20,6 +20,7 @@ from mebp_triton.kernels.tables import DTYPES
 from mebp_triton.models import adapter
 from mebp_triton.models.config import read_config
 from mebp_triton.models.load import load
+from mebp_triton.store.reader import Store
 from mebp_triton.system.foreign_errors import one_line
 from mebp_triton.system.machine import resolve_device
 from mebp_triton.training.evaluation import Evaluation, evaluate
@@ -91,7 +92,7 @@ def load_validation(store: Path, arguments: argparse.Namespace) -> TokenizedData
 
 
 def load_for_inference(
-    store: Path,
+    store: Store | Path,
     adapter_directory: str | None = None,
     device: str | None = None,
     dtype: str | None = None,

@@ -23,10 +23,12 @@ def settings_of(arguments: argparse.Namespace) -> TrainConfig:
     return TrainConfig(**(settings | {name: value for name, value in vars(arguments).items() if name in known}))
 
 
-def planner_of(given: Path, config: Any, scheme: str | None, group_size: int | None) -> Planner:
+def planner_of(given: Store | Path, config: Any, scheme: str | None, group_size: int | None) -> Planner:
     """For a store, or for the store that would be made of a model directory or a ``config.json``."""
-    if (given / MANIFEST).exists():
-        return Planner(Inventory.of_store(Store(given)), config)
+    if isinstance(given, Path) and (given / MANIFEST).exists():
+        given = Store(given)
+    if isinstance(given, Store):
+        return Planner(Inventory.of_store(given), config)
     return Planner(Inventory.of_config(config, scheme, group_size), config)
 
 

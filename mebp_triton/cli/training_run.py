@@ -87,14 +87,14 @@ def _train_in(
     if asked.validation_file:
         check_source(asked.validation_file, "validation-file")
     given = Path(arguments.store)
-    is_store = _is_store(given, arguments)
+    store = _open_if_store(given, arguments)
     # Where the tokenizer lies there already, the texts are read first: what is wrong with them shows at once.
     texts = _load_texts(given, asked) if given.is_dir() else None
     # A model directory is planned for before it is quantized, so that a budget too small shows at once.
-    plan = _plan(given, arguments, asked) if given.is_dir() else None
+    plan = _plan(store or given, arguments, asked) if given.is_dir() else None
     goes_on = arguments.resume or checkpoint is not None or not processes.is_first  # which has just made the store
-    store = given if is_store else processes.first(lambda: _quantized(given, arguments, asked, goes_on))
-    data, validation = texts or _load_texts(store, asked)
+    store = store or processes.first(lambda: _quantized(given, arguments, asked, goes_on))
+    data, validation = texts or _load_texts(store.directory, asked)
     if not given.is_dir():
         plan = _plan(store, arguments, asked)
     settings = resolve(asked) if plan is None else plan.settings
@@ -147,10 +147,11 @@ def _chunks_begun_with(checkpoint: Path) -> int | None:
     return settings.get("mlp_chunk_tokens") if isinstance(settings, dict) else None
 
 
-def _plan(given: Path, arguments: argparse.Namespace, asked: TrainConfig) -> Plan | None:
+def _plan(given: Store | Path, arguments: argparse.Namespace, asked: TrainConfig) -> Plan | None:
     """The plan; None, with a line that says so, for a model that cannot be traced and has no budget to keep."""
+    directory = given.directory if isinstance(given, Store) else given
     try:
-        return planner_of(given, model_config(given), arguments.scheme, arguments.group_size).resolve(asked)
+        return planner_of(given, model_config(directory), arguments.scheme, arguments.group_size).resolve(asked)
     except CannotTrace as error:
         if asked.memory_budget is not None:
             raise
@@ -172,16 +173,16 @@ def _prepare_process(settings: RunSettings, plan: Plan | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
 
 
-def _is_store(given: Path, arguments: argparse.Namespace) -> bool:
-    """Whether ``given`` is a store and not a model. ValueError if it is neither, or a store that cannot be used."""
+def _open_if_store(given: Path, arguments: argparse.Namespace) -> Store | None:
+    """Opens ``given`` if it is a store; None for a model. ValueError for neither, or a store that cannot be used."""
     if not (given / MANIFEST).exists() and not (given.is_dir() and not (given / "config.json").exists()):
         if not given.is_file():  # a GGUF file takes its time to open
             open_source(given)
-        return False
-    Store(given)
+        return None
+    store = Store(given)
     if arguments.scheme or arguments.group_size:
         raise ValueError(f"--scheme and --group-size are for models that are quantized first; {given} is a store")
-    return True
+    return store
 
 
 def _load_texts(directory: Path, asked: TrainConfig) -> tuple[TokenizedData, TokenizedData | None]:
@@ -202,7 +203,7 @@ def _store_beside(asked: TrainConfig) -> Path:
     return Path(asked.output_dir.rstrip("/") + "-store")
 
 
-def _quantized(given: Path, arguments: argparse.Namespace, asked: TrainConfig, goes_on: bool) -> Path:
+def _quantized(given: Path, arguments: argparse.Namespace, asked: TrainConfig, goes_on: bool) -> Store:
     """A store beside the run, made from the model ``given`` now, or when the run that goes on was begun."""
     beside = _store_beside(asked)
     if not (beside / MANIFEST).exists():
@@ -210,20 +211,20 @@ def _quantized(given: Path, arguments: argparse.Namespace, asked: TrainConfig, g
         note = f"{given} is not a store: quantizing it into {beside}{outside}"
         say(note)
         quantize_with_progress(str(given), beside, arguments)
-        return beside
+        return Store(beside)
     if not goes_on:
         raise ValueError(
             f"{beside} is there from an earlier run: --resume takes it, or give it as the model, or remove it"
         )
-    found, wanted = Store(beside), open_source(given).description
-    matrices = found.matrices.values()
-    other = found.source != wanted
+    store, wanted = Store(beside), open_source(given).description
+    matrices = store.matrices.values()
+    other = store.source != wanted
     other |= arguments.scheme not in (None, *{info.scheme for info in matrices})
     other |= arguments.group_size not in (None, *{info.group_size for info in matrices})
     if other:
-        raise ValueError(f"{beside} is a store of {found.source} made with other options: remove it, or train in it")
+        raise ValueError(f"{beside} is a store of {store.source} made with other options: remove it, or train in it")
     say(f"{given} was quantized before: using {beside}")
-    return beside
+    return store
 
 
 def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any] | Interrupted:

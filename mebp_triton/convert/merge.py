@@ -20,6 +20,7 @@ from mebp_triton.kernels.names import Scheme
 from mebp_triton.models.names import persistent_buffers
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.manifest import dtype_name
+from mebp_triton.store.reader import Store
 from mebp_triton.system import atomic, safetensors_file, strict_json
 
 from .quantize import QuantizeReport, Recipe, write_store
@@ -28,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def merge(
-    store: Path | str,
+    store: Store | Path | str,
     target: Path | str,
     adapter: Path | str | None = None,
     dtype: str | None = None,
@@ -37,7 +38,7 @@ def merge(
     """Makes a transformers model directory of a store, with its adapter merged in.
 
     Args:
-        store: a directory made by ``quantize``.
+        store: a directory made by ``quantize``, or the store that was opened there.
         target: must not exist, or be empty. It appears whole or not at all.
         adapter: in PEFT's format. Without one the weights are the store's, decoded and rounded once to ``dtype``.
         dtype: "float32", "bfloat16" or "float16"; by default the config's.
@@ -95,7 +96,7 @@ def merge(
 
 
 def merge_to_store(
-    store: Path | str,
+    store: Store | Path | str,
     target: Path | str,
     adapter: Path | str | None = None,
     scheme: Scheme | None = None,

@@ -23,7 +23,7 @@ from mebp_triton.store.block_inputs import block_input_store
 from mebp_triton.store.manifest import SHARED, block_file
 from mebp_triton.store.pages import Pages
 from mebp_triton.store.placement import host_copy, place_weights
-from mebp_triton.store.reader import Store
+from mebp_triton.store.reader import Store, open_store
 from mebp_triton.store.residency import Residency, check_residency
 from mebp_triton.store.table_rows import StoredRows
 from mebp_triton.store.waiting import Waiting
@@ -49,7 +49,7 @@ class Runtime:
 
 
 def load(
-    store: Path | str,
+    store: Store | Path | str,
     lora: LoraConfig | Any | None = None,
     *,
     weights: Residency = "device",
@@ -73,7 +73,7 @@ def load(
     gradients off, when something is done with them.
 
     Args:
-        store: a directory made by ``quantize``.
+        store: a directory made by ``quantize``, or the store that was opened there.
         lora: ours or a ``peft.LoraConfig``; None for a frozen model.
         weights: where the blocks' weights lie: "device", "host", or "file" (memory-mapped, dropped after use).
         checkpoints: where the blocks' inputs wait for the backward pass: "device", "host" or "file".
@@ -109,7 +109,7 @@ def load(
         raise ValueError(f"head must be int4 or float, got {head!r}")
     device = torch.device(device)
     resolve_backend(backend, device)
-    opened = Store(store)
+    opened = open_store(store)
     config = lora if lora is None else as_lora_config(lora)
     model_config = read_config(opened.directory, "quantize the model again")
     check_sizes(f"store {opened.directory}", model_config, opened.shapes())

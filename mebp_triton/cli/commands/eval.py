@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from mebp_triton.cli.console import answer, readable, say, two_columns
 from mebp_triton.cli.flags import add_inference, add_validation
@@ -21,9 +20,8 @@ def run(arguments: argparse.Namespace) -> None:
     from mebp_triton.store.reader import Store
     from mebp_triton.system.memory import peak_resident_bytes
 
-    store = Path(arguments.store)
-    Store(store)  # refuses what is no store before the text is read
-    data = load_validation(store, arguments)
+    store = Store(arguments.store)  # refuses what is no store before the text is read
+    data = load_validation(store.directory, arguments)
     model = load_for_inference(store, arguments.adapter, arguments.device, arguments.dtype, arguments.backend)
     say(f"{arguments.validation_file}: {data.report.describe()}")
     result = evaluate_with_progress(model, data, arguments.max_eval_windows)

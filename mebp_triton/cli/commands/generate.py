@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mebp_triton.cli.flags import add_inference, at_least_one
@@ -44,13 +43,12 @@ def run(arguments: argparse.Namespace) -> None:
     from mebp_triton.cli.inference import load_for_inference, load_tokenizer
     from mebp_triton.store.reader import Store
 
-    store = Path(arguments.store)
-    Store(store)  # refuses what is no store before the tokenizer is sought
+    store = Store(arguments.store)  # refuses what is no store before the tokenizer is sought
     if not arguments.prompt:
         raise ValueError("--prompt is empty")
     if not 0 <= arguments.seed < 1 << 63:
         raise ValueError(f"--seed must lie in 0..2**63-1, got {arguments.seed}")
-    tokenizer = load_tokenizer(store)
+    tokenizer = load_tokenizer(store.directory)
     model = load_for_inference(store, arguments.adapter, arguments.device, arguments.dtype, arguments.backend)
     torch.manual_seed(arguments.seed)
     streamer = None if arguments.json else transformers.TextStreamer(tokenizer, skip_special_tokens=True)

@@ -12,6 +12,7 @@ from mebp_triton.kernels.names import FLOAT_NAMES
 
 if TYPE_CHECKING:
     from mebp_triton.data.tokenized import TokenizedData
+    from mebp_triton.store.reader import Store
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "--dtype makes a model directory, and --as-store, --scheme and --group-size make a store: choose one"
         )
-    store, output = Path(arguments.store), Path(arguments.output)
-    Store(store)  # refuses what is no store before the text is read
+    store, output = Store(arguments.store), Path(arguments.output)  # refuses what is no store before the text is read
     atomic.check_absent(output)
-    data = load_validation(store, arguments) if arguments.validation_file is not None else None
+    data = load_validation(store.directory, arguments) if arguments.validation_file is not None else None
     windows = arguments.max_eval_windows
     value: dict[str, Any] = {"output": arguments.output, "adapter": arguments.adapter}
     before = _loss(store, arguments.adapter, data, windows, "evaluating the store") if data is not None else None
@@ -66,7 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     answer(arguments, value, two_columns(arguments.output, readable(value)))
 
 
-def _loss(store: Path, adapter: str | None, data: TokenizedData, windows: int | None, description: str) -> float:
+def _loss(
+    store: Store | Path, adapter: str | None, data: TokenizedData, windows: int | None, description: str
+) -> float:
     from mebp_triton.cli.inference import evaluate_with_progress, load_for_inference
 
     return evaluate_with_progress(load_for_inference(store, adapter), data, windows, description).loss

@@ -18,7 +18,7 @@ from mebp_triton.models.build import check_matrices
 from mebp_triton.models.config import check_sizes, prepare_config, read_config
 from mebp_triton.models.names import check_complete, check_shape, parameter_aliases
 from mebp_triton.models.skeleton import Int4Site, int4_sites
-from mebp_triton.store.reader import Store
+from mebp_triton.store.reader import Store, open_store
 from mebp_triton.system import strict_json
 
 PIECE_ELEMENTS = 1 << 20  # decoding takes up to 24 bytes for each
@@ -28,15 +28,15 @@ class MergedStore:
     """The ``Source`` that a store and an adapter make together.
 
     Args:
-        store: a directory made by ``quantize``.
+        store: a directory made by ``quantize``, or the store that was opened there.
         adapter: a directory in PEFT's format; None for the store's own weights.
 
     Raises:
         ValueError: one of them is damaged, or (in ``bind``) they do not fit each other.
     """
 
-    def __init__(self, store: Path | str, adapter: Path | str | None = None) -> None:
-        self.store = Store(store)
+    def __init__(self, store: Store | Path | str, adapter: Path | str | None = None) -> None:
+        self.store = open_store(store)
         self.adapter = adapter
         self.directory = self.store.directory
         self._config_json = strict_json.read_json(self.directory / "config.json")
