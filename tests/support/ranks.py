@@ -28,11 +28,12 @@ import mebp_triton.cli.training_run
 from mebp_triton.cli import main
 from mebp_triton.data.loading import load_data
 from mebp_triton.models.adapter import adapter_layers, adapter_tensors
-from mebp_triton.training import plots
+from mebp_triton.training import run_directory
 from mebp_triton.training import processes as processes_module
 from mebp_triton.training.finetune import finetune
 from mebp_triton.training.processes import joined
 from mebp_triton.training.trainer import Trainer
+from mebp_triton.training.updates import AfterBackward
 
 
 @dataclass
@@ -77,7 +78,7 @@ def _run_rank(rank: int, size: int, port: int, root: Path, body: Any, arguments:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    plots.draw_plots = lambda *_: []  # most of the time of so short a run
+    run_directory.draw_plots = lambda *_: []  # most of the time of so short a run
     processes_module.TIMEOUT = timedelta(minutes=10)  # longer than a test waits: none may end by it
     body(*arguments)
 
@@ -101,18 +102,16 @@ def train_with(
     else:
         randomize_adapter(made.model)
     gradients: dict[str, torch.Tensor] = {}
-    step = made.optimizer.step if made.optimizer is not None else None
 
-    def keep(**selected: Any) -> None:
+    def keep(*_: Any) -> None:
         if not gradients:
             for name, layer in adapter_layers(made.model).items():
                 for part in ("lora_A", "lora_B"):
                     if (gradient := getattr(layer, part).grad) is not None:
                         gradients[f"{name}.{part}"] = gradient.clone()
-        step(**selected)
 
-    if made.optimizer is not None:
-        made.optimizer.step = keep
+    if isinstance(made.update, AfterBackward):
+        made.update.optimizer.register_step_pre_hook(keep)
 
     def on_step(result: Any) -> None:
         if result.step == crash:

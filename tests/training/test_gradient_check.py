@@ -7,7 +7,7 @@ import torch
 
 from mebp_triton.blocks import backward as backward_module
 from mebp_triton.kernels import functions
-from mebp_triton.layers import linear
+from mebp_triton.layers import lora_function
 from mebp_triton.training import gradient_check
 
 CPU = torch.device("cpu")
@@ -43,14 +43,14 @@ real_matmul, real_dx = functions.int4_matmul, functions.int4_matmul_dx
 
 
 FAULTS = {
-    "a forward product by another group": (linear, "int4_matmul", wrong_group),
+    "a forward product by another group": (lora_function, "int4_matmul", wrong_group),
     "a gradient of the input that is a thousandth too large": (
-        linear,
+        lora_function,
         "int4_matmul_dx",
         lambda *args, **options: real_dx(*args, **options) * 1.001,
     ),
     "a gradient without the adapter's term": (
-        linear,
+        lora_function,
         "int4_matmul_dx",
         lambda dy, weight, *rest, **options: real_dx(dy, weight, **options),
     ),

@@ -15,7 +15,7 @@ from runs import run_store, sentences, text_data, trainer
 
 from mebp_triton.cli.main import main
 from mebp_triton.data.batching import batches, collate, valid_tokens
-from mebp_triton.training import plots
+from mebp_triton.training import run_directory
 from mebp_triton.training.processes import ALONE, Processes, joined
 
 DOUBLE = {"load_options": {"dtype": torch.float64, "adapter_dtype": torch.float64}}
@@ -42,7 +42,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    monkeypatch.setattr(plots, "draw_plots", lambda *_: [])
+    monkeypatch.setattr(run_directory, "draw_plots", lambda *_: [])
 
 
 def arguments(root, output, *more):

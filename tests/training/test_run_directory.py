@@ -118,7 +118,7 @@ def test_a_run_whose_plots_fail_is_whole(run, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mebp_triton.training.plots.draw_plots", fail)
+    monkeypatch.setattr("mebp_triton.training.run_directory.draw_plots", fail)
     with pytest.warns(UserWarning, match="the plots are not drawn: .*No space left"):
         run.finish({"steps": 1}, TrainConfig(), DataReport(1, 8, 7, 0, 0), watched())
     assert run.summary({"max_length": TrainConfig().max_length})["steps"] == 1

@@ -24,10 +24,9 @@ from mebp_triton.models.adapter import adapter_tensors, save_adapter
 from mebp_triton.store.manifest import accept_companions
 from mebp_triton.store.pages import Pages
 from mebp_triton.system import atomic, strict_json, temporaries
+from mebp_triton.system.errors import RunError
 from mebp_triton.training.finetune import finetune
-from mebp_triton.training.optimizers.mezo import MeZO
 from mebp_triton.training.optimizers.schedules import learning_rate
-from mebp_triton.training.trainer import RunError, Trainer
 
 # Whatever could make a resumed run differ: dropout, accumulation, a random selection, data of several epochs.
 DEMANDING = {
@@ -552,8 +551,8 @@ def test_a_step_with_every_label_masked_is_skipped(store, data, tmp_path, optim)
     results = made.train()
     assert [(r.skipped, r.loss, r.tokens, r.grad_norm) for r in results] == [(True, 0.0, 0, None)] * 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_of(made).items())
-    if made.optimizer is not None:
-        assert not any(step for steps in made.optimizer.steps for step in steps)
+    if optim == "adamw":
+        assert not any(step for steps in made.update.optimizer.steps for step in steps)
     assert made.step == 2 and len(made.run.read_metrics()) == 2
 
 
@@ -609,16 +608,17 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_checkpoint(store
 
 def spoiling(made, monkeypatch, steps):
     """At those steps the gradient of block 1's down projection becomes NaN; block 0 gets its own from it."""
-    original, parameter = made._forward, spoiled_of(made)
+    passes, parameter = made.update.passes, spoiled_of(made)
+    original = passes.forward_and_backward
 
-    def forward(*arguments):
-        found = original(*arguments)
+    def forward_and_backward(inputs):
+        found = original(inputs)
         if made.step in steps:
             for other in (*made.model.mebp.engine.trainable(0), parameter):
                 other.grad = torch.full_like(other, math.nan)
         return found
 
-    monkeypatch.setattr(made, "_forward", forward)
+    monkeypatch.setattr(passes, "forward_and_backward", forward_and_backward)
 
 
 def spoiled_of(made):
@@ -673,7 +673,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(store, data, t
     states = []
 
     def keep(result):
-        state = {name: tensor.clone() for name, tensor in made.optimizer.export_state().items()}
+        state = {name: tensor.clone() for name, tensor in made.update.optimizer.export_state().items()}
         states.append(adapter_of(made) | state)
 
     made.train(keep)
@@ -871,11 +871,11 @@ def test_a_loss_that_is_not_a_number_ends_the_run_before_any_block_is_stepped(st
         if result.step == 2:
             with torch.no_grad():
                 made.parameters[0].fill_(float("nan"))
-            stepped.append([[float(step) for step in steps] for steps in made.optimizer.steps])
+            stepped.append([[float(step) for step in steps] for steps in made.update.optimizer.steps])
 
     with pytest.raises(RunError, match="loss is nan at step 3"):
         made.train(spoil)
-    assert [[float(step) for step in steps] for steps in made.optimizer.steps] == stepped[0]
+    assert [[float(step) for step in steps] for steps in made.update.optimizer.steps] == stepped[0]
     again = trainer(store, data, tmp_path / "run", resume=True, max_steps=6, save_steps=2, optimizer_in_backward=True)
     again.resume(again.run.checkpoint)
     assert len(again.train()) == 4
@@ -887,7 +887,7 @@ def test_a_blocks_gradient_that_is_not_finite_ends_the_run_before_its_step(store
     made.model.model.layers[1].mlp.up_proj.lora_A.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(RunError, match=r"norm is (inf|nan) at step 0, first .*1.mlp.up_proj.lora_A \(block 1\): lower"):
         made.train()
-    assert [max(map(float, steps)) for steps in made.optimizer.steps] == [0, 0, 1]
+    assert [max(map(float, steps)) for steps in made.update.optimizer.steps] == [0, 0, 1]
     assert all(torch.isfinite(tensor).all() for tensor in adapter_of(made).values())
     assert not made.run.checkpoint.exists() and made.run.read_metrics() == []
 
@@ -928,7 +928,7 @@ def test_mezo_runs_repeats_and_resumes(store, data, tmp_path):
     runs = []
     for name in ("one", "two"):
         made = trainer(store, data, tmp_path / name, **settings)
-        assert made.optimizer is None
+        assert made.update.state_groups == 0
         results = made.train()
         assert all(math.isfinite(r.loss) and r.grad_norm is None and 0 <= r.token_accuracy <= 1 for r in results)
         runs.append((metrics(made, "loss", "token_accuracy"), adapter_of(made)))
@@ -946,26 +946,24 @@ def test_mezo_runs_repeats_and_resumes(store, data, tmp_path):
     assert not any(name.startswith("optimizer") for name in tensors_of(again.run.checkpoint))
 
 
-def test_mezo_draws_other_directions_at_every_step_and_seed(store, data, tmp_path, monkeypatch):
+def test_mezo_draws_other_directions_at_every_step_and_seed(store, data, tmp_path):
     drawn, dropped = [], []
-    step, forward = MeZO.step, Trainer._forward
-
-    def watched(self, loss, lr, seed):
-        drawn.append(seed)
-        return step(self, loss, lr, seed)
-
-    def seen(self, micro_batches, tokens, seed):
-        found = forward(self, micro_batches, tokens, seed)
-        dropped.append(torch.random.get_rng_state().sum().item())
-        return found
-
-    monkeypatch.setattr(MeZO, "step", watched)
-    monkeypatch.setattr(Trainer, "_forward", seen)
     for seed in (0, 1):
-        trainer(
+        made = trainer(
             store, data, tmp_path / str(seed), optim="mezo", max_steps=4, lora_dropout=0.1, seed=seed, save_steps=9
-        ).train()
-    assert len(set(drawn)) == 8
+        )
+        passes = made.update.passes
+        original = passes.forward
+
+        def forward(inputs, seed, original=original):
+            numbers = original(inputs, seed)
+            drawn.append(seed)
+            dropped.append(torch.random.get_rng_state().sum().item())
+            return numbers
+
+        passes.forward = forward
+        made.train()
+    assert drawn[0::2] == drawn[1::2] and len(set(drawn)) == 8
     # Both passes of a step drop the same.
     assert dropped[0::2] == dropped[1::2] and len(set(dropped)) == 8
 
@@ -1077,7 +1075,7 @@ def test_an_adapter_that_could_not_be_written_after_its_checkpoint_is_written_by
         save_adapter(model, directory)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("mebp_triton.training.trainer.save_adapter", full)
+        patch.setattr("mebp_triton.training.checkpoint.save_adapter", full)
         made.train()
     wanted, weights = adapter_tensors(made.model), made.run.adapter / "adapter_model.safetensors"
     assert not all(torch.equal(tensor, wanted[name]) for name, tensor in safetensors.torch.load_file(weights).items())
@@ -1118,7 +1116,7 @@ def test_the_padding_token_does_not_matter(store, data, tmp_path):
 def test_micro_batches_do_not_wait_for_each_other(store, data, tmp_path):
     """What waits for a backward pass is gone before the next micro-batch's is kept."""
     made = trainer(store, data, tmp_path / "run", max_steps=2, gradient_accumulation_steps=3, checkpoints="device")
-    checkpoints, alive, most = made.model.mebp.engine.checkpoints, [], []
+    checkpoints, alive, most = made.model.mebp.engine.block_inputs, [], []
     original = checkpoints.save
 
     def save(tensor):

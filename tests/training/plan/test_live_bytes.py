@@ -90,7 +90,7 @@ def test_panels_are_counted(dtype):
         base = live.live
         live.restart()
         y = int4_matmul(x, w, backend="panel")
-        panel_bytes = panel.PANEL_ELEMENTS["cpu"] * (1 + 4 + (2 if dtype == torch.bfloat16 else 0))
+        panel_bytes = panel.CPU_ELEMENTS * (1 + 4 + (2 if dtype == torch.bfloat16 else 0))
         assert 0 <= live.live - base - y.nbytes - panel_bytes < 4096  # the buffers are kept
         first = live.restart() - base
         assert first > y.nbytes + panel_bytes + 4096
@@ -118,13 +118,13 @@ def test_table_and_loss_are_counted():
 def test_the_panels_own_buffers_stay_real():
     w, x = weight(256, 128), torch.ones(4, 128)
     before = int4_matmul(x, w, backend="panel")
-    kept = dict(panel._kept.__dict__)
+    kept = dict(panel.workspace().buffers)
     live = LiveBytes()
     with traced(live):
         int4_matmul(torch.empty(4, 128), weight(4096, 512).rows(0, 256).columns(0, 128), backend="panel")
-        assert live.buffers == {}
-    assert panel._kept.__dict__ == kept and set(map(type, kept.values())) == {torch.Tensor}
-    assert set(live.buffers) == {("codes", torch.uint8), ("values", torch.float32)} <= set(kept)
+        assert panel.workspace() is live.workspace
+    assert panel.workspace().buffers == kept and set(map(type, kept.values())) == {torch.Tensor}
+    assert set(live.workspace.buffers) == {("codes", torch.uint8), ("values", torch.float32)} <= set(kept)
     assert torch.equal(int4_matmul(x, w, backend="panel"), before)
 
 

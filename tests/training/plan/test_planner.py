@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from models import tiny_config
 from peaks import random_store
 from plans import SMALL, planner
@@ -58,9 +59,9 @@ def test_candidates_go_from_fast_to_small(plans):
 
 
 def test_where_host_and_device_memory_are_one_nothing_is_copied_to_the_host(plans, monkeypatch):
-    settings = TrainConfig(**SMALL, memory_budget="1GiB")
-    resolved = dataclasses.replace(resolve(settings), device="cuda")
-    monkeypatch.setattr(TrainConfig, "resolved", lambda self: resolved)
+    settings = TrainConfig(**SMALL | {"device": "cuda"}, memory_budget="1GiB")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for unified, places in ((True, {"device", "file"}), (False, {"device", "host", "file"})):
         monkeypatch.setattr(machine, "is_unified", lambda device, unified=unified: unified)
         found = {one.weights for one in plans.candidates(settings)} | {
@@ -121,7 +122,8 @@ def test_nothing_fits(store):
 
 
 def test_without_a_budget_outputs_are_kept_where_they_take_half_of_what_is_free(plans, monkeypatch):
-    kept = plans.predict(resolve(TrainConfig(**SMALL))).files["kept outputs"]
+    selective = resolve(TrainConfig(**SMALL, recompute_granularity="selective"))
+    kept = plans.predict(selective).files["kept outputs"]
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 2 * kept)
     assert plans.resolve(TrainConfig(**SMALL)).settings.recompute_granularity == "selective"
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 2 * kept - 2)

@@ -1,12 +1,11 @@
 """A few blocks stand for all: one of every kind is traced, and what it takes is what real tensors take."""
 
 import pytest
-import torch
 from models import tiny_store
 from plans import SMALL, planner
 from transformers import AutoConfig
 
-from mebp_triton.kernels.panel import panel_elements
+from mebp_triton.kernels.panel import workspace
 from mebp_triton.store.reader import Store
 from mebp_triton.system.errors import CannotTrace
 from mebp_triton.training.plan.inventory import Inventory
@@ -30,12 +29,11 @@ def test_as_many_blocks_are_traced_as_have_one_of_every_kind(store):
 
 
 def test_a_trace_holds_no_bytes_and_leaves_nothing_changed(store):
-    cpu = torch.device("cpu")
-    usual = panel_elements(cpu)
+    usual = workspace()
     model = traced(store, dtype="float32")
     first = model.run("full", "device", 0)
     base, again = model.live.live, model.run("selective", "device", 8)
-    assert model.live.live == base and panel_elements(cpu) == usual
+    assert model.live.live == base and workspace() is usual
     assert model.run("full", "device", 0) is first and again.outputs[0] > 0 == first.outputs[0]
     tokens, hidden = SMALL["max_length"], model.config.hidden_size
     assert first.checkpoint == (4 * tokens * hidden,) * 2
