@@ -1,8 +1,7 @@
-"""Every file operation of the package.
+"""Writes that survive a crash: a reader sees the old file or the new one, whenever the process dies.
 
-One small module, so that "fail the n-th operation" and "die at the n-th operation" can be tried at every n. Files are
-written to a temporary name beside the target, synced, renamed; then the directory is synced. A reader sees the old
-file or the new one.
+A file is written under a temporary name beside its target, synced, and renamed; then its directory is synced. All
+writes of the package go through this module, so that tests can fail, or die at, each operation in turn.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .temporaries import TEMPORARY_PREFIX, remove_leftovers, temporary_prefix
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Within, no other process has ``directory`` locked. The lock ends with its process, however that ends.
+    """While active, no other process can lock ``directory``. The lock ends with its process, however that ends.
 
     On a network file system it holds between the processes of one machine.
 
@@ -35,6 +34,7 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have replaced the directory since it was opened: the lock would be on the old one.
             free = os.path.samestat(os.fstat(handle), os.stat(directory))
         except (BlockingIOError, FileNotFoundError):
             free = False
@@ -63,10 +63,10 @@ def sync_file(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path | str) -> Iterator[None]:
-    """An ``OSError`` within names ``path``: that of a failed write names nothing, or a temporary file.
+def path_in_errors(path: Path | str) -> Iterator[None]:
+    """While active, an ``OSError`` names ``path``: by itself a failed write names nothing, or a temporary file.
 
-    Libraries in Rust (safetensors, tokenizers) have errors of their own for it, with the number in their words.
+    Errors of libraries in Rust (safetensors, tokenizers), which give the number in their words, become ``OSError`` too.
     """
     try:
         yield
@@ -83,13 +83,13 @@ def naming(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path; what lies there when the block ends takes ``path``'s place, synced, in one rename.
+    """While active, the new content is written to the path that this yields; at the end it takes ``path``'s place.
 
     Raises:
-        OSError: it cannot be written, and says why and where. What was there before is there still.
+        OSError: it cannot be written; the error says why and where. The old file, if any, is still there.
     """
     remove_leftovers(path.parent)
-    with naming(path):
+    with path_in_errors(path):
         handle, name = tempfile.mkstemp(prefix=temporary_prefix(), dir=path.parent)
         os.close(handle)
         temporary = Path(name)
@@ -104,28 +104,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0)  # which can only be read by setting it
     os.umask(mask)
     return mask
 
 
 def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file, see ``atomic_path``."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary directory beside ``path`` that becomes ``path`` when the block ends without an error.
+    """While active, the directory that this yields is filled; at the end, without an error, it becomes ``path``.
 
     Raises:
-        FileError: ``path`` exists already and is not an empty directory, or does so when the block ends.
+        FileError: ``path`` exists and is not an empty directory, at the beginning or at the end.
     """
     check_absent(path)
     made = missing_directories(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    with removed_if_empty(made), naming(path):
+    with removed_if_empty(made), path_in_errors(path):
         temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(), dir=path.parent))
         try:
             yield temporary
@@ -144,7 +145,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def _finish_directory(directory: Path) -> None:
-    """Syncs everything in a temporary directory, and gives it the mode that a new directory has."""
+    """Syncs everything in a temporary directory, and gives it the mode of a new directory."""
     for entry in directory.rglob("*"):
         if entry.is_dir():
             sync_directory(entry)
@@ -155,14 +156,14 @@ def _finish_directory(directory: Path) -> None:
 
 
 def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` fills a new directory that then takes ``path``'s place; the old one is kept until the new one is whole.
+    """Replaces the directory ``path`` by a new one that ``write`` fills; the old one stays until the new one is whole.
 
-    A crash between the two renames leaves the old one set aside; ``finish_replacing`` puts it back. An error there
-    puts it back at once.
+    No single rename replaces a directory that is not empty, so the old one is set aside first. A crash between the two
+    renames leaves it there, and ``finish_replacing`` puts it back. An error between them puts it back at once.
     """
     old = _set_aside(path)
     finish_replacing(path)
-    with naming(path):
+    with path_in_errors(path):
         temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(), dir=path.parent))
         try:
             write(temporary)
@@ -179,18 +180,18 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _set_aside(path: Path) -> Path:
-    """Hidden, and of a name that is nobody else's."""
+    """The place where ``replace_directory`` keeps the old directory: a hidden name that nobody else uses."""
     return path.with_name(f".mebp-old-{path.name}")
 
 
 def locate_directory(path: Path) -> Path:
-    """Where the content of a directory lies that ``replace_directory`` writes, or wrote when it was interrupted."""
+    """Returns where the content of ``path`` lies: there, or where an interrupted ``replace_directory`` set it aside."""
     old = _set_aside(path)
     return old if old.exists() and not path.exists() else path
 
 
 def finish_replacing(path: Path) -> None:
-    """Finishes a ``replace_directory`` that was interrupted, and does so no longer."""
+    """Tidies up after a ``replace_directory`` that was interrupted: the new directory stays, or the old comes back."""
     old = _set_aside(path)
     if old.exists():
         if path.exists():
@@ -200,16 +201,17 @@ def finish_replacing(path: Path) -> None:
 
 
 def missing_directories(path: Path) -> list[Path]:
-    """``path`` and the directories above it that do not exist, the deepest first."""
+    """Those of ``path`` and the directories above it that do not exist, the deepest first."""
     return [place for place in (path, *path.parents) if not place.exists()]
 
 
 @contextmanager
 def removed_if_empty(places: list[Path]) -> Iterator[None]:
+    """Removes the directories afterwards, up to the first that is not empty."""
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # the first one that is not empty
+        with contextlib.suppress(OSError):
             for place in places:
                 place.rmdir()
 
@@ -221,10 +223,12 @@ def existing_parent(path: Path) -> Path:
 
 
 def check_absent(path: Path) -> None:
+    """Raises FileError where ``path`` exists and is not an empty directory."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileError(f"{path} exists already: choose another place or remove it")
 
 
 def append_line(path: Path, line: str) -> None:
-    with naming(path), open(path, "a", encoding="utf-8") as file:
+    """Adds a line to a text file. It is not synced: a crash may lose the last lines, or cut the last one."""
+    with path_in_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")

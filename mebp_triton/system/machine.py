@@ -1,7 +1,7 @@
-"""What the machine has: memory that a run may take, unified memory, swap, and how fast its storage is.
+"""What this machine has: memory that a run may take, its board and its devices.
 
-Everything is read from files of the kernel below ``root``, so that another root shows another machine. What a system
-does not tell (macOS has no ``/proc``, a container may hide ``/sys``) counts as absent.
+Everything is read from the kernel's files below ``root``, so that a test's root shows another machine. What a system
+does not tell counts as absent: macOS has no ``/proc``, and a container may hide ``/sys``.
 """
 
 from __future__ import annotations
@@ -10,22 +10,18 @@ import importlib.metadata
 import importlib.util
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 
 from mebp_triton import __version__
 
-if TYPE_CHECKING:
-    pass
-
-
 ROOT = Path("/")
 
 
 def read_text(path: Path) -> str:
-    """A small file of the kernel, or "" where there is none or it may not be read."""
+    """Reads a small file of the kernel; "" where there is none or it may not be read."""
     try:
         return path.read_bytes().decode("utf-8", errors="replace").rstrip("\0\n")
     except OSError:
@@ -37,17 +33,17 @@ def read_text(path: Path) -> str:
 
 def meminfo(root: Path = ROOT) -> dict[str, int]:
     """``/proc/meminfo`` in bytes, by its names; empty where there is none."""
-    found = {}
+    sizes = {}
     for line in read_text(root / "proc/meminfo").splitlines():
         name, _, value = line.partition(":")
         number, _, unit = value.strip().partition(" ")
         if unit == "kB" and number.isdigit():
-            found[name] = int(number) * 1024
-    return found
+            sizes[name] = int(number) * 1024
+    return sizes
 
 
 def available_memory_bytes(root: Path = ROOT) -> int:
-    """What a run can still take: the kernel's MemAvailable, and no more than the cgroup's limit leaves."""
+    """Bytes that a run can still take: the kernel's MemAvailable, and no more than the cgroup's limit leaves."""
     available = meminfo(root).get("MemAvailable")
     if available is None:
         available = psutil.virtual_memory().available
@@ -56,13 +52,13 @@ def available_memory_bytes(root: Path = ROOT) -> int:
 
 
 def cgroup_limit(root: Path = ROOT) -> tuple[int, int] | None:
-    """(limit, what it leaves), in bytes, of the cgroup with the least left; None where no limit applies.
+    """The limit of the cgroup that leaves least, and the bytes it leaves; None where no limit applies.
 
-    Both versions of cgroups. A limit holds for all groups below it, and those above count as well. Pages of files
-    count as left: the kernel takes them back before it kills, as it does for MemAvailable.
+    Reads both versions of cgroups. A group's limit holds for all groups below it, so those above this process's count
+    as well. Pages of files count as left: the kernel takes them back before it kills, as it does for MemAvailable.
     """
     total = meminfo(root).get("MemTotal") or psutil.virtual_memory().total
-    found = []
+    limits = []
     for line in read_text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
@@ -72,29 +68,30 @@ def cgroup_limit(root: Path = ROOT) -> tuple[int, int] | None:
             mount, names = "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         else:
             continue
-        # In a container the group may be named as the host names it, while the mount shows its inside alone.
+        # In a container the group may have the host's name for it, while the mount shows only the container's groups.
         parts = [part for part in group.split("/") if part not in ("", "..")]
         for depth in range(len(parts) + 1):
-            one = _group_limit(root.joinpath(mount, *parts[:depth]), *names)
-            if one is not None and one[0] < total:
-                found.append(one)
-    return min(found, key=lambda one: one[1], default=None)
+            limit = _group_limit(root.joinpath(mount, *parts[:depth]), *names)
+            if limit is not None and limit[0] < total:
+                limits.append(limit)
+    return min(limits, key=lambda limit: limit[1], default=None)
 
 
 def _group_limit(directory: Path, limit_file: str, usage_file: str, prefix: str) -> tuple[int, int] | None:
+    """The limit of one group and the bytes it leaves; ``prefix`` stands before the counters that include its groups."""
     limit, usage = read_text(directory / limit_file), read_text(directory / usage_file)
     if not limit.isdigit() or not usage.isdigit():  # "max", or no such file
         return None
     counters = dict(line.split(" ", 1) for line in read_text(directory / "memory.stat").splitlines() if " " in line)
-    of_files = sum(int(counters.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-    return int(limit), max(int(limit) - int(usage) + of_files, 0)
+    file_pages = sum(int(counters.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return int(limit), max(int(limit) - int(usage) + file_pages, 0)
 
 
 # --- the board ------------------------------------------------------------------------------------------------------
 
 
 def tegra(root: Path = ROOT) -> str:
-    """The name of a Jetson or another board with NVIDIA's Tegra, and its L4T release; "" on any other machine."""
+    """The name and the L4T release of a Jetson, or another board with NVIDIA's Tegra; "" on any other machine."""
     model = read_text(root / "proc/device-tree/model")
     release = read_text(root / "etc/nv_tegra_release").partition("\n")[0]
     # "# R36 (release), REVISION: 4.3, GCID: ..., BOARD: ...": the release is 36.4.3.
@@ -134,7 +131,7 @@ def resolve_device(name: str | None) -> str:
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Versions and the machine."""
+    """The versions of Python and the packages, the device, the platform and the number of threads."""
     packages = ("torch", "triton", "transformers", "peft", "bitsandbytes", "safetensors")
     versions = {"mebp-triton": __version__, "python": platform.python_version()}
     for package in packages:

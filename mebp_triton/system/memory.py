@@ -1,4 +1,4 @@
-"""What malloc does with freed memory: a process's resident set is what it holds, not what is in use."""
+"""The resident memory of this process: how much there is, of which kind, and what malloc keeps of freed memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-# Of glibc's malloc.h.
-M_MMAP_THRESHOLD = -3
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 LARGE = 1 << 20
 
 
 def return_large_freed_memory() -> bool:
-    """Lets every allocation of a MiB or more come from the system, and go back to it when it is freed.
+    """Lets every allocation of a MiB or more come from the system, and go back to it as soon as it is freed.
 
-    By itself glibc raises that limit to the largest one that was freed, up to 32 MiB; from then on activations lie in
-    its heap, which their gaps keep large. Each new page costs a fault.
+    By itself glibc raises that limit to the size of the largest block that was freed, up to 32 MiB. From then on
+    activations lie in its heap, and the gaps between them keep the heap large. In return, each new page costs a fault.
 
     Returns:
-        Whether there is a glibc that could be told so. It stays so for the process.
+        Whether the C library is a glibc, which can be told so. It holds until the process ends.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -33,7 +32,7 @@ def return_large_freed_memory() -> bool:
 
 
 def return_free_memory() -> None:
-    """Gives back to the system what malloc holds and nobody uses, once. Nothing happens where there is no glibc."""
+    """Gives the free memory that malloc holds back to the system, once. Nothing happens without glibc."""
     gc.collect()
     try:
         trim = ctypes.CDLL(None).malloc_trim
@@ -55,7 +54,7 @@ class Resident:
 
 
 def resident() -> Resident:
-    """Now, from ``/proc/self/status``; on systems without it all of the peak counts as anonymous."""
+    """Reads the present sizes from ``/proc/self/status``. Without that file, all of the peak counts as anonymous."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             lines = dict(line.split(":", 1) for line in file)
@@ -83,7 +82,8 @@ class MemoryWatch:
     """Samples memory at events (a block's forward or backward) and keeps the peaks.
 
     Attributes:
-        timeline: while ``recording``, (seconds, event, block, anonymous, file-backed, device bytes) of every event.
+        peak_anonymous: the most anonymous bytes at any event.
+        timeline: (seconds, event, block, anonymous, file-backed, device bytes) of every event while ``recording``.
     """
 
     device: torch.device
@@ -99,4 +99,5 @@ class MemoryWatch:
             self.timeline.append((time.perf_counter(), event, index, now.anonymous, now.file_backed, on_device))
 
     def peak_device_bytes(self) -> int | None:
+        """The most bytes of tensors on the device so far; None on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None

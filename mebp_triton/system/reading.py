@@ -1,4 +1,4 @@
-"""Reads whose end comes early are errors; checksums of what was read."""
+"""Reads that either get all bytes or raise, and checksums of what was read."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ CHECKSUM_CHUNK = 1 << 20
 
 
 def read_bytes(path: Path, limit: int = 1 << 28) -> bytes:
+    """Reads a whole file. FileError where it is none, or longer than ``limit``."""
     check_regular(path)
     if path.stat().st_size > limit:
         raise FileError(f"{path} has {path.stat().st_size} bytes, more than the {limit} that such a file may have")
@@ -23,6 +24,7 @@ def read_bytes(path: Path, limit: int = 1 << 28) -> bytes:
 
 
 def check_regular(path: Path) -> None:
+    """Raises FileError where ``path`` is no regular file. Opening a FIFO would wait for ever."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -34,7 +36,7 @@ def check_regular(path: Path) -> None:
 
 
 def checksums(data: memoryview | bytes, chunk: int = CHECKSUM_CHUNK) -> list[int]:
-    """CRC-32 of every ``chunk`` bytes."""
+    """CRC-32 of each ``chunk`` bytes."""
     view = memoryview(data)
     return [zlib.crc32(view[start : start + chunk]) for start in range(0, len(view), chunk)]
 
@@ -42,18 +44,17 @@ def checksums(data: memoryview | bytes, chunk: int = CHECKSUM_CHUNK) -> list[int
 def file_checksums(path: Path) -> list[int]:
     """``checksums`` of a file's bytes, read chunk by chunk."""
     check_regular(path)
-    found = []
     with open(path, "rb") as file:
-        while data := file.read(CHECKSUM_CHUNK):
-            found.append(zlib.crc32(data))
-    return found
+        return [zlib.crc32(data) for data in iter(lambda: file.read(CHECKSUM_CHUNK), b"")]
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, as bytes."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_fully(handle: int, view: memoryview, offset: int, what: Path | str) -> None:
+    """Fills ``view`` from ``offset`` of an open file. FileError, which names ``what``, where the file ends before."""
     done = 0
     while done < len(view):
         count = os.preadv(handle, [view[done:]], offset + done)

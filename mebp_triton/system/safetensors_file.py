@@ -1,4 +1,7 @@
-"""safetensors files: a strict reader of headers, and a writer that holds one piece at a time."""
+"""safetensors files: a strict reader of headers, and a writer that holds one piece at a time.
+
+The format: 8 bytes with the length of a JSON header, the header, and the tensors' bytes, side by side.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,10 @@ DTYPES |= {"F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torc
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Contiguous CPU tensors into one safetensors file: the same bytes every time, and no second copy in memory."""
+    """Writes contiguous CPU tensors to a file: the same bytes every time, and no second copy in memory."""
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    known = {dtype: name for name, dtype in DTYPES.items()}
-    entries = {name: (known[tensors[name].dtype], tuple(tensors[name].shape), tensors[name].nbytes) for name in order}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries = {name: (names[tensors[name].dtype], tuple(tensors[name].shape), tensors[name].nbytes) for name in order}
     write_safetensors_pieces(path, entries, (tensors[name] for name in order), metadata or {})
 
 
@@ -40,7 +43,7 @@ def write_safetensors_pieces(
     pieces: Iterable[Tensor],
     metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
-    """A safetensors file of any size, of which one piece is in memory at a time.
+    """Writes a file of any size, of which one piece is in memory at a time.
 
     Args:
         entries: dtype (safetensors' name), shape and bytes of each tensor, by name; wider dtypes first.
@@ -65,19 +68,22 @@ def write_safetensors_pieces(
             raise RuntimeError(f"{path}: {written} bytes of data were written, {end} announced")
 
 
-# dtype, shape, begin and end within the data section
+# dtype, shape, and where in the data section the tensor begins and ends
 TensorEntry = tuple[torch.dtype, tuple[int, ...], int, int]
 
 
 def safetensors_header(
     path: Path, handle: int, size: int, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[int, dict[str, TensorEntry], dict[str, str]]:
-    """Start of the data section of an opened safetensors file, its tensors, its metadata. All of it checked.
+    """Reads and checks the header of an opened file of ``size`` bytes; ``dtypes`` are those it may have.
 
-    Tensors lie within the file, side by side, without overlap or gap, each at a multiple of its element's size.
+    Tensors must lie within the file, side by side, without overlap or gap, each at a multiple of its element's size.
+
+    Returns:
+        Where the data section starts; the tensors by name; the metadata.
 
     Raises:
-        FileError: it is not so.
+        FileError: the header is malformed, or does not fit the file.
     """
     prefix = bytearray(8)
     read_fully(handle, memoryview(prefix), 0, path)
@@ -95,9 +101,10 @@ def safetensors_header(
         raise FileError(f"{path}: its metadata should be texts by name")
     entries = {name: _tensor_entry(path, name, entry, dtypes) for name, entry in header.items()}
     for name, (dtype, shape, begin, end) in entries.items():
-        if prod(max(1, side) for side in shape) >= 1 << 63:  # which torch cannot have, empty or not
+        if prod(max(1, side) for side in shape) >= 1 << 63:  # torch has no such shape, not even an empty one
             raise FileError(f"{path}: tensor {name!r:.100} has the shape {list(shape)!r:.100}")
-        aligned = start % dtype.itemsize == 0 and begin % dtype.itemsize == 0  # in the file, and in a copy of its data
+        # Aligned in the file, which is mapped, and in a copy of its data section.
+        aligned = start % dtype.itemsize == 0 and begin % dtype.itemsize == 0
         if end - begin != prod(shape) * dtype.itemsize or end > size - start or not aligned:
             raise FileError(f"{path}: tensor {name!r:.100} does not lie within the file as its header says")
     edge = 0
@@ -120,7 +127,7 @@ def _tensor_entry(path: Path, name: str, entry: Any, dtypes: Mapping[str, torch.
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, read and not mapped, and its metadata. FileError where it is damaged."""
+    """Reads all tensors of a file, without mapping it, and its metadata. FileError where it is damaged."""
     check_regular(path)
     with open(path, "rb") as file:
         size, handle = os.fstat(file.fileno()).st_size, file.fileno()
@@ -133,7 +140,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """The tensors of a safetensors file by name and its metadata. FileError where its header is damaged."""
+    """Reads the entries of a file's tensors, by name, and its metadata. FileError where the header is damaged."""
     check_regular(path)
     with open(path, "rb") as file:
         return safetensors_header(path, file.fileno(), os.fstat(file.fileno()).st_size, DTYPES)[1:]
@@ -141,10 +148,10 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorEntry], dict[st
 
 def tensors_checksum(tensors: Mapping[str, Tensor]) -> int:
     """CRC-32 of names, dtypes, shapes and bytes of CPU tensors, whatever their order."""
-    found = 0
+    crc32 = 0
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
-        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="surrogatepass"), found)
+        crc32 = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="surrogatepass"), crc32)
         if tensor.numel():
-            found = zlib.crc32(raw_bytes(tensor), found)
-    return found
+            crc32 = zlib.crc32(raw_bytes(tensor), crc32)
+    return crc32

@@ -1,4 +1,4 @@
-"""Temporary files without a name, in slots or as flat arrays; they go with the process."""
+"""Temporary files without a name, used in slots or as flat arrays. The system removes them with the process."""
 
 from __future__ import annotations
 
@@ -15,53 +15,55 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from .atomic import naming
+from .atomic import path_in_errors
 from .errors import FileError
 from .reading import raw_bytes, read_fully
 from .temporaries import temporary_prefix
 
 
 class ScratchFile:
-    """A temporary file without a name, used in slots; gone with the process.
+    """A temporary file without a name, used in slots.
 
-    Slots are preallocated, so a full disk is a clean ``OSError`` here and never a SIGBUS at a later write.
+    Slots are allocated when they are made, so a full disk is an ``OSError`` then, and never a SIGBUS at a later write.
     """
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.what = f"a scratch file in {directory}"
-        with naming(self.what):
+        with path_in_errors(self.what):
             self._file = tempfile.TemporaryFile(prefix=temporary_prefix(), dir=directory)  # noqa: SIM115
         self.end = 0
 
     def slot(self, size: int) -> Slot:
+        """Makes a slot of ``size`` bytes."""
         length = -(-max(size, 1) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        with naming(self.what):
+        with path_in_errors(self.what):
             os.posix_fallocate(self._file.fileno(), self.end, length)
         slot = Slot(self._file.fileno(), self.end, size)
         self.end += length
         return slot
 
     def mapped_slot(self, size: int) -> MappedSlot:
+        """Makes a slot of ``size`` zero bytes, and maps it."""
         slot = self.slot(size)
         length = self.end - slot.offset
-        with naming(self.what):  # where the address space is limited
+        with path_in_errors(self.what):  # the address space may be limited
             return MappedSlot(mmap.mmap(self._file.fileno(), length, offset=slot.offset), size)
 
 
 class Slot:
     """A stretch of a ``ScratchFile`` that is read and written by calls: none of it is resident memory of the process.
 
-    The ``ScratchFile`` must live as long.
+    It can be used as long as its ``ScratchFile`` exists.
     """
 
     def __init__(self, handle: int, offset: int, size: int) -> None:
         self._handle, self.offset, self.size = handle, offset, size
 
     def write(self, tensor: Tensor) -> None:
-        """The bytes of a contiguous CPU tensor, from the slot's start on."""
+        """Writes the bytes of a contiguous CPU tensor, from the slot's start on."""
         view, done = raw_bytes(tensor), 0
-        with naming("a scratch file"):
+        with path_in_errors("a scratch file"):
             while done < len(view):
                 done += os.pwrite(self._handle, view[done:], self.offset + done)
 
@@ -73,10 +75,10 @@ class Slot:
 class ScratchArray:
     """A flat array in a temporary file without a name: written once from start to end, read by slices.
 
-    Gone with the process. None of it is resident memory, but for what waits to be written.
+    None of it is resident memory, but for what waits to be written.
 
     Args:
-        directory: where the file lies; it must exist.
+        directory: an existing directory for the file.
     """
 
     def __init__(self, directory: Path, dtype: DTypeLike) -> None:
@@ -98,12 +100,13 @@ class ScratchArray:
         assert step == 1, "only stretches are read"
         with self._writing():
             self._file.flush()
-        found = np.empty(max(stop - start, 0), self.dtype)
-        read_fully(self._file.fileno(), found.view(np.uint8).data, start * self.dtype.itemsize, "a scratch file")
-        return found
+        array = np.empty(max(stop - start, 0), self.dtype)
+        read_fully(self._file.fileno(), array.view(np.uint8).data, start * self.dtype.itemsize, "a scratch file")
+        return array
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        """While active, an ``OSError`` becomes a ``FileError``: what is read into such an array is the user's file."""
         try:
             yield
         except OSError as error:
@@ -111,7 +114,7 @@ class ScratchArray:
 
 
 class MappedSlot:
-    """A writable stretch of a ``ScratchFile``: ``bytes`` is a uint8 tensor over it."""
+    """A mapped stretch of a ``ScratchFile``: ``bytes`` is a writable uint8 tensor over it."""
 
     def __init__(self, mapping: mmap.mmap, size: int) -> None:
         self._map, self.size = mapping, size

@@ -1,4 +1,4 @@
-"""Swap, file systems, and how fast storage is."""
+"""Swap, file systems, and the speed of storage."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from . import atomic, temporaries
 from .machine import ROOT, read_text
 from .units import MB
 
-# --- swap and storage -----------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Swap:
-    """One area of swap, in bytes. ``compressed``: it lies in memory itself (zram)."""
+    """One area of swap, in bytes."""
 
     name: str
     size: int
@@ -25,18 +23,19 @@ class Swap:
 
     @property
     def compressed(self) -> bool:
+        """Whether it lies in memory itself (zram)."""
         return "zram" in self.name
 
 
 def swaps(root: Path = ROOT) -> list[Swap]:
-    """The areas in ``/proc/swaps``."""
+    """Reads the areas in ``/proc/swaps``."""
     rows = [line.split() for line in read_text(root / "proc/swaps").splitlines()[1:]]
     return [Swap(row[0], int(row[2]) * 1024, int(row[3]) * 1024) for row in rows if len(row) >= 4]
 
 
 @dataclass(frozen=True)
 class Mount:
-    """The file system that holds a path: where it is mounted, its type, and its device ("" if unknown)."""
+    """A file system: where it is mounted, its type, and its device, "" if unknown."""
 
     point: str
     kind: str
@@ -48,26 +47,26 @@ class Mount:
 
     @property
     def is_card(self) -> bool:
-        """An SD card or eMMC."""
+        """Whether it lies on an SD card or eMMC."""
         return self.device.startswith("/dev/mmcblk")
 
 
 def mount_of(path: Path, root: Path = ROOT) -> Mount:
-    """By ``/proc/self/mounts``; its kind is "" where there is no such file."""
-    target, found = path.resolve(), Mount("", "", "")
+    """Finds the file system that holds ``path`` in ``/proc/self/mounts``; all is "" where there is no such file."""
+    target, deepest = path.resolve(), Mount("", "", "")
     for line in read_text(root / "proc/self/mounts").splitlines():
         device, point, kind = [word.replace("\\040", " ") for word in line.split(" ")[:3]]
-        if target.is_relative_to(point) and len(point) >= len(found.point):  # a later mount covers an earlier one
-            found = Mount(point, kind, device)
-    return found
+        if target.is_relative_to(point) and len(point) >= len(deepest.point):  # a later mount covers an earlier one
+            deepest = Mount(point, kind, device)
+    return deepest
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of storage, in bytes per second; ``write`` is None where nothing was written.
+    """The speed of storage in bytes per second; ``write`` is None where nothing was written.
 
     Attributes:
-        from_cache: whether the read came from the page cache: True, False, or None where the system does not tell.
+        from_cache: whether the read came from the page cache; None where the system does not tell.
     """
 
     read: float
@@ -85,17 +84,16 @@ SECONDS = 1.0
 
 
 def scratch_speed(directory: Path) -> Speed:
-    """Writes up to 64 MiB in growing pieces, each synced, and reads the last one back after dropping its pages.
+    """Writes up to 64 MiB in growing pieces, each synced, drops the last one from the page cache, and reads it back.
 
-    Slow storage stops early: no piece is begun that would take longer than a second. OSError where nothing can be
-    written.
+    No piece is begun that would take longer than a second. OSError where nothing can be written.
     """
     with tempfile.TemporaryDirectory(prefix=temporaries.TEMPORARY_PREFIX, dir=directory) as place:
         path, rate = Path(place) / "speed", 0.0
         for size in PIECES:
             if rate and size / rate > SECONDS:
                 break
-            data = os.urandom(size)  # what a compressing file system cannot shrink
+            data = os.urandom(size)  # a compressing file system cannot shrink it
             start = time.perf_counter()
             atomic.write_bytes(path, data)
             rate = size / max(time.perf_counter() - start, 1e-9)
@@ -104,7 +102,7 @@ def scratch_speed(directory: Path) -> Speed:
 
 
 def read_speed(path: Path, limit: int = 64 << 20, root: Path = ROOT) -> Speed:
-    """Reads up to ``limit`` bytes of a file for up to a second, its pages dropped before. OSError if it cannot."""
+    """Drops a file from the page cache, and reads up to ``limit`` bytes for up to a second. OSError if it cannot."""
     buffer, done = bytearray(1 << 20), 0
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):  # not on macOS
@@ -118,7 +116,7 @@ def read_speed(path: Path, limit: int = 64 << 20, root: Path = ROOT) -> Speed:
 
 
 def _fetched(root: Path) -> int | None:
-    """Bytes that this process had fetched from storage so far."""
+    """Bytes that this process has had fetched from storage so far; None where the system does not tell."""
     for line in read_text(root / "proc/self/io").splitlines():
         if line.startswith("read_bytes: "):
             return int(line.removeprefix("read_bytes: "))

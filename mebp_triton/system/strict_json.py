@@ -17,11 +17,12 @@ SEAL = "seal"
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file. ValueError where a number in ``value`` is not finite."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For ``json.loads``: ValueError where a key stands twice."""
+    """Makes an object for ``json.loads``. ValueError where a key stands twice."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) != len(keys):
         raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r:.100} stands twice")
@@ -40,7 +41,7 @@ def _finite(text: str) -> float:
 
 
 def parse_json(data: bytes | str, what: str) -> Any:
-    """Strict JSON: no duplicate keys, no NaN or infinity. FileError names ``what``."""
+    """Parses JSON. FileError, which names ``what``, for duplicate keys, NaN, infinity, or what is no JSON."""
     try:
         return json.loads(data, object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -48,18 +49,19 @@ def parse_json(data: bytes | str, what: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
+    """Reads a JSON file. FileError where it is none, or not strict."""
     return parse_json(read_bytes(path), str(path))
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON's object with a checksum of all the rest of it, which ``read_sealed`` compares."""
+    """Returns ``value`` with a seal: the checksum of all the rest, which ``read_sealed`` compares."""
     body = {key: item for key, item in value.items() if key != SEAL}
     text = json.dumps(json.loads(json.dumps(body)), sort_keys=True)
     return body | {SEAL: zlib.crc32(text.encode())}
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. FileError where its seal is missing or broken."""
+    """Reads the object in a JSON file, without its seal. FileError where the seal is missing or broken."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise FileError(f"{path} holds a JSON {type(value).__name__}, wanted an object")

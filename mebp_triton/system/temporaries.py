@@ -12,10 +12,9 @@ from pathlib import Path
 import psutil
 
 TEMPORARY_PREFIX = ".mebp-tmp-"
-ROOT = Path("/")
 
 
-def temporary_prefix(root: Path = ROOT) -> str:
+def temporary_prefix(root: Path = Path("/")) -> str:
     """Prefix of temporary names: encodes machine, boot, container and process, so that leftovers are recognised.
 
     Args:
@@ -24,7 +23,7 @@ def temporary_prefix(root: Path = ROOT) -> str:
     return f"{TEMPORARY_PREFIX}{_origin(root)}-{os.getpid()}.{_start_of(os.getpid(), root)}-"
 
 
-def remove_leftovers(directory: Path, root: Path = ROOT) -> None:
+def remove_leftovers(directory: Path, root: Path = Path("/")) -> None:
     """Removes the temporaries in ``directory`` whose process has ended; only those of this machine and container."""
     mine = _origin(root)
     for entry in directory.glob(f"{TEMPORARY_PREFIX}*"):
