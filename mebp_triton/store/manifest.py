@@ -34,8 +34,6 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
-# The errors of Python code that reads JSON of another form than it expects.
-MALFORMED = (KeyError, TypeError, AttributeError, ValueError)
 DTYPES = {name: safetensors_file.DTYPES[name] for name in ("U8", "F16", "BF16", "F32", "F64")}
 
 
@@ -62,7 +60,7 @@ class MatrixInfo:
 
     @classmethod
     def from_json(cls, where: Path, name: str, entry: dict[str, Any]) -> MatrixInfo:
-        """Reads the entry of matrix ``name`` in the manifest ``where``. FileError, or one of MALFORMED."""
+        """Reads the entry of matrix ``name`` in the manifest ``where``. FileError, or one of ``strict_json.MALFORMED``."""
         rows, columns = entry["shape"]
         info = cls(**{**entry, "shape": (rows, columns)})
         numbers_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)

@@ -14,7 +14,7 @@ from mebp_triton.system import reading, strict_json
 from mebp_triton.system.errors import FileError
 from mebp_triton.system.mapped_file import MappedFile
 
-from .manifest import DTYPES, FORMAT, FORMAT_VERSION, MALFORMED, MANIFEST, MatrixInfo, check_companions
+from .manifest import DTYPES, FORMAT, FORMAT_VERSION, MANIFEST, MatrixInfo, check_companions
 
 
 class StoreFile:
@@ -84,7 +84,7 @@ class Store:
             self._read_manifest(manifest)
         except FileError:
             raise
-        except MALFORMED as error:
+        except strict_json.MALFORMED as error:
             raise FileError(
                 f"{self.directory / MANIFEST} is malformed: {type(error).__name__}: {str(error):.200}; "
                 f"quantize the model again"

@@ -14,6 +14,8 @@ from .errors import FileError
 from .reading import read_bytes
 
 SEAL = "seal"
+# The errors of Python code that reads JSON of another form than it expects.
+MALFORMED: tuple[type[Exception], ...] = (LookupError, TypeError, AttributeError, ValueError, OverflowError)
 
 
 def write_json(path: Path, value: Any) -> None:
