@@ -181,7 +181,7 @@ def _pattern_value(pattern: dict[str, Any], path: str, default: Any) -> Any:
 
 @lru_cache(maxsize=1 << 16)
 def _fullmatch(expression: str, path: str) -> bool:
-    """``re.fullmatch`` with a time limit, since an expression may come from a file: ``(a+)+$`` takes 2^n steps.
+    """``re.fullmatch`` with a time limit, since an expression may come from a file: ``(a|aa)+$`` takes 2^n steps.
 
     ``re`` has no time limit, so ``regex`` does the matching. It understands what ``re`` compiles in the same way,
     except for its fuzzy and POSIX forms, which no path needs and which are refused.

@@ -1,0 +1,104 @@
+"""Int4 modules: tensors put in place from outside, and tables that only decode the rows asked for."""
+
+import copy
+
+import pytest
+import torch
+from lora_layers import make_weight
+from torch import nn
+
+from mebp_triton.kernels import reference
+from mebp_triton.kernels.names import SCHEMES
+from mebp_triton.layers.int4_module import AbsentWeight, Int4Embedding, Int4Module, replace_embedding
+from mebp_triton.layers.linear import Int4Linear
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's: what a subclass does to the rows has to stay."""
+
+    def forward(self, ids):
+        return super().forward(ids) * 3
+
+
+def embedding(dtype=torch.float32):
+    module = nn.Embedding(30, 70)
+    replace_embedding(module, make_weight(30, 70), dtype, "auto")
+    return module
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(nn.Embedding, 1), (Scaled, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replaced_in_place(kind, factor, dtype):
+    module, weight = kind(30, 70, padding_idx=0), make_weight(30, 70)
+    replace_embedding(module, weight, dtype, "auto")
+    ids = torch.tensor([[0, 3], [29, 3]])
+    assert isinstance(module, kind) and isinstance(module, Int4Embedding)
+    assert torch.equal(module(ids), reference.decode(weight, dtype)[ids] * factor)
+    assert module.num_embeddings == 30 and module.padding_idx == 0
+    assert not list(module.parameters())
+
+
+def test_its_weight_has_a_shape_but_no_memory():
+    module = embedding(torch.bfloat16)
+    assert (tuple(module.weight.shape), module.weight.dtype) == ((30, 70), torch.bfloat16)
+    assert isinstance(module.weight, AbsentWeight)
+
+
+def test_rows_that_come_from_elsewhere():
+    module, weight, asked = nn.Embedding(30, 70), make_weight(30, 70), []
+
+    class Rows:
+        def gather(self, ids):
+            asked.append(ids)
+            return weight.gather(ids.reshape(-1))
+
+    replace_embedding(module, weight, torch.float32, "auto")
+    ids = torch.tensor([[4, 0, 29], [4, 7, 1]])
+    whole = module(ids)
+    module.rows = Rows()
+    assert torch.equal(module(ids), whole) and len(asked) == 1 and asked[0] is ids
+
+
+def test_computing_with_an_absent_weight_is_an_error():
+    weight, hidden = embedding().weight, torch.ones(2, 70)
+    assert weight.device.type == "cpu" and not weight.requires_grad and weight.ndim == 2 and "30" in repr(weight)
+    for compute in (
+        lambda: hidden @ weight.t(),
+        lambda: nn.functional.linear(hidden, weight),
+        lambda: weight.float().sum(),
+        lambda: weight * 2,
+        lambda: weight.numpy(),
+        lambda: weight.tolist(),
+    ):
+        with pytest.raises((RuntimeError, TypeError), match="head='float'|numpy|tolist"):
+            compute()
+
+
+def test_the_device_of_a_table_that_lies_elsewhere():
+    module = embedding()
+    module.device = torch.device("meta")
+    assert module.weight.device.type == "meta" and module.int4().packed.device.type == "cpu"
+
+
+def test_a_table_cannot_be_copied():
+    with pytest.raises(ValueError, match="cannot be copied, which PEFT's modules_to_save does"):
+        copy.deepcopy(nn.ModuleDict({"embedding": embedding()}))
+
+
+def test_each_kind_of_module_has_a_place_of_its_own_for_the_codes():
+    for operation in (lambda module: module._packed(), lambda module: module._set_packed(torch.ones(1))):
+        with pytest.raises(NotImplementedError):
+            operation(Int4Module())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scales_are_loaded_from_their_bytes_too(scheme):
+    module, other = (Int4Linear(make_weight(scheme=scheme, seed=seed), None, torch.float32) for seed in (0, 7))
+    state = other.state_dict()
+    for name in ("scales", "minimum"):
+        if name in state:
+            state[name] = state[name].view(torch.uint8)
+    module.load_state_dict(state)
+    for name, tensor in other.int4().tensors().items():
+        found = module.int4().tensors()[name]
+        assert torch.equal(found, tensor) and found.dtype == tensor.dtype, name
