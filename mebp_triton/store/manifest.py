@@ -60,7 +60,7 @@ class MatrixInfo:
 
     @classmethod
     def from_json(cls, where: Path, name: str, entry: dict[str, Any]) -> MatrixInfo:
-        """Reads the entry of matrix ``name`` in the manifest ``where``. FileError, or one of ``strict_json.MALFORMED``."""
+        """Reads the entry of matrix ``name`` in the manifest ``where``; may raise ``strict_json.MALFORMED``."""
         rows, columns = entry["shape"]
         info = cls(**{**entry, "shape": (rows, columns)})
         numbers_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
