@@ -16,10 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mebp_triton.kernels.panel import CHUNK
-
-from .layout import RUN, Int4Weight
-from .panel import PanelDecoder, from_planes, int4_embedding_panel, panel_elements, spans
+from .layout import CHUNK, RUN, Int4Weight
+from .panel import PanelDecoder, from_planes, int4_embedding_panel, spans, workspace
 from .running_softmax import RunningSoftmax, apply_chain
 
 # Rows of the head per tile; with the kernels, as many as fit into a panel and into this many logits.
@@ -64,7 +62,7 @@ class OnePass:
         rows, (vocabulary, _) = self.taken.shape[0], weight.shape
         if rows == 0:
             return
-        chunks, panel = weight.packed.shape[1] // RUN, panel_elements(self.hidden.device)
+        chunks, panel = weight.packed.shape[1] // RUN, workspace().elements(self.hidden.device)
         if self.by_kernel:
             tile = min(vocabulary, max(1, panel // (chunks * CHUNK)), max(VOCABULARY_TILE, LOGITS // rows))
         else:

@@ -11,79 +11,75 @@ import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .layout import CHUNK, RUN, Int4Weight
 
-# Elements of one panel: on a GPU 16 MiB of 16-bit weights, which stay in a large L2; on a CPU 4 MiB of float32.
-PANEL_ELEMENTS = {"cpu": 1 << 20}
-PANEL_ELEMENTS_DEFAULT = 1 << 23
+# Elements of one panel: on a CPU 4 MiB of float32; on a GPU 16 MiB of 16-bit weights, which stay in a large L2.
+CPU_ELEMENTS = 1 << 20
+GPU_ELEMENTS = 1 << 23
 
 
-def panel_elements(device: torch.device) -> int:
-    return PANEL_ELEMENTS.get(device.type, PANEL_ELEMENTS_DEFAULT)
+class Workspace:
+    """How large a panel may be, and the buffers that panels on a CPU reuse (making one anew is page faults each time).
+
+    Every thread has a workspace of its own, see ``use_workspace``. Only one of its decoders may have a panel in use.
+
+    Attributes:
+        cpu_elements, gpu_elements: elements of one panel on a CPU, and on any other device.
+        buffers: by name and dtype, the largest that was asked for so far.
+    """
+
+    def __init__(self, cpu_elements: int = CPU_ELEMENTS, gpu_elements: int = GPU_ELEMENTS) -> None:
+        self.cpu_elements, self.gpu_elements = cpu_elements, gpu_elements
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def elements(self, device: torch.device) -> int:
+        return self.cpu_elements if device.type == "cpu" else self.gpu_elements
+
+    def buffer(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised memory ``[size]``: on a CPU the buffer of that name, elsewhere a tensor of its own."""
+        if device.type != "cpu" or size > self.elements(device):
+            return torch.empty(size, dtype=dtype, device=device)
+        buffer = self.buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):
+                buffer = torch.empty(size, dtype=dtype)
+            self.buffers[name, dtype] = buffer
+        return buffer[:size]
+
+
+class _ThreadState(threading.local):
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+
+
+_thread = _ThreadState()
+
+
+def workspace() -> Workspace:
+    """The workspace of this thread."""
+    return _thread.workspace
 
 
 @contextmanager
-def cpu_panels(elements: int | None) -> Iterator[None]:
-    """Within, panels on the CPU have that many elements, so that what a device's take can be counted; None: as ever."""
-    usual = PANEL_ELEMENTS["cpu"]
-    PANEL_ELEMENTS["cpu"] = usual if elements is None else elements
+def use_workspace(other: Workspace) -> Iterator[None]:
+    """While active, this thread's panels have the sizes and the buffers of ``other``.
+
+    The planner counts a run's memory so: with a device's panel sizes, and with buffers that hold no data.
+    """
+    before, _thread.workspace = _thread.workspace, other
     try:
         yield
     finally:
-        PANEL_ELEMENTS["cpu"] = usual
+        _thread.workspace = before
 
 
 def spans(length: int, step: int) -> Iterator[tuple[int, int]]:
     """Consecutive ``(start, stop)`` of at most ``step`` that cover ``length``."""
     return ((start, min(start + step, length)) for start in range(0, length, step))
-
-
-@lru_cache(maxsize=256)
-def _run_groups(first_chunk: int, last_chunk: int, group_size: int, device: torch.device) -> Tensor:
-    """The group of every run of 32 columns, in plane order."""
-    low = torch.arange(first_chunk, last_chunk) * CHUNK
-    return (torch.cat((low, low + RUN)) // group_size).to(device)
-
-
-_kept = threading.local()
-
-
-def _buffer(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory. On a CPU every thread keeps one buffer of a name: making it anew is page faults, each time.
-
-    Only one of a thread's decoders may have a panel in use.
-    """
-    if device.type != "cpu" or size > panel_elements(device):
-        return torch.empty(size, dtype=dtype, device=device)
-    buffers: dict[tuple[str, torch.dtype], Tensor] = _kept.__dict__
-    found = buffers.get((name, dtype))
-    if found is None or found.numel() < size:
-        with torch.inference_mode(False):
-            found = torch.empty(size, dtype=dtype)
-        buffers[name, dtype] = found
-    return found[:size]
-
-
-@contextmanager
-def own_buffers(buffers: dict[Any, Tensor]) -> Iterator[None]:
-    """Within, ``buffers`` take the place of those that this thread keeps: for tensors that are no real ones."""
-    kept, outside = _kept.__dict__, dict(_kept.__dict__)
-    _run_groups.cache_clear()
-    kept.clear()
-    kept.update(buffers)
-    try:
-        yield
-    finally:
-        buffers.update(kept)
-        kept.clear()
-        kept.update(outside)
-        _run_groups.cache_clear()
 
 
 class PanelDecoder:
@@ -95,20 +91,21 @@ class PanelDecoder:
 
     def __init__(self, weight: Int4Weight, dtype: torch.dtype, rows: int, chunks: int, by_kernel: bool = False) -> None:
         size = rows * chunks * CHUNK
-        device = weight.device
+        device, memory = weight.device, workspace()
         self.weight, self.by_kernel = weight, by_kernel
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.rounded = None
         if by_kernel or dtype != self.wide:
-            self.rounded = _buffer("rounded", size, dtype, device)
+            self.rounded = memory.buffer("rounded", size, dtype, device)
         if not by_kernel:
-            self.codes = _buffer("codes", size, torch.uint8, device)
-            self.values = _buffer("values", size, self.wide, device)
+            self.codes = memory.buffer("codes", size, torch.uint8, device)
+            self.values = memory.buffer("values", size, self.wide, device)
+        self._groups: dict[tuple[int, int], Tensor] = {}
 
     def with_weight(self, weight: Int4Weight) -> PanelDecoder:
         """The same for another weight, in the same buffers."""
         other = copy.copy(self)
-        other.weight = weight
+        other.weight, other._groups = weight, {}
         return other
 
     def arrange(self, x: Tensor, chunks: int) -> Tensor:
@@ -118,6 +115,13 @@ class PanelDecoder:
     def restore(self, x: Tensor, columns: int) -> Tensor:
         """The inverse: back to logical order, and to ``columns``."""
         return (x if self.by_kernel else from_planes(x))[:, :columns]
+
+    def _run_groups(self, first_chunk: int, last_chunk: int) -> Tensor:
+        """The group of every run of 32 columns, in plane order."""
+        if (first_chunk, last_chunk) not in self._groups:
+            low = torch.arange(first_chunk, last_chunk, device=self.weight.device) * CHUNK
+            self._groups[first_chunk, last_chunk] = torch.cat((low, low + RUN)) // self.weight.group_size
+        return self._groups[first_chunk, last_chunk]
 
     def _per_run(self, values: Tensor, groups: Tensor, start: int, stop: int) -> Tensor:
         """Scales or minima as ``[rows, runs, 1]``."""
@@ -140,7 +144,7 @@ class PanelDecoder:
             wide.copy_(codes)
         else:
             wide.copy_(codes.view(torch.int8).sub_(8))
-        groups = _run_groups(first_chunk, last_chunk, self.weight.group_size, packed.device)
+        groups = self._run_groups(first_chunk, last_chunk)
         runs = wide.unflatten(1, (-1, RUN))
         runs.mul_(self._per_run(self.weight.scales, groups, start, stop))
         if self.weight.minimum is not None:
@@ -180,7 +184,7 @@ def int4_matmul_panel(
     y = x.new_empty(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
     if y.numel() == 0:
         return y
-    step = max(1, panel_elements(x.device) // max(1, chunks * CHUNK))
+    step = max(1, workspace().elements(x.device) // max(1, chunks * CHUNK))
     decoder = PanelDecoder(weight, x.dtype, min(step, rows), chunks, by_kernel)
     planes = decoder.arrange(x, chunks)
     for start, stop in spans(rows, step):
@@ -214,7 +218,7 @@ def int4_matmul_dx_group_panel(
     dx = dys[0].new_empty(dys[0].shape[0], width)
     if dx.numel() == 0 or not any(weight.out_features for weight in weights):
         return dx.zero_()
-    budget = panel_elements(dx.device)
+    budget = workspace().elements(dx.device)
     most = max(weight.out_features for weight in weights)
     row_step = max(1, min(most, budget // CHUNK))
     # A group of 128 columns is not cut.
@@ -247,7 +251,7 @@ def int4_embedding_panel(ids: Tensor, weight: Int4Weight, dtype: torch.dtype) ->
     picked = weight.gather(flat)
     out = torch.empty(flat.shape[0], weight.in_features, dtype=dtype, device=weight.device)
     chunks = weight.packed.shape[1] // RUN
-    step = max(1, panel_elements(weight.device) // max(1, chunks * CHUNK))
+    step = max(1, workspace().elements(weight.device) // max(1, chunks * CHUNK))
     decoder = PanelDecoder(picked, dtype, min(step, flat.shape[0]), chunks)
     for start, stop in spans(flat.shape[0], step):
         out[start:stop] = from_planes(decoder(start, stop, 0, chunks))[:, : weight.in_features]

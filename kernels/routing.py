@@ -1,21 +1,23 @@
-"""Which implementation runs an operation: Triton or plain torch, and by which route."""
+"""Which implementation runs an operation: Triton or plain torch, and with Triton by which route."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from .configs import Kernel, Problem
+from .configs import Kernel, Problem, TileConfig, default_config
 from .layout import Int4Weight
-from .names import BACKENDS
-from .tables import Route, architecture_of, choose, refuse
+from .names import BACKENDS, SCHEMES
+from .tables import Route, Table, architecture_of, bucket, load_tables
 
 Result = TypeVar("Result")
 
@@ -46,16 +48,92 @@ def resolve_backend(
     return "triton"
 
 
+class Routes:
+    """Which route each launch on one architecture takes.
+
+    Attributes:
+        table: what was tuned for it.
+        too_large: configurations that a device turned out to have no room for, and which are not chosen again.
+        choose: ``find_route`` of a problem, remembered, since every launch asks.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.too_large: set[TileConfig] = set()
+        self.choose = functools.lru_cache(maxsize=4096)(self._choose)
+
+    def _choose(self, problem: Problem) -> Route:
+        route = find_route(problem, self.table)
+        return default_config(problem) if route in self.too_large else route
+
+    def refuse(self, problem: Problem) -> None:
+        """From now on ``choose`` gives no problem the configuration that it gave this one.
+
+        Raises:
+            ValueError: it was the default already: there is nothing else.
+        """
+        route = self.choose(problem)
+        if route is None or route == default_config(problem):
+            raise ValueError(f"even the default configuration {route} does not fit this device for {problem}")
+        self.too_large.add(route)
+        self.choose.cache_clear()
+
+
+@functools.cache
+def routes_of(architecture: str) -> Routes:
+    """The routes of an architecture, for the whole process. Its tables are read at the first launch, not on import."""
+    return Routes(load_tables(architecture))
+
+
+def find_route(problem: Problem, table: Table) -> Route:
+    """The route that a table gives a problem.
+
+    Its entry for the problem's bucket, or for the nearest bucket of N and K with all else equal. Where there is none,
+    the other 16-bit dtype stands in, and then other schemes and group sizes. At last ``default_route``.
+    """
+    wanted = bucket(problem)
+    candidates = [item for item in table if _may_stand_in(item, wanted)]
+    if not candidates:
+        return default_route(problem)
+    route = table[min(candidates, key=lambda item: _distance(item, wanted))].route
+    if route is not None and not route.suits(problem):
+        return replace(route, scale_sums=False)  # only some weights let sums be scaled
+    return route
+
+
+def _may_stand_in(item: Problem, wanted: Problem) -> bool:
+    wide = item.dtype == torch.float32, wanted.dtype == torch.float32
+    return (item.kernel, item.m) == (wanted.kernel, wanted.m) and wide[0] == wide[1]
+
+
+def _distance(item: Problem, wanted: Problem) -> tuple[Any, ...]:
+    """What differs between two problems, the weightiest first; sizes as a ratio."""
+    size = abs(math.log2(item.n / wanted.n)) + abs(math.log2(item.k / wanted.k))
+    other_group = abs(math.log2(item.group_size / wanted.group_size))
+    other_scheme = 0 if item.scheme == wanted.scheme else 1 + SCHEMES.index(item.scheme)
+    return other_scheme, other_group, item.dtype != wanted.dtype, size, item.n, item.k, item.group_size
+
+
+def default_route(problem: Problem) -> Route:
+    """The route without a table.
+
+    Few tokens go by tiles. From 512 on, where no public fused kernel keeps up with a library, they go by panels.
+    """
+    if problem.m >= 512 and problem.dtype != torch.float32:
+        return None
+    return default_config(problem)
+
+
 def routed(kernel: Kernel, operand: Tensor, weights: Sequence[Int4Weight], launch: Callable[[Route], Result]) -> Result:
     """Launches by the route that the tables give. One that the device has no room for is not taken again."""
     head, n = weights[0], sum(weight.out_features for weight in weights)
     problem = Problem(kernel, operand.shape[0], n, head.in_features, head.scheme, head.group_size, operand.dtype)
-    architecture = architecture_of(operand.device)
+    routes = routes_of(architecture_of(operand.device))
     from triton.runtime.errors import OutOfResources
 
     try:
-        return launch(choose(problem, architecture))
+        return launch(routes.choose(problem))
     except OutOfResources as error:
-        warnings.warn(f"{choose(problem, architecture)} does not fit this device ({error}): tune again", stacklevel=2)
-        refuse(problem, architecture)
-    return launch(choose(problem, architecture))
+        warnings.warn(f"{routes.choose(problem)} does not fit this device ({error}): tune again", stacklevel=2)
+        routes.refuse(problem)
+    return launch(routes.choose(problem))

@@ -1,12 +1,14 @@
-"""Which configuration a launch takes: tables per compute capability, shipped and the user's own, and a rule without.
+"""Tuned configurations in files: one table per compute capability, shipped or the user's own.
 
-A table is JSON: ``{"format": 1, "architecture": "sm_90", "entries": [...]}``. An entry names its problem (kernel, m, n,
-k as bucket bounds, scheme, group_size, dtype), its ``route`` ("tile" with a ``config``, or "panel": decode a panel of
-the weight and let the vendor's library multiply), the ``provenance`` ("measured" on a device, or "static": compiled and
-ranked by a model), ``time_us`` (measured or predicted, in microseconds), ``device`` (null for static) and ``versions``.
+A table is JSON: ``{"format": 1, "architecture": "sm_90", "entries": [...]}``. An entry names
 
-The device is known by its compute capability, never by its name. Tables are read at the first launch, not at import.
-A damaged table is ignored with a warning; what no table answers, ``default_route`` does.
+- its problem: kernel, m, n, k (bounds of buckets), scheme, group_size, dtype;
+- its ``route``: "tile" with a ``config``, or "panel" (decode a panel of the weight, and let the vendor's library
+  multiply);
+- its ``provenance``: "measured" on a device, or "static" (compiled, and ranked by a model);
+- ``time_us``, microseconds, measured or predicted; ``device``, null for static; and ``versions``.
+
+A device is known by its compute capability, never by its name. A damaged table is ignored with a warning.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import stat
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .configs import TUNED, Problem, TileConfig, default_config
+from .configs import TUNED, Problem, TileConfig
 from .names import GROUP_SIZES, SCHEMES
 
 FORMAT = 1
@@ -222,34 +224,10 @@ def user_table_path(architecture: str) -> Path:
     return cache_home / "mebp-triton" / "tables" / f"{architecture}.json"
 
 
-@cache
 def load_tables(architecture: str) -> Table:
-    """The shipped table, and over it the user's own. Read once; ``forget_tables`` lets it be read again."""
+    """The shipped table, and over it the user's own."""
     shipped = read_table(SHIPPED / f"{architecture}.json", architecture)
     return shipped | read_table(user_table_path(architecture), architecture)
-
-
-def forget_tables() -> None:
-    load_tables.cache_clear()
-    choose.cache_clear()
-    _REFUSED.clear()
-
-
-# (architecture, configuration) that a device had no room for.
-_REFUSED: set[tuple[str, TileConfig]] = set()
-
-
-def refuse(problem: Problem, architecture: str) -> None:
-    """From now on ``choose`` gives no launch the configuration that it gave this problem.
-
-    Raises:
-        ValueError: the default itself did not fit: there is nothing else.
-    """
-    route = choose(problem, architecture)
-    if route is None or route == default_config(problem):
-        raise ValueError(f"even the default configuration {route} does not fit this device for {problem}")
-    _REFUSED.add((architecture, route))
-    choose.cache_clear()
 
 
 @cache
@@ -261,40 +239,3 @@ def architecture_of(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
-
-
-@lru_cache(maxsize=4096)
-def choose(problem: Problem, architecture: str) -> Route:
-    """The route that a launch takes.
-
-    The table's entry for the problem's bucket, or for the nearest bucket of N and K with all else equal. Where there is
-    none, the other 16-bit dtype stands in, and then other schemes and group sizes. At last ``default_route``.
-    """
-    table = load_tables(architecture)
-    wanted = bucket(problem)
-    near = [item for item in table if (item.kernel, item.m) == (wanted.kernel, wanted.m) and _akin(item, wanted)]
-    if not near:
-        return default_route(problem)
-    route = table[min(near, key=lambda item: _distance(item, wanted))].route
-    if route is not None and not route.suits(problem):
-        route = replace(route, scale_sums=False)  # only some weights let sums be scaled
-    return default_config(problem) if (architecture, route) in _REFUSED else route
-
-
-def _akin(item: Problem, wanted: Problem) -> bool:
-    return (item.dtype == torch.float32) == (wanted.dtype == torch.float32)
-
-
-def _distance(item: Problem, wanted: Problem) -> tuple[Any, ...]:
-    """What differs, the weightiest first; sizes as a ratio."""
-    size = abs(math.log2(item.n / wanted.n)) + abs(math.log2(item.k / wanted.k))
-    other_group = abs(math.log2(item.group_size / wanted.group_size))
-    other_scheme = 0 if item.scheme == wanted.scheme else 1 + SCHEMES.index(item.scheme)
-    return other_scheme, other_group, item.dtype != wanted.dtype, size, item.n, item.k, item.group_size
-
-
-def default_route(problem: Problem) -> Route:
-    """Without a table: tiles for few tokens; from 512 on, where no public fused kernel keeps up, the panel route."""
-    if problem.m >= 512 and problem.dtype != torch.float32:
-        return None
-    return default_config(problem)

@@ -24,7 +24,8 @@ from mebp_triton.kernels.configs import Problem
 from mebp_triton.kernels.embedding import decode_rows_triton
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
-from mebp_triton.kernels.tables import architecture_of, choose
+from mebp_triton.kernels.routing import routes_of
+from mebp_triton.kernels.tables import architecture_of
 
 from .operands import clone, close, dtype_name, nf4_pair
 from .routes import route_name, run_dx, run_forward
@@ -148,7 +149,7 @@ def compare(session: Session, weights: Weights, kernel: str, m: int) -> dict[str
     x = normal(m, k if kernel == "matmul" else n, dtype=dtype, device=session.device)
     sides = weights.sides(kernel)
     row: dict[str, Any] = {"kernel": kernel, "m": m, "n": n, "k": k}
-    row["route"] = route_name(choose(Problem(kernel, m, n, k, dtype=dtype), architecture_of(session.device)))
+    row["route"] = route_name(routes_of(architecture_of(session.device)).choose(Problem(kernel, m, n, k, dtype=dtype)))
     firsts: dict[str, Tensor] = {}
     if weights.nf4 and kernel == "matmul_dx":
         firsts["nf4"] = bitsandbytes_dx(x, *weights.nf4[0][:2])

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from mebp_triton.kernels import cross_entropy, panel, reference
 from mebp_triton.kernels.cross_entropy import int4_cross_entropy_panel
+from mebp_triton.kernels.panel import Workspace, use_workspace
 
 CHAINS = {
     "plain": (1.0,),
@@ -209,10 +210,9 @@ def test_the_head_is_decoded_once(monkeypatch, make_weight, normal, device, tile
     assert sorted(spans) == spans and spans[0][0] == 0
 
 
-def test_wide_heads_have_shorter_tiles(monkeypatch, make_weight, normal, device):
-    monkeypatch.setitem(panel.PANEL_ELEMENTS, device, 64)
+def test_wide_heads_have_shorter_tiles(make_weight, normal, device):
     weight, targets = make_weight(37, 640), some_targets(11, 37, device)
-    with Allocations() as allocations:
+    with use_workspace(Workspace(64, 64)), Allocations() as allocations:
         losses, _, _ = int4_cross_entropy_panel(normal(11, 640), weight, targets)
     assert allocations.largest <= 11 * 640
     assert torch.allclose(losses, on_all_logits(normal(11, 640), weight, targets)[0], atol=1e-4)

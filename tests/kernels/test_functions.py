@@ -81,6 +81,13 @@ def test_integers_are_no_activations(make_weight, columns, call, dtype):
         call(torch.zeros(3, columns, dtype=dtype), make_weight(7, 70).to("cpu"))
 
 
+class Told:
+    """Routes that a test gives."""
+
+    def __init__(self, choose):
+        self.choose = choose
+
+
 @pytest.mark.usefixtures("triton_kernels")
 class TestRoutes:
     """Which launcher an operation takes; in Triton's interpreter."""
@@ -92,7 +99,7 @@ class TestRoutes:
 
     @pytest.fixture(params=[TileConfig(16, 32, 64, split=2), None], ids=["tile", "panel"])
     def route(self, request, monkeypatch):
-        monkeypatch.setattr(routing, "choose", lambda problem, architecture: request.param)
+        monkeypatch.setattr(routing, "routes_of", lambda architecture: Told(lambda problem: request.param))
         return request.param
 
     def test_single(self, make_weight, normal, scheme, route):
@@ -122,7 +129,8 @@ class TestRoutes:
     def test_members_that_are_not_alike_have_routes_of_their_own(self, make_weight, normal, monkeypatch):
         """They must not fall to the panels, whatever the tables say."""
         asked = []
-        monkeypatch.setattr(routing, "choose", lambda problem, _: asked.append(problem.n) or default_config(problem))
+        told = Told(lambda problem: asked.append(problem.n) or default_config(problem))
+        monkeypatch.setattr(routing, "routes_of", lambda architecture: told)
         monkeypatch.setattr(functions, "int4_matmul_dx_group_panel", lambda *args, **kwargs: pytest.fail("by panels"))
         weights = [make_weight(20, 70, 32), make_weight(9, 70, 64)]
         int4_matmul_dx_group([normal(3, 20), normal(3, 9)], weights, backend="triton")

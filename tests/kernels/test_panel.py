@@ -1,5 +1,8 @@
 """The operations by panels in plain torch, against float64 on the decoded codes."""
 
+import threading
+from contextlib import ExitStack
+
 import pytest
 import torch
 from allocations import Allocations
@@ -8,10 +11,15 @@ from mebp_triton.kernels import panel, reference
 from mebp_triton.kernels.layout import CHUNK, Int4Weight, unpack
 from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.panel import (
+    CPU_ELEMENTS,
+    GPU_ELEMENTS,
+    Workspace,
     int4_embedding_panel,
     int4_matmul_dx_group_panel,
     int4_matmul_dx_panel,
     int4_matmul_panel,
+    use_workspace,
+    workspace,
 )
 
 # Plain torch computes bfloat16 rightly everywhere, unlike Triton's interpreter.
@@ -23,17 +31,24 @@ def dtype(request):
     return request.param
 
 
+@pytest.fixture
+def set_panel_size():
+    """``set_panel_size(elements)``: from then on the test's panels have that many elements, on any device."""
+    with ExitStack() as stack:
+        yield lambda elements: stack.enter_context(use_workspace(Workspace(elements, elements)))
+
+
 @pytest.fixture(params=[None, CHUNK * 5], ids=["one-panel", "small-panels"])
-def panel_size(request, monkeypatch, device):
+def panel_size(request, set_panel_size):
     """Runs a test with panels of the usual size, and of so few rows that dX has to cut N as well."""
     if request.param is not None:
-        monkeypatch.setitem(panel.PANEL_ELEMENTS, device, request.param)
+        set_panel_size(request.param)
 
 
 @pytest.fixture(params=[1, 5 * CHUNK, None], ids=lambda size: f"panel-{size}")
-def any_panel_size(request, monkeypatch, device):
+def any_panel_size(request, set_panel_size):
     if request.param is not None:
-        monkeypatch.setitem(panel.PANEL_ELEMENTS, device, request.param)
+        set_panel_size(request.param)
 
 
 def check_matmul(assert_accurate, x, weight, bias=None, t=None, b=None):
@@ -239,9 +254,9 @@ def test_every_code_is_decoded_exactly_once(monkeypatch, make_weight, normal, an
 
 
 @pytest.mark.parametrize("panel_rows", [1, 8])
-def test_no_tensor_is_as_large_as_the_weight(monkeypatch, make_weight, normal, device, scheme, dtype, panel_rows):
+def test_no_tensor_is_as_large_as_the_weight(set_panel_size, make_weight, normal, device, scheme, dtype, panel_rows):
     m, n, k, r = 4, 600, 640, 8
-    monkeypatch.setitem(panel.PANEL_ELEMENTS, device, panel_rows * k)
+    set_panel_size(panel_rows * k)
     weight = make_weight(n, k, 32, scheme)
     x, dy, t, b, a = (normal(*shape, dtype=dtype) for shape in ((m, k), (m, n), (m, r), (n, r), (r, k)))
     largest_operand = max(m * k, m * n, n * r, r * k)
@@ -273,6 +288,49 @@ def test_group_dx(assert_accurate, make_weight, normal, dtype, scheme, panel_siz
     same = sum(reference.matmul_dx(dy, weight) for dy, weight in pairs) + g @ a
     truth = sum(reference.matmul_dx(dy.double(), weight) for dy, weight in pairs) + g.double() @ a.double()
     assert_accurate("dx", int4_matmul_dx_group_panel(dys, weights, g, a), same, truth)
+
+
+def test_group_dx_of_weights_that_are_not_alike(make_weight, normal):
+    """But for K: each is decoded with its own groups and scheme."""
+    weights = [make_weight(20, 200, 32, "affine"), make_weight(9, 200, 128), make_weight(1, 200, 64, "codebook")]
+    dys = [normal(4, weight.out_features, dtype=torch.float64, seed=i) for i, weight in enumerate(weights)]
+    truth = sum(reference.matmul_dx(dy, weight) for dy, weight in zip(dys, weights, strict=True))
+    torch.testing.assert_close(int4_matmul_dx_group_panel(dys, weights), truth, rtol=1e-12, atol=1e-12)
+
+
+def test_a_cpu_keeps_one_buffer_of_a_name_and_dtype():
+    memory, cpu = Workspace(cpu_elements=100), torch.device("cpu")
+    first = memory.buffer("values", 60, torch.float32, cpu)
+    assert first.shape == (60,) and memory.buffer("values", 40, torch.float32, cpu).data_ptr() == first.data_ptr()
+    assert memory.buffer("values", 40, torch.float16, cpu).dtype == torch.float16
+    larger = memory.buffer("values", 80, torch.float32, cpu)
+    assert {key: tensor.numel() for key, tensor in memory.buffers.items()} == {
+        ("values", torch.float32): 80,
+        ("values", torch.float16): 40,
+    }
+    # What is larger than a panel, or not on a CPU, is not kept.
+    assert memory.buffer("values", 101, torch.float32, cpu).data_ptr() != larger.data_ptr()
+    assert memory.buffer("values", 5, torch.float32, torch.device("meta")).device.type == "meta"
+    assert memory.buffers["values", torch.float32].numel() == 80
+    assert memory.elements(torch.device("cuda")) == GPU_ELEMENTS and workspace().elements(cpu) == CPU_ELEMENTS
+
+
+def test_buffers_made_in_inference_mode_can_be_used_outside(make_weight, normal):
+    with use_workspace(Workspace()):
+        with torch.inference_mode():
+            int4_matmul_panel(normal(3, 70), make_weight(20, 70))
+        assert int4_matmul_panel(normal(3, 70).requires_grad_(), make_weight(20, 70)).requires_grad
+
+
+def test_every_thread_has_its_own_workspace():
+    mine, other, seen = workspace(), Workspace(), []
+    with pytest.raises(KeyError), use_workspace(other):
+        assert workspace() is other
+        thread = threading.Thread(target=lambda: seen.extend((workspace(), workspace())))
+        thread.start()
+        thread.join()
+        raise KeyError("an error within")
+    assert workspace() is mine and seen[0] is seen[1] and seen[0] not in (mine, other)
 
 
 @pytest.mark.usefixtures("triton_kernels")

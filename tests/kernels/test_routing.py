@@ -1,18 +1,19 @@
 """Which backend a name means, and which route a launch takes."""
 
-import functools
+import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from mebp_triton.kernels import matmul, reference, routing, tables
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels import routing
+from mebp_triton.kernels.configs import Problem, TileConfig, default_config
 from mebp_triton.kernels.functions import int4_embedding, int4_matmul, int4_matmul_dx
 from mebp_triton.kernels.names import BACKENDS
-from mebp_triton.kernels.routing import resolve_backend
-from mebp_triton.kernels.tables import Entry
+from mebp_triton.kernels.routing import Routes, default_route, find_route, resolve_backend, routed, routes_of
+from mebp_triton.kernels.tables import Entry, architecture_of, bucket, table_to_json, user_table_path
 
 
 def test_auto_means_panels_on_the_cpu_and_triton_on_a_gpu(monkeypatch):
@@ -53,29 +54,101 @@ def test_bfloat16_before_sm_80_goes_by_panels(monkeypatch):
         assert resolve_backend("auto", torch.device("cuda"), torch.float16) == "triton"
 
 
-@pytest.mark.usefixtures("triton_kernels")
-def test_what_does_not_fit_the_device_gives_way_to_the_default(make_weight, normal, monkeypatch, device):
-    if device == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    big = TileConfig(128, 128, 64)
-    original = matmul.int4_matmul_triton
+TILE, SUMS = TileConfig(32, 64, 64, 8, 3, split=2, weight_left=False), TileConfig(16, 64, 64, scale_sums=True)
+PROBLEM = Problem("matmul", 64, 2048, 1024)
 
-    def launch(*operands):
-        if operands[-1] == big:
+
+def table_of(routes):
+    """A table from problem to route."""
+    return {problem: Entry(problem, route, "static", 12.5, None, {}) for problem, route in routes.items()}
+
+
+def test_the_bucket_and_the_nearest_size():
+    near, many = replace(PROBLEM, n=8192), replace(PROBLEM, m=4096)
+    table = table_of({PROBLEM: TILE, near: TileConfig(64, 64, 64), many: None})
+    assert find_route(replace(PROBLEM, m=50, n=2100, k=900), table) == TILE
+    assert find_route(replace(PROBLEM, n=512), table) == TILE
+    assert find_route(replace(PROBLEM, n=16384), table) == TileConfig(64, 64, 64)
+    assert find_route(replace(many, n=512, m=10_000), table) is None
+    for other in (
+        replace(PROBLEM, dtype=torch.float32),
+        replace(PROBLEM, kernel="matmul_dx"),
+        replace(PROBLEM, m=16),
+    ):
+        assert find_route(other, table) == default_route(other)
+    assert find_route(PROBLEM, {}) == default_route(PROBLEM)
+
+
+def test_what_stands_in_for_what():
+    half, affine = replace(PROBLEM, dtype=torch.float16), replace(PROBLEM, scheme="affine", group_size=32)
+    table = table_of({half: TileConfig(16, 16, 64), affine: TileConfig(16, 32, 64), PROBLEM: SUMS})
+    assert find_route(PROBLEM, table) == SUMS
+    assert find_route(half, table) == TileConfig(16, 16, 64)
+    assert find_route(replace(PROBLEM, group_size=128), table) == SUMS
+    assert find_route(replace(PROBLEM, scheme="affine", group_size=128), table) == TileConfig(16, 32, 64)
+    # The symmetric scheme stands in for a codebook, whose sums cannot be scaled.
+    assert find_route(replace(PROBLEM, scheme="codebook"), table) == replace(SUMS, scale_sums=False)
+
+
+def test_without_a_table_many_tokens_go_by_panels():
+    few, many = (Problem("matmul", m, 4096, 4096) for m in (511, 512))
+    assert default_route(few) == default_config(few)
+    assert default_route(many) is None
+    assert default_route(replace(many, dtype=torch.float32)) == default_config(many)
+
+
+def test_what_a_device_has_no_room_for_is_not_chosen_again():
+    other, third = replace(PROBLEM, n=8192), replace(PROBLEM, m=16)
+    routes = Routes(table_of({PROBLEM: TILE, third: SUMS}))
+    assert routes.choose(other) == TILE and routes.choose(third) == SUMS
+    routes.refuse(PROBLEM)
+    assert routes.choose(PROBLEM) == default_config(PROBLEM)
+    assert routes.choose(other) == default_config(other) and routes.choose(third) == SUMS
+    with pytest.raises(ValueError, match="even the default"):
+        routes.refuse(PROBLEM)
+
+
+def test_the_tables_of_an_architecture_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    routes_of.cache_clear()
+    path = user_table_path("sm_1")
+    path.parent.mkdir(parents=True, mode=0o700)
+    path.write_text(json.dumps(table_to_json("sm_1", table_of({PROBLEM: TILE}).values())))
+    assert routes_of("sm_1").choose(PROBLEM) == TILE and routes_of("sm_2").choose(PROBLEM) == default_config(PROBLEM)
+    path.unlink()
+    assert routes_of("sm_1").choose(PROBLEM) == TILE
+    routes_of.cache_clear()
+    assert routes_of("sm_1").choose(PROBLEM) == default_config(PROBLEM)
+    routes_of.cache_clear()
+
+
+def test_what_does_not_fit_the_device_gives_way_to_the_default(make_weight, normal, monkeypatch):
+    """With one warning."""
+    big, tried = TileConfig(128, 128, 64), []
+    routes = Routes(table_of({bucket(Problem("matmul", 5, 20, 70, dtype=torch.float32)): big}))
+    monkeypatch.setattr(routing, "routes_of", lambda architecture: routes)
+
+    def launch(route):
+        tried.append(route)
+        if route == big:
             raise OutOfResources(300_000, 101_376, "shared memory")
-        return original(*operands)
+        return "a result"
 
-    monkeypatch.setattr(matmul, "int4_matmul_triton", launch)
-    key = tables.bucket(Problem("matmul", 5, 20, 70, dtype=torch.float32))
-    table = {key: Entry(key, big, "static", 1.0, None, {})}
-    monkeypatch.setattr(tables, "load_tables", functools.cache(lambda _: table))
-    x, weight = normal(5, 70), make_weight(20, 70)
-    tables.forget_tables()
+    weight, default = make_weight(20, 70), TileConfig(16, 64, 64, 4, 3)
     with pytest.warns(UserWarning, match="does not fit this device .* tune again"):
-        y = int4_matmul(x, weight, backend="triton")
-    torch.testing.assert_close(y, reference.matmul(x, weight), rtol=1e-4, atol=1e-4)
+        assert routed("matmul", normal(5, 70), [weight], launch) == "a result"
     # From then on at once.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(int4_matmul(x, weight, backend="triton"), y)
-    tables.forget_tables()
+        assert routed("matmul", normal(5, 70), [weight], launch) == "a result"
+    assert tried == [big, default, default]
+
+
+def test_a_group_is_one_problem(make_weight, normal, monkeypatch):
+    """Of all members' rows together."""
+    asked = []
+    monkeypatch.setattr(routing, "routes_of", lambda architecture: asked.append(architecture) or Routes({}))
+    weights = [make_weight(20, 70, 32, "affine"), make_weight(33, 70, 32, "affine")]
+    wanted = default_config(Problem("matmul", 100, 53, 70, "affine", 32, torch.float32))
+    assert routed("matmul", normal(100, 70), weights, lambda route: route) == wanted
+    assert asked == [architecture_of(weights[0].device)]

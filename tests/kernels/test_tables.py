@@ -1,4 +1,4 @@
-"""Tables: what is read, what is refused, and which route a launch takes."""
+"""Tables: what is read, and what is refused."""
 
 import json
 import os
@@ -9,15 +9,13 @@ import pytest
 import torch
 
 from mebp_triton.kernels import tables
-from mebp_triton.kernels.configs import Problem, TileConfig, default_config
+from mebp_triton.kernels.configs import Problem, TileConfig
 from mebp_triton.kernels.tables import (
     Entry,
     architecture_of,
     bucket,
     bucket_m,
     bucket_size,
-    choose,
-    default_route,
     parse_table,
     read_table,
     table_to_json,
@@ -35,9 +33,7 @@ def places(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     (tmp_path / "shipped").mkdir()
-    tables.forget_tables()
-    yield tmp_path / "shipped", user_table_path("sm_90").parent
-    tables.forget_tables()
+    return tmp_path / "shipped", user_table_path("sm_90").parent
 
 
 def write(directory, *entries, architecture="sm_90"):
@@ -126,7 +122,7 @@ def test_garbage_is_ignored_with_a_warning(places, content):
     write(shipped, ENTRY)
     write(user, PANEL).write_bytes(content)
     with pytest.warns(UserWarning, match="is ignored"):
-        assert choose(ENTRY.problem, "sm_90") == TILE
+        assert tables.load_tables("sm_90") == {ENTRY.problem: ENTRY}
 
 
 def test_another_devices_table_is_ignored(places):
@@ -168,51 +164,7 @@ def test_the_users_own_entry_wins(places):
     other = replace(ENTRY, route=TileConfig(16, 32, 64))
     write(shipped, ENTRY, PANEL)
     write(user, other)
-    assert choose(ENTRY.problem, "sm_90") == other.route
-    assert choose(PANEL.problem, "sm_90") is None
-
-
-def test_the_bucket_and_the_nearest_size(places):
-    near = replace(ENTRY, problem=replace(ENTRY.problem, n=8192), route=TileConfig(64, 64, 64))
-    write(places[0], ENTRY, near, PANEL)
-    assert choose(replace(ENTRY.problem, m=50, n=2100, k=900), "sm_90") == TILE
-    assert choose(replace(ENTRY.problem, n=512), "sm_90") == TILE
-    assert choose(replace(ENTRY.problem, n=16384), "sm_90") == near.route
-    for other in (
-        replace(ENTRY.problem, dtype=torch.float32),
-        replace(ENTRY.problem, kernel="matmul_dx"),
-        replace(ENTRY.problem, m=16),
-    ):
-        assert choose(other, "sm_90") == default_route(other)
-    assert choose(ENTRY.problem, "sm_80") == default_route(ENTRY.problem)
-
-
-def test_what_stands_in_for_what(places):
-    scaled = TileConfig(16, 64, 64, scale_sums=True)
-    half = replace(ENTRY, problem=replace(ENTRY.problem, dtype=torch.float16), route=TileConfig(16, 16, 64))
-    affine = replace(
-        ENTRY, problem=replace(ENTRY.problem, scheme="affine", group_size=32), route=TileConfig(16, 32, 64)
-    )
-    bfloat = replace(ENTRY, route=scaled)
-    write(places[0], half, affine, bfloat)
-    assert choose(ENTRY.problem, "sm_90") == scaled
-    assert choose(half.problem, "sm_90") == half.route
-    assert choose(replace(ENTRY.problem, group_size=128), "sm_90") == scaled
-    assert choose(replace(ENTRY.problem, scheme="affine", group_size=128), "sm_90") == affine.route
-    # The symmetric scheme stands in for a codebook, whose sums cannot be scaled.
-    unscaled = replace(scaled, scale_sums=False)
-    assert choose(replace(ENTRY.problem, scheme="codebook"), "sm_90") == unscaled
-
-
-def test_what_a_device_has_no_room_for_is_not_chosen_again(places):
-    write(places[0], ENTRY)
-    other = replace(ENTRY.problem, n=8192)
-    assert choose(other, "sm_90") == TILE
-    tables.refuse(ENTRY.problem, "sm_90")
-    assert choose(ENTRY.problem, "sm_90") == default_config(ENTRY.problem)
-    assert choose(other, "sm_90") == default_config(other)
-    with pytest.raises(ValueError, match="even the default"):
-        tables.refuse(ENTRY.problem, "sm_90")
+    assert tables.load_tables("sm_90") == {ENTRY.problem: other, PANEL.problem: PANEL}
 
 
 def test_no_home_is_no_error(monkeypatch):
@@ -222,13 +174,6 @@ def test_no_home_is_no_error(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tables.load_tables("sm_90") == {}
-
-
-def test_without_a_table_many_tokens_go_by_panels():
-    few, many = (Problem("matmul", m, 4096, 4096) for m in (511, 512))
-    assert default_route(few) == default_config(few)
-    assert default_route(many) is None
-    assert default_route(replace(many, dtype=torch.float32)) == default_config(many)
 
 
 def test_the_device_is_known_by_its_capability(monkeypatch):

@@ -21,7 +21,13 @@ from torch.utils._pytree import tree_leaves
 from mebp_triton.kernels import ops  # noqa: F401 - registers the operations
 from mebp_triton.kernels.cross_entropy import int4_cross_entropy_panel
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel, own_buffers
+from mebp_triton.kernels.panel import (
+    Workspace,
+    int4_embedding_panel,
+    int4_matmul_dx_panel,
+    int4_matmul_panel,
+    use_workspace,
+)
 
 OPS = torch.ops.mebp_triton
 
@@ -64,13 +70,13 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         live: bytes now. peak: their maximum since the last ``restart``.
         fake: torch's mode that makes the tensors; those of one are strangers to another.
-        buffers: those of the panels, which are kept.
+        workspace: of the panels, whose buffers are counted too and kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workspace: Workspace | None = None) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.buffers: dict[Any, Tensor] = {}
+        self.workspace = workspace or Workspace()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._seen: set[int] = set()
         self._transient: dict[Any, int] = {}
@@ -138,5 +144,5 @@ def _signature(arg: Any) -> Any:
 @contextmanager
 def traced(live: LiveBytes) -> Iterator[None]:
     """Within, tensors are fake, and those made are counted in ``live``. Real ones that are used become fake."""
-    with own_buffers(live.buffers), live.fake, live:
+    with use_workspace(live.workspace), live.fake, live:
         yield

@@ -17,7 +17,7 @@ from mebp_triton.blocks.mlp_chunks import chunk_mlp
 from mebp_triton.blocks.options import Granularity
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.cross_entropy import VOCABULARY_TILE
-from mebp_triton.kernels.panel import PANEL_ELEMENTS_DEFAULT, cpu_panels
+from mebp_triton.kernels.panel import CPU_ELEMENTS, GPU_ELEMENTS, Workspace
 from mebp_triton.kernels.tables import DTYPES as COMPUTE_DTYPES
 from mebp_triton.layers.int4_module import Int4Table
 from mebp_triton.layers.lora_config import LoraConfig
@@ -120,10 +120,11 @@ class TracedModel:
         others = list(stack[self.depth :])
         del stack[self.depth :]
         self.stack, self.path = stack, path
-        self.live = LiveBytes()
+        # A device's panels are larger. Those of torch's own operations stand for its kernels' ones.
+        self.live = LiveBytes(Workspace(CPU_ELEMENTS if settings.device == "cpu" else GPU_ELEMENTS))
         self.results: dict[Any, Traced] = {}
         store: Any = ShapesOnly(inventory, "the model")
-        with self._tracing():
+        with traced(self.live):
             cpu = torch.device("cpu")
             builder = Builder(store, self.model, lora, cpu, self.dtype, torch.float32, "panel", settings.seed)
             replaced, self.head = builder.replace_modules()
@@ -143,18 +144,11 @@ class TracedModel:
         self.model.train()
         self.base = self.live.live
 
-    @contextmanager
-    def _tracing(self) -> Iterator[None]:
-        # A device's panels are larger. Those of torch's own operations then stand for its kernels' ones.
-        elements = None if self.settings.device == "cpu" else PANEL_ELEMENTS_DEFAULT
-        with cpu_panels(elements), traced(self.live):
-            yield
-
     def run(self, granularity: Granularity, checkpoints: Residency, chunk: int) -> Traced:
         """One step."""
         key = granularity, checkpoints, chunk
         if key not in self.results:
-            with self._chunked(chunk), self._tracing():
+            with self._chunked(chunk), traced(self.live):
                 self.results[key] = self._step(granularity, checkpoints)
         return self.results[key]
 
