@@ -1,4 +1,4 @@
-"""docs/architecture.md names files, classes and functions that exist, and draws the rooms in their order."""
+"""Documents name files that exist; docs/architecture.md also classes and functions, and the rooms in their order."""
 
 import ast
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = runpy.run_path(str(ROOT / "tests" / "test_floors.py"))["FLOORS"]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
+TOP = "autotune|bench|docs|kernels|mebp_triton|tests"
 # Paths in backticks: `kernels/`, `store/pages.py`, `store/pages.py::MappedPages`.
 NAMED = sorted(set(re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)(?:::([\w.]+))?`", PAGE)))
 
@@ -40,6 +41,15 @@ def test_every_named_file_class_and_function_exists():
         place = find(path)
         if place is None or (name and name not in names_in(place)):
             missing.append((path, name))
+    assert not missing
+
+
+def test_every_document_names_paths_that_exist():
+    missing = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for path in re.findall(rf"`((?:{TOP})/[\w./-]*)[:`]", page.read_text()):
+            if "NAME" not in path and not (ROOT / path).exists():
+                missing.append((page.name, path))
     assert not missing
 
 
