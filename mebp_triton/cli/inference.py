@@ -12,8 +12,8 @@ from typing import Any
 
 import transformers
 
-from mebp_triton.data.chat import Masking
 from mebp_triton.data.loading import load_data
+from mebp_triton.data.masking import Masking
 from mebp_triton.data.sources import check_source
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.tables import DTYPES

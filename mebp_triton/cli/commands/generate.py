@@ -117,11 +117,11 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     """``input_ids`` and ``attention_mask`` of the prompt, ``[1, tokens]`` each."""
     import torch
 
-    from mebp_triton.data.text import encode, opened, opening
+    from mebp_triton.data.text import encode, opening, with_opening
     from mebp_triton.system.foreign_errors import one_line
 
     if not chat:
-        ids = torch.tensor([opened(encode(tokenizer, prompt), opening(tokenizer))])
+        ids = torch.tensor([with_opening(opening(tokenizer), encode(tokenizer, prompt))])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: generate without --chat")

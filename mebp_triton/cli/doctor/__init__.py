@@ -1,1 +1,1 @@
-"""``mebp doctor``: findings about this machine, and advice that follows from them."""
+"""What ``mebp doctor`` finds on this machine, and what it advises."""

