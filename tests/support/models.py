@@ -13,6 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mebp_triton.convert.quantize import quantize
 from mebp_triton.kernels.reference import decode
+from mebp_triton.layers.lora_config import LoraConfig
+from mebp_triton.models.adapter import PREFIX, adapter_layers, adapter_tensors
+from mebp_triton.models.load import load
 from mebp_triton.store.reader import Store
 
 COMMON: dict[str, Any] = {
@@ -156,8 +159,6 @@ def peft_model(store: Path, model: Any, dtype: torch.dtype = torch.float32, **lo
     """``decoded_model`` under PEFT, with the adapter values of ``model`` (ours)."""
     import peft
 
-    from mebp_triton.models.adapter import adapter_tensors
-
     tensors = adapter_tensors(model)
     targets = sorted({name.split(".")[-3] for name in tensors})
     config = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **lora)
@@ -191,6 +192,23 @@ def batch(rows: int = 2, length: int = 20, padding: str | None = "right", seed: 
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
 
 
+def loaded(store: Path, lora: dict[str, Any] | None = None, **options: Any) -> Any:
+    """Our model of ``store``, with an adapter whose B is not zero; ``options`` are ``load``'s."""
+    model = load(store, LoraConfig(**({"r": 4, "lora_alpha": 8} | (lora or {}))), **options)
+    randomize_adapter(model)
+    return model
+
+
+def assert_same(ours: dict[str, Any], truth: dict[str, Any], tolerance: float = 0.0) -> None:
+    """The same gradients exist, none of which is zero, and they are equal: to the bit without a tolerance."""
+    assert ours.keys() == truth.keys() and any(grad is not None for grad in truth.values())
+    for name, grad in truth.items():
+        assert (ours[name] is None) == (grad is None), name
+        if grad is not None:
+            assert grad.norm() > 0, f"{name}: a zero gradient compares nothing"
+            assert torch.equal(ours[name], grad) or relative_rms(ours[name], grad) <= tolerance > 0, name
+
+
 def relative_rms(ours: torch.Tensor, truth: torch.Tensor) -> float:
     norm = truth.double().norm()
     return float((ours.double() - truth.double()).norm() / norm) if norm > 0 else float(ours.double().norm())
@@ -206,13 +224,11 @@ def peft_gradients(wrapped: Any) -> dict[str, torch.Tensor]:
 
 
 def our_gradients(model: Any) -> dict[str, torch.Tensor | None]:
-    from mebp_triton.models.adapter import PREFIX, adapter_layers
-
-    found = {}
+    gradients = {}
     for name, layer in adapter_layers(model).items():
-        found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.grad
-        found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.grad
-    return found
+        gradients[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.grad
+        gradients[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.grad
+    return gradients
 
 
 def step(model: Any, seed: int = 0, **examples: Any) -> dict[str, torch.Tensor | None]:
