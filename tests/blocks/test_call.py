@@ -1,10 +1,9 @@
-"""What blocks hand on beside their hidden state: by dictionaries and lists with its gradient, otherwise not at all."""
+"""Arguments as leaves, and what blocks pass on beside their hidden state in dictionaries and lists."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import warnings
 import weakref
 from collections import UserDict
 from typing import Any
@@ -13,7 +12,9 @@ import pytest
 import torch
 from models import relative_rms
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from mebp_triton.blocks.call import Arguments, Call, map_caches
 from mebp_triton.blocks.engine import BlockEngine
 
 
@@ -134,69 +135,37 @@ def test_nothing_stays_behind_after_a_step() -> None:
     assert seen and all(reference() is None for reference in seen)
 
 
-class Holder:
-    pass
+# --- alone ----------------------------------------------------------------------------------------------------------
 
 
-class Leaving(nn.Module):
-    """Leaves ``key`` wherever ``where`` says."""
-
-    def __init__(self, where: str, shared: nn.Module) -> None:
-        super().__init__()
-        self.where, self.key, self.module = where, nn.Linear(6, 6), nn.Linear(6, 6)
-        if where == "shared":
-            self.module = shared
-
-    def forward(self, hidden_states: Tensor, thing: Any) -> Tensor:
-        key = self.key(hidden_states)
-        kept = key if self.where != "plain" else key.detach()
-        if self.where in ("object", "plain"):
-            thing.states = {"key": [kept]}
-        elif self.where == "nested":
-            thing["lists"].append(kept)
-        else:
-            self.module.state = (kept,)
-        return hidden_states + self.module(key)
+def test_arguments_are_taken_apart_and_put_together_with_other_leaves() -> None:
+    a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
+    shared = {"k": [b, "text"]}
+    arguments = Arguments((a, 3, (c,)), {"shared": shared, "flag": None})
+    assert any(leaf is b for leaf in arguments.leaves) and arguments.containers == [shared]
+    other = [2 * leaf if isinstance(leaf, Tensor) else leaf for leaf in arguments.leaves]
+    call = arguments.call(other)
+    assert torch.equal(call.args[0], 2 * a) and call.args[1] == 3 and torch.equal(call.args[2][0], 2 * c)
+    assert call.kwargs["flag"] is None and call.kwargs["shared"] is not shared
+    assert torch.equal(call.kwargs["shared"]["k"][0], 2 * b) and shared["k"][0] is b
+    holder = object()
+    again = Arguments((a, holder), {"shared": shared}).objects(call)
+    assert again[0] is call.kwargs["shared"] and again[1] is holder and len(again) == 2
 
 
-def leaving(where: str) -> tuple[nn.ModuleList, Any]:
-    torch.manual_seed(0)
-    shared = nn.Linear(6, 6)
-    blocks = nn.ModuleList(Leaving(where, shared) for _ in range(2)).double()
-    BlockEngine(blocks)
-    return blocks, {"lists": []} if where == "nested" else Holder()
+def test_a_call_sees_what_is_written_and_nothing_else() -> None:
+    kept, replaced = torch.ones(1), torch.ones(2)
+    mapping, items = {"kept": kept, "replaced": replaced}, [1, 2]
+    call = Call((), {}, [mapping, items])
+    mapping["replaced"], mapping["new"], items[1] = torch.ones(2), 5, 7
+    written = call.written()
+    assert written == [{"replaced": mapping["replaced"], "new": 5}, {1: 7}]
+    other = Call((), {}, [{}, [0, 0]])
+    other.write(written)
+    assert other.containers == [{"replaced": mapping["replaced"], "new": 5}, [0, 7]]
 
 
-def step(blocks: nn.ModuleList, thing: Any) -> None:
-    blocks[1](blocks[0](X, thing), thing).sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("where", "message"),
-    [
-        ("object", "block 1 leaves a tensor in its argument Holder without its gradient"),
-        ("nested", "block 1 leaves a tensor in its argument dict without its gradient"),
-        ("shared", "block 1 leaves a tensor in module.state without its gradient"),
-    ],
-)
-def test_what_is_left_elsewhere_for_others_is_refused(where: str, message: str) -> None:
-    blocks, thing = leaving(where)
-    with pytest.raises(ValueError, match=message):
-        step(blocks, thing)
-
-
-def test_a_state_of_the_blocks_own_is_warned_of_once() -> None:
-    blocks, thing = leaving("own")
-    with pytest.warns(UserWarning, match=r"block 0 leaves a tensor in module\.state"):
-        step(blocks, thing)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        step(blocks, thing)
-
-
-def test_what_has_no_gradient_may_be_left_anywhere() -> None:
-    blocks, thing = leaving("plain")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        step(blocks, thing)
-    assert isinstance(thing.states["key"][0], Tensor)
+def test_caches_are_replaced_wherever_they_are() -> None:
+    cache, x = DynamicCache(), torch.ones(1)
+    args, kwargs = map_caches(lambda cache: "none", (x, cache), {"inner": (cache, 1), "shared": {"c": 2}})
+    assert args[0] is x and args[1] == "none" and kwargs == {"inner": ("none", 1), "shared": {"c": 2}}
