@@ -1,4 +1,4 @@
-"""Which list of modules is the model's stack of blocks."""
+"""Which list of modules is the model's stack of blocks, and who runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models import ARCHITECTURES, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mebp_triton.blocks.runner import find_blocks
+from mebp_triton.blocks.runner import BlockRunner, Counters, find_blocks, hidden_state, trainable_parameters
 
 PATHS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
 
@@ -34,7 +34,7 @@ class Made(nn.Module):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_of_real_architectures(architecture: str) -> None:
+def test_real_architectures(architecture: str) -> None:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(tiny_config(architecture))
     path, blocks = find_blocks(model)
@@ -43,14 +43,15 @@ def test_of_real_architectures(architecture: str) -> None:
 
 
 def test_under_peft() -> None:
-    model: Any = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(tiny_config("llama"))
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     path, blocks = find_blocks(wrapped)
     assert path == "base_model.model.model.layers" and blocks is model.model.layers
 
 
 def test_as_many_layers_as_heads_or_experts() -> None:
-    """A list of the same length inside the blocks lies deeper, and is not the stack."""
+    """A list of the same length inside the blocks lies deeper than the stack."""
     assert find_blocks(Made(4, model__layers=4, model__inner__experts=4))[0] == "model.layers"
 
 
@@ -88,3 +89,64 @@ def test_a_given_path_goes_before_the_rule() -> None:
 def test_wrong_paths(path: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"blocks='{path}' .*{message}|blocks='{path}' {message}"):
         find_blocks(Made(4, model__layers=4, empty=0), path)
+
+
+# --- the runner -----------------------------------------------------------------------------------------------------
+
+
+def test_counts_begin_again_when_they_are_taken() -> None:
+    counters = Counters(forward=3, identity=1)
+    assert counters.pop_counts() == {"forward": 3, "recompute": 0, "identity": 1, "checkpoint": 0}
+    assert counters == Counters()
+
+
+def run_twice(index: int, original: Any, x: torch.Tensor) -> torch.Tensor:
+    return (index + 1) * original(x)
+
+
+def test_blocks_are_run_by_the_runner_until_it_is_removed() -> None:
+    blocks = [nn.Identity(), nn.Identity()]
+    blocks[1].forward = own = lambda x: 10 * x  # type: ignore[method-assign,assignment]
+    runner = BlockRunner(blocks, run_twice)
+    x = torch.ones(1)
+    assert [block(x).item() for block in blocks] == [1, 20]
+    with pytest.raises(ValueError, match="have an engine already"):
+        BlockRunner(blocks, run_twice)
+    wrapped = blocks[0].forward
+    blocks[0].forward = lambda x: 5 + wrapped(x)  # type: ignore[method-assign,assignment]
+    assert blocks[0](x) == 6
+    runner.remove()
+    assert blocks[1].forward is own and blocks[0](x) == 6, "the wrapper of somebody else stays"
+    BlockRunner(blocks, run_twice).remove()
+
+
+def test_one_block_in_two_places_is_refused() -> None:
+    block = nn.Identity()
+    with pytest.raises(ValueError, match="one block stands in several places"):
+        BlockRunner([block, block], run_twice)
+
+
+def test_what_is_trainable() -> None:
+    block = nn.Linear(2, 2)
+    block.bias.requires_grad_(False)
+    assert BlockRunner([nn.Identity(), block], run_twice).trainable(1) == trainable_parameters(block) == [block.weight]
+
+
+def test_what_lies_below_the_lowest_trained_block() -> None:
+    runner = BlockRunner([nn.Identity() for _ in range(4)], run_twice)
+    assert not any(runner.is_below(index, False) for index in range(4)), "all are trained at first"
+    runner.treatment = lambda index: "train" if index in (1, 3) else "exact"
+    assert [runner.is_below(index, False) for index in range(4)] == [True, False, False, False]
+    assert runner.is_below(0, True), "nobody wants the gradient of the input"
+    runner.outer_parameters = [nn.Parameter(torch.ones(1), requires_grad=False)]
+    assert runner.is_below(0, True)
+    runner.outer_parameters[0].requires_grad_(True)
+    assert not runner.is_below(0, True) and runner.is_below(0, False)
+
+
+def test_the_hidden_state() -> None:
+    x, other = torch.ones(1), torch.ones(2)
+    assert hidden_state((x, other), {}) is x and hidden_state((), {"other": other, "hidden_states": x}) is x
+    for args, kwargs in (((), {"x": x}), ((None, x), {}), ((), {})):
+        with pytest.raises(ValueError, match="without its hidden state"):
+            hidden_state(args, kwargs)
