@@ -1,4 +1,4 @@
-"""Which rows a run takes when, and how those of a batch become tensors of one shape."""
+"""The order in which a run takes its rows, and batches as tensors of one shape."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tokenized import IGNORE_INDEX, Example, TokenizedData
 
 
 def evenly_spaced(data: Sized, count: int | None) -> list[int]:
-    """Indices ``i * total // count``: the same rows every time. All of them where ``count`` is None or larger."""
+    """The indices ``i * total // count``, the same every time; all indices where ``count`` is None or larger."""
     total = len(data)
     if count is None or count >= total:
         return list(range(total))
@@ -26,13 +26,13 @@ def evenly_spaced(data: Sized, count: int | None) -> list[int]:
 def collate(
     examples: Sequence[Example], pad_token_id: int | None, padding_side: Literal["left", "right"] = "right"
 ) -> dict[str, Tensor]:
-    """Pads to the longest row: ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` int64.
+    """Pads rows to the longest: ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` int64.
 
-    The mask and the labels come from positions, never from ids, so the pad id may be 0, the end-of-sequence token or
-    None (a tokenizer without one).
+    Mask and labels are made from positions, never from ids, so the pad id may be 0, the end-of-sequence token, or None
+    (a tokenizer without one).
 
-    Packed rows have ``position_ids`` in place of the mask: from positions that start again at 0, and only where no mask
-    is given, transformers knows the documents apart. Padding is a document of its own.
+    Packed rows have ``position_ids`` in place of the mask: transformers tells documents apart by positions that start
+    again at 0, and only where no mask is given. Padding is a document of its own.
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
@@ -53,20 +53,20 @@ def collate(
             own = (pads, example.position_ids) if start else (example.position_ids, pads)
             position_ids[row] = torch.cat(own)
         if start:
-            labels[row, start] = IGNORE_INDEX  # or the shift would train the row's first token, on a pad's output
-    told = {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
-    return {"input_ids": input_ids, **told, "labels": labels}
+            labels[row, start] = IGNORE_INDEX  # the shift would train the row's first token, from a pad's output
+    documents = {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
+    return {"input_ids": input_ids, **documents, "labels": labels}
 
 
 def valid_tokens(batch: Mapping[str, Tensor]) -> int:
-    """Label positions that count after the causal shift: the loss's divisor."""
+    """The number of labels that count after the causal shift: the divisor of the loss."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """A permutation of ``range(count)`` that depends on nothing but the arguments.
 
-    Sorted raw bits: numpy promises those streams across its versions, and those of ``permutation`` it does not.
+    It comes from sorting raw bits: numpy keeps that stream from version to version, unlike that of ``permutation``.
     """
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
@@ -75,7 +75,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def batches_per_epoch(count: int, batch_size: int) -> int:
-    """Batches that cover ``count`` rows, a last partial one included."""
+    """The number of batches that cover ``count`` rows; the last may be a partial one."""
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
     return -(-count // batch_size)
@@ -84,7 +84,7 @@ def batches_per_epoch(count: int, batch_size: int) -> int:
 def batches(
     data: TokenizedData, batch_size: int, seed: int, *, start_batch: int = 0, epochs: int | None = None
 ) -> Iterator[list[Example]]:
-    """Batches epoch after epoch, each epoch in its own order; without end where ``epochs`` is None.
+    """Yields batches, epoch after epoch, each in its own order; without end where ``epochs`` is None.
 
     ``start_batch=k`` gives exactly the batches k, k+1, ... of a run that started at 0.
     """

@@ -1,101 +1,95 @@
-"""Chat messages: rendered by the tokenizer's template, and masked by who speaks."""
+"""Chat messages as tokens: rendered by the tokenizer's template, and masked by who speaks.
+
+A template is a program that writes a text, so where a turn lies in it must be found out. If the template marks the
+assistant's turns by ``{% generation %}``, transformers tells their tokens. If not, a conversation is rendered again and
+again, each time with one more turn: what a turn adds is its text. That holds for templates that write earlier turns in
+the same way whatever follows; others are refused.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .text import encode
+from .masking import Masking
+from .text import encode, split_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-from .text import split_prompt
+Message = dict[str, Any]
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-@dataclass(frozen=True)
-class Masking:
-    """What of a row enters the loss; the names are TRL's.
-
-    Attributes:
-        completion_only_loss: of ``prompt`` + ``completion`` the completion only. None: so, where a row has them. True:
-            every row must. False: the prompt too.
-        assistant_only_loss: of chat messages the assistant's turns only. Every row must be of messages.
-    """
-
-    completion_only_loss: bool | None = None
-    assistant_only_loss: bool = False
-
-    def check_text(self) -> None:
-        """ValueError where plain text, which has no parts, cannot be masked as wanted."""
-        if self.completion_only_loss:
-            raise ValueError("completion_only_loss needs 'prompt' and 'completion', and this is text: leave it out")
-        if self.assistant_only_loss:
-            raise ValueError("assistant_only_loss needs chat messages, and this is text: leave it out")
-
-
-# --- chat -----------------------------------------------------------------------------------------------------------
-
-
 def chat_row(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: list[dict[str, Any]],
-    answer: list[dict[str, Any]],
+    prompt: list[Message],
+    answer: list[Message],
     row: dict[str, Any],
     masking: Masking,
 ) -> tuple[list[int], bytes]:
-    """Ids and mask of a conversation, of which ``prompt`` (perhaps nothing) is masked unless masking says otherwise."""
+    """Tokenizes a conversation.
+
+    Args:
+        prompt: the messages that are given, perhaps none. They are masked unless ``masking`` says otherwise.
+        answer: the messages that follow.
+        row: where the messages come from, with ``tools`` for the template, if any.
+
+    Returns:
+        The ids, and for each a byte: 1 if it is trained, 0 if it is masked.
+
+    Raises:
+        ValueError: the template refuses the messages, or does not let its turns be told apart.
+    """
     messages = prompt + answer
     whole = _render(tokenizer, messages, row)
-    opening = ""
-    if prompt:
-        found = _opening(tokenizer, prompt, row, whole)
-        if found is None:
-            raise ValueError(
-                "the chat template writes 'prompt' differently when 'completion' follows; give both as strings"
-            )
-        opening = found
-    first = 0 if masking.completion_only_loss is False else len(opening)
+    prompt_text: str | None = _prompt_text(tokenizer, prompt, row, whole) if prompt else ""
+    if prompt_text is None:
+        raise ValueError(
+            "the chat template writes 'prompt' differently when 'completion' follows; give both as strings"
+        )
+    first = 0 if masking.completion_only_loss is False else len(prompt_text)
     if not masking.assistant_only_loss:
         spans = [(first, len(whole))]
     elif GENERATION.search(_template(tokenizer, row)):
-        return _marked(tokenizer, messages, row, whole, whole[:first])
+        return _marked_tokens(tokenizer, messages, row, whole, whole[:first])
     else:
         spans = _assistant_spans(tokenizer, messages, row, whole)
     spans = [(max(start, first), stop) for start, stop in spans if stop > first]
-    return _tokens(tokenizer, whole, spans, cuts={len(opening)})
+    return _span_tokens(tokenizer, whole, spans, cuts={len(prompt_text)})
 
 
-def _opening(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], row: dict[str, Any], whole: str
+def _prompt_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], row: dict[str, Any], whole: str
 ) -> str | None:
-    """What ``whole`` begins with before an answer to ``messages``; None where it does not begin with them."""
-    for header in (True, False):  # the header that opens the answer is given at inference, so it is part of the prompt
-        opening = _render(tokenizer, messages, row, add_generation_prompt=header)
-        if whole.startswith(opening):
-            return opening
+    """The part of ``whole`` that comes before an answer to ``messages``; None where ``whole`` begins otherwise.
+
+    The header that opens an answer counts as part of it: at inference the template writes it, and not the model.
+    """
+    for header in (True, False):
+        text = _render(tokenizer, messages, row, add_generation_prompt=header)
+        if whole.startswith(text):
+            return text
     return None
 
 
 def _assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], row: dict[str, Any], whole: str
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], row: dict[str, Any], whole: str
 ) -> list[tuple[int, int]]:
-    """Where in ``whole`` the assistant's turns stand, by what each adds to the conversation before it."""
+    """Where the assistant's turns begin and end in ``whole``, found by what each adds to the turns before it."""
     spans = []
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         after = whole if place + 1 == len(messages) else _render(tokenizer, messages[: place + 1], row)
-        if not whole.startswith(after):  # perhaps for the end-of-sequence token that closes the conversation (Phi-3)
+        if not whole.startswith(after):  # some templates (Phi-3) close any conversation by an end-of-sequence token
             after = after.removesuffix(tokenizer.eos_token or "")
         if place:
-            before = _opening(tokenizer, messages[:place], row, whole)
+            before = _prompt_text(tokenizer, messages[:place], row, whole)
         else:
-            before = _before_first(tokenizer, message, row, after)
+            before = _text_before_first_answer(tokenizer, message, row, after)
         if before is None or not whole.startswith(after) or len(before) >= len(after):
             raise ValueError(
                 f"the chat template writes message {place + 1}, or those before it, differently when others follow, "
@@ -106,12 +100,14 @@ def _assistant_spans(
     return spans
 
 
-def _before_first(
-    tokenizer: PreTrainedTokenizerBase, message: dict[str, Any], row: dict[str, Any], turn: str
+def _text_before_first_answer(
+    tokenizer: PreTrainedTokenizerBase, message: Message, row: dict[str, Any], turn: str
 ) -> str | None:
-    """What stands in ``turn`` before the answer that begins a conversation: up to the header, or to the answer itself.
+    """The part of ``turn``, a conversation's first and the assistant's, that comes before the answer.
 
-    A header is what the template adds where an answer to anything is wanted. None where neither is found.
+    No turns before it can be rendered. But the template's header for an answer is known: it is what the template adds
+    to any question where an answer is wanted. The answer begins behind it; where the turn has no header, it begins
+    where its content does. None where neither is found.
     """
     question = [{"role": "user", "content": "?"}]
     asked, wanted = (_render(tokenizer, question, row, add_generation_prompt=header) for header in (False, True))
@@ -122,15 +118,15 @@ def _before_first(
     return None
 
 
-def _marked(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], row: dict[str, Any], whole: str, masked: str
+def _marked_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], row: dict[str, Any], whole: str, masked: str
 ) -> tuple[list[int], bytes]:
-    """Ids and mask by the template's own marks; ``masked``: a beginning that is not trained whatever they say."""
+    """Ids and mask by the template's own marks. ``masked`` is the beginning of the text that is not trained anyway."""
     if not tokenizer.is_fast:
         raise ValueError(
             "assistant_only_loss by a template's {% generation %} needs a fast tokenizer, and this is none"
         )
-    found: Any = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         messages,
         tools=_tools(row),
         tokenize=True,
@@ -138,7 +134,7 @@ def _marked(
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"verbose": False},
     )
-    ids, trained = list(found["input_ids"]), bytes(found["assistant_masks"])
+    ids, trained = list(encoded["input_ids"]), bytes(encoded["assistant_masks"])
     if ids != encode(tokenizer, whole):
         raise ValueError("the tokenizer gives a conversation other ids than its text: leave out assistant_only_loss")
     head = encode(tokenizer, masked)
@@ -149,13 +145,16 @@ def _marked(
     return ids, b"\0" * len(head) + trained[len(head) :]
 
 
-def _tokens(
+def _span_tokens(
     tokenizer: PreTrainedTokenizerBase, whole: str, spans: list[tuple[int, int]], cuts: set[int]
 ) -> tuple[list[int], bytes]:
-    """Ids of ``whole`` with no token across an end of a span or a cut, each trained if it lies in a span."""
+    """The ids of ``whole``, each trained if it lies in a span; no token lies across a cut, or an end of a span.
+
+    At inference the text up to a cut is tokenized alone, and the model goes on from there: so are the parts here.
+    """
     places = sorted((cuts | {place for span in spans for place in span}) - {0, len(whole)})
     parts, text = [], whole
-    for place in reversed(places):
+    for place in reversed(places):  # from the end, so that each part is read off the longest text before it
         _, rest = split_prompt(tokenizer, text[:place], text)
         parts.append(rest)
         text = text[:place]
@@ -167,7 +166,8 @@ def _tokens(
     return ids, trained
 
 
-def messages_of(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def messages_of(row: dict[str, Any], key: str) -> list[Message]:
+    """The messages under ``key``, each with a content. ValueError where they are none."""
     messages = row[key]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"'{key}' must be a list of messages, not empty, got {shown(messages)}")
@@ -177,18 +177,19 @@ def messages_of(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise ValueError(f"the 'content' of a message of '{key}' must be a string, got {shown(content)}")
-    # Templates add it to a string, Arrow leaves None out, and so does transformers.
+    # A message of tool calls may have no content. Templates add it to a string, so it becomes an empty one.
     return [message | {"content": message.get("content") or ""} for message in messages]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:
+    """The tokenizer's chat template. ValueError where it has none."""
     if not tokenizer.chat_template:
         raise ValueError("chat messages, but the tokenizer has no chat template; set one, or give strings")
     return tokenizer.get_chat_template(None, _tools(row))
 
 
 def _tools(row: dict[str, Any]) -> Any:
-    """The row's tools; as JSON in a string where a column must be of one type."""
+    """The row's tools. They may be JSON in a string, since a column of a table has one type."""
     tools = row.get("tools")
     if not isinstance(tools, str):
         return tools
@@ -200,15 +201,16 @@ def _tools(row: dict[str, Any]) -> Any:
 
 def _render(
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
+    messages: list[Message],
     row: dict[str, Any],
     add_generation_prompt: bool = False,
 ) -> str:
+    """The text of a conversation; ``add_generation_prompt`` adds the header that opens an answer."""
     from jinja2 import TemplateError
 
     _template(tokenizer, row)
     try:
-        # Rendered to text and tokenised by encode: transformers 4 and 5 return ids in different containers.
+        # As a text, which ``encode`` tokenizes: transformers 4 and 5 return ids in different containers.
         text = tokenizer.apply_chat_template(
             messages,
             tools=_tools(row),
@@ -216,7 +218,7 @@ def _render(
             tokenize=False,
             return_dict=False,
         )
-    except Exception as error:  # a template is a program, and may end as one does
+    except Exception as error:  # a template is a program, and may raise anything
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split())
         raise ValueError(f"the chat template refuses the messages ({kind}{reason:.300}); change the row") from error
@@ -225,4 +227,5 @@ def _render(
 
 
 def shown(value: Any) -> str:
+    """A value in an error message: its type, and how it begins."""
     return f"{type(value).__name__} {value!r:.60}"

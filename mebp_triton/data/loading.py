@@ -1,13 +1,13 @@
-"""From a file, or what else holds rows, to ``TokenizedData``."""
+"""Tokenizes a file: ``load_data`` is what the rest of the package calls."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .chat import Masking
+from .masking import Masking
 from .rows import tokenize_row
-from .sources import Broken, check_source, rows
+from .sources import BrokenRow, check_source, rows
 from .text import opening, windows
 from .tokenized import RowWriter, TokenizedData
 
@@ -24,18 +24,18 @@ def load_data(
     masking: Masking | None = None,
     scratch: Path | None = None,
 ) -> TokenizedData:
-    """Tokenises a file, row by row.
+    """Tokenizes a file, row by row.
 
     Args:
         path: see ``check_source``; text is UTF-8.
-        tokenizer: the model's. Text, ``text`` and string ``prompt`` rows begin as it begins a text (with BOS, where it
-            adds one); the end-of-sequence token closes a ``text`` or string ``completion`` row. What chat messages
+        tokenizer: the model's. Text, ``text`` rows and ``prompt`` strings begin as it begins a text (with BOS, where it
+            adds one); the end-of-sequence token closes a ``text`` row and a ``completion`` string. What chat messages
             need is up to the chat template.
         max_length: tokens; longer rows are cut, text is cut into windows of this length.
-        name: what error messages call the file; "validation-file" takes that split of a directory.
-        masking: what enters the loss; by default ``Masking()``.
-        scratch: a directory in which a temporary file takes the tokens, so that they are no resident memory. It has no
-            name, and is gone with the process. None keeps them in memory. The rows are the same.
+        name: the file's name in error messages; "validation-file" takes that split of a directory.
+        masking: which tokens enter the loss; by default ``Masking()``.
+        scratch: a directory for a temporary file that takes the tokens, so that they are no resident memory. It has no
+            name, and the system removes it with the process. None keeps them in memory. The rows are the same.
 
     Raises:
         ValueError: the file cannot be read, is not what its suffix says, or holds nothing to train on.
@@ -72,19 +72,19 @@ def _add_text(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
 
 
 def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter, masking: Masking, where: str) -> None:
-    found, head = rows(path), opening(tokenizer)
+    numbered, head = rows(path), opening(tokenizer)
     while True:
         try:
-            number, row = next(found)
+            number, row = next(numbered)
         except StopIteration:
             return
-        except Broken as error:
+        except BrokenRow as error:
             raise ValueError(f"{where}:{error.number}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         try:
             writer.add(*tokenize_row(tokenizer, row, masking, head))
-        except UnicodeError as error:  # the file's bytes are UTF-8: JSON can spell what is no text
+        except UnicodeError as error:  # the file is UTF-8, but JSON's escapes can spell what is no text
             raise ValueError(f"{where}:{number}: half a surrogate pair is no text ({error}); remove it") from error
         except ValueError as error:
             raise ValueError(f"{where}:{number}: {error}") from error

@@ -1,8 +1,8 @@
-"""Several rows in one, so that no step computes padding; none of them sees another.
+"""Several rows in one, so that less padding is computed; none of them sees another.
 
 Rows are put together by best-fit decreasing: the longest first, each where the least room is left. A packed row's
-``position_ids`` start again at 0 with each document, from which transformers (4.53 and later) makes an attention mask
-of one causal block a document. A document's first token is predicted by nothing, as if it stood alone.
+``position_ids`` start again at 0 with each document. From them transformers (4.53 and later) makes an attention mask
+with a causal block for each document. Nothing predicts a document's first token, as if it stood alone.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from .tokenized import IGNORE_INDEX, Example, TokenizedData
 
 
 def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which rows go together: row ``i`` of the packing is ``members[bounds[i] : bounds[i + 1]]``.
+    """Decides which rows go together: packed row ``i`` has the rows ``members[bounds[i] : bounds[i + 1]]``.
 
     Args:
-        lengths: of the rows, each at most ``capacity``.
+        lengths: tokens of each row, at least 2 and at most ``capacity``.
+        capacity: tokens of a packed row.
 
     Returns:
         members: a permutation of the rows' indices. bounds: where each packed row begins, and the end.
     """
     order = np.argsort(-lengths, kind="stable")
-    place = np.empty(len(lengths), np.int64)  # of the row at that place of the order
+    place = np.empty(len(lengths), np.int64)  # the packed row of each row, in that order
     open_rows: dict[int, list[int]] = {}  # packed rows by the room that is left in them
-    rooms, count = 0, 0  # bit r of rooms: there is one with room r
+    # Bit r of rooms says that a packed row has room r: the lowest bit from ``length`` on is the best fit.
+    rooms, count = 0, 0
     for index, length in enumerate(lengths[order].tolist()):
         fitting = rooms >> length
         if fitting:
@@ -52,7 +54,7 @@ def best_fit_decreasing(lengths: NDArray[np.int64], capacity: int) -> tuple[NDAr
 
 
 class PackedData(TokenizedData):
-    """``data``'s rows, several in one. ``len`` and ``[i]`` are those of packed rows."""
+    """The rows of ``data``, several in one; ``len`` and ``[i]`` count packed rows."""
 
     def __init__(self, data: TokenizedData, max_length: int) -> None:
         self.members, self.bounds = best_fit_decreasing(np.diff(data.offsets), max_length)
@@ -68,7 +70,7 @@ class PackedData(TokenizedData):
         inside = self.members[self.bounds[index] : self.bounds[index + 1]]
         documents = [self.row(int(member)) for member in inside]
         for document in documents:
-            document.labels[0] = IGNORE_INDEX  # or the shift would train it on the output of the document before
+            document.labels[0] = IGNORE_INDEX  # the shift would train it, from the output of the document before
         return Example(
             torch.cat([document.input_ids for document in documents]),
             torch.cat([document.labels for document in documents]),
@@ -80,7 +82,7 @@ class PackedData(TokenizedData):
 
 
 def pack(data: TokenizedData, max_length: int) -> PackedData:
-    """Rows of at most ``max_length`` tokens. ValueError where one of ``data`` is longer."""
+    """Packs ``data`` into rows of at most ``max_length`` tokens. ValueError where one of its rows is longer."""
     longest = int(np.diff(data.offsets).max())
     if longest > max_length:
         raise ValueError(
@@ -90,13 +92,13 @@ def pack(data: TokenizedData, max_length: int) -> PackedData:
 
 
 def check_packing(model: Any) -> None:
-    """Sees by a gradient that ``model`` keeps the documents of a packed row apart: one step over eight tokens.
+    """Checks by a gradient that ``model`` keeps the documents of a packed row apart: one pass over eight tokens.
 
-    The loss of the second document must not depend on the first: its gradient there is exactly zero, since attention
-    that is masked has the weight 0.
+    The loss of the second document must not depend on the first. So its gradient there must be exactly zero, since
+    masked attention has the weight 0.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the documents are not kept apart.
     """
     kind = model.config.model_type
     advice = f"train models of type {kind} without packing"

@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a directory with a file per split, or a dataset that ``save_to_disk`` wrote."""
+"""Rows from files: from one file, a directory with a file per split, or a dataset that ``save_to_disk`` wrote."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from typing import Any
 
 from mebp_triton.system import strict_json
 
+from .rows import COLUMNS
+
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 WANTED = "a .txt, .jsonl or .parquet file"
-# What a split is called in a directory, by what the file is for.
+# The names of the split in a directory, by what the file is for.
 SPLITS = {"train-file": ("train",), "validation-file": ("validation", "valid")}
-DATASET, DATASETS = "dataset_info.json", "dataset_dict.json"  # of datasets' save_to_disk: one dataset, several splits
+# What datasets' save_to_disk writes beside one dataset, and beside several splits.
+DATASET, DATASETS = "dataset_info.json", "dataset_dict.json"
 BATCH_ROWS = 256
 
 
 def check_source(path: str | Path, name: str = "train-file") -> Path:
-    """The file, or the directory of a saved dataset, that ``path`` means.
+    """Finds the file, or the directory of a saved dataset, that ``path`` means.
 
     Args:
         path: a ``.txt``, ``.jsonl`` or ``.parquet`` file; a directory that ``Dataset.save_to_disk`` or
             ``DatasetDict.save_to_disk`` wrote; or a directory with ``train.jsonl`` and ``valid.jsonl`` (or of the other
             suffixes, or ``validation``).
-        name: "train-file" or "validation-file": which split of a directory is meant, and what errors call it.
+        name: "train-file" or "validation-file": the split of a directory that is meant, and the name in errors.
 
     Raises:
         ValueError: there is no such thing.
@@ -44,32 +47,35 @@ def check_source(path: str | Path, name: str = "train-file") -> Path:
 
 
 def _split(directory: Path, names: tuple[str, ...], where: str) -> Path:
-    """The one entry of ``directory`` that is called by one of ``names``."""
+    """The one entry of ``directory`` that has one of ``names``, without its suffix."""
     saved = (directory / DATASETS).is_file()
     entries = [name if saved else f"{name}{suffix}" for name in names for suffix in SUFFIXES[: 1 if saved else None]]
-    found = [directory / entry for entry in entries if (directory / entry).exists()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        both = " and ".join(path.name for path in found)
+    paths = [directory / entry for entry in entries if (directory / entry).exists()]
+    if len(paths) == 1:
+        return paths[0]
+    if paths:
+        both = " and ".join(path.name for path in paths)
         raise ValueError(f"{where}: is a directory with {both}; name the one that is meant")
     kind = "with saved datasets" if saved else "and no saved dataset"
     raise ValueError(f"{where}: is a directory {kind}, without {' or '.join(entries)}; give {WANTED}")
 
 
 def rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of ``check_source``'s path, numbered from 1 (of a ``.jsonl`` file: by lines), one after the other.
+    """Reads the rows of a path that ``check_source`` returned, one after the other.
+
+    Yields:
+        The row's number, from 1 (in a ``.jsonl`` file, its line), and the row.
 
     Raises:
-        ValueError: it is broken; ``Broken`` where it is at a row.
+        ValueError: the file is broken; ``BrokenRow`` where it is known at which row.
     """
     if path.is_dir():
         return _dataset_rows(path)
     return {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[path.suffix.lower()](path)
 
 
-class Broken(ValueError):
-    """What is wrong with the row ``number``."""
+class BrokenRow(ValueError):
+    """A row cannot be read. ``load_data`` catches it, to name the file beside the row's number."""
 
     def __init__(self, number: int, problem: str) -> None:
         super().__init__(problem)
@@ -77,16 +83,16 @@ class Broken(ValueError):
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:  # bytes, since only \n ends a row: text mode would also cut at a lone \r
+    with path.open("rb") as file:  # as bytes, since only \n ends a row: text mode would also cut at a lone \r
         for number, line in enumerate(file, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     yield number, json.loads(text, object_pairs_hook=strict_json.no_duplicates)
             except UnicodeError as error:
-                raise Broken(number, f"not UTF-8 ({error}); convert the file") from error
+                raise BrokenRow(number, f"not UTF-8 ({error}); convert the file") from error
             except (ValueError, RecursionError) as error:
-                raise Broken(number, f"broken JSON ({error}); write one object a line") from error
+                raise BrokenRow(number, f"broken JSON ({error}); write one object a line") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -96,15 +102,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     except ImportError as error:
         raise ValueError("needs the pyarrow package; pip install 'mebp-triton[datasets]'") from error
 
-    from .rows import COLUMNS
-
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            known = [name for name in names if name in COLUMNS] or names  # not the embeddings beside them
-            for batch in file.iter_batches(BATCH_ROWS, columns=known, use_threads=False):
-                batch.validate(full=True)  # a bent offset would be followed out of the buffer
+            wanted = [name for name in names if name in COLUMNS] or names  # a table may have large columns beside them
+            for batch in file.iter_batches(BATCH_ROWS, columns=wanted, use_threads=False):
+                batch.validate(full=True)  # Arrow would follow a bent offset out of the buffer
                 for row in batch.to_pylist():
                     number += 1
                     yield number, _without_none(row)
@@ -121,15 +125,15 @@ def _dataset_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         _check_saved(path)
         dataset = datasets.load_from_disk(str(path)).with_format(None)  # all columns, as Python's own values
-        dataset.data.table.validate(full=True)  # a bent offset would be followed out of the file
+        dataset.data.table.validate(full=True)  # Arrow would follow a bent offset out of the file
         for number, row in enumerate(dataset, start=1):
             yield number, _without_none(row)
-    except Exception as error:  # datasets looks into its own JSON without a check
+    except Exception as error:  # datasets trusts its own JSON, and so may raise anything
         raise ValueError(f"cannot be read as a saved dataset ({_line(error)}); save it again") from error
 
 
 def _check_saved(path: Path) -> None:
-    """TypeError where a saved dataset names files outside of its directory, or none."""
+    """Raises TypeError where a saved dataset names no files, or one outside of its directory."""
     state = strict_json.read_json(path / "state.json")
     if not isinstance(state, dict) or not isinstance(state.get("_data_files"), list):
         raise TypeError("state.json names no data files")
@@ -140,11 +144,12 @@ def _check_saved(path: Path) -> None:
 
 
 def _line(error: Exception) -> str:
+    """An error in one line, with its kind."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _without_none(value: Any) -> Any:
-    """Without the keys that Arrow adds with None, since all its rows have the same ones."""
+    """The value without the keys whose value is None: Arrow gives all rows the same keys."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Rows of tokens in two flat arrays, in memory or in a scratch file, and what is to be said about them."""
+"""Rows of tokens in two flat arrays, in memory or in a scratch file, and a report of what became of a file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ CHECKSUM_CHUNK = 1 << 20  # elements
 
 @dataclass(frozen=True)
 class Example:
-    """One row, ``[T]`` each; ``labels`` are the ids (the model shifts them), -100 where nothing is trained.
+    """One row.
 
-    ``position_ids`` of a packed row start again at 0 with each of its documents; None where the row is one.
+    Attributes:
+        input_ids: ``[T]`` int64.
+        labels: ``[T]``, the ids again (the model shifts them), and -100 where nothing is trained.
+        position_ids: ``[T]`` for a packed row, where they start again at 0 with each document; otherwise None.
     """
 
     input_ids: Tensor
@@ -33,18 +36,18 @@ class Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a file became.
+    """What became of a file.
 
     Attributes:
-        rows: rows kept.
+        rows: rows that were kept.
         tokens: tokens in them.
-        trained_tokens: those that enter the loss: trained, and not a row's first, which nothing predicts.
+        trained_tokens: tokens that enter the loss: trained, and not the first of a row, which nothing predicts.
         truncated_rows: kept rows that were cut at the maximum length.
-        dropped_rows: rows left out because no token of theirs would enter the loss.
+        dropped_rows: rows that were left out because none of their tokens would enter the loss.
         masked_tokens: kept tokens that a mask keeps out of the loss: prompts, and turns that are not the assistant's.
         truncated_tokens: tokens that were cut off the truncated rows.
         converted_rows: kept rows that came as ShareGPT conversations or Alpaca instructions.
-        packed_rows: rows that the kept ones were packed into; 0 where they were not.
+        packed_rows: rows that the kept rows were packed into; 0 without packing.
         packed_length: the most tokens that a packed row may have.
     """
 
@@ -60,6 +63,7 @@ class DataReport:
     packed_length: int = 0
 
     def describe(self) -> str:
+        """The report in one line."""
         parts = [
             f"{self.rows:,} rows, {self.tokens:,} tokens ({self.trained_tokens:,} trained, "
             f"{self.masked_tokens:,} masked)",
@@ -75,10 +79,10 @@ class DataReport:
 
 
 class TokenizedData:
-    """Rows in two flat arrays, 5 bytes a token: lists of Python integers would take 8 to 36.
+    """Rows in two flat arrays, at 5 bytes a token: lists of Python integers would take 8 to 36.
 
-    Row ``i`` is ``ids[offsets[i] : offsets[i + 1]]``; ``trained`` has the same length as ``ids``. Arrays that lie in a
-    file are read row by row, and only ``offsets``, 8 bytes a row, is in memory.
+    Row ``i`` is ``ids[offsets[i] : offsets[i + 1]]``; ``trained`` says which of the ids are trained. Arrays in a file
+    are read row by row; only ``offsets``, 8 bytes a row, is in memory then.
     """
 
     def __init__(
@@ -99,7 +103,7 @@ class TokenizedData:
         return self.row(index)
 
     def row(self, index: int) -> Example:
-        """A row as it was read, also where ``self[index]`` is several of them."""
+        """A row of the file, also where ``self[index]`` is a packed row of several."""
         place = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         input_ids = torch.from_numpy(self.ids[place].astype(np.int64))
         return Example(input_ids, input_ids.masked_fill(torch.from_numpy(~self.trained[place]), IGNORE_INDEX))
@@ -110,7 +114,7 @@ class TokenizedData:
         return max((int(self.ids[start : start + CHECKSUM_CHUNK].max()) for start in steps), default=0)
 
     def checksum(self) -> int:
-        """CRC-32 of all rows and masks, by which a resumed run knows its data."""
+        """CRC-32 of all rows and masks, by which a resumed run recognises its data."""
         checksum = 0
         for flat in (self.ids, self.trained, self.offsets):
             for start in range(0, len(flat), CHECKSUM_CHUNK):
@@ -119,11 +123,11 @@ class TokenizedData:
 
 
 class RowWriter:
-    """Collects rows into growing flat arrays and counts what was cut or left out.
+    """Collects rows in growing flat arrays, and counts what is cut or left out.
 
     Args:
         max_length: tokens; longer rows are cut.
-        scratch: where a temporary file takes the arrays; None for memory.
+        scratch: a directory for a temporary file that takes the arrays; None keeps them in memory.
     """
 
     def __init__(self, max_length: int, scratch: Path | None = None):
@@ -154,6 +158,7 @@ class RowWriter:
         self.offsets.append(self.offsets[-1] + length)
 
     def finish(self) -> TokenizedData:
+        """Returns the rows, without copying them."""
         offsets = np.frombuffer(self.offsets, np.int64)
         report = DataReport(
             rows=len(offsets) - 1,
@@ -165,7 +170,6 @@ class RowWriter:
             truncated_tokens=self.cut_off,
             converted_rows=self.converted,
         )
-        # Views of the growing buffers, not copies.
         ids = self.ids if isinstance(self.ids, ScratchArray) else np.frombuffer(self.ids, np.int32)
         trained = self.trained if isinstance(self.trained, ScratchArray) else np.frombuffer(self.trained, np.bool_)
         return TokenizedData(ids, trained, offsets, report)

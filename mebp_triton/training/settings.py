@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mebp_triton.blocks.options import Granularity, Mode, Schedule, UnselectedUpdate
-from mebp_triton.data.chat import Masking
+from mebp_triton.data.masking import Masking
 from mebp_triton.kernels.names import Backend
 from mebp_triton.kernels.names import FloatName as Dtype
 from mebp_triton.layers.lora_config import LoraConfig

@@ -10,9 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from mebp_triton.data import text as text_module
 from mebp_triton.data.loading import load_data
-from mebp_triton.data.text import SPLIT_REGEXES, opened, opening
+from mebp_triton.data.text import SPLIT_REGEXES, opening, pieces, windows, with_opening
 
 
 @pytest.mark.parametrize("tail", [0, 1, 2, 7])
@@ -35,7 +34,7 @@ def test_txt_is_tokenised_whole_and_every_window_begins_as_the_tokenizer_begins_
     core.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="[BOS]")
     assert encode(tokenizer, "a\nb") == [1] and tokenizer("a\nb")["input_ids"] == [2, 1, 2]
-    assert opening(tokenizer) == [2] and opened(encode(tokenizer, "a\nb"), [2]) == [2, 1]
+    assert opening(tokenizer) == [2] and with_opening([2], encode(tokenizer, "a\nb")) == [2, 1]
     assert rows(load_data(write("x.txt", "a\nb a\nb"), tokenizer, 8)) == [([2, 1, 1], [2, 1, 1])]
     assert [ids for ids, _ in rows(load_data(write("x.txt", " ".join(["a\nb"] * 5)), tokenizer, 3))] == [
         [2, 1, 1],
@@ -52,11 +51,11 @@ def test_a_text_that_spells_its_beginning_gets_no_second_one():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|pad|>")
     assert opening(tokenizer) == [2]
     assert (
-        opened(encode(tokenizer, "<|pad|>cat"), [2])
-        == opened(encode(tokenizer, "cat"), [2])
+        with_opening([2], encode(tokenizer, "<|pad|>cat"))
+        == with_opening([2], encode(tokenizer, "cat"))
         == [2, *encode(tokenizer, "cat")]
     )
-    assert opened(encode(tokenizer, ""), [2]) == [2]
+    assert with_opening([2], encode(tokenizer, "")) == [2]
 
 
 def test_windows_with_no_room_beside_the_beginning(write):
@@ -113,15 +112,14 @@ def awkward_text(seed, length):
 
 
 @pytest.mark.parametrize("name", CUTTABLE)
-def test_txt_in_pieces_has_the_ids_of_the_whole(greedy, write, monkeypatch, name):
-    monkeypatch.setattr(text_module, "PIECE_CHARS", 1)
+def test_a_text_in_pieces_has_the_ids_of_the_whole(greedy, write, name):
     tokenizer = with_pre_tokenizer(greedy, *CUTTABLE[name])
     text = awkward_text(99, 20_000)
-    assert len(list(text_module._pieces(tokenizer, io.StringIO(text).read))) > 100
+    assert len(list(pieces(tokenizer, io.StringIO(text).read, 1))) > 100
     path = write("x.txt", text)
-    whole = encode(tokenizer, path.read_text(encoding="utf-8"))
-    data = load_data(path, tokenizer, 10**6)
-    assert data.ids.tolist() == whole
+    text = path.read_text(encoding="utf-8")  # which makes one newline of \r\n
+    found = windows(tokenizer, io.StringIO(text).read, 10**6, piece_chars=1)
+    assert [list(ids) for ids in found] == [encode(tokenizer, text)] == [load_data(path, tokenizer, 10**6).ids.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -141,10 +139,9 @@ def test_txt_in_pieces_has_the_ids_of_the_whole(greedy, write, monkeypatch, name
         (byte_level(), None, [AddedToken("Be")]),
     ],
 )
-def test_other_tokenisers_get_the_text_whole(greedy, monkeypatch, parts):
-    monkeypatch.setattr(text_module, "PIECE_CHARS", 1)
+def test_other_tokenizers_get_the_text_whole(greedy, parts):
     tokenizer = with_pre_tokenizer(greedy, *parts)
-    assert list(text_module._pieces(tokenizer, io.StringIO("a.\nB.\nB <x>").read)) == ["a.\nB.\nB <x>"]
+    assert list(pieces(tokenizer, io.StringIO("a.\nB.\nB <x>").read, 1)) == ["a.\nB.\nB <x>"]
 
 
 def test_byte_order_mark_is_no_text(tokenizer, write):

@@ -1,4 +1,4 @@
-"""Tokenizers and files for the tests of the data room."""
+"""Tokenizers, conversations and texts for the tests of the data room."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +18,8 @@ CHATML = (
 )
 QUESTION = [{"role": "user", "content": "What is two plus two?"}]
 ANSWER = [{"role": "assistant", "content": "four."}]
+TALK = [{"role": "system", "content": "Be short."}, *QUESTION, *ANSWER, {"role": "user", "content": "And three?"}]
+TALK += [{"role": "assistant", "content": "Five."}]
 
 
 def byte_bpe(chat_template=CHATML, **special):
@@ -41,6 +43,16 @@ def encode(tokenizer, text):
 def rows(data):
     """``(ids, labels)`` of every row, as lists."""
     return [(example.input_ids.tolist(), example.labels.tolist()) for example in data]
+
+
+def trained_text(tokenizer, labels):
+    """The stretches of a row that are trained, as texts."""
+    stretches, inside = [], False
+    for label in labels:
+        if label != -100:
+            stretches = [*stretches[:-1], [*stretches[-1], label]] if inside else [*stretches, [label]]
+        inside = label != -100
+    return [tokenizer.decode(stretch) for stretch in stretches]
 
 
 def text_data(tokenizer, write, tokens, max_length):
