@@ -1,21 +1,26 @@
-"""A store with a tokenizer, a text to train on, and a trainer: what the tests of whole runs share."""
+"""A store with a tokenizer, a text to train on, a trainer, and ways to look at a run: what tests of runs share."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
 from models import save_tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mebp_triton.convert.quantize import quantize
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.layers.lora_config import LoraConfig
+from mebp_triton.models.adapter import adapter_tensors
 from mebp_triton.models.load import load
 from mebp_triton.training.processes import ALONE
 from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory
@@ -101,3 +106,66 @@ def trainer(store: Path, data: TokenizedData, output: Path, resume: bool = False
     places: dict[str, Any] = {"weights": config.weights, "checkpoints": config.checkpoints}
     model = load(store, lora, seed=config.seed, scratch_directory=output, **places, **options)
     return Trainer(model, data, config, run, processes=processes)
+
+
+# --- looking at a run, and ending it --------------------------------------------------------------------------------
+
+# Whatever could make a resumed run differ: dropout, accumulation, a random selection, data of several epochs.
+DEMANDING: dict[str, Any] = {
+    "max_steps": 8,
+    "lora_dropout": 0.2,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 2,
+    "selection_mode": "identity",
+    "selection_schedule": "random",
+    "selected_ratio": 0.34,
+    "warmup_steps": 2,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.05,
+}
+# All of a line of metrics that two runs with the same numbers must share.
+NUMBERS = ("step", "loss", "token_accuracy", "tokens", "grad_norm", "learning_rate", "selected_blocks", "skipped")
+
+
+class Crash(BaseException):
+    """As if the process were killed."""
+
+
+def crash_at(step: int) -> Callable[[Any], None]:
+    """A callback for ``Trainer.train`` that ends the process's work after ``step``, before anything is written."""
+
+    def on_step(result: Any) -> None:
+        if result.step == step:
+            raise Crash
+
+    return on_step
+
+
+def resumed(store: Path, data: TokenizedData, output: Path, **settings: Any) -> Trainer:
+    """A new trainer that goes on from the checkpoint in ``output``."""
+    made = trainer(store, data, output, resume=True, **settings)
+    made.resume(made.run.checkpoint)
+    return made
+
+
+def metrics(made: Trainer, *names: str) -> list[tuple[Any, ...]]:
+    """The named values of every line of the run's metrics."""
+    return [tuple(row[name] for name in names) for row in made.run.read_metrics()]
+
+
+def adapter_of(made: Trainer) -> dict[str, Tensor]:
+    """A copy of the adapter's tensors."""
+    return {name: tensor.clone() for name, tensor in adapter_tensors(made.model).items()}
+
+
+def checkpoint_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors of all files of a checkpoint, by ``FILE/NAME``."""
+    files = {path.stem: safetensors.torch.load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
+    return {f"{file}/{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
+
+
+def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Fails where the names differ, or a bit of a tensor."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name

@@ -1,5 +1,7 @@
 """What the machine has, read from a made-up root: a Jetson, containers of both cgroup versions, a bare system."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -7,6 +9,7 @@ import pytest
 import torch
 from roots import plant
 
+from mebp_triton import __version__
 from mebp_triton.system import machine
 
 MIB = 1 << 20
@@ -116,3 +119,11 @@ def test_unified_memory_of_a_board_whose_torch_does_not_say(monkeypatch, tmp_pat
     assert machine.is_unified(torch.device("cuda"), tmp_path) is False
     plant(tmp_path, etc__nv_tegra_release="# R36 (release), REVISION: 4.3, GCID: 1")
     assert machine.is_unified(torch.device("cuda"), tmp_path) is True
+
+
+def test_the_environment_names_versions_and_no_paths():
+    found = machine.environment(torch.device("cpu"))
+    assert found["versions"]["mebp-triton"] == __version__
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert str(Path.home()) not in json.dumps(found)
+    assert found["device"]

@@ -1,19 +1,15 @@
 """The run directory: strict JSON in it, lines that a crash cut short, plots where they can be drawn."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from mebp_triton import __version__
 from mebp_triton.data.tokenized import DataReport
 from mebp_triton.system import atomic, errors, temporaries
-from mebp_triton.system.machine import environment
 from mebp_triton.system.memory import MemoryWatch
 from mebp_triton.training.evaluation import Evaluation
-from mebp_triton.training.plots import draw_plots
 from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory
 from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
@@ -262,64 +258,3 @@ def test_finishing_writes_everything_that_a_reader_needs(run):
     assert record["plots"] == ["loss.png", "memory.png", "time_per_block.png"]
     assert all((run.directory / name).read_bytes().startswith(PNG) for name in record["plots"])
     assert not [p for p in run.directory.iterdir() if p.name.startswith(temporaries.TEMPORARY_PREFIX)]
-
-
-# --- plots ----------------------------------------------------------------------------------------------------------
-
-
-def test_plots_without_a_recorded_step(tmp_path):
-    assert draw_plots(tmp_path, rows(2), MemoryWatch(torch.device("cpu"))) == ["loss.png"]
-    assert draw_plots(tmp_path / "nowhere", [], watched()) == []
-
-
-def test_without_matplotlib_there_are_no_plots_and_no_error(tmp_path, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else real(name, *rest)
-    )
-    assert draw_plots(tmp_path, rows(2), watched()) == []
-    assert list(tmp_path.iterdir()) == []
-
-
-def shown(monkeypatch, tmp_path, watch):
-    """The axes of every figure that is drawn, by file name."""
-    from matplotlib.figure import Figure
-
-    axes = {}
-    real = atomic.atomic_path
-
-    def atomic_path(path):
-        axes[path.name] = None
-        return real(path)
-
-    def savefig(figure, *args, **kwargs):
-        axes[next(name for name in axes if axes[name] is None)] = figure.axes[0]
-
-    monkeypatch.setattr(atomic, "atomic_path", atomic_path)
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    draw_plots(tmp_path, rows(3), watch)
-    return axes
-
-
-def test_the_plots_show_the_numbers(tmp_path, monkeypatch):
-    axes = shown(monkeypatch, tmp_path, watched())
-    line = axes["loss.png"].lines[0]
-    assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [3.0, 2.9, 2.8]
-    # Blocks 1 and 2 forward, block 0 backward took 125 ms; what lies between the passes is no block's.
-    bars = {
-        (round(bar.get_x() + bar.get_width() / 2, 6), bar.get_height()) for bar in axes["time_per_block.png"].patches
-    }
-    assert bars == {(1.0, 125.0), (2.0, 125.0), (0.4, 125.0)}
-    top = max(path.get_extents().y1 for area in axes["memory.png"].collections for path in area.get_paths())
-    assert top == 16 + 4
-
-
-# --- environment ----------------------------------------------------------------------------------------------------
-
-
-def test_the_environment_names_versions_and_no_paths():
-    found = environment(torch.device("cpu"))
-    assert found["versions"]["mebp-triton"] == __version__
-    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert str(Path.home()) not in json.dumps(found)
-    assert found["device"]

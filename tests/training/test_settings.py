@@ -1,20 +1,16 @@
-"""Settings: every wrong one is named with its value and what is allowed, from a flag or from a file."""
+"""Settings: every wrong one is named with its value and what is allowed; every one has its facts and its flag."""
 
 import dataclasses
-import json
-import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
-import torch
 
 from mebp_triton.cli.parser import build_parser
 from mebp_triton.cli.planning import settings_of
-from mebp_triton.system.machine import resolve_device
 from mebp_triton.system.units import parse_size
-from mebp_triton.training.run_settings import resolve
-from mebp_triton.training.settings import TrainConfig
-from mebp_triton.training.settings_file import read_config_file
+from mebp_triton.training.settings import CHOSEN, EVALUATED, FACTS, FREE_ON_RESUME, TRACED_BY, Facts, TrainConfig
 
 FIELDS = {item.name for item in dataclasses.fields(TrainConfig)}
 WRONG: list[tuple[str, Any, str]] = [
@@ -154,42 +150,11 @@ def test_the_edges_are_allowed():
     TrainConfig(max_eval_windows=None, device=None, weights=None, validation_file=None, seed=(1 << 63) - 1)
 
 
-# --- what depends on the machine ------------------------------------------------------------------------------------
-
-
-def test_on_a_cpu_everything_lies_in_files():
-    config = resolve(TrainConfig(device="cpu", checkpoints="host"))
-    assert (config.device, config.dtype) == ("cpu", "float32")
-    assert (config.weights, config.checkpoints, config.optimizer_state) == ("file", "host", "file")
-    assert (config.mlp_chunk_tokens, config.return_freed_memory) == (0, False)
-    assert config.recompute_granularity == "full"  # a plan may choose otherwise
-    assert resolve(TrainConfig(device="cpu", return_freed_memory=False)).return_freed_memory is False
-    assert resolve(config) == config
-    kept = resolve(TrainConfig(device="cpu", dtype="bfloat16", weights="device"))
-    assert (kept.dtype, kept.weights) == ("bfloat16", "device")
-
-
-def test_on_a_gpu_everything_lies_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    config = resolve(TrainConfig())
-    assert (config.device, config.dtype) == ("cuda", "bfloat16")
-    assert (config.weights, config.checkpoints, config.optimizer_state) == ("device",) * 3
-    assert config.return_freed_memory is False
-    assert resolve_device("cuda:1") == "cuda:1"
-    with pytest.raises(ValueError, match="device 'cuda:2' is not here: torch sees 2 GPUs"):
-        resolve_device("cuda:2")
-
-
-def test_a_device_that_is_not_here(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert resolve_device(None) == "cpu"
-    with pytest.raises(ValueError, match="device 'cuda' is not here: torch sees 0 GPUs"):
-        resolve(TrainConfig(device="cuda"))
-    for name in ("gpu", "meta", "mps", "", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "CPU"):
-        with pytest.raises(ValueError, match=f"device must be cpu, cuda or cuda:N, got {name!r}"):
-            resolve(TrainConfig(device=name))
+def test_what_the_optimizer_in_the_backward_pass_refuses():
+    with pytest.raises(ValueError, match="optimizer_in_backward .* needs gradient_accumulation_steps 1, got 3"):
+        TrainConfig(optimizer_in_backward=True, gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match="optimizer_in_backward steps by gradients, and optim 'mezo' makes none"):
+        TrainConfig(optimizer_in_backward=True, optim="mezo")
 
 
 @pytest.mark.parametrize(
@@ -207,80 +172,59 @@ def test_target_modules(text, wanted):
     assert TrainConfig(target_modules=text).targets() == wanted
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-SETTINGS = {"max-steps": 7, "learning_rate": 0.001, "use-rslora": True, "validation_file": None, "optim": "adamw"}
+# --- facts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(name, content):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
+def test_every_setting_has_its_facts():
+    assert FACTS.keys() == FIELDS and all(isinstance(facts, Facts) and facts.help for facts in FACTS.values())
 
 
-@pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml", ""])
-def test_a_file_of_settings_with_dashes_or_underscores(write, suffix):
-    path = write(f"run{suffix}", json.dumps(SETTINGS))
-    settings = read_config_file(path)
-    assert settings == {name.replace("-", "_"): value for name, value in SETTINGS.items()}
-    assert read_config_file(str(path)) == settings
+def test_the_lists_that_follow_from_them():
+    assert set(FREE_ON_RESUME) == {
+        "output_dir",
+        "validation_file",
+        "max_eval_windows",
+        "weights",
+        "checkpoints",
+        "optimizer_state",
+        "save_steps",
+        "backend",
+        "device",
+        "recompute_granularity",
+        "memory_budget",
+        "return_freed_memory",
+        "on_nan",
+    }
+    assert set(TRACED_BY) == {
+        "max_length",
+        "per_device_train_batch_size",
+        "packing",
+        "lora_r",
+        "lora_dropout",
+        "target_modules",
+        "optim",
+        "selection_mode",
+        "device",
+        "dtype",
+        "backend",
+        "weights",
+    }
+    # A plan is described by its first four choices, in this order.
+    assert CHOSEN == (
+        "weights",
+        "checkpoints",
+        "optimizer_state",
+        "recompute_granularity",
+        "mlp_chunk_tokens",
+        "return_freed_memory",
+    )
+    assert set(EVALUATED) == {"validation_file", "max_eval_windows", "max_length"}
 
 
-def test_yaml(write):
-    path = write("run.yaml", "# a run\nmax-steps: 7\nlearning-rate: 2e-4\nlora_alpha: 1.6e+1\nuse_rslora: true\n")
-    settings = read_config_file(path)
-    assert settings == {"max_steps": 7, "learning_rate": 2e-4, "lora_alpha": 16.0, "use_rslora": True}
-    TrainConfig(**settings)
-
-
-@pytest.mark.parametrize("key", ["learning-rat", "learning_rat"])
-@pytest.mark.parametrize("suffix", [".json", ".yaml"])
-def test_an_unknown_setting_suggests_the_nearest(write, key, suffix):
-    path = write("run" + suffix, json.dumps({key: 1}))
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: unknown setting '{key}'; did you mean 'learning_r"):
-        read_config_file(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("a.yaml", "max-steps: [1", "is not valid YAML"),
-        ("a.yaml", "a: b: c", "is not valid YAML"),
-        ("a.yaml", b"max-steps: \xff\xfe\xfa", "is not valid YAML"),
-        ("a.yaml", "!!python/object/apply:os.system ['true']", "is not valid YAML"),
-        ("a.yaml", "", "should hold settings by name, got NoneType"),
-        ("a.yaml", "- max-steps", "should hold settings by name, got list"),
-        ("a.yaml", "max-steps: 1\nmax_steps: 2", "setting 'max_steps' stands twice"),
-        ("a.yaml", "3: 4", "unknown setting 3"),
-        ("a.json", "{", "is not valid JSON"),
-        ("a.json", '{"seed": 1, "seed": 2}', "is not valid JSON: key 'seed' stands twice"),
-        ("a.json", '{"learning_rate": NaN}', "is not valid JSON"),
-        ("a.json", b"\xff", "is not valid JSON"),
-        ("a.json", "7", "should hold settings by name, got int"),
-    ],
-)
-def test_a_bad_file_is_one_line_that_names_it(write, name, content, problem):
-    path = write(name, content)
-    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
-        read_config_file(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(ValueError, match=r"run\.yaml does not exist"):
-        read_config_file(tmp_path / "run.yaml")
-
-
-def test_wrong_values_in_a_file(write):
-    settings = read_config_file(write("a.yaml", "learning-rate: fast\nseed: 1.5\n"))
-    with pytest.raises(ValueError, match="learning_rate must be of type float, got 'fast'"):
-        TrainConfig(**{"learning_rate": settings["learning_rate"]})
-    with pytest.raises(ValueError, match="seed must be of type int, got 1.5"):
-        TrainConfig(**{"seed": settings["seed"]})
+def test_declaring_settings_imports_no_heavy_library():
+    program = "import sys, mebp_triton.training.settings; print({'torch', 'transformers'} & sys.modules.keys())"
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert printed.strip() == "set()"
 
 
 # --- flags ----------------------------------------------------------------------------------------------------------
@@ -293,23 +237,22 @@ def parse(*flags):
 NEEDED = ("--train-file=t.txt", "--output-dir=run", "--device=cpu")
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(write):
-    text = "max-steps: 7\nlora-r: 4\nuse-rslora: true\nselected_ratio: 0.25\nvalidation-file: v.txt\n"
-    path = write("run.yaml", text)
-    config = parse(*NEEDED, f"--config={path}", "--max-steps=9", "--no-use-rslora", "--selection-mode", "exact")
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("max-steps: 7\nlora-r: 4\nuse-rslora: true\nselected_ratio: 0.25\nvalidation-file: v.txt\n")
+    return path
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(file):
+    config = parse(*NEEDED, f"--config={file}", "--max-steps=9", "--no-use-rslora", "--selection-mode", "exact")
     assert (config.max_steps, config.lora_r, config.use_rslora) == (9, 4, False)
     assert (config.selected_ratio, config.selection_mode, config.validation_file) == (0.25, "exact", "v.txt")
-    assert config.learning_rate == TrainConfig().learning_rate
-    assert config.weights is None and resolve(config).weights == "file"
+    assert config.learning_rate == TrainConfig().learning_rate and config.weights is None
 
 
-def test_a_flag_that_repeats_the_default_wins_as_well(write):
-    path = write("run.yaml", "max-steps: 7\n")
-    assert parse(*NEEDED, f"--config={path}", "--max-steps=0").max_steps == 0
-
-
-def test_a_file_may_hold_all_of_it(write):
-    assert parse(f"--config={write('a.json', json.dumps({'train-file': 'a', 'output-dir': 'b'}))}").train_file == "a"
+def test_a_flag_that_repeats_the_default_wins_as_well(file):
+    assert parse(*NEEDED, f"--config={file}", "--max-steps=0").max_steps == 0
 
 
 def test_every_setting_has_a_flag_that_sets_it():
@@ -361,47 +304,3 @@ def test_every_setting_has_a_flag_that_sets_it():
     assert all(getattr(config, name) for name in switches) and values.keys() | switches | {"optim"} == FIELDS
     defaults = TrainConfig()
     assert all(getattr(defaults, name) != value for name, value in values.items())
-
-
-def test_what_the_optimizer_in_the_backward_pass_refuses():
-    with pytest.raises(ValueError, match="optimizer_in_backward .* needs gradient_accumulation_steps 1, got 3"):
-        TrainConfig(optimizer_in_backward=True, gradient_accumulation_steps=3)
-    with pytest.raises(ValueError, match="optimizer_in_backward steps by gradients, and optim 'mezo' makes none"):
-        TrainConfig(optimizer_in_backward=True, optim="mezo")
-
-
-def test_a_budget_in_a_file_may_be_a_number_of_bytes(tmp_path):
-    (tmp_path / "settings.yaml").write_text("memory_budget: 629145600\n")
-    assert TrainConfig(**read_config_file(tmp_path / "settings.yaml")).memory_budget == "629145600"
-
-
-BOMB = "a: &a [x, x]\n" + "".join(
-    f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}]\n"
-    for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
-)
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (BOMB + "lora_r: *l\n", "one plain value"),
-        ("lora_r: [1, 2]", "one plain value"),
-        ("? [lora_r]\n: 1", "one plain value"),
-        ("lora_r: 2\nlora_r: 4", "'lora_r' stands twice"),
-        ("[" * 20_000, "not valid YAML"),
-        ("lora_r: !!python/name:os.system", "not valid YAML"),
-        ("lora_r: " + "x" * 100_000, "lora_r must be of type int"),
-        ("lora_r: " + "9" * 5000, "."),
-        ("\0", "not valid YAML"),
-    ],
-)
-def test_a_hostile_file_is_one_short_line(write, content, problem):
-    path = write("a.yaml", content)
-    with pytest.raises(ValueError, match=problem) as caught:
-        TrainConfig(**read_config_file(path))
-    assert len(str(caught.value)) < 600
-
-
-def test_a_list_in_a_json_file_is_refused(write):
-    with pytest.raises(ValueError, match="'lora_r' must be one value, got list"):
-        read_config_file(write("a.json", '{"lora_r": [1]}'))

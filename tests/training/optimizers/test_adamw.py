@@ -1,18 +1,16 @@
-"""BlockAdamW against torch's AdamW, bit for bit; what happens to blocks that a step did not select; the schedule."""
+"""BlockAdamW against torch's AdamW, bit for bit; what happens to blocks that a step did not select."""
 
 import itertools
 
 import bitsandbytes
 import pytest
 import torch
-import transformers
 from models import batch, tiny_store
 from torch import nn
 
 import mebp_triton
 from mebp_triton.store.residency import RESIDENCIES
 from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups
-from mebp_triton.training.optimizers.schedules import SCHEDULER_TYPES, learning_rate
 
 SHAPES = [[(4, 6), (6,)], [(3, 5)], [], [(2, 2, 2), (1,), (7,)]]
 RATES = [1e-2 * (1 - step / 40) for step in range(20)]
@@ -571,25 +569,3 @@ def test_block_groups(tmp_path):
     model.register_parameter("extra", extra)
     assert [len(group) for group in block_groups(model, model.mebp.engine)] == [14, 14, 14, 1]
     assert block_groups(model, model.mebp.engine)[-1][0] is extra
-
-
-# --- the schedule ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", SCHEDULER_TYPES)
-@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (10, 10), (1, 1), (12, 10), (5, 200)])
-def test_the_rate_is_that_of_transformers_at_every_step(kind, warmup, total):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-    names = {"constant": "constant_with_warmup"}
-    scheduler = transformers.get_scheduler(names.get(kind, kind), optimizer, warmup, total)
-    for step in range(total + 3):
-        theirs = optimizer.param_groups[0]["lr"]
-        ours = learning_rate(step, 0.3, kind, warmup, total)
-        assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-15), f"step {step}"
-        optimizer.step()
-        scheduler.step()
-
-
-def test_an_unknown_schedule():
-    with pytest.raises(ValueError, match="lr scheduler type must be one of linear, cosine, constant, got 'step'"):
-        learning_rate(0, 1.0, "step", 0, 10)
