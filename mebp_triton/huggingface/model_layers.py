@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mebp_triton.layers.linear import Int4Linear
-from mebp_triton.models.skeleton import kept_modules, named
+from mebp_triton.models.skeleton import contains_any, kept_modules
 
 from .bitsandbytes_layers import is_linear4bit
 from .peft_layer import added_modules
@@ -53,7 +53,7 @@ def plain_path(path: str) -> str:
 def check_names(what: str, names: Iterable[str], model: nn.Module) -> None:
     """ValueError where one of ``names`` is of no module: a typo would do nothing."""
     for name in names:
-        if not any(named(path, [name]) for path, _ in model.named_modules()):
+        if not any(contains_any(path, [name]) for path, _ in model.named_modules()):
             raise ValueError(f"{what}: {type(model).__name__} has no module {name!r}")
 
 

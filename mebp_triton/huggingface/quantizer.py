@@ -29,7 +29,7 @@ from mebp_triton.kernels.layout import Int4Weight, group_count, padded
 from mebp_triton.kernels.quantize import NF4, quantize_matrix
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.models.names import current_names
-from mebp_triton.models.skeleton import named
+from mebp_triton.models.skeleton import contains_any
 
 from .bitsandbytes_layers import is_linear4bit
 from .int4_config import METHOD, Int4Config
@@ -68,7 +68,7 @@ class Int4Quantizer(HfQuantizer):
         if not self.pre_quantized:
             check_names("modules_to_not_convert", skipped, model)
         found = {path: module for path, module in linear_layers(model).items() if type(module) in PLAIN}
-        self.layers = {path: module for path, module in found.items() if not named(path, skipped)}
+        self.layers = {path: module for path, module in found.items() if not contains_any(path, skipped)}
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no plain linear layer to quantize")
         if self.pre_quantized:
@@ -219,7 +219,7 @@ class Int4Quantizer(HfQuantizer):
                     raise ValueError(f"{path} is within a layer of PEFT: save the PeftModel, or unload() it first")
                 int4[path] = module.int4()
         floats = [path.removeprefix(prefix) for path, module in found.items() if type(module) in PLAIN]
-        lost = [path for path in int4 if path not in found or named(path, floats)]
+        lost = [path for path in int4 if path not in found or contains_any(path, floats)]
         if lost:
             raise ValueError(f"{lost[0]} is int4, and from_pretrained would take it for a float layer: not saved")
         forms = {(weight.scheme, weight.group_size) for weight in int4.values()}

@@ -16,7 +16,7 @@ from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.layers.lora_config import LoraConfig, as_lora_config
 from mebp_triton.models.build import check_targets
 from mebp_triton.models.saving import install_saving
-from mebp_triton.models.skeleton import named
+from mebp_triton.models.skeleton import contains_any
 
 from .bitsandbytes_layers import check_linear4bit, is_linear4bit, take_linear4bit
 from .int4_config import METHOD
@@ -71,7 +71,7 @@ def replace_linears(
     layers: dict[str, Any] = {
         path: layer
         for path, layer in linear_layers(model).items()
-        if not named(path, excluded) and not (has_peft and layer.weight.requires_grad)
+        if not contains_any(path, excluded) and not (has_peft and layer.weight.requires_grad)
     }
     _check(model, layers, config, has_peft, scheme, group_size, adapter_dtype, backend)
 
@@ -129,7 +129,7 @@ def _check(
     for path, layer in layers.items():
         _check_layer(layer, path, backend)
     if config is not None:
-        check_targets(config, list(layers), kind)
+        check_targets(config, list(layers), model)
 
 
 def _check_layer(layer: Any, path: str, backend: str) -> None:

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Reads and writes adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from mebp_triton.layers.lora_config import LoraConfig, lora_config_from_file
 from mebp_triton.system import safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 
+from .config import read_json_object
+from .names import enumerate_names
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# In the metadata of the weights we write: their checksum, and by what they are scaled. PEFT writes none.
+# The key under which the metadata of our weights has their checksum and what scales them. PEFT writes none.
 SEAL = "mebp_seal"
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def adapter_layers(model: Any) -> dict[str, Int4LoRALinear]:
-    """The layers with an adapter, by path."""
+    """The layers of ``model`` that have an adapter of ours, by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Int4LoRALinear)}
 
 
@@ -40,9 +43,10 @@ def adapter_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def save_adapter(model: Any, directory: Path | str) -> None:
-    """Writes the adapter of ``model`` into ``directory``, as PEFT would; files of an older one are replaced whole.
+    """Writes the adapter of ``model`` into ``directory`` as PEFT would. Each file replaces an older one whole.
 
-    ValueError where the model has none of ours, or one that is not finite.
+    Raises:
+        ValueError: the model has no adapter of ours, or one that is not finite.
     """
     config = _config_of(model)
     if config is None:
@@ -63,12 +67,12 @@ def _scaling(config: LoraConfig) -> dict[str, Any]:
 
 
 def _config_of(model: Any) -> LoraConfig | None:
-    """What the model's adapter was made from: by ``load``, or by ``replace_linears``."""
+    """The config that ``load`` or ``replace_linears`` made the model's adapter from; None if there is none."""
     return model.mebp.lora if hasattr(model, "mebp") else getattr(model, "mebp_lora", None)
 
 
 def _base_of(model: Any) -> tuple[str, str | None]:
-    """Name and PEFT's task type of the model beneath the adapter."""
+    """The name of the model beneath the adapter, and PEFT's type for its task."""
     if hasattr(model, "mebp"):
         return os.path.basename(os.path.abspath(model.mebp.store.directory)), "CAUSAL_LM"
     config: Any = getattr(model, "config", None)
@@ -79,7 +83,8 @@ def _base_of(model: Any) -> tuple[str, str | None]:
 def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
     layers = adapter_layers(model)
     targets: Any = config.target_modules
-    # PEFT's own "all-linear" would look at its model's layer types. What was left out is not named again.
+    # PEFT applies these names to its own model, where "all-linear" may mean other layers, and excluded modules are
+    # written as none. So the config's own targets are kept only where they select just the adapted layers.
     if _selected(model, replace(config, exclude_modules=None)) != set(layers):
         targets = _shortest_suffixes(model, layers)
     base, task = _base_of(model)
@@ -111,34 +116,33 @@ def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
 
 
 def _shortest_suffixes(model: Any, layers: dict[str, Int4LoRALinear]) -> list[str]:
-    """Last path components that select exactly the adapted layers, or whole paths where those would select more."""
+    """The last parts of the layers' paths, or the whole paths where the last parts would select other layers too."""
     suffixes = sorted({name.rpartition(".")[2] for name in layers})
     exact = _selected(model, LoraConfig(target_modules=suffixes)) == set(layers)
     return suffixes if exact else sorted(layers)
 
 
 def _selected(model: Any, config: LoraConfig) -> set[str]:
+    """The paths of the modules that ``config`` targets."""
     return {name for name, _ in model.named_modules() if config.targets(name)}
 
 
 def read_adapter_config(directory: Path | str) -> LoraConfig:
-    """The ``LoraConfig`` of a saved adapter, which its weights agree with as far as their header tells.
+    """Reads the ``LoraConfig`` of a saved adapter, and compares it with the header of the weights.
 
     Raises:
-        ValueError: it is damaged, contradicts its weights, or uses what only PEFT's own layers can do.
+        ValueError: the config is damaged, contradicts the weights, or uses what only PEFT's own layers can do.
     """
     path, weights = Path(directory) / CONFIG, Path(directory) / WEIGHTS
     if not path.exists():
         raise ValueError(f"{directory} is no adapter: it has no {CONFIG}")
-    values = strict_json.read_json(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} should hold a JSON object")
+    values = read_json_object(path, "save the adapter again")
     try:
         config = lora_config_from_file(values)
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+    except strict_json.MALFORMED as error:
         raise ValueError(f"{path}: {error}") from None
     entries, metadata = safetensors_file.read_safetensors_header(weights)
-    # A rank from the config alone could ask for any amount of memory.
+    # A model with this adapter is made by the config alone, and a wrong rank could ask for any amount of memory.
     for name, (_, shape, _, _) in entries.items():
         layer = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         if name.endswith(".lora_A.weight") and shape[:1] != (config.rank(layer),):
@@ -156,6 +160,7 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
 
 
 def _seal(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What ``save_adapter`` wrote into the metadata of the weights; None in a file of PEFT's."""
     if SEAL not in metadata:
         return None
     seal = strict_json.parse_json(metadata[SEAL], f"{SEAL} of {path}")
@@ -165,7 +170,7 @@ def _seal(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def read_adapter_tensors(directory: Path | str) -> dict[str, Tensor]:
-    """The tensors of a saved adapter. FileError where they are damaged."""
+    """Reads the tensors of a saved adapter. FileError where they are damaged."""
     path = Path(directory) / WEIGHTS
     tensors, metadata = safetensors_file.read_safetensors(path)
     seal = _seal(path, metadata)
@@ -175,32 +180,25 @@ def read_adapter_tensors(directory: Path | str) -> dict[str, Tensor]:
 
 
 def load_adapter(model: Any, directory: Path | str) -> None:
-    """Puts a saved adapter's values into ``model``, which must have been loaded with the same layers and ranks.
+    """Puts a saved adapter's values into ``model``, whose adapter must have the same layers and ranks.
 
-    ``mebp_triton.load(store, lora=read_adapter_config(directory))`` makes such a model, as ``replace_linears`` does.
+    ``mebp_triton.load(store, lora=read_adapter_config(directory))`` makes such a model, and so does ``replace_linears``
+    with that config.
 
     Raises:
-        ValueError: the adapter is of another model or shape; the model keeps its own.
+        ValueError: the adapter is damaged, or of another model or shape; the model keeps its own.
     """
     config, tensors = read_adapter_config(directory), read_adapter_tensors(directory)
-    layers = adapter_layers(model)
-    for name, layer in layers.items():
-        rank = layer.lora_A.shape[0]
-        if config.rank(name) != rank:
-            raise ValueError(
-                f"the adapter {directory} does not fit this model: {name} has rank {config.rank(name)}, wanted {rank}"
-            )
     copy_adapter(model, tensors, str(directory))
-    for name, layer in layers.items():
+    for name, layer in adapter_layers(model).items():
         layer.scaling = config.scaling(name)
-    # So that ``save_adapter`` writes the scaling that is used.
-    scale = {key: getattr(config, key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
+    # The model's config takes the scaling over, so that ``save_adapter`` writes the one that is used.
     holder, name = (model.mebp, "lora") if hasattr(model, "mebp") else (model, "mebp_lora")
-    setattr(holder, name, replace(_config_of(model) or config, **scale))
+    setattr(holder, name, replace(_config_of(model) or config, **_scaling(config)))
 
 
 def adapter_shapes(config: LoraConfig, layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of an adapter's tensors by PEFT's names, for layers of (out, in) features by path."""
+    """The shapes of an adapter's tensors by PEFT's names, from the (out, in) features of all linear layers by path."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (rows, columns) in layers.items():
         if config.targets(name):
@@ -213,11 +211,8 @@ def check_fit(own: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], wh
     """ValueError where ``tensors`` have other names or shapes than ``own``, or are not finite."""
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or surplus:
-        word, names = ("lacks", missing) if missing else ("has", surplus)
-        raise ValueError(
-            f"the adapter {what} does not fit this model: it {word} {names[0]}"
-            + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        )
+        verb, names = ("lacks", missing) if missing else ("has", surplus)
+        raise ValueError(f"the adapter {what} does not fit this model: it {verb} {enumerate_names(names, 1)}")
     for name, shape in own.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(
@@ -225,14 +220,14 @@ def check_fit(own: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], wh
                 f"wanted {shape}"
             )
         if not tensors[name].is_floating_point():
-            raise ValueError(f"the adapter {what} is damaged: {name} is of {tensors[name].dtype}")
+            raise ValueError(f"the adapter {what} is damaged: {name} has the dtype {tensors[name].dtype}")
         if not torch.isfinite(tensors[name]).all():
             raise ValueError(f"the adapter {what} is damaged: {name} is not finite")
 
 
 @torch.no_grad()
 def copy_adapter(model: Any, tensors: dict[str, Tensor], what: str) -> None:
-    """All of ``tensors`` into the model's adapter, or none."""
+    """Copies all of ``tensors`` into the model's adapter, or none where one does not fit; see ``check_fit``."""
     own = adapter_tensors(model)
     check_fit({name: tuple(tensor.shape) for name, tensor in own.items()}, tensors, what)
     for name, tensor in own.items():

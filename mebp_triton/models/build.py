@@ -1,8 +1,13 @@
-"""Fills a model without weights from a store."""
+"""Turns a transformers model without weights into the int4 model of a store.
+
+``load`` gives it the store's bytes, the planner's tracer shapes alone; the steps are the same.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +18,13 @@ from mebp_triton.layers.head import Int4Head
 from mebp_triton.layers.int4_module import Int4Module, replace_embedding
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.layers.lora_config import LoraConfig
+from mebp_triton.layers.loss import OnePassLoss, install_loss
 from mebp_triton.store.reader import Store
 
+from .discover import join_shared_inputs
 from .skeleton import Int4Site, float32_tensors, int4_sites
+
+ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def check_matrices(store: Store, sites: list[Int4Site], tied: bool) -> None:
@@ -29,89 +38,165 @@ def check_matrices(store: Store, sites: list[Int4Site], tied: bool) -> None:
     if surplus:
         raise ValueError(f"store {store.directory}: its config has no place for {surplus[0]} of its weights")
     for site in sites:
-        found, wanted = store.matrices[site.name].shape, (site.out_features, site.in_features)
-        if found != wanted:
-            raise ValueError(f"store {store.directory}: {site.name} is {found}, the config says {wanted}")
+        shape, wanted = store.matrices[site.name].shape, (site.out_features, site.in_features)
+        if shape != wanted:
+            raise ValueError(f"store {store.directory}: {site.name} is {shape}, the config says {wanted}")
 
 
-def check_targets(config: LoraConfig, adapted: list[str], model: str) -> None:
-    """ValueError where the targets, or one of several, select nothing: a typo would lose a layer."""
+def check_targets(config: LoraConfig, linear: list[str], model: Any) -> None:
+    """Compares the targets of an adapter with the names of a model's linear layers.
+
+    Raises:
+        ValueError: one of the targets selects no layer, as a mistyped name does.
+    """
     targets = config.target_modules
-    entries = [targets] if isinstance(targets, str) else [[entry] for entry in targets]
-    for entry in entries:
-        if not any(dataclasses.replace(config, target_modules=entry).targets(name) for name in adapted):
-            named = entry if isinstance(entry, str) else entry[0]
-            raise ValueError(f"target_modules {named!r} matches no linear layer (but the head) of {model}")
+    for target in [targets] if isinstance(targets, str) else targets:
+        alone = dataclasses.replace(config, target_modules=target if target is targets else [target])
+        if not any(alone.targets(name) for name in linear):
+            kind = type(model).__name__
+            raise ValueError(f"target_modules {target!r} matches no linear layer (but the head) of {kind}")
+
+
+def check_adapter_dtype(dtype: torch.dtype) -> None:
+    """ValueError where adapters cannot have this dtype. float64 is for tests."""
+    if dtype not in ADAPTER_DTYPES:
+        raise ValueError(f"adapter_dtype must be float32 or bfloat16, got {dtype}")
+
+
+def with_adapter(
+    frozen: Int4Linear,
+    path: str,
+    config: LoraConfig,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    transposed: bool,
+    device: torch.device | None = None,
+) -> Int4LoRALinear:
+    """Makes the layer at ``path`` with its adapter from the frozen layer, whose tensors it takes over.
+
+    Args:
+        frozen: the layer without an adapter.
+        path: the layer's path in the model, which decides on rank and scaling.
+        config: the adapter's settings.
+        dtype: the adapter's dtype.
+        generator: draws the initial values.
+        transposed: whether the float layer kept its weight as ``[in, out]``.
+        device: the adapter's device, where it is not the weight's.
+    """
+    layer = Int4LoRALinear(
+        frozen.int4(),
+        None,
+        frozen.compute_dtype,
+        rank=config.rank(path),
+        scaling=config.scaling(path),
+        dropout=config.lora_dropout,
+        backend=frozen.backend,
+        device=device,
+        adapter_dtype=dtype,
+        generator=generator,
+    )
+    layer.register_parameter("bias", frozen.bias)
+    layer.fan_in_fan_out = transposed
+    return layer
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Where and in which dtypes a model computes.
+
+    Attributes:
+        device: the device of activations.
+        dtype: their dtype.
+        adapter_dtype: the dtype of LoRA parameters.
+        backend: "auto", "triton" or "panel".
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype = torch.float32
+    backend: str = "auto"
 
 
 class Builder:
-    """Fills a skeleton from a store."""
+    """Puts int4 modules and float tensors of ``store`` into ``model``, a skeleton.
 
-    def __init__(
-        self,
-        store: Store,
-        model: Any,
-        lora: LoraConfig | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        adapter_dtype: torch.dtype,
-        backend: str,
-        seed: int,
-    ) -> None:
-        self.store, self.model, self.lora, self.device = store, model, lora, device
-        self.dtype, self.adapter_dtype, self.backend = dtype, adapter_dtype, backend
-        self.in_float32 = float32_tensors(model, dtype)
+    Args:
+        store: the weights; a stand-in with shapes alone will do.
+        model: a model of ``build_skeleton``.
+        lora: the adapters; None for none.
+        numerics: see there.
+        seed: draws the initial values of the adapters.
+
+    Attributes:
+        modules: the int4 modules by name. A tied head is not among them: it has no weight of its own.
+        head, head_name: the head, tied or not, and its name.
+
+    Raises:
+        ValueError: the store does not hold the weights of the model.
+    """
+
+    def __init__(self, store: Store, model: Any, lora: LoraConfig | None, numerics: Numerics, seed: int) -> None:
+        self.store, self.model, self.lora, self.numerics = store, model, lora, numerics
+        self.sites, self.tied = int4_sites(model)
+        check_matrices(store, self.sites, self.tied)
+        self.stays_float32 = float32_tensors(model, numerics.dtype)
         self.generator = torch.Generator().manual_seed(seed)
-        self.adapted: list[str] = []
+        self.modules: dict[str, Int4Module] = {}
+        self.head: Int4Head
+        self.head_name = next(name for name, m in model.named_modules() if m is model.get_output_embeddings())
 
-    def replace_modules(self) -> tuple[dict[str, Int4Module], Int4Head]:
-        """The int4 modules by name, and the head (among them only if it is not tied)."""
-        sites, tied = int4_sites(self.model)
-        check_matrices(self.store, sites, tied)
-        head_name = next(name for name, m in self.model.named_modules() if m is self.model.get_output_embeddings())
-        replaced: dict[str, Int4Module] = {}
-        for site in sites:
-            weight, old = self.store.weight(site.name), self.model.get_submodule(site.name)
-            if site.role == "embedding":
-                replace_embedding(old, weight, self.dtype, self.backend)
-                replaced[site.name] = old
-            elif site.role == "linear":
-                replaced[site.name] = self.swap(site.name, self._linear(site.name, old))
-        embedding = replaced[next(site.name for site in sites if site.role == "embedding")]
-        weight = embedding.int4() if tied else self.store.weight(head_name)
-        old = self.model.get_submodule(head_name)
-        head = Int4Head(weight, self._float(f"{head_name}.bias", old.bias), self.dtype, self.backend)
-        self.swap(head_name, head)
-        if not tied:
-            replaced[head_name] = head
-        return replaced, head
+    def fill(self, place: Callable[[dict[str, Int4Module]], None]) -> None:
+        """Replaces the modules and puts the float tensors in place.
 
-    def _linear(self, name: str, old: nn.Linear | Conv1D) -> Int4Linear:
-        weight, bias = self.store.weight(name), self._float(f"{name}.bias", old.bias)
-        if self.lora is None or not self.lora.targets(name):
-            return Int4Linear(weight, bias, self.dtype, self.backend)
-        self.adapted.append(name)
-        layer = Int4LoRALinear(
-            weight,
-            bias,
-            self.dtype,
-            rank=self.lora.rank(name),
-            scaling=self.lora.scaling(name),
-            dropout=self.lora.lora_dropout,
-            backend=self.backend,
-            device=self.device,
-            adapter_dtype=self.adapter_dtype,
-            generator=self.generator,
-        )
-        layer.fan_in_fan_out = isinstance(old, Conv1D)
-        return layer
+        ``place`` puts the weights of ``modules`` where they shall lie; until then they are views of the store's files.
+        """
+        self._replace_modules()
+        self._place_floats()
+        place(self.modules)
+        if self.tied:
+            # The embedding may lie elsewhere by now: on a device, or in a file whose rows are read one by one.
+            table = self.model.get_input_embeddings()
+            self.head.set_int4(table.int4())
+            self.head.rows, self.head.device = table.rows, table.device
+
+    def finish(self, config: Any) -> OnePassLoss:
+        """Joins adapted layers that read one input, and installs the loss that needs no logits."""
+        if self.lora is not None:
+            join_shared_inputs(self.model, config)
+        return install_loss(self.model, self.head)
 
     def swap(self, name: str, module: Any) -> Any:
+        """Puts ``module`` in the place of the model's module ``name``, and returns it."""
         parent, _, attribute = name.rpartition(".")
         setattr(self.model.get_submodule(parent), attribute, module.eval())
         return module
 
+    def _replace_modules(self) -> None:
+        dtype, backend = self.numerics.dtype, self.numerics.backend
+        head = self.model.get_output_embeddings()
+        for site in self.sites:
+            old = self.model.get_submodule(site.name)
+            if site.role == "embedding":
+                replace_embedding(old, self.store.weight(site.name), dtype, backend)
+                self.modules[site.name] = embedding = old
+            elif site.role == "linear":
+                self.modules[site.name] = self.swap(site.name, self._linear(site.name, old))
+        weight = embedding.int4() if self.tied else self.store.weight(self.head_name)
+        bias = self._float(f"{self.head_name}.bias", head.bias)
+        self.head = self.swap(self.head_name, Int4Head(weight, bias, dtype, backend))
+        if not self.tied:
+            self.modules[self.head_name] = self.head
+
+    def _linear(self, name: str, old: nn.Linear | Conv1D) -> Int4Linear:
+        bias = self._float(f"{name}.bias", old.bias)
+        frozen = Int4Linear(self.store.weight(name), bias, self.numerics.dtype, self.numerics.backend)
+        if self.lora is None or not self.lora.targets(name):
+            return frozen
+        transposed, device = isinstance(old, Conv1D), self.numerics.device
+        return with_adapter(frozen, name, self.lora, self.numerics.adapter_dtype, self.generator, transposed, device)
+
     def _float(self, name: str, expected: Tensor | None) -> Tensor | None:
+        """The float parameter ``name`` on the device; None where the model has none."""
         if expected is None:
             return None
         if name not in self.store.floats:
@@ -122,13 +207,13 @@ class Builder:
                 f"store {self.store.directory}: {name} has shape {tuple(value.shape)}, "
                 f"the config says {tuple(expected.shape)}"
             )
-        return value.to(self.device, self._dtype(name, self.dtype))
+        return value.to(self.numerics.device, self._dtype(name, self.numerics.dtype))
 
     def _dtype(self, name: str, usual: torch.dtype) -> torch.dtype:
-        return torch.float32 if self.in_float32(name) else usual
+        return torch.float32 if self.stays_float32(name) else usual
 
-    def place_floats(self) -> None:
-        """Parameters that stay float, and the buffers."""
+    def _place_floats(self) -> None:
+        """Puts the parameters that stay float in place, and moves the buffers."""
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if parameter.device.type == "meta":
                 parent, _, attribute = name.rpartition(".")
@@ -142,4 +227,4 @@ class Builder:
                 continue
             if name in self.store.floats:
                 buffer = self.store.float_tensor(name).to(self._dtype(name, buffer.dtype))
-            owner._buffers[attribute] = buffer.to(self.device)
+            owner._buffers[attribute] = buffer.to(self.numerics.device)

@@ -1,4 +1,7 @@
-"""What is found out about a model by running it without data: layers with one input, MLPs that can run by chunks."""
+"""Runs a model without data to find out which layers read one input, and which MLPs can run by chunks of tokens.
+
+So no architecture is named here: what differs between them is seen in the calls of their own code.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,16 @@ from .skeleton import Int4Site, int4_sites, meta_model, run_on_meta
 
 
 def shared_inputs(config: Any) -> list[list[Int4Site]]:
-    """The decoder's linear layers by what they read: those of one parent with one input together, in order of calls.
+    """Groups the decoder's linear layers by parent and input, in the order of their calls.
 
-    Found by running the model of ``config`` on the meta device: no names, no numbers.
+    The model of ``config`` is run on the meta device, and layers that are handed the same tensor read one input.
 
     Raises:
-        ValueError: the model cannot be run like that.
+        ValueError: the modelling code cannot be run on the meta device.
     """
     model = meta_model(config)
     groups: dict[tuple[int, str], list[Int4Site]] = {}
-    inputs = []  # kept, so that no two have the same id
+    inputs = []  # all inputs are kept alive: the id of a freed one could come again
 
     def watch(site: Int4Site) -> None:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -43,15 +46,18 @@ def shared_inputs(config: Any) -> list[list[Int4Site]]:
 
 
 def join_shared_inputs(model: nn.Module, config: Any) -> None:
-    """Lets the adapted layers of ``model`` that read one input be computed together."""
+    """Lets the adapted layers of ``model`` that read one input be computed together.
+
+    ``model`` may lack blocks that the model of ``config`` has.
+    """
     try:
         groups = shared_inputs(config)
     except ValueError as error:
-        warnings.warn(f"{error}; layers that share an input are computed one by one", stacklevel=3)
+        warnings.warn(f"{error}; layers that share an input are computed one by one", stacklevel=4)
         return
+    modules = dict(model.named_modules(remove_duplicate=False))
     for sites in groups:
-        modules = [model.get_submodule(site.name) for site in sites]
-        layers = [module for module in modules if isinstance(module, Int4LoRALinear)]
+        layers = [modules[site.name] for site in sites if isinstance(modules.get(site.name), Int4LoRALinear)]
         if 1 < len(layers) <= MOST_MEMBERS and len(set(layers)) == len(layers):
             shared = SharedInput(layers)
             for layer in layers:
@@ -62,10 +68,14 @@ MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward"})
 
 
 def find_mlps(config: Any, blocks: str) -> list[str]:
-    """The paths of the MLPs in the block list ``blocks`` of ``config``'s model that can run by chunks of tokens.
+    """Finds the MLPs that can run by chunks of tokens, by path.
 
-    Such a module has an MLP's name, and its own linear layers, but no attention, no experts and no other parameters.
-    Its block gives it one tensor, and it returns one of the same shape.
+    Such a module has the name of an MLP and linear layers of its own, but no attention, no experts and no other
+    parameters. Its block gives it one tensor, and it returns one of the same shape.
+
+    Args:
+        config: the model's config.
+        blocks: the path of the block list in the model.
 
     Raises:
         ValueError: the modelling code cannot be run on the meta device.
@@ -84,8 +94,8 @@ def find_mlps(config: Any, blocks: str) -> list[str]:
         if path.rpartition(".")[2] in MLP_NAMES and _is_mlp(module):
             watch(path, module)
     run_on_meta(model)
-    found = [path for path, fit in fits.items() if fit]
-    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    paths = [path for path, fit in fits.items() if fit]
+    return [path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths)]
 
 
 def _is_mlp(module: nn.Module) -> bool:
@@ -100,10 +110,10 @@ def _is_mlp(module: nn.Module) -> bool:
 def install_mlp_chunks(model: Any, stack: nn.ModuleList, tokens: int | None) -> None:
     """Lets the MLPs in the blocks ``stack`` of ``model`` run by chunks of ``tokens``. 0 or None leaves them whole.
 
-    Before the block engine is made, which has to know them.
+    The block engine has to be made after this, since it looks for such MLPs.
 
     Raises:
-        ValueError: ``tokens`` is no such number.
+        ValueError: ``tokens`` is not a number of tokens.
     """
     if tokens is None or tokens == 0:
         return

@@ -1,15 +1,13 @@
-"""The public entry: a store -> a transformers model that trains block by block."""
+"""The public ``load``: from a store to a transformers model that trains block by block."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from mebp_triton.blocks.engine import BlockEngine, watch_training
 from mebp_triton.blocks.options import GRANULARITIES, Granularity
@@ -17,7 +15,7 @@ from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.layers.int4_module import Int4Module, Int4Table
 from mebp_triton.layers.lora_config import LoraConfig, as_lora_config
-from mebp_triton.layers.loss import OnePassLoss, install_loss
+from mebp_triton.layers.loss import OnePassLoss
 from mebp_triton.store.arena import Stager
 from mebp_triton.store.block_inputs import block_input_store
 from mebp_triton.store.manifest import SHARED, block_file
@@ -29,16 +27,16 @@ from mebp_triton.store.table_rows import StoredRows
 from mebp_triton.store.waiting import Waiting
 from mebp_triton.system.foreign_errors import one_line
 
-from .build import Builder, check_targets
+from .build import Builder, Numerics, check_adapter_dtype, check_targets
 from .config import check_sizes, read_config
-from .discover import install_mlp_chunks, join_shared_inputs
-from .saving import install_saving
-from .skeleton import build_skeleton
+from .discover import install_mlp_chunks
+from .saving import FrozenNames, install_saving
+from .skeleton import build_skeleton, int4_sites, linear_names
 
 
 @dataclass
 class Runtime:
-    """What ``load`` hangs on the model as ``model.mebp``."""
+    """What a loaded model is made of and runs by: its attribute ``mebp``."""
 
     store: Store
     engine: BlockEngine
@@ -66,7 +64,7 @@ def load(
     mlp_chunk_tokens: int | None = None,
     head: Literal["int4", "float"] = "int4",
 ) -> Any:
-    """The transformers model of ``store``, in eval mode, as ``from_pretrained`` would return it.
+    """Loads the transformers model of ``store``, in eval mode, as ``from_pretrained`` would return it.
 
     Its linear layers, embedding and head are int4; ``loss.backward()`` runs block by block; only LoRA parameters
     require gradients. ``model(..., labels=...)`` computes no logits unless called with ``return_logits=True``, or, with
@@ -74,7 +72,7 @@ def load(
 
     Args:
         store: a directory made by ``quantize``, or the store that was opened there.
-        lora: ours or a ``peft.LoraConfig``; None for a frozen model.
+        lora: our ``LoraConfig`` or a ``peft.LoraConfig``; None for a frozen model.
         weights: where the blocks' weights lie: "device", "host", or "file" (memory-mapped, dropped after use).
         checkpoints: where the blocks' inputs wait for the backward pass: "device", "host" or "file".
         device, dtype: where and in which dtype activations are computed ("bfloat16" is torch.bfloat16).
@@ -82,132 +80,136 @@ def load(
         backend: "auto", "triton" or "panel".
         attn_implementation: as in transformers.
         blocks: the path of the block list, where it is not found by itself.
-        seed: of the adapter's initial values.
-        scratch_directory: where checkpoints in a file go; the system's temporary directory by default.
-        recompute_granularity: "full" keeps each block's input; "selective" the outputs of its adapted linear layers as
-            well, which then are not computed again. Same gradients, to the bit.
-        mlp_chunk_tokens: the MLPs run by chunks of that many tokens, forward and backward; None or 0: whole.
+        seed: draws the adapter's initial values.
+        scratch_directory: where block inputs in a file go; the system's temporary directory by default.
+        recompute_granularity: "full" keeps each block's input; "selective" also the outputs of its adapted linear
+            layers, which then are not computed again. The gradients are the same, to the bit.
+        mlp_chunk_tokens: the MLPs run by chunks of so many tokens, forward and backward; None or 0 for whole MLPs.
         head: "float" decodes the head's weight into a plain linear layer, for trainers that multiply by it themselves
             (TRL's ``SFTTrainer``). It takes vocabulary x hidden size x the size of ``dtype``, and logits are computed.
 
     Raises:
         ValueError: the store or its generation config is damaged, or an argument does not fit.
     """
+    _check_choices(weights, checkpoints, recompute_granularity, head)
+    numerics = _numerics(device, dtype, adapter_dtype, backend)
+    opened = open_store(store)
+    config = read_config(opened.directory, "quantize the model again")
+    check_sizes(f"store {opened.directory}", config, opened.shapes())
+    model = build_skeleton(config, numerics.dtype, attn_implementation)
+    _take_generation_config(model, opened.directory)
+    path, stack = find_blocks(model, blocks)
+    adapters = None if lora is None else as_lora_config(lora)
+    if adapters is not None:
+        check_targets(adapters, linear_names(int4_sites(model)[0]), model)
+    builder = Builder(opened, model, adapters, numerics, seed)
+    placement = _Placement(opened, path, len(stack), weights, numerics.device)
+    builder.fill(placement.place)
+    loss = builder.finish(config)
+    if head == "float":
+        builder.swap(builder.head_name, builder.head.decoded())
+    install_mlp_chunks(model, stack, mlp_chunk_tokens)
+    scratch = Path(tempfile.gettempdir() if scratch_directory is None else scratch_directory)
+    inputs = block_input_store(checkpoints, scratch, placement.waiting)
+    engine = BlockEngine(stack, placement.pages, inputs, recompute_granularity == "selective", placement.waiting)
+    watch_training(model, path, engine)
+    model.mebp = Runtime(opened, engine, loss, adapters, numerics.device, backend)
+    _adapt_to_trainers(model)
+    return model
+
+
+def _check_choices(weights: Residency, checkpoints: Residency, granularity: Granularity, head: str) -> None:
     check_residency("weights", weights)
     check_residency("checkpoints", checkpoints)
-    if recompute_granularity not in GRANULARITIES:
-        known = " or ".join(GRANULARITIES)
-        raise ValueError(f"recompute_granularity must be {known}, got {recompute_granularity!r}")
-    if adapter_dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"adapter_dtype must be float32 or bfloat16, got {adapter_dtype}")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"recompute_granularity must be {' or '.join(GRANULARITIES)}, got {granularity!r}")
+    if head not in ("int4", "float"):
+        raise ValueError(f"head must be int4 or float, got {head!r}")
+
+
+def _numerics(
+    device: torch.device | str, dtype: torch.dtype | str, adapter_dtype: torch.dtype, backend: str
+) -> Numerics:
+    """Puts the arguments of ``load`` together. ValueError where one does not fit."""
+    check_adapter_dtype(adapter_dtype)
     if isinstance(dtype, str):
         named = getattr(torch, dtype, None)
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
         dtype = named
-    if head not in ("int4", "float"):
-        raise ValueError(f"head must be int4 or float, got {head!r}")
     device = torch.device(device)
     resolve_backend(backend, device)
-    opened = open_store(store)
-    config = lora if lora is None else as_lora_config(lora)
-    model_config = read_config(opened.directory, "quantize the model again")
-    check_sizes(f"store {opened.directory}", model_config, opened.shapes())
-    model = build_skeleton(model_config, dtype, attn_implementation)
-    _take_generation_config(model, opened.directory)
-    blocks_path, stack = find_blocks(model, blocks)
-    builder = Builder(opened, model, config, device, dtype, adapter_dtype, backend, seed)
-    replaced, int4_head = builder.replace_modules()
-    builder.place_floats()
-    if config is not None:
-        check_targets(config, builder.adapted, type(model).__name__)
-        join_shared_inputs(model, model_config)
-
-    waiting = Waiting()
-    largest = max(opened.files[block_file(index)].data().numel() for index in range(len(stack)))
-    stager = Stager(device, waiting, largest) if device.type != "cpu" and weights != "device" else None
-    pages: list[Pages] = []
-    for index in range(len(stack)):
-        prefix = f"{blocks_path}.{index}."
-        inside = {name: replaced.pop(name) for name in list(replaced) if name.startswith(prefix)}
-        pages.append(place_weights(opened, block_file(index), inside, weights, device, stager, waiting))
-    _place_tables(opened, replaced, weights, device, stager, waiting)
-    if opened.tied_head:
-        table = model.get_input_embeddings()
-        int4_head.set_int4(table.int4())
-        int4_head.rows, int4_head.device = table.rows, table.device
-    if head == "float":
-        name = next(name for name, module in model.named_modules() if module is int4_head)
-        builder.swap(name, int4_head.decoded())
-
-    install_mlp_chunks(model, stack, mlp_chunk_tokens)
-    scratch = Path(scratch_directory) if scratch_directory is not None else Path(tempfile.gettempdir())
-    keep_outputs = recompute_granularity == "selective"
-    engine = BlockEngine(stack, pages, block_input_store(checkpoints, scratch, waiting), keep_outputs, waiting)
-    watch_training(model, blocks_path, engine)
-    model.mebp = Runtime(opened, engine, install_loss(model, int4_head), config, device, backend)
-    model.gradient_checkpointing_enable = _no_second_checkpointing
-    model.tie_weights = _tied_already
-    install_saving(model)
-    # DistributedDataParallel would send all of it, and write it back into the mapped files' pages.
-    model._ddp_params_and_buffers_to_ignore = FrozenNames(model)
-    return model
+    return Numerics(device, dtype, adapter_dtype, backend)
 
 
 def _take_generation_config(model: Any, directory: Path) -> None:
-    """As ``from_pretrained`` does: it says where chats end, and how to sample."""
+    """Gives ``model`` the store's generation config, as ``from_pretrained`` does: where chats end, how to sample."""
     path = directory / "generation_config.json"
     if model.can_generate() and path.exists():
         with one_line(f"{path} is not a usable generation config", "compare it with the model's original"):
             model.generation_config = type(model.generation_config).from_pretrained(directory)
 
 
-class FrozenNames:
-    """The names of all that is not trained in a model, as it is when they are asked for.
+class _Placement:
+    """Puts a store's weights where ``weights`` says: block by block, and the tables by their rows.
 
-    They are there as well with the prefix that they have in a PEFT model, which hands out the attributes of the model
-    that it was put around.
+    Attributes:
+        pages: per block, to be entered while its weights are needed.
+        waiting: counts the time that is spent waiting for files.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, store: Store, path: str, blocks: int, weights: Residency, device: torch.device) -> None:
+        self.store, self.weights, self.device = store, weights, device
+        self.blocks = {f"{path}.{index}.": block_file(index) for index in range(blocks)}
+        self.waiting = Waiting()
+        self.pages: list[Pages] = []
+        self.stager = None
+        if device.type != "cpu" and weights != "device":
+            largest = max(store.files[file].data().numel() for file in self.blocks.values())
+            self.stager = Stager(device, self.waiting, largest)
 
-    def __iter__(self) -> Iterator[str]:
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if not parameter.requires_grad:
-                yield from (name, f"base_model.model.{name}")
-        for name, _ in self.model.named_buffers(remove_duplicate=False):
-            yield from (name, f"base_model.model.{name}")
+    def place(self, modules: dict[str, Int4Module]) -> None:
+        """Puts the weights of ``modules``, the int4 modules of the model by name, in place."""
+        outside = dict(modules)
+        for prefix, file in self.blocks.items():
+            inside = {name: outside.pop(name) for name in modules if name.startswith(prefix)}
+            self.pages.append(self._place(file, inside, self.weights, self.stager))
+        if self.weights == "file" or self.stager is not None:
+            self._place_by_rows(outside)
+        else:
+            self._place(SHARED, outside, "device", None)
+
+    def _place(self, file: str, modules: dict[str, Int4Module], weights: Residency, stager: Stager | None) -> Pages:
+        return place_weights(self.store, file, modules, weights, self.device, stager, self.waiting)
+
+    def _place_by_rows(self, modules: dict[str, Int4Module]) -> None:
+        """Leaves the embedding and the head where their rows are. Linear layers outside of any block are resident."""
+        tables = {name: module for name, module in modules.items() if isinstance(module, Int4Table)}
+        shared = self.store.files[SHARED]
+        if linear := modules.keys() - tables.keys():
+            shared.verify()
+            for name in linear:
+                modules[name].set_int4(self.store.weight(name).to(self.device, copy=True))
+            shared.mapped.drop()
+        host = host_copy(shared, self.device) if self.weights == "host" else None
+        for name, table in tables.items():
+            table.rows = StoredRows(self.store, name, self.device, self.stager, self.waiting, host)
+            table.device = self.device
+            # On a device the table keeps shapes alone: its rows come one by one.
+            table.set_int4(self.store.weight(name) if self.device.type == "cpu" else self.store.weight(name).to("meta"))
 
 
-def _place_tables(
-    store: Store,
-    modules: dict[str, Int4Module],
-    weights: Residency,
-    device: torch.device,
-    stager: Stager | None,
-    waiting: Waiting,
-) -> None:
-    """The embedding and the head: resident, or by their rows. Linear layers outside of any block are resident."""
-    tables = {name: module for name, module in modules.items() if isinstance(module, Int4Table)}
-    by_rows = weights == "file" or stager is not None
-    if not by_rows:
-        place_weights(store, SHARED, modules, "device", device, None, waiting)
-        return
-    if outside := modules.keys() - tables.keys():
-        store.files[SHARED].verify()
-        for name in outside:
-            modules[name].set_int4(store.weight(name).to(device, copy=True))
-        store.files[SHARED].mapped.drop()
-    host = host_copy(store.files[SHARED], device) if weights == "host" else None
-    for name, table in tables.items():
-        table.rows, table.device = StoredRows(store, name, device, stager, waiting, host), device
-        table.set_int4(store.weight(name) if device.type == "cpu" else store.weight(name).to("meta"))
+def _adapt_to_trainers(model: Any) -> None:
+    """Answers what trainers do to a model that they are given."""
+    model.gradient_checkpointing_enable = _no_second_checkpointing
+    model.tie_weights = _tied_already
+    install_saving(model)
+    model._ddp_params_and_buffers_to_ignore = FrozenNames(model)
 
 
 def _no_second_checkpointing(*args: Any, **kwargs: Any) -> None:
-    """The blocks are checkpointed already; trainers that ask for it again change nothing."""
+    """Changes nothing: the blocks are checkpointed already."""
 
 
 def _tied_already(*args: Any, **kwargs: Any) -> None:
-    """A tied head has the embedding's rows from the start, and no parameter; lm-eval asks for it again."""
+    """Changes nothing: a tied head reads the embedding's rows, and has no parameter. lm-eval asks for it again."""

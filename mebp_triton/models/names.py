@@ -13,7 +13,7 @@ DERIVED = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
 
 def parameter_aliases(model: PreTrainedModel) -> dict[str, list[str]]:
-    """Every parameter's name, and all names it goes by: a tied table may be stored under any of them."""
+    """Every parameter's name, with all names it goes by: a tied table may be stored under any of them."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -21,34 +21,44 @@ def parameter_aliases(model: PreTrainedModel) -> dict[str, list[str]]:
 
 
 def persistent_buffers(model: PreTrainedModel) -> list[str]:
-    """Names of the buffers that checkpoints carry."""
+    """The names of the buffers that checkpoints carry."""
     kept = model.state_dict().keys()
     return [name for name, _ in model.named_buffers() if name in kept]
 
 
-def _first(names: list[str]) -> str:
-    """Three of them, and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def tensor_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters, tied ones under each of their names, and of persistent buffers."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def check_complete(where: str, wanted: Iterable[str], found: Iterable[str]) -> None:
-    have = set(found)
+def enumerate_names(names: list[str], shown: int = 3) -> str:
+    """The first names in a row, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def check_complete(where: str, wanted: Iterable[str], present: Iterable[str]) -> None:
+    """ValueError where one of ``wanted`` is not ``present``."""
+    have = set(present)
     missing = [name for name in wanted if name not in have]
     if missing:
-        named = _first(missing)
-        raise ValueError(f"{where} lacks {named}: give a complete checkpoint of the model its config describes")
+        raise ValueError(
+            f"{where} lacks {enumerate_names(missing)}: give a complete checkpoint of the model its config describes"
+        )
 
 
-def tell_unused(where: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
-    """Warns of tensors that ``model`` has no place for, but for those that checkpoints of its kind have as well."""
-    beside = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+def warn_unused(where: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
+    """Warns of tensors that ``model`` has no place for, apart from those that every checkpoint of its kind has."""
+    expected = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     left = sorted(name for name in unused if not name.endswith(DERIVED) and not name.startswith("rope_"))
-    left = [name for name in left if not any(re.search(pattern, name) for pattern in beside)]
+    left = [name for name in left if not any(re.search(pattern, name) for pattern in expected)]
     if left:
-        warnings.warn(f"{where}: the model that its config describes has no {_first(left)}: left out", stacklevel=3)
+        names = enumerate_names(left)
+        warnings.warn(f"{where}: the model that its config describes has no {names}: left out", stacklevel=3)
 
 
 def check_shape(where: str, name: str, got: Iterable[int], wanted: Iterable[int]) -> None:
+    """ValueError where the tensor ``name`` does not have the shape that the model wants."""
     if tuple(got) != tuple(wanted):
         raise ValueError(
             f"{where}: {name} has shape {tuple(got)}, the model wants {tuple(wanted)}: "
@@ -57,7 +67,10 @@ def check_shape(where: str, name: str, got: Iterable[int], wanted: Iterable[int]
 
 
 def current_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """What this version of transformers calls the tensors that checkpoints know by older names (5.x has a table)."""
+    """The name that this version of transformers gives each of ``keys``, which may be a checkpoint's older names.
+
+    transformers 5 has a table of renamed tensors; 4.57 has none.
+    """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming

@@ -1,12 +1,13 @@
-"""What Hugging Face's ``Trainer`` needs of a model with adapters of ours: to save them, and to take them up again.
+"""What Hugging Face's trainers do with a model: save its adapter, load it again, and share it between processes.
 
-``save_pretrained`` writes the adapter alone: in PEFT's files, and once more as ``model.safetensors``, by the names of
-the model's own parameters, which is what ``Trainer`` looks for when it resumes or loads the best checkpoint.
+``save_pretrained`` writes the adapter alone: in PEFT's files, and once more as ``model.safetensors`` by the names of
+the model's own parameters. ``Trainer`` looks for that file when it resumes or loads the best checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,18 @@ RESUMABLE = "model.safetensors"
 
 
 def install_saving(model: Any) -> None:
-    """Gives ``model`` a ``save_pretrained`` of its adapter, and a ``load_state_dict`` that takes what it wrote."""
+    """Gives ``model`` a ``save_pretrained`` that writes its adapter, and a ``load_state_dict`` that reads it."""
     model.save_pretrained = functools.partial(save_pretrained, model)
-    model.register_load_state_dict_post_hook(_only_the_adapter_is_missed)
+    model.register_load_state_dict_post_hook(_ignore_missing_base_weights)
 
 
 def save_pretrained(
     model: Any, save_directory: Path | str, is_main_process: bool = True, push_to_hub: bool = False, **options: Any
 ) -> None:
-    """Writes the adapter of ``model``; other options of transformers are about base weights, and have no effect.
+    """Writes the adapter of ``model``. Other options of transformers concern base weights, and have no effect.
 
     Raises:
-        ValueError: there is no adapter, or not only the adapter is trained, or the files are to be pushed.
+        ValueError: there is no adapter, more than the adapter is trained, or the files are to be pushed.
     """
     if hasattr(model, "mebp") and model.mebp.lora is None:
         raise ValueError(
@@ -56,6 +57,7 @@ def save_pretrained(
 
 
 def _adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by the names of the model's own parameters."""
     return {
         f"{path}.{name}": getattr(layer, name)
         for path, layer in adapter_layers(model).items()
@@ -63,7 +65,35 @@ def _adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _only_the_adapter_is_missed(model: nn.Module, keys: Any) -> None:
-    """The base weights are in place already."""
+def _ignore_missing_base_weights(model: nn.Module, keys: Any) -> None:
+    """Takes the base weights off the missing keys of a ``load_state_dict``: they are in place already."""
     own = _adapter_parameters(model)
     keys.missing_keys[:] = [key for key in keys.missing_keys if key in own]
+
+
+# Where PEFT puts the model that it wraps. It hands out the model's attributes, so these names must hold there as well.
+PEFT_PREFIXES = ("", "base_model.", "base_model.model.")
+
+
+class FrozenNames:
+    """The names of tensors that are not trained, found anew whenever they are iterated.
+
+    DistributedDataParallel leaves alone what a model's ``_ddp_params_and_buffers_to_ignore`` names. All else it sends
+    to every process, buffers at every step, and there writes it in place: into the pages of a mapped file, say.
+
+    Args:
+        model: the model.
+        kinds: the modules whose frozen tensors are named.
+        others: further names.
+    """
+
+    def __init__(self, model: nn.Module, kinds: type[nn.Module] = nn.Module, others: Iterable[str] = ()) -> None:
+        self.model, self.kinds, self.others = model, kinds, list(others)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.others
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            if isinstance(module, self.kinds):
+                for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                    if tensor is not None and not tensor.requires_grad:
+                        yield from (f"{prefix}{path}.{name}" if path else f"{prefix}{name}" for prefix in PEFT_PREFIXES)

@@ -1,4 +1,7 @@
-"""A transformers model without weights, and which of its modules become int4: shared by quantizing and loading."""
+"""A transformers model without weights, and which of its modules become int4.
+
+Quantizing and loading ask here alike, so that a store has exactly the matrices that loading looks for.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,17 @@ from mebp_triton.system.foreign_errors import is_out_of_memory
 
 Role = Literal["linear", "embedding", "head"]
 
-# What transformers calls the layers that choose a token's experts; rounding them would change the choice.
+# Names that transformers gives to the layers that choose a token's experts. Rounding them would change the choice.
 ROUTERS = ("gate", "router")
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters made within live on the meta device; buffers, which configs and not checkpoints define, are real."""
+    """While active, new parameters are on the meta device, and buffers are real: a config defines them, no checkpoint.
+
+    ``torch.device("meta")`` would take the buffers along. accelerate's ``init_empty_weights`` does the same as this but
+    is an optional package, and transformers has had a copy of it in some versions only.
+    """
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -37,55 +44,71 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
-    """The model of ``config`` in ``dtype`` from transformers' own code, its parameters on the meta device, frozen."""
-    named = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    """Builds the model of ``config`` by transformers' own code: in eval mode, its parameters frozen and on "meta".
+
+    Args:
+        config: a transformers config.
+        dtype: the dtype of the parameters.
+        attn_implementation: as in transformers; its default for None.
+
+    Raises:
+        ValueError: transformers cannot make a causal language model of ``config``.
+    """
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _parameters_on_meta():
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **named)
-        except Exception as error:  # a config that contradicts itself shows as anything in a model's own code
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+        except Exception as error:  # modelling code meets a config that contradicts itself with any kind of error
             if is_out_of_memory(error):
                 raise
             first_line = (str(error).strip().splitlines() or [""])[0]
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(
-                f"transformers makes no causal language model of this config: {kind}{first_line}"
+                f"transformers cannot make a causal language model of this config: {kind}{first_line}"
             ) from error
     model.requires_grad_(False)
     return model.eval()
 
 
 def meta_model(config: Any) -> Any:
-    """The model of ``config`` on the meta device, for ``run_on_meta``."""
-    # A copy: building a model writes its dtype and attention into the config.
+    """Builds the model of ``config`` on the meta device, for ``run_on_meta``."""
+    # The config is copied because building a model writes its dtype and attention into it.
     return build_skeleton(copy.deepcopy(config), torch.float32, "eager").to("meta")
 
 
 class _Autocast(torch.autocast):
-    """For the meta device too: transformers 4 asks for it there, and torch has none."""
+    """An autocast that the meta device has as well: transformers 4 asks for one there, and torch has none."""
 
     def __init__(self, device_type: str, *args: Any, **options: Any) -> None:
         super().__init__("cpu" if device_type == "meta" else device_type, *args, **options)
 
 
 def run_on_meta(model: Any) -> None:
-    """Runs ``meta_model``'s modelling code over two tokens, without a number: for hooks that see who gets what.
+    """Runs ``meta_model``'s modelling code over two tokens without computing, so that hooks see who gets which tensor.
 
     Raises:
-        ValueError: the model cannot be run like that.
+        ValueError: the model's code does not run on the meta device.
     """
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     mask = torch.zeros(1, 1, 2, 2, device="meta")
     try:
         with mock.patch.object(torch, "autocast", _Autocast):
             model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
-    except Exception as error:  # a model's own code may raise anything, and loading it must not depend on this
+    except Exception as error:  # modelling code may raise anything, and loading a model must not depend on this
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{type(model).__name__} does not run on the meta device: {reason}") from None
 
 
 @dataclass(frozen=True)
 class Int4Site:
-    """A module that becomes int4. ``transposed``: its float weight is ``[in, out]`` (GPT-2's Conv1D)."""
+    """A module that becomes int4.
+
+    Attributes:
+        name: its path in the model.
+        role: "linear", "embedding" or "head".
+        out_features, in_features: the shape ``[out, in]`` of its int4 weight.
+        transposed: whether its float weight is ``[in, out]`` instead (GPT-2's Conv1D).
+    """
 
     name: str
     role: Role
@@ -95,39 +118,42 @@ class Int4Site:
 
 
 def kept_modules(model: Any) -> Callable[[str], bool]:
-    """Tells by its path in ``model`` whether a linear layer stays float: transformers lists it as in need of float32,
-    or it is a router.
+    """Returns a predicate on module paths: True where a layer must stay float.
 
-    An entry of the lists is some parts of a path ("wo", "indexer.weights_proj"), perhaps with a parameter's name
-    ("gate.weight"); a module has all that lies in it kept with it.
+    Those are the routers, and what transformers lists as kept in float32. An entry of its lists is some parts of a path
+    ("wo", "indexer.weights_proj"), perhaps with a parameter's name ("gate.weight"). It keeps all that lies inside.
     """
     names = [*ROUTERS, *_listed(model, "_keep_in_fp32_modules"), *_listed(model, "_keep_in_fp32_modules_strict")]
-    return lambda path: named(f"{path}.weight", names)
+    return lambda path: contains_any(f"{path}.weight", names)
 
 
 def float32_tensors(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Tells by its path whether ``from_pretrained(..., dtype=dtype)`` leaves a float tensor of ``model`` in float32."""
+    """Returns a predicate on tensor names: True where ``from_pretrained(..., dtype=dtype)`` keeps float32."""
     names: list[str] = []
     if dtype in (torch.float16, torch.bfloat16):
         names += _listed(model, "_keep_in_fp32_modules_strict")
     if dtype == torch.float16:
         names += _listed(model, "_keep_in_fp32_modules")
-    return lambda path: named(path, names)
+    return lambda path: contains_any(path, names)
 
 
 def _listed(model: Any, attribute: str) -> list[str]:
     return list(getattr(model, attribute, None) or ())
 
 
-def named(path: str, names: Iterable[str]) -> bool:
-    """Whether one of ``names`` is ``path``, or whole parts of it in a row."""
+def contains_any(path: str, names: Iterable[str]) -> bool:
+    """Whether ``path`` has one of ``names`` in it, as one or more whole parts in a row."""
     return any(f".{name}." in f".{path}." for name in names)
 
 
 def int4_sites(model: Any) -> tuple[list[Int4Site], bool]:
-    """Every linear layer but those kept, the input embedding and the head; and whether the head is the embedding's.
+    """Lists the modules that become int4, and tells whether the head is tied to the embedding.
 
-    A tied head is not listed: it has no weight of its own.
+    They are the input embedding, the head, and every linear layer but ``kept_modules``. A tied head is not listed since
+    it has no weight of its own. Subclasses of ``nn.Linear`` stay float: what they do with their weight is unknown.
+
+    Raises:
+        ValueError: the model has no plain embedding and linear head.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(head) is not nn.Linear or not isinstance(embedding, nn.Embedding):
@@ -153,7 +179,12 @@ def int4_sites(model: Any) -> tuple[list[Int4Site], bool]:
     return sites, tied
 
 
+def linear_names(sites: Iterable[Int4Site]) -> list[str]:
+    """The names of the linear layers among ``sites``: those that may have an adapter."""
+    return [site.name for site in sites if site.role == "linear"]
+
+
 def float_names(model: Any, sites: list[Int4Site]) -> list[str]:
-    """Parameters that stay float: norms, biases, and whatever is neither a linear layer nor the embedding."""
+    """The names of the parameters that stay float: norms, biases, and all that is not the weight of a site."""
     int4 = {f"{site.name}.weight" for site in sites}
     return [name for name, _ in model.named_parameters() if name not in int4]

@@ -56,7 +56,7 @@ def test_attention_implementation() -> None:
 
 
 def test_no_causal_language_model() -> None:
-    with pytest.raises(ValueError, match="no causal language model of this config"):
+    with pytest.raises(ValueError, match="cannot make a causal language model of this config"):
         build_skeleton(AutoConfig.for_model("vit"), torch.float32)
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.config import check_sizes, prepare_config
-from mebp_triton.models.names import check_complete, check_shape, parameter_aliases, persistent_buffers, tell_unused
+from mebp_triton.models.names import check_complete, check_shape, parameter_aliases, persistent_buffers, warn_unused
 from mebp_triton.system.foreign_errors import one_line
 
 from .gguf_header import DOWNLOAD, Entry, Header, read_header
@@ -75,7 +75,7 @@ class GgufFile:
         found = {name: [stored[alias] for alias in names if alias in stored] for name, names in wanted.items()}
         self._entries = {name: entries[0] for name, entries in found.items() if entries}
         check_complete(str(self.path), aliases, self._entries)
-        tell_unused(str(self.path), model, self._header.tensors.keys() - known)
+        warn_unused(str(self.path), model, self._header.tensors.keys() - known)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def has(self, name: str) -> bool:

@@ -31,7 +31,7 @@ from mebp_triton.models.names import (
     current_names,
     parameter_aliases,
     persistent_buffers,
-    tell_unused,
+    warn_unused,
 )
 from mebp_triton.system import strict_json
 from mebp_triton.system.foreign_errors import one_line
@@ -93,7 +93,7 @@ class SafetensorsDirectory:
                 raise ValueError(
                     f"{entry.file}: {key} is {entry.dtype}, wanted one of {FLOATS}: give the unquantised model"
                 )
-        tell_unused(str(self.path), model, (key for key in self._entries if not self._is_part(key, used)))
+        warn_unused(str(self.path), model, (key for key in self._entries if not self._is_part(key, used)))
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
 

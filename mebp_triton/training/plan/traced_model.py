@@ -19,12 +19,11 @@ from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.cross_entropy import VOCABULARY_TILE
 from mebp_triton.kernels.panel import CPU_ELEMENTS, GPU_ELEMENTS, Workspace
 from mebp_triton.kernels.tables import DTYPES as COMPUTE_DTYPES
-from mebp_triton.layers.int4_module import Int4Table
+from mebp_triton.layers.int4_module import Int4Module, Int4Table
 from mebp_triton.layers.lora_config import LoraConfig
-from mebp_triton.layers.loss import install_loss
-from mebp_triton.models.build import Builder, check_targets
-from mebp_triton.models.discover import find_mlps, join_shared_inputs
-from mebp_triton.models.skeleton import build_skeleton
+from mebp_triton.models.build import Builder, Numerics, check_targets
+from mebp_triton.models.discover import find_mlps
+from mebp_triton.models.skeleton import build_skeleton, int4_sites, linear_names
 from mebp_triton.store.block_inputs import BlockInput, BlockInputStore, DeviceBlockInputs, HostBlockInputs
 from mebp_triton.store.manifest import block_file
 from mebp_triton.store.residency import Residency
@@ -115,34 +114,29 @@ class TracedModel:
         lora = settings.lora()
         self.kinds = _kinds(stack, path, config, lora)
         self.depth = max(min(len(stack), 2), max(self.kinds.index(kind) for kind in set(self.kinds)) + 1)
-        every = inventory.matrices
+        check_targets(lora, linear_names(int4_sites(self.model)[0]), self.model)
         inventory = inventory.part({block_file(index) for index in range(self.depth, len(stack))})
-        others = list(stack[self.depth :])
         del stack[self.depth :]
         self.stack, self.path = stack, path
         # A device's panels are larger. Those of torch's own operations stand for its kernels' ones.
         self.live = LiveBytes(Workspace(CPU_ELEMENTS if settings.device == "cpu" else GPU_ELEMENTS))
         self.results: dict[Any, Traced] = {}
         store: Any = ShapesOnly(inventory, "the model")
+        numerics = Numerics(torch.device("cpu"), self.dtype, backend="panel")
+        builder = Builder(store, self.model, lora, numerics, settings.seed)
         with traced(self.live):
-            cpu = torch.device("cpu")
-            builder = Builder(store, self.model, lora, cpu, self.dtype, torch.float32, "panel", settings.seed)
-            replaced, self.head = builder.replace_modules()
-            builder.place_floats()
-            for name, module in replaced.items():
-                if settings.weights == "file" and isinstance(module, Int4Table):
-                    module.rows = _rows(store, name)
-            if inventory.tied_head:
-                self.head.rows = self.model.get_input_embeddings().rows
-        self.tables = {name for name, module in replaced.items() if isinstance(module, Int4Table)}
-        adapted = [name for name in every if name not in self.tables and lora.targets(name)]
-        check_targets(lora, adapted, type(self.model).__name__)
-        stack.extend(others)  # layers that share inputs are looked for in the whole model
-        join_shared_inputs(self.model, config)
-        del stack[self.depth :]
-        install_loss(self.model, self.head)
+            builder.fill(lambda modules: self._place_tables(store, modules))
+        builder.finish(config)
+        self.tables = {name for name, module in builder.modules.items() if isinstance(module, Int4Table)}
         self.model.train()
         self.base = self.live.live
+
+    def _place_tables(self, store: Any, modules: dict[str, Int4Module]) -> None:
+        """Reads the embedding and the head by their rows where the run leaves weights in their file."""
+        if self.settings.weights == "file":
+            for name, module in modules.items():
+                if isinstance(module, Int4Table):
+                    module.rows = _rows(store, name)
 
     def run(self, granularity: Granularity, checkpoints: Residency, chunk: int) -> Traced:
         """One step."""
