@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from faults import failing
 from models import ARCHITECTURES, decoded_model, relative_rms, save_tiny_model
 from runs import model_directory, word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -175,18 +176,9 @@ def test_a_store_onto_its_own_source_is_refused(llama):
 
 
 @pytest.mark.parametrize("at", range(1, 7))
-def test_a_write_that_fails_leaves_nothing(llama, tmp_path, monkeypatch, at):
+def test_a_write_that_fails_leaves_nothing(llama, tmp_path, at):
     """Four weight files, the manifest, and the directory itself."""
-    count = iter(range(1, 100))
-    real = os.replace
-
-    def replace(*paths):
-        if next(count) == at:
-            raise OSError(28, "No space left on device")
-        real(*paths)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="No space"):
+    with failing(at, operations=[(os, "replace")]), pytest.raises(OSError, match="No space"):
         quantize(llama, tmp_path / "store")
     assert list(tmp_path.iterdir()) == []
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from faults import failing
 
 from mebp_triton.store.optimizer_state import Moments
 from mebp_triton.store.residency import RESIDENCIES
@@ -153,12 +154,8 @@ def test_dropping_loses_nothing(tmp_path):
         assert (moments.buffers[0][:15] == 11).all()
 
 
-def test_a_full_disk_is_an_error_at_the_start(tmp_path, monkeypatch):
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", no_space)
-    with pytest.raises(OSError, match="No space"):
+def test_a_full_disk_is_an_error_at_the_start(tmp_path):
+    with failing(1, operations=[(os, "posix_fallocate")]), pytest.raises(OSError, match="No space"):
         Moments(groups(), "file", tmp_path)
 
 
