@@ -1,12 +1,12 @@
 """The baseline: the data, the schedule and the evaluation of ``mebp train``, around transformers and PEFT alone."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
 import torch
-from models import decoded_model
+from models import BNB_SIZES, decoded_model, save_tiny_model
 from torch import nn
 
 from mebp_triton.cli import peft_baseline
@@ -54,9 +54,10 @@ def test_without_a_validation_file_nothing_is_evaluated(settings):
     assert len(evaluated) == 4 and {result[name] for name in evaluated} == {None}
 
 
-def test_four_bits_and_their_replacement(settings):
+def test_four_bits_and_their_replacement(settings, tmp_path):
+    save_tiny_model("llama", tmp_path, **BNB_SIZES["llama"])
     for base, replaced in (("nf4-float32", 0), (f"nf4-float32{peft_baseline.REPLACED}", 21)):
-        chosen = settings | {"base": base}
+        chosen = settings | {"model": str(tmp_path), "base": base}
         model = peft_baseline.with_adapter(peft_baseline.load_base(chosen), chosen)
         assert sum(isinstance(module, PeftInt4Linear) for module in model.modules()) == replaced
         assert sum(parameter.requires_grad for parameter in model.parameters()) == 42
@@ -81,9 +82,10 @@ def test_bitsandbytes_layers_stay_in_training_mode(world):
     assert seen == [(True, False)]
 
 
-def test_it_runs_as_a_process(settings):
+def test_it_answers_with_json(settings, monkeypatch, capsys):
     """As the demo and the benchmarks start it: settings as JSON, numbers as JSON, nothing else on standard output."""
-    wrong = json.dumps(settings | {"base": "int8"})
-    command = [sys.executable, "-m", "mebp_triton.cli.peft_baseline", wrong]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stdout == "" and "base must be one of" in done.stderr
+    given = settings | {"validation_file": None, "max_steps": 1}
+    monkeypatch.setattr(sys, "argv", ["peft_baseline", json.dumps(given)])
+    capsys.readouterr()
+    runpy.run_path(peft_baseline.__file__, run_name="__main__")
+    assert len(json.loads(capsys.readouterr().out)["train_losses"]) == 1

@@ -21,25 +21,26 @@ def test_flags_win_over_the_file(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def plans(world, tmp_path_factory):
-    """Plans for a store, given by name and opened, and for the store that would be made of a config."""
+def planners(world, tmp_path_factory):
+    """For a store, given by name and opened, and for the store that would be made of a config."""
     config = read_config(world / "store", "")
     alone = tmp_path_factory.mktemp("config")
     shutil.copy(world / "store" / "config.json", alone)
+    return [planner_of(given, config, None, 32) for given in (world / "store", Store(world / "store"), alone)]
+
+
+def test_a_store_is_planned_for_as_it_is_and_a_model_as_it_would_be(planners):
+    named, opened, would_be = [planner.inventory for planner in planners]
+    assert named == opened
+    assert named.files == would_be.files and named.matrices.keys() == would_be.matrices.keys()
+    assert {info.group_size for info in would_be.matrices.values()} == {32}
+    assert sum(named.sizes.values()) == pytest.approx(sum(would_be.sizes.values()), rel=0.05)
+
+
+def test_a_plan_in_a_line(planners):
     asked = TrainConfig(max_length=24, lora_r=2, device="cpu", mlp_chunk_tokens=8, return_freed_memory=True)
-    given = (world / "store", Store(world / "store"), alone)
-    return [planner_of(one, config, None, 32).resolve(asked) for one in given]
-
-
-def test_a_store_is_planned_for_as_it_is_and_a_model_as_it_would_be(plans):
-    weights = [plan.host_peak.components["weights"] for plan in plans]
-    assert weights[0] == weights[1] == weights[2]
-    files = [plan.files["store"] for plan in plans]
-    assert files[0] == files[1] == pytest.approx(files[2], rel=0.05)
-
-
-def test_a_plan_in_a_line(plans):
-    line = describe(plans[0])
-    assert line.startswith(f"planned peak {plans[0].peak / (1 << 20):.0f} MiB: weights file, checkpoints file, ")
+    plan = planners[0].resolve(asked)
+    line = describe(plan)
+    assert line.startswith(f"planned peak {plan.peak / (1 << 20):.0f} MiB: weights file, checkpoints file, ")
     assert "optimizer state file" in line and "recompute granularity " in line
     assert line.endswith(", MLPs by 8 tokens, freed memory returned") and "\n" not in line

@@ -1,15 +1,20 @@
-"""``mebp plan``: its answer as JSON, table and picture, and a user's mistakes."""
+"""``mebp plan``: its answer as JSON, table and picture, and what is refused."""
 
+import io
 import json
 import shutil
 
 import pytest
+from commands import answer, assert_refused
 from models import tiny_store
 from PIL import Image
+from rich.console import Console
 
-from mebp_triton.cli.main import main
+from mebp_triton.cli.commands.plan import as_json, draw, table
+from mebp_triton.cli.planning import planner_of
+from mebp_triton.models.config import read_config
 from mebp_triton.training.plan.phases import COMPONENTS
-from mebp_triton.training.settings import CHOSEN
+from mebp_triton.training.settings import CHOSEN, TrainConfig
 
 SETTINGS = ["--device=cpu", "--max-length=32", "--lora-r=4"]
 
@@ -19,22 +24,17 @@ def store():
     return tiny_store("llama")
 
 
-@pytest.fixture
-def plan(capsys):
-    """Runs ``mebp plan``: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = main(["plan", *(str(argument) for argument in arguments)])
-        return code, *capsys.readouterr()
-
-    return run
+@pytest.fixture(scope="module")
+def plan(store):
+    settings = TrainConfig(device="cpu", max_length=32, lora_r=4, memory_budget="8GiB")
+    return planner_of(store, read_config(store, ""), None, None).resolve(settings)
 
 
-def test_json(plan, store):
-    code, out, err = plan(store, *SETTINGS, "--json")
-    value = json.loads(out)
-    assert code == 0 and not err
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def test_json(plan):
+    value = json.loads(json.dumps(as_json(plan)))
     assert value["planned_peak_bytes"] == value["host_peak_bytes"] == sum(value["components"].values())
     assert value["device_peak_bytes"] is None and value["device"] == []
     assert set(value["components"]) == set(COMPONENTS) and set(value["chosen"]) == set(CHOSEN)
@@ -44,40 +44,50 @@ def test_json(plan, store):
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_table(plan, store, monkeypatch, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    code, out, _ = plan(store, *SETTINGS)
-    assert code == 0 and "planned peak" in out and "files: store" in out
+def test_table(plan, columns):
+    shown = io.StringIO()
+    Console(file=shown, width=columns).print(table(plan))
+    out = shown.getvalue()
+    assert "planned peak" in out and "files: store" in out
     assert max(map(len, out.splitlines())) <= columns
     assert all(f"\n {name} " in out for name in ("framework", "LoRA", "gradients", "activations", "allocator", "total"))
     assert all(word in out for word in ("embedding", "forward", "backward", "optimizer")), "words are cut"
 
 
-def test_a_model_or_its_config_is_planned_as_the_store_that_it_would_be(plan, store, tmp_path):
+def test_picture(plan, tmp_path):
+    draw(plan, tmp_path / "plan.png")
+    with Image.open(tmp_path / "plan.png") as image:
+        assert image.format == "PNG" and image.width > 600
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_all_three(mebp, store, tmp_path):
+    command = ["plan", store, *SETTINGS]
+    value = answer(mebp(*command, "--memory-budget=8GiB", f"--plot={tmp_path / 'plan.png'}", "--json"))
+    assert value["settings"]["max_length"] == 32 and (tmp_path / "plan.png").exists()
+    code, out, err = mebp(*command)
+    assert code == 0 and "planned peak" in out and "\n total " in out and not err
+
+
+def test_a_model_or_its_config_is_planned_as_the_store_that_it_would_be(mebp, store, tmp_path):
     config = tmp_path / "config.json"
     shutil.copy(store / "config.json", config)
     peaks = []
     for given in (store, tmp_path, config):
         options = [] if given == store else ["--group-size=32"]
-        code, out, _ = plan(given, *SETTINGS, *options, "--json")
-        value = json.loads(out)
+        value = answer(mebp("plan", given, *SETTINGS, *options, "--json"))
         del value["components"]["framework"]
         peaks.append(sum(value["components"].values()))
-        assert code == 0
     assert max(peaks) - min(peaks) < 1 << 20
 
 
-def test_picture(plan, store, tmp_path):
-    path = tmp_path / "plan.png"
-    code, _, _ = plan(store, *SETTINGS, "--memory-budget=8GiB", f"--plot={path}", "--json")
-    with Image.open(path) as image:
-        assert code == 0 and image.format == "PNG" and image.width > 600
-
-
-def test_a_budget_chooses(plan, store):
-    value = json.loads(plan(store, *SETTINGS, "--memory-budget=8GiB", "--json")[1])
+def test_a_budget_chooses(mebp, store):
+    command = ["plan", store, *SETTINGS, "--memory-budget=8GiB", "--json"]
+    value = answer(mebp(*command))
     assert value["chosen"]["weights"] == "device" and value["planned_peak_bytes"] < 8 << 30
-    value = json.loads(plan(store, *SETTINGS, "--memory-budget=8GiB", "--weights=file", "--json")[1])
+    value = answer(mebp(*command, "--weights=file"))
     assert value["chosen"]["weights"] == "file" and value["chosen"]["checkpoints"] == "device"
 
 
@@ -91,11 +101,10 @@ def test_a_budget_chooses(plan, store):
         (["--target-modules=nothing"], "target_modules"),
     ],
 )
-def test_mistakes(plan, store, arguments, message):
-    code, out, err = plan(store, *SETTINGS, *arguments)
-    assert code == 2 and not out and message in err and err.count("\n") == 1
+def test_a_mistake_is_one_line_and_writes_nothing(mebp, store, tmp_path, arguments, message):
+    assert_refused(mebp, ["plan", store, *SETTINGS, *arguments], [message], store, tmp_path)
 
 
-def test_what_is_no_model(plan, tmp_path):
-    code, _, err = plan(tmp_path / "absent", *SETTINGS)
-    assert code == 2 and "does not exist" in err
+def test_what_is_no_model(mebp, tmp_path):
+    parts = ["absent", "give a transformers model directory or its config.json"]
+    assert_refused(mebp, ["plan", tmp_path / "absent", *SETTINGS], parts, tmp_path)

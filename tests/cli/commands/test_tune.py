@@ -142,7 +142,10 @@ MISTAKES = {
         ["--limit: must be a whole number of at least 1, got 0"],
     ),
     "a missing store": (lambda w, t: tune_offline(t, f"--store={t / 'none'}"), ["none is not a directory"]),
-    "a missing model": (lambda w, t: tune_offline(t, f"--model={t / 'none'}"), ["none does not exist"]),
+    "a missing model": (
+        lambda w, t: tune_offline(t, f"--model={t / 'none'}"),
+        ["none", "give a transformers model directory"],
+    ),
     "a broken config": (
         lambda w, t: tune_offline(t, f"--model={put(t, 'config.json', '{')}"),
         ["config.json is not valid JSON"],
