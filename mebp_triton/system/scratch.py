@@ -106,7 +106,7 @@ class ScratchArray:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """While active, an ``OSError`` becomes a ``FileError``: what is read into such an array is the user's file."""
+        """While active, an ``OSError`` becomes a ``FileError`` that names the directory."""
         try:
             yield
         except OSError as error:
