@@ -1,4 +1,4 @@
-"""A selection on models that are not ours: against autograd, with and without gradient checkpointing, and off again."""
+"""A selection on models of others: against autograd, with and without gradient checkpointing, and off again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from models import batch, decoded_model, tiny_store
+from models import batch, decoded_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint, checkpoint_sequential
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,12 +23,16 @@ CHECKPOINTING = ["none", "reentrant", "non-reentrant"]
 
 
 @pytest.fixture(scope="module")
-def plain() -> Any:
+def plain(shared_store: Any) -> Any:
     """A PEFT model in float64 with four blocks."""
-    store = tiny_store("llama", config={"num_hidden_layers": 4})
+    store = shared_store("llama", config={"num_hidden_layers": 4})
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    return peft.get_peft_model(decoded_model(store).double(), config).train()
+    return adapted(decoded_model(store).double(), r=4).train()
+
+
+def adapted(model: Any, r: int = 2) -> Any:
+    config = peft.LoraConfig(r=r, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
 
 
 def copied(model: Any, checkpointing: str = "none") -> Any:
@@ -47,8 +51,8 @@ def step(model: Any) -> tuple[Tensor, dict[str, Tensor | None]]:
     return loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad or p.grad is not None}
 
 
-def reference(model: Any, mode: str, selected: frozenset[int]) -> dict[str, Tensor | None]:
-    """By means of autograd alone: parameters that require no gradient, residual branches that are detached."""
+def treated(model: Any, mode: str, selected: frozenset[int]) -> Any:
+    """A selection by means of autograd alone: frozen parameters, and residual branches that are detached."""
     model = copied(model)
     blocks = find_blocks(model)[1]
     for index in set(range(len(blocks))) - selected:
@@ -56,7 +60,18 @@ def reference(model: Any, mode: str, selected: frozenset[int]) -> dict[str, Tens
             blocks[index].register_forward_hook(lambda _, args, out: args[0] + (out - args[0]).detach())
         for parameter in blocks[index].parameters():
             parameter.requires_grad_(False)
-    return step(model)[1]
+    return model
+
+
+@pytest.fixture(scope="module")
+def truth(plain: Any) -> Any:
+    """Loss and gradients of ``plain`` under a selection, computed once for each."""
+
+    @functools.cache
+    def compute(mode: str, selected: frozenset[int]) -> Any:
+        return step(treated(plain, mode, selected))
+
+    return compute
 
 
 def same(found: dict[str, Tensor | None], truth: dict[str, Tensor | None], selected: frozenset[int]) -> None:
@@ -69,14 +84,16 @@ def same(found: dict[str, Tensor | None], truth: dict[str, Tensor | None], selec
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_are_autograds_and_the_loss_is_the_same_bits(plain: Any, mode: Any, checkpointing: str) -> None:
-    loss = step(copied(plain))[0]
+def test_gradients_are_autograds_and_the_loss_is_the_same_bits(
+    plain: Any, truth: Any, mode: Any, checkpointing: str
+) -> None:
+    loss = truth("full", frozenset(range(4)))[0]
     model = copied(plain, checkpointing)
     selection = mebp.LayerCyclicManager(model, ratio=0.25, mode=mode)
-    for _ in range(5):
+    for _ in range(5 if mode in ("identity", "exact") else 2):
         found_loss, found = step(model)
         assert torch.equal(found_loss, loss)
-        same(found, reference(plain, mode, selection.selected), selection.selected)
+        same(found, truth(mode, selection.selected)[1], selection.selected)
         selection.advance()
 
 
@@ -212,19 +229,13 @@ def test_nothing_below_the_lowest_selected_block_has_a_graph(plain: Any) -> None
 
 def test_a_trained_embedding_gets_its_gradient_through_every_block(plain: Any) -> None:
     for mode in ("identity", "exact", "freeze"):
-        model, other = copied(plain), copied(plain)
+        model = copied(plain)
         selection = mebp.LayerCyclicManager(model, ratio=0.25, mode=mode)  # type: ignore[arg-type]
         selection.advance()
+        other = treated(plain, mode, selection.selected)
         for one in (model, other):
             one.get_input_embeddings().weight.requires_grad_(True)
-        found = step(model)[1]
-        blocks = find_blocks(other)[1]
-        for index in set(range(4)) - selection.selected:
-            if mode == "identity":
-                blocks[index].register_forward_hook(lambda _, args, out: args[0] + (out - args[0]).detach())
-            for parameter in blocks[index].parameters():
-                parameter.requires_grad_(False)
-        truth = step(other)[1]
+        found, truth = step(model)[1], step(other)[1]
         name = next(name for name in found if "embed_tokens" in name)
         assert found[name] is not None and found[name].any()
         torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-13)
@@ -266,10 +277,8 @@ def test_two_managers_on_one_model_are_refused(plain: Any) -> None:
         mebp.LayerCyclicManager(model)
 
 
-@pytest.mark.parametrize("mode", ["identity", "exact"])
-def test_a_compiled_model(plain: Any, mode: Any) -> None:
-    """Dynamo traces within the blocks; the choice stays outside of what it compiles."""
-    truth_model, model = copied(plain), copied(plain)
+def compare_compiled(truth_model: Any, model: Any, steps: int, run: Any, **options: Any) -> None:
+    """Dynamo traces inside the blocks; the choice between treatments stays outside of what it compiles."""
     graphs = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -278,27 +287,49 @@ def test_a_compiled_model(plain: Any, mode: Any) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend)
-    selections = [mebp.LayerCyclicManager(one, ratio=0.25, mode=mode) for one in (truth_model, model)]
-    for _ in range(3):
-        truth_loss, truth = step(truth_model)
-        loss, found = step(compiled)
-        torch.testing.assert_close(loss, truth_loss, rtol=1e-12, atol=0)
-        for name, gradient in truth.items():
-            mine = found["_orig_mod." + name]
-            assert (mine is None) == (gradient is None), name
-            assert gradient is None or torch.allclose(mine, gradient, rtol=1e-9, atol=1e-12)
+    selections = [mebp.LayerCyclicManager(one, ratio=0.5, **options) for one in (truth_model, model)]
+    for _ in range(steps):
+        losses = []
+        for one, called in ((truth_model, truth_model), (model, compiled)):
+            one.zero_grad()
+            losses.append(run(called))
+            losses[-1].backward()
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+        for (name, mine), theirs in zip(model.named_parameters(), truth_model.parameters(), strict=True):
+            assert (mine.grad is None) == (theirs.grad is None), name
+            assert mine.grad is None or torch.allclose(mine.grad, theirs.grad, rtol=1e-9, atol=1e-12)
         for selection in selections:
             selection.advance()
     assert len(graphs) > 1
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("mode", ["identity", "exact"])
+def test_a_compiled_model(mode: Any) -> None:
+    class Plain(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x.square().sum()
+
+    x = torch.randn(3, 6, dtype=torch.float64)
+    compare_compiled(Plain(False), Plain(False), 3, lambda model: model(x), mode=mode, blocks="blocks")
+
+
+def test_a_compiled_model_of_transformers(shared_store: Any) -> None:
+    model = decoded_model(shared_store("llama", config={"num_hidden_layers": 2})).double().train()
+    compare_compiled(
+        copy.deepcopy(model), model, 2, lambda model: model(**batch(), use_cache=False).loss, mode="identity"
+    )
+
+
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma3_text"])
-def test_nothing_below_runs_where_the_embedding_is_not_the_blocks_input(architecture: str, checkpointing: str) -> None:
+def test_nothing_below_runs_where_the_embedding_is_not_the_blocks_input(
+    shared_store: Any, architecture: str, checkpointing: str
+) -> None:
     """GPT-2 adds positions: the first block's input is no leaf once inputs require gradients."""
-    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    model = copied(peft.get_peft_model(decoded_model(tiny_store(architecture)), config).train(), checkpointing)
+    model = copied(adapted(decoded_model(shared_store(architecture))).train(), checkpointing)
     blocks = find_blocks(model)[1]
     selection = mebp.LayerCyclicManager(model, ratio=1 / len(blocks), mode="exact")
     while selection.selected != {len(blocks) - 1}:
@@ -410,20 +441,13 @@ def test_a_forward_pass_without_the_adapter_does_not_thaw_what_the_next_one_free
     assert trained == selection.selected == {0}
 
 
-def test_blocks_that_have_nothing_to_train_are_refused() -> None:
+def test_blocks_that_have_nothing_to_train_are_refused(shared_store: Any) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(decoded_model(tiny_store("llama")), config)
+    model = peft.get_peft_model(decoded_model(shared_store("llama")), config)
     for _ in range(2):  # and nothing stays behind
         with pytest.raises(ValueError, match="block 1 has no trainable parameters and may be selected"):
             mebp.LayerCyclicManager(model, ratio=0.5)
     mebp.LayerCyclicManager(model, mode="full").remove()
-
-
-def test_one_block_in_two_places_is_refused() -> None:
-    model = Around(False)
-    model.blocks[1] = model.blocks[0]
-    with pytest.raises(ValueError, match="one block stands in several places"):
-        mebp.LayerCyclicManager(model, blocks="blocks")
 
 
 # --- with an optimizer ----------------------------------------------------------------------------------------------

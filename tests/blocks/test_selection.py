@@ -1,21 +1,23 @@
-"""Which blocks a step trains."""
+"""Which blocks a step trains, and that the others are passed as said."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import peft
 import pytest
 import torch
 from models import (
+    assert_same,
     batch,
     decoded_model,
+    loaded,
     our_gradients,
     peft_gradients,
     peft_model,
-    randomize_adapter,
     relative_rms,
-    tiny_store,
+    step,
 )
 
 import mebp_triton as mebp
@@ -24,14 +26,32 @@ from mebp_triton.blocks.selection import gradient_norm, sample_blocks, select_bl
 
 
 @pytest.fixture(scope="module")
-def store() -> Any:
-    return tiny_store("llama")
+def store(shared_store: Any) -> Any:
+    return shared_store("llama")
 
 
-def loaded(store: Any) -> Any:
-    model = mebp.load(store, mebp.LoraConfig(r=4, lora_alpha=8))
-    randomize_adapter(model)
-    return model
+@pytest.fixture(scope="module")
+def shared_model(store: Any) -> Any:
+    return loaded(store)
+
+
+@pytest.fixture
+def model(shared_model: Any) -> Iterator[Any]:
+    """One model for all tests here, before and after without a selection."""
+    shared_model.zero_grad()
+    yield shared_model
+    manager = getattr(shared_model.mebp.engine.treatment, "__self__", None)
+    if manager is not None:
+        manager.remove()
+
+
+@pytest.fixture(scope="module")
+def truth(store: Any) -> Any:
+    """The loss and the gradients without a selection."""
+    model = loaded(store)
+    loss = model(**batch(), use_cache=False).loss
+    loss.backward()
+    return loss, our_gradients(model)
 
 
 @pytest.mark.parametrize("schedule", [schedule for schedule in SCHEDULES if schedule != "importance"])
@@ -81,8 +101,8 @@ def test_blocks_without_a_norm_count_as_the_largest() -> None:
     assert {frozenset({index}) for index in range(3)} == {sample_blocks(step, [0.0] * 3, 0.3) for step in range(99)}
 
 
-def test_running_norms(store: Any) -> None:
-    selection = mebp.LayerCyclicManager(loaded(store), ratio=1 / 3, mode="exact", schedule="importance")
+def test_running_norms(model: Any) -> None:
+    selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="exact", schedule="importance")
     selection.record_norms({0: 2.0, 1: float("nan")})
     selection.record_norms({0: 4.0, 2: 1.0})
     assert selection.norms == [pytest.approx(0.9 * 2 + 0.1 * 4), None, 1.0]
@@ -95,8 +115,8 @@ def test_running_norms(store: Any) -> None:
     assert gradient_norm([half]) == pytest.approx(12e4, rel=1e-3), "beyond float16"
 
 
-def test_what_is_not_said(store: Any) -> None:
-    selection = mebp.LayerCyclicManager(loaded(store))
+def test_defaults(model: Any) -> None:
+    selection = mebp.LayerCyclicManager(model)
     assert (selection.ratio, selection.mode, selection.schedule, selection.seed) == (0.5, "identity", "cyclic", 0)
     assert selection.norms == [None] * 3 and selection.step == 0 and len(selection.selected) == 2
     assert [select_blocks(step, 12, 0.25, "random") for step in range(4)] == [
@@ -114,25 +134,16 @@ def test_cyclic_windows() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ratio_one_is_full_to_the_bit(store: Any, mode: Any) -> None:
-    plain = loaded(store)
-    plain(**batch()).loss.backward()
-    model = loaded(store)
+def test_ratio_one_is_full_to_the_bit(model: Any, truth: Any, mode: Any) -> None:
     mebp.LayerCyclicManager(model, ratio=1.0, mode=mode)
-    model(**batch()).loss.backward()
-    assert all(torch.equal(plain_grad, our_gradients(model)[name]) for name, plain_grad in our_gradients(plain).items())
+    assert_same(step(model), truth[1])
 
 
 @pytest.mark.parametrize("mode", ["identity", "exact", "freeze"])
-def test_only_selected_blocks_get_gradients_and_the_forward_is_exact(store: Any, mode: Any) -> None:
-    full = loaded(store)
-    expected = full(**batch()).loss
-    expected.backward()
-    truth = our_gradients(full)
-    model = loaded(store)
+def test_only_selected_blocks_get_gradients_and_the_forward_is_exact(model: Any, truth: Any, mode: Any) -> None:
     selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode=mode)
-    loss = model(**batch()).loss
-    assert torch.equal(loss, expected)
+    loss = model(**batch(), use_cache=False).loss
+    assert torch.equal(loss, truth[0])
     loss.backward()
     assert selection.selected == (frozenset({2}) if mode == "freeze" else frozenset({0}))
     for name, grad in our_gradients(model).items():
@@ -140,11 +151,11 @@ def test_only_selected_blocks_get_gradients_and_the_forward_is_exact(store: Any,
         assert (grad is not None) == inside
         if inside:
             # Exact where every block above is passed truly; identity leaves out what the blocks above would do.
-            assert torch.equal(grad, truth[name]) == (mode != "identity")
+            assert torch.equal(grad, truth[1][name]) == (mode != "identity")
 
 
-def test_freeze_always_takes_the_topmost(store: Any) -> None:
-    selection = mebp.LayerCyclicManager(loaded(store), ratio=2 / 3, mode="freeze")
+def test_freeze_always_takes_the_topmost(model: Any) -> None:
+    selection = mebp.LayerCyclicManager(model, ratio=2 / 3, mode="freeze")
     for _ in range(4):
         assert selection.selected == frozenset({1, 2})
         selection.advance()
@@ -165,22 +176,26 @@ def test_on_plain_transformers_and_peft_models(store: Any) -> None:
         assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad and ".layers." in n)
 
 
-def test_state_goes_on_where_it_was(store: Any) -> None:
+def test_state_goes_on_where_it_was(model: Any) -> None:
     options: dict[str, Any] = {"ratio": 1 / 3, "mode": "exact", "schedule": "random", "seed": 4}
-    first = mebp.LayerCyclicManager(loaded(store), **options)
+    first = mebp.LayerCyclicManager(model, **options)
     for _ in range(5):
         first.advance()
-    second = mebp.LayerCyclicManager(loaded(store), **options)
-    second.load_state_dict(first.state_dict())
+    state, later = first.state_dict(), []
     for _ in range(6):
-        assert first.selected == second.selected
+        later.append(first.selected)
         first.advance()
+    first.remove()
+    second = mebp.LayerCyclicManager(model, **options)
+    second.load_state_dict(state)
+    for selected in later:
+        assert second.selected == selected
         second.advance()
     with pytest.raises(ValueError, match="of 2 blocks, this one of 3"):
-        second.load_state_dict(first.state_dict() | {"norms": [None] * 2})
-    other = mebp.LayerCyclicManager(loaded(store), **(options | {"seed": 5}))
-    with pytest.raises(ValueError, match="seed 4, this one 5"):
-        other.load_state_dict(first.state_dict())
+        second.load_state_dict(state | {"norms": [None] * 2})
+    for key, other in (("mode", "freeze"), ("ratio", 0.5), ("schedule", "cyclic"), ("seed", 5)):
+        with pytest.raises(ValueError, match=f"the saved selection has {key} {other!r}, this one {options[key]!r}"):
+            second.load_state_dict(state | {key: other})
 
 
 @pytest.mark.parametrize(
@@ -194,25 +209,24 @@ def test_state_goes_on_where_it_was(store: Any) -> None:
         ({"ratio": float("nan")}, "got nan"),
     ],
 )
-def test_wrong_arguments(store: Any, options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mebp.LayerCyclicManager(loaded(store), **options)
+        mebp.LayerCyclicManager(torch.nn.Module(), **options)
 
 
 def test_identity_of_a_real_model_equals_a_detached_residual(store: Any) -> None:
     """Against plain autograd on transformers + PEFT in float64, with the skipped blocks' output detached."""
-    model = mebp.load(store, mebp.LoraConfig(r=4, lora_alpha=8), dtype=torch.float64, adapter_dtype=torch.float64)
-    randomize_adapter(model)
+    model = loaded(store, dtype=torch.float64, adapter_dtype=torch.float64)
     wrapped = peft_model(store, model, torch.float64, r=4, lora_alpha=8)
     selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="identity")
-    for step in range(3):
+    for trained in range(3):
         model.zero_grad()
         wrapped.zero_grad()
         model(**batch()).loss.backward()
         hooks = [
             block.register_forward_hook(lambda _, args, out: args[0] + (out - args[0]).detach())
             for index, block in enumerate(wrapped.base_model.model.model.layers)
-            if index != step
+            if index != trained
         ]
         examples = batch()
         logits = wrapped(input_ids=examples["input_ids"], attention_mask=examples["attention_mask"]).logits
@@ -222,16 +236,15 @@ def test_identity_of_a_real_model_equals_a_detached_residual(store: Any) -> None
             hook.remove()
         truth = peft_gradients(wrapped)
         for name, grad in our_gradients(model).items():
-            inside = f".layers.{step}." in name
+            inside = f".layers.{trained}." in name
             assert (grad is not None) == inside
             assert not inside or relative_rms(grad, truth[name]) < 1e-9, name
         selection.advance()
 
 
 @pytest.mark.parametrize("mode", ["identity", "exact", "freeze"])
-def test_a_peft_model_alone_has_the_gradients_of_ours(store: Any, mode: Any) -> None:
-    ours = loaded(store)
-    theirs = peft_model(store, ours, r=4, lora_alpha=8)
+def test_a_peft_model_alone_has_the_gradients_of_ours(store: Any, model: Any, mode: Any) -> None:
+    ours, theirs = model, peft_model(store, model, r=4, lora_alpha=8)
     for model in (ours, theirs):
         selection = mebp.LayerCyclicManager(model, ratio=0.6, mode=mode)
         selection.advance()
@@ -242,20 +255,19 @@ def test_a_peft_model_alone_has_the_gradients_of_ours(store: Any, mode: Any) -> 
         assert grad is None or relative_rms(grad, truth[name]) < 1e-5, name
 
 
-def test_micro_batches_of_a_step_share_a_selection_and_the_next_step_does_not(store: Any) -> None:
-    model = loaded(store)
+def test_micro_batches_of_a_step_share_a_selection_and_the_next_step_does_not(model: Any) -> None:
     selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="exact")
-    for step in range(3):
+    for trained in range(3):
         for seed in (1, 2):
             model(**batch(seed=seed)).loss.backward()
         touched = {name.split(".layers.")[1][0] for name, grad in our_gradients(model).items() if grad is not None}
-        assert touched == {str(step)}
+        assert touched == {str(trained)}
         model.zero_grad()
         selection.advance()
 
 
-def test_removed_it_trains_every_block_and_keeps_our_engine(store: Any) -> None:
-    model = loaded(store)
+def test_removed_it_trains_every_block_and_keeps_our_engine(model: Any) -> None:
+    model.mebp.engine.counters.pop_counts()
     selection = mebp.LayerCyclicManager(model, ratio=1 / 3)
     selection.remove()
     model(**batch()).loss.backward()
@@ -263,8 +275,7 @@ def test_removed_it_trains_every_block_and_keeps_our_engine(store: Any) -> None:
     assert model.mebp.engine.counters.recompute == 3
 
 
-def test_one_selection_at_a_time(store: Any) -> None:
-    model = loaded(store)
+def test_one_selection_at_a_time(model: Any) -> None:
     first = mebp.LayerCyclicManager(model, ratio=1 / 3)
     with pytest.raises(ValueError, match="has a selection already"):
         mebp.LayerCyclicManager(model, ratio=1 / 3)
