@@ -92,11 +92,16 @@ def quantize_matrix(
     return whole, (error / total) ** 0.5 if total else 0.0
 
 
-def _check(weight: Tensor, scheme: str, group_size: int, scale_dtype: torch.dtype) -> None:
+def check_form(scheme: object, group_size: object) -> None:
+    """ValueError where there is no such scheme or group size."""
     if scheme not in SCHEMES:
-        raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size!r}")
+        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
+
+
+def _check(weight: Tensor, scheme: str, group_size: int, scale_dtype: torch.dtype) -> None:
+    check_form(scheme, group_size)
     if scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype must be one of {SCALE_DTYPES}, got {scale_dtype}")
     if weight.dtype not in WEIGHT_DTYPES:

@@ -1,1 +1,1 @@
-"""Where other libraries meet ours; each is imported only when it is used."""
+"""Int4 layers inside transformers, PEFT and bitsandbytes. Each library is imported only when it is used."""

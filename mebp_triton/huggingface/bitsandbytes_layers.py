@@ -1,4 +1,4 @@
-"""bitsandbytes' layers (``Linear4bit``: NF4, FP4) as they are: the same codes, the same scales, our order."""
+"""bitsandbytes' 4-bit layers (NF4, FP4) as int4 weights: the same codes and the same scales, in our order."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mebp_triton.kernels.layout import Int4Weight
 
 
 def is_linear4bit(module: nn.Module) -> bool:
+    """Whether ``module`` is a ``bitsandbytes.nn.Linear4bit``. The package is never imported for the question."""
     bitsandbytes: Any = sys.modules.get("bitsandbytes")
     return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)
 
 
 def check_linear4bit(layer: Any, path: str) -> None:
-    """ValueError where ``layer`` cannot be taken over exactly."""
+    """ValueError where the weight of ``layer`` cannot be taken over exactly."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         raise ValueError(f"{path}: this Linear4bit is not quantised yet; move the model to its device first")
@@ -34,8 +35,8 @@ def check_linear4bit(layer: Any, path: str) -> None:
         )
 
 
-def take_linear4bit(layer: Any, path: str) -> Int4Weight:
-    """The weight ``[N, K]`` of a ``bitsandbytes.nn.Linear4bit``, on its device."""
+def int4_from_linear4bit(layer: Any) -> Int4Weight:
+    """The weight ``[N, K]`` of a ``bitsandbytes.nn.Linear4bit``, on its device. The layer cannot be used afterwards."""
     state = layer.weight.quant_state
     absmax = state.absmax
     if state.nested:
@@ -43,6 +44,6 @@ def take_linear4bit(layer: Any, path: str) -> Int4Weight:
         absmax = resolve_absmax(absmax, outer.code, outer.absmax, outer.blocksize, state.offset)
     rows, columns = state.shape
     weight = int4_from_bnb(layer.weight.data, absmax, state.code, (rows, columns), state.blocksize)
-    # Layer and parameter refer to each other: they would stay until the next garbage collection.
+    # Layer and parameter refer to each other, and both would stay in memory until the next garbage collection.
     layer.weight.module = None
     return weight

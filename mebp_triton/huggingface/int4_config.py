@@ -9,23 +9,24 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mebp_triton.kernels.layout import LAYOUT
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES, Scheme
+from mebp_triton.kernels.names import Scheme
+from mebp_triton.kernels.quantize import check_form
 
 METHOD = "mebp_int4"
 
 
 @register_quantization_config(METHOD)
 class Int4Config(QuantizationConfigMixin):
-    """How ``from_pretrained`` quantizes a model, and, in a saved one's ``config.json``, how it was quantized.
+    """How ``from_pretrained`` quantizes a model; in the ``config.json`` of a saved one, how it was quantized.
 
-    Weights are quantized from their value in the ``dtype`` that ``from_pretrained`` loads.
+    Weights are quantized from the values that they have in the ``dtype`` given to ``from_pretrained``.
 
     Args:
         scheme, group_size, scale_search: as in ``quantize``; "codebook" is NF4.
-        modules_to_not_convert: modules that stay float with all they hold: paths, or the last parts of paths
+        modules_to_not_convert: modules that stay float with all they hold: paths, or some parts of paths in a row
             ("layers.0.mlp", "q_proj"). Embedding and heads always stay float.
-        layout: of the packed codes, written by ``save_pretrained``.
-        float32_scales: layers whose scales float16 cannot hold, written by ``save_pretrained``.
+        layout: the layout of the packed codes; ``save_pretrained`` writes it.
+        float32_scales: layers whose scales float16 cannot hold; ``save_pretrained`` writes them.
 
     Raises:
         ValueError: a value does not fit.
@@ -44,21 +45,18 @@ class Int4Config(QuantizationConfigMixin):
     ) -> None:
         if unknown:
             raise ValueError(f"{sorted(unknown)[0]!r} is no setting of Int4Config")
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-        if type(group_size) is not int or group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
+        check_form(scheme, group_size)
         if layout != LAYOUT:
             raise ValueError(f"int4 weights of layout {layout!r} cannot be read, only {LAYOUT!r}: quantize anew")
         if quant_method != METHOD:
             raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r}")
         self.quant_method: Any = METHOD
         self.scheme, self.group_size, self.scale_search = scheme, group_size, scale_search
-        self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert or ())
-        self.layout, self.float32_scales = layout, _names("float32_scales", float32_scales)
+        self.modules_to_not_convert = _list_of_names("modules_to_not_convert", modules_to_not_convert or ())
+        self.layout, self.float32_scales = layout, _list_of_names("float32_scales", float32_scales)
 
 
-def _names(what: str, names: Iterable[str]) -> list[str]:
+def _list_of_names(what: str, names: Iterable[str]) -> list[str]:
     listed = [names] if isinstance(names, str) else list(names)
     if not all(isinstance(name, str) and name for name in listed):
         raise ValueError(f"{what} must be a list of module names, got {listed!r}")

@@ -1,11 +1,12 @@
 """transformers' quantizer plug-in: ``from_pretrained(..., quantization_config=Int4Config())`` loads a model as int4.
 
 The linear layers of the base model become ``Int4Linear``, one tensor at a time while loading; embedding, heads and
-norms stay float. ``save_pretrained`` writes packed codes as ``weight``, and the bytes of ``scales`` and ``minimum``:
-bytes are not cast on loading by any version of transformers. Importing this module registers the method ``mebp_int4``.
+norms stay float. ``save_pretrained`` writes packed codes as ``weight``, and ``scales`` and ``minimum`` as their bytes:
+no version of transformers casts bytes when it loads them. Importing this module registers the method ``mebp_int4``.
 
-transformers 5 quantizes through an operation of its loader (``get_quantize_ops``), 4.57 through
-``create_quantized_param``; both end in ``Int4Quantizer.put``.
+transformers 5 quantizes by an operation of its loader (``get_quantize_ops``), and 4.57 calls
+``create_quantized_param``; both end in ``Int4Quantizer.quantize_into``. When int4 files are loaded, 5 marks every
+tensor that it took from them. 4.57 marks none and runs initializers over the others, which are known by their dtype.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from mebp_triton.kernels.layout import Int4Weight, group_count, padded
 from mebp_triton.kernels.quantize import NF4, quantize_matrix
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.models.names import current_names
+from mebp_triton.models.saving import ignore_in_ddp
 from mebp_triton.models.skeleton import contains_any
 
 from .bitsandbytes_layers import is_linear4bit
 from .int4_config import METHOD, Int4Config
-from .model_layers import PLAIN, base_prefix, check_names, ignore_in_ddp, inner_model, linear_layers, plain_path
+from .model_layers import PLAIN, base_prefix, check_names, inner_model, linear_layers, path_without_peft
 from .peft_layer import register_where_installed
 
 BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
@@ -41,13 +43,19 @@ BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
 
 @register_quantizer(METHOD)
 class Int4Quantizer(HfQuantizer):
-    """What transformers asks while it loads, saves and trains; nothing to be called by hand."""
+    """Answers transformers while it loads, saves and trains a model. Nothing here is to be called by hand.
+
+    Attributes:
+        layers: the layers that are, or become, int4, by path.
+        prefix: the prefix of the base model's names; see ``base_prefix``.
+        model: a weak reference to the loaded model; None until then.
+    """
 
     requires_calibration = False
     requires_parameters_quantization = True
 
     def __init__(self, quantization_config: Int4Config, **kwargs: Any) -> None:
-        # A copy: what is found out about one model is written into it.
+        # The settings are copied because saving writes into them what it finds out about this model.
         self.config = copy.deepcopy(quantization_config)
         super().__init__(self.config, **kwargs)
         self.model: Any = None
@@ -67,18 +75,18 @@ class Int4Quantizer(HfQuantizer):
         skipped = self.config.modules_to_not_convert
         if not self.pre_quantized:
             check_names("modules_to_not_convert", skipped, model)
-        found = {path: module for path, module in linear_layers(model).items() if type(module) in PLAIN}
-        self.layers = {path: module for path, module in found.items() if not contains_any(path, skipped)}
+        plain = {path: module for path, module in linear_layers(model).items() if type(module) in PLAIN}
+        self.layers = {path: module for path, module in plain.items() if not contains_any(path, skipped)}
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no plain linear layer to quantize")
         if self.pre_quantized:
-            _check_files(model, kwargs.get("checkpoint_files"))
+            _check_experts(model, kwargs.get("checkpoint_files"))
             for path, module in self.layers.items():
                 self._expect_bytes(path, module)
         return model
 
     def _expect_bytes(self, path: str, module: Any) -> None:
-        """Makes a float layer on the meta device one that takes packed codes and the bytes of its scales."""
+        """Turns a float layer on the meta device into one whose tensors have the shapes of packed codes and bytes."""
         rows, columns = reversed(module.weight.shape) if type(module) is Conv1D else module.weight.shape
         scales = torch.empty(
             group_count(columns, self.config.group_size), rows, dtype=self._scale_dtype(path), device="meta"
@@ -90,10 +98,11 @@ class Int4Quantizer(HfQuantizer):
         for name in self._scale_names():
             module._buffers[name] = module._buffers[name].view(torch.uint8)
         if BEFORE_5:
-            # Initializers run over these, and what has a dtype of its own shows that it was loaded.
+            # 4.57 initializes what it does not load, and its initializers need floats. A tensor that was loaded comes
+            # in the file's own dtype, bytes, and so ``_take_bytes`` can tell it from one that was initialized.
             module.weight.data = module.weight.data.float()
             module._buffers.update({name: module._buffers[name].float() for name in self._scale_names()})
-        # A layer that the files lack is an error below, not one to be initialized.
+        # A layer that the files lack must not be initialized: ``update_missing_keys`` makes it an error.
         module._is_hf_initialized = True
 
     def _scale_dtype(self, path: str) -> torch.dtype:
@@ -117,7 +126,8 @@ class Int4Quantizer(HfQuantizer):
                 rest = {}
                 for name, value in input_dict.items():
                     if self.quantizer.param_needs_quantization(kwargs.get("model"), name):
-                        self.quantizer.put(name, value[0] if isinstance(value, list) else value)
+                        self.quantizer.quantize_into(name, value[0] if isinstance(value, list) else value)
+                        # The loader sets only what is returned, and would count this weight as missing.
                         kwargs["missing_keys"].discard(name)
                     else:
                         rest[name] = value
@@ -128,10 +138,10 @@ class Int4Quantizer(HfQuantizer):
     def create_quantized_param(
         self, model: Any, param_value: Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
     ) -> None:
-        self.put(param_name, param_value.to(target_device))
+        self.quantize_into(param_name, param_value.to(target_device))
 
-    def put(self, param_name: str, value: Tensor) -> None:
-        """Quantizes ``value``, and turns the float layer it belongs to into an int4 one."""
+    def quantize_into(self, param_name: str, value: Tensor) -> None:
+        """Quantizes the weight ``value``, and turns its float layer into an int4 one."""
         path = param_name.rpartition(".")[0]
         module: Any = self.layers[path]
         if value.shape != module.weight.shape:
@@ -145,16 +155,18 @@ class Int4Quantizer(HfQuantizer):
         except ValueError as problem:
             raise ValueError(f"{param_name}: {problem}") from None
         module.__class__ = Int4Linear
-        module._init_int4(_own_codebook(weight), value.dtype, "auto")
+        # Every layer has a codebook of its own: transformers does not save tensors that layers share.
+        codebook = None if weight.codebook is None else weight.codebook.clone()
+        module._init_int4(replace(weight, codebook=codebook), value.dtype, "auto")
         module.weight._is_hf_initialized = True
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         for key in missing_keys:
             path, _, name = key.rpartition(".")
             if path in self.layers and self.pre_quantized:
-                raise _lacking(key)
+                raise _missing_tensor(key)
             if path in self.layers and name == "weight":
-                del self.layers[path]  # transformers initializes a float weight, for training
+                del self.layers[path]  # transformers initializes it as a float layer, which is to be trained
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -164,23 +176,22 @@ class Int4Quantizer(HfQuantizer):
                 self._take_bytes(path, module)
             if isinstance(module, Int4Linear):  # else the checkpoint has no weight for it
                 module.compute_dtype = model.dtype
-                module.int4()  # refuses what does not fit together
+                module.int4()  # raises where the tensors do not fit together
         model.config.quantization_config = self.config
-        ignore_in_ddp(model)
+        ignore_in_ddp(model, Int4Linear)
         register_where_installed()
         return model
 
     def _take_bytes(self, path: str, module: Any) -> None:
-        """The bytes that were loaded, as scales."""
+        """Takes the bytes that were loaded as scales. ValueError where a tensor is missing, elsewhere or not finite."""
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
                 continue
             if tensor.device.type == "meta":
                 raise ValueError(f"device_map offloads {path}, which int4 layers do not support: use mebp_triton.load")
-            # transformers 5 marks what it loaded; 4.57 left floats where it ignored a mismatch.
             marked = BEFORE_5 or getattr(tensor, "_is_hf_initialized", False)
             if not marked or (name != "bias" and tensor.dtype != torch.uint8):
-                raise _lacking(f"{path}.{name}")
+                raise _missing_tensor(f"{path}.{name}")
         for name in self._scale_names():
             scales = module._buffers[name].clone().view(self._scale_dtype(path))
             if not bool(scales.isfinite().all()):
@@ -191,7 +202,7 @@ class Int4Quantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes of a weight, for ``device_map="auto"``."""
+        """The bytes that a weight takes with its share of the scales, for ``device_map="auto"``."""
         return 0.5 + (4 if self.config.scheme == "affine" else 2) / self.config.group_size
 
     # Saving and training.
@@ -201,13 +212,17 @@ class Int4Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}  # PEFT's adapters alone are saved
+            return None, {}  # transformers saves PEFT's adapters alone
         self.config = self.quantization_config = model.config.quantization_config = self._description(model)
         return dict(saved_tensors(model)), {}
 
     def _description(self, model: Any) -> Int4Config:
-        """The settings by which ``from_pretrained`` finds the int4 layers that ``model`` has now, or ValueError."""
-        prefix, found = base_prefix(model), linear_layers(model)
+        """The settings by which ``from_pretrained`` finds the int4 layers that ``model`` has now.
+
+        Raises:
+            ValueError: there are no such settings, or the model has an adapter, which would be lost.
+        """
+        prefix, candidates = base_prefix(model), linear_layers(model)
         int4: dict[str, Int4Weight] = {}
         for path, module in model.named_modules():
             if isinstance(module, Int4LoRALinear):
@@ -215,11 +230,11 @@ class Int4Quantizer(HfQuantizer):
             if is_linear4bit(module):
                 raise ValueError(f"{path} is bitsandbytes' layer, others are int4: no files hold both, replace all")
             if isinstance(module, Int4Linear):
-                if path != plain_path(path):
-                    raise ValueError(f"{path} is within a layer of PEFT: save the PeftModel, or unload() it first")
+                if path != path_without_peft(path):
+                    raise ValueError(f"{path} is inside a layer of PEFT: save the PeftModel, or unload() it first")
                 int4[path] = module.int4()
-        floats = [path.removeprefix(prefix) for path, module in found.items() if type(module) in PLAIN]
-        lost = [path for path in int4 if path not in found or contains_any(path, floats)]
+        floats = [path.removeprefix(prefix) for path, module in candidates.items() if type(module) in PLAIN]
+        lost = [path for path in int4 if path not in candidates or contains_any(path, floats)]
         if lost:
             raise ValueError(f"{lost[0]} is int4, and from_pretrained would take it for a float layer: not saved")
         forms = {(weight.scheme, weight.group_size) for weight in int4.values()}
@@ -243,7 +258,7 @@ class Int4Quantizer(HfQuantizer):
 
 
 def saved_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The state dict of ``model`` as ``save_pretrained`` writes it: scales as bytes, no codebooks."""
+    """The tensors of ``model`` by name as ``save_pretrained`` writes them: scales as bytes, no codebooks."""
     int4 = {f"{path}." for path, module in model.named_modules() if isinstance(module, Int4Linear)}
     for key, tensor in model.state_dict().items():
         path, _, name = key.rpartition(".")
@@ -253,21 +268,18 @@ def saved_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
             yield key, tensor.contiguous().view(torch.uint8)
 
 
-def _own_codebook(weight: Int4Weight) -> Int4Weight:
-    """With a codebook of its own: tensors that layers share are not saved."""
-    return weight if weight.codebook is None else replace(weight, codebook=weight.codebook.clone())
-
-
-def _lacking(key: str) -> ValueError:
+def _missing_tensor(key: str) -> ValueError:
     return ValueError(
         f"the checkpoint lacks {key}, part of an int4 layer: save or download it again, or load it by the version of "
         f"transformers that saved it"
     )
 
 
-def _check_files(model: Any, files: Iterable[Any] | None) -> None:
-    """ValueError where ``files`` have int4 layers inside of what has parameters of its own in ``model``: experts were
-    linear layers for transformers 4, and are parts of one parameter for transformers 5."""
+def _check_experts(model: Any, files: Iterable[Any] | None) -> None:
+    """ValueError where an int4 layer of ``files`` is only a part of a parameter in ``model``.
+
+    Experts are linear layers for transformers 4, and slices of one parameter for transformers 5.
+    """
     keys = []
     for file in files or ():
         with safe_open(file, framework="pt") as opened:
@@ -275,7 +287,7 @@ def _check_files(model: Any, files: Iterable[Any] | None) -> None:
     modules = dict(model.named_modules())
     for name in current_names(model, keys).values():
         path = name.rpartition(".")[0]
-        while path not in modules:  # the model itself is ""
+        while path not in modules:  # the path of the model itself is ""
             path = path.rpartition(".")[0]
         if not isinstance(modules[path], PLAIN) and modules[path]._parameters:
             raise ValueError(
@@ -285,16 +297,16 @@ def _check_files(model: Any, files: Iterable[Any] | None) -> None:
             )
 
 
-def settle(model: Any) -> None:
-    """What transformers and DistributedDataParallel have to know of a model whose layers became int4 in place."""
+def mark_as_int4(model: Any) -> None:
+    """Tells transformers and DistributedDataParallel about the int4 layers of a model whose layers were replaced."""
     inner: Any = inner_model(model)
     if hasattr(inner, "mebp"):
         return  # ``load`` has told them
-    ignore_in_ddp(inner)
+    ignore_in_ddp(inner, Int4Linear)
     if not isinstance(inner, PreTrainedModel):
         return
     if hasattr(inner, "is_loaded_in_4bit") and not any(is_linear4bit(module) for module in inner.modules()):
-        # Trainers and PEFT should not take the model for one of bitsandbytes.
+        # Trainers and PEFT must not take the model for one of bitsandbytes any more.
         flags = ("is_loaded_in_4bit", "is_4bit_serializable", "is_quantized", "quantization_method")
         for name in (*flags, "hf_quantizer"):
             vars(inner).pop(name, None)

@@ -1,4 +1,4 @@
-"""Hugging Face's ``Trainer`` with a selection of blocks."""
+"""Lets Hugging Face's ``Trainer`` train a selection of blocks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ SAVED = "selection.json"
 
 
 class SelectionCallback(TrainerCallback):
-    """Advances a selection with every optimizer step; saves it in the trainer's checkpoints, and goes on from them.
+    """Advances a selection with every optimizer step, saves it in the trainer's checkpoints, and resumes from them.
 
     Args:
-        selection: of the model that is trained.
-        unselected_update: what happens to blocks that are not selected, see ``LayerCyclicManager.attach``.
+        selection: the selection of the model that is trained.
+        unselected_update: what happens to blocks that are not selected; see ``LayerCyclicManager.attach``.
+
+    Raises:
+        ValueError: (when training resumes) the checkpoint lacks the norms by which blocks are selected.
     """
 
     def __init__(self, selection: LayerCyclicManager, unselected_update: UnselectedUpdate = "momentum") -> None:

@@ -30,7 +30,7 @@ from mebp_triton.system.foreign_errors import one_line
 from .build import Builder, Numerics, check_adapter_dtype, check_targets
 from .config import check_sizes, read_config
 from .discover import install_mlp_chunks
-from .saving import FrozenNames, install_saving
+from .saving import ignore_in_ddp, install_saving
 from .skeleton import build_skeleton, int4_sites, linear_names
 
 
@@ -204,7 +204,7 @@ def _adapt_to_trainers(model: Any) -> None:
     model.gradient_checkpointing_enable = _no_second_checkpointing
     model.tie_weights = _tied_already
     install_saving(model)
-    model._ddp_params_and_buffers_to_ignore = FrozenNames(model)
+    ignore_in_ddp(model)
 
 
 def _no_second_checkpointing(*args: Any, **kwargs: Any) -> None:

@@ -71,23 +71,27 @@ def _ignore_missing_base_weights(model: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if key in own]
 
 
+def ignore_in_ddp(model: Any, kinds: type[nn.Module] = nn.Module) -> None:
+    """Has DistributedDataParallel leave alone the frozen tensors of those modules of ``model`` that are of ``kinds``.
+
+    It would send them to every process, buffers at every step, and write them in place: into mapped files, say.
+    """
+    named = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    if not isinstance(named, FrozenNames):
+        model._ddp_params_and_buffers_to_ignore = FrozenNames(model, kinds, named)
+
+
 # Where PEFT puts the model that it wraps. It hands out the model's attributes, so these names must hold there as well.
 PEFT_PREFIXES = ("", "base_model.", "base_model.model.")
 
 
 class FrozenNames:
-    """The names of tensors that are not trained, found anew whenever they are iterated.
+    """The names of the tensors in modules of ``kinds`` that are not trained, and ``others``.
 
-    DistributedDataParallel leaves alone what a model's ``_ddp_params_and_buffers_to_ignore`` names. All else it sends
-    to every process, buffers at every step, and there writes it in place: into the pages of a mapped file, say.
-
-    Args:
-        model: the model.
-        kinds: the modules whose frozen tensors are named.
-        others: further names.
+    They are found anew whenever they are iterated: PEFT may have frozen, unfrozen or wrapped modules since.
     """
 
-    def __init__(self, model: nn.Module, kinds: type[nn.Module] = nn.Module, others: Iterable[str] = ()) -> None:
+    def __init__(self, model: nn.Module, kinds: type[nn.Module], others: Iterable[str]) -> None:
         self.model, self.kinds, self.others = model, kinds, list(others)
 
     def __iter__(self) -> Iterator[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import relative_rms
 
-from mebp_triton.huggingface.bitsandbytes_layers import check_linear4bit, is_linear4bit, take_linear4bit
+from mebp_triton.huggingface.bitsandbytes_layers import check_linear4bit, int4_from_linear4bit, is_linear4bit
 from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.lora_function import int4_lora_linear
 
@@ -51,7 +51,7 @@ def test_the_weight_is_bitsandbytes_own(columns: int, group_size: int, quant_typ
     if columns % 64 == 0:  # for other widths its CPU kernel (0.50) takes scales of other blocks
         dequantized = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert torch.equal(expected, dequantized)
-    weight = take_linear4bit(layer, "layer")
+    weight = int4_from_linear4bit(layer)
     assert weight.scheme == "codebook" and weight.group_size == group_size
     assert torch.equal(decode(weight, torch.float32), expected)
 
@@ -62,11 +62,11 @@ def test_other_blocks_and_storage() -> None:
         data = torch.randn(ROWS, 256)
         layer.weight = bitsandbytes.nn.Params4bit(data, blocksize=blocksize, quant_type="nf4", module=layer).to("cpu")
         expected = flat_decoding(layer)
-        weight = take_linear4bit(layer, "layer")
+        weight = int4_from_linear4bit(layer)
         assert weight.group_size == group_size and torch.equal(decode(weight, torch.float32), expected)
     layer = linear4bit(64, quant_storage=torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
-    assert torch.equal(flat_decoding(layer), decode(take_linear4bit(layer, "layer"), torch.float32))
+    assert torch.equal(flat_decoding(layer), decode(int4_from_linear4bit(layer), torch.float32))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -74,7 +74,7 @@ def test_other_blocks_and_storage() -> None:
 def test_gradients_in_float64(columns: int, quant_type: str) -> None:
     layer = linear4bit(columns, quant_type)
     truth = flat_decoding(layer, torch.float64)
-    weight = take_linear4bit(layer, "layer")
+    weight = int4_from_linear4bit(layer)
     inputs = (torch.randn(2, 7, columns), layer.bias.detach(), torch.randn(4, columns), torch.randn(ROWS, 4))
     x, bias, a, b = (tensor.double().requires_grad_() for tensor in inputs)
     dy = torch.randn(2, 7, ROWS).double()
@@ -107,7 +107,7 @@ def test_the_old_weight_goes_with_its_layer() -> None:
     old = weakref.ref(layer.weight)
     gc.disable()
     try:
-        take_linear4bit(layer, "layer")
+        int4_from_linear4bit(layer)
         del layer
         assert old() is None
     finally:

@@ -272,7 +272,7 @@ def test_a_model_of_int4_config_keeps_its_settings(sources: dict[str, Path], tmp
     assert torch.equal(logits(again), logits(model))
     assert {n.split(".")[-1] for n, m in again.model.named_modules() if type(m) is nn.Linear} == {"down_proj"}
     around = peft.get_peft_model(again, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"q_proj.base_layer is within a layer of PEFT: save the PeftModel, or unload"):
+    with pytest.raises(ValueError, match=r"q_proj.base_layer is inside a layer of PEFT: save the PeftModel, or unload"):
         around.get_base_model().save_pretrained(tmp_path / "wrong")
     around.unload().save_pretrained(tmp_path / "unloaded")
     assert torch.equal(logits(load(tmp_path / "unloaded")), logits(model))
