@@ -54,6 +54,25 @@ MODULES: dict[str, tuple[str, ...]] = {
     "kernels/layout.py": ("kernels/test_layout.py", "kernels/test_reference.py", "layers/test_linear.py"),
     "kernels/reference.py": ("kernels/test_reference.py", "kernels/test_layout.py"),
     "kernels/cross_entropy.py": ("kernels/test_cross_entropy.py", "layers/test_loss.py"),
+    "mebp_triton/layers/lora_config.py": ("layers/test_lora_config.py",),
+    "mebp_triton/layers/lora_function.py": (
+        "layers/test_lora_function.py",
+        "layers/test_linear.py",
+        "layers/test_shared_input.py",
+    ),
+    "mebp_triton/layers/int4_module.py": ("layers/test_int4_module.py", "layers/test_linear.py"),
+    "mebp_triton/layers/linear.py": ("layers/test_linear.py", "layers/test_shared_input.py", "blocks/test_replay.py"),
+    "mebp_triton/layers/deferred_logits.py": ("layers/test_deferred_logits.py", "layers/test_loss.py"),
+    "mebp_triton/layers/head.py": ("layers/test_head.py", "layers/test_loss.py"),
+    "mebp_triton/layers/loss.py": ("layers/test_loss.py",),
+    "mebp_triton/blocks/backward.py": (
+        "blocks/test_backward.py",
+        "blocks/test_call.py",
+        "blocks/test_leaks.py",
+        "blocks/test_recompute.py",
+    ),
+    "mebp_triton/blocks/engine.py": ("blocks/test_engine.py", "blocks/test_backward.py", "blocks/test_call.py"),
+    "mebp_triton/blocks/selection.py": ("blocks/test_selection.py", "blocks/test_hooks.py"),
     "mebp_triton/store/dynamic8.py": ("store/test_dynamic8.py", "store/test_optimizer_state.py"),
 }
 
