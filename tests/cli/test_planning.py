@@ -34,7 +34,8 @@ def test_a_store_is_planned_for_as_it_is_and_a_model_as_it_would_be(planners):
     assert named == opened
     assert named.files == would_be.files and named.matrices.keys() == would_be.matrices.keys()
     assert {info.group_size for info in would_be.matrices.values()} == {32}
-    assert sum(named.sizes.values()) == pytest.approx(sum(would_be.sizes.values()), rel=0.05)
+    headers = 4096  # of each file, at most
+    assert all(0 <= size - would_be.sizes[name] < headers for name, size in named.sizes.items())
 
 
 def test_a_plan_in_a_line(planners):

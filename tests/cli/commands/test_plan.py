@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 from commands import answer, assert_refused
-from models import tiny_store
 from PIL import Image
 from rich.console import Console
 
@@ -20,14 +19,9 @@ SETTINGS = ["--device=cpu", "--max-length=32", "--lora-r=4"]
 
 
 @pytest.fixture(scope="module")
-def store():
-    return tiny_store("llama")
-
-
-@pytest.fixture(scope="module")
-def plan(store):
+def plan(world):
     settings = TrainConfig(device="cpu", max_length=32, lora_r=4, memory_budget="8GiB")
-    return planner_of(store, read_config(store, ""), None, None).resolve(settings)
+    return planner_of(world / "store", read_config(world / "store", ""), None, None).resolve(settings)
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
@@ -63,15 +57,16 @@ def test_picture(plan, tmp_path):
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_shows_all_three(mebp, store, tmp_path):
-    command = ["plan", store, *SETTINGS]
+def test_the_command_shows_all_three(mebp, world, tmp_path):
+    command = ["plan", world / "store", *SETTINGS]
     value = answer(mebp(*command, "--memory-budget=8GiB", f"--plot={tmp_path / 'plan.png'}", "--json"))
     assert value["settings"]["max_length"] == 32 and (tmp_path / "plan.png").exists()
     code, out, err = mebp(*command)
     assert code == 0 and "planned peak" in out and "\n total " in out and not err
 
 
-def test_a_model_or_its_config_is_planned_as_the_store_that_it_would_be(mebp, store, tmp_path):
+def test_a_model_or_its_config_is_planned_as_the_store_that_it_would_be(mebp, world, tmp_path):
+    store = world / "store"
     config = tmp_path / "config.json"
     shutil.copy(store / "config.json", config)
     peaks = []
@@ -83,8 +78,8 @@ def test_a_model_or_its_config_is_planned_as_the_store_that_it_would_be(mebp, st
     assert max(peaks) - min(peaks) < 1 << 20
 
 
-def test_a_budget_chooses(mebp, store):
-    command = ["plan", store, *SETTINGS, "--memory-budget=8GiB", "--json"]
+def test_a_budget_chooses(mebp, world):
+    command = ["plan", world / "store", *SETTINGS, "--memory-budget=8GiB", "--json"]
     value = answer(mebp(*command))
     assert value["chosen"]["weights"] == "device" and value["planned_peak_bytes"] < 8 << 30
     value = answer(mebp(*command, "--weights=file"))
@@ -101,8 +96,8 @@ def test_a_budget_chooses(mebp, store):
         (["--target-modules=nothing"], "target_modules"),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(mebp, store, tmp_path, arguments, message):
-    assert_refused(mebp, ["plan", store, *SETTINGS, *arguments], [message], store, tmp_path)
+def test_a_mistake_is_one_line_and_writes_nothing(mebp, world, tmp_path, arguments, message):
+    assert_refused(mebp, ["plan", world / "store", *SETTINGS, *arguments], [message], world, tmp_path)
 
 
 def test_what_is_no_model(mebp, tmp_path):
