@@ -78,6 +78,7 @@ def test_the_device_of_a_table_that_lies_elsewhere():
     module = embedding()
     module.device = torch.device("meta")
     assert module.weight.device.type == "meta" and module.int4().packed.device.type == "cpu"
+    assert embedding().to("meta").weight.device.type == "meta"
 
 
 def test_a_table_cannot_be_copied():
@@ -97,8 +98,22 @@ def test_scales_are_loaded_from_their_bytes_too(scheme):
     state = other.state_dict()
     for name in ("scales", "minimum"):
         if name in state:
-            state[name] = state[name].view(torch.uint8)
+            state[name] = state[name].view(torch.uint8).t().contiguous().t()  # in any layout
     module.load_state_dict(state)
     for name, tensor in other.int4().tensors().items():
         found = module.int4().tensors()[name]
         assert torch.equal(found, tensor) and found.dtype == tensor.dtype, name
+
+
+def test_what_does_not_fit_is_torchs_to_refuse():
+    module = Int4Linear(make_weight(), None, torch.float32)
+    module.load_state_dict({}, strict=False)
+    with pytest.raises(RuntimeError, match="Unexpected key.*minimum"):
+        module.load_state_dict(module.state_dict() | {"minimum": torch.ones(4, dtype=torch.uint8)})
+    with pytest.raises(RuntimeError, match="size mismatch for scales"):
+        module.load_state_dict(module.state_dict() | {"scales": torch.ones(2, 2)})
+
+
+def test_moved_and_cast_at_once():
+    module = Int4Linear(make_weight(), None, torch.float32).to("meta", torch.bfloat16)
+    assert (module.scales.device.type, module.scales.dtype) == ("meta", torch.float16)

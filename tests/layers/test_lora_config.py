@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import warnings
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -85,6 +87,7 @@ def test_targets(target, exclude, chosen):
         ({"r": -2}, "at least 1"),
         ({"r": 2.0}, "whole number"),
         ({"r": True}, "whole number"),
+        ({"r": 1 << 31}, "whole number"),
         ({"rank_pattern": {"q": 0}}, "at least 1"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"lora_dropout": -0.1}, "lora_dropout"),
@@ -144,6 +147,9 @@ def test_configs_of_anything_but_lora_are_refused(config):
     "values",
     [
         {"use_dora": True},
+        {"use_dora": 0},
+        {"use_qalora": True},
+        {"use_bdlora": True},
         {"lora_bias": True},
         {"bias": "lora_only"},
         {"modules_to_save": ["lm_head"]},
@@ -221,3 +227,14 @@ def test_an_expression_cannot_take_forever_or_all_memory(expression, message, mo
     with pytest.raises(ValueError, match=message):
         LoraConfig(target_modules=expression).targets("a" * 64 + "b")
     assert LoraConfig(target_modules="a{1000}").targets("a" * 1000)
+
+
+def test_an_expression_that_looks_odd_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LoraConfig(target_modules="[[a]b").targets("[b")
+
+
+def test_an_older_pefts_config_lacks_settings():
+    old = SimpleNamespace(peft_type="LORA", r=4, lora_alpha=8, target_modules=["q"])
+    assert as_lora_config(old) == LoraConfig(r=4, lora_alpha=8, target_modules=("q",))

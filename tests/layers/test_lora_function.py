@@ -170,6 +170,14 @@ def test_nothing_of_the_weights_size_is_allocated():
     assert 4 * k <= allocations.largest <= n * k // 16
 
 
+def test_gradients_have_no_gradients_of_their_own():
+    weight, given = make_weight(), operands()
+    y = int4_lora_linear(given["x"], weight, given["bias"], given["a"], given["b"], 1.5)
+    (grad,) = torch.autograd.grad(y.square().sum(), given["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_operands_are_frozen():
     operand = LoraOperand(make_weight(), None, torch.ones(1, 70), torch.ones(9, 1), 1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
