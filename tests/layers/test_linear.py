@@ -54,8 +54,20 @@ def test_a_new_adapter_changes_nothing_and_is_that_of_peft():
     assert torch.equal(layer().lora_A, module.lora_A)
 
 
-def test_adapter_dtype():
-    assert layer(adapter_dtype=torch.bfloat16).lora_A.dtype == torch.bfloat16
+def test_where_an_adapter_lies_and_in_which_dtype():
+    small = layer(adapter_dtype=torch.bfloat16)
+    assert small.lora_A.dtype == small.lora_B.dtype == torch.bfloat16 and small.fan_in_fan_out is False
+    assert {layer(device="meta").lora_A.device.type, layer(device="meta").lora_B.device.type} == {"meta"}
+    with_weight = Int4LoRALinear(make_weight().to("meta"), None, torch.float32, 3, 1.0)
+    assert with_weight.lora_A.device.type == with_weight.lora_B.device.type == "meta"
+
+
+def test_the_backend_is_the_modules():
+    dropping = layer(dropout=0.5)
+    for module in (Int4Linear(make_weight(), None, torch.float32), layer(), dropping):
+        module.backend = "none"
+        with pytest.raises(ValueError, match="backend"):
+            module(normal(4, 70))
 
 
 def test_dropout_is_on_the_input_of_the_lora_branch_only():
@@ -74,6 +86,7 @@ def test_dropout_is_on_the_input_of_the_lora_branch_only():
     asked = [x, module.lora_A, module.lora_B]
     for tensor, truth in zip(asked, torch.autograd.grad(twin, asked, dy), strict=True):
         torch.testing.assert_close(tensor.grad, truth)
+    assert module(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
