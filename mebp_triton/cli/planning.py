@@ -17,14 +17,14 @@ from mebp_triton.training.settings_file import read_config_file
 
 
 def settings_of(arguments: argparse.Namespace) -> TrainConfig:
-    """From flags and ``--config``, not resolved: what was not set is None."""
+    """The settings that the flags and ``--config`` give; a choice that neither makes is left open (None)."""
     settings = read_config_file(arguments.config) if arguments.config else {}
     known = {item.name for item in dataclasses.fields(TrainConfig)}
     return TrainConfig(**(settings | {name: value for name, value in vars(arguments).items() if name in known}))
 
 
 def planner_of(given: Store | Path, config: Any, scheme: str | None, group_size: int | None) -> Planner:
-    """For a store, or for the store that would be made of a model directory or a ``config.json``."""
+    """A planner for a store, or for the store that would be made of a model directory or a ``config.json``."""
     if isinstance(given, Path) and (given / MANIFEST).exists():
         given = Store(given)
     if isinstance(given, Store):
@@ -33,7 +33,7 @@ def planner_of(given: Store | Path, config: Any, scheme: str | None, group_size:
 
 
 def describe(plan: Plan) -> str:
-    """One line: what was chosen."""
+    """The peak and what was chosen, in one line."""
     settings = plan.settings
     parts = [f"{name.replace('_', ' ')} {getattr(settings, name)}" for name in CHOSEN[:4]]
     if settings.mlp_chunk_tokens:

@@ -1,4 +1,4 @@
-"""A training run from the command's arguments to ``run.json``: texts, plan, store, model, steps."""
+"""A training run of ``mebp train``: from the arguments to texts, plan, store, model, steps and ``run.json``."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, di
     checkpoint = Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
     if arguments.resume and checkpoint is not None:
         raise ValueError("--resume and --resume-from-checkpoint are two ways to say the same: give one")
-    # A checkpoint of another run goes on in a new directory; that of this run, in its own.
+    # A run goes on from its own checkpoint in its own directory. Another run's checkpoint begins a new directory.
     inside = checkpoint is not None and checkpoint.resolve().is_relative_to(Path(asked.output_dir).resolve())
     goes_on = arguments.resume or inside
     begun = Path(asked.output_dir).is_dir() or (_store_beside(asked) / MANIFEST).exists()
     run = (RunDirectory if processes.is_first else OthersRunDirectory)(asked.output_dir, goes_on)
     with run.writing():
         if processes.is_first and not goes_on:
-            atomic.check_absent(run.directory)  # again: another process may have been quicker
+            atomic.check_absent(run.directory)  # again, now that it is locked: another command may have been quicker
         if arguments.resume:
             checkpoint = run.checkpoint
         if goes_on:
@@ -68,8 +68,7 @@ def train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, di
         if checkpoint is not None and not (checkpoint / "state.json").exists():
             if not (arguments.resume and begun and run.is_before_checkpoint()):
                 raise ValueError(f"there is no checkpoint in {checkpoint} to resume from")
-            note = f"{run.directory} has no checkpoint yet: starting from the beginning"
-            say(note)
+            say(f"{run.directory} has no checkpoint yet: starting from the beginning")
             checkpoint = None
         return run.directory, _train_in(run, checkpoint, asked, arguments, processes)
 
@@ -88,11 +87,12 @@ def _train_in(
         check_source(asked.validation_file, "validation-file")
     given = Path(arguments.store)
     store = _open_if_store(given, arguments)
-    # Where the tokenizer lies there already, the texts are read first: what is wrong with them shows at once.
+    # A directory has the tokenizer already. Then texts are read first, so that their faults show at once.
     texts = _load_texts(given, asked) if given.is_dir() else None
-    # A model directory is planned for before it is quantized, so that a budget too small shows at once.
+    # A model directory is planned for before it is quantized, so that too small a budget shows at once.
     plan = _plan(store or given, arguments, asked) if given.is_dir() else None
-    goes_on = arguments.resume or checkpoint is not None or not processes.is_first  # which has just made the store
+    # The other processes find the store that the first one has just made, as a resumed run finds its own.
+    goes_on = arguments.resume or checkpoint is not None or not processes.is_first
     store = store or processes.first(lambda: _quantized(given, arguments, asked, goes_on))
     data, validation = texts or _load_texts(store.directory, asked)
     if not given.is_dir():
@@ -148,7 +148,7 @@ def _chunks_begun_with(checkpoint: Path) -> int | None:
 
 
 def _plan(given: Store | Path, arguments: argparse.Namespace, asked: TrainConfig) -> Plan | None:
-    """The plan; None, with a line that says so, for a model that cannot be traced and has no budget to keep."""
+    """The plan. A model that cannot be traced has none, which one line says; with a budget that is an error."""
     directory = given.directory if isinstance(given, Store) else given
     try:
         return planner_of(given, model_config(directory), arguments.scheme, arguments.group_size).resolve(asked)
@@ -176,7 +176,7 @@ def _prepare_process(settings: RunSettings, plan: Plan | None) -> None:
 def _open_if_store(given: Path, arguments: argparse.Namespace) -> Store | None:
     """Opens ``given`` if it is a store; None for a model. ValueError for neither, or a store that cannot be used."""
     if not (given / MANIFEST).exists() and not (given.is_dir() and not (given / "config.json").exists()):
-        if not given.is_file():  # a GGUF file takes its time to open
+        if not given.is_file():  # a GGUF file is slow to open, so its faults show when it is quantized
             open_source(given)
         return None
     store = Store(given)
@@ -186,7 +186,7 @@ def _open_if_store(given: Path, arguments: argparse.Namespace) -> Store | None:
 
 
 def _load_texts(directory: Path, asked: TrainConfig) -> tuple[TokenizedData, TokenizedData | None]:
-    """The training and the validation file, tokenized by what lies in ``directory``."""
+    """The training and the validation file as tokens, by the tokenizer in ``directory``."""
     tokenizer = load_tokenizer(directory)
     check_length(directory, asked.max_length)
 
@@ -204,17 +204,16 @@ def _store_beside(asked: TrainConfig) -> Path:
 
 
 def _quantized(given: Path, arguments: argparse.Namespace, asked: TrainConfig, goes_on: bool) -> Store:
-    """A store beside the run, made from the model ``given`` now, or when the run that goes on was begun."""
+    """The store beside the run: made of the model ``given`` now, or found there by a run that goes on."""
     beside = _store_beside(asked)
     if not (beside / MANIFEST).exists():
         outside = ", outside of the memory budget" if asked.memory_budget is not None else ""
-        note = f"{given} is not a store: quantizing it into {beside}{outside}"
-        say(note)
+        say(f"{given} is not a store: quantizing it into {beside}{outside}")
         quantize_with_progress(str(given), beside, arguments)
         return Store(beside)
     if not goes_on:
         raise ValueError(
-            f"{beside} is there from an earlier run: --resume takes it, or give it as the model, or remove it"
+            f"{beside} is there from an earlier run: --resume takes it; or give it in place of the model, or remove it"
         )
     store, wanted = Store(beside), open_source(given).description
     matrices = store.matrices.values()
@@ -245,7 +244,7 @@ def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any] | 
 
         def on_evaluation(done: int, total: int) -> None:
             if number := noted():
-                raise Interrupted(number)  # no step is lost
+                raise Interrupted(number)  # at once, since an evaluation can simply be repeated
             update(done, total, task="evaluating " + ("after" if recent else "before"))
 
         summary = finetune(trainer, validation, on_step, on_evaluation, noted)

@@ -12,7 +12,7 @@ import mebp_triton
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.tokenized import DataReport, TokenizedData
 from mebp_triton.system.errors import RunError
-from mebp_triton.training.evaluation import Evaluation, evaluate
+from mebp_triton.training.evaluation import Evaluation, evaluate, plain_score
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,15 @@ def test_it_is_the_mean_over_tokens(store, model, ragged, windows):
     if windows is None:
         each = [evaluate(model, one(ragged, place)).loss for place in places]
         assert abs(np.mean(each) - result.loss) > 1e-3, "the rows do not tell the two means apart"
+
+
+def test_any_transformers_model_is_scored_by_its_logits(store, model, ragged):
+    plain = decoded_model(store).train()
+    result = evaluate(plain, ragged, 4, score=plain_score)
+    assert plain.training
+    ours = evaluate(model, ragged, 4)
+    assert result.loss == pytest.approx(ours.loss, rel=1e-5)
+    assert (result.token_accuracy, result.tokens, result.windows) == (ours.token_accuracy, ours.tokens, ours.windows)
 
 
 def one(data, place):

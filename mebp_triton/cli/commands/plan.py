@@ -44,10 +44,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    def moments(found: tuple[Moment, ...]) -> list[dict[str, Any]]:
+    """The answer of ``mebp plan --json``: the peak, its components, and every moment of a step, in bytes."""
+
+    def listed(moments: tuple[Moment, ...]) -> list[dict[str, Any]]:
         return [
             {"moment": moment.name, "total_bytes": moment.total, "components": dict(moment.components)}
-            for moment in found
+            for moment in moments
         ]
 
     device = plan.device_peak
@@ -60,14 +62,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "memory_shared": plan.shared,
         "file_bytes": dict(plan.files),
         "chosen": {name: getattr(plan.settings, name) for name in CHOSEN},
-        "host": moments(plan.host),
-        "device": moments(plan.device),
+        "host": listed(plan.host),
+        "device": listed(plan.device),
         "settings": dataclasses.asdict(plan.settings),
     }
 
 
 def table(plan: Plan) -> Table:
-    """Components down, the moments of a step across, in MiB."""
+    """A row per component of memory and a column per moment of a step, in MiB."""
     from rich import box
     from rich.table import Table
 
@@ -97,7 +99,7 @@ def table(plan: Plan) -> Table:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """A stacked bar for every moment of a step, as PNG."""
+    """Draws a stacked bar for every moment of a step, as PNG."""
     from matplotlib.figure import Figure
 
     from mebp_triton.cli.planning import describe

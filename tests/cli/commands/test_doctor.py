@@ -23,6 +23,11 @@ def test_findings(mebp, world, tmp_path):
     assert code == 2 and "no manifest.json" in err
 
 
+def test_without_a_store(mebp):
+    value = answer(mebp("doctor", "--json"))
+    assert value["self_test"].startswith("int4 products passed") and "store" not in value
+
+
 @pytest.mark.parametrize("ok", [True, False, None])
 def test_gradients_that_are_wrong_fail(mebp, monkeypatch, ok):
     rows = [{"what": "a layer's dx", "dtype": "float32", "relative": 0.5, "ok": ok, "reason": "because"}]
