@@ -67,10 +67,11 @@ OPERATIONS = [
     lambda z: z[:, 1:], lambda z: list(z)[1], lambda z: 2 / z, lambda z: z > 0, lambda z: z >= 0, lambda z: z < 0,
     lambda z: z <= 0, lambda z: z @ torch.ones(97), lambda z: z * torch.full((97,), 2.0),
     lambda z: z / torch.full((97,), 2.0), lambda z: torch.ones(97) * z, lambda z: torch.ones(97) + z,
-    lambda z: z.softmax(-1), lambda z: z.view(-1, 97), lambda z: torch.relu(z), lambda z: torch.clamp(z, min=0), lambda z: torch.stack([z, z]),
-    lambda z: torch.where(z > 0, z, 0.0), lambda z: torch.remainder(z, 2.0), lambda z: torch.add(z, 2),
-    lambda z: torch.div(z, 2.0, rounding_mode="floor"), lambda z: torch.maximum(z, torch.zeros(97)),
-    lambda z: torch.softmax(z, -1), lambda z: torch.tanh(2 + z), lambda z: torch.mul(input=z, other=2.0),
+    lambda z: z.softmax(-1), lambda z: z.view(-1, 97), lambda z: torch.relu(z), lambda z: torch.clamp(z, min=0),
+    lambda z: torch.stack([z, z]), lambda z: torch.where(z > 0, z, 0.0), lambda z: torch.remainder(z, 2.0),
+    lambda z: torch.add(z, 2), lambda z: torch.div(z, 2.0, rounding_mode="floor"),
+    lambda z: torch.maximum(z, torch.zeros(97)), lambda z: torch.softmax(z, -1), lambda z: torch.tanh(2 + z),
+    lambda z: torch.mul(input=z, other=2.0),
 ]  # fmt: skip
 
 

@@ -114,6 +114,15 @@ def test_a_batch_without_a_target_has_loss_and_gradients_zero(model: Any, count:
     assert all(grad is not None and not grad.any() for grad in our_gradients(model).values()), "zeros, and no NaN"
 
 
+def test_real_logits_are_taken_in_float32_and_every_token_is_a_label() -> None:
+    one_pass = loss.OnePassLoss()
+    assert one_pass.statistics == loss.LossStatistics()
+    logits, labels = torch.randn(1, 3, 5).bfloat16(), torch.tensor([[4, 0, -100]])  # one target: token 0
+    value = one_pass(logits, labels)
+    truth = torch.nn.functional.cross_entropy(logits[0, :1].float(), torch.tensor([0]))
+    assert value.dtype == torch.float32 and torch.equal(value, truth)
+
+
 def test_one_token_has_no_target(model: Any) -> None:
     assert model(input_ids=torch.tensor([[5]]), labels=torch.tensor([[5]])).loss.item() == 0
 
