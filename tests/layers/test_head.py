@@ -11,12 +11,15 @@ from models import batch, randomize_adapter
 
 import mebp_triton as mebp
 from mebp_triton.kernels import reference
+from mebp_triton.kernels.functions import int4_matmul_dx
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.layers import head as head_module
 from mebp_triton.layers.deferred_logits import DeferredLogits
 from mebp_triton.layers.head import Int4Head
 
 V, K = 97, 48
+WEIGHT = make_weight(V, K)
+BIAS = torch.randn(V, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
 class Segments:
@@ -33,12 +36,16 @@ class Segments:
 
 
 def head(with_bias: bool, in_segments: bool, dtype: torch.dtype = torch.float64) -> Int4Head:
-    weight = make_weight(V, K)
-    bias = torch.randn(V, generator=torch.Generator().manual_seed(2), dtype=dtype) if with_bias else None
-    made = Int4Head(weight, bias, dtype)
-    if in_segments:
-        made.rows = Segments(weight)
+    bias = BIAS.to(dtype) if with_bias else None
+    if not in_segments:
+        return Int4Head(WEIGHT, bias, dtype)
+    made = Int4Head(WEIGHT.to("meta"), bias, dtype)  # as on a GPU: only the rows are there
+    made.rows, made.device = Segments(WEIGHT), torch.device("cpu")
     return made
+
+
+def product(x: torch.Tensor, with_bias: bool) -> torch.Tensor:
+    return reference.matmul(x, WEIGHT, BIAS if with_bias else None)
 
 
 def hidden(*lead: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -53,7 +60,7 @@ def test_logits_and_the_plain_layer_it_can_become(
 ) -> None:
     monkeypatch.setattr(head_module, "DECODED_ROWS", rows)
     made, x = head(with_bias, in_segments), hidden(3)
-    truth = reference.matmul(x, made.int4(), made.bias)
+    truth = product(x, with_bias)
     dy = torch.randn(3, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (expected,) = torch.autograd.grad(truth, x, dy)
     for layer in (made, made.decoded()):
@@ -70,7 +77,7 @@ def test_cross_entropy(with_bias: bool, in_segments: bool) -> None:
     made, x = head(with_bias, in_segments), hidden(6)
     targets = torch.tensor([0, 39, -100, 40, 96, 5])
     losses, argmax = made.cross_entropy(x, targets, -100, (0.5, 3.0))
-    logits = torch.tanh(reference.matmul(x, made.int4(), made.bias) * 0.5) * 3.0
+    logits = torch.tanh(product(x, with_bias) * 0.5) * 3.0
     truth = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
     torch.testing.assert_close(losses, truth, rtol=1e-12, atol=1e-12)
     expected = logits.argmax(-1).masked_fill(targets == -100, -1)
@@ -81,11 +88,45 @@ def test_cross_entropy(with_bias: bool, in_segments: bool) -> None:
 
 
 @pytest.mark.parametrize("in_segments", [True, False])
-def test_gradients_have_the_dtype_of_the_hidden_state(in_segments: bool) -> None:
+def test_gradients_have_the_dtype_of_the_hidden_state_and_are_added_up_in_float32(in_segments: bool) -> None:
     made, x = head(False, in_segments, torch.bfloat16), hidden(3, dtype=torch.bfloat16)
-    (through_logits,) = torch.autograd.grad(made(x).float().sum(), x)
+    dy = torch.randn(3, V, generator=torch.Generator().manual_seed(1)).bfloat16()
+    (through_logits,) = torch.autograd.grad(made(x), x, dy)
     (through_loss,) = torch.autograd.grad(made.cross_entropy(x, torch.arange(3), -100, (1.0,))[0].sum(), x)
     assert through_logits.dtype == through_loss.dtype == torch.bfloat16
+    if in_segments:
+        parts = [int4_matmul_dx(dy[:, at : at + 40].contiguous(), WEIGHT.rows(at, at + 40)) for at in (0, 40, 80)]
+        assert torch.equal(through_logits, sum(part.float() for part in parts).bfloat16())
+
+
+@pytest.mark.parametrize("in_segments", [True, False])
+def test_the_loss_is_not_computed_under_autocast(in_segments: bool) -> None:
+    made, x, targets = head(True, in_segments, torch.float32), hidden(3, dtype=torch.float32), torch.arange(3)
+    losses = made.cross_entropy(x, targets, -100, (1.0,))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made.cross_entropy(x, targets, -100, (1.0,))[0], losses)
+
+
+@pytest.mark.parametrize("in_segments", [True, False])
+def test_the_backend_is_the_heads(in_segments: bool) -> None:
+    made, x = head(True, in_segments), hidden(3)
+    logits = made(x)
+    made.backend = "none"
+    for compute in (
+        lambda: made(x),
+        lambda: made.cross_entropy(x, torch.arange(3), -100, (1.0,)),
+        lambda: logits.sum().backward() if in_segments else made(x),
+    ):
+        with pytest.raises(ValueError, match="backend"):
+            compute()
+
+
+def test_gradients_of_segments_have_no_gradients_of_their_own() -> None:
+    made, x = head(True, True), hidden(3)
+    for value in (made(x).square().sum(), made.cross_entropy(x, torch.arange(3), -100, (1.0,))[0].square().sum()):
+        (grad,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
 
 
 def test_a_deferred_head_returns_what_was_asked_of_it() -> None:
