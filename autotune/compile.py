@@ -94,25 +94,33 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return usage
 
 
-def specialize(kernel: JITFunction, arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict, dict]:
+def specialize(kernel: JITFunction, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict, dict]:
     """Signature, constants and attributes of a launch with these arguments, as the JIT would derive them.
 
     A tensor stands for a pointer aligned to 16 bytes. An integer 1 and None become constants; an integer that is a
-    multiple of 16 is known to be one.
+    multiple of 16 is known to be one. Constants and attributes are named by their path: the parameter's index, and
+    within a tuple the element's.
     """
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = POINTER_TYPES[value.dtype]
-            attributes[(index,)] = DIVISIBLE_BY_16
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = DIVISIBLE_BY_16
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(path: tuple[int, ...], value: Any, is_constant: bool) -> Any:
+        if isinstance(value, tuple) and not is_constant:
+            return tuple(kind((*path, index), item, False) for index, item in enumerate(value))
+        if is_constant or value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, Tensor):
+            attributes[path] = DIVISIBLE_BY_16
+            return POINTER_TYPES[value.dtype]
+        if value % 16 == 0:
+            attributes[path] = DIVISIBLE_BY_16
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {
+        parameter.name: kind((index,), arguments[parameter.name], parameter.is_constexpr)
+        for index, parameter in enumerate(kernel.params)
+    }
     return signature, constants, attributes
 
 

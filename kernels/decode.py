@@ -313,9 +313,12 @@ def affine(codes, scales, minima, EXACT: tl.constexpr):
 
 
 @triton.jit
-def of_member(member, first, second, third, MEMBERS: tl.constexpr):
-    """The argument that belongs to a member of a group of weights."""
+def select(values, member, MEMBERS: tl.constexpr):
+    """``values[member]``, of a tuple with one value for each member of a group of weights.
+
+    It must not return None, which a device function cannot.
+    """
     if MEMBERS == 1:
-        return first
+        return values[0]
     else:
-        return tl.where(member == 0, first, tl.where(member == 1, second, third))
+        return tl.where(member == 0, values[0], tl.where(member == 1, values[1], values[2]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .configs import MIN_DOT, Problem, TileConfig, default_config
 from .decode import load_planes, plane_columns
-from .launch import FLOAT_DTYPES, runs_compiled, weight_arguments
+from .launch import FLOAT_DTYPES, runs_compiled, scheme_arguments
 from .layout import Int4Weight
 
 # A panel: 64 rows by two chunks, stored in runs of 64 bytes.
@@ -95,14 +95,20 @@ def _embedding_kernel(
 
 def embedding_arguments(ids: Tensor | None, weight: Int4Weight, rows: Tensor, config: TileConfig) -> dict[str, Any]:
     """The arguments of ``_embedding_kernel``, by name; the tensors may lie on the meta device."""
-    taken = _embedding_kernel.arg_names
     return {
         "ids_ptr": ids,
-        **{name: value for name, value in weight_arguments(weight).items() if name in taken},
+        "packed_ptr": weight.packed,
+        "scales_ptr": weight.scales,
+        "minimum_ptr": weight.minimum,
+        "codebook_ptr": weight.codebook,
         "rows_ptr": rows,
         "M": rows.shape[0],
+        "N": weight.out_features,
         "K": weight.in_features,
         "stride_im": 0 if ids is None else ids.stride(0),
+        "stride_sg": weight.scales.stride(0),
+        "stride_zg": 0 if weight.minimum is None else weight.minimum.stride(0),
+        **scheme_arguments(weight),
         "stride_rm": rows.stride(0),
         "stride_rk": rows.stride(1),
         "HAS_IDS": ids is not None,

@@ -15,36 +15,42 @@ from .layout import Int4Weight
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def weight_arguments(*weights: Int4Weight) -> dict[str, Any]:
-    """What every kernel takes of a weight: pointers, strides and the flags of its scheme; of a group, of every member.
+def of_members(values: Sequence[Any], missing: Any = None) -> tuple[Any, ...]:
+    """What a kernel takes of each member: a tuple of always ``MOST_MEMBERS`` values.
 
-    Members that are not there repeat the last one, and have no rows.
+    A group of two repeats the last one, which has no rows; one weight alone is followed by ``missing``.
     """
-    head = weights[0]
-    padded = (*weights, *[weights[-1]] * (MOST_MEMBERS - len(weights)))
-    arguments: dict[str, Any] = {
-        "stride_pn": head.packed.stride(0),
-        "stride_pj": head.packed.stride(1),
-        "stride_sn": head.scales.stride(1),
-        "stride_zn": 0 if head.minimum is None else head.minimum.stride(1),
-        "GROUP": head.group_size,
-        "HAS_MINIMUM": head.minimum is not None,
-        "HAS_CODEBOOK": head.codebook is not None,
+    filler = values[-1] if len(values) > 1 else missing
+    return (*values, *[filler] * (MOST_MEMBERS - len(values)))
+
+
+def weight_arguments(weights: Sequence[Int4Weight]) -> dict[str, Any]:
+    """What a kernel takes of a group of weights: pointers, sizes and strides by member; flags of their scheme."""
+    minima = [weight.minimum for weight in weights]
+    return {
+        "packed_of": of_members([weight.packed for weight in weights]),
+        "scales_of": of_members([weight.scales for weight in weights]),
+        "minimum_of": of_members(minima),
+        "codebook_of": of_members([weight.codebook for weight in weights]),
+        "N_of": (*[weight.out_features for weight in weights], *[0] * (MOST_MEMBERS - len(weights))),
+        "stride_sg_of": of_members([weight.scales.stride(0) for weight in weights], 0),
+        "stride_zg_of": of_members([0 if minimum is None else minimum.stride(0) for minimum in minima], 0),
+        **scheme_arguments(weights[0]),
         "MEMBERS": len(weights),
     }
-    for index, (weight, suffix) in enumerate(zip(padded, ("", "1", "2"), strict=True)):
-        used = index == 0 or len(weights) > 1
-        minimum = weight.minimum
-        arguments |= {
-            f"packed{suffix}_ptr": weight.packed if used else None,
-            f"scales{suffix}_ptr": weight.scales if used else None,
-            f"minimum{suffix}_ptr": minimum if used else None,
-            f"codebook{suffix}_ptr": weight.codebook if used else None,
-            f"stride_sg{suffix}": weight.scales.stride(0) if used else 0,
-            f"stride_zg{suffix}": minimum.stride(0) if used and minimum is not None else 0,
-            f"N{suffix}": weight.out_features if index < len(weights) else 0,
-        }
-    return arguments
+
+
+def scheme_arguments(weight: Int4Weight) -> dict[str, Any]:
+    """What is the same for all weights that can share a launch."""
+    return {
+        "stride_pn": weight.packed.stride(0),
+        "stride_pj": weight.packed.stride(1),
+        "stride_sn": weight.scales.stride(1),
+        "stride_zn": 0 if weight.minimum is None else weight.minimum.stride(1),
+        "GROUP": weight.group_size,
+        "HAS_MINIMUM": weight.minimum is not None,
+        "HAS_CODEBOOK": weight.codebook is not None,
+    }
 
 
 def runs_compiled(kernel: Any) -> bool:

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Problem, TileConfig, default_config, power_of_two_at_least
-from .decode import group_rows, load_planes, of_member, packed_tile, plane_columns, unpack_centred
-from .launch import can_group, check_operand, runs_compiled, weight_arguments
+from .decode import group_rows, load_planes, packed_tile, plane_columns, select, unpack_centred
+from .launch import can_group, check_operand, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
 
@@ -24,41 +24,25 @@ from .split import parts_of, sum_parts
 @triton.jit
 def _matmul_kernel(
     x_ptr,
-    packed_ptr,
-    packed1_ptr,
-    packed2_ptr,
-    scales_ptr,
-    scales1_ptr,
-    scales2_ptr,
-    minimum_ptr,
-    minimum1_ptr,
-    minimum2_ptr,
-    codebook_ptr,
-    codebook1_ptr,
-    codebook2_ptr,
+    packed_of,
+    scales_of,
+    minimum_of,
+    codebook_of,
     bias_ptr,
     t_ptr,
     b_ptr,
-    y_ptr,
-    y1_ptr,
-    y2_ptr,
+    y_of,
     M,
-    N,
-    N1,
-    N2,
+    N_of,
     K,
     R,
     stride_xm,
     stride_xk,
     stride_pn,
     stride_pj,
-    stride_sg,
-    stride_sg1,
-    stride_sg2,
+    stride_sg_of,
     stride_sn,
-    stride_zg,
-    stride_zg1,
-    stride_zg2,
+    stride_zg_of,
     stride_zn,
     stride_bias,
     stride_tm,
@@ -96,23 +80,25 @@ def _matmul_kernel(
     block = pid // blocks_m
     member = 0
     first = 0
-    outs = N
     if MEMBERS > 1:
-        blocks_0 = (N + BLOCK_N - 1) // BLOCK_N
-        blocks_1 = blocks_0 + (N1 + BLOCK_N - 1) // BLOCK_N
+        blocks_0 = (N_of[0] + BLOCK_N - 1) // BLOCK_N
+        blocks_1 = blocks_0 + (N_of[1] + BLOCK_N - 1) // BLOCK_N
         member = (block >= blocks_0).to(tl.int32) + (block >= blocks_1).to(tl.int32)
-        block -= of_member(member, 0, blocks_0, blocks_1, MEMBERS)
-        first = of_member(member, 0, N, N + N1, MEMBERS)
-        outs = of_member(member, N, N1, N2, MEMBERS)
-        packed_ptr = of_member(member, packed_ptr, packed1_ptr, packed2_ptr, MEMBERS)
-        scales_ptr = of_member(member, scales_ptr, scales1_ptr, scales2_ptr, MEMBERS)
-        stride_sg = of_member(member, stride_sg, stride_sg1, stride_sg2, MEMBERS)
-        y_ptr = of_member(member, y_ptr, y1_ptr, y2_ptr, MEMBERS)
-        if HAS_CODEBOOK:
-            codebook_ptr = of_member(member, codebook_ptr, codebook1_ptr, codebook2_ptr, MEMBERS)
-        if HAS_MINIMUM:
-            minimum_ptr = of_member(member, minimum_ptr, minimum1_ptr, minimum2_ptr, MEMBERS)
-            stride_zg = of_member(member, stride_zg, stride_zg1, stride_zg2, MEMBERS)
+        block -= select((0, blocks_0, blocks_1), member, MEMBERS)
+        first = select((0, N_of[0], N_of[0] + N_of[1]), member, MEMBERS)
+    outs = select(N_of, member, MEMBERS)
+    packed_ptr = select(packed_of, member, MEMBERS)
+    scales_ptr = select(scales_of, member, MEMBERS)
+    stride_sg = select(stride_sg_of, member, MEMBERS)
+    minimum_ptr = minimum_of[0]
+    stride_zg = stride_zg_of[0]
+    if HAS_MINIMUM:
+        minimum_ptr = select(minimum_of, member, MEMBERS)
+        stride_zg = select(stride_zg_of, member, MEMBERS)
+    codebook_ptr = codebook_of[0]
+    if HAS_CODEBOOK:
+        codebook_ptr = select(codebook_of, member, MEMBERS)
+    y_ptr = select(y_of, member, MEMBERS)
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < outs
@@ -127,7 +113,7 @@ def _matmul_kernel(
         share = ((K + BLOCK_K - 1) // BLOCK_K + SPLIT - 1) // SPLIT * BLOCK_K
         k_begin = part * share
         k_end = tl.minimum(k_begin + share, K)
-        y_ptr += part.to(tl.int64) * M * (N + N1 + N2)
+        y_ptr += part.to(tl.int64) * M * (N_of[0] + N_of[1] + N_of[2])
 
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     for k0 in range(k_begin, k_end, BLOCK_K):
@@ -230,13 +216,11 @@ def matmul_arguments(
     stride_bn, stride_br = (0, 0) if b is None else b.stride()
     return {
         "x_ptr": x,
-        **weight_arguments(*weights),
+        **weight_arguments(weights),
         "bias_ptr": bias,
         "t_ptr": t,
         "b_ptr": b,
-        "y_ptr": ys[0],
-        "y1_ptr": ys[1] if len(ys) > 1 else None,
-        "y2_ptr": ys[-1] if len(ys) > 1 else None,
+        "y_of": of_members(ys),
         "M": x.shape[0],
         "K": weights[0].in_features,
         "R": rank,

@@ -15,52 +15,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import MOST_MEMBERS, Problem, TileConfig, default_config, power_of_two_at_least
-from .decode import load_planes, of_member, plane_columns
-from .launch import can_group, check_operand, runs_compiled, weight_arguments
+from .configs import Problem, TileConfig, default_config, power_of_two_at_least
+from .decode import load_planes, plane_columns, select
+from .launch import can_group, check_operand, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
 
 
 @triton.jit
 def _matmul_dx_kernel(
-    dy_ptr,
-    dy1_ptr,
-    dy2_ptr,
-    packed_ptr,
-    packed1_ptr,
-    packed2_ptr,
-    scales_ptr,
-    scales1_ptr,
-    scales2_ptr,
-    minimum_ptr,
-    minimum1_ptr,
-    minimum2_ptr,
-    codebook_ptr,
-    codebook1_ptr,
-    codebook2_ptr,
+    dy_of,
+    packed_of,
+    scales_of,
+    minimum_of,
+    codebook_of,
     g_ptr,
     a_ptr,
     dx_ptr,
     M,
-    N,
-    N1,
-    N2,
+    N_of,
     K,
     R,
-    stride_dym,
-    stride_dym1,
-    stride_dym2,
+    stride_dym_of,
     stride_dyn,
     stride_pn,
     stride_pj,
-    stride_sg,
-    stride_sg1,
-    stride_sg2,
+    stride_sg_of,
     stride_sn,
-    stride_zg,
-    stride_zg1,
-    stride_zg2,
+    stride_zg_of,
     stride_zn,
     stride_gm,
     stride_gr,
@@ -98,15 +80,15 @@ def _matmul_dx_kernel(
     columns = offs_k.to(tl.int64)
     mask_low = offs_k < K
     mask_high = offs_k + 32 < K
-    dtype = dy_ptr.dtype.element_ty
+    dtype = dy_of[0].dtype.element_ty
 
     # The reduction's steps: each member's rows, by BLOCK_N.
-    steps_0 = (N + BLOCK_N - 1) // BLOCK_N
+    steps_0 = (N_of[0] + BLOCK_N - 1) // BLOCK_N
     steps_1 = steps_0
     steps = steps_0
     if MEMBERS > 1:
-        steps_1 = steps_0 + (N1 + BLOCK_N - 1) // BLOCK_N
-        steps = steps_1 + (N2 + BLOCK_N - 1) // BLOCK_N
+        steps_1 = steps_0 + (N_of[1] + BLOCK_N - 1) // BLOCK_N
+        steps = steps_1 + (N_of[2] + BLOCK_N - 1) // BLOCK_N
     begin = 0
     if SPLIT > 1:
         part = tl.program_id(1)
@@ -126,38 +108,37 @@ def _matmul_dx_kernel(
         block = step
         if MEMBERS > 1:
             member = (step >= steps_0).to(tl.int32) + (step >= steps_1).to(tl.int32)
-            block = step - of_member(member, 0, steps_0, steps_1, MEMBERS)
+            block = step - select((0, steps_0, steps_1), member, MEMBERS)
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < of_member(member, N, N1, N2, MEMBERS)
+        mask_n = offs_n < select(N_of, member, MEMBERS)
         dy_ptrs = (
-            of_member(member, dy_ptr, dy1_ptr, dy2_ptr, MEMBERS)
-            + rows_m[:, None] * of_member(member, stride_dym, stride_dym1, stride_dym2, MEMBERS)
+            select(dy_of, member, MEMBERS)
+            + rows_m[:, None] * select(stride_dym_of, member, MEMBERS)
             + offs_n.to(tl.int64)[None, :] * stride_dyn
         )
         # [BLOCK_M, BLOCK_N]
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        # A device function must not be given, and return, a pointer that is None.
-        minima_ptr = minimum_ptr
+        minimum_ptr = minimum_of[0]
         if HAS_MINIMUM:
-            minima_ptr = of_member(member, minimum_ptr, minimum1_ptr, minimum2_ptr, MEMBERS)
-        table_ptr = codebook_ptr
+            minimum_ptr = select(minimum_of, member, MEMBERS)
+        codebook_ptr = codebook_of[0]
         if HAS_CODEBOOK:
-            table_ptr = of_member(member, codebook_ptr, codebook1_ptr, codebook2_ptr, MEMBERS)
+            codebook_ptr = select(codebook_of, member, MEMBERS)
         # Columns from K on are computed and not stored: they touch no other column.
         w_low, w_high = load_planes(
-            of_member(member, packed_ptr, packed1_ptr, packed2_ptr, MEMBERS),
-            of_member(member, scales_ptr, scales1_ptr, scales2_ptr, MEMBERS),
-            minima_ptr,
-            table_ptr,
+            select(packed_of, member, MEMBERS),
+            select(scales_of, member, MEMBERS),
+            minimum_ptr,
+            codebook_ptr,
             offs_n,
             mask_n,
             k0,
             K,
             stride_pn,
             stride_pj,
-            of_member(member, stride_sg, stride_sg1, stride_sg2, MEMBERS),
+            select(stride_sg_of, member, MEMBERS),
             stride_sn,
-            of_member(member, stride_zg, stride_zg1, stride_zg2, MEMBERS),
+            select(stride_zg_of, member, MEMBERS),
             stride_zn,
             GROUP,
             HAS_MINIMUM,
@@ -223,22 +204,16 @@ def matmul_dx_arguments(
     rank = 0 if g is None else g.shape[1]
     stride_gm, stride_gr = (0, 0) if g is None else g.stride()
     stride_ar, stride_ak = (0, 0) if a is None else a.stride()
-    padded = (*dys, *[dys[-1]] * (MOST_MEMBERS - len(dys)))
-    grouped = len(weights) > 1
     return {
-        "dy_ptr": dys[0],
-        "dy1_ptr": padded[1] if grouped else None,
-        "dy2_ptr": padded[2] if grouped else None,
-        **weight_arguments(*weights),
+        "dy_of": of_members(dys),
+        **weight_arguments(weights),
         "g_ptr": g,
         "a_ptr": a,
         "dx_ptr": dx,
         "M": dys[0].shape[0],
         "K": weights[0].in_features,
         "R": rank,
-        "stride_dym": dys[0].stride(0),
-        "stride_dym1": padded[1].stride(0) if grouped else 0,
-        "stride_dym2": padded[2].stride(0) if grouped else 0,
+        "stride_dym_of": of_members([dy.stride(0) for dy in dys], 0),
         "stride_dyn": _column_stride(dys),
         "stride_gm": stride_gm,
         "stride_gr": stride_gr,

@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport, compile_for, report, specialize
 from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig, default_config
@@ -137,6 +138,53 @@ def test_specialisation_is_that_of_a_launch():
     signature, constants, attributes = specialize(_copy_kernel, copy_arguments(N=65, stride_x=3))
     assert (signature["N"], signature["stride_x"]) == ("i32", "i32")
     assert set(attributes) == {(0,), (1,)}
+
+
+@triton.jit
+def _sums_kernel(x_of, N_of, out_ptr, flags, MEMBERS: tl.constexpr, BLOCK_N: tl.constexpr):
+    offs_n = tl.arange(0, BLOCK_N)
+    total = tl.load(x_of[0] + offs_n, mask=offs_n < N_of[0], other=0.0)
+    if MEMBERS > 1:
+        total += tl.load(x_of[1] + offs_n, mask=offs_n < N_of[1], other=0.0)
+    tl.store(out_ptr + offs_n, total)
+
+
+class NoDevice:
+    """What Triton asks a driver for before it compiles for a launch."""
+
+    target = GPUTarget("cuda", 87, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+@pytest.mark.parametrize("sizes", [(16,), (16, 7), (5, 1)], ids=str)
+def test_a_launch_is_specialised_alike(sizes):
+    """As Triton's own launcher does it, tuples and their elements included."""
+    tensors = [torch.zeros(size) for size in sizes]
+    arguments = {
+        "x_of": (*tensors, *[None] * (2 - len(sizes))),
+        "N_of": (*sizes, *[0] * (2 - len(sizes))),
+        "out_ptr": torch.zeros(16, dtype=torch.float16),
+        "flags": (2**40, 1, None),
+        "MEMBERS": len(sizes),
+        "BLOCK_N": 16,
+    }
+    driver = triton.runtime.driver
+    before = dict(vars(driver))  # ``reset_active`` fails where there is no device
+    driver.set_active(NoDevice())
+    try:
+        source = _sums_kernel.warmup(**arguments, **OPTIONS, grid=(1,)).src
+    finally:
+        vars(driver).update(before)
+    launched = source.signature, source.constants, {path: found for path, found in source.attrs.items() if found}
+    assert specialize(_sums_kernel, arguments) == launched
 
 
 def test_any_kernel():

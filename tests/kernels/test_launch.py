@@ -34,17 +34,20 @@ def test_what_cannot_share_a_launch(make_weight, normal):
 
 
 def test_arguments_of_a_group():
-    """Members that are not there repeat the last one, and have no rows; alone, a weight has no others at all."""
+    """A group of two repeats its last member, without rows; alone, a weight has no others at all."""
     one, other = meta_weight(20, "affine"), meta_weight(33, "affine")
-    alone, pair = weight_arguments(one), weight_arguments(one, other)
+    alone, pair = weight_arguments([one]), weight_arguments([one, other])
     assert (alone["MEMBERS"], pair["MEMBERS"]) == (1, 2)
-    assert (alone["N"], alone["N1"], alone["N2"]) == (20, 0, 0) and (pair["N"], pair["N1"], pair["N2"]) == (20, 33, 0)
+    assert (alone["N_of"], pair["N_of"]) == ((20, 0, 0), (20, 33, 0))
     for name in ("packed", "scales", "minimum"):
-        assert alone[f"{name}1_ptr"] is alone[f"{name}2_ptr"] is None
-        assert pair[f"{name}_ptr"] is getattr(one, name)
-        assert pair[f"{name}1_ptr"] is pair[f"{name}2_ptr"] is getattr(other, name)
-    assert (pair["stride_sg"], pair["stride_sg1"], pair["stride_zg1"], alone["stride_sg1"]) == (20, 33, 33, 0)
+        mine, others = getattr(one, name), getattr(other, name)
+        assert alone[f"{name}_of"] == (mine, None, None)
+        assert all(a is b for a, b in zip(pair[f"{name}_of"], (mine, others, others), strict=True))
+    assert alone["codebook_of"] == pair["codebook_of"] == (None, None, None)
+    assert (pair["stride_sg_of"], pair["stride_zg_of"]) == ((20, 33, 33), (20, 33, 33))
+    assert (alone["stride_sg_of"], alone["stride_zg_of"]) == ((20, 0, 0), (20, 0, 0))
     assert pair["HAS_MINIMUM"] and not pair["HAS_CODEBOOK"] and pair["GROUP"] == 32
+    assert weight_arguments([meta_weight(20, "symmetric")])["stride_zg_of"] == (0, 0, 0)
 
 
 def test_operands_are_checked():

@@ -17,6 +17,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
@@ -38,7 +39,8 @@ class CheckedKernel(interpreter.InterpretedFunction):
     extents: tuple[tuple[int, int], ...] = ()
 
     def run(self, *args: Any, **kwargs: Any) -> None:
-        CheckedKernel.extents = tuple(extent(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
+        tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        CheckedKernel.extents = tuple(extent(tensor) for tensor in tensors)
         super().run(*args, **kwargs)
 
 
