@@ -8,7 +8,6 @@ have one. Importing this imports no torch, so that ``mebp --help`` is quick.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -177,7 +176,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        hints = get_type_hints(type(self))
         for name, value in vars(self).items():
             _check_type(name, hints[name], value)
             if value is not None:
@@ -241,11 +240,6 @@ FREE_ON_RESUME = frozenset(name for name, facts in FACTS.items() if facts.resume
 TRACED_BY = tuple(name for name, facts in FACTS.items() if facts.traced)
 CHOSEN = tuple(name for name, facts in FACTS.items() if facts.chosen)
 EVALUATED = tuple(name for name, facts in FACTS.items() if facts.evaluated)
-
-
-@functools.cache
-def _hints(settings: type) -> dict[str, Any]:
-    return get_type_hints(settings)
 
 
 def _check_type(name: str, kind: Any, value: Any) -> None:
