@@ -1,1 +1,1 @@
-"""Foreign checkpoints in, models and stores out: readers, writers, quantizing and merging."""
+"""Conversions: foreign checkpoints come in, models and stores go out."""

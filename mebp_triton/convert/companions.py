@@ -1,4 +1,4 @@
-"""What lies beside a model's weights: the config, the generation config, and the tokenizer's files."""
+"""Copies what lies beside a model's weights: the config, the generation config, and the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from mebp_triton.system.foreign_errors import one_line
 
 
 def write_companions(config: dict[str, Any], source: Path, directory: Path) -> None:
-    """``config`` as ``config.json``, and copies of the other files beside the weights in ``source``.
+    """Writes ``config`` as ``config.json``, and copies the other files beside the weights in ``source``.
 
-    Byte for byte: rewriting them through a tokenizer object would depend on the version of transformers.
+    Files are copied byte for byte: a tokenizer object would write them as its version of transformers does.
+
+    Raises:
+        ValueError: one of the JSON files is not valid.
     """
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     Path(directory, "config.json").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A model directory or a GGUF file -> a store, one matrix at a time."""
+"""Makes a store of a model directory or a GGUF file, one matrix at a time."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from mebp_triton.convert.readers import open_source
 from mebp_triton.convert.readers.source import Source
 from mebp_triton.convert.writers.store import StoreWriter
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES, Scheme
-from mebp_triton.kernels.quantize import quantize_matrix
+from mebp_triton.kernels.names import Scheme
+from mebp_triton.kernels.quantize import check_form, quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.names import persistent_buffers
-from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites
+from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites, linear_names
 from mebp_triton.store.manifest import SHARED, block_file
 from mebp_triton.system import atomic
 
 
 @dataclass
 class QuantizeReport:
-    """What became of every matrix.
+    """A record of what became of every matrix.
 
     Attributes:
         errors: relative RMS error by module; 0.0 for codes taken over as they were.
         taken_over: modules whose 4-bit codes were taken over bit for bit.
         schemes: scheme by module.
-        float_bytes: bytes of what stayed float.
-        int4_bytes: bytes of what became int4.
+        float_bytes, int4_bytes: the bytes of what stayed float and of what became int4.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -48,25 +47,33 @@ DEFAULT_FORM: Form = ("symmetric", 64)
 
 @dataclass(frozen=True)
 class Recipe:
-    """``scheme`` and ``group_size`` are what the user asked for, or None for what fits the source."""
+    """How matrices are quantized.
+
+    Attributes:
+        scheme, group_size: what the user asked for, or None for what fits the source.
+        scale_search: see ``quantize``.
+    """
 
     scheme: Scheme | None
     group_size: int | None
     scale_search: bool = True
 
     def __post_init__(self) -> None:
-        if self.scheme is not None and self.scheme not in SCHEMES:
-            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {self.scheme!r}")
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size!r}")
+        check_form(
+            DEFAULT_FORM[0] if self.scheme is None else self.scheme,
+            DEFAULT_FORM[1] if self.group_size is None else self.group_size,
+        )
 
-    def apply(self, value: Tensor | Int4Weight, native: Form) -> tuple[Int4Weight, float]:
-        """``native``: the form of the source's own 4-bit matrices, which its other matrices follow by default."""
+    def apply(self, value: Tensor | Int4Weight, default: Form) -> tuple[Int4Weight, float]:
+        """The int4 weight of a matrix, and its relative error, which is 0 for codes taken over as they were.
+
+        ``default``: the form for what the user did not ask for.
+        """
         if isinstance(value, Int4Weight):
             if self.scheme in (None, value.scheme) and self.group_size in (None, value.group_size):
                 return value, 0.0
             value = decode(value, torch.float32)
-        return quantize_matrix(value, self.scheme or native[0], self.group_size or native[1], self.scale_search)
+        return quantize_matrix(value, self.scheme or default[0], self.group_size or default[1], self.scale_search)
 
 
 def quantize(
@@ -81,15 +88,17 @@ def quantize(
     """Makes the store directory ``store`` from ``source``, a transformers model directory or a GGUF file.
 
     Args:
-        source: what to read; one tensor is in memory at a time, and one block of int4 weights.
+        source: the file or directory. One tensor of it is in memory at a time, and one block of int4 weights.
         store: must not exist, or be empty. It appears whole or not at all.
-        scheme: "symmetric", "affine" or "codebook" (NF4). By default 4-bit matrices of a GGUF file or of a
-            bitsandbytes checkpoint are taken over bit for bit and its others follow their scheme; a plain model
-            directory's become symmetric.
+        scheme: "symmetric", "affine" or "codebook" (NF4). By default, matrices that have 4 bits in the source are
+            taken over bit for bit, and the others follow their scheme; without any, all become symmetric.
         group_size: 32, 64 or 128; by default the source's, or 64.
-        scale_search: search each group's scale for the least squared error.
-        blocks: path of the block list, where it is not found by itself.
+        scale_search: whether each group's scale is searched for the least squared error.
+        blocks: the path of the block list, where it is not found by itself.
         progress: called with (matrices done, matrices in all).
+
+    Returns:
+        A record of what became of every matrix.
 
     Raises:
         ValueError: the source cannot be read, or the arguments do not fit; nothing is left behind.
@@ -107,17 +116,20 @@ def write_store(
     form_of: Callable[[str], Form] | None,
     progress: Callable[[int, int], None],
 ) -> QuantizeReport:
-    """``quantize`` from an opened source. ``form_of``: the form that a float matrix takes by default, by module."""
+    """Writes the store of an opened source; see ``quantize``.
+
+    ``form_of`` tells the form that a float matrix gets unless the recipe asks for another, by module. None: the form of
+    the source's own 4-bit matrices.
+    """
     model = build_skeleton(opened.config, torch.float32)
     opened.bind(model)
     path, stack = find_blocks(model, blocks)
     sites, tied = int4_sites(model)
     floats = float_names(model, sites) + [name for name in persistent_buffers(model) if opened.has(name)]
-    linear = [site.name for site in sites if site.role == "linear"]
+    linear = linear_names(sites)
     if not linear:
         raise ValueError(f"{type(model).__name__} has no plain linear layers: its architecture is not supported")
     if form_of is None:
-        # The source's own 4-bit form is taken from its first linear layer.
         first = opened.read(f"{linear[0]}.weight")
         native: Form = (first.scheme, first.group_size) if isinstance(first, Int4Weight) else DEFAULT_FORM
 
@@ -136,7 +148,7 @@ def write_store(
 
 
 class _Job:
-    """One conversion under way. A tensor belongs to the first file that asks for its prefix."""
+    """One conversion under way. It writes a tensor into the first file whose prefix its name has."""
 
     def __init__(
         self,
@@ -184,7 +196,7 @@ class _Job:
 
 
 def _check_finite(name: str, value: Tensor | Int4Weight) -> None:
-    """Of what is taken over as it is; a matrix that is quantized is looked at there."""
+    """ValueError where a tensor that is taken over is not finite; ``quantize_matrix`` looks at the others itself."""
     parts = value.tensors().items() if isinstance(value, Int4Weight) else [("it", value)]
     for part, tensor in parts:
         if tensor.is_floating_point() and not tensor.isfinite().all():

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from mebp_triton.store.reader import Store
 from mebp_triton.system import strict_json
 from mebp_triton.system.foreign_errors import one_line
 
@@ -57,6 +58,13 @@ def read_config(path: Path, remedy: str) -> PretrainedConfig:
         text = config.get_text_config()
     if excess := _first_above(text, MOST_LENGTH, MOST_LAYERS):
         raise ValueError(f"{file}: {excess}, more than any model has; {remedy}")
+    return config
+
+
+def read_store_config(store: Store) -> PretrainedConfig:
+    """Reads the config of an opened store, and compares it with the store's weights; see ``read_config``."""
+    config = read_config(store.directory, "quantize the model again")
+    check_sizes(f"store {store.directory}", config, store.shapes())
     return config
 
 

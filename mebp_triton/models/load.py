@@ -28,7 +28,7 @@ from mebp_triton.store.waiting import Waiting
 from mebp_triton.system.foreign_errors import one_line
 
 from .build import Builder, Numerics, check_adapter_dtype, check_targets
-from .config import check_sizes, read_config
+from .config import read_store_config
 from .discover import install_mlp_chunks
 from .saving import ignore_in_ddp, install_saving
 from .skeleton import build_skeleton, int4_sites, linear_names
@@ -94,8 +94,7 @@ def load(
     _check_choices(weights, checkpoints, recompute_granularity, head)
     numerics = _numerics(device, dtype, adapter_dtype, backend)
     opened = open_store(store)
-    config = read_config(opened.directory, "quantize the model again")
-    check_sizes(f"store {opened.directory}", config, opened.shapes())
+    config = read_store_config(opened)
     model = build_skeleton(config, numerics.dtype, attn_implementation)
     _take_generation_config(model, opened.directory)
     path, stack = find_blocks(model, blocks)

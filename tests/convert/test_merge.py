@@ -290,7 +290,7 @@ def test_wrong_arguments(llama, tmp_path):
         merge.merge(adapter, tmp_path / "out")
     with pytest.raises(errors.FileError, match="exists already"):
         merge.merge(store, store, adapter)
-    with pytest.raises(ValueError, match="group size must be one of"):
+    with pytest.raises(ValueError, match="group_size must be one of"):
         merge.merge_to_store(store, tmp_path / "out", adapter, group_size=48)
     assert not list(tmp_path.iterdir())
 

@@ -139,8 +139,8 @@ def test_one_model_gives_one_store_to_the_byte(llama, tmp_path):
     ("options", "problem"),
     [
         ({"scheme": "nf4"}, "scheme must be one of symmetric, affine, codebook, got 'nf4'"),
-        ({"group_size": 48}, "group size must be one of 32, 64, 128, got 48"),
-        ({"group_size": True}, "group size must be one of"),
+        ({"group_size": 48}, "group_size must be one of 32, 64, 128, got 48"),
+        ({"group_size": True}, "group_size must be one of"),
         ({"blocks": "model.norm"}, "blocks='model.norm' is a LlamaRMSNorm"),
     ],
 )

@@ -1,26 +1,59 @@
-"""Adapters go to PEFT and come back."""
+"""Adapters go to PEFT and come back, and damaged or foreign ones are refused."""
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from models import batch, decoded_model, randomize_adapter, tiny_store
+from models import batch, decoded_model, randomize_adapter
 from safetensors.torch import load_file, save_file
 
 import mebp_triton as mebp
-from mebp_triton.models.adapter import adapter_layers, adapter_tensors
+from mebp_triton.models.adapter import adapter_layers, adapter_shapes, adapter_tensors, read_adapter_tensors
 
 TOLERANCE = 1e-4  # logits, absolute
 
 
 @pytest.fixture(scope="module")
-def llama() -> Path:
-    return tiny_store("llama")
+def llama(shared_store: Any) -> Path:
+    return shared_store("llama")
+
+
+@pytest.fixture(scope="module")
+def decoded(shared_store: Any) -> Any:
+    """A copy of transformers' model with a shared store's decoded weights, by architecture."""
+    models: dict[str, Any] = {}
+
+    def copied(architecture: str) -> Any:
+        if architecture not in models:
+            models[architecture] = decoded_model(shared_store(architecture))
+        return copy.deepcopy(models[architecture])
+
+    return copied
+
+
+@pytest.fixture(scope="module")
+def model(llama: Path) -> Any:
+    """A model with an adapter of rank 2, whose values any test may change."""
+    return mebp.load(llama, mebp.LoraConfig(r=2))
+
+
+@pytest.fixture(scope="module")
+def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of rank 2 that tests only read."""
+    return saved(llama, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture
+def copied(adapter: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(adapter, tmp_path / "copied")
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -44,16 +77,19 @@ LORA = [
 ]
 
 
-@pytest.mark.parametrize("lora", LORA, ids=lambda value: "-".join(value))
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_ours_gives_the_same_logits_in_peft(architecture: str, lora: dict[str, Any], tmp_path: Path) -> None:
-    if architecture == "gpt2" and lora is not LORA[0]:
-        lora = {"r": 5, "lora_alpha": 7, "target_modules": ["c_attn", "mlp.c_proj"]}
-    store = tiny_store(architecture)
+CASES = [("llama", lora) for lora in LORA]
+CASES += [("gpt2", LORA[0]), ("gpt2", {"r": 5, "lora_alpha": 7, "target_modules": ["c_attn", "mlp.c_proj"]})]
+
+
+@pytest.mark.parametrize(("architecture", "lora"), CASES, ids=str)
+def test_ours_gives_the_same_logits_in_peft(
+    architecture: str, lora: dict[str, Any], shared_store: Any, decoded: Any, tmp_path: Path
+) -> None:
+    store = shared_store(architecture)
     model = mebp.load(store, mebp.LoraConfig(**lora))
     randomize_adapter(model, scale=0.3)
     mebp.save_adapter(model, tmp_path)
-    base = decoded_model(store)
+    base = decoded(architecture)
     plain = logits(base)
     wrapped = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
     assert (logits(wrapped) - logits(model)).abs().max() <= TOLERANCE
@@ -62,28 +98,28 @@ def test_ours_gives_the_same_logits_in_peft(architecture: str, lora: dict[str, A
     assert torch.equal(logits(ours_with(store, tmp_path)), logits(model))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
-@pytest.mark.parametrize("rslora", [False, True])
-def test_trained_by_peft_gives_the_same_logits_in_ours(architecture: str, rslora: bool, tmp_path: Path) -> None:
-    store = tiny_store(architecture)
+@pytest.mark.parametrize(("architecture", "rslora"), [("llama", True), ("gpt2", False), ("phi3", False)])
+def test_trained_by_peft_gives_the_same_logits_in_ours(
+    architecture: str, rslora: bool, shared_store: Any, decoded: Any, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     config = peft.LoraConfig(
         r=4, lora_alpha=9, use_rslora=rslora, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1
     )
-    wrapped = peft.get_peft_model(decoded_model(store), config)
+    wrapped = peft.get_peft_model(decoded(architecture), config)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(5):
+    for step in range(2):  # B is zero at first, so the first step moves B alone
         wrapped(**batch(seed=step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     wrapped.save_pretrained(tmp_path)
-    model = ours_with(store, tmp_path)
+    model = ours_with(shared_store(architecture), tmp_path)
     assert (logits(wrapped.eval()) - logits(model)).abs().max() <= TOLERANCE
     assert adapter_layers(model)
 
 
-def test_all_linear_never_means_the_head(llama: Path, tmp_path: Path) -> None:
-    model = mebp.load(tiny_store("qwen2"), mebp.LoraConfig(r=2))
+def test_all_linear_never_means_the_head(shared_store: Any, tmp_path: Path) -> None:
+    model = mebp.load(shared_store("qwen2"), mebp.LoraConfig(r=2))
     assert not any("lm_head" in name for name in adapter_tensors(model))
     mebp.save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -102,54 +138,41 @@ def change_config(directory: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"peft_type": "IA3"}, "type 'IA3'"),
-        ({"r": 0}, "at least 1, got 0"),
-        ({"r": True}, "at least 1, got True"),
-        ({"lora_dropout": 2}, "lora_dropout"),
-    ],
-)
-def test_configs_that_cannot_be_honoured(llama: Path, tmp_path: Path, changes: Any, message: str) -> None:
-    saved(llama, tmp_path)
-    change_config(tmp_path, **changes)
-    with pytest.raises(ValueError, match=message):
-        mebp.read_adapter_config(tmp_path)
-
-
-def test_an_adapter_of_another_model(llama: Path, tmp_path: Path) -> None:
-    saved(tiny_store("llama", config={"hidden_size": 64}), tmp_path)
-    model = mebp.load(llama, mebp.LoraConfig(r=2))
+def test_an_adapter_of_another_model(model: Any, shared_store: Any, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
     with pytest.raises(ValueError, match="does not fit this model.*shape"):
-        mebp.load_adapter(model, tmp_path)
+        mebp.load_adapter(model, saved(shared_store("llama", config={"hidden_size": 64}), tmp_path))
     with pytest.raises(ValueError, match="does not fit this model: it lacks"):
-        mebp.load_adapter(mebp.load(llama, mebp.LoraConfig(r=2)), saved(tiny_store("gpt2"), tmp_path))
+        mebp.load_adapter(model, saved(shared_store("gpt2"), tmp_path))
+    with pytest.raises(ValueError, match=r"does not fit this model: .* has shape \(3, 48\), wanted \(2, 48\)"):
+        mebp.load_adapter(model, saved(shared_store("llama"), tmp_path, r=3))
     assert all(torch.equal(before[name], tensor) for name, tensor in adapter_tensors(model).items())
 
 
-def test_damaged_files(llama: Path, tmp_path: Path) -> None:
-    weights = saved(llama, tmp_path) / "adapter_model.safetensors"
-    model = mebp.load(llama, mebp.LoraConfig(r=2))
+def test_damaged_files(model: Any, copied: Path) -> None:
+    weights = copied / "adapter_model.safetensors"
     whole = weights.read_bytes()
     tensors = load_file(weights)
     name = sorted(tensors)[3]
-    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, weights)
-    with pytest.raises(ValueError, match="not finite"):
-        mebp.load_adapter(model, tmp_path)
+    for values, message in (
+        (torch.full_like(tensors[name], float("nan")), f"{name} is not finite"),
+        (tensors[name].int(), f"{name} has the dtype torch.int32"),
+    ):
+        save_file(tensors | {name: values}, weights)
+        with pytest.raises(ValueError, match=message):
+            mebp.load_adapter(model, copied)
     weights.write_bytes(whole[:-10])
     with pytest.raises(ValueError, match="damaged"):
-        mebp.load_adapter(model, tmp_path)
+        mebp.load_adapter(model, copied)
     weights.unlink()
     with pytest.raises(ValueError, match="does not exist"):
-        mebp.load_adapter(model, tmp_path)
-    (tmp_path / "adapter_config.json").unlink()
+        mebp.load_adapter(model, copied)
+    (copied / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a JSON list, wanted an object"):
+        mebp.read_adapter_config(copied)
+    (copied / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match="is no adapter"):
-        mebp.read_adapter_config(tmp_path)
+        mebp.read_adapter_config(copied)
 
 
 def test_a_model_without_adapter_saves_none(llama: Path, tmp_path: Path) -> None:
@@ -158,7 +181,7 @@ def test_a_model_without_adapter_saves_none(llama: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_patterns_that_are_regular_expressions(llama: Path, tmp_path: Path) -> None:
+def test_patterns_that_are_regular_expressions(llama: Path, decoded: Any, tmp_path: Path) -> None:
     """PEFT matches them so; another reading gives other scalings without a word."""
     config = peft.LoraConfig(
         r=4,
@@ -169,14 +192,14 @@ def test_patterns_that_are_regular_expressions(llama: Path, tmp_path: Path) -> N
         task_type="CAUSAL_LM",
         init_lora_weights=False,
     )
-    wrapped = peft.get_peft_model(decoded_model(llama), config)
+    wrapped = peft.get_peft_model(decoded("llama"), config)
     wrapped.save_pretrained(tmp_path)
     assert (logits(wrapped.eval()) - logits(ours_with(llama, tmp_path))).abs().max() <= TOLERANCE
 
 
-def test_an_adapter_that_changes_its_base_is_refused(llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_changes_its_base_is_refused(decoded: Any, tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
-    peft.get_peft_model(decoded_model(llama), config).save_pretrained(tmp_path)
+    peft.get_peft_model(decoded("llama"), config).save_pretrained(tmp_path)
     change_config(tmp_path, init_lora_weights="pissa")
     with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
         mebp.read_adapter_config(tmp_path)
@@ -194,15 +217,13 @@ def test_a_loaded_adapters_scaling_is_saved_again(llama: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"r": 4}, {"rank_pattern": {"v_proj": 1}}], ids=str)
-def test_a_config_that_does_not_fit_leaves_the_model_as_it_was(llama: Path, tmp_path: Path, changes: Any) -> None:
-    saved(llama, tmp_path)
-    change_config(tmp_path, **changes)
-    model = mebp.load(llama, mebp.LoraConfig(r=2, lora_alpha=7))
+def test_a_config_that_does_not_fit_leaves_the_model_as_it_was(model: Any, copied: Path, changes: Any) -> None:
+    change_config(copied, **changes)
     randomize_adapter(model)
-    before = logits(model)
+    before, scaling = logits(model), model.mebp.lora
     with pytest.raises(ValueError, match="use_dora|contradicts itself: .* has rank [14] by its config"):
-        mebp.load_adapter(model, tmp_path)
-    assert torch.equal(logits(model), before)
+        mebp.load_adapter(model, copied)
+    assert torch.equal(logits(model), before) and model.mebp.lora is scaling
 
 
 def test_saving_replaces_an_older_adapter_whole(llama: Path, tmp_path: Path) -> None:
@@ -223,41 +244,45 @@ def test_a_bfloat16_adapter_keeps_its_dtype(llama: Path, tmp_path: Path) -> None
         assert torch.equal(tensor, adapter_tensors(model)[name].float())
 
 
-def test_a_flipped_bit_in_the_weights_is_found(llama: Path, tmp_path: Path) -> None:
-    weights = saved(llama, tmp_path) / "adapter_model.safetensors"
+def test_a_flipped_bit_in_the_weights_is_found(copied: Path) -> None:
+    weights = copied / "adapter_model.safetensors"
     whole = weights.read_bytes()
-    model = mebp.load(llama, mebp.LoraConfig(r=2))
     for place in (-1, -500, -3000):
         bent = bytearray(whole)
         bent[place] ^= 1
         weights.write_bytes(bent)
         with pytest.raises(ValueError, match="damaged: its checksum differs"):
-            mebp.load_adapter(model, tmp_path)
+            read_adapter_tensors(copied)
     tensors = load_file(weights)
     save_file(tensors, weights)  # PEFT writes no checksum
-    mebp.load_adapter(model, tmp_path)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_adapter_tensors(copied).items())
 
 
 @pytest.mark.parametrize(
     "changes", [{"lora_alpha": 9}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}], ids=str
 )
-def test_a_scaling_that_the_weights_were_not_saved_with(llama: Path, tmp_path: Path, changes: Any) -> None:
-    saved(llama, tmp_path)
-    change_config(tmp_path, **changes)
+def test_a_scaling_that_the_weights_were_not_saved_with(copied: Path, changes: Any) -> None:
+    change_config(copied, **changes)
     with pytest.raises(ValueError, match="is not what .* was saved with"):
-        mebp.read_adapter_config(tmp_path)
+        mebp.read_adapter_config(copied)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"peft_type": "IA3"}, "type 'IA3'"),
+        ({"r": 0}, "at least 1, got 0"),
+        ({"r": True}, "at least 1, got True"),
         ({"r": 1 << 30}, "contradicts itself"),
-        ({"r": True}, "whole number"),
         ({"rank_pattern": {"no_such_layer": 1 << 30}}, "a rank that no tensor has"),
         ({"rank_pattern": [1]}, "rank_pattern must map"),
         ({"lora_alpha": None}, "it has no lora_alpha"),
         ({"lora_alpha": True}, "must be finite"),
         ({"lora_alpha": "8"}, "must be finite"),
+        ({"lora_dropout": 2}, "lora_dropout"),
         ({"lora_dropout": "0"}, "lora_dropout must lie in"),
         ({"use_rslora": "no"}, "use_rslora must be true or false"),
         ({"use_dora": 0}, "use_dora=0"),
@@ -267,24 +292,32 @@ def test_a_scaling_that_the_weights_were_not_saved_with(llama: Path, tmp_path: P
     ],
     ids=str,
 )
-def test_hostile_configs(llama: Path, tmp_path: Path, changes: Any, message: str) -> None:
-    saved(llama, tmp_path)
-    change_config(tmp_path, **changes)
+def test_configs_that_cannot_be_honoured(copied: Path, changes: Any, message: str) -> None:
+    change_config(copied, **changes)
     with pytest.raises(ValueError, match=message) as caught:
-        mebp.load_adapter(mebp.load(llama, mebp.LoraConfig(r=2)), tmp_path)
+        mebp.read_adapter_config(copied)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
-def test_an_adapter_that_is_not_finite_is_not_written(tmp_path):
-    model = mebp.load(tiny_store("llama"), mebp.LoraConfig(r=2))
-    mebp.save_adapter(model, tmp_path / "adapter")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+def test_an_adapter_that_is_not_finite_is_not_written(llama: Path, copied: Path, tmp_path: Path) -> None:
+    model = mebp.load(llama, mebp.LoraConfig(r=2))
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
     parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
     with torch.no_grad():
         parameter[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"lora_A\.weight is not finite: the adapter is not written"):
-        mebp.save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="not finite"):
-        mebp.save_adapter(model, tmp_path / "other")
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    for target in (copied, tmp_path / "other"):
+        with pytest.raises(ValueError, match=r"lora_A\.weight is not finite: the adapter is not written"):
+            mebp.save_adapter(model, target)
+    assert before == {path.name: path.read_bytes() for path in copied.iterdir()}
     assert not (tmp_path / "other").exists()
+
+
+def test_shapes_by_pefts_names() -> None:
+    config = mebp.LoraConfig(r=2, rank_pattern={"up": 3}, target_modules=["up", "down"])
+    layers = {"a.up": (8, 4), "a.down": (4, 8), "a.gate": (8, 4)}
+    assert adapter_shapes(config, layers) == {
+        "base_model.model.a.up.lora_A.weight": (3, 4),
+        "base_model.model.a.up.lora_B.weight": (8, 3),
+        "base_model.model.a.down.lora_A.weight": (2, 8),
+        "base_model.model.a.down.lora_B.weight": (4, 2),
+    }

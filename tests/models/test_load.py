@@ -11,19 +11,34 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from models import decoded_model, relative_rms, tiny_store
-from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+from models import decoded_model, relative_rms
 
 import mebp_triton as mebp
+from mebp_triton.blocks.mlp_chunks import ChunkedMLP
+from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.store.manifest import accept_companions
+from mebp_triton.store.reader import Store
 
 
 @pytest.fixture(scope="module")
-def store() -> Path:
-    return tiny_store("qwen2")
+def store(shared_store: Any) -> Path:
+    return shared_store("qwen2")
 
 
-def test_as_from_pretrained_would_return_it(store: Path) -> None:
+@pytest.fixture(scope="module")
+def decoded(store: Path) -> Any:
+    return decoded_model(store)
+
+
+def copy_of(store: Path, target: Path, file: str, content: str | None) -> Path:
+    """A copy of a store with another file beside its weights, or without it."""
+    shutil.copytree(store, target)
+    (target / file).unlink() if content is None else (target / file).write_text(content)
+    accept_companions(target)
+    return target
+
+
+def test_it_is_what_from_pretrained_would_return(store: Path, decoded: Any) -> None:
     model = mebp.load(store, mebp.LoraConfig(r=2))
     assert type(model).__name__ == "Qwen2ForCausalLM" and not model.training
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -31,134 +46,122 @@ def test_as_from_pretrained_would_return_it(store: Path) -> None:
     assert not any(tensor.device.type == "meta" for tensor in (*model.parameters(), *model.buffers()))
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
-        assert torch.allclose(model(input_ids=ids).logits, decoded_model(store)(input_ids=ids).logits, atol=1e-5)
+        assert torch.allclose(model(input_ids=ids).logits, decoded(input_ids=ids).logits, atol=1e-5)
 
 
-def test_a_tied_head_can_be_tied_again() -> None:
+def test_a_tied_head_can_be_tied_again(shared_store: Any) -> None:
     """lm-eval does it to every model that it is given."""
-    model, ids = mebp.load(tiny_store("llama")), torch.arange(3, 15)[None]
+    model, ids = mebp.load(shared_store("llama")), torch.arange(3, 15)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits
         model.tie_weights()
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_generates_as_the_decoded_model(store: Path) -> None:
+def test_it_generates_what_the_decoded_model_does(store: Path, decoded: Any) -> None:
     ids = torch.arange(3, 9)[None]
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     ours = mebp.load(store, weights="file").generate(input_ids=ids, **options)
-    assert torch.equal(ours, decoded_model(store).generate(input_ids=ids, **options))
-
-
-def test_the_seed_makes_the_adapter(store: Path) -> None:
-    first, again, other = (mebp.load(store, mebp.LoraConfig(r=2), seed=seed) for seed in (1, 1, 2))
-    name = "model.layers.1.mlp.up_proj.lora_A"
-    values = [dict(model.named_parameters())[name] for model in (first, again, other)]
-    assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
+    assert torch.equal(ours, decoded.generate(input_ids=ids, **options))
 
 
 def test_a_config_that_contradicts_the_weights(store: Path, tmp_path: Path) -> None:
-    for key, value, message in (
-        ("num_hidden_layers", 2, "no place for model.layers.2"),
-        ("num_hidden_layers", 4, "no weights for model.layers.3"),
-        ("vocab_size", 98, "the config says"),
-        ("tie_word_embeddings", True, "whether the head is tied"),
+    """It is compared with the checksums first; then, if the user accepted it, with the weights."""
+    config = json.loads((store / "config.json").read_text()) | {"vocab_size": 98}
+    shutil.copytree(store, tmp_path / "changed")
+    (tmp_path / "changed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is not what it was when the store was made"):
+        mebp.load(tmp_path / "changed")
+    for vocabulary, message in (
+        (98, "the config says"),
+        (1 << 20, "vocab_size is .* more than the weights have"),
     ):
-        bent = tmp_path / f"{key}-{value}"
-        shutil.copytree(store, bent)
-        config = json.loads((bent / "config.json").read_text())
-        config.pop("layer_types", None)
-        (bent / "config.json").write_text(json.dumps(config | {key: value}))
-        with pytest.raises(ValueError, match="is not what it was when the store was made"):
-            mebp.load(bent)
-        assert accept_companions(bent) == ["config.json"]
+        text = json.dumps(config | {"vocab_size": vocabulary})
         with pytest.raises(ValueError, match=message):
-            mebp.load(bent)
+            mebp.load(copy_of(store, tmp_path / str(vocabulary), "config.json", text))
 
 
-def test_targets_that_select_nothing(store: Path) -> None:
-    for targets in (["q_proj", "nope"], ["q_proj", "lm_head"], "nope.*"):
-        with pytest.raises(ValueError, match="matches no linear layer"):
-            mebp.load(store, mebp.LoraConfig(r=2, target_modules=targets))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "disk"}, "weights must be one of"),
+        ({"checkpoints": "disk"}, "checkpoints must be one of"),
+        ({"adapter_dtype": torch.float16}, "adapter_dtype must be float32 or bfloat16"),
+        ({"backend": "cuda"}, "backend must be"),
+        ({"blocks": "model.nothing"}, "is no module"),
+        ({"recompute_granularity": "half"}, "recompute_granularity must be full or selective, got 'half'"),
+        ({"mlp_chunk_tokens": -1}, "mlp_chunk_tokens must be a whole number"),
+        ({"head": "int8"}, "head must be int4 or float, got 'int8'"),
+        ({"lora": mebp.LoraConfig(target_modules=["q_proj", "nope"])}, "'nope' matches no linear layer"),
+        ({"lora": mebp.LoraConfig(target_modules=["lm_head"])}, "'lm_head' matches no linear layer"),
+        ({"dtype": "bf17"}, "dtype must be float32, bfloat16 or float16, got 'bf17'"),
+        ({"dtype": "int8"}, "dtype must be float32, bfloat16 or float16, got 'int8'"),
+        ({"dtype": "nn"}, "dtype must be float32, bfloat16 or float16, got 'nn'"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(store: Path, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mebp.load(store, **options)
 
 
-def test_wrong_arguments(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="adapter_dtype must be float32 or bfloat16"):
-        mebp.load(store, adapter_dtype=torch.float16)
+def test_a_store_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a directory"):
         mebp.load(tmp_path / "none")
-    with pytest.raises(ValueError, match="is no module"):
-        mebp.load(store, blocks="model.nothing")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_transformers_keeps_in_float32_is_a_float_layer(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As DeepSeek's indexers: modelling code reads the dtype of their weight."""
-    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["o_proj"])
-    store = tiny_store("llama")
-    model = mebp.load(store, mebp.LoraConfig(r=2), dtype=dtype)
-    layer = model.model.layers[0].self_attn.o_proj
-    assert type(layer) is torch.nn.Linear and not layer.weight.requires_grad
-    assert layer.weight.dtype == torch.float32 and model.model.norm.weight.dtype == dtype
-    if dtype == torch.float32:
-        ids = torch.arange(3, 15)[None]
-        with torch.no_grad():
-            assert torch.allclose(model(input_ids=ids).logits, decoded_model(store)(input_ids=ids).logits, atol=1e-5)
+def test_a_dtype_may_be_named_as_in_transformers(store: Path) -> None:
+    assert mebp.load(store, dtype="bfloat16").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_distributed_data_parallel_sends_the_adapter_alone(store: Path, tmp_path: Path, wrapped: bool) -> None:
-    model = mebp.load(store, None if wrapped else mebp.LoraConfig(r=2))
-    if wrapped:
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]))
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", world_size=1, rank=0)
-    try:
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-        assert parallel.modules_buffers == []
-        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        assert trained and names - parallel.parameters_to_ignore == trained
-        ids = torch.arange(3, 15)[None]
-        parallel(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+def test_an_opened_store_is_taken_as_it_is(store: Path) -> None:
+    opened = Store(store)
+    assert mebp.load(opened).mebp.store is opened
+
+
+def test_arguments_reach_the_parts_that_they_are_for(store: Path, tmp_path: Path) -> None:
+    model = mebp.load(
+        store,
+        mebp.LoraConfig(r=2),
+        checkpoints="file",
+        scratch_directory=tmp_path,
+        adapter_dtype=torch.bfloat16,
+        attn_implementation="eager",
+        recompute_granularity="selective",
+        mlp_chunk_tokens=5,
+        backend="panel",
+    )
+    assert model.config._attn_implementation == "eager" and model.mebp.engine.keep_outputs
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert {module.tokens for module in model.modules() if isinstance(module, ChunkedMLP)} == {5}
+    assert {module.backend for module in model.modules() if isinstance(module, Int4Module)} == {"panel"}
+    assert model.mebp.engine.block_inputs.directory == tmp_path
 
 
 def test_the_generation_config_is_the_stores(store: Path, tmp_path: Path) -> None:
     """Chat models end their turns with a token that config.json does not name."""
-    copied = shutil.copytree(store, tmp_path / "store")
     ids = torch.arange(3, 9)[None]
-    written = mebp.load(copied).generate(input_ids=ids, max_new_tokens=8, pad_token_id=0)[0, 6:].tolist()
-    path = copied / "generation_config.json"
-    settings = json.loads(path.read_text()) | {"eos_token_id": [2, written[2]], "repetition_penalty": 1.0}
-    path.write_text(json.dumps(settings))
-    accept_companions(copied)
-    model = mebp.load(copied)
+    written = mebp.load(store).generate(input_ids=ids, max_new_tokens=8, pad_token_id=0)[0, 6:].tolist()
+    name = "generation_config.json"
+    settings = json.loads((store / name).read_text())
+    settings |= {"eos_token_id": [2, written[2]], "repetition_penalty": 1.0}
+    model = mebp.load(copy_of(store, tmp_path / "with", name, json.dumps(settings)))
     assert model.generation_config.eos_token_id == [2, written[2]]
     stopped = model.generate(input_ids=ids, max_new_tokens=8, pad_token_id=0)[0, 6:].tolist()
     assert stopped == written[: written.index(written[2]) + 1] and len(stopped) < 8
-    path.unlink()
-    accept_companions(copied)
-    assert mebp.load(copied).generation_config.eos_token_id == 2
+    assert mebp.load(copy_of(store, tmp_path / "without", name, None)).generation_config.eos_token_id == 2
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[1]", '"text"'])
 def test_a_damaged_generation_config(store: Path, tmp_path: Path, content: str) -> None:
-    copied = shutil.copytree(store, tmp_path / "store")
-    (copied / "generation_config.json").write_text(content)
-    accept_companions(copied)
-    with pytest.raises(
-        ValueError, match=r"generation_config\.json is not a usable generation config .*; compare it"
-    ) as e:
-        mebp.load(copied)
-    assert "\n" not in str(e.value)
+    damaged = copy_of(store, tmp_path / "store", "generation_config.json", content)
+    message = r"generation_config\.json is not a usable generation config .*; compare it"
+    with pytest.raises(ValueError, match=message) as caught:
+        mebp.load(damaged)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("weights", ["device", "file"])
-@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize(("weights", "name"), [("device", "lm_head"), ("file", "embed_tokens")])
 def test_peft_cannot_train_an_int4_table_whole(store: Path, tmp_path: Path, weights: Any, name: str) -> None:
     """It would copy the table, train nothing, and save packed codes as an adapter."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[name], task_type="CAUSAL_LM")
@@ -187,16 +190,3 @@ def test_peft_can_train_a_float_head(store: Path, tmp_path: Path) -> None:
     assert set(safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")) >= {
         "base_model.model.lm_head.weight"
     }
-
-
-def test_a_dtype_may_be_named_as_in_transformers(store: Path) -> None:
-    assert mebp.load(store, dtype="bfloat16").dtype == torch.bfloat16
-    for wrong in ("bf17", "int8", "nn"):
-        with pytest.raises(ValueError, match=f"dtype must be float32, bfloat16 or float16, got '{wrong}'"):
-            mebp.load(store, dtype=wrong)
-
-
-def test_a_store_is_no_source_of_a_store(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a store already: train it, or decode it first by `mebp merge"):
-        mebp.quantize(store, tmp_path / "again")
-    assert not any(tmp_path.iterdir())

@@ -1,10 +1,12 @@
-"""Readers of foreign checkpoints: a transformers model directory (with 4-bit weights too), or a GGUF file.
+"""Readers of foreign checkpoints.
 
-A ``Source`` hands over one parameter at a time, so importing a model never needs the whole model in memory.
+A ``Source`` hands over one parameter at a time, so that importing a model never needs the whole model in memory. A new
+format is a file in this folder and a line in ``READERS``.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -12,9 +14,18 @@ from .source import Source
 
 __all__ = ["Source", "open_source"]
 
+# Module and class by what tells the format: a model directory's ``quant_method`` in config.json, or a file's suffix.
+# A module is imported only when it is needed.
+READERS = {
+    ("directory", None): "safetensors_dir:SafetensorsDirectory",
+    ("directory", "bitsandbytes"): "bitsandbytes:BitsandbytesDirectory",
+    ("directory", "mebp_int4"): "int4_dir:Int4Directory",
+    ("file", ".gguf"): "gguf:GgufFile",
+}
+
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a directory with ``config.json`` and safetensors files (float, or 4-bit: bitsandbytes' or ours), or a GGUF.
+    """Opens a checkpoint: a transformers model directory, float or quantised to 4 bits, or a GGUF file.
 
     Raises:
         ValueError: it is neither, or something is wrong with it that shows without reading the weights.
@@ -23,17 +34,18 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if path.is_dir():
         if all((path / name).exists() for name in ("manifest.json", "shared.safetensors")):
             raise ValueError(f"{path} is a store already: train it, or decode it first by `mebp merge {path} OUT`")
-        from .bitsandbytes import BitsandbytesDirectory
-        from .int4_dir import Int4Directory
-        from .safetensors_dir import SafetensorsDirectory, quant_method_of
+        from .safetensors_dir import quant_method_of
 
-        quantised: tuple[type[SafetensorsDirectory], ...] = (BitsandbytesDirectory, Int4Directory)
-        readers = {reader.quant_method: reader for reader in quantised}
-        return readers.get(quant_method_of(path), SafetensorsDirectory)(path)
+        # The plain reader refuses a method without a reader, by name.
+        return _opened(READERS.get(("directory", quant_method_of(path)), READERS["directory", None]), path)
     if path.is_file() and path.suffix != ".safetensors":
-        from .gguf import GgufFile
-
-        return GgufFile(path)
+        # Any other file is taken for a GGUF, whose reader looks at the first bytes.
+        return _opened(READERS.get(("file", path.suffix), READERS["file", ".gguf"]), path)
     if path.exists():
         raise ValueError(f"{path} is no model: give the directory that holds config.json, or a .gguf file")
     raise ValueError(f"{path} does not exist: give a local model directory or .gguf file (hub names are not fetched)")
+
+
+def _opened(reader: str, path: Path) -> Source:
+    module, _, name = reader.partition(":")
+    return getattr(importlib.import_module(f".{module}", __name__), name)(path)

@@ -1,8 +1,8 @@
-"""Model directories that bitsandbytes quantised to 4 bits (NF4, FP4): codes and scales are taken over bit for bit.
+"""Reads model directories that bitsandbytes quantised to 4 bits (NF4, FP4): codes and scales are kept bit for bit.
 
-bitsandbytes itself is not needed. It flattens a weight ``[out, in]`` row by row and packs two codes a byte, the first
-in the high nibble; every ``blocksize`` flat weights share an absmax, which may be quantised in turn ("double
-quantisation"). Beside ``<weight>`` lie ``.absmax``, ``.quant_map`` (16 levels), ``.nested_absmax``,
+bitsandbytes itself is not needed. It flattens a weight ``[out, in]`` row by row and packs two codes into a byte, the
+first in the high nibble. Every ``blocksize`` weights of the flat matrix share an absmax, which may be quantised in turn
+("double quantisation"). Beside ``<weight>`` lie ``.absmax``, ``.quant_map`` (16 levels), ``.nested_absmax``,
 ``.nested_quant_map`` and, as JSON in bytes, ``.quant_state.bitsandbytes__<type>``.
 """
 
@@ -17,17 +17,18 @@ from mebp_triton.kernels.bitsandbytes import int4_from_bnb, resolve_absmax
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.names import check_shape
 from mebp_triton.system import strict_json
+from mebp_triton.system.foreign_errors import is_out_of_memory
 
 from .safetensors_dir import FLOATS, SafetensorsDirectory
 
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
 STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
-# What looking into JSON of another form than expected raises, and tensors of other shapes.
-MALFORMED = (KeyError, TypeError, ValueError, RuntimeError, IndexError, OverflowError)
+# torch's own error for tensors of wrong shapes is a RuntimeError.
+UNREADABLE: tuple[type[Exception], ...] = (*strict_json.MALFORMED, RuntimeError)
 
 
 class BitsandbytesDirectory(SafetensorsDirectory):
-    """The ``Source`` of a model directory with ``quant_method`` bitsandbytes, 4 bits."""
+    """The ``Source`` of a model directory that bitsandbytes quantised to 4 bits."""
 
     quant_method = "bitsandbytes"
 
@@ -49,7 +50,7 @@ class BitsandbytesDirectory(SafetensorsDirectory):
         return key in used or any(key.rpartition(f".{part}")[0] in used for part in PARTS)
 
     def _state(self, key: str) -> str | None:
-        """The name of the tensor that describes how ``key`` is quantised, None if it is a plain float."""
+        """The name of the tensor that describes how ``key`` is quantised; None if it is a plain float."""
         return next((key + state for state in STATES if key + state in self._entries), None)
 
     def read(self, name: str) -> Tensor | Int4Weight:
@@ -61,7 +62,9 @@ class BitsandbytesDirectory(SafetensorsDirectory):
         state = strict_json.parse_json(self._tensor(described).numpy().tobytes(), described)
         try:
             weight = self._weight(key, state)
-        except MALFORMED as error:
+        except UNREADABLE as error:
+            if is_out_of_memory(error):
+                raise
             problem = str(error) if type(error) is ValueError else f"damaged, {type(error).__name__}: {error}"
             raise ValueError(f"{where}: {' '.join(problem.split())}") from None
         check_shape(str(self._entries[key].file), name, weight.shape, self._int4_shape(name))

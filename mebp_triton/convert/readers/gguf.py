@@ -1,9 +1,8 @@
-"""GGUF files. Q4_0 and Q4_1 matrices are taken over bit for bit; every other type is decoded to float32.
+"""Reads GGUF files. Q4_0 and Q4_1 matrices are taken over bit for bit; every other type is decoded to float32.
 
 Names, configs, tokenizers and what an architecture does to its matrices come from transformers and the ``gguf``
-package. Only the header is walked here: ``gguf.GGUFReader`` builds an array per vocabulary entry, which takes
-seconds, and loops on a corrupt length; here each length is compared with the file before it is followed.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+package. Only the header is read by our own code: ``gguf.GGUFReader`` makes an array of every vocabulary entry, which
+takes seconds, and loops on a corrupt length.
 """
 
 from __future__ import annotations
@@ -20,14 +19,21 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.config import check_sizes, prepare_config
-from mebp_triton.models.names import check_complete, check_shape, parameter_aliases, persistent_buffers, warn_unused
+from mebp_triton.models.names import (
+    check_complete,
+    check_shape,
+    parameter_aliases,
+    persistent_buffers,
+    tensor_shapes,
+    warn_unused,
+)
 from mebp_triton.system.foreign_errors import one_line
 
 from .gguf_header import DOWNLOAD, Entry, Header, read_header
 
 BLOCK = 32
-# Bytes of float16 in front of a block's 16 bytes of nibbles: the scale, and for Q4_1 the minimum.
-HALVES = {"Q4_0": 2, "Q4_1": 4}
+# The bytes of float16 numbers before a block's 16 bytes of nibbles: its scale, and for Q4_1 its minimum.
+FLOAT_BYTES = {"Q4_0": 2, "Q4_1": 4}
 
 
 class GgufFile:
@@ -43,7 +49,7 @@ class GgufFile:
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         self.config = prepare_config(config, str(path))
         check_sizes(str(path), self.config, (entry.shape for entry in self._header.tensors.values()))
-        # The name that the file gives itself, taken for a setting.
+        # transformers takes the name that the file gives itself for a setting.
         self.config.__dict__.pop("_model_name_or_path", None)
         self._names: dict[str, str] = {}
         self._entries: dict[str, list[Entry]] = {}
@@ -63,20 +69,20 @@ class GgufFile:
         with one_line(f"{self.path}: no tensor names for architecture {self._arch!r}", "give the model as safetensors"):
             self._names = get_gguf_hf_weights_map(_Outline(model), **extra)
         stored: dict[str, list[Entry]] = {}
-        known: set[str] = set()
+        placed: set[str] = set()
         for gguf_name, name in self._names.items():
-            # Fused experts are parameters without ".weight", and are stored with it, in several tensors.
+            # Fused experts are one parameter, whose name has no ".weight"; a file has them as several tensors with it.
             entry = self._header.tensors.get(gguf_name) or self._header.tensors.get(gguf_name + ".weight")
             if entry is not None:
                 stored.setdefault(name, []).append(entry)
-                known.add(entry.name)
+                placed.add(entry.name)
         aliases = parameter_aliases(model)
         wanted = {name: [name] for name in persistent_buffers(model)} | aliases
-        found = {name: [stored[alias] for alias in names if alias in stored] for name, names in wanted.items()}
-        self._entries = {name: entries[0] for name, entries in found.items() if entries}
+        entries = {name: [stored[alias] for alias in names if alias in stored] for name, names in wanted.items()}
+        self._entries = {name: ways[0] for name, ways in entries.items() if ways}
         check_complete(str(self.path), aliases, self._entries)
-        warn_unused(str(self.path), model, self._header.tensors.keys() - known)
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        warn_unused(str(self.path), model, self._header.tensors.keys() - placed)
+        self._shapes = tensor_shapes(model)
 
     def has(self, name: str) -> bool:
         return name in self._entries
@@ -98,7 +104,10 @@ class GgufFile:
         tokenizer.save_pretrained(str(directory))
 
     def _bytes(self, entry: Entry) -> np.ndarray:
-        """Read, not mapped: a file cut short in the meantime is an error here, a SIGBUS in a map."""
+        """The bytes of a tensor, ``[..., row]``.
+
+        They are read, not mapped: if the file has been cut short since, that is an error here and a SIGBUS in a map.
+        """
         data = np.empty(entry.nbytes, np.uint8)
         with open(self.path, "rb") as file:
             file.seek(entry.offset)
@@ -107,13 +116,17 @@ class GgufFile:
         return data.reshape(*entry.shape[:-1], -1)
 
     def _process(self, entry: Entry, values: np.ndarray, made: dict[str, Tensor]) -> np.ndarray | None:
-        """Undoes what the converter to GGUF did. None: the processor put its result into ``made``."""
+        """Undoes what the converter to GGUF did to a tensor, by transformers' code for the architecture.
+
+        Returns None where that code put its result into ``made`` instead, as it does with experts.
+        """
         result = self._processor.process(
             weights=values, name=entry.name, tensor_key_mapping=self._names, parsed_parameters={"tensors": made}
         )
         return None if result.name is None else result.weights
 
     def _decode(self, entries: list[Entry]) -> Tensor:
+        """The parameter in float32 that one tensor, or several parts of it, hold."""
         from gguf import GGMLQuantizationType, dequantize
 
         made: dict[str, Tensor] = {}
@@ -127,12 +140,14 @@ class GgufFile:
         return value
 
     def _row_order(self, entry: Entry) -> Tensor | None:
-        """The stored row of each row of the parameter; None if the codes cannot be kept.
+        """For each row of the parameter, the row of the file that it comes from; None if the codes cannot be kept.
 
-        Found by sending row numbers and column numbers through the processor: codes can be kept when rows only
-        change places and columns stay, since groups lie along a row.
+        A converter may have permuted rows (Llama's queries and keys), transposed a matrix (GPT-2) or changed its
+        values. What an architecture does is not looked up but observed: a matrix that holds its own row numbers, and
+        one that holds its column numbers, go through transformers' code for undoing it. Codes can be kept if rows only
+        changed places and columns stayed, because a group of codes with one scale lies along a row.
         """
-        if entry.kind not in HALVES or len(entry.shape) != 2:
+        if entry.kind not in FLOAT_BYTES or len(entry.shape) != 2:
             return None
         rows, columns = (np.arange(size, dtype=np.float32) for size in entry.shape)
         row_numbers = np.broadcast_to(rows[:, None], entry.shape)
@@ -149,12 +164,13 @@ class GgufFile:
         return torch.from_numpy(order.astype(np.int64))
 
     def _codes(self, entry: Entry, order: Tensor) -> Int4Weight:
-        """A block holds 32 weights: byte j has element j in its low nibble and element j + 16 in its high nibble.
+        """The int4 weight of a Q4_0 or Q4_1 matrix, its rows taken in ``order``.
 
-        Q4_0 is ``(code - 8) * d``, our symmetric scheme; Q4_1 is ``code * d + m``, our affine one.
+        A block holds 32 weights: byte j has element j in its low nibble and element j + 16 in its high nibble. Q4_0 is
+        ``(code - 8) * d``, our symmetric scheme; Q4_1 is ``code * d + m``, our affine one.
         """
         rows, columns = entry.shape
-        split = HALVES[entry.kind]
+        split = FLOAT_BYTES[entry.kind]
         blocks = torch.from_numpy(self._bytes(entry)).view(rows, columns // BLOCK, split + BLOCK // 2)  # [N, K/32, B]
         halves = blocks[..., :split].contiguous().view(torch.float16)  # [N, K/32, 1 or 2]
         nibbles = blocks[..., split:]  # [N, K/32, 16]
@@ -168,10 +184,11 @@ class GgufFile:
 
 
 class _Outline:
-    """The two upper levels of a model, as far as ``get_gguf_hf_weights_map`` looks at one.
+    """The two upper levels of a model, to be shown to ``get_gguf_hf_weights_map`` in its place.
 
-    It descends into every submodule, in case the file was made from the base model, and builds the table of all
-    names anew in each: seconds for a small model, minutes for a deep one. A base model is near the top.
+    That function descends into every submodule, in case the file was made from the base model, and makes the table of
+    all names anew in each. This takes seconds for a small model and minutes for a deep one. A base model is near the
+    top, so two levels are enough.
     """
 
     def __init__(self, module: torch.nn.Module, levels: int = 2) -> None:
@@ -185,11 +202,11 @@ class _Outline:
 
 
 def _check_supported(path: Path, header: Header) -> None:
-    """Said at once, before transformers spends seconds on the vocabulary."""
+    """ValueError where the file cannot be used. It comes before transformers spends seconds on the vocabulary."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     arch = header.metadata.get("general.architecture")
-    # The two sides differ in dashes and underscores: qwen3moe and qwen3_moe.
+    # GGUF and transformers differ in dashes and underscores: qwen3moe and qwen3_moe.
     plain = {name.replace("_", "") for name in GGUF_SUPPORTED_ARCHITECTURES}
     if not isinstance(arch, str) or arch.replace("-", "").replace("_", "") not in plain:
         raise ValueError(f"{path}: GGUF architecture {arch!r} is not supported; give the model as safetensors")

@@ -1,4 +1,7 @@
-"""The header of a GGUF file: metadata, and where its tensors lie."""
+"""Reads the header of a GGUF file: metadata, and where its tensors lie.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,13 @@ DOWNLOAD = "download it again"
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor's place in the file; ``shape`` in torch's order, ``kind`` ggml's name of its type."""
+    """A tensor's place in the file.
+
+    Attributes:
+        kind: ggml's name of its type.
+        shape: its shape in torch's order.
+        offset, nbytes: where its data lies in the file.
+    """
 
     name: str
     kind: str
@@ -31,20 +40,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """Metadata (of arrays only the length) and the tensors by name."""
+    """The metadata, which has only the lengths of arrays, and the tensors by name."""
 
     metadata: dict[str, Any]
     tensors: dict[str, Entry]
 
 
 def read_header(path: Path) -> Header:
-    """Walks the header and checks that every tensor lies inside the file.
+    """Reads the header, and checks that every tensor lies inside the file and beside the others.
 
     Raises:
-        ValueError: not a GGUF, a damaged header, a truncated file, or the ``gguf`` package is missing.
+        ValueError: the file is no GGUF, damaged or truncated, or the ``gguf`` package is missing.
     """
     try:
-        import gguf  # noqa: F401 - an extra; what it is needed for comes after seconds of reading
+        import gguf  # noqa: F401 - an optional package, asked for here because it is needed only after slow work
     except ImportError as error:
         raise ValueError("reading GGUF files needs the gguf package; pip install 'mebp-triton[gguf]'") from error
     with open(path, "rb") as file:
@@ -70,12 +79,13 @@ def read_header(path: Path) -> Header:
 
 
 class _Cursor:
-    """A position in the header that cannot leave the file."""
+    """A position in the header, which cannot leave the file: each length is compared with it before it is followed."""
 
     def __init__(self, data: mmap.mmap, at: int) -> None:
         self.data, self.at = data, at
 
     def skip(self, size: int) -> int:
+        """Steps over ``size`` bytes, and returns where they begin."""
         start, end = self.at, self.at + size
         if end > len(self.data):
             raise ValueError(f"{size} bytes at {start} run past the end at {len(self.data)}")
@@ -128,7 +138,7 @@ class _Cursor:
         return Header(metadata, tensors)
 
     def entry(self) -> tuple[str, str, tuple[int, ...], int, int]:
-        """A row of the tensor table; its offset still counts from the start of the data."""
+        """A row of the tensor table: the fields of ``Entry``, but with the offset from the start of the data."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name = self.text()

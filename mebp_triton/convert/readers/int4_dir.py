@@ -1,4 +1,4 @@
-"""Model directories of ``save_pretrained`` for models loaded with ``Int4Config``: codes are taken as they are."""
+"""Reads directories that ``save_pretrained`` wrote for a model with int4 layers; their codes are taken as they are."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor
 from mebp_triton.huggingface.int4_config import METHOD, Int4Config
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.quantize import NF4
-from mebp_triton.models.names import check_complete, check_shape
+from mebp_triton.models.names import check_complete
+from mebp_triton.system import strict_json
 
 from .safetensors_dir import SafetensorsDirectory
 
-SCALE_DTYPES = {2: torch.float16, 4: torch.float32}
+SCALE_DTYPES = {2: torch.float16, 4: torch.float32}  # by the bytes of an element
 
 
 class Int4Directory(SafetensorsDirectory):
-    """The ``Source`` of such a directory; what is float in it is read as such."""
+    """The ``Source`` of such a directory. Its float tensors are read as those of any other model."""
 
     quant_method = METHOD
 
@@ -26,7 +27,7 @@ class Int4Directory(SafetensorsDirectory):
         super().__init__(path)
         try:
             self._int4 = Int4Config(**self._config_json.pop("quantization_config"))
-        except (TypeError, ValueError) as error:
+        except strict_json.MALFORMED as error:
             raise ValueError(f"{path / 'config.json'}: quantization_config: {error}") from None
         del self.config.quantization_config
         self.description = f"int4 directory {path.resolve().name}"
@@ -53,9 +54,7 @@ class Int4Directory(SafetensorsDirectory):
         if not self._is_int4(key):
             return super().read(name)
         rows, columns = self._int4_shape(name)
-        packed = self._tensor(key)
-        check_shape(str(self._entries[key].file), name, packed.shape[:1], (rows,))
-        scales = [self._scales(scale_key, rows) for scale_key in self._scale_keys(key)]
+        packed, scales = self._tensor(key), [self._scales(scale_key, rows) for scale_key in self._scale_keys(key)]
         codebook = NF4.clone() if self._int4.scheme == "codebook" else None
         try:
             return Int4Weight(packed, scales[0], columns, self._int4.group_size, *scales[1:], codebook=codebook)
@@ -63,12 +62,9 @@ class Int4Directory(SafetensorsDirectory):
             raise ValueError(f"{self._entries[key].file}: {key}: {error}") from None
 
     def _scales(self, key: str, rows: int) -> Tensor:
-        """From bytes ``[groups, rows * itemsize]``."""
-        entry, stored = self._entries[key], self._tensor(key)
+        """Scales ``[groups, rows]`` from their bytes ``[groups, rows * itemsize]``, whose width tells the dtype."""
+        entry = self._entries[key]
         width = entry.shape[1] / rows if entry.dtype == "U8" and len(entry.shape) == 2 else 0
         if width not in SCALE_DTYPES:
             raise ValueError(f"{entry.file}: {key} is {entry.dtype} {entry.shape}, wanted the scales of {rows} rows")
-        scales = stored.clone().view(SCALE_DTYPES[int(width)])
-        if not bool(scales.isfinite().all()):
-            raise ValueError(f"{entry.file}: {key} is not finite: the file is damaged, save or download it again")
-        return scales
+        return self._tensor(key).clone().view(SCALE_DTYPES[int(width)])

@@ -1,4 +1,4 @@
-"""A store and its adapter, read as one checkpoint of merged weights."""
+"""Reads a store and its adapter as one checkpoint of merged weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.adapter import PREFIX, adapter_shapes, check_fit, read_adapter_config, read_adapter_tensors
 from mebp_triton.models.build import check_matrices
-from mebp_triton.models.config import check_sizes, prepare_config, read_config
-from mebp_triton.models.names import check_complete, check_shape, parameter_aliases
+from mebp_triton.models.config import prepare_config, read_store_config
+from mebp_triton.models.names import check_complete, check_shape, parameter_aliases, tensor_shapes
 from mebp_triton.models.skeleton import Int4Site, int4_sites
-from mebp_triton.store.reader import Store, open_store
+from mebp_triton.store.reader import Store, StoreFile, open_store
 from mebp_triton.system import strict_json
 
-PIECE_ELEMENTS = 1 << 20  # decoding takes up to 24 bytes for each
+PIECE_ELEMENTS = 1 << 20  # decoding takes up to 24 bytes for each element of a piece
 
 
 class MergedStore:
@@ -30,18 +30,20 @@ class MergedStore:
     Args:
         store: a directory made by ``quantize``, or the store that was opened there.
         adapter: a directory in PEFT's format; None for the store's own weights.
+        piece_elements: how many elements are decoded at a time, except in a matrix that has to be transposed.
 
     Raises:
         ValueError: one of them is damaged, or (in ``bind``) they do not fit each other.
     """
 
-    def __init__(self, store: Store | Path | str, adapter: Path | str | None = None) -> None:
+    def __init__(
+        self, store: Store | Path | str, adapter: Path | str | None = None, piece_elements: int = PIECE_ELEMENTS
+    ) -> None:
         self.store = open_store(store)
-        self.adapter = adapter
+        self.adapter, self.piece_elements = adapter, piece_elements
         self.directory = self.store.directory
         self._config_json = strict_json.read_json(self.directory / "config.json")
-        self.config = prepare_config(read_config(self.directory, "quantize the model again"), str(self.directory))
-        check_sizes(f"store {self.directory}", self.config, self.store.shapes())
+        self.config = prepare_config(read_store_config(self.store), str(self.directory))
         self.description = self.store.source
         self._lora = None if adapter is None else read_adapter_config(adapter)
         self._tensors = {} if adapter is None else read_adapter_tensors(adapter)
@@ -55,7 +57,7 @@ class MergedStore:
         check_matrices(self.store, sites, tied)
         self._sites = {f"{site.name}.weight": site for site in sites}
         check_complete(f"store {self.directory}", parameter_aliases(model), [*self._sites, *self.store.floats])
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._shapes = tensor_shapes(model)
         for name in self.store.floats:
             if name in self._shapes:
                 check_shape(f"store {self.directory}", name, self.store.float_shape(name), self._shapes[name])
@@ -67,16 +69,16 @@ class MergedStore:
         return name in self._sites or name in self.store.floats
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Of a parameter that is stored as a float; None of a matrix."""
+        """The dtype in which the store has a float tensor; None for a matrix."""
         return None if name in self._sites else self.store.files[self.store.floats[name]].entries[name][0]
 
     def read(self, name: str) -> Tensor | Int4Weight:
-        """As it is stored, where no adapter changes it."""
+        """One parameter: as it is stored, unless the adapter changes it."""
         if name not in self._sites:
             return self.store.float_tensor(name)
         site = self._sites[name]
         if self._delta(site) is None:
-            self._verify(site)
+            self._file(site)
             return self.store.weight(site.name)
         merged = torch.empty(site.out_features, site.in_features)
         done = 0
@@ -86,7 +88,7 @@ class MergedStore:
         return merged.t() if site.transposed else merged
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """The parameter from its first row to its last; a matrix in float32."""
+        """The rows of a parameter in order, some at a time; those of a matrix are in float32."""
         site = self._sites.get(name)
         if site is None:
             yield self.store.float_tensor(name)
@@ -99,26 +101,28 @@ class MergedStore:
         write_companions(self._config_json, self.directory, Path(directory))
 
     def save_as(self, dtype: str, directory: Path) -> None:
-        """``save_companions`` with another dtype in the config."""
+        """Writes the companions as ``save_companions`` does, with another dtype in the config."""
         config = {key: value for key, value in self._config_json.items() if key != "torch_dtype"}
         write_companions(config | {"dtype": dtype}, self.directory, directory)
 
     def _delta(self, site: Int4Site) -> tuple[Tensor, Tensor, float] | None:
-        """A, B in float32 and the scaling, where the adapter changes the matrix."""
+        """A, B (in float32) and the scaling for a matrix that the adapter changes; None for another."""
         names = [f"{PREFIX}{site.name}.lora_{part}.weight" for part in "AB"]
         if self._lora is None or names[0] not in self._tensors:
             return None
         a, b = (self._tensors[name].float() for name in names)
         return a, b, self._lora.scaling(site.name)
 
-    def _verify(self, site: Int4Site) -> None:
-        self.store.files[self.store.matrices[site.name].file].verify()
+    def _file(self, site: Int4Site) -> StoreFile:
+        """The file that has the matrix, with its checksums compared."""
+        file = self.store.files[self.store.matrices[site.name].file]
+        file.verify()
+        return file
 
     def _rows(self, site: Int4Site) -> Iterator[Tensor]:
-        """``[rows, in]`` float32, some rows of ``[out, in]`` at a time."""
-        self._verify(site)
-        weight, mapped = self.store.weight(site.name), self.store.files[self.store.matrices[site.name].file].mapped
-        step = max(1, PIECE_ELEMENTS // site.in_features)
+        """The merged matrix ``[out, in]`` in float32, some rows at a time."""
+        file, weight = self._file(site), self.store.weight(site.name)
+        step = max(1, self.piece_elements // site.in_features)
         delta = self._delta(site)
         for start in range(0, site.out_features, step):
             stop = min(start + step, site.out_features)
@@ -127,4 +131,4 @@ class MergedStore:
                 a, b, scaling = delta
                 rows.addmm_(b[start:stop], a, alpha=scaling)
             yield rows
-        mapped.drop()
+        file.mapped.drop()

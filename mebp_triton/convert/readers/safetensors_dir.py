@@ -1,6 +1,6 @@
-"""A transformers model directory: ``config.json`` beside ``model.safetensors`` or its shards.
+"""Reads a transformers model directory: ``config.json`` beside ``model.safetensors`` or its shards.
 
-Everything that shows without the weights is checked when it is opened: the config, the index, every shard's header.
+Opening it checks everything that shows without the weights: the config, the index, and the header of every shard.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from transformers.pytorch_utils import Conv1D
 
 from mebp_triton.convert.companions import write_companions
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.models.config import check_sizes, prepare_config, read_config
+from mebp_triton.models.config import check_sizes, prepare_config, read_config, read_json_object
 from mebp_triton.models.names import (
     check_complete,
     check_shape,
     current_names,
     parameter_aliases,
     persistent_buffers,
+    tensor_shapes,
     warn_unused,
 )
 from mebp_triton.system import strict_json
@@ -40,12 +41,13 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = ("F64", "F32", "F16", "BF16")
-ROWS_ELEMENTS = 1 << 22  # of two tables that are compared, at a time
+COMPARED_ELEMENTS = 1 << 22  # how much of two tables is compared at a time
+DOWNLOAD = "download it again"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies, by its shard's header."""
+    """Where a tensor lies, and what the header of its shard says of it."""
 
     file: Path
     dtype: str
@@ -56,7 +58,7 @@ class SafetensorsDirectory:
     """The ``Source`` of a model directory.
 
     Attributes:
-        quant_method: of ``quantization_config`` in ``config.json``; a subclass reads another one.
+        quant_method: the quantisation that the reader takes, as ``config.json`` calls it; None for float weights.
     """
 
     quant_method: str | None = None
@@ -79,63 +81,66 @@ class SafetensorsDirectory:
         self._keys = {}
         used: set[str] = set()
         for name, names in [*aliases.items(), *((name, [name]) for name in persistent_buffers(model))]:
+            # A checkpoint that was saved from the base model, or with it, has its prefix less, or more.
             spellings = [way for alias in names for way in (alias, prefix + alias, alias.removeprefix(prefix))]
-            found = list(dict.fromkeys(present[way] for way in spellings if way in present))
-            if found:
-                self._keys[name] = found[0]
-                self._check_tied(found)
-                used.update(found)
+            keys = list(dict.fromkeys(present[way] for way in spellings if way in present))
+            if keys:
+                self._keys[name] = keys[0]
+                self._check_tied(keys)
+                used.update(keys)
         self._check_experts(aliases, present)
         check_complete(str(self.path), aliases, self._keys)
         for key in (self._keys[name] for name in aliases):
             entry = self._entries[key]
             if not self._usable(key):
+                wanted = ", ".join(FLOATS)
                 raise ValueError(
-                    f"{entry.file}: {key} is {entry.dtype}, wanted one of {FLOATS}: give the unquantised model"
+                    f"{entry.file}: {key} is {entry.dtype}, wanted one of {wanted}: give the unquantised model"
                 )
         warn_unused(str(self.path), model, (key for key in self._entries if not self._is_part(key, used)))
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._shapes = tensor_shapes(model)
         self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
 
     def _check_experts(self, wanted: Iterable[str], present: dict[str, str]) -> None:
-        """ValueError where a parameter lies in several pieces, which transformers 5 joins while it loads."""
+        """ValueError where a parameter is stored in pieces, which transformers 5 joins while it loads."""
         for name in wanted:
             parent = name.rpartition(".")[0]
             pieces = [key for key in present if re.match(rf"{re.escape(parent)}\.\d+\.", key)]
             if name not in self._keys and pieces:
                 raise ValueError(
-                    f"{self.path}: {name} is there in pieces ({present[pieces[0]]}), which transformers "
+                    f"{self.path}: {name} is stored in pieces ({present[pieces[0]]}), which transformers "
                     f"{transformers.__version__} joins while loading; such mixtures of experts are not supported"
                 )
 
     def _check_tied(self, keys: list[str]) -> None:
-        """ValueError where a parameter that the config shares is there under several names, and not the same."""
+        """ValueError where a parameter that the config shares is stored under several names with different values."""
         for other in keys[1:]:
-            if not self._is_same(keys[0], other):
+            if not self._are_equal(keys[0], other):
                 raise ValueError(
                     f"{self._entries[other].file}: {other} differs from {keys[0]}, which config.json says it is: "
                     f"set tie_word_embeddings to false there"
                 )
 
-    def _is_same(self, key: str, other: str) -> bool:
+    def _are_equal(self, key: str, other: str) -> bool:
         one, two = self._entries[key], self._entries[other]
         if (one.dtype, one.shape) != (two.dtype, two.shape):
             return False
         with _opened(one.file) as left, _opened(two.file) as right:
             first, second = left.get_slice(key), right.get_slice(other)
-            step = max(1, ROWS_ELEMENTS // max(1, prod(one.shape[1:])))
+            step = max(1, COMPARED_ELEMENTS // max(1, prod(one.shape[1:])))
             starts = range(0, one.shape[0], step) if one.shape else ()
             return all(torch.equal(first[at : at + step], second[at : at + step]) for at in starts)
 
     def _is_part(self, key: str, used: set[str]) -> bool:
-        """Whether ``key`` is one of ``used``, or belongs to one of them."""
+        """Whether ``key`` is one of ``used``, or a part of one of them."""
         return key in used
 
     def _int4_shape(self, name: str) -> tuple[int, ...]:
-        """``[out, in]``, as 4-bit forms store it, also where the float parameter is ``[in, out]``."""
+        """The shape ``[out, in]`` in which 4 bits are stored, also where the float parameter is ``[in, out]``."""
         return self._shapes[name][:: -1 if name in self._transposed else 1]
 
     def _usable(self, key: str) -> bool:
+        """Whether the tensor ``key`` has a form that can be read."""
         return self._entries[key].dtype in FLOATS
 
     def has(self, name: str) -> bool:
@@ -147,7 +152,7 @@ class SafetensorsDirectory:
         return self._tensor(self._keys[name])
 
     def _tensor(self, key: str) -> Tensor:
-        # Opened anew each time: the map goes away with the tensor, so pages of what was read before do not add up.
+        # The file is opened anew each time: its mapping goes away with the tensor, and so do the pages that were read.
         with _opened(self._entries[key].file) as shard:
             return shard.get_tensor(key)
 
@@ -158,57 +163,32 @@ class SafetensorsDirectory:
 
 
 def quant_method_of(path: Path) -> str | None:
-    """What ``config.json`` says the directory's weights were quantised by, if it can be read and says so."""
+    """The method that ``config.json`` says the weights were quantised by; None if it cannot be read or says none."""
     with contextlib.suppress(ValueError, OSError):
-        settings = _json_object(path / "config.json", "").get("quantization_config")
-        return settings.get("quant_method") if isinstance(settings, dict) else None
+        settings = read_json_object(path / "config.json", "").get("quantization_config")
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        return method if isinstance(method, str) else None
     return None
 
 
-def _json_object(file: Path, remedy: str) -> dict[str, Any]:
-    # A FIFO in a file's place would block the reader for ever.
-    if not file.is_file():
-        raise ValueError(f"{file} is missing or not a regular file; {remedy}")
-    content = strict_json.read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a JSON {type(content).__name__}, wanted an object; {remedy}")
-    return content
-
-
-def _config_json(path: Path, quant_method: str | None = None) -> dict[str, Any]:
-    content = _json_object(path / "config.json", "give a transformers model directory")
+def _config_json(path: Path, quant_method: str | None) -> dict[str, Any]:
+    """The content of ``config.json``. ValueError where it names another quantisation than ``quant_method``."""
+    content = read_json_object(path / "config.json", "give a transformers model directory")
     for key in ("quantization_config", "compression_config"):
         if content.get(key):
             method = content[key].get("quant_method") if isinstance(content[key], dict) else None
-            if method is not None and method == quant_method:
-                continue
-            raise ValueError(
-                f"{path / 'config.json'} has a {key} ({method or 'unnamed'}), "
-                f"which is not supported yet: give the unquantised model"
-            )
+            if method is None or method != quant_method:
+                raise ValueError(
+                    f"{path / 'config.json'} has a {key} ({method or 'unnamed'}), "
+                    f"which is not supported yet: give the unquantised model"
+                )
     return content
 
 
 def _entries(path: Path) -> dict[str, Entry]:
     """Every tensor in the directory, each in the shard that the index names."""
     if (path / INDEX).exists():
-        weight_map = _json_object(path / INDEX, "download it again").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{path / INDEX} has no weight_map of tensor names to shards; download it again")
-        headers = {
-            name: _header(_shard(path, name))
-            for name in dict.fromkeys(str(_hashable(name)) for name in weight_map.values())
-        }
-        entries: dict[str, Entry] = {}
-        for name, header in headers.items():
-            for key, entry in header.items():
-                if weight_map.get(key, name) != name or key in entries:
-                    raise ValueError(
-                        f"{path / name} has {key}, which {INDEX} has in {weight_map.get(key)}; download it again"
-                    )
-                entries[key] = entry
-        check_complete(f"the shards listed in {path / INDEX}", weight_map, entries)
-        return entries
+        return _indexed_entries(path)
     if (path / SINGLE).exists():
         return _header(_shard(path, SINGLE))
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
@@ -220,36 +200,51 @@ def _entries(path: Path) -> dict[str, Entry]:
     raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}: give a directory with safetensors weights")
 
 
-def _hashable(name: object) -> object:
-    return name if isinstance(name, str) else repr(name)
+def _indexed_entries(path: Path) -> dict[str, Entry]:
+    weight_map = read_json_object(path / INDEX, DOWNLOAD).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path / INDEX} has no weight_map of tensor names to shards; {DOWNLOAD}")
+    shards = [_shard(path, name) for name in weight_map.values()]
+    entries: dict[str, Entry] = {}
+    for shard in dict.fromkeys(shards):
+        for key, entry in _header(shard).items():
+            if weight_map.get(key, shard.name) != shard.name or key in entries:
+                raise ValueError(f"{shard} has {key}, which {INDEX} has in {weight_map.get(key)}; {DOWNLOAD}")
+            entries[key] = entry
+    check_complete(f"the shards listed in {path / INDEX}", weight_map, entries)
+    return entries
 
 
 def _shard(path: Path, name: object) -> Path:
-    """A shard's path. Its name comes from a file, so it may not lead out of the directory."""
+    """The path of a shard. Its name comes from a file, so it must not lead out of the directory."""
     if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
-        raise ValueError(f"{path / INDEX}: shard {name!r:.200} is no plain *.safetensors file name; download it again")
-    # Hub caches hold links to files, which is fine; anything but a file at the end of the link is not.
+        raise ValueError(f"{path / INDEX}: shard {name!r:.200} is no plain *.safetensors file name; {DOWNLOAD}")
+    # Hub caches hold links to files, which may be followed, but not to a FIFO, say.
     if not (path / name).is_file():
-        raise ValueError(f"{path / name} is missing or not a regular file; download it again")
+        raise ValueError(f"{path / name} is missing or not a regular file; {DOWNLOAD}")
     return path / name
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     with (
-        one_line(f"{file} is not a whole safetensors file", "download it again"),
+        one_line(f"{file} is not a whole safetensors file", DOWNLOAD),
         safe_open(str(file), framework="pt", device="cpu") as shard,
     ):
         yield shard
 
 
 def _header(file: Path) -> dict[str, Entry]:
-    """Opening compares the header with the file's size, so a truncated shard is found here."""
+    """The tensors of a shard. safetensors compares the header with the file's size, which finds a truncated shard.
+
+    Files by others are read, so safetensors' own reader is used: it knows every dtype and the older alignments. But of
+    two tensors of one name it takes the last, so the header is parsed strictly as well.
+    """
     with _opened(file) as shard:
         keys = list(shard.keys())
         slices = {key: shard.get_slice(key) for key in keys}
-        found = {key: Entry(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-    with open(file, "rb") as opened:  # safetensors takes the last of two tensors of one name
+        entries = {key: Entry(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         strict_json.parse_json(opened.read(length), f"header of {file}")
-    return found
+    return entries

@@ -1,4 +1,4 @@
-"""What a reader of a foreign checkpoint offers."""
+"""The protocol that every reader of a foreign checkpoint follows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Source(Protocol):
     """A checkpoint on disk.
 
     Attributes:
-        config: what ``AutoModelForCausalLM.from_config`` needs; ``architectures`` set, nothing quantised about it.
-        description: the format and the file's own name, for provenance.
+        config: the config that ``AutoModelForCausalLM.from_config`` takes. It names the causal language model in
+            ``architectures``, and no quantisation.
+        description: the format and the name of the file or directory; the store's manifest has it as ``source``.
     """
 
     config: PretrainedConfig
@@ -26,11 +27,11 @@ class Source(Protocol):
         """Finds every parameter of ``model`` (on the meta device is enough) in the files.
 
         Raises:
-            ValueError: some parameters are not there, or cannot be used.
+            ValueError: a parameter is not there, or cannot be used.
         """
 
     def read(self, name: str) -> Tensor | Int4Weight:
-        """One parameter of the bound model, by its name in ``model.named_parameters()``, or a buffer it has.
+        """Reads one parameter or persistent buffer of the bound model, by the model's own name for it.
 
         Returns:
             A float tensor of the parameter's own shape, or an ``Int4Weight`` whose logical ``[out, in]`` is that shape.
@@ -43,4 +44,4 @@ class Source(Protocol):
         """Whether the bound source holds this parameter or persistent buffer. Only buffers may be absent."""
 
     def save_companions(self, directory: str | os.PathLike[str]) -> None:
-        """Writes ``config.json``, ``generation_config.json`` and the tokenizer's files, as far as there are any."""
+        """Writes ``config.json``, and ``generation_config.json`` and the tokenizer's files if there are any."""

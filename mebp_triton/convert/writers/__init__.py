@@ -1,1 +1,1 @@
-"""What conversions write, a file for each format."""
+"""Writers of what conversions make. A new format is a file in this folder."""

@@ -16,7 +16,14 @@ from mebp_triton.system import reading, safetensors_file, strict_json
 
 @dataclass
 class StoreWriter:
-    """Writes a store into an empty directory; the manifest comes last and makes it whole."""
+    """Writes a store into an empty directory. The manifest comes last and makes it whole.
+
+    Attributes:
+        directory: the directory.
+        source: what the store was made of.
+        tied_head: whether the head is the embedding.
+        files, matrices, floats: what was written so far, as the manifest has it.
+    """
 
     directory: Path
     source: str
@@ -28,12 +35,12 @@ class StoreWriter:
     def write_file(
         self, name: str, matrices: Mapping[str, tuple[Int4Weight, float]], floats: Mapping[str, Tensor]
     ) -> None:
-        """One file: ``matrices`` by module name with their relative errors, ``floats`` by parameter name."""
+        """Writes one file: ``matrices`` by module name, with their relative errors, and ``floats`` by name."""
         tensors: dict[str, Tensor] = {key: tensor.contiguous() for key, tensor in floats.items()}
         for module, (weight, error) in matrices.items():
             parts = weight.tensors()
             if weight.codebook is not None:
-                parts["codebook"] = weight.codebook.clone()  # safetensors refuses what several matrices share
+                parts["codebook"] = weight.codebook.clone()  # safetensors refuses a tensor that several matrices share
             tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
             info = MatrixInfo(
                 name, weight.scheme, weight.shape, weight.group_size, dtype_name(weight.scales.dtype), error
@@ -45,6 +52,7 @@ class StoreWriter:
         self.floats |= dict.fromkeys(floats, name)
 
     def finish(self) -> None:
+        """Writes the manifest, with the checksums of all that lies in the directory."""
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,

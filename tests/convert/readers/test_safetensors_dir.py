@@ -228,7 +228,7 @@ def test_experts_that_transformers_joins(tmp_path):
         source.bind(on_meta(source.config))
         assert source.has("model.layers.0.block_sparse_moe.experts.1.w2.weight")
     else:
-        assert_refused(tmp_path, "mlp.experts.gate_up_proj is there in pieces", "mixtures of experts are not supported")
+        assert_refused(tmp_path, "mlp.experts.gate_up_proj is stored in pieces", "mixtures of experts are not supported")
 
 
 def test_wrong_shape_names_parameter_got_and_wanted(tmp_path):
