@@ -204,6 +204,49 @@ def test_an_output_that_nobody_uses_has_no_gradient_not_zeros() -> None:
     assert not seen and x.grad is not None
 
 
+def test_the_hidden_state_need_not_come_first() -> None:
+    plain, ours = Block(6).double(), Block(6).double()
+    ours.load_state_dict(plain.state_dict())
+    BlockEngine([ours])
+    found = []
+    for one in (plain, ours):
+        x = torch.ones(2, 6, dtype=torch.float64, requires_grad=True)
+        one(scale=torch.full((6,), 2.0, dtype=torch.float64), hidden_states=x)[0].square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
+def test_an_output_that_depends_on_no_input() -> None:
+    """Outside it seems to have a gradient, as every output; in the recompute it has none."""
+
+    class Constant(Block):
+        def forward(self, hidden_states: Tensor, scale: Tensor | None = None, flag: str = "") -> Any:
+            return super().forward(hidden_states)[0], torch.full((6,), 3.0, dtype=torch.float64)
+
+    block = Constant(6).double()
+    BlockEngine([block])
+    x = torch.ones(2, 6, dtype=torch.float64, requires_grad=True)
+    out, constant = block(x)
+    (out * constant).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_a_gradient_that_ends_above_the_block() -> None:
+    class End(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> None:  # type: ignore[override]
+            return None
+
+    _, ours, engine, x = twins()
+    out, _ = ours.blocks[0](x)
+    End.apply(out).sum().backward()
+    assert engine.counters.recompute == 0 and all(grad is None for grad in grads(ours))
+
+
 def test_an_output_of_integers_has_no_gradient() -> None:
     class Counted(nn.Module):
         def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

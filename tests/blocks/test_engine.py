@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 import mebp_triton as mebp
 from mebp_triton.blocks.engine import BlockEngine
 from mebp_triton.store.pages import Pages
+from mebp_triton.store.waiting import Waiting
 
 X = torch.ones(2, 6, dtype=torch.float64)
 
@@ -142,6 +144,12 @@ def test_pages_are_left_when_a_block_fails(when: str) -> None:
     assert sorted(entered) == sorted(left)
 
 
+def test_time_is_counted_where_it_is_said() -> None:
+    waiting = Waiting()
+    assert BlockEngine(Stack(1).blocks, waiting=waiting).waiting is waiting
+    assert BlockEngine(Stack(1).blocks).waiting == Waiting()
+
+
 def test_remove_gives_the_blocks_back() -> None:
     _, ours, engine, x = twins()
     engine.remove()
@@ -259,18 +267,36 @@ def test_nothing_below_runs_again_for_trainers_that_ask_for_input_gradients(llam
 # --- training makes no cache ----------------------------------------------------------------------------------------
 
 
-def test_a_filled_cache_is_refused_and_an_empty_one_ignored(model: Any) -> None:
+def test_a_cache_is_not_made_and_an_empty_one_stays_empty(model: Any) -> None:
+    examples, cache = batch(1, 8, None), DynamicCache(config=model.config)
+    truth = step(model, **examples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({}, {"past_key_values": cache, "use_cache": False}):
+            model.zero_grad()
+            output = model(**examples, **options)
+            output.loss.backward()
+            assert_same(our_gradients(model), truth)
+    assert cache.get_seq_length() == 0
+
+
+def test_asking_for_a_cache_is_warned_of(model: Any) -> None:
     examples = batch(1, 8, None)
-    model(**examples, use_cache=True).loss.backward()
-    with_cache = our_gradients(model)
-    model.zero_grad()
-    model(**examples, use_cache=False).loss.backward()
-    assert_same(our_gradients(model), with_cache)
-    cache = DynamicCache(config=model.config)
+    truth = step(model, **examples)
+    for options in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
+        model.zero_grad()
+        with pytest.warns(UserWarning, match="the key-value cache stays empty"):
+            model(**examples, **options).loss.backward()
+        assert_same(our_gradients(model), truth)
+
+
+def test_a_filled_cache_is_refused(model: Any) -> None:
+    ids, cache = batch(1, 8, None)["input_ids"], DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=examples["input_ids"], past_key_values=cache)
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    assert cache.get_seq_length() == 1
     with pytest.raises(ValueError, match="past_key_values holds tokens: .*filled cache"):
-        model(input_ids=examples["input_ids"], past_key_values=cache)
+        model(input_ids=ids, past_key_values=cache)
 
 
 def test_a_frozen_model_fills_its_cache_with_gradients_on_too(llama: Any) -> None:
@@ -286,7 +312,9 @@ def test_a_frozen_model_fills_its_cache_with_gradients_on_too(llama: Any) -> Non
             with pytest.warns(UserWarning, match="gradients are on: the key-value cache stays empty"):
                 logits = model(inputs_embeds=embeds, use_cache=True).logits
         else:
-            logits = model(inputs_embeds=embeds, use_cache=False).logits
+            cache = DynamicCache(config=model.config)
+            logits = model(inputs_embeds=embeds, use_cache=False, past_key_values=cache).logits
+            assert cache.get_seq_length() == 0
         found.append(torch.autograd.grad(logits.square().sum(), embeds)[0])
     assert torch.equal(*found) and found[0].any()
 
