@@ -1,4 +1,4 @@
-"""What a block's recompute leaves out: the outputs of its adapted layers that were kept, or that no gradient needs.
+"""Recomputing a block without the outputs of its adapted layers that were kept, or that no gradient needs.
 
 A recompute makes what the gradients need. If the outputs of the linear layers were kept in the forward pass, it
 computes no matrix product. And if only additions follow the block's last linear layer, no gradient needs that layer's

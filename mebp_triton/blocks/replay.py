@@ -118,7 +118,7 @@ class Replay:
         self.calls[layer] += 1
 
     def part(self, module: OpaqueModule) -> Recording | None:
-        """What was kept of the next piece of what ``module`` computes."""
+        """The recording of the next piece of what ``module`` computes; None if there is none."""
         parts, piece = self.parts.get(module, []), self.pieces[module]
         self.pieces[module] += 1
         return parts[piece] if piece < len(parts) else None

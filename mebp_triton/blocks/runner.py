@@ -58,7 +58,7 @@ Event = Literal["forward", "backward"]
 
 @dataclass
 class Counters:
-    """What the blocks did. The names are part of ``metrics.jsonl``, as ``blocks_forward`` and so on.
+    """Counts of what the blocks did. The names are part of ``metrics.jsonl``, as ``blocks_forward`` and so on.
 
     Attributes:
         forward: forward passes of a block.

@@ -157,7 +157,7 @@ class LayerCyclicManager:
         ]
 
     def treatment(self, index: int) -> Treatment:
-        """What happens to block ``index`` in this step; see ``engine``."""
+        """How block ``index`` is treated in this step; see ``engine``."""
         if index in self.selected:
             return "train"
         return "identity" if self.mode == "identity" else "exact"

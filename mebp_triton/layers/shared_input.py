@@ -59,7 +59,7 @@ class SharedInput:
         return any(member.training and member.lora_dropout.p > 0 for member in self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy of the model gets: the layers, but no outputs that wait."""
+        """The state for a copy of the model: the layers, but no outputs that wait."""
         return vars(self) | {"_input": None, "_state": None, "_waiting": {}}
 
     def _tensors_read(self, x: Tensor) -> list[Tensor]:
