@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any
@@ -271,3 +273,92 @@ def test_files_are_pefts(tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(mebp.replace_linears(float_model(), group_size=32), tmp_path / "theirs")
     layers = [module for module in again.modules() if isinstance(module, mebp.PeftInt4Linear)]
     assert len(layers) == 21 and torch.equal(logits(again), logits(ours))
+
+
+# --- PEFT's other methods -------------------------------------------------------------------------------------------
+
+
+OTHER_METHODS: dict[str, dict[str, Any]] = {
+    "AdaLora": {"total_step": 10},
+    "FourierFT": {"n_frequency": 20},
+    "IA3": {"feedforward_modules": []},
+    "OFT": {"r": 0, "oft_block_size": 8},
+    "Road": {},
+    "Vera": {},
+}
+
+
+@pytest.mark.parametrize("method", [name for name in OTHER_METHODS if hasattr(peft, f"{name}Config")])
+@pytest.mark.parametrize("first", ["peft", "int4"])
+def test_pefts_other_methods(method: str, first: str) -> None:
+    """Of the methods beside the weight, output and gradients are those over the decoded weight, in float64."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"net": nn.Linear(64, 64)})
+    config = getattr(peft, f"{method}Config")(target_modules=["net"], **OTHER_METHODS[method])
+    if first == "peft":
+        theirs = peft.get_peft_model(base, config)
+        ours = mebp.replace_linears(copy.deepcopy(theirs))
+    else:
+        ours = peft.get_peft_model(mebp.replace_linears(copy.deepcopy(base)), config)
+        theirs = peft.get_peft_model(base, config)
+        theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if ".base_layer." not in k}, strict=False)
+    net, truth = (model.base_model.model["net"] for model in (ours, theirs))
+    assert type(net.get_base_layer()) is Int4Linear and type(net) is type(truth)
+    truth.get_base_layer().weight.data = decode(net.get_base_layer().int4(), torch.float32)
+    truth.get_base_layer().bias.data = net.get_base_layer().bias.data
+    found = []
+    for layer in (net, truth):
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        layer.double().eval()
+        x = torch.randn(3, 64, generator=generator, dtype=torch.float64).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+        found.append({"y": y.detach(), "x": x.grad} | gradients)
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 2
+    for name, value in found[1].items():
+        assert relative_rms(found[0][name], value) < 1e-12, name
+
+
+@pytest.mark.parametrize(
+    "config", [peft.LoHaConfig, peft.LoKrConfig, peft.HRAConfig, functools.partial(peft.ShiraConfig, r=2)]
+)
+def test_methods_that_compute_with_the_weight(config: Any) -> None:
+    adapted = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config(target_modules=["0"]))
+    message = r"0: PEFT's \w+ computes with the weight itself.* use LoRA"
+    with pytest.raises(ValueError, match=message):
+        mebp.replace_linears(adapted)
+    int4 = mebp.replace_linears(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), exclude_modules=["2"])
+    peft.get_peft_model(copy.deepcopy(int4), config(target_modules=["2"]))
+    # PEFT 0.17 itself finds that it cannot have SHiRA here.
+    with pytest.raises((ValueError, RuntimeError), match=f"{message}|floating point"):
+        peft.get_peft_model(int4, config(target_modules=["0"]))
+
+
+# --- layers that were PEFT's before ----------------------------------------------------------------------------------
+
+
+def test_pefts_own_layer_over_int4_becomes_the_fused_one() -> None:
+    layer = Int4Linear(quantize_matrix(torch.randn(8, 64))[0], None, torch.float32)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 64), layer), peft.LoraConfig(target_modules=["1"]))
+    model.base_model.model[1] = stock = peft.tuners.lora.Linear(layer, "default", **stock_arguments())
+    mebp.replace_linears(model)
+    assert model.base_model.model[1] is stock and isinstance(stock, mebp.PeftInt4Linear)
+    assert stock.base_layer is layer
+
+
+def stock_arguments() -> dict[str, Any]:
+    if "config" in inspect.signature(peft.tuners.lora.Linear.__init__).parameters:
+        return {"r": 4, "lora_alpha": 4, "config": peft.LoraConfig(r=4)}
+    return {"r": 4, "lora_alpha": 4}
+
+
+def test_merged_adapters_are_refused() -> None:
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"]))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="'default' is merged; call unmerge_adapter"):
+        mebp.replace_linears(model)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
-import inspect
 import itertools
 import weakref
 from pathlib import Path
@@ -18,67 +16,39 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from models import batch, randomize_adapter, relative_rms, save_tiny_model, tiny_config, tiny_store
+from int4_models import decoded_twin, from_pretrained, logits, quantized, with_bitsandbytes
+from models import batch, randomize_adapter, relative_rms
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import mebp_triton as mebp
-from mebp_triton.huggingface.quantizer import BEFORE_5, Int4Quantizer
+from mebp_triton.huggingface.quantizer import BEFORE_5
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.models.adapter import PREFIX, adapter_layers
 
 LORA = mebp.LoraConfig(r=4, lora_alpha=6)
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # sizes that bitsandbytes can quantize
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    wide = {"hidden_size": 64, "intermediate_size": 128}
-    return {
-        "gpt2": save_tiny_model("gpt2", root / "gpt2"),
-        "opt": save_tiny_model("opt", root / "opt"),
-        "llama": save_tiny_model("llama", root / "llama", **wide),
-    }
+def sources(shared_store: Any) -> dict[str, Path]:
+    stores = {name: shared_store(name) for name in ("gpt2", "opt")} | {"llama": shared_store("llama", config=WIDE)}
+    return {name: store.parent / "model" for name, store in stores.items()}
 
 
-def load(source: Path, quant_type: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    options: dict[str, Any] = {}
-    if quant_type is not None:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant_type,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).train()
-
-
-@torch.no_grad()
-def decoded(source: Path, model: Any) -> Any:
-    """transformers' own model in float64 with the decoded weights of ``model``."""
-    truth = load(source).double()
-    named = dict(model.named_modules())
-    for name, module in truth.named_modules():
-        if isinstance(named.get(name), Int4Linear):
-            weight = decode(named[name].int4())
-            module.weight.copy_(weight.t() if isinstance(module, Conv1D) else weight)
-    return truth
+def loaded(source: Path, quant_type: str | None = None) -> Any:
+    return from_pretrained(source) if quant_type is None else with_bitsandbytes(source, quant_type)
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     model.eval().zero_grad()
     model(**batch(), use_cache=False).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=batch(2, 12, None)["input_ids"]).logits
 
 
 @pytest.mark.parametrize(
@@ -89,13 +59,13 @@ def test_gradients_against_peft_in_float64(
 ) -> None:
     """Conv1D, Linear with bias, NF4 and FP4: the whole model's loss and LoRA gradients, in float64 and float32."""
     source = sources[architecture]
-    model = mebp.replace_linears(load(source, quant_type), LORA, group_size=32)
+    model = mebp.replace_linears(loaded(source, quant_type).train(), LORA, group_size=32)
     assert model.training and not any(isinstance(m, Conv1D) for m in model.modules())
     randomize_adapter(model)
     assert all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
     mebp.save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(
-        decoded(source, model), tmp_path, is_trainable=True, autocast_adapter_dtype=False
+        decoded_twin(source, model, torch.float64), tmp_path, is_trainable=True, autocast_adapter_dtype=False
     ).double()
     truth = {name.replace(".default.weight", ""): grad for name, grad in gradients(theirs).items()}
     for kind, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
@@ -105,9 +75,9 @@ def test_gradients_against_peft_in_float64(
 
 
 def test_the_quantised_weight_is_quantizes_own(sources: dict[str, Path]) -> None:
-    plain = load(sources["gpt2"])
+    plain = from_pretrained(sources["gpt2"])
     options = {"scheme": "affine", "group_size": 32, "scale_search": False}
-    model = mebp.replace_linears(load(sources["gpt2"]), **options)
+    model = mebp.replace_linears(from_pretrained(sources["gpt2"]), **options)
     name = "transformer.h.1.mlp.c_proj"
     expected = quantize_matrix(plain.get_submodule(name).weight.detach().t(), **options)[0]
     found = model.get_submodule(name)
@@ -121,7 +91,7 @@ def test_each_matrix_is_freed_before_the_next_is_read(
     sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for quant_type in (None, "nf4"):
-        model = load(sources["llama"], quant_type)
+        model = loaded(sources["llama"], quant_type)
         old = [weakref.ref(m.weight) for n, m in model.model.named_modules() if n.endswith("_proj")]
         alive: list[int] = []
         original = Int4Linear.__init__
@@ -142,10 +112,7 @@ def test_each_matrix_is_freed_before_the_next_is_read(
         assert alive == list(range(len(old), 0, -1)) and len(old) == 21
 
 
-def test_what_stays_float(sources: dict[str, Path]) -> None:
-    torch.manual_seed(0)
-    classifier = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
-    assert type(mebp.replace_linears(classifier).score) is nn.Linear
+def test_an_encoder_decoder_runs_with_its_heads_and_float32_layers() -> None:
     t5 = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     translator = mebp.replace_linears(AutoModelForSeq2SeqLM.from_config(t5))
     kinds = {name: type(m) for name, m in translator.named_modules() if isinstance(m, nn.Linear)}
@@ -156,64 +123,61 @@ def test_what_stays_float(sources: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("excluded", "kept"),
+    ("excluded", "kept", "with_peft"),
     [
         (
             ["k_proj", "layers.0.mlp.up_proj"],
             {"layers.0.mlp.up_proj"} | {f"layers.{n}.self_attn.k_proj" for n in range(3)},
+            True,
         ),
-        ("mlp", {f"layers.{n}.mlp.{name}_proj" for n in range(3) for name in ("up", "gate", "down")}),
-        (("model.layers.1.self_attn",), {f"layers.1.self_attn.{name}_proj" for name in "qkvo"}),
+        ("mlp", {f"layers.{n}.mlp.{name}_proj" for n in range(3) for name in ("up", "gate", "down")}, False),
+        (("model.layers.1.self_attn",), {f"layers.1.self_attn.{name}_proj" for name in "qkvo"}, True),
     ],
 )
-@pytest.mark.parametrize("with_peft", [False, True])
 def test_excluding_is_that_of_int4_config(
     excluded: Any, kept: set[str], with_peft: bool, sources: dict[str, Path]
 ) -> None:
-    model = load(sources["llama"])
+    model = from_pretrained(sources["llama"])
     around = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear")) if with_peft else model
     mebp.replace_linears(around, exclude_modules=excluded)
     layers = {name: m for name, m in model.model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name}
     assert {name.replace(".base_layer", "") for name, m in layers.items() if type(m) is nn.Linear} == kept
-    settings = mebp.Int4Config(modules_to_not_convert=excluded)
-    theirs = AutoModelForCausalLM.from_pretrained(sources["llama"], quantization_config=settings)
+    theirs = quantized(sources["llama"], modules_to_not_convert=excluded)
     assert {name for name, m in theirs.model.named_modules() if type(m) is nn.Linear} == kept
 
 
-@pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
 def test_what_transformers_keeps_in_float32_stays_float(
-    attribute: str, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Modelling code reads the dtype of such weights (DeepSeek's indexers), and would cast activations to bytes."""
     parts = ["o_proj", "gate_proj"] if BEFORE_5 else ["self_attn.o_proj", "gate_proj.weight"]
-    monkeypatch.setattr(LlamaPreTrainedModel, attribute, parts)
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", parts)
     wanted = {f"layers.{n}.{name}_proj" for n in range(3) for name in ("self_attn.o", "mlp.gate")}
-    replaced = mebp.replace_linears(load(sources["llama"]), LORA)
-    loaded = AutoModelForCausalLM.from_pretrained(sources["llama"], quantization_config=mebp.Int4Config())
-    around = peft.get_peft_model(load(sources["llama"]), peft.LoraConfig(r=2, target_modules="all-linear"))
+    replaced = mebp.replace_linears(from_pretrained(sources["llama"]), LORA)
+    around = peft.get_peft_model(from_pretrained(sources["llama"]), peft.LoraConfig(r=2, target_modules="all-linear"))
     under_peft = mebp.replace_linears(around).get_base_model()
-    for model in (replaced, loaded, under_peft):
+    for model in (replaced, quantized(sources["llama"]), under_peft):
         layers = {n: m for n, m in model.model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n}
         assert {name.replace(".base_layer", "") for name, m in layers.items() if type(m) is nn.Linear} == wanted
         assert sum(isinstance(m, Int4Linear) for m in layers.values()) == 15
 
 
 def test_routers_stay_float(tmp_path: Path) -> None:
-    """Of their own class for transformers 5, linear layers for transformers 4; Jamba's are linear for both."""
+    """transformers 5 has a class of its own for them, transformers 4 linear layers; Jamba's are linear in both."""
     size = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
     config = transformers.MixtralConfig(**size, **heads, num_local_experts=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixtral")
     settings = mebp.Int4Config()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral", quantization_config=settings)
-    replaced = mebp.replace_linears(load(tmp_path / "mixtral"))
+    replaced = mebp.replace_linears(from_pretrained(tmp_path / "mixtral"))
     for model in (loaded, replaced):
         routers = [m for name, m in model.named_modules() if name.endswith(".gate")]
         assert len(routers) == 2 and all(m.weight.dtype == torch.float32 for m in routers)
         assert sum(isinstance(m, Int4Linear) for m in model.modules()) >= 8
     assert torch.equal(logits(loaded), logits(replaced))
     loaded.save_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(load(tmp_path / "saved")), logits(loaded))
+    assert torch.equal(logits(from_pretrained(tmp_path / "saved")), logits(loaded))
     model = mebp.replace_linears(nn.ModuleDict({"router": nn.Linear(64, 4), "up": nn.Linear(64, 64)}))
     assert type(model["router"]) is nn.Linear and type(model["up"]) is Int4Linear
 
@@ -225,142 +189,54 @@ def test_a_layer_in_two_places_stays_one() -> None:
     assert model[0].training
 
 
-def test_bitsandbytes_is_forgotten(sources: dict[str, Path]) -> None:
-    for options in ({"lora": LORA}, {}):
-        model = mebp.replace_linears(load(sources["llama"], "nf4"), **options)
-        assert not [name for name in vars(model) if "quantiz" in name and name != "hf_quantizer" or "4bit" in name]
-        assert not [name for name in vars(model.config) if "quantiz" in name]
-        assert model.num_parameters() > 0 and type(model.hf_quantizer) is Int4Quantizer
-
-
-@pytest.mark.parametrize("scheme", ["symmetric", "affine", "codebook", "nf4"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_what_was_saved_is_loaded_bit_for_bit(
-    architecture: str, scheme: str, sources: dict[str, Path], tmp_path: Path
-) -> None:
-    if scheme == "nf4":
-        model = mebp.replace_linears(load(sources["llama"], "nf4"))
-    else:
-        excluded = "k_proj" if architecture == "llama" else "h.1.mlp"
-        model = mebp.replace_linears(load(sources[architecture]), exclude_modules=excluded, scheme=scheme)
-    model.save_pretrained(tmp_path / "saved")
-    again = load(tmp_path / "saved")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Int4Linear)}
-    found = {name: m for name, m in again.named_modules() if isinstance(m, Int4Linear)}
-    assert found.keys() == layers.keys() and len(layers) > 5
-    for name, layer in layers.items():
-        ours, theirs = layer.int4().tensors(), found[name].int4().tensors()
-        assert all(
-            torch.equal(theirs[kind], tensor) and theirs[kind].dtype == tensor.dtype for kind, tensor in ours.items()
-        )
-    assert torch.equal(logits(again), logits(model))
-    # And as a state dict: Trainer takes up what save_pretrained wrote.
-    with torch.no_grad():
-        for layer in found.values():
-            layer.int4().scales.zero_()
-    held = load_file(tmp_path / "saved" / "model.safetensors")
-    assert not again.load_state_dict(held, strict=False).unexpected_keys
-    assert torch.equal(logits(again), logits(model))
-
-
-def test_a_model_of_int4_config_keeps_its_settings(sources: dict[str, Path], tmp_path: Path) -> None:
-    settings = mebp.Int4Config("affine", 32, modules_to_not_convert=["mlp"])
-    model = AutoModelForCausalLM.from_pretrained(sources["llama"], dtype=torch.float32, quantization_config=settings)
-    mebp.replace_linears(model, scheme="affine", group_size=32, exclude_modules=["down_proj"])
-    model.save_pretrained(tmp_path / "saved")
-    again = load(tmp_path / "saved")
-    assert torch.equal(logits(again), logits(model))
-    assert {n.split(".")[-1] for n, m in again.model.named_modules() if type(m) is nn.Linear} == {"down_proj"}
-    around = peft.get_peft_model(again, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"q_proj.base_layer is inside a layer of PEFT: save the PeftModel, or unload"):
-        around.get_base_model().save_pretrained(tmp_path / "wrong")
-    around.unload().save_pretrained(tmp_path / "unloaded")
-    assert torch.equal(logits(load(tmp_path / "unloaded")), logits(model))
-
-
-def mixed_schemes(sources: dict[str, Path]) -> Any:
-    model = mebp.replace_linears(load(sources["llama"]), exclude_modules="mlp")
-    return mebp.replace_linears(model, scheme="affine")
-
-
-def int4_head(sources: dict[str, Path]) -> Any:
-    model = mebp.replace_linears(load(sources["llama"]))
-    model.lm_head = copy.deepcopy(model.model.layers[0].self_attn.q_proj)
-    return model
-
-
-UNSAVED: dict[str, tuple[Any, str]] = {
-    "bitsandbytes": (
-        lambda s: mebp.replace_linears(load(s["llama"], "nf4"), exclude_modules=["q_proj"]),
-        "q_proj is bitsandbytes' layer, others are int4",
-    ),
-    "FP4": (lambda s: mebp.replace_linears(load(s["llama"], "fp4")), "the model has FP4 weights"),
-    "schemes": (mixed_schemes, "one scheme and group size, this one .*'affine', 64.*'symmetric', 64"),
-    "head": (int4_head, "lm_head is int4, and from_pretrained would take it for a float layer"),
-}
-
-
-@pytest.mark.parametrize("case", UNSAVED)
-def test_what_could_not_be_loaded_is_not_saved(case: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    make, message = UNSAVED[case]
-    model = make(sources)
-    with pytest.raises(ValueError, match=message):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
-
-
-def test_some_of_bitsandbytes_layers_stay(sources: dict[str, Path]) -> None:
-    model = mebp.replace_linears(load(sources["llama"], "nf4"), exclude_modules=["q_proj"])
-    assert model.is_loaded_in_4bit and isinstance(model.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear4bit)
-    mebp.replace_linears(model)
-    assert not hasattr(model, "is_loaded_in_4bit")
-
-
 def test_save_pretrained_with_our_adapters_writes_the_adapter(sources: dict[str, Path], tmp_path: Path) -> None:
-    model = mebp.replace_linears(load(sources["llama"]), LORA)
+    model = mebp.replace_linears(from_pretrained(sources["llama"]), LORA)
     randomize_adapter(model)
     model.save_pretrained(tmp_path / "ours")
-    again = mebp.replace_linears(load(sources["llama"]), LORA)
+    again = mebp.replace_linears(from_pretrained(sources["llama"]), LORA)
     mebp.load_adapter(again, tmp_path / "ours")
     assert torch.equal(logits(again), logits(model))
     # What Trainer reads when it resumes.
-    other = mebp.replace_linears(load(sources["llama"]), LORA)
+    other = mebp.replace_linears(from_pretrained(sources["llama"]), LORA)
     missing = other.load_state_dict(load_file(tmp_path / "ours" / "model.safetensors"), strict=False)
     assert not missing.missing_keys and torch.equal(logits(other), logits(model))
-    model.lm_head.requires_grad_()
-    with pytest.raises(ValueError, match="weight is trained as well, which an adapter's files have no place for"):
-        model.save_pretrained(tmp_path / "more")
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(q_proj|gate_proj)", "all-linear"])
 def test_the_files_name_the_adapted_layers(
-    targets: Any, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    targets: Any, sources: dict[str, Path], shared_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not those that were excluded, or that transformers keeps in float32."""
+    """Layers that were excluded, or that transformers keeps in float32, are not named."""
     monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["gate_proj"])
     config = mebp.LoraConfig(r=2, target_modules=targets)
-    model = mebp.replace_linears(load(sources["llama"]), config, exclude_modules=["layers.0.self_attn.q_proj"])
+    model = mebp.replace_linears(
+        from_pretrained(sources["llama"]), config, exclude_modules=["layers.0.self_attn.q_proj"]
+    )
     randomize_adapter(model)
     mebp.save_adapter(model, tmp_path / "adapter")
     monkeypatch.undo()
     read = mebp.read_adapter_config(tmp_path / "adapter")
-    mebp.quantize(sources["llama"], tmp_path / "store")
-    for other in (mebp.replace_linears(load(sources["llama"]), read), mebp.load(tmp_path / "store", read)):
+    for other in (
+        mebp.replace_linears(from_pretrained(sources["llama"]), read),
+        mebp.load(shared_store("llama", config=WIDE), read),
+    ):
         mebp.load_adapter(other, tmp_path / "adapter")
         assert adapter_layers(other).keys() == adapter_layers(model).keys()
-    theirs = peft.PeftModel.from_pretrained(load(sources["llama"]), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(from_pretrained(sources["llama"]), tmp_path / "adapter")
     found = {name for name, m in theirs.get_base_model().named_modules() if isinstance(m, peft.tuners.lora.Linear)}
     assert found == adapter_layers(model).keys()
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_what_peft_trains_whole_stays_float(trainable: bool, sources: dict[str, Path], tmp_path: Path) -> None:
-    """Also where it is not trained at the moment; with the original, of which the next adapter gets a copy."""
+    """This holds where it is not trained at the moment, and for the original, which the next adapter gets a copy of."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"], task_type="CAUSAL_LM")
-    first = peft.get_peft_model(load(sources["llama"]), config)
+    first = peft.get_peft_model(from_pretrained(sources["llama"]), config)
     randomize_adapter(first)
     first.save_pretrained(tmp_path / "first")
-    model = peft.PeftModel.from_pretrained(load(sources["llama"]), tmp_path / "first", is_trainable=trainable)
+    model = peft.PeftModel.from_pretrained(
+        from_pretrained(sources["llama"]), tmp_path / "first", is_trainable=trainable
+    )
     if trainable:
         model.add_adapter("second", config)
         model.set_adapter("second")
@@ -400,12 +276,11 @@ def test_hooks_stay(lora: Any) -> None:
 
 def test_data_parallel_does_not_send_frozen_weights(sources: dict[str, Path], tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    loaded = AutoModelForCausalLM.from_pretrained(sources["llama"], quantization_config=mebp.Int4Config())
     models = [
-        mebp.replace_linears(load(sources["llama"]), LORA),
-        peft.get_peft_model(mebp.replace_linears(load(sources["llama"])), config),
-        mebp.replace_linears(peft.get_peft_model(load(sources["llama"]), config)),
-        peft.get_peft_model(loaded, config),
+        mebp.replace_linears(from_pretrained(sources["llama"]), LORA),
+        peft.get_peft_model(mebp.replace_linears(from_pretrained(sources["llama"])), config),
+        mebp.replace_linears(peft.get_peft_model(from_pretrained(sources["llama"]), config)),
+        peft.get_peft_model(quantized(sources["llama"]), config),
     ]
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -417,67 +292,6 @@ def test_data_parallel_does_not_send_frozen_weights(sources: dict[str, Path], tm
             assert len(int4) == 21 and int4 <= parallel.parameters_to_ignore
     finally:
         torch.distributed.destroy_process_group()
-
-
-OTHER_METHODS: dict[str, dict[str, Any]] = {
-    "AdaLora": {"total_step": 10},
-    "FourierFT": {"n_frequency": 20},
-    "IA3": {"feedforward_modules": []},
-    "OFT": {"r": 0, "oft_block_size": 8},
-    "Road": {},
-    "Vera": {},
-}
-
-
-@pytest.mark.parametrize("method", [name for name in OTHER_METHODS if hasattr(peft, f"{name}Config")])
-@pytest.mark.parametrize("first", ["peft", "int4"])
-def test_pefts_other_methods(method: str, first: str) -> None:
-    """Those beside the weight: output and gradients are those over the decoded weight, in float64."""
-    torch.manual_seed(0)
-    base = nn.ModuleDict({"net": nn.Linear(64, 64)})
-    config = getattr(peft, f"{method}Config")(target_modules=["net"], **OTHER_METHODS[method])
-    if first == "peft":
-        theirs = peft.get_peft_model(base, config)
-        ours = mebp.replace_linears(copy.deepcopy(theirs))
-    else:
-        ours = peft.get_peft_model(mebp.replace_linears(copy.deepcopy(base)), config)
-        theirs = peft.get_peft_model(base, config)
-        theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if ".base_layer." not in k}, strict=False)
-    net, truth = (model.base_model.model["net"] for model in (ours, theirs))
-    assert type(net.get_base_layer()) is Int4Linear and type(net) is type(truth)
-    truth.get_base_layer().weight.data = decode(net.get_base_layer().int4(), torch.float32)
-    truth.get_base_layer().bias.data = net.get_base_layer().bias.data
-    found = []
-    for layer in (net, truth):
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        layer.double().eval()
-        x = torch.randn(3, 64, generator=generator, dtype=torch.float64).requires_grad_()
-        y = layer(x)
-        y.square().sum().backward()
-        gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-        found.append({"y": y.detach(), "x": x.grad} | gradients)
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 2
-    for name, value in found[1].items():
-        assert relative_rms(found[0][name], value) < 1e-12, name
-
-
-@pytest.mark.parametrize(
-    "config", [peft.LoHaConfig, peft.LoKrConfig, peft.HRAConfig, functools.partial(peft.ShiraConfig, r=2)]
-)
-def test_methods_that_compute_with_the_weight(config: Any) -> None:
-    adapted = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config(target_modules=["0"]))
-    message = r"0: PEFT's \w+ computes with the weight itself.* use LoRA"
-    with pytest.raises(ValueError, match=message):
-        mebp.replace_linears(adapted)
-    int4 = mebp.replace_linears(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), exclude_modules=["2"])
-    peft.get_peft_model(copy.deepcopy(int4), config(target_modules=["2"]))
-    # PEFT 0.17 itself finds that it cannot have SHiRA here.
-    with pytest.raises((ValueError, RuntimeError), match=f"{message}|floating point"):
-        peft.get_peft_model(int4, config(target_modules=["0"]))
 
 
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
@@ -492,7 +306,7 @@ def test_pefts_adapters_are_taken_over(quant_type: str | None, sources: dict[str
         modules_to_save=["lm_head"],
         task_type="CAUSAL_LM",
     )
-    theirs = peft.get_peft_model(load(sources["llama"], quant_type), config)
+    theirs = peft.get_peft_model(loaded(sources["llama"], quant_type), config)
     randomize_adapter(theirs)
     before = dict(theirs.named_parameters())
     trainable = {name for name, parameter in before.items() if parameter.requires_grad}
@@ -513,13 +327,13 @@ def test_pefts_adapters_are_taken_over(quant_type: str | None, sources: dict[str
     mebp.replace_linears(ours)  # changes nothing
     now = logits(ours)
     ours.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(mebp.replace_linears(load(sources["llama"], quant_type)), tmp_path)
+    again = peft.PeftModel.from_pretrained(mebp.replace_linears(loaded(sources["llama"], quant_type)), tmp_path)
     assert torch.equal(logits(again), now)
 
 
 def test_adapters_that_transformers_put_in(sources: dict[str, Path]) -> None:
     """``model.add_adapter`` of transformers itself, without a ``PeftModel`` around it."""
-    model = load(sources["llama"], "nf4")
+    model = with_bitsandbytes(sources["llama"])
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     mebp.replace_linears(model)
@@ -537,36 +351,23 @@ def copy_of_decoded(model: Any) -> Any:
     return other
 
 
-def test_pefts_own_layer_over_int4_becomes_the_fused_one() -> None:
-    layer = Int4Linear(quantize_matrix(torch.randn(8, 64))[0], None, torch.float32)
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 64), layer), peft.LoraConfig(target_modules=["1"]))
-    model.base_model.model[1] = stock = peft.tuners.lora.Linear(layer, "default", **stock_arguments())
-    mebp.replace_linears(model)
-    assert model.base_model.model[1] is stock and isinstance(stock, mebp.PeftInt4Linear)
-    assert stock.base_layer is layer
-
-
-def stock_arguments() -> dict[str, Any]:
-    if "config" in inspect.signature(peft.tuners.lora.Linear.__init__).parameters:
-        return {"r": 4, "lora_alpha": 4, "config": peft.LoraConfig(r=4)}
-    return {"r": 4, "lora_alpha": 4}
-
-
 def test_saved_and_loaded_again(sources: dict[str, Path], tmp_path: Path) -> None:
     config = mebp.LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn", "mlp.c_proj"], use_rslora=True)
-    model = mebp.replace_linears(load(sources["gpt2"]), config, seed=5)
+    model = mebp.replace_linears(from_pretrained(sources["gpt2"]), config, seed=5)
     randomize_adapter(model)
     mebp.save_adapter(model, tmp_path)
     read = mebp.read_adapter_config(tmp_path)
     assert (read.r, read.lora_alpha, read.use_rslora) == (3, 5, True)
-    again = mebp.replace_linears(load(sources["gpt2"]), mebp.LoraConfig(r=3, target_modules=read.target_modules))
+    again = mebp.replace_linears(
+        from_pretrained(sources["gpt2"]), mebp.LoraConfig(r=3, target_modules=read.target_modules)
+    )
     mebp.load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(model)) and again.mebp_lora.lora_alpha == 5
     # PEFT reads it over the float model; it knows the base by name.
     assert '"task_type": "CAUSAL_LM"' in (tmp_path / "adapter_config.json").read_text()
     assert peft.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == str(sources["gpt2"])
     with pytest.raises(ValueError, match="no adapter of ours to save"):
-        mebp.save_adapter(mebp.replace_linears(load(sources["gpt2"])), tmp_path / "none")
+        mebp.save_adapter(mebp.replace_linears(from_pretrained(sources["gpt2"])), tmp_path / "none")
     net = mebp.replace_linears(nn.Sequential(nn.Linear(32, 8)), mebp.LoraConfig(r=2))
     mebp.save_adapter(net, tmp_path / "net")
     assert peft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(32, 8)), tmp_path / "net") is not None
@@ -590,7 +391,7 @@ def test_moving_a_model_leaves_the_weights_bits() -> None:
 
 
 def of_another_quantizer(sources: dict[str, Path]) -> Any:
-    model = load(sources["llama"])
+    model = from_pretrained(sources["llama"])
     model.hf_quantizer = SimpleNamespace(quantization_config=transformers.QuantoConfig(weights="int8"))
     return model
 
@@ -604,12 +405,16 @@ def another_forward(sources: dict[str, Path]) -> Any:
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "nothing to do": (lambda s: nn.Sequential(nn.ReLU()), {}, "has no linear layer to replace"),
     "all excluded": (lambda s: nn.Sequential(nn.Linear(8, 8)), {"exclude_modules": ["0"]}, "no linear layer"),
-    "a typo": (lambda s: load(s["llama"]), {"lora": mebp.LoraConfig(target_modules=["q_prj"])}, "'q_prj' matches no"),
-    "scheme": (lambda s: load(s["llama"]), {"scheme": "nf4"}, "scheme must be one of"),
-    "group size": (lambda s: load(s["llama"]), {"group_size": 48}, "group_size must be one of"),
-    "backend": (lambda s: load(s["llama"]), {"backend": "cuda"}, "backend must be one of"),
-    "adapter dtype": (lambda s: load(s["llama"]), {"adapter_dtype": torch.float16}, "adapter_dtype must be"),
-    "lora": (lambda s: load(s["llama"]), {"lora": 8}, "lora must be a LoraConfig"),
+    "a typo": (
+        lambda s: from_pretrained(s["llama"]),
+        {"lora": mebp.LoraConfig(target_modules=["q_prj"])},
+        "'q_prj' matches no",
+    ),
+    "scheme": (lambda s: from_pretrained(s["llama"]), {"scheme": "nf4"}, "scheme must be one of"),
+    "group size": (lambda s: from_pretrained(s["llama"]), {"group_size": 48}, "group_size must be one of"),
+    "backend": (lambda s: from_pretrained(s["llama"]), {"backend": "cuda"}, "backend must be one of"),
+    "adapter dtype": (lambda s: from_pretrained(s["llama"]), {"adapter_dtype": torch.float16}, "adapter_dtype must be"),
+    "lora": (lambda s: from_pretrained(s["llama"]), {"lora": 8}, "lora must be a LoraConfig"),
     "meta": (lambda s: nn.Sequential(nn.Linear(8, 8, device="meta")), {}, "0 has no weight in memory"),
     "float64": (lambda s: nn.Sequential(nn.Linear(8, 8).double()), {}, "0: weights of torch.float64"),
     "another kind": (
@@ -622,9 +427,13 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "1: in_features=48 is no multiple of 32",
     ),
-    "a name of no module": (lambda s: load(s["llama"]), {"exclude_modules": ["mlp", "q_prj"]}, "has no module 'q_prj'"),
+    "a name of no module": (
+        lambda s: from_pretrained(s["llama"]),
+        {"exclude_modules": ["mlp", "q_prj"]},
+        "has no module 'q_prj'",
+    ),
     "a model of load": (
-        lambda s: mebp.load(tiny_store("llama")),
+        lambda s: mebp.load(s["llama"].parent / "store"),
         {"lora": mebp.LoraConfig(r=2)},
         r"LlamaForCausalLM comes from load: give it the lora there",
     ),
@@ -675,10 +484,3 @@ def test_wrong_input_changes_nothing(case: str, sources: dict[str, Path]) -> Non
     assert {name: (m, type(m)) for name, m in model.named_modules()} == before
     now = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     assert all(now[name] is tensor and now[name].requires_grad == flags[name] for name, tensor in tensors.items())
-
-
-def test_merged_adapters_are_refused() -> None:
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"]))
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="'default' is merged; call unmerge_adapter"):
-        mebp.replace_linears(model)
