@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interpreted import DEVICE, triton_kernels  # noqa: F401 - a fixture
+from interpreted import DEVICE, DTYPES, triton_kernels  # noqa: F401 - a fixture
 from torch import Tensor
 
 from mebp_triton.kernels import accuracy
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES, Scheme
 
-# The interpreter's bfloat16 dot works on bit patterns: it is not tested there.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 GUARD = 64
 
 
@@ -57,6 +55,25 @@ def make_weight() -> Callable[..., Int4Weight]:
         generator = torch.Generator().manual_seed(seed)
         cpu = torch.device("cpu")
         return accuracy.random_weight(n, k, cpu, scheme, group_size, scale_dtype, generator).to(DEVICE)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def every_byte() -> Callable[..., Int4Weight]:
+    """``every_byte(group_size, scheme, scale_dtype)``: ``W[8, 64]`` whose packed form holds each byte once."""
+
+    def make(group_size: int, scheme: Scheme, scale_dtype: torch.dtype) -> Int4Weight:
+        groups = 2 if group_size == 32 else 1
+        scales = torch.linspace(-0.7, 0.9, 8 * groups).view(groups, 8).to(scale_dtype)
+        return Int4Weight(
+            packed=torch.arange(256, dtype=torch.uint8).view(8, 32),
+            scales=scales,
+            in_features=64,
+            group_size=group_size,
+            minimum=scales.flip(1).contiguous() if scheme == "affine" else None,
+            codebook=torch.linspace(-1, 1.3, 16) if scheme == "codebook" else None,
+        ).to(DEVICE)
 
     return make
 

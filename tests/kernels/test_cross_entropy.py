@@ -3,10 +3,12 @@
 import pytest
 import torch
 from allocations import Allocations
+from pairs import pairs
 from torch.nn import functional
 
 from mebp_triton.kernels import cross_entropy, panel, reference
 from mebp_triton.kernels.cross_entropy import int4_cross_entropy_panel
+from mebp_triton.kernels.names import SCHEMES
 from mebp_triton.kernels.panel import Workspace, use_workspace
 
 CHAINS = {
@@ -32,7 +34,10 @@ def on_all_logits(hidden, weight, targets, bias=None, factors=(1.0,), ignore_ind
     return losses.detach(), grad, logits.argmax(-1)
 
 
-@pytest.fixture(params=[1, 8, 64], ids=lambda tile: f"tile-{tile}")
+TILES = (1, 8, 64)
+
+
+@pytest.fixture(params=TILES, ids=lambda tile: f"tile-{tile}")
 def tile(request, monkeypatch):
     monkeypatch.setattr(cross_entropy, "VOCABULARY_TILE", request.param)
 
@@ -44,9 +49,14 @@ def some_targets(count, vocabulary, device, every=4):
     return targets.to(device)
 
 
-@pytest.mark.parametrize("factors", CHAINS.values(), ids=CHAINS)
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-def test_float64(make_weight, normal, device, scheme, tile, factors, with_bias):
+@pytest.mark.parametrize(
+    ("chain", "with_bias", "scheme", "tile"),
+    pairs(list(CHAINS), [False, True], SCHEMES, TILES),
+    indirect=["tile"],
+    ids=str,
+)
+def test_float64(make_weight, normal, device, scheme, tile, chain, with_bias):
+    factors = CHAINS[chain]
     weight = make_weight(37, 70, 32, scheme)
     hidden, targets = normal(11, 70, dtype=torch.float64), some_targets(11, 37, device)
     bias = normal(37, dtype=torch.float64) if with_bias else None
@@ -219,11 +229,15 @@ def test_wide_heads_have_shorter_tiles(make_weight, normal, device):
 
 
 @pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize("factors", CHAINS.values(), ids=CHAINS)
-@pytest.mark.parametrize("logits", [1, 8 * 11, 1 << 22])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-def test_by_kernels(make_weight, normal, device, monkeypatch, factors, logits, with_bias):
+# All chains with a tanh differ for the kernel by their slopes alone.
+@pytest.mark.parametrize(
+    ("chain", "logits", "with_bias"),
+    [*pairs(["plain", "scaled-softcap"], [1, 8 * 11, 1 << 22], [False, True])]
+    + [("scale", 8 * 11, False), ("softcap", 1 << 22, True), ("two-tanh", 8 * 11, True), ("negative", 1, False)],
+)
+def test_by_kernels(make_weight, normal, device, monkeypatch, chain, logits, with_bias):
     """Decoded and summed up by kernels: the same losses, gradients and argmax."""
+    factors = CHAINS[chain]
     monkeypatch.setattr(cross_entropy, "LOGITS", logits)
     monkeypatch.setattr(cross_entropy, "VOCABULARY_TILE", 5)
     weight, bias = make_weight(37, 70, 32), normal(37) if with_bias else None

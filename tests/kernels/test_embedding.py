@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreted import DTYPES
+from pairs import pairs
 
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
@@ -27,26 +29,24 @@ def check(guarded):
     return run
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
-def test_every_byte(check, dtype, scheme, group_size, scale_dtype, device):
-    groups = 2 if group_size == 32 else 1
-    scales = torch.linspace(-0.7, 0.9, 8 * groups).view(groups, 8).to(scale_dtype)
-    weight = Int4Weight(
-        packed=torch.arange(256, dtype=torch.uint8).view(8, 32),
-        scales=scales,
-        in_features=64,
-        group_size=group_size,
-        minimum=scales.flip(1).contiguous() if scheme == "affine" else None,
-        codebook=torch.linspace(-1, 1.3, 16) if scheme == "codebook" else None,
-    ).to(device)
-    check(torch.arange(8, device=device), weight, dtype)
+SCALE_DTYPES = (torch.float16, torch.float32)
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 31), (70, 33), (17, 64), (5, 200), (40, 449)])
-def test_odd_sizes(check, make_weight, dtype, scheme, n, k, device):
-    ids = torch.randint(0, n, (19,), generator=torch.Generator().manual_seed(0)).to(device)
-    for group_size in GROUP_SIZES:
-        check(ids, make_weight(n, k, group_size, scheme), dtype)
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "group_size", "scale_dtype"), pairs(DTYPES, SCHEMES, GROUP_SIZES, SCALE_DTYPES), ids=str
+)
+def test_every_byte(check, every_byte, dtype, scheme, group_size, scale_dtype, device):
+    check(torch.arange(8, device=device), every_byte(group_size, scheme, scale_dtype), dtype)
+
+
+@pytest.mark.parametrize(
+    ("size", "scheme", "group_size", "dtype"),
+    pairs([(1, 1), (3, 31), (70, 33), (17, 64), (5, 200), (40, 449)], SCHEMES, GROUP_SIZES, DTYPES),
+    ids=str,
+)
+def test_odd_sizes(check, make_weight, dtype, scheme, group_size, size, device):
+    ids = torch.randint(0, size[0], (19,), generator=torch.Generator().manual_seed(0)).to(device)
+    check(ids, make_weight(*size, group_size, scheme), dtype)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (4, 5), (2, 3, 4), (129,)])
@@ -66,11 +66,10 @@ def test_strides(check, make_weight, scheme, device):
     check(ids, weight.permute_rows(torch.randperm(60).to(device)))
 
 
-@pytest.mark.parametrize("block_k", [64, 128, 256])
-def test_every_tile_gives_the_answer(check, make_weight, scheme, block_k, device):
+@pytest.mark.parametrize(("block_k", "scheme", "group_size"), pairs([64, 128, 256], SCHEMES, GROUP_SIZES), ids=str)
+def test_every_tile_gives_the_answer(check, make_weight, scheme, group_size, block_k, device):
     ids = torch.randint(0, 20, (33,)).to(device)
-    for group_size in GROUP_SIZES:
-        check(ids, make_weight(20, 330, group_size, scheme), config=TileConfig(32, 16, block_k))
+    check(ids, make_weight(20, 330, group_size, scheme), config=TileConfig(32, 16, block_k))
 
 
 def test_padding_is_not_read(check, make_weight, scheme, device):

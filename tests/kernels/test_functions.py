@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import pairs
 
 from mebp_triton.kernels import functions, ops, reference, routing
 from mebp_triton.kernels.configs import TileConfig, default_config
@@ -12,6 +13,7 @@ from mebp_triton.kernels.functions import (
     int4_matmul_dx_group,
     int4_matmul_group,
 )
+from mebp_triton.kernels.names import SCHEMES
 
 
 def test_leading_dimensions(make_weight, normal):
@@ -81,6 +83,9 @@ def test_integers_are_no_activations(make_weight, columns, call, dtype):
         call(torch.zeros(3, columns, dtype=dtype), make_weight(7, 70).to("cpu"))
 
 
+ROUTES = (TileConfig(16, 32, 64, split=2), None)
+
+
 class Told:
     """Routes that a test gives."""
 
@@ -97,10 +102,9 @@ class TestRoutes:
         if device == "cpu":
             monkeypatch.setenv("TRITON_INTERPRET", "1")
 
-    @pytest.fixture(params=[TileConfig(16, 32, 64, split=2), None], ids=["tile", "panel"])
+    @pytest.fixture(params=ROUTES, ids=["tile", "panel"])
     def route(self, request, monkeypatch):
         monkeypatch.setattr(routing, "routes_of", lambda architecture: Told(lambda problem: request.param))
-        return request.param
 
     def test_single(self, make_weight, normal, scheme, route):
         weight, x, dy = make_weight(20, 70, 32, scheme), normal(2, 3, 70), normal(2, 3, 20)
@@ -109,8 +113,12 @@ class TestRoutes:
         torch.testing.assert_close(y, reference.matmul(x, weight, None, t, b), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(dx, reference.matmul_dx(dy, weight, g, a), rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("group_sizes", [(32, 32, 32), (32, 64, 32)], ids=["alike", "not alike"])
-    @pytest.mark.parametrize("ranks", [(4, 4, 4), (4, 1, 2)], ids=str)
+    @pytest.mark.parametrize(
+        ("scheme", "route", "group_sizes", "ranks"),
+        pairs(SCHEMES, ROUTES, [(32, 32, 32), (32, 64, 32)], [(4, 4, 4), (4, 1, 2)]),
+        indirect=["route"],
+        ids=str,
+    )
     def test_group(self, make_weight, normal, scheme, route, group_sizes, ranks):
         """With a bias for one of three; also members that no launch can take together."""
         sizes = (20, 1, 33)

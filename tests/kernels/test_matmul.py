@@ -1,9 +1,13 @@
 """``Y = X·Wᵀ + bias + t·bᵀ`` against float64 on the decoded codes."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreted import DTYPES
+from pairs import pairs
 
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
@@ -12,6 +16,11 @@ from mebp_triton.kernels.matmul import int4_matmul_group_triton, int4_matmul_tri
 from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+
+def in_turn(*values):
+    """Each value with one of the dtypes, which take turns."""
+    return list(zip(values, itertools.cycle(DTYPES), strict=False))
 
 
 @pytest.fixture
@@ -28,6 +37,7 @@ def check(guarded, assert_accurate):
     return run
 
 
+@pytest.mark.parametrize(("dtype", "scheme", "group_size"), pairs(DTYPES, SCHEMES, GROUP_SIZES), ids=str)
 def test_schemes_and_groups(check, make_weight, normal, dtype, scheme, group_size):
     m, n, k, r = 33, 70, 200, 5
     weight = make_weight(n, k, group_size, scheme)
@@ -35,21 +45,24 @@ def test_schemes_and_groups(check, make_weight, normal, dtype, scheme, group_siz
     check(normal(m, k, dtype=dtype), weight, bias, t, b)
 
 
-@pytest.mark.parametrize("m", [0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129])
+@pytest.mark.parametrize(("m", "dtype"), in_turn(0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129), ids=str)
 def test_token_counts(check, make_weight, normal, dtype, m):
     y = check(normal(m, 72, dtype=dtype), make_weight(19, 72))
     assert y.shape == (m, 19)
 
 
 @pytest.mark.parametrize(
-    ("n", "k"), [(1, 64), (5, 1), (3, 33), (65, 31), (63, 65), (64, 64), (130, 127), (17, 192), (2, 449)]
+    ("size", "dtype"),
+    in_turn((1, 64), (5, 1), (3, 33), (65, 31), (63, 65), (64, 64), (130, 127), (17, 192), (2, 449)),
+    ids=str,
 )
-def test_odd_sizes(check, make_weight, normal, dtype, n, k):
+def test_odd_sizes(check, make_weight, normal, dtype, size):
+    n, k = size
     for group_size, scheme in zip(GROUP_SIZES, SCHEMES, strict=True):
         check(normal(40, k, dtype=dtype), make_weight(n, k, group_size, scheme), normal(n, dtype=dtype))
 
 
-@pytest.mark.parametrize("rank", [1, 2, 8, 15, 16, 17, 33, 64])
+@pytest.mark.parametrize(("rank", "dtype"), in_turn(1, 2, 8, 15, 16, 17, 33, 64), ids=str)
 def test_ranks(check, make_weight, normal, dtype, rank):
     t, b = normal(18, rank, dtype=dtype, seed=2), normal(21, rank, dtype=dtype, seed=3)
     check(normal(18, 65, dtype=dtype), make_weight(21, 65), None, t, b)
@@ -80,13 +93,14 @@ def test_float32_scales(check, make_weight, normal, dtype, scheme):
     check(normal(17, 130, dtype=dtype), make_weight(35, 130, 32, scheme, torch.float32))
 
 
-@pytest.mark.parametrize("block_k", [64, 128, 256])
-@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 64), (128, 32)])
-def test_every_tile_gives_the_answer(check, make_weight, normal, scheme, block_m, block_n, block_k):
-    config = TileConfig(block_m, block_n, block_k)
+@pytest.mark.parametrize(
+    ("tile", "block_k", "scheme", "group_size"),
+    pairs([(16, 16), (32, 64), (128, 32)], [64, 128, 256], SCHEMES, GROUP_SIZES),
+    ids=str,
+)
+def test_every_tile_gives_the_answer(check, make_weight, normal, scheme, group_size, tile, block_k):
     x, t, b = normal(37, 330), normal(37, 4, seed=2), normal(45, 4, seed=3)
-    for group_size in GROUP_SIZES:
-        check(x, make_weight(45, 330, group_size, scheme), None, t, b, config)
+    check(x, make_weight(45, 330, group_size, scheme), None, t, b, TileConfig(*tile, block_k))
 
 
 @pytest.mark.parametrize(
@@ -125,23 +139,16 @@ def test_strides_of_the_others(check, make_weight, normal, scheme):
     assert torch.equal(check(x, columns_first), check(x, weight))
 
 
-def every_byte(group_size: int, scheme: str, scale_dtype: torch.dtype, device: str) -> Int4Weight:
-    """``W[8, 64]`` whose packed form holds each byte once."""
-    groups = 2 if group_size == 32 else 1
-    scales = torch.linspace(-0.7, 0.9, 8 * groups).view(groups, 8).to(scale_dtype)
-    return Int4Weight(
-        packed=torch.arange(256, dtype=torch.uint8).view(8, 32),
-        scales=scales,
-        in_features=64,
-        group_size=group_size,
-        minimum=scales.flip(1).contiguous() if scheme == "affine" else None,
-        codebook=torch.linspace(-1, 1.3, 16) if scheme == "codebook" else None,
-    ).to(device)
+SCALE_DTYPES = (torch.float16, torch.float32)
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
-def test_identity_gives_the_decoded_weight_to_the_bit(guarded, dtype, scheme, group_size, scale_dtype, device):
-    weight = every_byte(group_size, scheme, scale_dtype, device)
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "group_size", "scale_dtype"), pairs(DTYPES, SCHEMES, GROUP_SIZES, SCALE_DTYPES), ids=str
+)
+def test_identity_gives_the_decoded_weight_to_the_bit(
+    guarded, every_byte, dtype, scheme, group_size, scale_dtype, device
+):
+    weight = every_byte(group_size, scheme, scale_dtype)
     y = guarded(int4_matmul_triton, torch.eye(64, dtype=dtype, device=device), weight)
     assert torch.equal(y.t(), reference.decode(weight, dtype))
 
@@ -296,8 +303,9 @@ def test_any_shape(
     assert ((y.double() - truth).abs() <= bound + torch.finfo(dtype).tiny).all()
 
 
-@pytest.mark.parametrize("split", [2, 8])
-@pytest.mark.parametrize("scale_sums", [False, True])
+@pytest.mark.parametrize(
+    ("split", "scale_sums", "group_size", "dtype"), pairs([2, 8], [False, True], GROUP_SIZES, DTYPES), ids=str
+)
 def test_split_reductions(check, make_weight, normal, dtype, group_size, split, scale_sums):
     """Also more parts than there are steps; bias and LoRA are counted once."""
     m, n, k, r = 5, 19, 330, 5
@@ -308,16 +316,18 @@ def test_split_reductions(check, make_weight, normal, dtype, group_size, split, 
     assert all(torch.equal(first, int4_matmul_triton(x, weight, bias, t, b, config)) for _ in range(2))
 
 
-@pytest.mark.parametrize(("group_size", "block_k"), [(32, 64), (64, 64), (128, 64), (128, 128)])
-@pytest.mark.parametrize("k", [1, 33, 64, 97, 330])
-def test_scaled_sums(check, make_weight, normal, dtype, group_size, block_k, k):
+@pytest.mark.parametrize(
+    ("sizes", "k", "dtype"), pairs([(32, 64), (64, 64), (128, 64), (128, 128)], [1, 33, 64, 97, 330], DTYPES), ids=str
+)
+def test_scaled_sums(check, make_weight, normal, dtype, sizes, k):
+    group_size, block_k = sizes
     check(
         normal(5, k, dtype=dtype), make_weight(19, k, group_size), config=TileConfig(16, 16, block_k, scale_sums=True)
     )
 
 
-def test_scaled_sums_give_the_decoded_weight_to_the_bit(guarded, dtype, group_size, device):
-    weight = every_byte(group_size, "symmetric", torch.float16, device)
+def test_scaled_sums_give_the_decoded_weight_to_the_bit(guarded, every_byte, dtype, group_size, device):
+    weight = every_byte(group_size, "symmetric", torch.float16)
     config = TileConfig(64, 16, 64, scale_sums=True)
     y = guarded(int4_matmul_triton, torch.eye(64, dtype=dtype, device=device), weight, config=config)
     assert torch.equal(y.t(), reference.decode(weight, dtype))
@@ -339,8 +349,11 @@ def test_a_configuration_that_does_not_suit_is_refused(make_weight, normal):
         )
 
 
-@pytest.mark.parametrize("sizes", [(20, 33), (18, 1, 17)])
-@pytest.mark.parametrize("config", [None, TileConfig(16, 32, 128, split=2)], ids=["default", "split"])
+@pytest.mark.parametrize(
+    ("sizes", "config", "scheme", "dtype"),
+    pairs([(20, 33), (18, 1, 17)], [None, TileConfig(16, 32, 128, split=2)], SCHEMES, DTYPES),
+    ids=lambda value: "split" if isinstance(value, TileConfig) else str(value),
+)
 def test_group(guarded, assert_accurate, make_weight, normal, dtype, scheme, sizes, config):
     """One launch gives what a launch for each member gives, to the bit.
 

@@ -1,9 +1,13 @@
 """``dX = dY·W + g·a`` against float64 on the decoded codes."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreted import DTYPES
+from pairs import pairs
 
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
@@ -12,6 +16,11 @@ from mebp_triton.kernels.matmul_dx import int4_matmul_dx_group_triton, int4_matm
 from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+
+def in_turn(*values):
+    """Each value with one of the dtypes, which take turns."""
+    return list(zip(values, itertools.cycle(DTYPES), strict=False))
 
 
 @pytest.fixture
@@ -28,27 +37,31 @@ def check(guarded, assert_accurate):
     return run
 
 
+@pytest.mark.parametrize(("dtype", "scheme", "group_size"), pairs(DTYPES, SCHEMES, GROUP_SIZES), ids=str)
 def test_schemes_and_groups(check, make_weight, normal, dtype, scheme, group_size):
     m, n, k, r = 33, 70, 200, 5
     g, a = normal(m, r, dtype=dtype, seed=2), normal(r, k, dtype=dtype, seed=3)
     check(normal(m, n, dtype=dtype), make_weight(n, k, group_size, scheme), g, a)
 
 
-@pytest.mark.parametrize("m", [0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129])
+@pytest.mark.parametrize(("m", "dtype"), in_turn(0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129), ids=str)
 def test_token_counts(check, make_weight, normal, dtype, m):
     dx = check(normal(m, 19, dtype=dtype), make_weight(19, 72))
     assert dx.shape == (m, 72)
 
 
 @pytest.mark.parametrize(
-    ("n", "k"), [(1, 64), (5, 1), (3, 33), (65, 31), (63, 65), (64, 64), (130, 127), (17, 192), (2, 449)]
+    ("size", "dtype"),
+    in_turn((1, 64), (5, 1), (3, 33), (65, 31), (63, 65), (64, 64), (130, 127), (17, 192), (2, 449)),
+    ids=str,
 )
-def test_odd_sizes(check, make_weight, normal, dtype, n, k):
+def test_odd_sizes(check, make_weight, normal, dtype, size):
+    n, k = size
     for group_size, scheme in zip(GROUP_SIZES, SCHEMES, strict=True):
         check(normal(40, n, dtype=dtype), make_weight(n, k, group_size, scheme))
 
 
-@pytest.mark.parametrize("rank", [1, 2, 8, 15, 16, 17, 33, 64])
+@pytest.mark.parametrize(("rank", "dtype"), in_turn(1, 2, 8, 15, 16, 17, 33, 64), ids=str)
 def test_ranks(check, make_weight, normal, dtype, rank):
     g, a = normal(18, rank, dtype=dtype, seed=2), normal(rank, 65, dtype=dtype, seed=3)
     check(normal(18, 21, dtype=dtype), make_weight(21, 65), g, a)
@@ -77,14 +90,15 @@ def test_float32_scales(check, make_weight, normal, dtype, scheme):
     check(normal(17, 35, dtype=dtype), make_weight(35, 130, 32, scheme, torch.float32))
 
 
-@pytest.mark.parametrize("weight_left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("block_k", [64, 128, 256])
-@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 64), (128, 32)])
-def test_every_tile_gives_the_answer(check, make_weight, normal, scheme, block_m, block_n, block_k, weight_left):
-    config = TileConfig(block_m, block_n, block_k, weight_left=weight_left)
+@pytest.mark.parametrize(
+    ("tile", "block_k", "weight_left", "scheme", "group_size"),
+    pairs([(16, 16), (32, 64), (128, 32)], [64, 128, 256], [False, True], SCHEMES, GROUP_SIZES),
+    ids=str,
+)
+def test_every_tile_gives_the_answer(check, make_weight, normal, scheme, group_size, tile, block_k, weight_left):
     dy, g, a = normal(37, 45), normal(37, 4, seed=2), normal(4, 330, seed=3)
-    for group_size in GROUP_SIZES:
-        check(dy, make_weight(45, 330, group_size, scheme), g, a, config)
+    config = TileConfig(*tile, block_k, weight_left=weight_left)
+    check(dy, make_weight(45, 330, group_size, scheme), g, a, config)
 
 
 @pytest.mark.parametrize(
@@ -125,19 +139,16 @@ def test_strides_of_the_others(check, make_weight, normal, scheme):
     assert torch.equal(check(dy, columns_first), check(dy, weight))
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
-def test_identity_gives_the_decoded_weight_to_the_bit(guarded, dtype, scheme, group_size, scale_dtype, device):
-    # Every byte, once.
-    groups = 2 if group_size == 32 else 1
-    scales = torch.linspace(-0.7, 0.9, 8 * groups).view(groups, 8).to(scale_dtype)
-    weight = Int4Weight(
-        packed=torch.arange(256, dtype=torch.uint8).view(8, 32),
-        scales=scales,
-        in_features=64,
-        group_size=group_size,
-        minimum=scales.flip(1).contiguous() if scheme == "affine" else None,
-        codebook=torch.linspace(-1, 1.3, 16) if scheme == "codebook" else None,
-    ).to(device)
+SCALE_DTYPES = (torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "group_size", "scale_dtype"), pairs(DTYPES, SCHEMES, GROUP_SIZES, SCALE_DTYPES), ids=str
+)
+def test_identity_gives_the_decoded_weight_to_the_bit(
+    guarded, every_byte, dtype, scheme, group_size, scale_dtype, device
+):
+    weight = every_byte(group_size, scheme, scale_dtype)
     dx = guarded(int4_matmul_dx_triton, torch.eye(8, dtype=dtype, device=device), weight)
     assert torch.equal(dx, reference.decode(weight, dtype))
 
@@ -289,8 +300,9 @@ def test_any_shape(
     assert ((dx.double() - truth).abs() <= bound + torch.finfo(dtype).tiny).all()
 
 
-@pytest.mark.parametrize("split", [2, 8])
-@pytest.mark.parametrize("weight_left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize(
+    ("split", "weight_left", "group_size", "dtype"), pairs([2, 8], [False, True], GROUP_SIZES, DTYPES), ids=str
+)
 def test_split_reductions(check, make_weight, normal, dtype, group_size, split, weight_left):
     """Also more parts than there are steps; LoRA is counted once."""
     m, n, k, r = 5, 83, 70, 5
@@ -308,8 +320,11 @@ def test_both_sides_of_the_dot_give_the_same(make_weight, normal, dtype):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [(20, 33), (18, 1, 17)])
-@pytest.mark.parametrize("config", [None, TileConfig(16, 32, 128, split=2)], ids=["default", "split"])
+@pytest.mark.parametrize(
+    ("sizes", "config", "scheme", "dtype"),
+    pairs([(20, 33), (18, 1, 17)], [None, TileConfig(16, 32, 128, split=2)], SCHEMES, DTYPES),
+    ids=lambda value: "split" if isinstance(value, TileConfig) else str(value),
+)
 def test_group(guarded, assert_accurate, make_weight, normal, dtype, scheme, sizes, config):
     m, k, r = 15, 130, 6
     weights = [make_weight(n, k, 64, scheme, seed=i) for i, n in enumerate(sizes)]

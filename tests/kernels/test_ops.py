@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import pairs
 
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.functions import int4_cross_entropy, int4_embedding, int4_matmul, int4_matmul_dx
@@ -14,8 +15,11 @@ def fields(weight):
     return weight.packed, weight.scales, weight.minimum, weight.codebook, weight.in_features, weight.group_size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("with_bias", "with_lora"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "with_bias", "with_lora"),
+    pairs(SCHEMES, [torch.float32, torch.bfloat16], [False, True], [False, True]),
+    ids=str,
+)
 def test_opcheck_matmul(make_weight, normal, scheme, dtype, with_bias, with_lora):
     bias = normal(7, dtype=dtype).requires_grad_(True) if with_bias else None
     t, b = (normal(*s, dtype=dtype).requires_grad_(True) if with_lora else None for s in ((3, 4), (7, 4)))
@@ -38,8 +42,7 @@ def test_opcheck_embedding(make_weight, scheme, device, shape):
     torch.library.opcheck(torch.ops.mebp_triton.int4_embedding.default, args)
 
 
-@pytest.mark.parametrize("need_grad", [True, False])
-@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("scheme", "need_grad", "with_bias"), pairs(SCHEMES, [False, True], [False, True]), ids=str)
 def test_opcheck_cross_entropy(make_weight, normal, scheme, device, need_grad, with_bias):
     targets = torch.tensor([1, -100, 6, 0], device=device)
     bias = normal(7) if with_bias else None

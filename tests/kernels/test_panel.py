@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from allocations import Allocations
+from pairs import pairs
 
 from mebp_triton.kernels import panel, reference
 from mebp_triton.kernels.layout import CHUNK, Int4Weight, unpack
@@ -38,9 +39,12 @@ def set_panel_size():
         yield lambda elements: stack.enter_context(use_workspace(Workspace(elements, elements)))
 
 
-@pytest.fixture(params=[None, CHUNK * 5], ids=["one-panel", "small-panels"])
+# A panel of the usual size, and ones of so few rows that dX has to cut N as well.
+PANEL_SIZES = (None, 5 * CHUNK)
+
+
+@pytest.fixture(params=PANEL_SIZES, ids=["one-panel", "small-panels"])
 def panel_size(request, set_panel_size):
-    """Runs a test with panels of the usual size, and of so few rows that dX has to cut N as well."""
     if request.param is not None:
         set_panel_size(request.param)
 
@@ -66,6 +70,12 @@ def check_dx(assert_accurate, dy, weight, g=None, a=None):
     return dx
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "group_size", "panel_size"),
+    pairs(ALL_DTYPES, SCHEMES, GROUP_SIZES, PANEL_SIZES),
+    indirect=["panel_size"],
+    ids=str,
+)
 def test_schemes_and_groups(assert_accurate, make_weight, normal, dtype, scheme, group_size, panel_size):
     m, n, k, r = 9, 23, 200, 5
     weight = make_weight(n, k, group_size, scheme)
@@ -132,6 +142,12 @@ def test_operands_of_other_dtypes_are_rounded_to_that_of_x(make_weight, normal, 
     )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "group_size", "any_panel_size"),
+    pairs(ALL_DTYPES, SCHEMES, GROUP_SIZES, [1, *PANEL_SIZES]),
+    indirect=["any_panel_size"],
+    ids=str,
+)
 def test_identity_gives_the_decoded_weight_bit_for_bit(make_weight, dtype, scheme, group_size, any_panel_size):
     scale_dtype = torch.float32 if group_size == 32 else torch.float16
     weight = make_weight(40, 150, group_size, scheme, scale_dtype)
@@ -253,7 +269,7 @@ def test_every_code_is_decoded_exactly_once(monkeypatch, make_weight, normal, an
     assert (seen == 1).all()
 
 
-@pytest.mark.parametrize("panel_rows", [1, 8])
+@pytest.mark.parametrize(("panel_rows", "scheme", "dtype"), pairs([1, 8], SCHEMES, ALL_DTYPES), ids=str)
 def test_no_tensor_is_as_large_as_the_weight(set_panel_size, make_weight, normal, device, scheme, dtype, panel_rows):
     m, n, k, r = 4, 600, 640, 8
     set_panel_size(panel_rows * k)
@@ -278,7 +294,12 @@ def test_a_large_lora_term_costs_the_sums_nothing(assert_accurate, make_weight, 
         check_dx(assert_accurate, normal(9, 23, seed=seed), weight, g, a)
 
 
-@pytest.mark.parametrize("sizes", [(20, 33), (40, 16, 17)])
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "scheme", "panel_size"),
+    pairs([(20, 33), (40, 16, 17)], ALL_DTYPES, SCHEMES, PANEL_SIZES),
+    indirect=["panel_size"],
+    ids=str,
+)
 def test_group_dx(assert_accurate, make_weight, normal, dtype, scheme, panel_size, sizes):
     """Weights that had one input: one sum."""
     weights = [make_weight(n, 200, 32, scheme, seed=i) for i, n in enumerate(sizes)]
@@ -337,10 +358,12 @@ def test_every_thread_has_its_own_workspace():
 class TestDecodedByAKernel:
     """The panel route of a GPU: Triton decodes, torch multiplies."""
 
-    @pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
-    def dtype(self, request):
-        return request.param
-
+    @pytest.mark.parametrize(
+        ("dtype", "scheme", "group_size", "panel_size"),
+        pairs(ALL_DTYPES[:2], SCHEMES, GROUP_SIZES, PANEL_SIZES),
+        indirect=["panel_size"],
+        ids=str,
+    )
     def test_both_directions(self, assert_accurate, make_weight, normal, dtype, scheme, group_size, panel_size):
         m, n, k, r = 5, 23, 330, 3
         weight = make_weight(n, k, group_size, scheme)
@@ -353,7 +376,11 @@ class TestDecodedByAKernel:
         truth = reference.matmul_dx(wide[4], weight, *wide[5:])
         assert_accurate("dx", dx, reference.matmul_dx(dy, weight, g, a), truth)
 
-    @pytest.mark.parametrize("k", [64, 65, 200])
+    @pytest.mark.parametrize(
+        ("k", "dtype", "scheme", "group_size"),
+        pairs([64, 65, 200], ALL_DTYPES[:2], SCHEMES, GROUP_SIZES),
+        ids=str,
+    )
     def test_decoded_weights_are_right_to_the_bit(self, make_weight, dtype, device, scheme, group_size, k):
         weight = make_weight(70, k, group_size, scheme)
         decoder = panel.PanelDecoder(weight, dtype, 70, weight.packed.shape[1] // 32, by_kernel=True)

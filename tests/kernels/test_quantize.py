@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import pairs
 
 from mebp_triton.kernels import quantize
 from mebp_triton.kernels.layout import Int4Weight, unpack
@@ -183,7 +184,10 @@ def test_decoded_weights_come_back(own, group_size):
     assert quantize_matrix(weight, other, group_size)[1] > 0.01
 
 
-@pytest.mark.parametrize("columns", [1, 31, 32, 33, 63, 65, 96, 100, 127, 129, 200])
+@pytest.mark.parametrize(
+    ("columns", "scheme", "group_size", "search"),
+    pairs([1, 31, 32, 33, 63, 65, 96, 100, 127, 129, 200], SCHEMES, GROUP_SIZES, [True, False]),
+)
 def test_partial_groups(scheme, group_size, search, columns):
     """Full groups are those of the matrix without the rest; the rest is fitted to its own values only."""
     weight = normal(5, columns, seed=columns) + 6.0

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from pairs import pairs
 
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.layout import Int4Weight, unpack
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 
 SIZES = ((1, 1), (3, 31), (2, 65), (5, 96), (4, 130), (3, 256))
 
@@ -32,10 +34,13 @@ def naive_decode(weight: Int4Weight) -> torch.Tensor:
     return decoded.to(weight.device)
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("n", "k"), SIZES)
-def test_decode(make_weight, scheme, group_size, scale_dtype, n, k):
-    weight = make_weight(n, k, group_size, scheme, scale_dtype)
+@pytest.mark.parametrize(
+    ("size", "scheme", "group_size", "scale_dtype"),
+    pairs(SIZES, SCHEMES, GROUP_SIZES, [torch.float16, torch.float32]),
+    ids=str,
+)
+def test_decode(make_weight, scheme, group_size, scale_dtype, size):
+    weight = make_weight(*size, group_size, scheme, scale_dtype)
     assert torch.equal(reference.decode(weight), naive_decode(weight))
 
 

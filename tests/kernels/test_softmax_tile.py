@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from interpreted import DTYPES
+from pairs import pairs
 
 from mebp_triton.kernels.running_softmax import RunningSoftmax
 from mebp_triton.kernels.softmax_tile import BLOCK_V, update_softmax
@@ -29,8 +31,11 @@ def check(z, slope, targets, widths):
     return ours
 
 
-@pytest.mark.parametrize("widths", [(37,), (20, 17), (1, 1, 35), (BLOCK_V, 5), (BLOCK_V + 3, 2 * BLOCK_V)])
-@pytest.mark.parametrize("with_slope", [False, True])
+@pytest.mark.parametrize(
+    ("widths", "with_slope", "dtype"),
+    pairs([(37,), (20, 17), (1, 1, 35), (BLOCK_V, 5), (BLOCK_V + 3, 2 * BLOCK_V)], [False, True], DTYPES),
+    ids=str,
+)
 def test_as_in_plain_torch(normal, device, dtype, widths, with_slope):
     total = sum(widths)
     z = normal(5, total, dtype=dtype) * 8

@@ -22,6 +22,8 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's bfloat16 dot works on bit patterns: it is not tested there.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 MODULES = ("decode", "split", "matmul", "matmul_dx", "embedding", "softmax_tile")
 
 
