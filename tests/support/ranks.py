@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -28,8 +30,8 @@ import mebp_triton.cli.training_run
 from mebp_triton.cli import main
 from mebp_triton.data.loading import load_data
 from mebp_triton.models.adapter import adapter_layers, adapter_tensors
-from mebp_triton.training import run_directory
 from mebp_triton.training import processes as processes_module
+from mebp_triton.training import run_directory
 from mebp_triton.training.finetune import finetune
 from mebp_triton.training.processes import joined
 from mebp_triton.training.trainer import Trainer
@@ -48,7 +50,7 @@ class Ended:
 def run_ranks(body: Any, root: Path, *arguments: Any, size: int = 2, seconds: float = 240) -> list[Ended]:
     """``body(*arguments)`` as each of ``size`` processes; AssertionError if they do not end in time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks"])
+    context.set_forkserver_preload(["everything", "ranks"])
     with pytest.MonkeyPatch.context() as patched:  # the server looks nowhere else for what to import
         patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
@@ -218,3 +220,21 @@ def hugging_face(store: Path, output: Path, mode: Any, options: dict[str, Any]) 
     losses = torch.tensor([row["loss"] for row in made.state.log_history if "loss" in row], dtype=torch.float64)
     tensors = {name: tensor.contiguous() for name, tensor in adapter_tensors(model).items()}
     safetensors.torch.save_file({"losses": losses, **tensors}, beside(output, "adapter", rank))
+
+
+# --- programs -------------------------------------------------------------------------------------------------------
+
+
+def run_script(path: Path, arguments: Sequence[object], log: Path, seconds: float = 900) -> Ended:
+    """Runs a Python file as ``python PATH ARGUMENTS`` would, in a process that has everything imported."""
+    (ended,) = run_ranks(script, log, path, [str(one) for one in arguments], size=1, seconds=seconds)
+    return ended
+
+
+def script(path: Path, arguments: list[str]) -> None:
+    """For ``run_script``."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    sys.argv[:] = [str(path), *arguments]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")

@@ -1,15 +1,15 @@
-"""Bends every kind of file that a command reads, and sees that nothing is lost.
+"""Bends every kind of file that a command reads, and checks that nothing is lost.
 
     python tests/torture/bend.py --count 2600 --output bench/results/torture/bend.json
     python tests/torture/bend.py --only 1234 --keep DIR        # one case again, its files kept
 
-A case is a whole store, model, adapter, run, table, data or settings with one thing changed in it, and a command that
-reads it, in a forked child with limits (every ``--process``-th in a process of its own). It is
+A case is a store, model, adapter, run, table, data or settings with one thing changed in it, and a command that reads
+it, in a forked child with limits (every ``--process``-th in a process of its own). Its outcome is one of these:
 
 - refused: exit code 1 or 2 and one line that names what is wrong, no traceback, nothing half-written left;
 - harmless: the command's result is that of the unbent files, to the bit;
-- warned: the result differs, and a line named the file that is why (a tuned table that is ignored);
-- unchecked: the result differs, as it must: what was bent carries no checksum, see ``unchecked``;
+- warned: the result differs, and a line names the file because of which it does (a tuned table that is ignored);
+- unchecked: the result differs, as it must: the bent file carries no checksum, see ``unchecked``;
 - lost: anything else. A signal, a hang, memory without end, an exception without a name, another result.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -24,34 +25,33 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from forked import MIB, Ended, address_space, command, forked, import_all  # noqa: E402
-from mutations import MUTATIONS, Mutation, flip_bit  # noqa: E402
-from results import counted, counted_by, finish  # noqa: E402
-from world import SAVED_AT, TRAIN, copy_into, make_world  # noqa: E402
+from forked import MIB, TEMPORARY, Ended, address_space, command, forked, own_process
+from mutations import MUTATIONS, Mutation, flip_bit
+from results import counted, counted_by, finish
+from world import SAVED_AT, TRAIN, copy_into, scratch_and_world
 
 SECONDS = 40  # until a command hangs; it takes less than 3
 MOST_EXTRA = 3 << 30  # of address space
 MOST_PEAK = 1 << 30  # of memory; it takes less than 500 MiB
-TEMPORARY = ".mebp-tmp-"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is bent, and who reads it.
+    """A directory whose files are bent, and the commands that read it.
 
     Attributes:
-        place: the directory of the world that is copied.
-        commands: by name, the arguments, given the copy, the world and a place for output. What has no "output" among
-            them writes nothing.
-        files: those that may be bent, by pattern; all by default.
+        place: its name in the world; every case gets a copy.
+        commands: by name, a function from the copy, the world and a place for output to the command's arguments.
+        files: patterns of the files that may be bent.
         unchecked: why a changed result is right whatever is bent; "" where the files carry checksums.
+        weight: how often the kind is drawn, in proportion to the others.
     """
 
     place: str
@@ -172,7 +172,7 @@ SUBJECTS = {
 
 @dataclass
 class Case:
-    """What was done, and what came of it."""
+    """One bent file, the command that read it, and the outcome."""
 
     number: int
     kind: str
@@ -187,7 +187,7 @@ class Case:
 
 
 def unchecked(subject: Subject, case: Case, mutation: Mutation, written: list[Path]) -> str:
-    """Why a result that differs is no fault of the reader; "" where it is one."""
+    """Returns why a result that differs is no fault of the reader; "" where it is one."""
     if subject.unchecked:
         return subject.unchecked
     if mutation.forges:
@@ -198,27 +198,64 @@ def unchecked(subject: Subject, case: Case, mutation: Mutation, written: list[Pa
 
 
 def _steps_are_there(written: list[Path]) -> bool:
-    """Whether ``metrics.jsonl`` has the last steps before the checkpoint, or all: a run may go on from another."""
+    """Whether ``metrics.jsonl`` has all steps before the checkpoint, or the last of them, as a continued run has."""
     (path,) = [path for path in written if path.name == "metrics.jsonl"]
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     before = [step for step in steps if step < SAVED_AT]
     return bool(before) and before == list(range(SAVED_AT))[-len(before) :]
 
 
-def _bent(case_directory: Path, subject: Subject, draw: random.Random) -> tuple[Mutation, str]:
-    """Changes one thing in the copy; a mutation that does not apply to the file gives way to another."""
-    found = sorted({path for pattern in subject.files for path in case_directory.glob(pattern) if path.is_file()})
-    while True:
-        path = draw.choice(found)
-        mutation = draw.choice([one for one in MUTATIONS if one.takes(path)])
+def _files(place: Path, subject: Subject) -> list[Path]:
+    """The files below ``place`` that may be bent."""
+    return sorted({path for pattern in subject.files for path in place.glob(pattern) if path.is_file()})
+
+
+def _bend_one(copy: Path, subject: Subject, draw: random.Random, wanted: Mutation | None) -> tuple[Mutation, str]:
+    """Changes one thing in the copy. Returns the mutation, and the relative path of the bent file.
+
+    Args:
+        wanted: is tried on some files before others are drawn; where it changes none of them, others follow.
+    """
+    files = _files(copy, subject)
+    for number in itertools.count():
+        if wanted is not None and number < 20:
+            mutation, path = wanted, draw.choice([path for path in files if wanted.takes(path)])
+        else:
+            path = draw.choice(files)
+            mutation = draw.choice([one for one in MUTATIONS if one.takes(path)])
         before = path.read_bytes()
         mutation.apply(path, draw)
         if not path.is_file() or path.is_symlink() or path.read_bytes() != before or mutation.changes_others:
-            return mutation, str(path.relative_to(case_directory))
+            return mutation, str(path.relative_to(copy))
+    raise AssertionError("the count has no end")
+
+
+def in_turn(world: Path, kinds: list[str], count: int) -> Iterator[tuple[str, Mutation | None]]:
+    """Yields a command and a mutation for each number, so that all commands and mutations occur in few cases.
+
+    Commands follow each other within their kind. Of the mutations that a kind's files take, the one that was used least
+    comes next, and those for few kinds of files come before those for all.
+    """
+    taken = {kind: [one for one in reversed(MUTATIONS) if _takes_any(world, kind, one)] for kind in kinds}
+    turns: Counter[str] = Counter()
+    used: Counter[str] = Counter()
+    for number in range(count):
+        kind = kinds[number % len(kinds)]
+        names = list(SUBJECTS[kind].commands)
+        mutation = None if kind == IN_USE else min(taken[kind], key=lambda one: used[one.name])
+        yield names[turns[kind] % len(names)], mutation
+        turns[kind] += 1
+        if mutation is not None:
+            used[mutation.name] += 1
+
+
+def _takes_any(world: Path, kind: str, mutation: Mutation) -> bool:
+    subject = SUBJECTS[kind]
+    return any(mutation.takes(path) for path in _files(world / subject.place, subject))
 
 
 def result(ended: Ended, place: Path, written: list[Path]) -> str:
-    """A digest of what a command answered and wrote, without times, memory and where it lay."""
+    """Returns what a command answered and digests of what it wrote, without times, memory and paths."""
     parts: list[Any] = []
     if ended.out.strip():
         answer = json.loads(ended.out)
@@ -237,9 +274,9 @@ def result(ended: Ended, place: Path, written: list[Path]) -> str:
     return json.dumps(parts, sort_keys=True).replace(str(place), "")
 
 
-# What differs from process to process, by its whole name: times and measured peaks of a training, and the seal over
-# them; in a plan, the measured memory of the libraries and the sums that it is part of; in a doctor's answer, what the
-# machine has free, and how fast its disks are.
+# Keys of JSON whose values differ from process to process: times and measured peaks of a training, and the seal over
+# them; in a plan, the measured memory of the libraries and the sums that it is part of; in a doctor's answer, what is
+# free on the machine, and how fast its disks are.
 VOLATILE = {"seconds", "seconds_waiting_for_data", "seconds_per_step_median", "tokens_per_second", "seal"}
 VOLATILE |= {"peak_rss_bytes", "peak_rss_anonymous_bytes"}
 VOLATILE |= {"framework", "total_bytes", "host_peak_bytes", "planned_peak_bytes"}
@@ -254,16 +291,23 @@ def _timeless(value: Any) -> Any:
 
 
 class Bender:
-    """Runs cases by number: the same seed and number make the same case."""
+    """Runs cases by number: the same options and number make the same case.
 
-    def __init__(self, world: Path, scratch: Path, seed: int, process_every: int, kinds: list[str]) -> None:
-        self.world, self.scratch, self.seed, self.process_every = world, scratch, seed, process_every
+    Args:
+        world: is only read. scratch: where the copies lie.
+        options: of the command line.
+    """
+
+    def __init__(self, world: Path, scratch: Path, options: argparse.Namespace) -> None:
+        self.world, self.scratch, self.options = world, scratch, options
         self.keep: Path | None = None
         self.truth: dict[tuple[str, str], str] = {}
-        self.kinds = [name for name in kinds for _ in range(SUBJECTS[name].weight)]
+        self.kinds = [name for name in options.kinds.split(",") for _ in range(SUBJECTS[name].weight)]
+        most = options.first + options.count
+        self.turns = list(in_turn(world, self.kinds, most)) if options.in_turn else None
 
     def measure(self, kind: str, name: str) -> None:
-        """What the command answers to the unbent files."""
+        """Keeps what the command answers to the unbent files."""
         if (kind, name) in self.truth:
             return
         place = Path(tempfile.mkdtemp(dir=self.scratch))
@@ -285,10 +329,11 @@ class Bender:
         return [*run, out] if name == "train --resume" else [out]
 
     def run(self, number: int) -> Case:
-        draw = random.Random(f"{self.seed}:{number}")
+        """Runs the case of this number."""
+        draw = random.Random(f"{self.options.seed}:{number}")
         kind = self.kinds[number % len(self.kinds)]
         subject = SUBJECTS[kind]
-        name = draw.choice(list(subject.commands))
+        name, wanted = (draw.choice(list(subject.commands)), None) if self.turns is None else self.turns[number]
         self.measure(kind, name)
         place = Path(tempfile.mkdtemp(dir=self.scratch))
         copy, out, arguments = self._prepare(place, kind, name)
@@ -297,12 +342,15 @@ class Bender:
             at, keep = draw.randint(1, 40), draw.choice((0, 4096, 8192))
             mutation, file, before = Mutation("cut after a check", flip_bit), f"check {at}", _cutting(at, keep)
         else:
-            mutation, file = _bent(copy, subject, draw)
+            mutation, file = _bend_one(copy, subject, draw, wanted)
         case = Case(number, kind, name, file, mutation.name, arguments=arguments)
         if self.keep is not None:
             shutil.copytree(copy, self.keep, symlinks=True, ignore=_no_fifos)
-        case.own_process = number % self.process_every == 0 and before is None
-        ended = _own_process(arguments) if case.own_process else _forked(arguments, before)
+        case.own_process = number % self.options.process == 0 and before is None
+        if case.own_process:
+            ended = forked(own_process(arguments), seconds=10 * SECONDS)
+        else:
+            ended = _forked(arguments, before, self.options.planted)
         case.seconds = ended.seconds
         case.outcome, case.why = self._judge(case, subject, mutation, ended, place, self._written(copy, out, name))
         shutil.rmtree(place, ignore_errors=True)
@@ -342,17 +390,30 @@ def _no_fifos(directory: str, names: list[str]) -> list[str]:
     return [name for name in names if not Path(directory, name).is_file() and not Path(directory, name).is_dir()]
 
 
-def _forked(arguments: list[str], before: Callable[[], None] | None = None) -> Ended:
+def _forked(arguments: list[str], before: Callable[[], None] | None, planted: bool) -> Ended:
     def limit() -> None:
         address_space(MOST_EXTRA)()
         if before is not None:
             before()
+        if planted:
+            _compare_no_weights()
 
     return forked(command(arguments), limit, SECONDS)
 
 
+def _compare_no_weights() -> None:
+    """A planted fault: the checksums of weights are compared with nothing."""
+    from mebp_triton.store.reader import StoreFile
+
+    StoreFile.verify = lambda self, again=False: None  # type: ignore[method-assign]
+
+
 def _cutting(at: int, keep: int) -> Callable[[], None]:
-    """A mapped file is cut right after the ``at``-th time that its size was found right."""
+    """Returns a function after which a mapped file is cut short, right after its ``at``-th size check.
+
+    Args:
+        keep: bytes that are left of it.
+    """
 
     def install() -> None:
         from mebp_triton.system.mapped_file import MappedFile
@@ -371,55 +432,44 @@ def _cutting(at: int, keep: int) -> Callable[[], None]:
     return install
 
 
-def _own_process(arguments: list[str]) -> Ended:
-    """The command as a user starts it."""
-
-    def start() -> int:
-        os.execv(sys.executable, [sys.executable, "-m", "mebp_triton.cli", *arguments])
-
-    return forked(start, seconds=10 * SECONDS)
-
-
-def work(bender: Bender, numbers: list[int], path: Path) -> None:
+def work(bender: Bender, numbers: Sequence[int], path: Path) -> None:
+    """Runs cases; each becomes a line of ``path``."""
     with open(path, "a", encoding="utf-8") as file:
         for number in numbers:
             file.write(json.dumps(vars(bender.run(number))) + "\n")
             file.flush()
 
 
-def bend(count: int, seed: int, workers: int, process_every: int, kinds: list[str], first: int = 0) -> list[Case]:
-    """Runs ``count`` cases in some processes."""
-    with tempfile.TemporaryDirectory(prefix="mebp-bend-") as name:
-        root = Path(name)
-        import_all()
-        (root / "world").mkdir()
-        make_world(root / "world")
+def bend(options: argparse.Namespace) -> list[Case]:
+    """Runs the cases of the command line in some processes."""
+    with scratch_and_world("bend", options.world) as (root, world):
         children = []
-        for worker in range(workers):
+        for worker in range(options.workers):
             scratch, found = root / f"scratch-{worker}", root / f"found-{worker}.jsonl"
             scratch.mkdir()
             found.touch()
-            numbers = list(range(first + worker, first + count, workers))
+            numbers = range(options.first + worker, options.first + options.count, options.workers)
             child = os.fork()
             if child == 0:
                 code = 1
                 try:
-                    work(Bender(root / "world", scratch, seed, process_every, kinds), numbers, found)
+                    work(Bender(world, scratch, options), numbers, found)
                     code = 0
+                except Exception:
+                    traceback.print_exc()
                 finally:
                     os._exit(code)
             children.append(child)
         statuses = [os.waitpid(child, 0)[1] for child in children]
         lines = [line for path in root.glob("found-*.jsonl") for line in path.read_text().splitlines()]
         cases = [Case(**json.loads(line)) for line in lines]
-    if any(statuses) or len(cases) != count:
-        raise RuntimeError(f"{len(cases)} of {count} cases ran")
+    if any(statuses) or len(cases) != options.count:
+        raise RuntimeError(f"{len(cases)} of {options.count} cases ran")
     return sorted(cases, key=lambda case: case.number)
 
 
 def summary(cases: list[Case]) -> dict[str, Any]:
-    """Counts by kind, by mutation and by command; the reasons of what is unchecked; all that was lost."""
-
+    """Counts by kind, command and mutation, the reasons of unchecked cases, and all cases that were lost."""
     return {
         **counted(cases, OUTCOMES),
         "in_processes_of_their_own": sum(case.own_process for case in cases),
@@ -441,35 +491,35 @@ OUTCOMES = ("refused", "harmless", "warned", "unchecked", "lost")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2600, help="cases to try")
+    parser.add_argument("--count", type=int, default=2600, help="cases to try (default: 2600)")
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--in-turn", action="store_true", help="draws no command or mutation: all occur in few cases")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--process", type=int, default=50, metavar="N", help="every N-th as a process of its own")
     parser.add_argument("--kinds", default=",".join(SUBJECTS), help="what to bend, separated by commas")
-    parser.add_argument("--output", type=Path, help="the summary as JSON")
-    parser.add_argument("--cases", type=Path, help="all cases as JSON, one a line")
-    parser.add_argument("--only", type=int, help="this case alone")
+    parser.add_argument("--world", type=Path, help="made by world.py; by default a new one")
+    parser.add_argument("--planted", action="store_true", help="no weight is compared: cases must be lost")
+    parser.add_argument("--output", type=Path, help="where the summary goes as JSON")
+    parser.add_argument("--cases", type=Path, help="where all cases go as JSON, one a line")
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="runs this case alone")
     parser.add_argument("--keep", type=Path, help="where --only leaves what it bent")
-    arguments = parser.parse_args()
-    kinds = arguments.kinds.split(",")
-    if arguments.only is not None:
-        with tempfile.TemporaryDirectory(prefix="mebp-bend-") as name:
-            import_all()
-            make_world(Path(name))
-            scratch = Path(name) / "scratch"
+    options = parser.parse_args()
+    if options.only is not None:
+        with scratch_and_world("bend", options.world) as (root, world):
+            scratch = root / "scratch"
             scratch.mkdir()
-            bender = Bender(Path(name), scratch, arguments.seed, arguments.process, kinds)
-            bender.keep = arguments.keep
-            case = bender.run(arguments.only)
+            bender = Bender(world, scratch, options)
+            bender.keep = options.keep
+            case = bender.run(options.only)
         print(json.dumps(vars(case), indent=2))
         return int(case.outcome == "lost")
     started = time.perf_counter()
-    cases = bend(arguments.count, arguments.seed, arguments.workers, arguments.process, kinds, arguments.first)
-    if arguments.cases:
-        arguments.cases.write_text("".join(json.dumps(vars(case)) + "\n" for case in cases))
-    found = {"seed": arguments.seed, "seconds": round(time.perf_counter() - started), **summary(cases)}
-    return finish(found, arguments.output)
+    cases = bend(options)
+    if options.cases:
+        options.cases.write_text("".join(json.dumps(vars(case)) + "\n" for case in cases))
+    found = {"seed": options.seed, "seconds": round(time.perf_counter() - started), **summary(cases)}
+    return finish(found, options.output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Runs the command line in a forked child, under limits, and tells how it ended: what the torture scripts share.
+"""Runs commands in forked children, under limits, and tells how they ended: what the torture scripts share.
 
 A fork of a process that has imported everything starts in milliseconds, where a new interpreter takes seconds. The
-child runs ``mebp_triton.cli.main``: the arguments, messages and exit codes of the command.
+child calls the function behind ``mebp``: it has the command's arguments, messages and exit codes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before anything starts a thread: a fork has only the thread that forked.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("RAYON_NUM_THREADS", "1")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
 MIB = 1 << 20
 PREFIX = "mebp: error: "
+TEMPORARY = ".mebp-tmp-"
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Ended:
         code: its exit code; None where a signal ended it.
         signal: the signal's name; "" where none did. "hang" where it was killed for taking too long.
         out, err: what it printed.
-        peak: bytes of its highest resident set.
+        peak: its highest resident set in bytes.
     """
 
     code: int | None
@@ -48,11 +46,11 @@ class Ended:
     seconds: float
 
     def lines(self) -> list[str]:
-        """Standard error without warnings and progress: of a command that refuses, one line."""
+        """The error lines on standard error, without warnings and progress. A command that refuses prints one."""
         return [line for line in self.err.splitlines() if line.startswith(PREFIX)]
 
     def fault(self) -> str:
-        """Why this is no clean end, "" where it is one: 0, or 1 or 2 with one line that names what is wrong."""
+        """Why this is no clean end; "" where it is one: code 0, or 1 or 2 and one line that names the mistake."""
         if self.signal:
             return f"ended by {self.signal}"
         if self.code == 0:
@@ -72,15 +70,21 @@ class Ended:
 
 
 def forked(work: Callable[[], int], before: Callable[[], None] | None = None, seconds: float = 60) -> Ended:
-    """Runs ``work`` in a forked child; ``before`` sets its limits. Its return value is the exit code."""
+    """Runs ``work`` in a forked child and waits for its end.
+
+    Args:
+        work: its return value is the exit code.
+        before: called in the child first; sets its limits.
+        seconds: the child is killed after so long.
+    """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
         sys.stderr.flush()
         started = time.perf_counter()
         child = os.fork()
         if child == 0:
-            _child(work, before, out.fileno(), err.fileno())
-        hung = not _ended_within(child, seconds)
+            _run_child(work, before, out.fileno(), err.fileno())
+        hung = not _ends_within(child, seconds)
         if hung:
             os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
@@ -96,7 +100,7 @@ def forked(work: Callable[[], int], before: Callable[[], None] | None = None, se
         )
 
 
-def _ended_within(child: int, seconds: float) -> bool:
+def _ends_within(child: int, seconds: float) -> bool:
     handle = os.pidfd_open(child)
     try:
         return bool(select.select([handle], [], [], seconds)[0])
@@ -104,20 +108,20 @@ def _ended_within(child: int, seconds: float) -> bool:
         os.close(handle)
 
 
-def _child(work: Callable[[], int], before: Callable[[], None] | None, out: int, err: int) -> Any:
+def _run_child(work: Callable[[], int], before: Callable[[], None] | None, out: int, err: int) -> Any:
     code = 70
     try:
         os.setpgid(0, 0)
         os.dup2(out, 1)
         os.dup2(err, 2)
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - of the child
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - open until the child ends
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         if before is not None:
             before()
         code = work()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # a panic of a Rust library is none of Exception
+    except BaseException:  # a panic of a Rust library is no Exception
         with contextlib.suppress(BaseException):
             traceback.print_exc()
     finally:
@@ -128,7 +132,7 @@ def _child(work: Callable[[], int], before: Callable[[], None] | None, out: int,
 
 
 def command(arguments: Sequence[object]) -> Callable[[], int]:
-    """``mebp`` with these arguments, for ``forked``."""
+    """Returns a function for ``forked`` that runs ``mebp`` with these arguments."""
 
     def work() -> int:
         from mebp_triton.cli.main import main
@@ -138,8 +142,17 @@ def command(arguments: Sequence[object]) -> Callable[[], int]:
     return work
 
 
+def own_process(arguments: Sequence[object], *options: str) -> Callable[[], int]:
+    """Returns a function for ``forked`` that runs ``mebp`` in a new interpreter, as a user starts it."""
+
+    def work() -> int:
+        os.execv(sys.executable, [sys.executable, *(options or ("-m", "mebp_triton.cli")), *map(str, arguments)])
+
+    return work
+
+
 def address_space(extra: int) -> Callable[[], None]:
-    """For ``forked``: at most ``extra`` bytes more than the process has now."""
+    """Returns a ``before`` for ``forked``: at most ``extra`` bytes more address space than the process has by then."""
 
     def limit() -> None:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -149,22 +162,27 @@ def address_space(extra: int) -> Callable[[], None]:
 
 
 def import_all() -> None:
-    """Imports everything that commands import while they run, so that no child has to.
+    """Imports everything, so that no child has to. Children draw no plots: they take long, and nobody looks at them."""
+    import everything  # noqa: F401
 
-    Plots are not drawn in the children: they take a second of each run, and nobody looks at them.
-    """
-    import importlib
-    import pkgutil
-
-    import torch
-
-    import mebp_triton
     from mebp_triton.training import run_directory
 
-    torch.set_num_threads(1)
-    own = [module.name for module in pkgutil.walk_packages(mebp_triton.__path__, "mebp_triton.")]
-    others = ["gguf", "datasets", "pyarrow.parquet", "matplotlib.figure", "transformers.modeling_gguf_pytorch_utils"]
-    for name in [*own, *others, "transformers.models.llama.modeling_llama"]:
-        if not name.endswith("__main__"):
-            importlib.import_module(name)
     run_directory.draw_plots = lambda *arguments: []
+
+
+def rank_without_compiling() -> None:
+    """Lets ``mebp tune`` rank two candidates by made-up times; compiling takes minutes, and is not what is tried."""
+    from mebp_triton.autotune import tune
+    from mebp_triton.autotune.log import Trial
+    from mebp_triton.kernels.configs import Problem, TileConfig, default_config
+
+    def rank(problem: Problem) -> list[Trial]:
+        time.sleep(0.02)  # so that a random moment can fall in here
+        return [Trial(default_config(problem), 5.0), Trial(TileConfig(16, 64, 64), 6.0)]
+
+    tune.model_rank = lambda *arguments: rank  # type: ignore[assignment]
+
+
+def remove_nothing() -> None:
+    """A planted fault: this process removes no file and no directory."""
+    os.unlink = os.remove = os.rmdir = lambda *arguments, **options: None  # type: ignore[assignment]

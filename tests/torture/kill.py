@@ -2,19 +2,20 @@
 
     python tests/torture/kill.py --output bench/results/torture/kill.json
 
-Quantizing, training (several kinds), quantizing and training, merging and tuning, on a tiny model, on the CPU. A point
-is one SIGKILL, of three kinds:
+Quantizing, several kinds of training, quantizing and training, merging and tuning are tried on a tiny model, on the
+CPU. A point is one SIGKILL, of three kinds:
 
     operation   before the n-th file operation: a file opened for writing, renamed, removed, made, ...
     half        in the middle of the n-th write of a file, of which a half is there
-    moment      at a random moment; in a process of its own after it began to write, or in the middle of going on, too
+    moment      at a random moment: after an own process began to write, or in the middle of going on, too
 
-After each, what is there is looked at: a store, checkpoint, adapter or table is whole, or is not taken for one. Then
-the same command runs again (`mebp train` with `--resume`). It must end with the same files, byte for byte: adapter,
-optimizer state, random state, metrics, results; but for times, peaks of memory and plots. Nothing else may be left.
+After each kill the files that are there are checked: a store, checkpoint, adapter or table is whole, or is not taken
+for one. Then the same command runs again (`mebp train` with `--resume`). It must end with the same files, byte for
+byte: adapter, optimizer state, random state, metrics and results, except for times, peaks of memory and plots.
+Nothing else may be left.
 
 Commands run in forks of this process, which has imported everything and computed nothing: that takes a second, not
-ten. Tuning takes made-up predictions in place of what compiling would give.
+ten. Tuning takes made-up times in place of compiled kernels.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 import zlib
 from collections import Counter
@@ -40,60 +40,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from forked import Ended, command, forked, rank_without_compiling, remove_nothing
+from results import finish
+from world import scratch_and_world
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-from make_store import make_tokenizer
-
-import mebp_triton.cli.training_run
-import mebp_triton.convert.merge  # noqa: F401 - imported before the forks
-from mebp_triton.autotune import tune
-from mebp_triton.autotune.log import Trial
-from mebp_triton.cli import main as main_module
-from mebp_triton.kernels.tables import read_named_table
-from mebp_triton.models.adapter import read_adapter_tensors
-from mebp_triton.store.reader import Store
-from mebp_triton.system import atomic, reading, safetensors_file, strict_json
-from mebp_triton.system.machine import environment
-from mebp_triton.training import run_directory
-
-CONFIG: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.15,
-    "tie_word_embeddings": True,
-}
-TRAIN = ["--train-file=../../world/train.txt", "--validation-file=../../world/valid.txt", "--output-dir=run"]
+# Paths are relative: those in a run's settings are the same wherever the scratch directory lies.
+STORE, ADAPTER = "../../world/store", "--adapter=../../world/adapter"
+TRAIN = ["--train-file=../../world/data/train.txt", "--validation-file=../../world/data/valid.txt", "--output-dir=run"]
 TRAIN += ["--max-length=24", "--lora-r=2", "--learning-rate=0.01", "--device=cpu", "--save-steps=2"]
 SELECTED = ["--selection-mode=identity", "--selection-schedule=random", "--selected-ratio=0.34"]
 SELECTED += ["--unselected-update=momentum", "--lora-dropout=0.2", "--gradient-accumulation-steps=2"]
 SELECTED += ["--per-device-train-batch-size=2", "--warmup-steps=2", "--lr-scheduler-type=cosine", "--weight-decay=0.05"]
 IN_BACKWARD = ["--selection-mode=exact", "--selection-schedule=importance", "--selected-ratio=0.67"]
 IN_BACKWARD += ["--optimizer-in-backward", "--lora-dropout=0.1"]
-STORE, ADAPTER = "../../world/store", "--adapter=../../world/adapter"
-TUNE = ["tune", "--offline", "--target=sm_87", "--shapes=256x128,512x128,512x512", "--m=16,64", "--output=table.json"]
+TWO_EPOCHS = ["--num-train-epochs=2", "--per-device-train-batch-size=4", "--optimizer-state=host"]
+WITH_PLOTS = "train, two epochs, state in host memory"
 COMMANDS = {
     "quantize": ["quantize", "../../world/model", "store", "--group-size=32"],
     "train, blocks selected, momentum, dropout, accumulation": ["train", STORE, *TRAIN, "--max-steps=6", *SELECTED],
     "train, optimizer in backward, importance": ["train", STORE, *TRAIN, "--max-steps=5", *IN_BACKWARD],
-    "train, two epochs, state in host memory": [
-        "train",
-        STORE,
-        *TRAIN,
-        "--num-train-epochs=2",
-        "--optimizer-state=host",
-    ],
+    WITH_PLOTS: ["train", STORE, *TRAIN, *TWO_EPOCHS],
     "train, mezo": ["train", STORE, *TRAIN, "--max-steps=5", "--optim=mezo", "--lora-dropout=0.1"],
     "quantize, then train": ["train", "../../world/model", *TRAIN, "--max-steps=3", "--group-size=32"],
     "merge into a model": ["merge", STORE, "merged", ADAPTER, "--dtype=float32"],
     "merge into a store": ["merge", STORE, "merged", ADAPTER, "--as-store"],
-    "tune": TUNE,
+    "tune": ["tune", "--offline", "--target=sm_87", "--shapes=256x128,512x128,512x512", "--m=16,64"]
+    + ["--output=table.json"],
 }
 CHANGING = ("seconds", "seconds_waiting_for_data", "peak_rss_bytes")  # columns of metrics.jsonl
 RESULTS = ("loss_before", "loss_after", "token_accuracy_before", "token_accuracy_after", "perplexity_after", "steps")
@@ -101,33 +73,49 @@ RESULTS += ("train_loss_last", "trainable_parameters", "settings", "data", "back
 COUNTED = ("points", "operation", "half", "moment", "own process", "before it began", "ended before")
 PATH_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+DEADLINE = 300  # seconds
 
 
 @dataclass
-class Ended:
-    """A command: its exit code, negative for a signal, how many operations it began, and what it said."""
+class Run:
+    """How a command ended, and the numbers of file operations and of writes that it began."""
 
-    code: int
-    operations: int
-    halves: int
-    said: str
-    seconds: float
+    ended: Ended
+    operations: int = 0
+    writes: int = 0
+
+    @property
+    def killed(self) -> bool:
+        return self.ended.signal in ("SIGKILL", "hang")  # by itself, or by us after some seconds
+
+    @property
+    def said(self) -> str:
+        return self.ended.out + self.ended.err
 
 
-class Deaths:
-    """In a child: counts file operations below the working directory, and kills the process at one of them."""
+class Killer:
+    """Counts, in a child, the file operations below the working directory, and kills the process at one of them.
+
+    Args:
+        counts: shared with the parent: operations, writes.
+        kind: "operation" or "half"; anything else kills nowhere.
+        at: the number of the operation or write, from 1.
+    """
 
     def __init__(self, counts: memoryview, kind: str, at: int) -> None:
+        from mebp_triton.system import atomic, safetensors_file
+
         self.counts, self.kind, self.at = counts, kind, at
         self.root = os.getcwd()
-        sys.addaudithook(self._heard)
-        Path.write_bytes = self._halved(Path.write_bytes, self._half_bytes)  # type: ignore[method-assign]
-        atomic.append_line = self._halved(atomic.append_line, self._half_line)
-        safetensors_file.write_safetensors_pieces = self._halved(
-            safetensors_file.write_safetensors_pieces, self._half_pieces
-        )
+        sys.addaudithook(self._on_event)
+        for owner, name, write_half in (
+            (Path, "write_bytes", self._half_of_bytes),
+            (atomic, "append_line", self._half_of_line),
+            (safetensors_file, "write_safetensors_pieces", self._half_of_pieces),
+        ):
+            setattr(owner, name, self._counting_writes(getattr(owner, name), write_half))
 
-    def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             name, _, flags = arguments
             if not isinstance(flags, int) or not flags & WRITING:
@@ -148,25 +136,25 @@ class Deaths:
             before()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def _halved(self, write: Callable[..., Any], half: Callable[..., None]) -> Callable[..., Any]:
+    def _counting_writes(self, write: Callable[..., Any], write_half: Callable[..., None]) -> Callable[..., Any]:
         def counted(*arguments: Any, **more: Any) -> Any:
-            self._count(1, "half", lambda: half(write, *arguments, **more))
+            self._count(1, "half", lambda: write_half(write, *arguments, **more))
             return write(*arguments, **more)
 
         return counted
 
     @staticmethod
-    def _half_bytes(write: Any, path: Path, data: bytes) -> None:
+    def _half_of_bytes(write: Any, path: Path, data: bytes) -> None:
         write(path, data[: len(data) // 2])
 
     @staticmethod
-    def _half_line(write: Any, path: Path, line: str) -> None:
+    def _half_of_line(write: Any, path: Path, line: str) -> None:
         with open(path, "a") as file:
             file.write(line[: len(line) // 2])
 
     @staticmethod
-    def _half_pieces(write: Any, path: Path, entries: Any, pieces: Any, *metadata: Any) -> None:
-        def some() -> Iterator[torch.Tensor]:
+    def _half_of_pieces(write: Any, path: Path, entries: Any, pieces: Any, *metadata: Any) -> None:
+        def some() -> Iterator[Any]:
             for index, piece in enumerate(pieces):
                 if 2 * index > len(entries):
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -175,78 +163,57 @@ class Deaths:
         write(path, entries, some(), *metadata)
 
 
-def forked(action: Callable[[], int | None], said: Path, seconds: float | None = None) -> tuple[int, float]:
-    """``action`` in a fork of this process, killed after ``seconds``: its exit code, and how long it ran."""
-    sys.stdout.flush()
-    started = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        code: int | None = 70
-        try:
-            handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            code = action()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code or 0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    return os.waitstatus_to_exitcode(status), time.perf_counter() - started
-
-
-def command(directory: Path, arguments: list[str], kind: str = "", at: float = 0, plots: bool = False) -> Ended:
-    """``mebp`` in ``directory``, killed at the ``at``-th operation or half write, or after ``at`` seconds."""
-    said = directory.with_name(directory.name + ".txt")
+def run(
+    directory: Path, arguments: list[str], kind: str = "", at: float = 0, plots: bool = False, planted: bool = False
+) -> Run:
+    """Runs ``mebp`` in ``directory``; kills it at the ``at``-th operation or write, or after ``at`` seconds."""
     with mmap.mmap(-1, 16) as shared, memoryview(shared) as raw, raw.cast("Q") as counts:
 
-        def run() -> int:
+        def work() -> int:
             os.chdir(directory)
-            if not plots:
-                run_directory.draw_plots = lambda *_: []  # most of the time of so short a run
-            tune.model_rank = made_up_rank
-            Deaths(counts, kind, int(at))
-            return main_module.main(arguments)
+            rank_without_compiling()
+            if plots:
+                draw_plots_again()
+            if planted:
+                remove_nothing()
+            Killer(counts, kind, int(at))
+            return command(arguments)()
 
-        code, seconds = forked(run, said, at if kind == "moment" else None)
-        return Ended(code, counts[0], counts[1], said.read_text(errors="replace"), seconds)
-
-
-def made_up_rank(architecture: str, limit: int | None = None, progress: Any = None) -> Any:
-    def ranked(problem: Any) -> list[Trial]:
-        time.sleep(0.02)  # so that a random moment meets it
-        return [Trial(None, float(problem.n + problem.m))]
-
-    return ranked
+        ended = forked(work, seconds=at if kind == "moment" else DEADLINE)
+        return Run(ended, counts[0], counts[1])
 
 
-MADE_UP = f"""
+def draw_plots_again() -> None:
+    from mebp_triton.training import plots, run_directory
+
+    run_directory.draw_plots = plots.draw_plots
+
+
+TUNE_PROCESS = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).resolve().parent)!r})
-import kill
-kill.tune.model_rank = kill.made_up_rank
-sys.exit(kill.main_module.main(sys.argv[1:]))
+import forked
+from mebp_triton.cli.main import main
+forked.rank_without_compiling()
+sys.exit(main(sys.argv[1:]))
 """
 
 
-def own_process(directory: Path, arguments: list[str], seconds: float) -> Ended:
-    """``mebp`` as a shell starts it, killed ``seconds`` after the first entry in ``directory``."""
+def run_own_process(directory: Path, arguments: list[str], seconds: float) -> Run:
+    """Runs ``mebp`` as a shell starts it; kills it ``seconds`` after the first entry appears in ``directory``."""
+    program = ["-c", TUNE_PROCESS] if arguments[0] == "tune" else ["-m", "mebp_triton.cli"]
     started = time.perf_counter()
-    program = ["-c", MADE_UP] if arguments[0] == "tune" else ["-m", "mebp_triton.cli"]
-    with open(directory.with_name(directory.name + ".txt"), "w+") as said:
+    with tempfile.TemporaryFile("w+") as said:
         child = subprocess.Popen([sys.executable, *program, *arguments], cwd=directory, stdout=said, stderr=said)
         while child.poll() is None and not began(directory):
             time.sleep(0.001)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(seconds)
         child.kill()
-        child.wait()
+        code = child.wait()
         said.seek(0)
-        return Ended(child.returncode, 0, 0, said.read(), time.perf_counter() - started)
+        by = signal.Signals(-code).name if code < 0 else ""
+        return Run(Ended(None if by else code, by, "", said.read(), 0, time.perf_counter() - started))
 
 
 def began(directory: Path) -> bool:
@@ -256,8 +223,8 @@ def began(directory: Path) -> bool:
 # --- what is compared -----------------------------------------------------------------------------------------------
 
 
-def outcome(directory: Path) -> dict[str, Any]:
-    """What lies there, by path: all bytes, but what differs from run to run of the same command."""
+def contents(directory: Path) -> dict[str, Any]:
+    """By relative path, the bytes of every file, without what differs between two runs of the same command."""
     found: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
@@ -284,27 +251,32 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     )
 
 
-def half_things(directory: Path, wanted: dict[str, Any]) -> list[str]:
-    """What a kill left and a reader would take for whole, though it is not."""
+def half_written(directory: Path, wanted: dict[str, Any]) -> list[str]:
+    """What a kill left that a reader would take for whole, though it is not."""
+    from mebp_triton.kernels.tables import read_named_table
+    from mebp_triton.models.adapter import read_adapter_tensors
+    from mebp_triton.store.reader import Store
+    from mebp_triton.system import atomic, reading
+
     wrong = []
     for name in ("store", "merged", "run-store"):
         place = directory / name
         if not place.is_dir() or not any(place.iterdir()):
             continue
         try:
-            if (directory / name / "manifest.json").exists():
+            if (place / "manifest.json").exists():
                 for file in Store(place).files.values():
                     file.verify()
         except ValueError as error:
             wrong.append(str(error))
         inside = {path: value for path, value in wanted.items() if path.startswith(name + "/")}
-        here = {path: value for path, value in outcome(directory).items() if path.startswith(name + "/")}
+        here = {path: value for path, value in contents(directory).items() if path.startswith(name + "/")}
         wrong += differences(here, inside)
     run, table = directory / "run", directory / "table.json"
     checkpoint = atomic.locate_directory(run / "checkpoint")
     if checkpoint.exists():
         state = json.loads((checkpoint / "state.json").read_text())
-        wrong += [f for f, sums in state["crc32"].items() if reading.file_checksums(checkpoint / f) != sums]
+        wrong += [file for file, sums in state["crc32"].items() if reading.file_checksums(checkpoint / file) != sums]
     if (run / "adapter" / "adapter_config.json").exists():
         read_adapter_tensors(run / "adapter")
     if table.exists():
@@ -317,28 +289,41 @@ def half_things(directory: Path, wanted: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Scenario:
+    """A command, how it ends when nobody disturbs it, and what the points have found.
+
+    Attributes:
+        wanted: the ``contents`` that it ends with.
+        whole: the undisturbed run.
+    """
+
     name: str
     arguments: list[str]
     wanted: dict[str, Any]
-    whole: Ended
-    plots: bool
+    whole: Run
+    planted: bool
     counted: Counter[str] = field(default_factory=Counter)
     lost: list[dict[str, Any]] = field(default_factory=list)
 
+    def run(self, place: Path, arguments: list[str], kind: str = "", at: float = 0) -> Run:
+        return run(place, arguments, kind, at, self.name == WITH_PLOTS, self.planted)
 
-def prepared(root: Path, name: str) -> Scenario:
-    """The uninterrupted command; twice, so that what is no function of its input shows."""
-    plots = name == "train, two epochs, state in host memory"
-    seen = []
-    for again in ("whole", "again"):
-        place = new_place(root, again)
-        ended = command(place, COMMANDS[name], plots=plots)
-        if ended.code:
-            raise SystemExit(f"{name}: {ended.said}")
-        seen.append(outcome(place))
-    if problems := differences(*seen):
-        raise SystemExit(f"{name} ends with other bytes the second time: {problems}")
-    return Scenario(name, COMMANDS[name], seen[0], ended, plots)
+
+def undisturbed(root: Path, name: str, planted: bool) -> Scenario:
+    scenario = Scenario(name, COMMANDS[name], {}, Run(Ended(0, "", "", "", 0, 0.0)), planted)
+    place = new_place(root, "whole")
+    scenario.whole = scenario.run(place, scenario.arguments)
+    if scenario.whole.ended.code != 0:
+        raise SystemExit(f"{name}: {scenario.whole.said}")
+    scenario.wanted = contents(place)
+    return scenario
+
+
+def check_repeats(root: Path, scenario: Scenario) -> None:
+    """SystemExit if the undisturbed command ends with other bytes the second time: then no point says anything."""
+    place = new_place(root, "again")
+    scenario.run(place, scenario.arguments)
+    if problems := differences(contents(place), scenario.wanted):
+        raise SystemExit(f"{scenario.name} ends with other bytes the second time: {problems}")
 
 
 def new_place(root: Path, name: str) -> Path:
@@ -361,136 +346,116 @@ def complete(place: Path, arguments: list[str]) -> bool:
 def try_point(
     root: Path, scenario: Scenario, kind: str, at: float, own: bool, again: float | None
 ) -> tuple[str, int, list[str]]:
-    """What the first kill was, how many points it and the second one are, and what went wrong, in words.
+    """Kills the command once or twice and lets it go on.
 
-    A moment at which the command had ended already, or had written nothing yet, is none.
+    A moment at which the command had ended already, or had written nothing yet, is no point.
 
     Args:
+        own: the command runs in a process of its own.
         again: the command that goes on is killed as well, after so many seconds, and another one goes on.
+
+    Returns:
+        The kind of the first kill, the number of points that the two kills are, and what went wrong, in words.
     """
     place, arguments = new_place(root, "point"), scenario.arguments
-    ended = own_process(place, arguments, at) if own else command(place, arguments, kind, at, scenario.plots)
-    if ended.code == 0 and kind == "moment":
+    first = run_own_process(place, arguments, at) if own else scenario.run(place, arguments, kind, at)
+    if first.ended.code == 0 and kind == "moment":
         return "ended before", 0, []
-    if ended.code != -signal.SIGKILL:
-        return kind, 1, [f"was to be killed, and ended with {ended.code}: {ended.said[-300:]}"]
+    if not first.killed:
+        return kind, 1, [f"was to be killed, and ended with {first.ended.code}: {first.said[-300:]}"]
     if kind == "moment" and not began(place):
         kind = "before it began"
     kills = int(kind != "before it began")
-    problems = half_things(place, scenario.wanted)
+    problems = half_written(place, scenario.wanted)
     if again is not None and not complete(place, arguments):
-        kills += command(place, going_on(place, arguments), "moment", again).code == -signal.SIGKILL
-        problems += half_things(place, scenario.wanted)
+        kills += scenario.run(place, going_on(place, arguments), "moment", again).killed
+        problems += half_written(place, scenario.wanted)
     if not complete(place, arguments):
-        last = command(place, going_on(place, arguments), plots=scenario.plots)
-        if last.code != 0:
+        last = scenario.run(place, going_on(place, arguments))
+        if last.ended.code != 0:
             return kind, kills, [*problems, f"does not go on: {last.said.strip()[-300:]}"]
-    return kind, kills, problems + differences(outcome(place), scenario.wanted)
+    return kind, kills, problems + differences(contents(place), scenario.wanted)
 
 
 def points(
     scenario: Scenario, count: int, moments: int, draw: random.Random
 ) -> Iterator[tuple[str, float, bool, float | None]]:
-    """(kind, at, in a process of its own, killed again after) of ``count`` exact points and ``moments`` random ones."""
-    halves = min(count // 3, scenario.whole.halves)
+    """Yields ``try_point``'s kind, at, own and again for ``count`` exact points and ``moments`` random ones."""
+    halves = min(max(count // 3, 1), count - 1, scenario.whole.writes)
     for kind, total, wanted in (
         ("operation", scenario.whole.operations, count - halves),
-        ("half", scenario.whole.halves, halves),
+        ("half", scenario.whole.writes, halves),
     ):
-        # One of each stretch of as many operations.
-        for index in range(min(wanted, total)):
+        for index in range(min(wanted, total)):  # one in each stretch of as many operations
             first, last = 1 + index * total // wanted, (index + 1) * total // wanted
             yield kind, draw.randint(first, max(first, last)), False, None
     for index in range(moments):
-        own = index % 4 == 3
-        seconds = scenario.whole.seconds * draw.random()
-        twice = scenario.whole.seconds * draw.random() if index % 4 == 1 else None
-        yield "moment", seconds, own, twice
+        whole = scenario.whole.ended.seconds
+        seconds = whole * draw.random()
+        again = whole * draw.random() if index % 4 == 1 else None
+        yield "moment", seconds, index % 4 == 3, again
 
 
-def make_world(root: Path) -> None:
-    """Model, texts, store, adapter."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model("llama", **CONFIG)
-    world = root / "world"
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(world / "model")
-    make_tokenizer(config, 0).save_pretrained(world / "model")
-    draw = random.Random(0)
-    for name, count in (("train.txt", 60), ("valid.txt", 16)):
-        (world / name).write_text(
-            " ".join(draw.choice(("the", "cat", "sees", "a", "red", "house")) for _ in range(count))
-        )
-    for more in (
-        ["quantize", str(world / "model"), str(world / "store"), "--group-size=32"],
-        ["train", str(world / "store"), f"--train-file={world / 'train.txt'}", f"--output-dir={world / 'run'}"]
-        + ["--max-steps=2", "--max-length=24", "--lora-r=2", "--learning-rate=0.05", "--device=cpu"],
-    ):
-        if main_module.main(more):
-            raise SystemExit("no world to try it in")
-    shutil.move(world / "run" / "adapter", world / "adapter")
+def try_scenario(root: Path, scenario: Scenario, count: int, moments: int, seed: int) -> None:
+    """Tries all points of a command; counts them, and keeps those that lost something."""
+    draw = random.Random(zlib.crc32(f"{seed} {scenario.name}".encode()))
+    for kind, at, own, again in points(scenario, count, moments, draw):
+        was, kills, wrong = try_point(root, scenario, kind, at, own, again)
+        what = {"kind": kind, "at": round(at, 3), "own_process": own, "again_at": again}
+        scenario.counted["points"] += kills
+        scenario.counted[kind] += kills
+        scenario.counted["own process"] += own and was == kind
+        if was != kind:
+            scenario.counted[was] += 1
+        if wrong:
+            check_repeats(root, scenario)
+            scenario.lost.append(what | {"wrong": wrong})
+            print(f"{scenario.name}: {what}: {wrong}", file=sys.stderr, flush=True)
+    counted = f"{scenario.counted['points']} points, {len(scenario.lost)} lost"
+    print(f"{scenario.name}: {counted}", file=sys.stderr, flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=10, help="exact points of each command (default: 10)")
-    parser.add_argument("--moments", type=int, default=4, help="random moments of each command (default: 4)")
-    parser.add_argument("--only", action="append", default=[], help="commands whose name has this in it")
-    parser.add_argument("--seed", type=int, default=0, help="of the points")
-    parser.add_argument("--output", type=Path, help="where the summary goes as JSON")
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    started, scenarios = time.perf_counter(), []
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        (root / "runs").mkdir()
-        code, _ = forked(lambda: make_world(root), root / "world.txt")
-        if code:
-            raise SystemExit((root / "world.txt").read_text())
-        for name in COMMANDS:
-            if chosen.only and not any(part in name for part in chosen.only):
-                continue
-            scenario = prepared(root, name)
-            scenarios.append(scenario)
-            draw = random.Random(zlib.crc32(f"{chosen.seed} {name}".encode()))
-            for kind, at, own, again in points(scenario, chosen.points, chosen.moments, draw):
-                was, kills, wrong = try_point(root, scenario, kind, at, own, again)
-                what = {"kind": kind, "at": round(at, 3), "own_process": own, "again_at": again}
-                scenario.counted["points"] += kills
-                scenario.counted[kind] += kills
-                scenario.counted["own process"] += own and was == kind
-                if was != kind:
-                    scenario.counted[was] += 1
-                if wrong:
-                    scenario.lost.append(what | {"wrong": wrong})
-                    print(f"{name}: {what}: {wrong}", file=sys.stderr, flush=True)
-            print(
-                f"{name}: {scenario.counted['points']} points, {len(scenario.lost)} lost", file=sys.stderr, flush=True
-            )
+def summary(scenarios: list[Scenario]) -> dict[str, Any]:
     tried, lost = sum(one.counted["points"] for one in scenarios), sum(len(one.lost) for one in scenarios)
-    summary = {
-        "points": tried,
+    return {
+        "tried": tried,
         "survived": tried - lost,
         "lost": lost,
-        "seed": chosen.seed,
-        "seconds": round(time.perf_counter() - started),
-        "environment": environment(),
         "commands": {
             one.name: {
                 "arguments": one.arguments,
                 "file_operations": one.whole.operations,
-                "writes": one.whole.halves,
+                "writes": one.whole.writes,
                 **{kind: one.counted[kind] for kind in COUNTED},
                 "lost": one.lost,
             }
             for one in scenarios
         },
     }
-    print(f"{tried} points, {tried - lost} survived, {lost} lost")
-    if chosen.output:
-        chosen.output.parent.mkdir(parents=True, exist_ok=True)
-        strict_json.write_json(chosen.output, summary)
-    return 1 if lost or not tried else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=10, help="exact points of each command (default: 10)")
+    parser.add_argument("--moments", type=int, default=4, help="random moments of each command (default: 4)")
+    parser.add_argument("--only", action="append", default=[], help="commands whose name contains this")
+    parser.add_argument("--seed", type=int, default=0, help="of the points")
+    parser.add_argument("--world", type=Path, help="made by world.py; by default a new one")
+    parser.add_argument("--planted", action="store_true", help="commands remove no file: points must be lost")
+    parser.add_argument("--output", type=Path, help="where the summary goes as JSON")
+    chosen = parser.parse_args()
+    warnings.simplefilter("ignore")
+    started, scenarios = time.perf_counter(), []
+    with scratch_and_world("kill", chosen.world) as (root, world):
+        (root / "runs").mkdir()
+        if chosen.world:
+            (root / "world").symlink_to(world, target_is_directory=True)
+        for name in COMMANDS:
+            if not chosen.only or any(part in name for part in chosen.only):
+                scenarios.append(undisturbed(root, name, chosen.planted))
+                try_scenario(root, scenarios[-1], chosen.points, chosen.moments, chosen.seed)
+    seconds = round(time.perf_counter() - started)
+    return finish({"seed": chosen.seed, "seconds": seconds, **summary(scenarios)}, chosen.output)
 
 
 if __name__ == "__main__":

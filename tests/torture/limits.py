@@ -1,4 +1,4 @@
-"""Full disks and limits: a command that runs into one says so in one line, loses nothing, and leaves nothing.
+"""Runs commands into full disks and limits: they say so in one line, lose nothing, and leave nothing behind.
 
     python tests/torture/limits.py --output bench/results/torture/limits.json
 
@@ -10,8 +10,8 @@ Each of quantize, train, train --resume, merge (to a model and to a store) and t
 - into a directory that cannot be written, by mode (as another user) and by a read-only mount;
 - with its n-th file operation failing (ENOSPC, EIO, a short write), for every n.
 
-After each: exit code 0, or 1 or 2 with one line; no temporary file; no output, or a whole one; and where a checkpoint
-was, one that resumes to the adapter of an uninterrupted run, to the bit.
+After each run the exit code is 0, or 1 or 2 with one line; there is no temporary file; the output is absent or whole;
+and where a checkpoint was, there is one that resumes to the adapter of an uninterrupted run, to the bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import hashlib
+import itertools
 import json
+import mmap
 import os
 import resource
 import shutil
@@ -33,18 +36,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from forked import MIB, Ended, command, forked, import_all  # noqa: E402
-from results import counted, counted_by, finish  # noqa: E402
-from world import TRAIN, copy_into, make_wide, make_world  # noqa: E402
+from forked import (
+    MIB,
+    TEMPORARY,
+    Ended,
+    address_space,
+    command,
+    forked,
+    own_process,
+    rank_without_compiling,
+    remove_nothing,
+)
+from results import counted, counted_by, finish
+from world import TRAIN, copy_into, make_wide, scratch_and_world
 
-TEMPORARY = ".mebp-tmp-"
-NOBODY = 65534
+NOBODY = 65534  # a user without rights
+MOST_BYTES = 1 << 22  # under which every file of the small world stays
 
 
 @dataclass
 class Point:
-    """One try: the command, the limit, its value, and what came of it."""
+    """One run under a limit: the command, the limit, its value, and the outcome."""
 
     command: str
     limit: str
@@ -54,13 +66,24 @@ class Point:
 
 
 class Bench:
-    """The commands over one small world; ``place`` of each is where it writes."""
+    """The commands over one small world. Each gets a directory of its own, ``place``, and writes there.
 
-    def __init__(self, world: Path, model: Path | None = None, store: Path | None = None) -> None:
-        self.world, self.is_wide = world, model is not None
+    Args:
+        model, store, adapter: in place of the world's small ones.
+        planted: commands remove no file; points must be lost then.
+    """
+
+    def __init__(
+        self,
+        world: Path,
+        model: Path | None = None,
+        store: Path | None = None,
+        adapter: Path | None = None,
+        planted: bool = False,
+    ) -> None:
+        self.world, self.is_wide, self.planted = world, model is not None, planted
         texts = [f"--train-file={world / 'data/train.txt'}"]
-        adapter = world / ("wide-adapter" if self.is_wide else "adapter")
-        model, store = model or world / "model", store or world / "store"
+        model, store, adapter = model or world / "model", store or world / "store", adapter or world / "adapter"
         self.arguments: dict[str, Callable[[Path], list[Any]]] = {
             "quantize": lambda place: ["quantize", model, place / "out", "--group-size=32"],
             "quantize GGUF": lambda place: ["quantize", world / "gguf/tiny.gguf", place / "out"],
@@ -79,50 +102,45 @@ class Bench:
         self.truth = ""
 
     def prepare(self, name: str, place: Path) -> None:
-        """What lies there before: of ``train --resume``, the run that was interrupted."""
+        """Lays down what the command goes on with: for ``train --resume`` an interrupted run, for ``tune`` a table."""
         if name == "train --resume":
             copy_into(self.world / "run", place / "out")
         if name == "tune":
             copy_into(self.world / "tables/sm_87.json", place / "sm_87.json")
 
-    def run(self, name: str, place: Path, before: Callable[[], None] | None = None, after: Any = None) -> Ended:
-        """In a child. ``after``: what is patched in it before the command starts."""
-        arguments = self.arguments[name](place)
-        start = command(arguments)
+    def run(
+        self,
+        name: str,
+        place: Path,
+        before: Callable[[], None] | None = None,
+        install: Callable[[], None] | None = None,
+    ) -> Ended:
+        """Runs a command in a child. ``before`` sets the child's limits, ``install`` replaces functions in it."""
+        start = command(self.arguments[name](place))
 
         def work() -> int:
             os.environ["TMPDIR"] = str(place)  # scratch files
             tempfile.tempdir = None
-            few_candidates()
-            if after is not None:
-                after()
+            rank_without_compiling()
+            if self.planted:
+                remove_nothing()
+            if install is not None:
+                install()
             return start()
 
         return forked(work, before, seconds=180)
 
-    def own_process(self, name: str, place: Path, address_space: int) -> Ended:
-        """As a user starts it, under a limit from the first instruction on."""
-        arguments = [str(part) for part in self.arguments[name](place)]
-
-        def start() -> int:
-            os.execv(sys.executable, [sys.executable, "-m", "mebp_triton.cli", *arguments])
-
-        def limit() -> None:
-            resource.setrlimit(resource.RLIMIT_AS, (address_space, resource.RLIM_INFINITY))
-
-        return forked(start, limit, seconds=300)
-
-    def wide(self) -> Bench:
-        """The same over a model of 100 MB, which does not fit into what a small process has left over."""
-        wide = Bench(self.world, model=self.world / "wide-model", store=self.world / "wide-store")
+    def wide(self, place: Path) -> Bench:
+        """The same commands over the model of 100 MB at ``place``: it does not fit into a small process's leftovers."""
+        wide = Bench(self.world, place / "wide-model", place / "wide-store", place / "wide-adapter", self.planted)
         wide.tried = [name for name in self.tried if name not in ("quantize GGUF", "tune", "train --resume")]
         return wide
 
     def whole(self, name: str, place: Path, finished: bool) -> str:
-        """What is wrong with what ``name`` left at ``place``, "" if nothing.
+        """Returns what is wrong with the files that ``name`` left at ``place``; "" if nothing is.
 
         Args:
-            finished: it ended with exit code 0. If not, an absent output is fine.
+            finished: the command ended with exit code 0. If not, an absent output is fine.
         """
         stray = [path.name for path in place.rglob(f"{TEMPORARY}*")]
         if stray:
@@ -143,35 +161,31 @@ class Bench:
         return "" if ended.code == 0 else f"a half-written output: {ended.err.strip()[-200:]}"
 
     def _resumes(self, run: Path, finished: bool) -> str:
-        """Whether the run goes on from its checkpoint to the adapter that it would have had."""
+        """Checks that the run goes on from its checkpoint to the adapter that it would have had; "" if it does."""
         from mebp_triton.system import atomic
 
         if finished and not ((run / "checkpoint" / "state.json").exists() and (run / "run.json").exists()):
             return "finished without a checkpoint or results"
         if not (atomic.locate_directory(run / "checkpoint") / "state.json").exists():
             left = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()] if run.exists() else []
-            known = {"metrics.jsonl", "evaluation_before.json"}
-            return f"without a checkpoint, left {left}" if set(left) - known else ""
+            harmless = {"metrics.jsonl", "evaluation_before.json"}
+            return f"without a checkpoint, left {left}" if set(left) - harmless else ""
         ended = self.run("train --resume", run.parent)
         if ended.code != 0:
             return f"does not resume: {ended.err.strip()[-300:]}"
         if self.is_wide:  # a run of this model is not repeated for each point
             return ""
-        adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-        losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-        found = f"{hash_of(adapter)} {losses}"
-        return "" if found == self.truth else "resumed to another result"
+        return "" if result_of(run) == self.truth else "resumed to another result"
 
     def learn(self, scratch: Path) -> None:
-        """What an uninterrupted run ends with."""
+        """Keeps what an uninterrupted run ends with."""
         place = Path(tempfile.mkdtemp(dir=scratch))
         ended = self.run("train", place)
         assert ended.code == 0, ended.err
-        adapter = (place / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
-        losses = [json.loads(line)["loss"] for line in (place / "out/metrics.jsonl").read_text().splitlines()]
-        self.truth = f"{hash_of(adapter)} {losses}"
+        self.truth = result_of(place / "out")
 
     def judge(self, point: Point, ended: Ended, place: Path) -> Point:
+        """Fills in the outcome of a point."""
         if fault := ended.fault():
             point.outcome, point.why = "lost", fault
         elif wrong := self.whole(point.command, place, ended.code == 0):
@@ -183,22 +197,11 @@ class Bench:
         return point
 
 
-def hash_of(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
-
-
-def few_candidates() -> None:
-    """Compiling takes minutes, and is not what is tried."""
-    from mebp_triton.autotune import tune
-    from mebp_triton.autotune.log import Trial
-    from mebp_triton.kernels.configs import TileConfig, default_config
-
-    def rank(*arguments: Any) -> Any:
-        return lambda problem: [Trial(default_config(problem), 5.0), Trial(TileConfig(16, 64, 64), 6.0)]
-
-    tune.model_rank = rank  # type: ignore[assignment]
+def result_of(run: Path) -> str:
+    """A digest of a run's adapter, and its losses."""
+    adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return f"{hashlib.sha256(adapter).hexdigest()} {losses}"
 
 
 # --- the limits -----------------------------------------------------------------------------------------------------
@@ -206,7 +209,7 @@ def few_candidates() -> None:
 
 @contextlib.contextmanager
 def mounted(place: Path, size: int) -> Iterator[Path]:
-    """A tmpfs of ``size`` bytes. OSError where none can be mounted."""
+    """Yields a new tmpfs of ``size`` bytes; OSError where none can be mounted."""
     place.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, text=True, check=False
@@ -248,24 +251,28 @@ def disk_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
 
 
 def file_size_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
+    """From one byte to ``MOST_BYTES``, in ``steps`` equal factors."""
     for name in bench.tried:
         for step in range(steps):
-            limit = max(1, 4**step)
+            limit = round(MOST_BYTES ** (step / max(steps - 1, 1)))
             place = Path(tempfile.mkdtemp(dir=scratch))
             bench.prepare(name, place)
 
             def lower(limit: int = limit) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
-            ended = bench.run(name, place, lower if limit > 4096 else _small(limit))
+            ended = bench.run(name, place, lower if limit > 4096 else _with_output_elsewhere(lower))
             yield bench.judge(Point(name, "RLIMIT_FSIZE", f"{limit} bytes"), ended, place)
             shutil.rmtree(place)
 
 
-def _small(limit: int) -> Callable[[], None]:
-    """Output is a file too: it is sent on through a pipe to a process without the limit."""
+def _with_output_elsewhere(lower: Callable[[], None]) -> Callable[[], None]:
+    """Returns ``lower`` for a limit that the output would exceed, which is a file too.
 
-    def lower() -> None:
+    The output goes through a pipe to a process without the limit.
+    """
+
+    def redirect_and_lower() -> None:
         for number in (1, 2):
             reading, writing = os.pipe()
             if os.fork() == 0:
@@ -277,30 +284,31 @@ def _small(limit: int) -> Callable[[], None]:
             os.close(reading)
             os.dup2(writing, number)
             os.close(writing)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        lower()
 
-    return lower
+    return redirect_and_lower
 
 
 def address_space_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
-    """From nothing above what the process has, in steps that double, up to 1 GiB; and of a process of its own."""
-    bench = bench.wide()
+    """From 1 MiB to 1 GiB above what the process has; and for a process of its own from its first instruction on."""
+    make_wide(scratch)
+    bench = bench.wide(scratch)
     for name in bench.tried:
         for step in range(steps):
             extra = int(MIB * 2 ** (step * 10 / max(steps - 1, 1)))
             place = Path(tempfile.mkdtemp(dir=scratch))
             bench.prepare(name, place)
 
-            def lower(extra: int = extra) -> None:
-                size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + extra
-                resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
-
-            ended = bench.run(name, place, lower)
+            ended = bench.run(name, place, address_space(extra))
             yield bench.judge(Point(name, "RLIMIT_AS", f"{extra // MIB} MiB more"), ended, place)
             shutil.rmtree(place)
     for size in (256, 512, 1024, 1536, 2048, 3072)[: max(steps // 2, 1)]:
         place = Path(tempfile.mkdtemp(dir=scratch))
-        ended = bench.own_process("quantize", place, size * MIB)
+
+        def limit(size: int = size) -> None:
+            resource.setrlimit(resource.RLIMIT_AS, (size * MIB, resource.RLIM_INFINITY))
+
+        ended = forked(own_process(bench.arguments["quantize"](place)), limit, seconds=300)
         yield bench.judge(Point("quantize", "RLIMIT_AS", f"{size} MiB in all"), ended, place)
         shutil.rmtree(place)
 
@@ -329,7 +337,7 @@ def read_only_points(bench: Bench, scratch: Path) -> Iterator[Point]:
 
 
 def _as_nobody() -> None:
-    """Root may write anywhere."""
+    """Gives up root's rights, by which it may write anywhere."""
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
@@ -340,17 +348,24 @@ def _tree(root: Path) -> dict[str, bytes | None]:
 
 
 class Failing:
-    """Makes the n-th of a process's file operations fail: what writes, allocates, makes, renames or syncs."""
+    """Makes the n-th file operation of a process fail: a write, an allocation, a new file, a rename, a sync, ...
+
+    Args:
+        n: from 1.
+        how: "ENOSPC", "EIO", or "short": half of a write, then ENOSPC.
+    """
 
     NAMED = ("open", "replace", "rename", "chmod", "mkdir")
     NAMES = (*NAMED, "write", "pwrite", "fsync", "posix_fallocate")
 
     def __init__(self, n: int, how: str) -> None:
-        self.n, self.how, self.count = n, how, 0
+        self.n, self.how = n, how
 
-    def install(self) -> None:
+    def install(self, count: memoryview) -> None:
+        """Replaces the functions that operate on files. ``count`` is shared with the parent."""
         from mebp_triton.system import atomic
 
+        self.count = count
         for name in self.NAMES:
             setattr(os, name, self._wrap(getattr(os, name), name))
         for owner, name in ((tempfile, "mkstemp"), (tempfile, "mkdtemp"), (tempfile, "TemporaryFile")):
@@ -360,7 +375,7 @@ class Failing:
         atomic.open = self._open  # type: ignore[attr-defined]
 
     def _open(self, path: Any, mode: str = "r", **options: Any) -> Any:
-        """``files`` opens what it writes by ``open``: its writes are counted too."""
+        """Stands in for ``open`` in ``atomic``, so that writes to its files are counted too."""
         file = open(path, mode, **options)  # noqa: SIM115 - the caller's
         if not set(mode) & set("wax+"):
             return file
@@ -370,25 +385,26 @@ class Failing:
         def operation(*arguments: Any, **options: Any) -> Any:
             if name == "open" and not (len(arguments) > 1 and arguments[1] & (os.O_WRONLY | os.O_RDWR)):
                 return original(*arguments, **options)
-            if self.falls_on_this(name):
+            if self.is_next():
                 if self.how == "short":
                     self._half(original, name, arguments, options)
-                named = arguments[:1] if name in self.NAMED else ()  # as the system's own errors
+                named = arguments[:1] if name in self.NAMED else ()  # as in the system's own errors
                 raise OSError(*self.error(), *map(os.fspath, named))
             return original(*arguments, **options)
 
         return operation
 
-    def falls_on_this(self, name: str) -> bool:
-        self.count += 1
-        return self.count == self.n
+    def is_next(self) -> bool:
+        """Counts an operation; whether it is the one that fails."""
+        self.count[0] += 1
+        return self.count[0] == self.n
 
     def error(self) -> tuple[int, str]:
         code = errno.EIO if self.how == "EIO" else errno.ENOSPC
         return code, os.strerror(code)
 
     def _half(self, original: Callable[..., Any], name: str, arguments: Any, options: Any) -> None:
-        """A write that stops in the middle, as on a disk that is full then."""
+        """Does half of a write, as on a disk that fills up meanwhile."""
         if name in ("write", "pwrite"):
             original(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2], *arguments[2:])
         if name == "write_bytes":
@@ -396,6 +412,8 @@ class Failing:
 
 
 class _FailingFile:
+    """A file whose writes count as operations."""
+
     def __init__(self, file: Any, failing: Failing) -> None:
         self._file, self._failing = file, failing
 
@@ -409,7 +427,7 @@ class _FailingFile:
         self._file.close()
 
     def write(self, data: Any) -> Any:
-        if self._failing.falls_on_this("write"):
+        if self._failing.is_next():
             if self._failing.how == "short":
                 half = data if isinstance(data, str) else memoryview(data).cast("B")
                 self._file.write(half[: len(half) // 2])
@@ -417,73 +435,66 @@ class _FailingFile:
         return self._file.write(data)
 
 
-def operation_points(bench: Bench, scratch: Path, every: int) -> Iterator[Point]:
+WAYS = ("ENOSPC", "EIO", "short")
+
+
+def operation_points(bench: Bench, scratch: Path, every: int, in_turn: bool) -> Iterator[Point]:
+    """Every ``every``-th operation fails, in each way; or, ``in_turn``, in one way after the other."""
+    sequences = [itertools.cycle(WAYS)] if in_turn else [itertools.repeat(how) for how in WAYS]
     for name in bench.tried:
-        for how in ("ENOSPC", "EIO", "short"):
-            n, reached = 1, True
-            while reached:
+        for ways in sequences:
+            for n, how in zip(itertools.count(1, every), ways):
                 place = Path(tempfile.mkdtemp(dir=scratch))
                 bench.prepare(name, place)
-                counted = place / "counted"
-                failing = Failing(n, how)
-
-                def after(failing: Failing = failing, counted: Path = counted) -> None:
-                    failing.install()
-                    real_exit = os._exit
-
-                    def leave(code: int) -> None:
-                        with open(counted, "w") as file:
-                            file.write(str(failing.count))
-                        real_exit(code)
-
-                    os._exit = leave  # type: ignore[assignment]
-
-                ended = bench.run(name, place, after=after)
-                reached = int(counted.read_text()) >= n
-                counted.unlink()
-                if reached:
+                ended, count = _run_failing(bench, name, place, Failing(n, how))
+                if count >= n:
                     yield bench.judge(Point(name, f"operation fails: {how}", str(n)), ended, place)
                 shutil.rmtree(place, ignore_errors=True)
-                n += every
+                if count < n:  # the command has fewer operations
+                    break
 
 
-def points(bench: Bench, scratch: Path, steps: int, every: int, limits: set[str]) -> Iterator[Point]:
-    if "disk" in limits:
-        yield from disk_points(bench, scratch, steps)
-    if "file-size" in limits:
-        yield from file_size_points(bench, scratch, steps)
-    if "address-space" in limits:
-        yield from address_space_points(bench, scratch, steps)
-    if "read-only" in limits:
+def _run_failing(bench: Bench, name: str, place: Path, failing: Failing) -> tuple[Ended, int]:
+    """Runs a command of which an operation fails; also returns how many operations it began."""
+    with mmap.mmap(-1, 8) as shared, memoryview(shared) as raw, raw.cast("Q") as count:
+
+        def install() -> None:
+            failing.install(count)
+
+        return bench.run(name, place, install=install), count[0]
+
+
+def points(bench: Bench, scratch: Path, chosen: argparse.Namespace) -> Iterator[Point]:
+    if "disk" in chosen.limits:
+        yield from disk_points(bench, scratch, chosen.steps)
+    if "file-size" in chosen.limits:
+        yield from file_size_points(bench, scratch, chosen.steps)
+    if "address-space" in chosen.limits:
+        yield from address_space_points(bench, scratch, chosen.steps)
+    if "read-only" in chosen.limits:
         yield from read_only_points(bench, scratch)
-    if "operations" in limits:
-        yield from operation_points(bench, scratch, every)
+    if "operations" in chosen.limits:
+        yield from operation_points(bench, scratch, chosen.every, chosen.in_turn)
 
 
 LIMITS = ("disk", "file-size", "address-space", "read-only", "operations")
 OUTCOMES = ("refused", "finished", "lost")
 
 
-def run(steps: int, every: int, limits: set[str], commands: set[str] | None = None, show: bool = False) -> list[Point]:
-    """All points of the limits; ``steps`` values of each, every ``every``-th file operation."""
-    with tempfile.TemporaryDirectory(prefix="mebp-limits-") as name:
-        root = Path(name)
-        os.chmod(root, 0o755)
-        import_all()
-        (root / "world").mkdir()
-        make_world(root / "world")
-        if "address-space" in limits:
-            make_wide(root / "world")
+def run(chosen: argparse.Namespace) -> list[Point]:
+    """Tries all points; prints those that are lost at once."""
+    with scratch_and_world("limits", chosen.world) as (root, world):
         scratch = root / "scratch"
         scratch.mkdir()
-        bench = Bench(root / "world")
-        bench.learn(scratch)
-        if commands is not None:
-            bench.tried = [name for name in bench.tried if name in commands]
+        bench = Bench(world, planted=chosen.planted)
+        if chosen.commands is not None:
+            bench.tried = [name for name in bench.tried if name in chosen.commands]
+        if any(name.startswith("train") for name in bench.tried):
+            bench.learn(scratch)
         found = []
-        for point in points(bench, scratch, steps, every, limits):
+        for point in points(bench, scratch, chosen):
             found.append(point)
-            if show and point.outcome == "lost":
+            if point.outcome == "lost":
                 print(json.dumps(vars(point)), file=sys.stderr, flush=True)
     return found
 
@@ -500,17 +511,20 @@ def summary(found: list[Point]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12, help="values of each limit")
+    parser.add_argument("--steps", type=int, default=12, help="values of each limit (default: 12)")
     parser.add_argument("--every", type=int, default=1, help="file operations from one that fails to the next")
-    parser.add_argument("--limits", default=",".join(LIMITS))
+    parser.add_argument("--in-turn", action="store_true", help="an operation fails in one way, not in all three")
+    parser.add_argument("--limits", default=",".join(LIMITS), help=f"some of {','.join(LIMITS)}")
     parser.add_argument("--commands", help="names, separated by commas; all by default")
-    parser.add_argument("--output", type=Path, help="the summary as JSON")
-    arguments = parser.parse_args()
+    parser.add_argument("--world", type=Path, help="made by world.py; by default a new one")
+    parser.add_argument("--planted", action="store_true", help="commands remove no file: points must be lost")
+    parser.add_argument("--output", type=Path, help="where the summary goes as JSON")
+    chosen = parser.parse_args()
+    chosen.limits = set(chosen.limits.split(","))
+    chosen.commands = set(chosen.commands.split(",")) if chosen.commands else None
     started = time.perf_counter()
-    commands = set(arguments.commands.split(",")) if arguments.commands else None
-    found = run(arguments.steps, arguments.every, set(arguments.limits.split(",")), commands, show=True)
-    value = {"seconds": round(time.perf_counter() - started), **summary(found)}
-    return finish(value, arguments.output)
+    found = run(chosen)
+    return finish({"seconds": round(time.perf_counter() - started), **summary(found)}, chosen.output)
 
 
 if __name__ == "__main__":

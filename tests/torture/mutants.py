@@ -1,8 +1,8 @@
 """Small faults that can be put into a Python module: a comparison turned, a constant off by one, a call left out.
 
-A mutant replaces one node of the syntax tree, or takes one out of a list. Left alone: annotations, strings, what is
-within an f-string (messages), assertions (invariants of our own), and the ``strict`` of zip and the ``stacklevel`` of
-a warning, which no correct program notices.
+A mutant replaces one node of the syntax tree, or takes one out of a list. Annotations, strings, the insides of
+f-strings (messages) and assertions (invariants of our own) are left alone, and so are the ``strict`` of zip and the
+``stacklevel`` of a warning, which no correct program notices.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Mutant:
     """One fault.
 
     Attributes:
-        function: in which it is; "" outside of any.
-        outermost: the function whose body holds it, that is in no other: names from the module down, and its first
-            line. None for what runs when the module is imported.
-        lines: of the statement, as far as its head goes.
-        nth: of those in the function that read the same.
+        function: the name of the function that it is in; "" outside of any.
+        outermost: the outermost function whose body holds it: names from the module down, and the first line. None
+            for code that runs when the module is imported.
+        lines: those of the statement's head.
+        nth: its number among those in the function that read the same.
     """
 
     function: str
@@ -70,11 +70,11 @@ class Mutant:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Names it, whatever changes elsewhere in the file."""
+        """Identifies the fault, whatever changes elsewhere in the file."""
         return self.function, self.kind, self.before, self.after, self.nth
 
     def put_in(self) -> None:
-        """Changes the tree that it was made from."""
+        """Puts the fault into the tree that it was made from."""
         if self.place is None:
             setattr(self.parent, self.field, self.replacement)
             return
@@ -86,7 +86,7 @@ class Mutant:
 
 
 def mutants(tree: ast.Module) -> list[Mutant]:
-    """All of a module, in the order of its source."""
+    """All mutants of a module, in the order of its source."""
     seen: Counter[tuple[str, ...]] = Counter()
     made = []
     for function, outermost, statement, parent, field, place, node in _slots(tree, (), None, None):
@@ -109,7 +109,7 @@ def _text(node: ast.AST) -> str:
 
 
 def _head(statement: ast.stmt) -> range:
-    """The lines that run when a statement does, without those of the statements in it."""
+    """The lines of a statement without those of the statements in it."""
     first = min([statement.lineno, *(item.lineno for item in getattr(statement, "decorator_list", []))])
     body = getattr(statement, "body", None)
     last = body[0].lineno - 1 if body else statement.end_lineno or statement.lineno
@@ -119,7 +119,7 @@ def _head(statement: ast.stmt) -> range:
 def _slots(
     parent: ast.AST, path: tuple[str, ...], outermost: Any, statement: ast.stmt | None
 ) -> Iterator[tuple[Any, ...]]:
-    """Every node that may change: its function, the outermost one, its statement, and where it hangs."""
+    """Yields every node that may change, after its function, the outermost one, its statement, and where it hangs."""
     if isinstance(parent, ast.JoinedStr | ast.Assert | ast.Import | ast.ImportFrom):
         return
     if isinstance(parent, ast.If) and isinstance(parent.test, ast.Name) and parent.test.id == "TYPE_CHECKING":

@@ -1,14 +1,15 @@
-"""Mutation testing: puts small faults into a module, one at a time, and sees whether its tests notice.
+"""Mutation testing: puts small faults into the sources, one at a time, and sees whether their tests notice.
 
-No file is changed. A process collects the tests of a module; every mutant is a fork of it, in which the code of one
-function is replaced. Where the fault runs when the module is imported, a fork of a process without the package imports
-the changed module instead. A first run of the tests writes down which of them reach which line, and how long they
-take: a mutant meets those that reach it, the quickest first, up to the first failure. One in a line that no test
+No file is changed. A process collects the tests of a group of sources; every mutant is a fork of it, in which the code
+of one function is replaced. Where the fault runs when a module is imported, a fork of a process without the package
+imports the changed module instead. A first run of the tests records which of them reach which line, and how long they
+take. A mutant meets the tests that reach it, the quickest first, up to the first failure; one in a line that no test
 reaches has survived. With --again, the survivors of a result are tried once more; "gone" are those whose code no
 longer exists.
 
-    python tests/torture/mutate.py --count 120 --output bench/results/torture/mutate.json
+    python tests/torture/mutate.py --output bench/results/torture/mutate.json
     python tests/torture/mutate.py --again bench/results/torture/mutate.json
+    python tests/torture/mutate.py --sources kernels/layout.py --tests kernels/test_layout.py
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,77 +41,149 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutants import Mutant, mutants  # noqa: E402
+from results import commit  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-ADDRESS_SPACE = 12 << 30  # bytes, of a mutant
+ADDRESS_SPACE = 12 << 30  # bytes that a mutant may have
 TIMED_OUT, NOT_REACHED, OTHER_CLOSURE = "timed out", "not reached", "has other free variables"
 LOG = os.fdopen(os.dup(2), "w")
-# The module, and the tests that concern it, the quickest first.
-MODULES: dict[str, tuple[str, ...]] = {
-    "kernels/layout.py": ("kernels/test_layout.py", "kernels/test_reference.py", "layers/test_linear.py"),
-    "kernels/reference.py": ("kernels/test_reference.py", "kernels/test_layout.py"),
-    "kernels/cross_entropy.py": ("kernels/test_cross_entropy.py", "layers/test_loss.py"),
-    "mebp_triton/layers/lora_config.py": ("layers/test_lora_config.py",),
-    "mebp_triton/layers/lora_function.py": (
-        "layers/test_lora_function.py",
-        "layers/test_linear.py",
-        "layers/test_shared_input.py",
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sources whose faults are drawn together, and below ``tests`` the files that concern them, the quickest first."""
+
+    sources: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+GROUPS = {
+    "layout": Group(
+        ("kernels/layout.py",), ("kernels/test_layout.py", "kernels/test_reference.py", "layers/test_linear.py")
     ),
-    "mebp_triton/layers/int4_module.py": ("layers/test_int4_module.py", "layers/test_linear.py"),
-    "mebp_triton/layers/linear.py": ("layers/test_linear.py", "layers/test_shared_input.py", "blocks/test_replay.py"),
-    "mebp_triton/layers/deferred_logits.py": ("layers/test_deferred_logits.py", "layers/test_loss.py"),
-    "mebp_triton/layers/head.py": ("layers/test_head.py", "layers/test_loss.py"),
-    "mebp_triton/layers/loss.py": ("layers/test_loss.py",),
-    "mebp_triton/blocks/backward.py": (
-        "blocks/test_backward.py",
-        "blocks/test_call.py",
-        "blocks/test_leaks.py",
-        "blocks/test_recompute.py",
+    "reference": Group(("kernels/reference.py",), ("kernels/test_reference.py", "kernels/test_layout.py")),
+    "dynamic8": Group(("mebp_triton/store/dynamic8.py",), ("store/test_dynamic8.py", "store/test_optimizer_state.py")),
+    "moments": Group(
+        ("mebp_triton/store/optimizer_state.py",),
+        ("store/test_optimizer_state.py", "store/test_dynamic8.py", "training/optimizers/test_adamw.py"),
     ),
-    "mebp_triton/blocks/engine.py": ("blocks/test_engine.py", "blocks/test_backward.py", "blocks/test_call.py"),
-    "mebp_triton/blocks/selection.py": ("blocks/test_selection.py", "blocks/test_hooks.py"),
-    "mebp_triton/store/dynamic8.py": ("store/test_dynamic8.py", "store/test_optimizer_state.py"),
+    "selection": Group(("mebp_triton/blocks/selection.py",), ("blocks/test_selection.py", "blocks/test_hooks.py")),
+    "optimizers": Group(
+        ("mebp_triton/training/optimizers/adamw.py", "mebp_triton/training/optimizers/schedules.py"),
+        ("training/optimizers/test_schedules.py", "training/optimizers/test_adamw.py", "store/test_optimizer_state.py"),
+    ),
+    "lora": Group(
+        (
+            "mebp_triton/layers/lora_config.py",
+            "mebp_triton/layers/lora_function.py",
+            "mebp_triton/layers/int4_module.py",
+            "mebp_triton/layers/linear.py",
+        ),
+        (
+            "layers/test_lora_config.py",
+            "layers/test_lora_function.py",
+            "layers/test_int4_module.py",
+            "layers/test_linear.py",
+            "layers/test_shared_input.py",
+            "layers/test_loss.py",
+            "blocks/test_recompute.py",
+        ),
+    ),
+    "backward": Group(
+        ("mebp_triton/blocks/engine.py", "mebp_triton/blocks/backward.py"),
+        (
+            "blocks/test_backward.py",
+            "blocks/test_engine.py",
+            "blocks/test_recompute.py",
+            "blocks/test_runner.py",
+            "training/test_nonfinite.py",
+        ),
+    ),
+    "loss": Group(
+        ("mebp_triton/layers/loss.py", "mebp_triton/layers/head.py", "mebp_triton/layers/deferred_logits.py"),
+        (
+            "layers/test_head.py",
+            "layers/test_deferred_logits.py",
+            "layers/test_loss.py",
+            "blocks/test_engine.py",
+            "store/test_table_rows.py",
+        ),
+    ),
+    "cross_entropy": Group(("kernels/cross_entropy.py",), ("kernels/test_cross_entropy.py", "layers/test_loss.py")),
 }
+MEASURED = [name for name in GROUPS if name != "cross_entropy"]  # its tests interpret kernels, which takes hours
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mutant, and the source that it is in."""
+
+    source: Path
+    tree: ast.Module
+    mutant: Mutant
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.source.relative_to(ROOT).as_posix(), *self.mutant.key
+
+    def record(self) -> dict[str, Any]:
+        return {"file": self.key[0], **self.mutant.record()}
+
+
+def faults_of(group: Group) -> list[Fault]:
+    """All faults that can be put into the sources of a group, in their order."""
+    trees = [(ROOT / name, ast.parse((ROOT / name).read_text())) for name in group.sources]
+    return [Fault(source, tree, mutant) for source, tree in trees for mutant in mutants(tree)]
+
+
+Place = tuple[str, int]  # file and line
 
 
 @dataclass
 class Baseline:
-    """What the tests of a module do while it is whole.
+    """What the tests of a group do while its sources are whole.
 
     Attributes:
-        seconds: of every test.
-        reached: by line, the tests that ran it; "" for one that ran outside of any test.
-        imported: every module that was there at the end.
+        seconds: of every test, the quickest first within each file.
+        reached: for each line, the tests that ran it; "" for one that ran outside of any test.
     """
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    reached: dict[int, list[str]] = field(default_factory=dict)
-    imported: list[str] = field(default_factory=list)
+    seconds: dict[str, float]
+    reached: dict[Place, list[str]] = field(default_factory=dict)
 
-    def tests(self, mutant: Mutant) -> list[str]:
-        """Those that reach it, the quickest first within each file; all, where it runs outside of tests."""
-        found = {test for line in mutant.lines for test in self.reached.get(line, ())}
+    def tests(self, fault: Fault) -> list[str]:
+        """The tests that reach a fault; all, where it runs outside of tests."""
+        places = [(str(fault.source), line) for line in fault.mutant.lines]
+        found = {test for place in places for test in self.reached.get(place, ())}
         if "" in found:
             return list(self.seconds)
         files = {test.partition("::")[0] for test in found if "::" not in test}  # reached by a fixture
         return [test for test in self.seconds if test in found or test.partition("::")[0] in files]
 
+    def limit(self, tests: Iterable[str]) -> float:
+        """Seconds after which a mutant that meets these tests is killed."""
+        return 60 + 8 * sum(self.seconds[test] for test in tests)
+
 
 class Recorder:
-    """A pytest plugin: the time of every test, the lines of ``source`` that it runs, and the first that failed."""
+    """A pytest plugin that records each test's time, the lines of ``sources`` that it runs, and the first failure.
 
-    def __init__(self, source: Path) -> None:
-        self.source, self.current, self.failed = str(source), "", ""
+    Attributes:
+        current: the test that runs; the file of tests while a fixture for several runs; "" otherwise.
+        failed: the first test that failed.
+    """
+
+    def __init__(self, sources: Iterable[Path] = ()) -> None:
+        self.sources, self.current, self.failed = {str(source) for source in sources}, "", ""
         self.seconds: dict[str, float] = {}
-        self.reached: dict[int, set[str]] = {}
+        self.reached: dict[Place, set[str]] = {}
 
     def trace(self, frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename != self.source:
+        """For ``sys.settrace``."""
+        if frame.f_code.co_filename not in self.sources:
             return None
-        self.reached.setdefault(frame.f_lineno, set()).add(self.current)
+        self.reached.setdefault((frame.f_code.co_filename, frame.f_lineno), set()).add(self.current)
         return self.trace
 
     @pytest.hookimpl(wrapper=True)
@@ -145,8 +217,8 @@ class Recorder:
 class Collected(Recorder):
     """A pytest plugin that, instead of running the tests, runs ``work`` with itself, which may fork and run them."""
 
-    def __init__(self, source: Path, work: Callable[[Collected], Any]) -> None:
-        super().__init__(source)
+    def __init__(self, sources: Iterable[Path], work: Callable[[Collected], Any]) -> None:
+        super().__init__(sources)
         self.work, self.found = work, None
 
     def pytest_runtestloop(self, session: Any) -> bool:
@@ -156,7 +228,7 @@ class Collected(Recorder):
         return True
 
     def run(self, tests: Iterable[str], stop: bool = True) -> str:
-        """The first of the tests that fails, or ""."""
+        """Runs the tests; returns the first that fails, or ""."""
         items = [self.items[test] for test in tests]
         for item, following in zip(items, [*items[1:], None], strict=True):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
@@ -165,24 +237,24 @@ class Collected(Recorder):
         return self.failed
 
 
-Job = tuple[Mutant, Callable[[], str], float]
+Job = tuple[Fault, Callable[[], str], float]  # what is tried, how, and for how many seconds at most
 
 
 class MutatedSource(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports one module from a syntax tree instead of its file."""
 
-    def __init__(self, source: Path, tree: ast.Module) -> None:
-        self.source, self.tree = source, tree
-        path = source.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        path = fault.source.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
         self.name = path if path.startswith("mebp_triton.") else f"mebp_triton.{path}"
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != self.name:
             return None
-        return importlib.util.spec_from_file_location(fullname, self.source, loader=self)
+        return importlib.util.spec_from_file_location(fullname, self.fault.source, loader=self)
 
     def exec_module(self, module: Any) -> None:
-        exec(compile(self.tree, str(self.source), "exec"), module.__dict__)
+        exec(compile(self.fault.tree, str(self.fault.source), "exec"), module.__dict__)
 
 
 def run_pytest(files: Iterable[str], plugin: Any, *options: str) -> int:
@@ -200,7 +272,7 @@ class Child:
     until: float
 
     def ended(self) -> Any:
-        """None while it works; then what it found, "timed out", or how it died."""
+        """Returns None while it works; then what it found, "timed out", or how it died."""
         done, status = os.waitpid(self.process, os.WNOHANG)
         late = time.monotonic() > self.until
         if not done and not late:
@@ -217,7 +289,7 @@ class Child:
 
 
 def start(work: Callable[[], Any], seconds: float) -> Child:
-    """Runs ``work`` in a fork; its output is thrown away."""
+    """Starts ``work`` in a fork; its output is thrown away."""
     folder = Path(tempfile.mkdtemp(prefix="mutate-"))
     process = os.fork()
     if process:
@@ -244,96 +316,104 @@ def wait(child: Child) -> Any:
     return found
 
 
-def changed_code(source: Path, tree: ast.Module, mutant: Mutant) -> types.CodeType:
-    """Of the outermost function, with the mutant in it."""
-    assert mutant.outermost is not None
-    names, line = mutant.outermost
-    mutant.put_in()
-    code = compile(tree, str(source), "exec")
+def changed_code(fault: Fault) -> types.CodeType:
+    """The code of the outermost function that holds the fault, compiled with the fault in it."""
+    assert fault.mutant.outermost is not None
+    names, line = fault.mutant.outermost
+    fault.mutant.put_in()
+    code = compile(fault.tree, str(fault.source), "exec")
     for name in names:
         nested = [item for item in code.co_consts if isinstance(item, types.CodeType) and item.co_name == name]
         code = next(item for item in nested if item.co_firstlineno == line or name != names[-1])
     return code
 
 
-def functions_of(source: Path) -> dict[tuple[str, int], list[types.FunctionType]]:
-    """All functions that come from a file, by name and first line."""
-    found: dict[tuple[str, int], list[types.FunctionType]] = {}
+Functions = dict[tuple[str, str, int], list[types.FunctionType]]
+
+
+def functions_of(sources: set[str]) -> Functions:
+    """All functions that come from these files, by file, name and first line."""
+    found: Functions = {}
     for item in gc.get_objects():
-        if isinstance(item, types.FunctionType) and item.__code__.co_filename == str(source):
-            found.setdefault((item.__code__.co_name, item.__code__.co_firstlineno), []).append(item)
+        if isinstance(item, types.FunctionType) and item.__code__.co_filename in sources:
+            found.setdefault(_identity(item.__code__), []).append(item)
     return found
 
 
-def put_in_place(code: types.CodeType, functions: dict[tuple[str, int], list[types.FunctionType]]) -> None:
-    """Into the functions that it belongs to; also those within it, some of which may be made already."""
-    for function in functions.get((code.co_name, code.co_firstlineno), ()):
+def _identity(code: types.CodeType) -> tuple[str, str, int]:
+    return code.co_filename, code.co_name, code.co_firstlineno
+
+
+def put_in_place(code: types.CodeType, functions: Functions) -> None:
+    """Gives ``code`` to its functions, and the code nested in it to those nested functions that exist already."""
+    for function in functions.get(_identity(code), ()):
         function.__code__ = code
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             put_in_place(inner, functions)
 
 
-def in_forks(jobs: Iterable[Job], count: int, source: Path) -> dict[Any, str]:
-    """What became of each mutant, ``count`` at a time."""
+def in_forks(jobs: Iterable[Job], count: int) -> dict[Any, str]:
+    """Runs the jobs, ``count`` at a time. Returns by fault the test that noticed it, or ""."""
     waiting, running, outcomes = list(reversed(list(jobs))), [], {}
     while waiting or running:
         while waiting and len(running) < count:
-            mutant, work, seconds = waiting.pop()
-            running.append((mutant, start(work, seconds)))
+            fault, work, seconds = waiting.pop()
+            running.append((fault, start(work, seconds)))
         for entry in list(running):
-            mutant, child = entry
+            fault, child = entry
             if (found := child.ended()) is None:
                 continue
             running.remove(entry)
-            outcomes[mutant.key] = found
+            outcomes[fault.key] = found
+            mutant = fault.mutant
             change = f"{mutant.before[:60]} -> {mutant.after[:60]}"
-            print(f"{found or 'SURVIVED':60.60} {source.name}:{mutant.line} {change}", file=LOG, flush=True)
+            print(f"{found or 'SURVIVED':60.60} {fault.source.name}:{mutant.line} {change}", file=LOG, flush=True)
         time.sleep(0.01)
     return outcomes
 
 
-def allowed(tests: list[str], whole: Baseline) -> float:
-    return 60 + 8 * sum(whole.seconds[test] for test in tests)
+def in_collected(collected: Collected, tried: list[Fault], jobs: int) -> dict[str, Any]:
+    """In the process that collected the tests: runs them once, and then the faults in functions' bodies.
 
-
-def in_collected(collected: Collected, tree: ast.Module, tried: list[Mutant], jobs: int) -> dict[str, Any]:
-    """The baseline, and the outcomes of the mutants in functions' bodies, in the process that collected the tests."""
+    Returns the seconds of every test, the modules that the tests import, and the outcomes.
+    """
 
     def record() -> Any:
         sys.settrace(collected.trace)
         failed = collected.run(list(collected.items), stop=False)
         sys.settrace(None)
-        reached = {line: sorted(tests) for line, tests in collected.reached.items()}
+        reached = [[*place, sorted(tests)] for place, tests in collected.reached.items()]
         return [failed, collected.seconds, reached, sorted(sys.modules)]
 
-    failed, seconds, reached, imported = wait(start(record, 1200))
-    if failed:
-        sys.exit(f"{failed} does not pass as it is")
+    found = wait(start(record, 3600))
+    if not isinstance(found, list) or found[0]:
+        sys.exit(f"{found[0] if isinstance(found, list) else found} does not pass as it is")
+    _, seconds, reached, imported = found
     files = list(dict.fromkeys(test.partition("::")[0] for test in collected.items))
     order = sorted(seconds, key=lambda test: (files.index(test.partition("::")[0]), seconds[test]))
-    whole = Baseline({test: seconds[test] for test in order}, {int(k): v for k, v in reached.items()}, imported)
-    functions = functions_of(Path(collected.source))
-    gc.freeze()  # what is there by now is shared with the forks
+    whole = Baseline({test: seconds[test] for test in order}, {(file, line): tests for file, line, tests in reached})
+    functions = functions_of(collected.sources)
+    gc.freeze()  # what exists by now is shared with the forks
 
-    def attempt(mutant: Mutant, tests: list[str]) -> str:
+    def attempt(fault: Fault, tests: list[str]) -> str:
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-        code = changed_code(Path(collected.source), tree, mutant)
+        code = changed_code(fault)
         try:
             put_in_place(code, functions)
         except ValueError:
             return OTHER_CLOSURE
         return collected.run(tests)
 
-    within = [(mutant, whole.tests(mutant)) for mutant in tried if mutant.outermost is not None]
-    outcomes = {mutant.key: NOT_REACHED for mutant, tests in within if not tests}
-    work = [(m, functools.partial(attempt, m, tests), allowed(tests, whole)) for m, tests in within if tests]
-    outcomes |= in_forks(work, jobs, Path(collected.source))
-    return {"baseline": [whole.seconds, imported], "outcomes": [[list(key), found] for key, found in outcomes.items()]}
+    within = [(fault, whole.tests(fault)) for fault in tried if fault.mutant.outermost is not None]
+    outcomes = {fault.key: NOT_REACHED for fault, tests in within if not tests}
+    work = [(one, functools.partial(attempt, one, tests), whole.limit(tests)) for one, tests in within if tests]
+    outcomes |= in_forks(work, jobs)
+    return {"seconds": seconds, "imported": imported, "outcomes": [[list(key), end] for key, end in outcomes.items()]}
 
 
 def import_what_tests_need(names: list[str]) -> None:
-    """Of a baseline's modules, those of other packages."""
+    """Imports, of the modules that the tests import, those of other packages."""
     own = ("mebp_triton", "tests", "conftest", "mutants", "__main__", "support")
     for name in names:
         if name.partition(".")[0] in own or name in sys.modules:
@@ -344,34 +424,34 @@ def import_what_tests_need(names: list[str]) -> None:
     gc.freeze()
 
 
-def attempt_imported(source: Path, tree: ast.Module, mutant: Mutant, files: tuple[str, ...]) -> str:
-    """The test that notices it, or ""."""
+def attempt_imported(fault: Fault, files: tuple[str, ...]) -> str:
+    """Imports the source with the fault in it and runs all tests. Returns the test that notices it, or ""."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    mutant.put_in()
-    sys.meta_path.insert(0, MutatedSource(source, tree))
-    recorder = Recorder(source)
+    fault.mutant.put_in()
+    sys.meta_path.insert(0, MutatedSource(fault))
+    recorder = Recorder()
     code = run_pytest(files, recorder, "-x")
     return "" if code == 0 else recorder.failed or f"pytest ended with {code}"
 
 
-def try_mutants(source: Path, files: tuple[str, ...], tree: ast.Module, tried: list[Mutant], jobs: int) -> Any:
-    """The outcome of each, and what is counted."""
+def try_faults(group: Group, tried: list[Fault], jobs: int) -> Any:
+    """Tries faults of a group; counts the outcomes, and lists the survivors."""
 
     def collect() -> Any:
-        plugin = Collected(source, lambda collected: in_collected(collected, tree, tried, jobs))
-        run_pytest(files, plugin)
+        sources = [ROOT / name for name in group.sources]
+        plugin = Collected(sources, lambda collected: in_collected(collected, tried, jobs))
+        run_pytest(group.tests, plugin)
         return plugin.found
 
     found = wait(start(collect, 4 * 3600))
     if not isinstance(found, dict):
-        sys.exit(f"{source.name}: no result from its tests: {found}")
-    whole = Baseline(found["baseline"][0])
-    import_what_tests_need(found["baseline"][1])
+        sys.exit(f"{group.sources[0]}: no result from its tests: {found}")
+    whole = Baseline(found["seconds"])
+    import_what_tests_need(found["imported"])
     outcomes = {tuple(key): outcome for key, outcome in found["outcomes"] if outcome != OTHER_CLOSURE}
-    rest = [mutant for mutant in tried if mutant.key not in outcomes]
-    seconds = allowed(list(whole.seconds), whole)
-    work = [(m, functools.partial(attempt_imported, source, tree, m, files), seconds) for m in rest]
-    outcomes |= in_forks(work, jobs, source)
+    rest = [fault for fault in tried if fault.key not in outcomes]
+    work = [(one, functools.partial(attempt_imported, one, group.tests), whole.limit(whole.seconds)) for one in rest]
+    outcomes |= in_forks(work, jobs)
     alive = ("", NOT_REACHED)
     return {
         "tried": len(tried),
@@ -379,62 +459,72 @@ def try_mutants(source: Path, files: tuple[str, ...], tree: ast.Module, tried: l
         "timed_out": sum(outcome == TIMED_OUT for outcome in outcomes.values()),
         "survived": sum(outcome in alive for outcome in outcomes.values()),
         "survivors": [
-            mutant.record() | {"reached": outcomes[mutant.key] == ""}
-            for mutant in tried
-            if outcomes[mutant.key] in alive
+            fault.record() | {"reached": outcomes[fault.key] == ""} for fault in tried if outcomes[fault.key] in alive
         ],
     }
 
 
+KEY = ("file", "function", "kind", "before", "after", "nth")
+
+
+def try_sample(group: Group, count: int, seed: int, jobs: int) -> dict[str, Any]:
+    """Tries ``count`` faults of a group, drawn at random."""
+    every = faults_of(group)
+    drawn = sorted(random.Random(seed).sample(range(len(every)), min(count, len(every))))
+    found = try_faults(group, [every[place] for place in drawn], jobs)
+    return {"sources": list(group.sources), "tests": list(group.tests), "possible": len(every)} | found
+
+
+def try_survivors(group: Group, earlier: dict[str, Any], jobs: int) -> dict[str, Any]:
+    """Tries the survivors of an earlier result once more."""
+    keys = {tuple(entry[key] for key in KEY) for entry in earlier["survivors"]}
+    again = try_faults(group, [fault for fault in faults_of(group) if fault.key in keys], jobs)
+    found = earlier | {"tests": list(group.tests), **{key: again[key] for key in ("survived", "survivors")}}
+    found["killed"] += again["killed"]
+    found["timed_out"] += again["timed_out"]
+    found["gone"] = found.get("gone", 0) + len(keys) - again["tried"]
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", nargs="+", choices=list(MODULES), default=list(MODULES), metavar="MODULE")
-    parser.add_argument("--tests", nargs="+", metavar="FILE", help="in place of those that concern a module")
-    parser.add_argument("--count", type=int, default=120, help="mutants of each module, drawn at random")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=MEASURED, metavar="NAME", help=", ".join(GROUPS))
+    parser.add_argument("--sources", nargs="+", metavar="FILE", help="a group of its own; needs --tests")
+    parser.add_argument("--tests", nargs="+", metavar="FILE", help="below tests/, for --sources")
+    parser.add_argument("--count", type=int, default=110, help="mutants of each group, drawn at random (default: 110)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--again", type=Path, help="try only the survivors of this result")
+    parser.add_argument("--again", type=Path, help="tries only the survivors of this result")
     parser.add_argument("--output", type=Path, help="JSON; by default that of --again")
     options = parser.parse_args(arguments)
+    if bool(options.sources) != bool(options.tests):
+        parser.error("--sources needs --tests, and --tests needs --sources")
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
+    groups = {name: GROUPS[name] for name in options.groups}
+    if options.sources:
+        groups = {"own": Group(tuple(options.sources), tuple(options.tests))}
     earlier = json.loads(options.again.read_text()) if options.again else None
     output = options.output or options.again
-    results = {} if earlier is None else earlier["modules"]
-    for name in options.modules:
+    results = {} if earlier is None else earlier["groups"]
+    for name, group in groups.items():
         if earlier is not None and name not in results:
             continue
         started = time.monotonic()
-        source, files = ROOT / name, tuple(options.tests or MODULES[name])
-        tree = ast.parse(source.read_text())
-        every = mutants(tree)
         if earlier is None:
-            drawn = sorted(random.Random(options.seed).sample(range(len(every)), min(options.count, len(every))))
-            found = try_mutants(source, files, tree, [every[place] for place in drawn], options.jobs)
-            found = {"tests": list(files), "possible": len(every)} | found
+            results[name] = try_sample(group, options.count, options.seed, options.jobs)
         else:
-            keys = {tuple(entry[key] for key in KEY) for entry in results[name]["survivors"]}
-            again = try_mutants(source, files, tree, [m for m in every if m.key in keys], options.jobs)
-            found = results[name] | {"tests": list(files), **{key: again[key] for key in ("survived", "survivors")}}
-            found["killed"] += again["killed"]
-            found["timed_out"] += again["timed_out"]
-            found["gone"] = found.get("gone", 0) + len(keys) - again["tried"]
-        results[name] = found
-        print(
-            f"{name}: {found['survived']} of {found['tried']} survive, {time.monotonic() - started:.0f} s", flush=True
-        )
+            results[name] = try_survivors(group, results[name], options.jobs)
+        found, seconds = results[name], time.monotonic() - started
+        print(f"{name}: {found['survived']} of {found['tried']} survive, {seconds:.0f} s", flush=True)
         if output is not None:
             write(output, results, options.seed if earlier is None else earlier["seed"])
-
-
-KEY = ("function", "kind", "before", "after", "nth")
 
 
 def write(output: Path, results: dict[str, Any], seed: int) -> None:
     counts = ("tried", "killed", "timed_out", "gone", "survived")
     total = {key: sum(found.get(key, 0) for found in results.values()) for key in counts}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    value = {"seed": seed, "commit": commit.stdout.strip(), "total": total, "modules": results}
+    value = {"seed": seed, "commit": commit(), "total": total, "groups": results}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(value, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""What ``bend`` and ``limits`` found: counts by outcome, and the file that they go to."""
+"""Counts by outcome, and the file that the results of a torture script go to."""
 
 from __future__ import annotations
 
@@ -19,28 +19,33 @@ Item = TypeVar("Item", bound=Tried)
 
 
 def counted(items: Sequence[Item], outcomes: Sequence[str]) -> dict[str, int]:
-    """How many were tried, and how many had each outcome."""
+    """The number of items under "tried", and the number with each outcome."""
     table = Counter(item.outcome for item in items)
     return {"tried": len(items), **{outcome: table[outcome] for outcome in outcomes}}
 
 
 def counted_by(items: Sequence[Item], key: Callable[[Item], str], outcomes: Sequence[str]) -> dict[str, dict[str, int]]:
-    """``counted`` of those with the same key, by it."""
+    """Groups the items by ``key`` and counts each group as ``counted`` does."""
     groups: dict[str, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return {name: counted(group, outcomes) for name, group in sorted(groups.items())}
 
 
+def commit() -> str:
+    """The commit of the working directory; "" where there is none."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def finish(value: dict[str, Any], output: Path | None) -> int:
-    """Prints and writes the summary; the exit code: 1 where something was lost, or nothing tried."""
+    """Prints the summary and writes it to ``output``. The exit code is 1 if anything was lost or nothing was tried."""
     if output:
         from mebp_triton.system import strict_json
         from mebp_triton.system.machine import environment
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        strict_json.write_json(output, {"commit": commit, "environment": environment(), **value})
+        strict_json.write_json(output, {"commit": commit(), "environment": environment(), **value})
     print(json.dumps(value, indent=1))
     if not value["tried"]:
         print("nothing was tried", file=sys.stderr)

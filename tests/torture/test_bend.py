@@ -1,75 +1,51 @@
-"""Bent files, in short: a hundred of the cases of ``tests/torture/bend.py``, and that it sees what is lost."""
+"""The short form of ``bend.py``: all mutations and commands of some kinds, and that it notices what is lost."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests" / "torture" / "bend.py"
+KINDS = (
+    "store",
+    "a store cut short in use",
+    "adapter",
+    "run",
+    "GGUF file",
+    "tuned table",
+    "data pairs.jsonl",
+    "settings",
+)
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    cases = tmp_path_factory.mktemp("bend") / "cases.jsonl"
-    kinds = "store,adapter,run,GGUF file,tuned table,data pairs.jsonl,settings"
-    options = ["--count=100", "--process=1000", "--workers=2", f"--kinds={kinds}", f"--cases={cases}", "--seed=3"]
-    done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=500, check=False)
-    assert done.stdout, done.stderr
-    return json.loads(done.stdout), [json.loads(line) for line in cases.read_text().splitlines()]
+@pytest.fixture
+def bend(scripts):
+    import bend
+
+    return bend
 
 
-def test_nothing_is_lost(found):
-    summary, _ = found
-    assert summary["lost_cases"] == []
-    assert summary["tried"] == 100 and summary["refused"] > 60
-
-
-def test_what_carries_checksums_is_refused_or_harmless(found):
-    _, cases = found
-    sealed = [case for case in cases if case["kind"] in ("store", "adapter", "run")]
-    assert len(sealed) > 40
+def test_bent_files_are_refused_or_harmless(torture, bend, world, tmp_path):
+    cases = tmp_path / "cases.jsonl"
+    options = ("--in-turn", "--count=60", "--process=1000", "--workers=1", f"--kinds={','.join(KINDS)}")
+    ended, summary = torture("bend.py", *options, f"--cases={cases}")
+    assert summary["lost_cases"] == [] and ended.code == 0, ended.err[-2000:]
+    assert summary["tried"] == 60 and summary["refused"] > 36
+    possible = {one.name for kind in KINDS for one in bend.MUTATIONS if bend._takes_any(world, kind, one)}
+    assert summary["by_mutation"].keys() == possible | {"cut after a check"}
+    assert summary["by_command"].keys() == {name for kind in KINDS for name in bend.SUBJECTS[kind].commands}
+    sealed = [case for case in map(json.loads, cases.read_text().splitlines()) if case["kind"] in ("store", "run")]
     for case in sealed:
         forged, record = case["mutation"].startswith("forged"), case["file"] == "metrics.jsonl"
         assert case["outcome"] in ("refused", "harmless") or forged or record or case["outcome"] == "warned", case
 
 
-PLANTED = f"""
-import sys
-sys.argv = ["bend.py", "--count=12", "--process=1000", "--seed=1", "--kinds=store"]
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import bend
-from mebp_triton.store.reader import StoreFile
-StoreFile.verify = lambda self, again=False: None
-sys.exit(bend.main())
-"""
+def test_a_planted_fault_is_lost(torture):
+    """Commands that compare no checksum of weights answer something else, without a word."""
+    options = ("--count=12", "--process=1000", "--workers=1", "--seed=1", "--kinds=store")
+    ended, summary = torture("bend.py", *options, "--planted")
+    assert ended.code == 1, ended.err[-2000:]
+    assert "another result, without a word" in [case["why"] for case in summary["lost_cases"]]
 
 
-def test_a_planted_fault_is_lost():
-    """The same script over a package that compares no checksum of weights."""
-    done = subprocess.run([sys.executable, "-c", PLANTED], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1, done.stderr[-2000:]
-    assert "another result, without a word" in [case["why"] for case in json.loads(done.stdout)["lost_cases"]]
-
-
-COMPARED = f"""
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import bend
-from forked import Ended
-given = json.loads(sys.stdin.read())
-
-def result(answer, row):
-    Path("metrics.jsonl").write_text(json.dumps(row))
-    ended = Ended(0, "", json.dumps(answer), "", 0, 0.0)
-    return bend.result(ended, Path.cwd(), [Path("metrics.jsonl").absolute()])
-
-seen = [result(*one) for one in given]
-print(json.dumps([one == seen[0] for one in seen]))
-"""
 PLAN = {
     "planned_peak_bytes": 9,
     "moment": "loss",
@@ -87,34 +63,30 @@ def changed(value, **changes):
     return [changed(item, **changes) for item in value] if isinstance(value, list) else value
 
 
-def test_what_is_compared(tmp_path):
+def test_what_is_compared(bend, tmp_path):
     """All of an answer and of the lines of steps, but times and what is measured."""
-    given = [
-        (PLAN, ROW),
-        (changed(PLAN, framework=6, total_bytes=10, planned_peak_bytes=10), changed(ROW, seconds=3, peak_rss_bytes=8)),
-        (changed(PLAN, activations=5), ROW),
-        (changed(PLAN, per_device_train_batch_size=2), ROW),
-        (changed(PLAN, device="cuda"), ROW),
-        (changed(PLAN, moment="embedding"), ROW),
-        (PLAN, changed(ROW, loss=2.25)),
-        (PLAN, changed(ROW, step=1)),
+
+    def result(answer, row):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row))
+        ended = bend.Ended(0, "", json.dumps(answer), "", 0, 0.0)
+        return bend.result(ended, tmp_path, [tmp_path / "metrics.jsonl"])
+
+    found = [
+        result(PLAN, ROW),
+        result(
+            changed(PLAN, framework=6, total_bytes=10, planned_peak_bytes=10),
+            changed(ROW, seconds=3, peak_rss_bytes=8),
+        ),
+        result(changed(PLAN, activations=5), ROW),
+        result(changed(PLAN, per_device_train_batch_size=2), ROW),
+        result(changed(PLAN, device="cuda"), ROW),
+        result(changed(PLAN, moment="embedding"), ROW),
+        result(PLAN, changed(ROW, loss=2.25)),
+        result(PLAN, changed(ROW, step=1)),
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", COMPARED],
-        input=json.dumps(given),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [True, True] + [False] * 6
+    assert [one == found[0] for one in found] == [True, True] + [False] * 6
 
 
-def test_nothing_tried_is_an_error():
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-         "import results; sys.exit(results.finish({'tried': 0, 'lost': 0}, None))"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1 and done.stderr == "nothing was tried\n"
+def test_nothing_tried_is_an_error(bend, capsys):
+    assert bend.finish({"tried": 0, "lost": 0}, None) == 1
+    assert capsys.readouterr().err == "nothing was tried\n"

@@ -1,26 +1,18 @@
-"""The short form of tests/torture/kill.py: a few points of each command."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-SCRIPT = Path(__file__).resolve().parents[2] / "tests" / "torture" / "kill.py"
+"""The short form of ``kill.py``: a few points of some commands, and that it notices what is lost."""
 
 
-def test_what_is_killed_goes_on_to_the_same_end(tmp_path):
-    few = [
-        "--points=2",
-        "--moments=0",
-        "--only=merge into a store",
-        "--only=quantize, then",
-        "--only=blocks selected",
-        "--only=tune",
-    ]
-    command = [sys.executable, SCRIPT, *few, f"--output={tmp_path / 'kill.json'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    summary = json.loads((tmp_path / "kill.json").read_text())
-    assert summary["points"] == summary["survived"] == 8 and summary["lost"] == 0
+def test_what_is_killed_goes_on_to_the_same_end(torture):
+    commands = ("merge into a store", "quantize, then", "blocks selected", "tune")
+    ended, summary = torture("kill.py", "--points=2", "--moments=0", *(f"--only={name}" for name in commands))
+    assert ended.code == 0, ended.err[-2000:]
+    assert summary["tried"] == summary["survived"] == 8 and summary["lost"] == 0
     for found in summary["commands"].values():
-        assert found["operation"] + found["half"] == found["points"] == 2 and found["file_operations"] > 20
+        assert found["operation"] == found["half"] == 1 and found["file_operations"] > 20
+
+
+def test_a_planted_fault_is_lost(torture):
+    """Commands that remove nothing leave what the killed one had begun."""
+    ended, summary = torture("kill.py", "--points=3", "--moments=0", "--only=merge into a store", "--planted")
+    assert ended.code == 1 and summary["lost"] > 0
+    (found,) = summary["commands"].values()
+    assert any("left .mebp-tmp-" in line for lost in found["lost"] for line in lost["wrong"])

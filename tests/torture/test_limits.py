@@ -1,28 +1,24 @@
-"""Full disks and limits, in short: some points of ``tests/torture/limits.py``."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests" / "torture" / "limits.py"
+"""The short form of ``limits.py``: some limits of some commands, and that it notices what is lost."""
 
 
-def run(*options):
-    done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=500, check=False)
-    assert done.stdout, done.stderr
-    return json.loads(done.stdout)
+def test_a_file_size_limit_loses_nothing(torture):
+    ended, summary = torture(
+        "limits.py", "--limits=file-size", "--steps=3", "--commands=quantize,train --resume,merge,tune"
+    )
+    assert summary["lost_points"] == [] and ended.code == 0, ended.err[-2000:]
+    assert summary["tried"] == 12 and summary["refused"] >= 6 and summary["finished"] >= 4
 
 
-@pytest.mark.parametrize(
-    ("limits", "least"),
-    [("file-size", 20), ("operations", 8)],
-)
-def test_nothing_is_lost(limits, least):
-    commands = "quantize,train --resume,merge,tune" if limits == "file-size" else "quantize,train --resume"
-    found = run(f"--limits={limits}", "--steps=6", "--every=40", f"--commands={commands}")
-    assert found["lost_points"] == []
-    assert found["tried"] >= least and found["refused"] >= least // 2
+def test_failing_operations_lose_nothing(torture):
+    ended, summary = torture(
+        "limits.py", "--limits=operations", "--in-turn", "--every=25", "--commands=quantize,train --resume"
+    )
+    assert summary["lost_points"] == [] and ended.code == 0, ended.err[-2000:]
+    assert summary["tried"] >= 8 and summary["refused"] >= 6
+    assert summary["by_limit"].keys() == {f"operation fails: {how}" for how in ("EIO", "ENOSPC", "short")}
+
+
+def test_a_planted_fault_is_lost(torture):
+    """A command that removes nothing leaves what it had begun."""
+    ended, summary = torture("limits.py", "--limits=file-size", "--steps=2", "--commands=merge --as-store", "--planted")
+    assert ended.code == 1 and "left .mebp-tmp-" in summary["lost_points"][0]["why"]

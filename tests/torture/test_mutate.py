@@ -1,4 +1,4 @@
-"""Mutation testing: the faults that are put in, and a short run over one module."""
+"""Mutation testing: the faults that are put in, and a short run."""
 
 import ast
 import json
@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests" / "torture" / "mutate.py"
 
 
 @pytest.fixture
-def mutants(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+def mutants(scripts):
     from mutants import mutants
 
     return mutants
@@ -55,7 +53,7 @@ def test_faults(mutants, source, expected):
     assert changes(mutants, source) == expected
 
 
-def test_every_mutant_of_our_own_modules_differs_has_a_name_of_its_own_and_compiles(mutants):
+def test_every_mutant_differs_has_a_name_of_its_own_and_compiles(mutants):
     for path in (ROOT / "kernels" / "layout.py", ROOT / "mebp_triton" / "layers" / "lora_config.py"):
         source = path.read_text()
         made = mutants(ast.parse(source))
@@ -69,14 +67,24 @@ def test_every_mutant_of_our_own_modules_differs_has_a_name_of_its_own_and_compi
             compile(tree, str(path), "exec")
 
 
+def test_the_groups_name_files_that_exist(scripts):
+    from mutate import GROUPS
+
+    for group in GROUPS.values():
+        assert not [name for name in group.sources if not (ROOT / name).exists()]
+        assert not [name for name in group.tests if not (ROOT / "tests" / name).exists()]
+
+
 def test_a_short_run(tmp_path):
-    source, output = ROOT / "kernels" / "layout.py", tmp_path / "result.json"
-    before = source.read_bytes()
-    command = [sys.executable, SCRIPT, "--modules", "kernels/layout.py", "--tests", "kernels/test_layout.py"]
-    command += ["--count", "8", "--seed", "1", "--jobs", "1", "--output", output]
+    """Of two files that import no torch: faults in functions, and faults that run when a module is imported."""
+    sources, output = ["mebp_triton/system/units.py", "mebp_triton/system/strict_json.py"], tmp_path / "result.json"
+    before = [(ROOT / name).read_bytes() for name in sources]
+    command = [sys.executable, ROOT / "tests" / "torture" / "mutate.py", "--sources", *sources]
+    command += ["--tests", "system/test_units.py", "system/test_strict_json.py"]
+    command += ["--count", "16", "--seed", "1", "--jobs", "1", "--output", output]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(output.read_text())["modules"]["kernels/layout.py"]
-    assert found["tried"] == 8 == found["killed"] + found["timed_out"] + found["survived"]
-    assert found["killed"] > 4 and len(found["survivors"]) == found["survived"]
-    assert source.read_bytes() == before
+    found = json.loads(output.read_text())["groups"]["own"]
+    assert found["tried"] == 16 == found["killed"] + found["timed_out"] + found["survived"]
+    assert found["killed"] > 8 and len(found["survivors"]) == found["survived"]
+    assert [(ROOT / name).read_bytes() for name in sources] == before

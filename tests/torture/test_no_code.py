@@ -51,7 +51,7 @@ def test_a_model_with_code_beside_it(mebp, world, canary, tmp_path, known):
     kind = {} if known else {"model_type": "evil", "architectures": ["Evil"]}
     change(model / "config.json", auto_map=AUTO_MAP, custom_pipelines={"x": {"impl": "evil.Evil"}}, **kind)
     change(model / "generation_config.json", auto_map=AUTO_MAP, custom_generate="evil")
-    run = ["train", model, f"--train-file={world / 'train.txt'}", f"--output-dir={tmp_path / 'run'}", *QUICK]
+    run = ["train", model, f"--train-file={world / 'data/train.txt'}", f"--output-dir={tmp_path / 'run'}", *QUICK]
     for arguments in (["quantize", model, tmp_path / "store"], ["plan", model, "--max-length=24"], run):
         code, _, err = mebp(*arguments)
         if known:
@@ -121,13 +121,14 @@ def test_a_dataset_with_a_loading_script(mebp, world, canary, tmp_path):
     assert code == 2 and "cannot be read as a saved dataset" in err
 
 
-def test_a_pickle_among_the_checkpoints_files(mebp, world, canary, tmp_path):
-    run = ["train", world / "store", f"--train-file={world / 'train.txt'}", f"--output-dir={tmp_path / 'run'}", *QUICK]
-    assert mebp(*run)[0] == 0
+def test_a_pickle_among_the_checkpoints_files(mebp, world, canary, scripts, tmp_path):
+    from world import TRAIN
+
+    texts = [f"--train-file={world / 'data/train.txt'}", f"--validation-file={world / 'data/valid.txt'}"]
     for name in ("state.safetensors", "optimizer-00000.safetensors"):
-        copy = Path(shutil.copytree(tmp_path / "run", tmp_path / f"bent-{name}"))
+        copy = Path(shutil.copytree(world / "run", tmp_path / f"bent-{name}"))
         (copy / "checkpoint" / name).write_bytes(pickle.dumps(Payload(canary)))
-        code, _, err = mebp(*run[: -len(QUICK) - 1], f"--output-dir={copy}", *QUICK, "--resume")
+        code, _, err = mebp("train", world / "store", *texts, f"--output-dir={copy}", "--resume", *TRAIN)
         assert code == 2 and "is damaged" in err
 
 

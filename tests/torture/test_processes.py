@@ -36,7 +36,7 @@ def files_in(*places):
 def test_runs_share_a_store_and_do_not_share_a_directory(world, tmp_path):
     def train(output):
         flags = ["--max-steps=6", "--max-length=24", "--lora-r=4", "--device=cpu", "--save-steps=2"]
-        return ["train", world / "store", f"--train-file={world / 'train.txt'}", f"--output-dir={output}", *flags]
+        return ["train", world / "store", f"--train-file={world / 'data/train.txt'}", f"--output-dir={output}", *flags]
 
     before = files_in(world)
     run, other = tmp_path / "run", tmp_path / "other"

@@ -1,27 +1,43 @@
-"""One small instance of everything that a command reads: stores, models, adapters, a run that was interrupted, data."""
+"""One small instance of everything that a command reads: stores, models, adapters, an interrupted run, data, tables.
+
+python tests/torture/world.py DIRECTORY        # which the scripts beside this one take as --world
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from forked import command, forked
+from forked import command, forked, import_all
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "support"))
-
-STEPS, SAVED_AT = 8, 4
+STEPS, SAVED_AT = 6, 3
 TRAIN = [f"--max-steps={STEPS}", f"--save-steps={SAVED_AT}", "--max-length=24", "--lora-r=2", "--learning-rate=0.01"]
 TRAIN += ["--device=cpu", "--json"]
 SETTINGS: dict[str, Any] = {"max_steps": 2, "max_length": 24, "lora_r": 2, "learning_rate": 0.01, "device": "cpu"}
 PROBLEM = {"kernel": "matmul", "m": 16, "n": 128, "k": 128, "scheme": "symmetric", "group_size": 64}
 
 
+@contextlib.contextmanager
+def scratch_and_world(name: str, given: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Yields a new directory, removed afterwards, and the world: the ``given`` one, or a new one in there."""
+    with tempfile.TemporaryDirectory(prefix=f"mebp-{name}-") as place:
+        root = Path(place)
+        root.chmod(0o755)  # another user reads there too
+        import_all()
+        if given is None:
+            (root / "world").mkdir()
+            make_world(root / "world")
+        yield root, given.absolute() if given else root / "world"
+
+
 def must(what: str, work: Callable[[], Any]) -> None:
-    """Runs ``work`` in a child, so that the parent starts no thread. RuntimeError if it fails."""
+    """Runs ``work`` in a child, so that the parent starts no thread; RuntimeError if it fails."""
 
     def run() -> int:
         found = work()
@@ -33,6 +49,7 @@ def must(what: str, work: Callable[[], Any]) -> None:
 
 
 def make_world(root: Path) -> None:
+    """Fills ``root``, an empty directory."""
     must("model", lambda: _models(root))
     must("store", command(["quantize", root / "model", root / "store", "--group-size=32"]))
     must("nf4 store", command(["quantize", root / "bnb", root / "nf4-store"]))
@@ -40,7 +57,7 @@ def make_world(root: Path) -> None:
     must("adapter", lambda: _adapters(root))
     must("run", lambda: _interrupted_run(root))
     must("tables", lambda: _tables(root / "tables"))
-    for path in root.rglob("*"):  # another user reads them too
+    for path in root.rglob("*"):  # another user reads them
         path.chmod(0o755 if path.is_dir() else 0o644)
     (root / "settings").mkdir()
     (root / "settings" / "settings.json").write_text(json.dumps(SETTINGS))
@@ -49,7 +66,7 @@ def make_world(root: Path) -> None:
 
 
 def make_wide(root: Path) -> None:
-    """A model of 100 MB with its store and adapter, beside the small ones."""
+    """Adds a model of 100 MB with its store and adapter."""
 
     def made() -> None:
         import torch
@@ -130,29 +147,32 @@ def _adapters(root: Path) -> None:
 
 
 def _interrupted_run(root: Path) -> None:
-    """A run directory as it is left by a run that ended between its checkpoint and its last step."""
+    """Leaves a run directory as an interruption between the checkpoint and the last step leaves it."""
     from mebp_triton.cli.main import main
-    from mebp_triton.training.trainer import Trainer
 
-    one_step = Trainer._one_step
+    appended = 0
 
-    def interrupted(trainer: Any, *arguments: Any) -> Any:
-        if trainer.step == SAVED_AT + 1:
-            raise KeyboardInterrupt
-        return one_step(trainer, *arguments)
+    def interrupt(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal appended
+        if event == "open" and str(arguments[0]).endswith("metrics.jsonl") and arguments[1] == "a":
+            appended += 1
+            if appended == SAVED_AT + 2:
+                raise KeyboardInterrupt
 
-    Trainer._one_step = interrupted  # type: ignore[method-assign]
+    sys.addaudithook(interrupt)
     data = root / "data"
     texts = [f"--train-file={data / 'train.txt'}", f"--validation-file={data / 'valid.txt'}"]
     code = main(["train", str(root / "store"), *texts, f"--output-dir={root / 'run'}", *TRAIN])
     assert code == 130 and (root / "run" / "checkpoint" / "state.json").exists()
+    rows = [json.loads(line)["step"] for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(SAVED_AT + 1))
 
 
 def _tables(place: Path) -> None:
     from mebp_triton.autotune.ceilings import Ceilings
     from mebp_triton.autotune.log import Log, Record, Trial, log_path
     from mebp_triton.kernels.configs import TileConfig
-    from mebp_triton.kernels.tables import DTYPES, SHIPPED, parse_table, table_to_json
+    from mebp_triton.kernels.tables import SHIPPED, parse_table, table_to_json
     from mebp_triton.system import strict_json
 
     place.mkdir()
@@ -163,14 +183,20 @@ def _tables(place: Path) -> None:
     for entry in entries:
         trials = (Trial(entry.route, 12.5, 11.0, (11.0, 12.0)), Trial(TileConfig(16, 64, 64), 20.0, reason="slower"))
         log.records[entry.problem] = Record(entry.problem, trials, "a board", dict(entry.versions), 16)
-    assert DTYPES
     strict_json.write_json(log_path(place / "sm_87.json"), log.to_json())
 
 
 def copy_into(source: Path, target: Path) -> None:
-    """A file or a directory, links as links."""
+    """Copies a file or a directory; links stay links."""
     if source.is_dir():
         shutil.copytree(source, target, symlinks=True)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    import_all()
+    make_world(directory)
