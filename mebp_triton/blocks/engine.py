@@ -175,7 +175,7 @@ def watch_training(model: PreTrainedModel, blocks_path: str, engine: BlockEngine
             return None
         if refused := next(filter(asked, sorted(inner)), None):
             raise ValueError(
-                f"{refused}=True: what a block computes within has no gradient when it is trained block by block; "
+                f"{refused}=True: values from inside a block have no gradient when a model is trained block by block; "
                 f"set {refused}=False, in the call or in the model's config"
             )
         if caches and asked("use_cache"):

@@ -130,7 +130,7 @@ class Int4LoRALinear(Int4Linear):
 
 def compute_together(layers: Sequence[Int4LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers with one input. Nothing is computed if the layers' tapes know all of them."""
-    found = [None if layer.tape is None else layer.tape.lookup(layer, x) for layer in layers]
-    outputs = tuple(y for y in found if y is not None)
-    known = outputs if len(outputs) == len(layers) else None
-    return int4_lora_linears(x, [layer.operand() for layer in layers], layers[0].backend, known)
+    recorded = [None if layer.tape is None else layer.tape.lookup(layer, x) for layer in layers]
+    known = tuple(y for y in recorded if y is not None)
+    everything = known if len(known) == len(layers) else None
+    return int4_lora_linears(x, [layer.operand() for layer in layers], layers[0].backend, everything)

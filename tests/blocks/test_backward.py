@@ -89,7 +89,7 @@ def test_identity_passes_the_gradient_of_the_hidden_state_alone() -> None:
     engine.is_below = lambda index, requires_grad: False  # type: ignore[method-assign]
     x = torch.ones(2, 6, dtype=torch.float64, requires_grad=True)
     scale = torch.ones(6, dtype=torch.float64, requires_grad=True)
-    out, other = block(x, scale)
+    out, other = block(scale=scale, hidden_states=x)
     dy = torch.randn(2, 6, dtype=torch.float64)
     torch.autograd.backward([out, other], [dy, torch.ones_like(other)])
     assert torch.equal(x.grad, dy) and scale.grad is None

@@ -338,7 +338,7 @@ def test_what_a_block_computes_inside_is_not_handed_out_while_training(
 ) -> None:
     """Router logits make an auxiliary loss: it would be in the loss, and not in the gradient."""
     model = loaded(shared_store(architecture), attn_implementation="eager")
-    with pytest.raises(ValueError, match=f"{flag}=True: what a block computes within has no gradient"):
+    with pytest.raises(ValueError, match=f"{flag}=True: values from inside a block have no gradient"):
         model(**batch(), **{flag: True})
     with torch.no_grad():
         assert model(**batch(), **{flag: True})[flag.removeprefix("output_")] is not None
