@@ -1,4 +1,4 @@
-"""The reference of the public interface, made from its docstrings: a page of HTML.
+"""Writes the reference of the public interface, a page of HTML, from its docstrings.
 
 pip install -e ".[docs]"
 python docs/build_reference.py site
@@ -15,9 +15,9 @@ import mebp_triton
 
 
 def build(directory: Path) -> Path:
-    """Writes ``mebp_triton.html`` and what it needs into ``directory``."""
-    for name in mebp_triton.__all__:
-        vars(mebp_triton).setdefault(name, getattr(mebp_triton, name))  # they are imported on first use
+    """Writes ``mebp_triton.html`` and the files that it needs into ``directory``. Returns the page's path."""
+    for name in mebp_triton.__all__:  # the package imports them on first use; pdoc looks into its namespace
+        vars(mebp_triton).setdefault(name, getattr(mebp_triton, name))
     pdoc.render.configure(docformat="google")
     pdoc.pdoc("mebp_triton", "!mebp_triton.", output_directory=directory)
     return directory / "mebp_triton.html"

@@ -60,11 +60,11 @@ def gpt2_tensors() -> dict[str, tuple[tuple[int, ...], object]]:
     return tensors
 
 
-def write(path: Path, arch: str, tensors: dict, tokenizer: bool = True, **numbers: int) -> Path:
+def write(path: Path, arch: str, tensors: dict, tokenizer: bool = True, context: int = 32, **numbers: int) -> Path:
     """A GGUF file of random weights, each quantised by the gguf package."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name("tiny")
-    writer.add_context_length(32)
+    writer.add_context_length(context)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(FFN)
