@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .blocks.selection import LayerCyclicManager as LayerCyclicManager
     from .convert.quantize import quantize as quantize
-    from .huggingface.int4_config import Int4Config as Int4Config
     from .huggingface.peft_layer import PeftInt4Linear as PeftInt4Linear
     from .huggingface.peft_layer import register_peft as register_peft
+    from .huggingface.quantizer import Int4Config as Int4Config
     from .huggingface.replace import replace_linears as replace_linears
     from .huggingface.selection_callback import SelectionCallback as SelectionCallback
     from .kernels.layout import Int4Weight as Int4Weight
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BlockAdamW": "training.optimizers.adamw",
-    "Int4Config": "huggingface.int4_config",
+    "Int4Config": "huggingface.quantizer",  # which registers the method as well
     "Int4Linear": "layers.linear",
     "Int4LoRALinear": "layers.linear",
     "Int4Weight": "kernels.layout",

@@ -6,27 +6,35 @@ import shutil
 
 import pytest
 import torch
-from faults import failing
 from models import ARCHITECTURES, decoded_model, relative_rms, save_tiny_model
-from runs import model_directory, word_tokenizer
+from runs import word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mebp_triton.convert import quantize as quantize_module
-from mebp_triton.convert.quantize import quantize
+from mebp_triton.convert.quantize import Recipe, quantize, write_store
 from mebp_triton.convert.readers import open_source
-from mebp_triton.convert.writers.store import StoreWriter
-from mebp_triton.kernels.names import SCHEMES
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
-from mebp_triton.models.skeleton import build_skeleton, float_names
-from mebp_triton.store.manifest import SHARED, block_file
+from mebp_triton.store.manifest import MANIFEST, SHARED, block_file
 from mebp_triton.store.reader import Store
 from mebp_triton.system import errors
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return model_directory(tmp_path_factory.mktemp("llama") / "model")
+def llama(shared_store):
+    """A model directory that tests only read."""
+    return shared_store("llama").parent / "model"
+
+
+@pytest.fixture(scope="module")
+def store(shared_store):
+    """Its store, with groups of 32."""
+    return Store(shared_store("llama"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model of one block."""
+    return save_tiny_model("llama", tmp_path_factory.mktemp("small"), num_hidden_layers=1)
 
 
 def original(source):
@@ -54,11 +62,12 @@ def test_every_parameter_of_every_architecture_is_in_the_store_once(architecture
             assert error == pytest.approx(report.errors[name.removesuffix(".weight")], rel=1e-4) and error < 0.15, name
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("search", [True, False])
-def test_a_matrix_is_what_quantize_matrix_makes_of_it(llama, tmp_path, scheme, search):
-    report = quantize(llama, tmp_path / "store", scheme=scheme, group_size=64, scale_search=search)
-    opened, named = Store(tmp_path / "store"), dict(original(llama).named_parameters())
+@pytest.mark.parametrize(
+    ("scheme", "search"), [("symmetric", True), ("symmetric", False), ("affine", False), ("codebook", True)]
+)
+def test_a_matrix_is_what_quantize_matrix_makes_of_it(small, tmp_path, scheme, search):
+    report = quantize(small, tmp_path / "store", scheme=scheme, group_size=64, scale_search=search)
+    opened, named = Store(tmp_path / "store"), dict(original(small).named_parameters())
     assert set(report.schemes.values()) == {scheme}
     for name, info in opened.matrices.items():
         weight, error = quantize_matrix(named[f"{name}.weight"].detach(), scheme, 64, search)
@@ -68,36 +77,32 @@ def test_a_matrix_is_what_quantize_matrix_makes_of_it(llama, tmp_path, scheme, s
         assert info.relative_error == report.errors[name] == error
 
 
-def test_a_conv1d_is_stored_as_out_in(tmp_path):
-    source = save_tiny_model("gpt2", tmp_path / "model")
-    quantize(source, tmp_path / "store", group_size=32)
-    info = Store(tmp_path / "store").matrices["transformer.h.0.attn.c_attn"]
+def test_a_conv1d_is_stored_as_out_in(shared_store):
+    path = shared_store("gpt2")
+    info = Store(path).matrices["transformer.h.0.attn.c_attn"]
     assert info.shape == (3 * 48, 48)
-    assert tuple(original(source).transformer.h[0].attn.c_attn.weight.shape) == (48, 3 * 48)
+    assert tuple(original(path.parent / "model").transformer.h[0].attn.c_attn.weight.shape) == (48, 3 * 48)
 
 
-def test_where_things_lie(llama, tmp_path):
-    quantize(llama, tmp_path / "store", group_size=32)
-    opened = Store(tmp_path / "store")
-    assert set(opened.files) == {*(block_file(index) for index in range(3)), SHARED}
-    for name, info in opened.matrices.items():
+def test_where_things_lie(store):
+    assert set(store.files) == {*(block_file(index) for index in range(3)), SHARED}
+    for name, info in store.matrices.items():
         parts = name.split(".")
         assert info.file == (block_file(int(parts[2])) if parts[1] == "layers" else SHARED), name
-    assert opened.floats["model.norm.weight"] == SHARED
-    assert opened.floats["model.layers.2.input_layernorm.weight"] == block_file(2)
-    assert opened.tied_head and "lm_head" not in opened.matrices
-    assert opened.source == "safetensors directory model"
+    assert store.floats["model.norm.weight"] == SHARED
+    assert store.floats["model.layers.2.input_layernorm.weight"] == block_file(2)
+    assert store.tied_head and "lm_head" not in store.matrices
+    assert store.source == "safetensors directory model"
 
 
-def test_a_head_of_its_own_is_stored(tmp_path):
-    quantize(save_tiny_model("qwen2", tmp_path / "model"), tmp_path / "store", group_size=32)
-    opened = Store(tmp_path / "store")
+def test_a_head_of_its_own_is_stored(shared_store):
+    opened = Store(shared_store("qwen2"))
     assert not opened.tied_head and opened.matrices["lm_head"].file == SHARED
     assert opened.matrices["model.embed_tokens"].shape == opened.matrices["lm_head"].shape == (97, 48)
 
 
-def test_floats_keep_the_dtype_of_their_source(tmp_path):
-    model = original(save_tiny_model("llama", tmp_path / "wide"))
+def test_floats_keep_the_dtype_of_their_source(small, tmp_path):
+    model = original(small)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     quantize(tmp_path / "model", tmp_path / "store", group_size=32)
     opened = Store(tmp_path / "store")
@@ -107,29 +112,28 @@ def test_floats_keep_the_dtype_of_their_source(tmp_path):
         assert torch.equal(opened.float_tensor(name), named[name])
 
 
-def test_transformers_reads_config_and_tokenizer_from_the_store(llama, tmp_path):
-    quantize(llama, tmp_path / "store", group_size=32)
-    config = AutoConfig.from_pretrained(tmp_path / "store")
+def test_transformers_reads_config_and_tokenizer_from_the_store(store):
+    config = AutoConfig.from_pretrained(store.directory)
     assert config.architectures == ["LlamaForCausalLM"] and config.hidden_size == 48
     text = "the cat sees the moon ."
-    assert AutoTokenizer.from_pretrained(tmp_path / "store")(text).input_ids == word_tokenizer()(text).input_ids
+    assert AutoTokenizer.from_pretrained(store.directory)(text).input_ids == word_tokenizer()(text).input_ids
 
 
-def test_the_report_counts_bytes_and_progress_counts_matrices(llama, tmp_path):
+def test_the_report_counts_bytes_and_progress_counts_matrices(small, tmp_path):
     seen = []
-    report = quantize(llama, tmp_path / "store", group_size=32, progress=lambda *pair: seen.append(pair))
+    report = quantize(small, tmp_path / "store", group_size=32, progress=lambda *pair: seen.append(pair))
     count = len(report.errors)
-    assert seen == [(place + 1, count) for place in range(count)]
+    assert seen == [(place + 1, count) for place in range(count)] and count == 8
     opened = Store(tmp_path / "store")
     assert report.int4_bytes == sum(opened.weight(name).nbytes for name in opened.matrices)
     assert report.float_bytes == sum(opened.float_tensor(name).nbytes for name in opened.floats)
 
 
-def test_one_model_gives_one_store_to_the_byte(llama, tmp_path):
-    for name in ("one", "two"):
-        quantize(llama, tmp_path / name, group_size=32)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+def test_one_model_gives_one_store_to_the_byte(llama, store, tmp_path):
+    quantize(llama, tmp_path / "again", group_size=32)
+    assert {path.name for path in store.directory.iterdir()} == {path.name for path in (tmp_path / "again").iterdir()}
+    for path in store.directory.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
 # --- what is refused, and what is left behind -----------------------------------------------------------------------
@@ -175,93 +179,106 @@ def test_a_store_onto_its_own_source_is_refused(llama):
     assert sorted(llama.iterdir()) == before
 
 
-@pytest.mark.parametrize("at", range(1, 7))
-def test_a_write_that_fails_leaves_nothing(llama, tmp_path, at):
-    """Four weight files, the manifest, and the directory itself."""
-    with failing(at, operations=[(os, "replace")]), pytest.raises(OSError, match="No space"):
-        quantize(llama, tmp_path / "store")
+@pytest.mark.parametrize("at", range(1, 5))
+def test_a_write_that_fails_leaves_nothing(small, tmp_path, monkeypatch, at):
+    """Two weight files, the manifest, and the directory itself."""
+    count = iter(range(1, 100))
+    real = os.replace
+
+    def replace(*paths):
+        if next(count) == at:
+            raise OSError(28, "No space left on device")
+        real(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="No space"):
+        quantize(small, tmp_path / "store")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_manifest_comes_last(llama, tmp_path, monkeypatch):
-    log = []
-    for name in ("write_file", "finish"):
-        real = getattr(StoreWriter, name)
-        monkeypatch.setattr(StoreWriter, name, lambda *args, real=real, name=name: (log.append(name), real(*args)))
-    quantize(llama, tmp_path / "store")
-    assert log == ["write_file"] * 4 + ["finish"]
+def test_the_manifest_comes_last(small, tmp_path, monkeypatch):
+    written = []
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (written.append(os.path.basename(new)), real(old, new)))
+    quantize(small, tmp_path / "store")
+    assert written == [block_file(0), SHARED, MANIFEST, "store"]
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_refused(llama, tmp_path):
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(small, tmp_path):
     source = tmp_path / "model"
-    shutil.copytree(llama, source)
+    shutil.copytree(small, source)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
-    with pytest.raises(ValueError, match=r"lacks model\.layers\.3"):
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.1"):
         quantize(source, tmp_path / "store")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-# --- sources that are 4-bit already (GGUF) --------------------------------------------------------------------------
+# --- sources that have 4 bits already -------------------------------------------------------------------------------
 
 
 class Native:
-    """A source whose linear layers are affine with G = 32, but for some; its table and norms are float."""
+    """A source whose linear layers are affine with G = 32, but for one; its table, its norm and one layer are float."""
 
-    FLOAT = "model.layers.1.mlp.up_proj.weight"
-    SYMMETRIC = "model.layers.2.mlp.up_proj.weight"
+    FLOAT = "model.layers.0.mlp.up_proj"
+    SYMMETRIC = "model.layers.0.mlp.down_proj"
 
     def __init__(self, path):
         self.inner = open_source(path)
         self.config, self.description = self.inner.config, "a GGUF file"
         self.bind, self.has, self.save_companions = self.inner.bind, self.inner.has, self.inner.save_companions
+        self.coded = {}
 
     def read(self, name):
-        value = self.inner.read(name)
-        if value.dim() < 2 or name == self.FLOAT or "embed" in name:
+        value = self.coded.get(name, self.inner.read(name))
+        if name in self.coded or value.dim() < 2 or name == f"{self.FLOAT}.weight" or "embed" in name:
             return value
-        return quantize_matrix(value, "symmetric" if name == self.SYMMETRIC else "affine", 32)[0]
+        return quantize_matrix(value, "symmetric" if name == f"{self.SYMMETRIC}.weight" else "affine", 32)[0]
+
+
+OWN = {"model.embed_tokens", Native.FLOAT}
 
 
 @pytest.fixture
-def native(monkeypatch, llama):
-    monkeypatch.setattr(quantize_module, "open_source", Native)
-    source = Native(llama)
-    source.bind(build_skeleton(source.config, torch.float32))
-    return source
+def native(small):
+    return Native(small)
 
 
-def test_codes_are_taken_over_bit_for_bit_and_the_rest_follows_them(native, llama, tmp_path):
-    report = quantize(llama, tmp_path / "store")
-    opened = Store(tmp_path / "store")
-    own = {"model.embed_tokens", native.FLOAT.removesuffix(".weight")}
-    assert set(report.taken_over) == report.errors.keys() - own
+def store_of(source, target, **options):
+    """The store of a source, and the report of its making."""
+    recipe = Recipe(options.get("scheme"), options.get("group_size"))
+    report = write_store(source, target, recipe, None, None, lambda done, total: None)
+    return Store(target), report
+
+
+def test_codes_are_taken_over_bit_for_bit_and_the_rest_follows_them(native, tmp_path):
+    opened, report = store_of(native, tmp_path / "store")
+    assert set(report.taken_over) == report.errors.keys() - OWN
     for name in report.taken_over:
         assert report.errors[name] == opened.matrices[name].relative_error == 0
         wanted, found = native.read(f"{name}.weight"), opened.weight(name)
         assert found.scheme == wanted.scheme and found.group_size == 32
         assert all(torch.equal(found.tensors()[part], tensor) for part, tensor in wanted.tensors().items())
-    for name in own:
+    for name in OWN:
         info = opened.matrices[name]
         assert (info.scheme, info.group_size) == ("affine", 32) and 0 < info.relative_error < 0.15
-    assert opened.matrices[native.SYMMETRIC.removesuffix(".weight")].scheme == "symmetric"
+    assert opened.matrices[Native.SYMMETRIC].scheme == "symmetric"
 
 
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        ({"scheme": "affine"}, lambda name: "layers.2.mlp.up_proj" not in name),
-        ({"scheme": "symmetric"}, lambda name: "layers.2.mlp.up_proj" in name),
+        ({"scheme": "affine"}, lambda name: name != Native.SYMMETRIC),
+        ({"scheme": "symmetric"}, lambda name: name == Native.SYMMETRIC),
         ({"group_size": 32}, lambda name: True),
         ({"group_size": 64}, lambda name: False),
-        ({"scheme": "codebook"}, lambda name: False),
+        ({"scheme": "codebook", "group_size": 32}, lambda name: False),
     ],
+    ids=str,
 )
-def test_what_was_asked_for_wins_over_what_the_source_has(native, llama, tmp_path, options, kept):
-    report = quantize(llama, tmp_path / "store", **options)
-    opened = Store(tmp_path / "store")
-    own = {"model.embed_tokens", native.FLOAT.removesuffix(".weight")}
-    assert set(report.taken_over) == {name for name in report.errors.keys() - own if kept(name)}
+def test_what_was_asked_for_wins_over_what_the_source_has(native, tmp_path, options, kept):
+    opened, report = store_of(native, tmp_path / "store", **options)
+    assert set(report.taken_over) == {name for name in report.errors.keys() - OWN if kept(name)}
     for name, info in opened.matrices.items():
         if name not in report.taken_over:
             assert info.scheme == options.get("scheme", "affine") and info.group_size == options.get("group_size", 32)
@@ -271,17 +288,35 @@ def test_what_was_asked_for_wins_over_what_the_source_has(native, llama, tmp_pat
             assert error == info.relative_error and torch.equal(weight.packed, opened.weight(name).packed), name
 
 
-def test_a_float_parameter_that_the_source_has_as_codes_is_decoded(native, llama, tmp_path, monkeypatch):
+def test_a_form_may_be_given_for_every_matrix(native, tmp_path):
+    forms = {"model.embed_tokens": ("symmetric", 128)}
+    write_store(
+        native,
+        tmp_path / "store",
+        Recipe(None, None),
+        None,
+        lambda name: forms.get(name, ("codebook", 64)),
+        lambda done, total: None,
+    )
+    matrices = Store(tmp_path / "store").matrices
+    assert (matrices["model.embed_tokens"].scheme, matrices["model.embed_tokens"].group_size) == ("symmetric", 128)
+    assert (matrices[Native.FLOAT].scheme, matrices[Native.FLOAT].group_size) == ("codebook", 64)
+
+
+def test_a_float_parameter_that_the_source_has_as_codes_is_decoded(native, tmp_path):
     """GGUF files may hold position tables so."""
     name = "model.norm.weight"
-    monkeypatch.setattr(
-        quantize_module,
-        "float_names",
-        lambda model, sites: [name, *(n for n in float_names(model, sites) if n != name)],
-    )
-    coded = quantize_matrix(torch.randn(1, 48), "affine", 32)[0]
-    real = Native.read
-    monkeypatch.setattr(Native, "read", lambda self, which: coded if which == name else real(self, which))
-    quantize(llama, tmp_path / "store")
-    found = Store(tmp_path / "store").float_tensor(name)
-    assert found.dtype == torch.float32 and torch.equal(found, decode(coded, torch.float32))
+    native.coded[name] = quantize_matrix(torch.randn(1, 48), "affine", 32)[0]
+    opened, _ = store_of(native, tmp_path / "store")
+    found = opened.float_tensor(name)
+    assert found.dtype == torch.float32 and torch.equal(found, decode(native.coded[name], torch.float32))
+
+
+@pytest.mark.parametrize("name", [Native.SYMMETRIC, "model.norm"])
+def test_codes_and_floats_that_are_not_finite(native, tmp_path, name):
+    value = quantize_matrix(torch.randn(48, 80) if name == Native.SYMMETRIC else torch.randn(1, 48), "affine", 32)[0]
+    value.scales[0, 0] = float("inf")
+    native.coded[f"{name}.weight"] = value
+    with pytest.raises(ValueError, match=f"{name}.weight of the source is damaged: scales must be finite"):
+        store_of(native, tmp_path / "store")
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -456,3 +457,11 @@ def test_without_the_method_the_directory_is_not_read_as_float(saved: Path, monk
         monkeypatch.delitem(mapping, "mebp_int4")
     with pytest.raises(RuntimeError, match="size"):
         from_pretrained(saved)
+
+
+def test_whoever_imports_the_settings_registers_the_method(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the documentation says: a process that wants to load such a directory imports ``Int4Config``."""
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "mebp_int4")
+    monkeypatch.delitem(sys.modules, quantizer.__name__)
+    assert mebp.Int4Config is Int4Config and "mebp_int4" in auto.AUTO_QUANTIZER_MAPPING
+    assert int4_layers(from_pretrained(saved))

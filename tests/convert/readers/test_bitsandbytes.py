@@ -65,7 +65,6 @@ def edited(source, target, **tensors):
 @pytest.mark.parametrize(
     ("architecture", "dtype", "kind", "double"),
     [
-        ("llama", torch.float32, "nf4", True),
         ("llama", torch.float32, "nf4", False),
         ("llama", torch.bfloat16, "nf4", True),
         ("llama", torch.float32, "fp4", True),

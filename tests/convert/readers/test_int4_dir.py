@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import save_tiny_model
+from int4_models import int4_layers, quantized
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from mebp_triton import Int4Config, Int4Linear, quantize
+from mebp_triton import Int4Linear, Int4Weight, quantize
 from mebp_triton.convert.readers import open_source
 from mebp_triton.models.skeleton import build_skeleton, int4_sites
 from mebp_triton.store.reader import Store
@@ -21,17 +20,20 @@ from mebp_triton.store.reader import Store
 UP = "model.layers.1.mlp.up_proj"
 
 
-def saved(directory: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    """The int4 model that was saved as ``directory / "int4"``."""
-    source = save_tiny_model(architecture, directory / "model")
-    settings = Int4Config(**({"group_size": 32} | config))
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=settings)
-    model.save_pretrained(directory / "int4", max_shard_size="30KB")
+def saved(source: Path, directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """The int4 model of the float model ``source``, which is saved in ``directory``."""
+    model = quantized(source, dtype, **settings)
+    model.save_pretrained(directory, max_shard_size="30KB")
     return model
 
 
+@pytest.fixture(scope="module")
+def llama(shared_store: Any) -> Path:
+    return shared_store("llama").parent / "model"
+
+
 def edited(directory: Path, target: Path, tensors: dict[str, Any], **config: Any) -> Path:
-    """In one file, with some tensors changed (None: left out), and some settings."""
+    """A copy in one file, with some tensors changed (None: left out), and some settings."""
     target.mkdir()
     held = {name: tensor for shard in directory.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     held = {name: value for name, value in (held | tensors).items() if value is not None}
@@ -42,16 +44,21 @@ def edited(directory: Path, target: Path, tensors: dict[str, Any], **config: Any
     return target
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("architecture", "scheme"), [("llama", "symmetric"), ("gpt2", "affine"), ("opt", "codebook")])
+@pytest.mark.parametrize(
+    ("architecture", "scheme", "dtype"),
+    [
+        ("llama", "symmetric", torch.bfloat16),
+        ("gpt2", "affine", torch.float32),
+        ("opt", "codebook", torch.bfloat16),
+    ],
+)
 def test_a_store_has_the_codes_that_were_saved(
-    architecture: str, scheme: Any, dtype: torch.dtype, tmp_path: Path
+    architecture: str, scheme: Any, dtype: torch.dtype, shared_store: Any, tmp_path: Path
 ) -> None:
-    model = saved(tmp_path, architecture, dtype, scheme=scheme)
+    model = saved(shared_store(architecture).parent / "model", tmp_path / "int4", dtype, scheme=scheme)
     report = quantize(tmp_path / "int4", tmp_path / "store")
-    store = Store(tmp_path / "store")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Int4Linear)}
-    assert set(report.taken_over) == layers.keys()
+    store, layers = Store(tmp_path / "store"), int4_layers(model)
+    assert set(report.taken_over) == layers.keys() and store.source == "int4 directory int4"
     for name, layer in layers.items():
         tensors, expected = store.weight(name).tensors(), layer.int4().tensors()
         assert tensors.keys() == expected.keys()
@@ -61,30 +68,27 @@ def test_a_store_has_the_codes_that_were_saved(
     assert "quantization_config" not in json.loads((tmp_path / "store" / "config.json").read_text())
 
 
-def test_float32_scales_and_float_layers(tmp_path: Path) -> None:
-    saved(tmp_path, modules_to_not_convert=["k_proj"])
-    weight = load_file(tmp_path / "model" / "model.safetensors")[f"{UP}.weight"] * 1e6
-    shutil.rmtree(tmp_path / "int4")
-    source = tmp_path / "big"
-    shutil.copytree(tmp_path / "model", source)
-    save_file(load_file(source / "model.safetensors") | {f"{UP}.weight": weight}, source / "model.safetensors")
-    settings = Int4Config(group_size=32, modules_to_not_convert=["k_proj"])
-    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=settings, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "int4")
-    opened = open_source(tmp_path / "int4")
-    skeleton = build_skeleton(opened.config, torch.float32)
-    opened.bind(skeleton)
+def test_float32_scales_and_float_layers(llama: Path, tmp_path: Path) -> None:
+    wide = Path(shutil.copytree(llama, tmp_path / "wide"))
+    weights = load_file(llama / "model.safetensors")
+    save_file(weights | {f"{UP}.weight": weights[f"{UP}.weight"] * 1e6}, wide / "model.safetensors", {"format": "pt"})
+    model = saved(wide, tmp_path / "int4", modules_to_not_convert=["k_proj"])
+    source = open_source(tmp_path / "int4")
+    skeleton = build_skeleton(source.config, torch.float32)
+    source.bind(skeleton)
     for site in int4_sites(skeleton)[0]:
-        value, module = opened.read(f"{site.name}.weight"), model.get_submodule(site.name)
+        value, module = source.read(f"{site.name}.weight"), model.get_submodule(site.name)
         if isinstance(module, Int4Linear):
+            assert isinstance(value, Int4Weight)
             assert torch.equal(value.scales, module.int4().scales) and torch.equal(value.packed, module.int4().packed)
         else:
-            assert torch.equal(value, module.weight)
-    assert opened.read(f"{UP}.weight").scales.dtype == torch.float32
+            assert isinstance(value, torch.Tensor) and torch.equal(value, module.weight)
+    wide_scales = source.read(f"{UP}.weight")
+    assert isinstance(wide_scales, Int4Weight) and wide_scales.scales.dtype == torch.float32
 
 
-def test_what_was_tampered_with(tmp_path: Path) -> None:
-    saved(tmp_path)
+def test_what_was_tampered_with(llama: Path, tmp_path: Path) -> None:
+    saved(llama, tmp_path / "int4")
     held = load_file(next(f for f in tmp_path.glob("int4/*.safetensors") if f"{UP}.scales" in load_file(f)))
     scales, packed = held[f"{UP}.scales"], held[f"{UP}.weight"]
     for number, (tensors, config, message) in enumerate(
@@ -92,13 +96,16 @@ def test_what_was_tampered_with(tmp_path: Path) -> None:
             ({f"{UP}.scales": None}, {}, f"lacks {UP}.scales"),
             ({}, {"scheme": "affine"}, "lacks model.layers.0"),
             ({f"{UP}.scales": scales[:, :-2].contiguous()}, {}, "wanted the scales of 80 rows"),
-            ({f"{UP}.scales": scales[:1].contiguous()}, {}, "scales must have shape"),
-            ({f"{UP}.scales": torch.full_like(scales, 255)}, {}, "is not finite"),
-            ({f"{UP}.weight": packed[:-1].contiguous()}, {}, "has shape"),
+            ({f"{UP}.scales": scales.view(torch.float16)}, {}, f"{UP}.scales is F16"),
+            ({f"{UP}.scales": scales[0].contiguous()}, {}, "wanted the scales of 80 rows"),
+            ({f"{UP}.scales": scales[:1].contiguous()}, {}, f"{UP}.weight: scales must have shape"),
+            ({f"{UP}.scales": torch.full_like(scales, 255)}, {}, f"{UP}.weight of the source is damaged: scales must"),
+            ({f"{UP}.weight": packed[:-1].contiguous()}, {}, f"{UP}.weight: scales must have shape"),
             ({f"{UP}.weight": packed[:, :-1].contiguous()}, {}, "packed must have 32 columns"),
             ({f"{UP}.weight": packed.to(torch.int32)}, {}, "is I32"),
             ({}, {"layout": "other"}, "layout 'other' cannot be read"),
             ({}, {"group_size": 31}, "group_size must be one of"),
+            ({}, {"modules_to_not_convert": 3}, r"config\.json: quantization_config: "),
             ({}, {"quant_method": "gptq"}, "gptq"),
         ]
     ):

@@ -1,4 +1,4 @@
-"""The model directory importer: names, shards, companions, and every way a directory can be wrong."""
+"""A model directory is read by its names and shards, or refused for every way in which it can be wrong."""
 
 import json
 import os
@@ -9,18 +9,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    BartConfig,
-    BertConfig,
     GPT2Config,
     LlamaConfig,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-    T5Config,
 )
 
 from mebp_triton.convert.readers import open_source
@@ -135,21 +128,6 @@ def test_prefix_is_removed_from_stored_names(tmp_path):
     assert torch.equal(source.read("norm.weight"), model.model.norm.weight)
 
 
-def test_names_that_transformers_has_changed(tmp_path):
-    """Old BERT checkpoints say gamma and beta; the table of such names is transformers' own."""
-    pytest.importorskip("transformers.conversion_mapping", reason="transformers 4 has no table of changed names")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = saved(tmp_path, BertConfig(vocab_size=48, is_decoder=True, **sizes))
-    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-    old = {}
-    for key, tensor in load_file(tmp_path / "model.safetensors").items():
-        ending = ".".join(key.split(".")[-2:])
-        old[key.removesuffix(ending) + names.get(ending, ending)] = tensor
-    assert any(key.endswith("gamma") for key in old)
-    save_file(old, tmp_path / "model.safetensors")
-    assert_reads(tmp_path, model)
-
-
 def test_buffers_are_read_where_stored(tmp_path):
     """A persistent buffer may be absent and of any dtype; one that is not persistent is never looked for."""
     saved(tmp_path)
@@ -176,41 +154,6 @@ def test_config_names_the_class_and_no_path(tmp_path):
     assert str(tmp_path) not in source.config.to_json_string(use_diff=False)
 
 
-def test_companions_can_be_read_as_a_model_directory(tmp_path):
-    source_dir, target = tmp_path / "source", tmp_path / "target"
-    target.mkdir()
-    saved(source_dir)
-    vocabulary = {word: index for index, word in enumerate(["[UNK]", "one", "two", "<eos>"])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="<eos>")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(source_dir)
-    edit(source_dir / "config.json", auto_map={"AutoConfig": "code.Config"})
-    os.mkfifo(source_dir / "vocab.txt")
-
-    open_source(source_dir).save_companions(target)
-
-    config = AutoConfig.from_pretrained(target)
-    assert config.architectures == ["LlamaForCausalLM"]
-    assert config.hidden_size == LLAMA["hidden_size"]
-    assert "auto_map" not in json.loads((target / "config.json").read_text())
-    copy = AutoTokenizer.from_pretrained(target)
-    assert copy("two one what<eos>")["input_ids"] == tokenizer("two one what<eos>")["input_ids"] == [2, 1, 0, 3]
-    assert copy.chat_template == tokenizer.chat_template
-    assert (target / "generation_config.json").exists()
-    assert not list(target.glob("*.safetensors*"))
-    assert not (target / "vocab.txt").exists()
-
-
-def test_companions_without_tokenizer(tmp_path):
-    saved(tmp_path / "source")
-    (tmp_path / "source" / "generation_config.json").unlink()
-    (tmp_path / "target").mkdir()
-    open_source(tmp_path / "source").save_companions(tmp_path / "target")
-    assert [file.name for file in (tmp_path / "target").iterdir()] == ["config.json"]
-
-
 def test_missing_parameters_are_named(tmp_path):
     saved(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -228,7 +171,9 @@ def test_experts_that_transformers_joins(tmp_path):
         source.bind(on_meta(source.config))
         assert source.has("model.layers.0.block_sparse_moe.experts.1.w2.weight")
     else:
-        assert_refused(tmp_path, "mlp.experts.gate_up_proj is stored in pieces", "mixtures of experts are not supported")
+        assert_refused(
+            tmp_path, "mlp.experts.gate_up_proj is stored in pieces", "mixtures of experts are not supported"
+        )
 
 
 def test_wrong_shape_names_parameter_got_and_wanted(tmp_path):
@@ -301,33 +246,6 @@ def test_a_name_twice_in_a_header(tmp_path):
     assert_refused(tmp_path, "model.norm.weight", "stands twice")
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("num_hidden_layers", 4000),
-        ("num_hidden_layers", 10**9),
-        ("hidden_size", 10**12),
-        ("vocab_size", 1 << 24),
-        ("num_labels", 10**9),
-        ("intermediate_size", 10**400),
-    ],
-)
-def test_a_config_that_asks_for_any_amount_of_memory(tmp_path, key, value):
-    saved(tmp_path)
-    edit(tmp_path / "config.json", **{key: value})
-    with pytest.raises(ValueError, match=key) as caught:
-        open_source(tmp_path)
-    assert len(str(caught.value)) < 600
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_fifo_does_not_block(tmp_path, name):
-    saved(tmp_path)
-    (tmp_path / name).unlink()
-    os.mkfifo(tmp_path / name)
-    assert_refused(tmp_path, name, "regular file")
-
-
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_truncated_shard(tmp_path, keep):
     saved(tmp_path)
@@ -341,54 +259,6 @@ def test_pickled_weights_are_never_opened(tmp_path, name):
     saved(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
     assert_refused(tmp_path, name, "pickled", "safetensors")
-
-
-@pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_quantised_checkpoint(tmp_path, method):
-    saved(tmp_path)
-    edit(tmp_path / "config.json", quantization_config={"quant_method": method})
-    assert_refused(tmp_path, method, "not supported yet", "unquantised")
-
-
-@pytest.mark.parametrize("config", [T5Config(), BartConfig(), BertConfig(architectures=["BertForMaskedLM"])])
-def test_models_of_another_kind(tmp_path, config):
-    config.save_pretrained(tmp_path)
-    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert_refused(tmp_path, "decoder-only")
-
-
-def test_classifier_is_no_language_model(tmp_path):
-    LlamaForSequenceClassification(LlamaConfig(**LLAMA)).save_pretrained(tmp_path)
-    assert_refused(tmp_path, "LlamaForSequenceClassification", "decoder-only")
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, ("'own'", "never run")),
-        ({"model_type": "own"}, ("'own'", "not known")),
-        ({"model_type": None}, ("None",)),
-        ({"id2label": [1]}, ("config.json",)),
-        ({"architectures": 3}, ("architectures is 3",)),
-        ({"architectures": [{}]}, ("architectures is [{}]",)),
-    ],
-)
-def test_configs_that_cannot_be_used(tmp_path, changes, words):
-    saved(tmp_path)
-    marker = tmp_path / "ran"
-    (tmp_path / "code.py").write_text(f"open({str(marker)!r}, 'w')")
-    edit(tmp_path / "config.json", **changes)
-    assert_refused(tmp_path, *words)
-    assert not marker.exists()
-
-
-def test_paths_that_are_no_model(tmp_path):
-    assert_refused(tmp_path / "nothing", "does not exist")
-    assert_refused(tmp_path, "config.json")
-    LlamaConfig(**LLAMA).save_pretrained(tmp_path)
-    assert_refused(tmp_path, "neither")
-    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert_refused(tmp_path / "model.safetensors", "directory")
 
 
 # --- a config that says less than the weights -----------------------------------------------------------------------
@@ -424,22 +294,52 @@ def test_a_tied_head_that_is_there_as_well(tmp_path, same):
         assert_refused(tmp_path, "lm_head.weight differs from model.embed_tokens.weight", "tie_word_embeddings")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"attn_implementation": "somebody/attention"},
-        {"_attn_implementation": "somebody/attention:kernel"},
-        {"text_config": {"attn_implementation": "somebody/attention"}},
-        {"experts_implementation": {"": "somebody/experts"}},
-    ],
-)
-def test_settings_that_name_code_on_the_hub(tmp_path, change):
-    saved(tmp_path)
-    edit(tmp_path / "config.json", **change)
-    assert_refused(tmp_path, "names code on the hub, which is never run", "somebody/")
-
-
 def test_an_attention_of_transformers_own_is_none(tmp_path):
     model = saved(tmp_path)
     edit(tmp_path / "config.json", attn_implementation="eager")
     assert_reads(tmp_path, model)
+
+
+# --- what other modules check ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 4000}, ("num_hidden_layers is 4000", "more than the weights have")),
+        ({"vocab_size": 10**12}, ("vocab_size", "more than any model has", "compare it with the model's original")),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ("decoder-only",)),
+        ({"quantization_config": {"quant_method": "awq"}}, ("awq", "not supported yet", "unquantised")),
+        ({"compression_config": {"format": "dense"}}, ("compression_config (unnamed)", "unquantised")),
+    ],
+    ids=str,
+)
+def test_configs_that_cannot_be_used(tmp_path, changes, words):
+    saved(tmp_path)
+    edit(tmp_path / "config.json", **changes)
+    assert_refused(tmp_path, *words)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_fifo_does_not_block(tmp_path, name):
+    saved(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert_refused(tmp_path, name, "regular file")
+
+
+def test_a_directory_without_weights(tmp_path):
+    LlamaConfig(**LLAMA).save_pretrained(tmp_path)
+    assert_refused(tmp_path, "neither model.safetensors nor model.safetensors.index.json")
+
+
+def test_companions_are_those_of_the_model(tmp_path):
+    saved(tmp_path / "source")
+    edit(tmp_path / "source" / "config.json", auto_map={"AutoConfig": "code.Config"}, architectures=None)
+    (tmp_path / "source" / "generation_config.json").write_text("{}")
+    (tmp_path / "target").mkdir()
+    open_source(tmp_path / "source").save_companions(tmp_path / "target")
+    assert sorted(file.name for file in (tmp_path / "target").iterdir()) == ["config.json", "generation_config.json"]
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in config
+    assert AutoConfig.from_pretrained(tmp_path / "target").hidden_size == LLAMA["hidden_size"]

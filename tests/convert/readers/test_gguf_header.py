@@ -1,0 +1,128 @@
+"""The header of a GGUF file: where tensors lie, and every way it can be wrong."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
+
+from mebp_triton.convert.readers.gguf_header import read_header  # noqa: E402
+
+F32, Q4_0 = 0, 2  # ggml's numbers
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def pair(key: str, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def tensor(name: str, shape: Iterable[int], kind: int = F32, offset: int = 0) -> bytes:
+    """A row of the tensor table; ``shape`` in torch's order."""
+    sides = list(shape)[::-1]
+    return text(name) + struct.pack(f"<I{len(sides)}QIQ", len(sides), *sides, kind, offset)
+
+
+def content(
+    pairs: Iterable[bytes] = (), tensors: Iterable[bytes] = (), data: int = 0, version: int = 3, alignment: int = 32
+) -> bytes:
+    pairs, tensors = list(pairs), list(tensors)
+    header = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(pairs)) + b"".join(pairs + tensors)
+    return header + bytes(-len(header) % alignment + data)
+
+
+ALL_KINDS = [
+    pair("bool", 7, b"\1"),
+    pair("u8", 0, b"\xff"),
+    pair("i16", 3, struct.pack("<h", -2)),
+    pair("f64", 12, struct.pack("<d", 0.5)),
+    pair("name", 8, text("ü")),
+    pair("numbers", 9, struct.pack("<IQ", 4, 3) + bytes(12)),
+    pair("words", 9, struct.pack("<IQ", 8, 2) + text("a") + text("bc")),
+]
+TENSORS = [tensor("a", (3, 2)), tensor("b", (2, 32), Q4_0, 32)]
+
+
+def test_metadata_and_places(tmp_path: Path) -> None:
+    for version in (2, 3):
+        (tmp_path / "x").write_bytes(content(ALL_KINDS, TENSORS, 32 + 36, version))
+        header = read_header(tmp_path / "x")
+        assert header.metadata == {
+            "bool": True,
+            "u8": 255,
+            "i16": -2,
+            "f64": 0.5,
+            "name": "ü",
+            "numbers": 3,
+            "words": 2,
+        }
+        a, b = header.tensors["a"], header.tensors["b"]
+        assert (a.kind, a.shape, a.nbytes) == ("F32", (3, 2), 24)
+        assert (b.kind, b.shape, b.nbytes) == ("Q4_0", (2, 32), 36) and b.offset == a.offset + 32
+        assert a.offset % 32 == 0 and b.offset + b.nbytes == (tmp_path / "x").stat().st_size
+
+
+def test_data_begins_at_a_multiple_of_the_alignment(tmp_path: Path) -> None:
+    pairs = [pair("general.alignment", 4, struct.pack("<I", 256))]
+    (tmp_path / "x").write_bytes(content(pairs, [tensor("a", (6,))], 24, alignment=256))
+    assert read_header(tmp_path / "x").tensors["a"].offset == 256
+
+
+HUGE = struct.pack("<Q", 1 << 60)
+DAMAGED: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is not a GGUF file"),
+    "short": (b"GG", "is not a GGUF file"),
+    "zip": (b"PK\x03\x04 a zip archive", "is not a GGUF file"),
+    "big-endian": (b"GGUF" + struct.pack(">I", 3) + bytes(16), "damaged GGUF header .*little-endian"),
+    "version": (content(version=1), "damaged GGUF header .*version 1, wanted one of"),
+    "pair count": (b"GGUF" + struct.pack("<IQ", 3, 0) + HUGE, "damaged GGUF header .*past the end"),
+    "tensor count": (b"GGUF" + struct.pack("<I", 3) + HUGE + bytes(8), "damaged GGUF header .*past the end"),
+    "key length": (content([HUGE + b"key"]), "damaged GGUF header .*past the end"),
+    "array length": (content([pair("a", 9, struct.pack("<I", 4) + HUGE)]), "damaged GGUF header .*past the end"),
+    "text length": (content([pair("a", 9, struct.pack("<IQ", 8, 2) + HUGE)]), "damaged GGUF header .*past the end"),
+    "nested array": (content([pair("a", 9, struct.pack("<IQ", 9, 1))]), "damaged GGUF header .*array of type 9"),
+    "value type": (content([pair("a", 99, b"")]), "damaged GGUF header"),
+    "key twice": (content([pair("a", 7, b"\1")] * 2), "damaged GGUF header .*'a' stands twice"),
+    "not UTF-8": (content([struct.pack("<Q", 1) + b"\xff" + bytes(4)]), "damaged GGUF header"),
+    "alignment": (content([pair("general.alignment", 4, bytes(4))]), "damaged GGUF header .*alignment 0"),
+    "tensor type": (content(tensors=[tensor("a", (2,), 999)]), "damaged GGUF header .*999"),
+    "no sides": (content(tensors=[tensor("a", ())]), "damaged GGUF header .*not made of blocks"),
+    "half a block": (content(tensors=[tensor("a", (2, 33), Q4_0)]), "damaged GGUF header .*blocks of 32"),
+    "tensor twice": (content(tensors=[tensor("a", (2,))] * 2, data=8), "damaged GGUF header .*appears twice"),
+    "truncated": (content(tensors=[tensor("a", (2,))], data=7), "is truncated: a ends at byte .*; download it again"),
+    "overlap": (
+        content(tensors=[tensor("b", (2,), offset=4), tensor("a", (2,))], data=32),
+        "is damaged: a and b overlap; download it again",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_headers(tmp_path: Path, case: str) -> None:
+    data, message = DAMAGED[case]
+    (tmp_path / "x.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_header(tmp_path / "x.gguf")
+    assert "x.gguf" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_header_cut_off_anywhere(tmp_path: Path) -> None:
+    data = content(ALL_KINDS, TENSORS, 32 + 36)
+    for keep in range(4, len(data)):
+        (tmp_path / "x").write_bytes(data[:keep])
+        with pytest.raises(ValueError, match="damaged GGUF header|is truncated"):
+            read_header(tmp_path / "x")
+
+
+def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"mebp-triton\[gguf\]"):
+        read_header(tmp_path / "x")
