@@ -211,7 +211,7 @@ def _settle(problems: Sequence[Problem], times: list[dict[Route, float]], target
                 saved[route] = saved.get(route, 0.0) + max(0.0, before - math.log(time_us / best))
         config = max(saved, key=lambda route: saved[route])
         assert config is not None, "the panel route is chosen already"
-        if _clean(problems[0], config, target_sm):
+        if is_clean(problems[0], config, target_sm):
             chosen.append(config)
         else:
             for routes in times:
@@ -227,7 +227,7 @@ def _excess(routes: dict[Route, float], chosen: Iterable[Route]) -> float:
     return math.log(min(routes[route] for route in chosen if route in routes) / min(routes.values()))
 
 
-def _clean(problem: Problem, config: TileConfig, target_sm: int) -> bool:
+def is_clean(problem: Problem, config: TileConfig, target_sm: int) -> bool:
     """Whether a configuration is fit for all schemes, group sizes and dtypes that it suits, with LoRA and bias."""
     plain = compiled(_plain_problem(problem, config, target_sm), _representative(config), target_sm)
     assert not isinstance(plain, str) and plain.loop is not None

@@ -1,5 +1,9 @@
-"""Every shipped configuration, compiled for its target: what the compiler's output says of it."""
+"""Shipped tables are whole, and the compiler's output for their configurations is clean.
 
+``bench/ship_tables.py --check`` compiles every configuration for everything that it stands in for; here is a part.
+"""
+
+import itertools
 import json
 import warnings
 from dataclasses import replace
@@ -7,30 +11,60 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mebp_triton.autotune.compile import report
+from mebp_triton.autotune.compile import SHARED_LIMITS, report
 from mebp_triton.autotune.rank import unfit
-from mebp_triton.kernels.configs import TUNED
+from mebp_triton.autotune.space import candidates
+from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
 from mebp_triton.kernels.tables import M_BUCKETS, SHIPPED, parse_table, read_table
 
 TARGETS = (80, 86, 87, 89, 90, 100, 120)
+# Targets whose code comes out alike: the same instructions, registers and shared memory.
+ALIKE = {87: 86, 89: 86}
+# What a table's entries stand in for: changes of the problem, and options of its report. The first needs the most
+# registers, and the second the most shared memory.
+KINDS = {
+    "affine": ({"scheme": "affine", "group_size": 32, "dtype": torch.float16}, {"rank": 64}),
+    "codebook": ({"scheme": "codebook"}, {"rank": 64}),
+    "group": ({}, {"members": 3}),
+    "plain": ({}, {}),
+}
 
 
 def shipped(target):
     return read_table(SHIPPED / f"sm_{target}.json", f"sm_{target}")
 
 
-def distinct():
-    """(target, kernel, config) with one of its problems that has the most tokens: HGMMA is asked for from 64 on."""
+def routes(target):
+    """Each configuration of a table by kernel, with the problem of the most tokens: HGMMA is asked for from 64 on."""
     found = {}
+    for problem, entry in sorted(shipped(target).items(), key=lambda item: item[0].m):
+        if entry.route is not None:
+            found[problem.kernel, entry.route] = problem
+    return found
+
+
+def cases():
+    """Few of all compilations: (targets, configuration, problem, kind of weight).
+
+    The targets of ``ALIKE`` share a compilation, and so do configurations that differ only in their split and in their
+    stages, of which the most are taken. Kinds take turns, large tiles first.
+    """
+    shared = {}
     for target in TARGETS:
-        for problem, entry in sorted(shipped(target).items(), key=lambda item: item[0].m):
-            if entry.route is not None:
-                found[target, problem.kernel, entry.route] = problem
-    return [(target, config, problem) for (target, _, config), problem in found.items()]
+        for (kernel, config), problem in routes(target).items():
+            key = ALIKE.get(target, target), kernel, replace(config, split=1, num_stages=1)
+            targets, other, _ = shared.setdefault(key, (set(), config, problem))
+            split, stages = max(config.split, other.split), max(config.num_stages, other.num_stages)
+            shared[key] = targets | {target}, replace(config, split=split, num_stages=stages), problem
+    found = sorted(shared.items(), key=lambda item: (*item[0][:2], -item[0][2].block_n * item[0][2].block_m))
+    for (_, (targets, config, problem)), kind in zip(found, itertools.cycle(KINDS), strict=False):
+        yield sorted(targets), config, problem, kind
 
 
 def name(value):
-    return "-".join(str(field) for field in vars(value).values()) if hasattr(value, "block_m") else None
+    if isinstance(value, TileConfig):
+        return "-".join(str(field) for field in vars(value).values())
+    return value.kernel if isinstance(value, Problem) else str(value)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -50,18 +84,29 @@ def test_other_targets_have_no_table():
     assert sorted(path.name for path in SHIPPED.glob("*.json")) == sorted(f"sm_{target}.json" for target in TARGETS)
 
 
-@pytest.mark.parametrize(("target", "config", "problem"), distinct(), ids=name)
-def test_a_configuration_is_clean_for_all_it_stands_in_for(target, config, problem):
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration_is_one_that_the_search_considers(target):
+    """And so one whose sums fit into registers, by the cheap rules of the search space."""
+    for (kernel, config), problem in routes(target).items():
+        assert config in candidates(problem, target), (kernel, config, problem)
+
+
+@pytest.mark.parametrize(("targets", "config", "problem", "kind"), list(cases()), ids=name)
+def test_a_configuration_is_clean(targets, config, problem, kind):
     """No spills, shared memory within the limit, no integer-to-float conversions, HGMMA on sm_90."""
-    affine = replace(problem, scheme="affine", group_size=32, dtype=torch.float16)
-    codebook = replace(problem, scheme="codebook")
-    unscaled = replace(config, scale_sums=False)
-    made = report(problem, config, target)
-    assert unfit(problem, made) is None
+    changes, options = KINDS[kind]
+    problem = replace(problem, **changes)
+    config = config if config.suits(problem) else replace(config, scale_sums=False)
+    made = report(problem, config, targets[0], **options, bias=problem.kernel == "matmul" and kind != "plain")
+    for target in targets:
+        assert unfit(problem, replace(made, target_sm=target, shared_limit=SHARED_LIMITS[target])) is None
     assert made.unpacking_per_weight is not None and made.unpacking_per_weight < 8
-    for wanted, taken, options in (
-        (problem, config, {"members": 3, "bias": problem.kernel == "matmul"}),
-        (affine, unscaled, {"rank": 64, "bias": problem.kernel == "matmul"}),
-        (codebook, unscaled, {"rank": 64}),
-    ):
-        assert unfit(wanted, report(wanted, taken, target, **options)) is None, (wanted, options)
+
+
+def test_kinds_kernels_and_targets_meet():
+    """Each two of them."""
+    met = [(ALIKE.get(targets[0], targets[0]), problem.kernel, kind) for targets, _, problem, kind in cases()]
+    for pair in itertools.combinations(range(3), 2):
+        sizes = [len({case[place] for case in met}) for place in pair]
+        assert len({tuple(case[place] for place in pair) for case in met}) == sizes[0] * sizes[1]
+    assert {kind for *_, kind in met} == KINDS.keys()

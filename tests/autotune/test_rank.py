@@ -18,7 +18,7 @@ SPACE = [
     TileConfig(64, 64, 64, num_warps=4, num_stages=2, split=2),
     TileConfig(64, 128, 64, num_warps=8, num_stages=2),
 ]
-WASTEFUL = TileConfig(128, 256, 128, num_warps=4, num_stages=4)
+WASTEFUL = TileConfig(64, 256, 64, num_warps=2, num_stages=2)
 
 
 def made(target_sm=90, tensor="HGMMA", conversions=0, **changes):
@@ -126,7 +126,7 @@ def test_static_table(small_space, monkeypatch):
 
 
 def settle(times, monkeypatch, clean=lambda problem, config, target_sm: True):
-    monkeypatch.setattr(ranking, "_clean", clean)
+    monkeypatch.setattr(ranking, "is_clean", clean)
     return [route for route, _ in ranking._settle([PROBLEM] * len(times), times, 87)]
 
 
@@ -174,12 +174,12 @@ def test_clean_means_every_variant(monkeypatch):
 
     monkeypatch.setattr(ranking, "report", report)
     ranking._compiled.cache_clear()
-    assert not ranking._clean(PROBLEM, SPACE[0], 87)
+    assert not ranking.is_clean(PROBLEM, SPACE[0], 87)
     seen.clear()
-    assert ranking._clean(PROBLEM, SPACE[2], 87)
+    assert ranking.is_clean(PROBLEM, SPACE[2], 87)
     assert len({entry for entry in seen if entry[3] == 64}) == 18
     sums = TileConfig(16, 64, 64, scale_sums=True)
     seen.clear()
-    assert ranking._clean(PROBLEM, sums, 87)
+    assert ranking.is_clean(PROBLEM, sums, 87)
     assert {scheme for scheme, *_ in seen} == {"symmetric"}
     ranking._compiled.cache_clear()
