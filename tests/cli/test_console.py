@@ -79,6 +79,15 @@ def test_a_bar_that_a_mistake_ended_is_removed(terminal, error, stays):
     assert "\x1b[?25h" in text, "the cursor is shown again"
 
 
+def test_a_mistake_leaves_nothing_of_a_bar_in_a_file(monkeypatch):
+    sent = io.StringIO()
+    monkeypatch.setattr(console, "console", lambda: Console(file=sent))
+    with pytest.raises(ValueError), console.progress_bar("training") as update:
+        update(1, 3)
+        raise ValueError
+    assert sent.getvalue() == ""
+
+
 def test_transformers_is_silenced():
     import transformers
 

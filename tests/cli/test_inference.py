@@ -29,7 +29,7 @@ def test_what_a_library_prints_is_no_part_of_the_answer(world, tmp_path, capfd):
     text = (tmp_path / "store" / "tokenizer.json").read_text()
     put(tmp_path / "store", "tokenizer.json", text.replace('"normalized"', '"normalised": true, "normalized"', 1))
     assert inference.load_tokenizer(tmp_path / "store")("the").input_ids
-    print("the answer", flush=True)
+    os.write(1, b"the answer\n")
     out, err = capfd.readouterr()
     assert out == "the answer\n" and "normalised" in err
 

@@ -1,5 +1,6 @@
 """The command as a whole: its exit codes, one line for every failure, signals, and what it asks of the process."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from commands import adapter, assert_one_line, evaluate, tell_at_call, train, tu
 
 from mebp_triton.cli import main as main_module
 from mebp_triton.cli.main import main
-from mebp_triton.convert import merge, quantize
+from mebp_triton.convert import quantize
+from mebp_triton.convert.readers.merged_store import MergedStore
 from mebp_triton.system.errors import RunError
 from mebp_triton.training import evaluation
 
@@ -80,6 +82,20 @@ def test_a_warning_is_one_line(mebp, monkeypatch):
         assert mebp("verify", "store") == (0, "", "mebp: warning: slow\n")
 
 
+def test_lost_pages_are_reported_while_a_command_runs(mebp, monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def reporting():
+        seen.append("begun")
+        yield
+        seen.append("ended")
+
+    monkeypatch.setattr(main_module, "reporting_lost_pages", reporting)
+    monkeypatch.setattr("mebp_triton.cli.commands.verify.run", lambda arguments: seen.append("run"))
+    assert mebp("verify", "store")[0] == 0 and seen == ["begun", "run", "ended"]
+
+
 # --- signals --------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +110,7 @@ def test_a_signal_ends_a_command_with_one_line_and_leaves_nothing(
     merging = ["merge", world / "store", tmp_path / "out", adapter(world)]
     arguments, owner, function, at = {
         "quantize": (["quantize", world / "model", tmp_path / "out"], quantize, "quantize_matrix", 9),
-        "merge": (merging, merge, "rounded", 9),
+        "merge": (merging, MergedStore, "pieces", 9),
         "merge a store": ([*merging, "--as-store"], quantize, "quantize_matrix", 9),
         "tune": (tune_offline(tmp_path, "--shapes=256x128", "--m=16"), tune, "tune_offline", 1),
         "eval": (evaluate(world, world / "store"), evaluation, "collate", 2),

@@ -74,7 +74,7 @@ class Linear4bit(nn.Linear):
 
 def test_bitsandbytes_layers_stay_in_training_mode(world):
     model = decoded_model(world / "store")
-    model.lm_head = Linear4bit(48, 97, bias=False)
+    model.lm_head = Linear4bit(48, 97, bias=False).eval()
     seen = []
     model.lm_head.register_forward_hook(lambda module, *_: seen.append((module.training, model.training)))
     ids = torch.tensor([[4, 5, 6]])

@@ -36,6 +36,9 @@ def test_the_loss_of_a_store_is_what_eval_says_of_it(world, mebp, tmp_path, opti
     assert value["loss_merged"] == evaluated["loss"] and "dtype" not in value
     assert value["quantized_anew"] == (21 if options == ["--as-store"] else 22)
     assert 0 < value["relative_error_worst"] < 0.2
+    if "--no-scale-search" in options:
+        searched = answer(mebp("merge", world / "store", tmp_path / "searched", adapter(world), options[0], "--json"))
+        assert searched["relative_error_worst"] < value["relative_error_worst"]
     schemes = {info.scheme for info in Store(out).matrices.values()}
     assert schemes == {"affine" if options == ["--scheme=affine"] else "symmetric"}
 

@@ -158,6 +158,10 @@ MISTAKES = {
         lambda w, t: ["tune", "--offline", "--target=sm_87", "--shapes=64x64", f"--output={t}"],
         ["is a directory", "--output"],
     ),
+    "a table in no directory": (
+        lambda w, t: [*tune_offline(t, "--shapes=64x64"), f"--output={t / 'none' / 'a.json'}"],
+        ["none is no directory: make it first"],
+    ),
     "a plot in no directory": (
         lambda w, t: tune_offline(t, "--shapes=64x64", f"--plot={t / 'none' / 'a.png'}"),
         ["a.png names no file in an existing directory"],
