@@ -103,7 +103,7 @@ def _layers_to_replace(model: Any, excluded: str | Iterable[str] | None, has_pef
     layers = {
         path: layer
         for path, layer in linear_layers(model).items()
-        # What is trained beside PEFT's adapters (by hand, or as PEFT's bias="all" does) stays as it is.
+        # Weights that are trained beside PEFT's adapters stay as they are.
         if not contains_any(path, names) and not (has_peft and layer.weight.requires_grad)
     }
     if not layers:

@@ -1,1 +1,1 @@
-"""From a config and a store to a transformers model, and its adapter in PEFT's files."""
+"""Makes transformers models of a config and a store; reads and writes their adapters in PEFT's files."""

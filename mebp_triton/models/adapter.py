@@ -160,7 +160,7 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
 
 
 def _seal(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """What ``save_adapter`` wrote into the metadata of the weights; None in a file of PEFT's."""
+    """The seal that ``save_adapter`` wrote into the metadata of the weights; None in a file of PEFT's."""
     if SEAL not in metadata:
         return None
     seal = strict_json.parse_json(metadata[SEAL], f"{SEAL} of {path}")

@@ -102,7 +102,7 @@ def with_adapter(
 
 @dataclass(frozen=True)
 class Numerics:
-    """Where and in which dtypes a model computes.
+    """Settings of how a model computes.
 
     Attributes:
         device: the device of activations.

@@ -36,7 +36,7 @@ from .skeleton import build_skeleton, int4_sites, linear_names
 
 @dataclass
 class Runtime:
-    """What a loaded model is made of and runs by: its attribute ``mebp``."""
+    """The parts that a loaded model is made of and runs by: its attribute ``mebp``."""
 
     store: Store
     engine: BlockEngine

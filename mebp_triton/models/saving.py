@@ -1,4 +1,4 @@
-"""What Hugging Face's trainers do with a model: save its adapter, load it again, and share it between processes.
+"""Lets Hugging Face's trainers save a model's adapter, load it again, and share the model between processes.
 
 ``save_pretrained`` writes the adapter alone: in PEFT's files, and once more as ``model.safetensors`` by the names of
 the model's own parameters. ``Trainer`` looks for that file when it resumes or loads the best checkpoint.
@@ -81,7 +81,7 @@ def ignore_in_ddp(model: Any, kinds: type[nn.Module] = nn.Module) -> None:
         model._ddp_params_and_buffers_to_ignore = FrozenNames(model, kinds, named)
 
 
-# Where PEFT puts the model that it wraps. It hands out the model's attributes, so these names must hold there as well.
+# A model's names begin so inside of PEFT, which hands out the model's attributes: they must hold there as well.
 PEFT_PREFIXES = ("", "base_model.", "base_model.model.")
 
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights is copied byte for byte, and the config is the one that is given."""
+"""The files beside the weights are copied byte for byte, and the config is the one that is given."""
 
 from __future__ import annotations
 

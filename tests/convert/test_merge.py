@@ -1,4 +1,4 @@
-"""What is merged is what the adapter computes: in a model directory for stock transformers, and in a store."""
+"""Merged weights compute what the adapter does: in a model directory for stock transformers, and in a store."""
 
 import json
 import shutil

@@ -29,7 +29,7 @@ def linear4bit(columns: int, quant_type: str = "nf4", nested: bool = True, **opt
 
 
 def flat_decoding(layer: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """By bitsandbytes' definition: codes in order, high nibble first; a scale for every block of the flat matrix."""
+    """Decodes by bitsandbytes' definition: codes in order, high nibble first; a scale per block of the flat matrix."""
     state = layer.weight.quant_state
     absmax = state.absmax
     if state.nested:
@@ -91,7 +91,7 @@ def test_what_cannot_be_exact_is_refused() -> None:
         check_linear4bit(linear4bit(80), "q_proj")
     with pytest.raises(ValueError, match="not quantised yet"):
         check_linear4bit(bitsandbytes.nn.Linear4bit(64, ROWS), "q_proj")
-    # What its forward pass in eval mode does on a CPU with AVX512-BF16; 64 rows, of which it packs 32 at a time.
+    # On a CPU with AVX512-BF16 its forward pass in eval mode does this. It packs 32 rows at a time, so 64 are taken.
     wide = bitsandbytes.nn.Linear4bit(64, 64).to("cpu")
     packed, state = bitsandbytes.functional._convert_weight_packed_for_cpu(wide.weight.data, wide.weight.quant_state)
     wide.weight.data, wide.weight.quant_state = packed, state

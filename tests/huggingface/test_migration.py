@@ -167,7 +167,7 @@ def test_evaluating_saving_and_resuming(source: Path, tmp_path: Path) -> None:
 
 
 def test_trainer_and_our_own_adapters(source: Path, tmp_path: Path) -> None:
-    """Without PEFT, Trainer trains, saves and resumes a model with ``lora=``."""
+    """Trainer trains, saves and resumes a model with ``lora=``, which PEFT has no part in."""
 
     def run(resume: bool) -> Any:
         model = mebp.replace_linears(from_pretrained(source), mebp.LoraConfig(r=8, lora_alpha=16))

@@ -291,7 +291,7 @@ OTHER_METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("method", [name for name in OTHER_METHODS if hasattr(peft, f"{name}Config")])
 @pytest.mark.parametrize("first", ["peft", "int4"])
 def test_pefts_other_methods(method: str, first: str) -> None:
-    """Of the methods beside the weight, output and gradients are those over the decoded weight, in float64."""
+    """Output and gradients of the methods beside the weight are those over the decoded weight, in float64."""
     torch.manual_seed(0)
     base = nn.ModuleDict({"net": nn.Linear(64, 64)})
     config = getattr(peft, f"{method}Config")(target_modules=["net"], **OTHER_METHODS[method])

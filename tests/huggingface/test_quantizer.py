@@ -358,7 +358,7 @@ def test_a_peft_adapter_trains_to_the_losses_of_the_decoded_model(source: Path, 
 
 
 def test_pefts_layers_are_ours(source: Path, model: Any) -> None:
-    """Without a call of ``register_peft``."""
+    """Nobody has to call ``register_peft``."""
     around = adapted(quantized(source))
     assert sum(type(module).__name__ == "PeftInt4Linear" for module in around.modules()) == 21
     with pytest.raises(NotImplementedError, match="an int4 weight cannot take an adapter in"):
@@ -413,7 +413,7 @@ def test_tensors_that_are_missing(saved: Path, tmp_path: Path, name: str) -> Non
 
 
 def test_experts_that_were_layers_of_their_own(tmp_path: Path) -> None:
-    """As transformers 4 saves a mixture: transformers 5 joins the experts, and has no place for their int4 weights."""
+    """transformers 4 saves a mixture so. transformers 5 joins the experts, and has no place for their int4 weights."""
     changes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "intermediate_size": 64}
     size = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}
     AutoModelForCausalLM.from_config(MixtralConfig(**size, **changes)).save_pretrained(tmp_path / "float")
@@ -452,7 +452,7 @@ def test_a_config_that_was_tampered_with(saved: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_method_the_directory_is_not_read_as_float(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has not imported the plug-in."""
+    """A process that has not imported the plug-in does not know the method."""
     for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
         monkeypatch.delitem(mapping, "mebp_int4")
     with pytest.raises(RuntimeError, match="size"):
@@ -460,7 +460,7 @@ def test_without_the_method_the_directory_is_not_read_as_float(saved: Path, monk
 
 
 def test_whoever_imports_the_settings_registers_the_method(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the documentation says: a process that wants to load such a directory imports ``Int4Config``."""
+    """The documentation says that a process which loads such a directory has to import ``Int4Config``."""
     monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "mebp_int4")
     monkeypatch.delitem(sys.modules, quantizer.__name__)
     assert mebp.Int4Config is Int4Config and "mebp_int4" in auto.AUTO_QUANTIZER_MAPPING

@@ -196,7 +196,7 @@ def test_save_pretrained_with_our_adapters_writes_the_adapter(sources: dict[str,
     again = mebp.replace_linears(from_pretrained(sources["llama"]), LORA)
     mebp.load_adapter(again, tmp_path / "ours")
     assert torch.equal(logits(again), logits(model))
-    # What Trainer reads when it resumes.
+    # Trainer reads this file when it resumes.
     other = mebp.replace_linears(from_pretrained(sources["llama"]), LORA)
     missing = other.load_state_dict(load_file(tmp_path / "ours" / "model.safetensors"), strict=False)
     assert not missing.missing_keys and torch.equal(logits(other), logits(model))

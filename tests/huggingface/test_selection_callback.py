@@ -83,7 +83,7 @@ def test_after_training_the_selection_stands_still(store: Path, tmp_path: Path) 
 
 
 def test_what_is_not_selected_may_stay_as_it_is(store: Path, tmp_path: Path) -> None:
-    """With weight decay, a step of AdamW would change it even without a gradient."""
+    """A step of AdamW with weight decay would change it even without a gradient."""
     model = model_of("peft", store)
     before = {name: tensor.clone() for name, tensor in trained(model).items()}
     selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="exact", seed=3)

@@ -126,7 +126,7 @@ def test_buffers_come_from_the_store_where_it_has_them(shared_store: Any) -> Non
 def test_what_transformers_keeps_in_float32_is_a_float_layer(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As DeepSeek's indexers: modelling code reads the dtype of their weight."""
+    """DeepSeek's indexers are such: modelling code reads the dtype of their weight."""
     monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["o_proj"])
     store = tiny_store("llama", tmp_path)
     _, model = built(store, mebp.LoraConfig(r=2), Numerics(torch.device("cpu"), dtype))

@@ -42,7 +42,7 @@ def llama_tensors() -> dict[str, tuple[tuple[int, ...], object]]:
 
 
 def gpt2_tensors() -> dict[str, tuple[tuple[int, ...], object]]:
-    """With 1024 positions and a width of 4 * HIDDEN: transformers takes neither from a GPT-2 file."""
+    """A GPT-2 of 1024 positions and an MLP of width 4 * HIDDEN: transformers reads neither number from such a file."""
     tensors = {
         "token_embd.weight": ((len(TOKENS), HIDDEN), Q4_1),
         "position_embd.weight": ((1024, HIDDEN), F32),

@@ -140,7 +140,7 @@ class GgufFile:
         return value
 
     def _row_order(self, entry: Entry) -> Tensor | None:
-        """For each row of the parameter, the row of the file that it comes from; None if the codes cannot be kept.
+        """The row of the file that each row of the parameter comes from; None if the codes cannot be kept.
 
         A converter may have permuted rows (Llama's queries and keys), transposed a matrix (GPT-2) or changed its
         values. What an architecture does is not looked up but observed: a matrix that holds its own row numbers, and

@@ -47,7 +47,7 @@ DOWNLOAD = "download it again"
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies, and what the header of its shard says of it."""
+    """A tensor's file, and its form as the header of that file has it."""
 
     file: Path
     dtype: str

@@ -138,7 +138,7 @@ def test_codes_and_scales_are_the_bytes_of_the_file(tmp_path):
 
 
 def test_codes_are_kept_only_where_rows_change_places(llama):
-    """Whatever an architecture's processor does, it is found out."""
+    """The effect of an architecture's processor is observed, whatever it is."""
     source = bound(llama)
     name = "model.layers.0.mlp.down_proj.weight"
     plain = decode(source.read(name), torch.float32)

@@ -58,7 +58,7 @@ def test_matrices_are_merged_where_the_adapter_is(shared_store: Any, adapters: A
     assert isinstance(found, torch.Tensor) and found.dtype == torch.float32
     assert torch.allclose(found.double(), truth, rtol=0, atol=1e-6)
     assert torch.equal(torch.cat(list(source.pieces(name))), found)
-    # What the adapter leaves alone comes as it is stored.
+    # Matrices that the adapter leaves alone come as they are stored.
     kept = source.read(plain)
     assert isinstance(kept, Int4Weight) and torch.equal(kept.packed, opened.weight(PLAIN[architecture]).packed)
     assert torch.equal(torch.cat(list(source.pieces(plain))).t() if architecture == "gpt2" else
