@@ -28,7 +28,7 @@ from mebp_triton.training.plan.inventory import Inventory
 from mebp_triton.training.plan.phases import FIRST_STEPS
 from mebp_triton.training.plan.planner import Planner
 from mebp_triton.training.run_directory import RunDirectory
-from mebp_triton.training.run_settings import resolve
+from mebp_triton.training.run_settings import RunSettings, resolve
 from mebp_triton.training.settings import TrainConfig
 from mebp_triton.training.trainer import Trainer
 
@@ -58,49 +58,41 @@ def random_store(config: Any, directory: Path) -> Path:
     return directory
 
 
-def train(store: str, config: TrainConfig) -> None:
+def train(store: str, settings: RunSettings) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = load(
             store,
-            config.lora(),
-            weights=config.weights or "device",
-            checkpoints=config.checkpoints or "device",
-            dtype=DTYPES[config.dtype or "float32"],
+            settings.lora(),
+            weights=settings.weights,
+            checkpoints=settings.checkpoints,
+            dtype=DTYPES[settings.dtype],
             scratch_directory=directory,
-            recompute_granularity=config.recompute_granularity or "full",
-            mlp_chunk_tokens=config.mlp_chunk_tokens,
+            recompute_granularity=settings.recompute_granularity,
+            mlp_chunk_tokens=settings.mlp_chunk_tokens,
         )
         vocabulary = model.config.get_text_config().vocab_size
-        rows = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-        parts = 4 if config.packing else 1
-        data = random_tokens(vocabulary, rows * parts, config.max_length // parts)
-        if config.packing:
-            data = pack(data, config.max_length)
-        Trainer(model, data, config, RunDirectory(Path(directory) / "run")).train()
+        rows = settings.max_steps * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        parts = 4 if settings.packing else 1
+        data = random_tokens(vocabulary, rows * parts, settings.max_length // parts)
+        if settings.packing:
+            data = pack(data, settings.max_length)
+        Trainer(model, data, settings, RunDirectory(Path(directory) / "run")).train()
 
 
 def measure(store: str, settings: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    config = TrainConfig(device="cpu", return_freed_memory=True, **settings)
+    asked = TrainConfig(device="cpu", return_freed_memory=True, **settings)
     gc.collect()
     return_free_memory()
     floor = memory.resident().total
     planner = Planner(Inventory.of_store(Store(store)), AutoConfig.from_pretrained(store), floor - FIRST_STEPS)
-    plan = planner.predict(planner.default(config))
+    plan = planner.predict(planner.default(asked))
     del planner
     return_free_memory()
     Path("/proc/self/clear_refs").write_text("5")
     train(store, plan.settings)
-    top = plan.host_peak
-    return {
-        "settings": settings,
-        "floor": floor,
-        "planned": plan.peak,
-        "measured": memory.peak_resident_bytes(),
-        "moment": top.name,
-        "components": top.components,
-    }
+    return {"settings": settings, "floor": floor, "planned": plan.peak, "measured": memory.peak_resident_bytes()}
 
 
 if __name__ == "__main__":

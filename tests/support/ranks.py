@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import runpy
 import signal
 import socket
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -34,6 +32,7 @@ from mebp_triton.training import processes as processes_module
 from mebp_triton.training import run_directory
 from mebp_triton.training.finetune import finetune
 from mebp_triton.training.processes import joined
+from mebp_triton.training.step import Passes, StepInputs
 from mebp_triton.training.trainer import Trainer
 from mebp_triton.training.updates import AfterBackward
 
@@ -94,6 +93,13 @@ def train(root: Path, output: Path, settings: dict[str, Any], resume: bool = Fal
         train_with(processes, root, output, settings, resume, crash)
 
 
+def trainings(runs: list[tuple[Path, Path, dict[str, Any]]]) -> None:
+    """Several runs, one after the other: the ``root``, ``output`` and ``settings`` of ``train`` for each."""
+    with joined() as processes:
+        for root, output, settings in runs:
+            train_with(processes, root, output, settings)
+
+
 def train_with(
     processes: Any, root: Path, output: Path, settings: dict[str, Any], resume: bool = False, crash: int = -1
 ) -> Trainer:
@@ -131,25 +137,26 @@ def beside(output: Path, what: str, rank: int) -> Path:
 
 
 def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step: int = 2) -> None:
-    """``mebp``, without a plan; in one process, step ``at_step`` goes wrong."""
-    one_step = Trainer._one_step
+    """``mebp``, without a plan; in one process, the passes of step ``at_step`` go wrong."""
+    passes = Passes.forward_and_backward
 
-    def broken(self: Trainer, micro_batches: Any) -> Any:
-        if self.step == at_step and self.processes.rank == broken_rank:
+    def broken(self: Passes, inputs: StepInputs) -> tuple[float, float]:
+        if inputs.step == at_step and self.processes.rank == broken_rank:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "told":
                 os.kill(os.getpid(), signal.SIGTERM)
-                return one_step(self, micro_batches)
             if how == "mistake":
                 raise ValueError("the value 3 is wrong: give 4")
             if how == "bug":
                 raise KeyError("some key")
-            with torch.no_grad():  # one weight is no number, or a bit off
-                self.parameters[-1][0, 0] += torch.nan if how == "nan" else 1e-6
-        return one_step(self, micro_batches)
+            if how in ("nan", "drift"):
+                with torch.no_grad():  # one weight is no number, or a bit off
+                    trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+                    trained[-1][0, 0] += torch.nan if how == "nan" else 1e-6
+        return passes(self, inputs)
 
-    Trainer._one_step = broken  # type: ignore[method-assign]
+    Passes.forward_and_backward = broken  # type: ignore[method-assign]
     mebp_triton.cli.training_run._plan = lambda *_: None
     sys.exit(main.main(arguments))
 
@@ -176,8 +183,8 @@ def sums(root: Path) -> None:
         assert processes.share({"from": rank, "text": "ä" * 3000}) == {"from": 0, "text": "ä" * 3000}
         assert [int(row[1]) for row in processes.gather(torch.tensor([7, rank]))] == [0, 1]
         made = root / "made"
-        found = processes.first(lambda: made.exists() or made.touch())
-        assert found is (None if rank == 0 else True)
+        existed = processes.first(lambda: made.exists() or made.touch())
+        assert existed is (None if rank == 0 else True)
         only_one = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))
         both, none = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
         both.grad = torch.tensor([1.0, 2.0, torch.inf]) * (1 + rank)
@@ -188,8 +195,16 @@ def sums(root: Path) -> None:
         assert only_one.grad.dtype == torch.bfloat16 and only_one.grad.flatten().tolist() == [1.5] * 4
 
 
-def hugging_face(store: Path, output: Path, mode: Any, options: dict[str, Any]) -> None:
-    """transformers' Trainer around the model of ``load``; several processes: in ``DistributedDataParallel``."""
+def hugging_face(store: Path, runs: list[tuple[Path, Any, dict[str, Any]]]) -> None:
+    """transformers' Trainer around the model of ``load``; several processes: in ``DistributedDataParallel``.
+
+    ``runs`` have an output, the mode of the selection (None for none), and arguments of the trainer.
+    """
+    for output, mode, options in runs:
+        _hugging_face(store, output, mode, options)
+
+
+def _hugging_face(store: Path, output: Path, mode: Any, options: dict[str, Any]) -> None:
     model = mebp.load(store, mebp.LoraConfig(r=4, lora_alpha=8.0), weights="file", seed=3)
     randomize_adapter(model)
     callbacks = []
@@ -213,28 +228,10 @@ def hugging_face(store: Path, output: Path, mode: Any, options: dict[str, Any]) 
     made = transformers.Trainer(model, chosen, train_dataset=rows, callbacks=callbacks)
     made.train()
     both = (named(remove_duplicate=False) for named in (model.named_parameters, model.named_buffers))
-    names = {name for found in both for name, _ in found}
+    names = {name for one in both for name, _ in one}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert names.difference(model._ddp_params_and_buffers_to_ignore) == trained
     rank = int(os.environ.get("RANK", "0"))
     losses = torch.tensor([row["loss"] for row in made.state.log_history if "loss" in row], dtype=torch.float64)
     tensors = {name: tensor.contiguous() for name, tensor in adapter_tensors(model).items()}
     safetensors.torch.save_file({"losses": losses, **tensors}, beside(output, "adapter", rank))
-
-
-# --- programs -------------------------------------------------------------------------------------------------------
-
-
-def run_script(path: Path, arguments: Sequence[object], log: Path, seconds: float = 900) -> Ended:
-    """Runs a Python file as ``python PATH ARGUMENTS`` would, in a process that has everything imported."""
-    (ended,) = run_ranks(script, log, path, [str(one) for one in arguments], size=1, seconds=seconds)
-    return ended
-
-
-def script(path: Path, arguments: list[str]) -> None:
-    """For ``run_script``."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[name]
-    sys.argv[:] = [str(path), *arguments]
-    sys.path.insert(0, str(path.parent))
-    runpy.run_path(str(path), run_name="__main__")

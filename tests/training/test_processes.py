@@ -23,20 +23,25 @@ SELECTED = {"selected_ratio": 0.34}
 SCENARIOS = {
     "full": {"per_device_train_batch_size": 2, "weight_decay": 0.05, "max_grad_norm": 0.2, "warmup_steps": 1},
     "identity": {"selection_mode": "identity", "selection_schedule": "random", **SELECTED},
-    "exact": {"selection_mode": "exact", "selection_schedule": "importance", **SELECTED},
+    # The norms count only when every block has been selected once.
+    "exact": {"selection_mode": "exact", "selection_schedule": "importance", "max_steps": 5, **SELECTED},
     "freeze": {"selection_mode": "freeze", "unselected_update": "none", **SELECTED},
     "mezo": {"optim": "mezo", "learning_rate": 1e-4},
-    # Three times eleven rows, four a step: of the last step, one process has a row and the other none.
+    # Three times three rows, four a step: of the last step, one process has a row and the other none.
     "epochs": {"max_steps": 0, "num_train_epochs": 3, "lr_scheduler_type": "cosine"},
 }
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    """A store and its texts; ``short`` has the same with a shorter text."""
     root = tmp_path_factory.mktemp("world")
     run_store(root)
-    (root / "train.txt").write_text(sentences(40))
-    (root / "held-out.txt").write_text(sentences(12, seed=9))
+    (root / "short").mkdir()
+    (root / "short" / "store").symlink_to(root / "store")
+    for place, count in ((root, 40), (root / "short", 10)):
+        (place / "train.txt").write_text(sentences(count))
+        (place / "held-out.txt").write_text(sentences(6, seed=9))
     return root
 
 
@@ -91,20 +96,35 @@ def ended_with(processes, code, line):
 # --- the same steps -------------------------------------------------------------------------------------------------
 
 
+def settings_of(scenario):
+    return {"max_steps": 3, **SCENARIOS[scenario], **DOUBLE}
+
+
+def root_of(world, scenario):
+    return world / "short" if scenario == "epochs" else world
+
+
+@pytest.fixture(scope="module")
+def both(world, tmp_path_factory):
+    """The runs of all scenarios by two processes, two micro-batches each."""
+    outputs = tmp_path_factory.mktemp("both")
+    more = {"gradient_accumulation_steps": 2}
+    runs = [(root_of(world, name), outputs / name, settings_of(name) | more) for name in SCENARIOS]
+    ended_well(ranks.run_ranks(ranks.trainings, outputs / "log", runs))
+    return outputs
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_two_processes_take_the_steps_of_one_with_twice_the_micro_batches(world, tmp_path, scenario):
+def test_two_processes_take_the_steps_of_one_with_twice_the_micro_batches(world, both, tmp_path, scenario):
     """In float64: losses, accuracies, tokens, norms, evaluations and the final adapter.
 
     What is communicated are the gradients of the blocks that were selected, and a number for each of their parameters.
     """
-    settings = {"max_steps": 5, **SCENARIOS[scenario], **DOUBLE}
-    both, alone = tmp_path / "both", tmp_path / "alone"
-    accumulated = {"gradient_accumulation_steps": 2}
-    ended_well(ranks.run_ranks(ranks.train, tmp_path / "log", world, both, settings | accumulated))
-    accumulated["gradient_accumulation_steps"] *= 2
-    made = ranks.train_with(ALONE, world, alone, settings | accumulated)
+    both, alone = both / scenario, tmp_path / "alone"
+    settings = settings_of(scenario) | {"gradient_accumulation_steps": 4}
+    made = ranks.train_with(ALONE, root_of(world, scenario), alone, settings)
     if scenario == "epochs":
-        assert made.total_steps == 9 and 3 * len(made.data) % 4 == 1
+        assert made.total_steps == 3 and 3 * len(made.data) % 4 == 1
     names = ["loss", "token_accuracy", "tokens", "grad_norm", "learning_rate"]
     ours, truth = rows(both), rows(alone)
     blocks = made.model.mebp.engine
@@ -163,7 +183,7 @@ def test_the_summed_gradients_are_those_of_peft_over_the_global_batch(world, tmp
 
 def test_a_resumed_run_of_two_ends_at_the_bits_of_an_uninterrupted_one(world, tmp_path):
     """With dropout, of which each process draws its own, and a selection that hangs on norms."""
-    settings = {"max_steps": 8, "save_steps": 3, "lora_dropout": 0.3, "gradient_accumulation_steps": 2}
+    settings = {"max_steps": 6, "save_steps": 2, "lora_dropout": 0.3, "gradient_accumulation_steps": 2}
     settings |= {"selection_mode": "identity", "selection_schedule": "importance", **SELECTED}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
@@ -171,8 +191,8 @@ def test_a_resumed_run_of_two_ends_at_the_bits_of_an_uninterrupted_one(world, tm
         return ranks.run_ranks(ranks.train, tmp_path / "log", world, output, settings, *options)
 
     ended_well(run(whole))
-    assert "crashed" in run(cut, False, 4)[0].err
-    assert json.loads((cut / "checkpoint" / "state.json").read_text())["step"] == 3
+    assert "crashed" in run(cut, False, 5)[0].err
+    assert json.loads((cut / "checkpoint" / "state.json").read_text())["step"] == 4
     ended_well(run(cut, True))
     truth, found = all_tensors(whole / "checkpoint"), all_tensors(cut / "checkpoint")
     assert found.keys() == truth.keys() and all(torch.equal(found[name], truth[name]) for name in truth)
@@ -223,17 +243,22 @@ def test_a_model_is_quantized_once_and_a_finished_run_stays_as_it_was(world, tmp
     assert bytes_in(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("mode", [None, "identity"])
-def test_transformers_trainer_takes_the_steps_of_one_process(world, tmp_path, mode):
+def test_transformers_trainer_takes_the_steps_of_one_process(world, tmp_path):
     """In ``DistributedDataParallel``, with blocks that are not selected, and rows of unequal length."""
-    options = {"gradient_checkpointing": True}
-    both = options | {"ddp_find_unused_parameters": mode is not None}
-    ended_well(ranks.run_ranks(ranks.hugging_face, tmp_path, world / "store", tmp_path / "both", mode, both))
-    ranks.hugging_face(world / "store", tmp_path / "alone", mode, options | {"gradient_accumulation_steps": 2})
-    truth = loaded(tmp_path / "alone", "adapter")
-    for rank in range(2):
-        for name, tensor in loaded(tmp_path / "both", "adapter", rank).items():
-            torch.testing.assert_close(tensor, truth[name], rtol=0, atol=1e-5)
+    checkpointing = {"gradient_checkpointing": True}
+    modes = (None, "identity")
+
+    def runs(place, options):
+        return [(tmp_path / f"{place}-{mode}", mode, checkpointing | options(mode)) for mode in modes]
+
+    both = runs("both", lambda mode: {"ddp_find_unused_parameters": mode is not None})
+    ended_well(ranks.run_ranks(ranks.hugging_face, tmp_path, world / "store", both))
+    ranks.hugging_face(world / "store", runs("alone", lambda mode: {"gradient_accumulation_steps": 2}))
+    for mode in modes:
+        truth = loaded(tmp_path / f"alone-{mode}", "adapter")
+        for rank in range(2):
+            for name, tensor in loaded(tmp_path / f"both-{mode}", "adapter", rank).items():
+                torch.testing.assert_close(tensor, truth[name], rtol=0, atol=1e-5)
 
 
 # --- failures -------------------------------------------------------------------------------------------------------
@@ -245,12 +270,7 @@ def test_transformers_trainer_takes_the_steps_of_one_process(world, tmp_path, mo
         (0, "mistake", 2, "the value 3 is wrong: give 4"),
         (1, "mistake", 2, "process 1: the value 3 is wrong: give 4"),
         (1, "bug", 1, "process 1: KeyError: 'some key'"),
-        (
-            1,
-            "nan",
-            1,
-            "error: loss is nan at step 2, first ",
-        ),
+        (1, "nan", 1, "error: loss is nan at step 2, first "),
         (1, "drift", 1, "error: the adapters of the processes differ after step 4, and must not"),
     ],
 )
@@ -270,36 +290,43 @@ def test_a_process_that_is_killed_does_not_leave_the_other_waiting(world, tmp_pa
     assert "mebp: error: another process of this run is gone" in ended[1 - rank].err
 
 
+TOLD = ["--selection-mode=exact", "--selection-schedule=importance", "--lora-dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def untold(world, tmp_path_factory):
+    """A run that nobody stopped."""
+    whole = tmp_path_factory.mktemp("untold") / "run"
+    ended_well(ranks.run_ranks(ranks.command, whole.parent / "log", arguments(world, whole, *TOLD)))
+    return whole
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_is_told_to_stop_ends_both_after_the_same_step(world, tmp_path, rank):
+def test_a_process_that_is_told_to_stop_ends_both_after_the_same_step(world, untold, tmp_path, rank):
     """In the third step, after which no checkpoint is due; then on to the bits of a run that nobody stopped."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    more = ["--selection-mode=exact", "--selection-schedule=importance", "--lora-dropout=0.1"]
-    ended = ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, run, *more), rank, "told")
+    run = tmp_path / "run"
+    ended = ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, run, *TOLD), rank, "told")
     assert [process.code for process in ended] == [143, 143]
     assert ended[0].err.splitlines()[-1] == "mebp: interrupted after step 3 of 4; --resume goes on from there"
     assert not any(process.out for process in ended) and "interrupted" not in ended[1].err
     assert json.loads((run / "checkpoint" / "state.json").read_text())["step"] == 3
-    ended_well(ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, run, *more, "--resume")))
-    ended_well(ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, whole, *more)))
-    ours, truth = all_tensors(run / "checkpoint"), all_tensors(whole / "checkpoint")
+    ended_well(ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, run, *TOLD, "--resume")))
+    ours, truth = all_tensors(run / "checkpoint"), all_tensors(untold / "checkpoint")
     assert ours.keys() == truth.keys() and all(torch.equal(ours[name], tensor) for name, tensor in truth.items())
-    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(whole)]
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(untold)]
 
 
 def test_a_users_mistake_is_one_line_and_nothing_is_written(world, tmp_path):
+    """One that every process sees, and one that the first sees alone."""
     run = tmp_path / "run"
-    cases = [
-        (["--optimizer-in-backward"], "optimizer_in_backward steps before the gradients of other processes"),
-        (["--device=cuda:0"], "device 'cuda:0' is one GPU, and each of 2 processes takes its own: give cuda"),
-        (["--target-modules=nothing"], "target_modules 'nothing' matches no linear layer"),
-    ]
-    for more, line in cases:
-        ended_with(ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, run, *more)), 2, line)
-        assert not run.exists()
+    given = arguments(world, run, "--target-modules=nothing")
+    line = "target_modules 'nothing' matches no linear layer"
+    ended_with(ranks.run_ranks(ranks.command, tmp_path / "log", given), 2, line)
+    assert not run.exists()
     run.mkdir()
     (run / "something").touch()
     ended_with(ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, run)), 2, "exists already")
+    assert [path.name for path in run.iterdir()] == ["something"]
 
 
 def test_processes_with_different_files_do_not_start(world, tmp_path):
@@ -338,6 +365,10 @@ def test_every_process_takes_its_own_gpu_and_seed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     other = Processes(rank=5, size=8, local_rank=1)
     assert other.device(None) == other.device("cuda") == "cuda:1" and other.device("cpu") == "cpu"
+    with pytest.raises(
+        ValueError, match="device 'cuda:0' is one GPU, and each of 8 processes takes its own: give cuda"
+    ):
+        other.device("cuda:0")
     assert len({Processes(rank, 8).seed(42) for rank in range(8)}) == 8
     assert all(torch.Generator().manual_seed(Processes(rank, 8).seed((1 << 63) - 1)) for rank in range(8))
 

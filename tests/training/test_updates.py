@@ -20,12 +20,19 @@ from runs import (
 )
 
 from mebp_triton.system.errors import RunError
+from mebp_triton.training.processes import Processes
 from mebp_triton.training.settings import Optim
-from mebp_triton.training.updates import OPTIMIZERS
+from mebp_triton.training.updates import OPTIMIZERS, make_update
 
 
 def test_every_value_of_the_setting_has_its_optimizer():
     assert OPTIMIZERS.keys() == set(get_args(Optim))
+
+
+def test_several_processes_do_not_step_in_the_backward_pass(store, data, tmp_path):
+    made = trainer(store, data, tmp_path / "run", max_steps=1, optimizer_in_backward=True)
+    with pytest.raises(ValueError, match="optimizer_in_backward steps before the gradients of other processes"):
+        make_update(made.config, made.model, made.selection, Processes(0, 2), tmp_path)
 
 
 def gradient_norms(made):

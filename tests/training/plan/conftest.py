@@ -1,16 +1,15 @@
-"""Fixtures of the planner's tests."""
+"""A store and a planner that the planner's tests share."""
 
 import pytest
-from models import tiny_store
 from plans import planner
 
 
 @pytest.fixture(scope="session")
-def store():
-    return tiny_store("llama")
+def store(shared_store):
+    return shared_store("llama")
 
 
 @pytest.fixture(scope="session")
 def plans(store):
-    """What one traces the others need not."""
+    """A planner for ``store``, which keeps what it has traced for the next test."""
     return planner(store, framework=0)

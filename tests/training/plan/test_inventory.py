@@ -1,7 +1,7 @@
 """An inventory lists what a store holds."""
 
 import pytest
-from models import ARCHITECTURES, bnb_directory, tiny_store
+from models import ARCHITECTURES, bnb_directory
 from transformers import AutoConfig
 
 from mebp_triton.convert.quantize import quantize
@@ -10,8 +10,8 @@ from mebp_triton.training.plan.inventory import Inventory
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_store_that_does_not_exist_yet_has_the_same_tensors(architecture):
-    store = tiny_store(architecture, group_size=32)
+def test_a_store_that_does_not_exist_yet_has_the_same_tensors(shared_store, architecture):
+    store = shared_store(architecture)
     config = AutoConfig.from_pretrained(store)
     real, made = Inventory.of_store(Store(store)), Inventory.of_config(config, group_size=32)
     assert made.tied_head == real.tied_head and made.floats == real.floats and made.files.keys() == real.files.keys()

@@ -1,7 +1,6 @@
 """A few blocks stand for all: one of every kind is traced, and what it takes is what real tensors take."""
 
 import pytest
-from models import tiny_store
 from plans import SMALL, planner
 from transformers import AutoConfig
 
@@ -19,10 +18,10 @@ def traced(store, **changes):
     return TracedModel(Inventory.of_store(Store(store)), AutoConfig.from_pretrained(store), settings)
 
 
-def test_as_many_blocks_are_traced_as_have_one_of_every_kind(store):
+def test_as_many_blocks_are_traced_as_have_one_of_every_kind(store, shared_store):
     assert traced(store).depth == 2  # all alike: the second one shows what a block adds
     assert traced(store, target_modules=r"model\.layers\.2\..*_proj").depth == 3
-    sliding = tiny_store("gemma3_text")
+    sliding = shared_store("gemma3_text")
     kinds = AutoConfig.from_pretrained(sliding).layer_types
     assert len(set(kinds)) == 2
     assert traced(sliding).depth == max(kinds.index(kind) for kind in set(kinds)) + 1
