@@ -147,6 +147,66 @@ def fuse_lora_layers(model: nn.Module) -> None:
             wrapper.__class__ = peft_int4_linear()
 
 
+class _OverInt4(nn.Module):
+    """The part of ``PeftInt4Linear`` that PEFT is not needed for: how an adapter computes over an int4 weight."""
+
+    # PEFT's ``LoraLayer`` sets these.
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    scaling: dict[str, float]
+    active_adapters: list[str]
+    disable_adapters: bool
+    _check_forward_args: Any
+    _mixed_batch_forward: Any
+    _cast_input_dtype: Any
+
+    fan_in_fan_out = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            return self.base_layer(x)
+        if names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=names, **kwargs)
+        active, base = [name for name in self.active_adapters if name in self.lora_A], self.base_layer
+        if len(active) == 1 and self._can_fuse(active[0]):
+            a, b = self._adapter(active[0])
+            scaling = self.scaling[active[0]]
+            return int4_lora_linear(x, base.int4(), base.bias, a.weight, b.weight, scaling, base.backend)
+        y = base(x)
+        dtype = y.dtype
+        for name in active:
+            a, b = self._adapter(name)
+            inside = self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype))
+            y = y + b(a(inside)) * self.scaling[name]
+        return y.to(dtype)
+
+    def _adapter(self, name: str) -> tuple[Any, Any]:
+        """The modules of A ``[R, K]`` and B ``[N, R]``."""
+        return self.lora_A[name], self.lora_B[name]
+
+    def _can_fuse(self, adapter: str) -> bool:
+        """Whether the fused operation computes what the separate modules would, and nobody watches these."""
+        (a, b), dropout = self._adapter(adapter), self.lora_dropout[adapter]
+        plain = type(self.base_layer) is Int4Linear and type(a) is type(b) is nn.Linear and b.bias is None
+        drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+        return plain and not drops and not any(is_watched(module) for module in (self.base_layer, a, b, dropout))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The product that ``adapter`` adds to the weight, ``[N, K]``; PEFT combines adapters by it."""
+        a, b = self._adapter(adapter)
+        return b.weight @ a.weight * self.scaling[adapter]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(
+            "an int4 weight cannot take an adapter in: save the adapter with save_pretrained, and merge it into "
+            "the unquantised model by PEFT, or into a store by `mebp merge`"
+        )
+
+
 @functools.cache
 def peft_int4_linear() -> Any:
     """Makes the class ``PeftInt4Linear`` on the first call: it inherits from PEFT, which is imported then."""
@@ -155,13 +215,11 @@ def peft_int4_linear() -> Any:
     parameters = inspect.signature(LoraLayer.update_layer).parameters
     takes_config = "config" in parameters  # since PEFT 0.19; before, every setting is an argument of its own
 
-    class PeftInt4Linear(nn.Module, LoraLayer):  # type: ignore[misc]
+    class PeftInt4Linear(_OverInt4, LoraLayer):  # type: ignore[misc]
         """PEFT's LoRA layer over an ``Int4Linear``: ``[..., K]`` -> ``[..., N]``.
 
         ``merge`` raises: an int4 weight cannot take an adapter in.
         """
-
-        fan_in_fan_out = False
 
         def __init__(
             self, base_layer: nn.Module, adapter_name: str, r: int = 0, lora_alpha: float = 1, **kwargs: Any
@@ -185,49 +243,6 @@ def peft_int4_linear() -> Any:
                 if value is not None and (value not in UNSUPPORTED[name] or value == "orthogonal"):
                     raise ValueError(f"LoRA over int4 weights does not support {name}={value!r}: leave it out")
             super().update_layer(adapter_name, r, *args, **kwargs)
-
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            self._check_forward_args(x, *args, **kwargs)
-            names = kwargs.pop("adapter_names", None)
-            if self.disable_adapters:
-                return self.base_layer(x)
-            if names is not None:
-                return self._mixed_batch_forward(x, *args, adapter_names=names, **kwargs)
-            active = [name for name in self.active_adapters if name in self.lora_A]
-            base: Any = self.base_layer
-            if len(active) == 1 and self._can_fuse(active[0]):
-                a, b = self._adapter(active[0])
-                scaling = self.scaling[active[0]]
-                return int4_lora_linear(x, base.int4(), base.bias, a.weight, b.weight, scaling, base.backend)
-            y = base(x)
-            dtype = y.dtype
-            for name in active:
-                a, b = self._adapter(name)
-                inside = self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype))
-                y = y + b(a(inside)) * self.scaling[name]
-            return y.to(dtype)
-
-        def _adapter(self, name: str) -> tuple[Any, Any]:
-            """The modules of A ``[R, K]`` and B ``[N, R]``."""
-            return self.lora_A[name], self.lora_B[name]
-
-        def _can_fuse(self, adapter: str) -> bool:
-            """Whether the fused operation computes what the separate modules would, and nobody watches these."""
-            (a, b), dropout = self._adapter(adapter), self.lora_dropout[adapter]
-            plain = type(self.base_layer) is Int4Linear and type(a) is type(b) is nn.Linear and b.bias is None
-            drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-            return plain and not drops and not any(is_watched(module) for module in (self.base_layer, a, b, dropout))
-
-        def get_delta_weight(self, adapter: str) -> Tensor:
-            """The product that ``adapter`` adds to the weight, ``[N, K]``; PEFT combines adapters by it."""
-            a, b = self._adapter(adapter)
-            return b.weight @ a.weight * self.scaling[adapter]
-
-        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            raise NotImplementedError(
-                "an int4 weight cannot take an adapter in: save the adapter with save_pretrained, and merge it into "
-                "the unquantised model by PEFT, or into a store by `mebp merge`"
-            )
 
     # Unpickling looks for the class by this name in this module; ``__getattr__`` below answers.
     PeftInt4Linear.__qualname__ = "PeftInt4Linear"
