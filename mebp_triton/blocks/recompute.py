@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mebp_triton.layers.linear import Int4LoRALinear
 
@@ -87,15 +87,11 @@ class Recompute:
         saved: list[torch.Size] = []
         entered: list[torch.autograd.graph.saved_tensors_hooks] = []
 
-        def note(tensor: Tensor) -> Tensor:
-            saved.append(tensor.shape)
-            # Not the tensor itself: kept by the function that made it, it would form a cycle and never be freed.
-            return tensor.detach()
-
         def watch(*_: Any) -> None:
-            # ``note`` sees every tensor that autograd saves from here on, that is, after the layer has returned. The
-            # end of this watch is the end of the recompute, so the context cannot be written as a with statement.
-            entered.append(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
+            # From here on, that is, after the layer has returned, the hook sees every tensor that autograd saves. What
+            # it returns instead of the tensor does not matter: a graph that has saved something is not used. The watch
+            # ends with the recompute, outside of this function, so it cannot be a with statement.
+            entered.append(torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape), lambda x: x))
             entered[-1].__enter__()
 
         hook = unused.register_forward_hook(watch)
@@ -106,8 +102,7 @@ class Recompute:
             hook.remove()
             for context in reversed(entered):
                 context.__exit__(None, None, None)
-        # A layer that was called twice is the last one only at its second call, and NaN reached what lies between.
-        return output, bool(saved) or len(entered) != 1
+        return output, bool(saved)
 
     @contextmanager
     def taped(self, tape: Recording | Replay) -> Iterator[None]:

@@ -32,9 +32,8 @@ class SharedInput:
 
     def output_of(self, layer: Int4LoRALinear, x: Tensor) -> Tensor:
         """The output ``[..., N]`` of ``layer`` for ``x`` ``[..., K]``."""
-        # "is", since an equal tensor elsewhere may belong to another graph. Inference tensors have no version counter,
-        # so a change of one in place would not be seen.
-        if self._waiting and self._input is x and not x.is_inference() and self._state == self._dependencies(x):
+        # "is", since an equal tensor elsewhere may belong to another graph.
+        if self._input is x and self._state == self._dependencies(x):
             ready = self._waiting.pop(layer, None)
             if not self._waiting:
                 self.forget()
@@ -44,6 +43,7 @@ class SharedInput:
         # A layer out of turn does not know who will be called next; dropout gives each layer an input of its own; and
         # a compiler would have to trace what waits here.
         alone = layer is not self.layers[0] or torch.compiler.is_compiling() or self._drops_out()
+        # Inference tensors do not count their changes, so one in between would not be seen.
         if alone or any(tensor.is_inference() for tensor in self._tensors_read(x)):
             return compute_together([layer], x)[0]
         outputs = compute_together(self.layers, x)

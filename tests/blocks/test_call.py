@@ -148,6 +148,8 @@ def test_arguments_are_taken_apart_and_put_together_with_other_leaves() -> None:
     assert torch.equal(call.args[0], 2 * a) and call.args[1] == 3 and torch.equal(call.args[2][0], 2 * c)
     assert call.kwargs["flag"] is None and call.kwargs["shared"] is not shared
     assert torch.equal(call.kwargs["shared"]["k"][0], 2 * b) and shared["k"][0] is b
+    call.kwargs["shared"]["new"] = 1
+    assert "new" not in arguments.call(other).kwargs["shared"], "each call has containers of its own"
     holder = object()
     again = Arguments((a, holder), {"shared": shared}).objects(call)
     assert again[0] is call.kwargs["shared"] and again[1] is holder and len(again) == 2

@@ -100,40 +100,42 @@ def test_counts_begin_again_when_they_are_taken() -> None:
     assert counters == Counters()
 
 
-def run_twice(index: int, original: Any, x: torch.Tensor) -> torch.Tensor:
-    return (index + 1) * original(x)
+def run_more(index: int, original: Any, x: torch.Tensor) -> torch.Tensor:
+    return (index + 2) * original(x)
 
 
 def test_blocks_are_run_by_the_runner_until_it_is_removed() -> None:
     blocks = [nn.Identity(), nn.Identity()]
     blocks[1].forward = own = lambda x: 10 * x  # type: ignore[method-assign,assignment]
-    runner = BlockRunner(blocks, run_twice)
+    runner = BlockRunner(blocks, run_more)
     x = torch.ones(1)
-    assert [block(x).item() for block in blocks] == [1, 20]
+    assert [block(x).item() for block in blocks] == [2, 30]
     with pytest.raises(ValueError, match="have an engine already"):
-        BlockRunner(blocks, run_twice)
+        BlockRunner(blocks, run_more)
     wrapped = blocks[0].forward
     blocks[0].forward = lambda x: 5 + wrapped(x)  # type: ignore[method-assign,assignment]
-    assert blocks[0](x) == 6
+    assert blocks[0](x) == 7
     runner.remove()
     assert blocks[1].forward is own and blocks[0](x) == 6, "the wrapper of somebody else stays"
-    BlockRunner(blocks, run_twice).remove()
+    blocks.append(nn.Identity())
+    BlockRunner(blocks, run_more).remove()
+    assert "forward" not in blocks[2].__dict__
 
 
 def test_one_block_in_two_places_is_refused() -> None:
     block = nn.Identity()
     with pytest.raises(ValueError, match="one block stands in several places"):
-        BlockRunner([block, block], run_twice)
+        BlockRunner([block, block], run_more)
 
 
 def test_what_is_trainable() -> None:
     block = nn.Linear(2, 2)
     block.bias.requires_grad_(False)
-    assert BlockRunner([nn.Identity(), block], run_twice).trainable(1) == trainable_parameters(block) == [block.weight]
+    assert BlockRunner([nn.Identity(), block], run_more).trainable(1) == trainable_parameters(block) == [block.weight]
 
 
 def test_what_lies_below_the_lowest_trained_block() -> None:
-    runner = BlockRunner([nn.Identity() for _ in range(4)], run_twice)
+    runner = BlockRunner([nn.Identity() for _ in range(4)], run_more)
     assert not any(runner.is_below(index, False) for index in range(4)), "all are trained at first"
     runner.treatment = lambda index: "train" if index in (1, 3) else "exact"
     assert [runner.is_below(index, False) for index in range(4)] == [True, False, False, False]

@@ -87,6 +87,7 @@ def test_another_input() -> None:
     (first, second), given = pair(), x(4)
     outputs = first(given), second(given.clone())
     assert not together(*outputs) and torch.equal(outputs[1], alone(second, given))
+    assert not first.shared_input._waiting, "nothing waits for a call that may never come"
 
 
 def test_an_input_changed_in_place() -> None:
@@ -124,6 +125,9 @@ def test_autocast_switched_on_in_between() -> None:
     first(given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert second(given).dtype == torch.bfloat16
+        first(given)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert second(given).dtype == torch.float16
 
 
 def test_another_order() -> None:
