@@ -217,11 +217,11 @@ def benchmark_page(page: Page, name: str, record: dict[str, Any]) -> None:
         page.lines += table(["problem", *sides], rows)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="JSON files")
     parser.add_argument("--output", type=Path, required=True, help="markdown file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     page = Page(arguments.output)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for path in arguments.results:

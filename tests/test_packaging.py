@@ -79,9 +79,9 @@ def test_the_installed_wheel_works_from_anywhere(wheel, tmp_path):
     code = (
         "import sys; sys.path[:] = [sys.argv[1]] + [p for p in sys.path if p]\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        "import mebp_triton, mebp_triton.kernels.layout, mebp_triton.autotune\n"
-        "print(mebp_triton.__file__, mebp_triton.kernels.layout.__file__, mebp_triton.autotune.__file__)\n"
-        "import mebp_triton.cli.training_run\n"
+        "from importlib.util import find_spec\n"
+        "names = ('cli.training_run', 'kernels.layout', 'autotune.tune')\n"
+        "print(*(find_spec(f'mebp_triton.{name}').origin for name in names))\n"
         "from mebp_triton.cli.main import main\n"
         "main(['--version'])\n"
     )

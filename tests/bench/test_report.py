@@ -1,7 +1,7 @@
 """Result files as tables and plots."""
 
+import importlib
 import json
-import subprocess
 import sys
 
 import pytest
@@ -9,18 +9,19 @@ import pytest
 
 @pytest.fixture
 def make_page(bench_path, tmp_path):
-    def make(*results):
-        command = [sys.executable, bench_path / "report.py", *results, "--output", tmp_path / "page.md"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done, tmp_path / "page.md"
+    """Makes a page of result files; returns its path."""
 
-    return make
+    def make(*results):
+        importlib.import_module("report").main([*map(str, results), "--output", str(tmp_path / "page.md")])
+        return tmp_path / "page.md"
+
+    yield make
+    sys.modules.pop("report", None)  # the study has a module of that name as well
 
 
 def test_a_rehearsal_becomes_a_page_that_says_so(rehearsal, make_page):
     output, record, _ = rehearsal
-    done, page = make_page(output)
-    assert done.returncode == 0, done.stderr
+    page = make_page(output)
     text = page.read_text()
     assert "**A rehearsal" in text
     assert record["commit"] is None or record["commit"] in text
@@ -40,7 +41,7 @@ def test_memory_by_sequence_length_is_drawn_where_it_was_measured(rehearsal, mak
         row |= {"peak_device_bytes": 3 << 20, "peak_reserved_bytes": 4 << 20}
     path = tmp_path / "device.json"
     path.write_text(json.dumps(record))
-    _, page = make_page(path)
+    page = make_page(path)
     assert "page-device-training.png" in page.read_text()
     assert (tmp_path / "page-device-training.png").exists()
 
@@ -50,8 +51,7 @@ def test_a_run_that_broke_off_still_makes_a_page(make_page, tmp_path):
     record = {"dry_run": False, "started": "now", "commit": "abc", "changed_files": True, "parts": {"speed": killed}}
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(record))
-    done, page = make_page(path)
-    assert done.returncode == 0, done.stderr
+    page = make_page(path)
     assert "| speed | failed | 1 | killed \\| after 1 s |" in page.read_text()
     assert "commit abc with uncommitted changes" in page.read_text()
 
@@ -71,16 +71,17 @@ def test_benchmarks_are_a_row_a_problem_and_a_column_a_side(make_page, tmp_path)
     }
     path = tmp_path / "kernels.json"
     path.write_text(json.dumps(record))
-    _, page = make_page(path)
+    page = make_page(path)
     text = page.read_text()
     assert "| problem | panel | torch |" in text
     assert "| M=1 | 1.5 | 250 |" in text
 
 
-def test_other_files_are_refused(make_page, tmp_path):
+def test_other_files_are_refused(make_page, tmp_path, capsys):
     path = tmp_path / "other.json"
     path.write_text("{}")
-    done, page = make_page(path)
-    assert done.returncode == 2
-    assert "is no result" in done.stderr
-    assert not page.exists()
+    with pytest.raises(SystemExit) as ended:
+        make_page(path)
+    assert ended.value.code == 2
+    assert "is no result" in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()

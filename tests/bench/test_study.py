@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import run_store, sentences
+from runs import sentences
 
 from mebp_triton.training.settings import TrainConfig
 
@@ -26,6 +26,11 @@ def study():
         sys.path.remove(str(STUDY))
         for name in ("grid", "run", "report"):
             sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def store(shared_store):
+    return shared_store("llama", config={"num_hidden_layers": 4})
 
 
 def test_every_row_is_a_setting(study):
@@ -57,9 +62,8 @@ def test_every_row_is_timed_as_some_row(study):
         assert all(grid.timed_as(name) in grid.TIMED for name in rows if name != "full")
 
 
-def test_a_run_is_repeated_to_the_bit_and_looked_at(study, tmp_path):
+def test_a_run_is_repeated_to_the_bit_and_looked_at(study, store, tmp_path):
     grid, run, _ = study
-    store = run_store(tmp_path, num_hidden_layers=4)
     texts = []
     for number in range(2):
         texts.append(tmp_path / f"{number}.txt")
@@ -81,9 +85,8 @@ def test_instructions_are_held_out_by_topic(study, tmp_path):
     assert all(row["completion"] for row in training + held_out)
 
 
-def test_a_row_is_timed_step_by_step_beside_full(study, tmp_path, monkeypatch):
+def test_a_row_is_timed_step_by_step_beside_full(study, store, tmp_path, monkeypatch):
     grid, run, _ = study
-    store = run_store(tmp_path, num_hidden_layers=4)
     texts = [tmp_path / "text.txt"] * 2
     texts[0].write_text(sentences(200, 0))
     monkeypatch.setattr(run, "PAIRS", 3)
@@ -94,9 +97,8 @@ def test_a_row_is_timed_step_by_step_beside_full(study, tmp_path, monkeypatch):
     assert first[0] == first[1]
 
 
-def test_bias_is_none_where_nothing_above_is_skipped(study, tmp_path, monkeypatch):
+def test_bias_is_none_where_nothing_above_is_skipped(study, store, tmp_path, monkeypatch):
     _, run, report = study
-    store = run_store(tmp_path, num_hidden_layers=4)
     text = tmp_path / "text.txt"
     text.write_text(sentences(400, 0))
     found = run.bias(store, [text, text], batches=1)
