@@ -29,17 +29,21 @@ WIDE = {"dtype": torch.float64, "adapter_dtype": torch.float64}
 
 
 class MLP(nn.Module):
-    """Gate and up share their input; between them and down there may be a dropout."""
+    """Gate and up share their input; between them and down there may be a dropout, and after down an activation."""
 
-    def __init__(self, inner: float = 0.0, lora: float = 0.0, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, inner: float = 0.0, lora: float = 0.0, dtype: torch.dtype = torch.float64, activated: bool = False
+    ) -> None:
         super().__init__()
+        self.activated = activated
         options: dict[str, Any] = {"adapter_dtype": dtype, "dropout": lora}
         self.gate, self.up = adapted(40, 24, seed=1, **options), adapted(40, 24, seed=2, **options)
         self.down, self.dropout = adapted(24, 40, seed=3, **options), nn.Dropout(inner)
         joined(self.gate, self.up)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout(torch.tanh(self.gate(x)) * self.up(x)))
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        y = self.down(self.dropout(torch.tanh(self.gate(x)) * self.up(x))) * scale
+        return torch.tanh(y) if self.activated else y
 
 
 class Block(nn.Module):
@@ -47,7 +51,8 @@ class Block(nn.Module):
 
     def __init__(self, kind: str = "residual", **options: Any) -> None:
         super().__init__()
-        self.kind, self.first, self.mlp = kind, adapted(24, 24, seed=4, adapter_dtype=torch.float64), MLP(**options)
+        self.kind, self.first = kind, adapted(24, 24, seed=4, adapter_dtype=torch.float64)
+        self.mlp = MLP(activated=kind == "activated", **options)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states + torch.tanh(self.first(hidden_states))
@@ -63,7 +68,7 @@ class Block(nn.Module):
         return x + y
 
 
-KINDS = ["residual", "norm", "dropout", "changed in place", "used twice"]
+KINDS = ["residual", "activated", "norm", "dropout", "changed in place", "used twice"]
 
 
 def two(kind: str = "residual", **options: Any) -> list[Block]:
@@ -156,6 +161,7 @@ def test_kept_outputs_change_no_bit(kind: str, inner: float, store: Any, tmp_pat
         ("norm", True, 0),
         ("used twice", False, 11),  # the MLP's forward for each use, and then gate and up
         ("used twice", True, 0),
+        ("changed in place", True, 0),  # the MLP runs again, without its layers
     ],
 )
 def test_the_products_of_a_recompute(kind: str, keep_outputs: bool, recomputed: int) -> None:
@@ -264,6 +270,11 @@ def test_what_the_mlp_is_called_with() -> None:
         torch.testing.assert_close(mlp(x), whole)
     assert sizes == [20, 7, 7, 6]
     assert mlp(x[:, :0]).shape == (1, 0, 24)
+    del sizes[:]
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x, 2.0), 2 * whole)
+        torch.testing.assert_close(mlp(x, scale=2.0), 2 * whole)
+    assert sizes == [20, 20]
 
 
 def test_layers_with_one_input_stay_together() -> None:
