@@ -47,7 +47,8 @@ def test_a_reader_in_the_table_follows_the_protocol(kind: str, name: str | None)
 def test_the_config_names_the_reader_of_a_directory(tmp_path: Path, quantization: Any, opened: str) -> None:
     save_tiny_model("llama", tmp_path, num_hidden_layers=1)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    config |= {} if quantization is None else {"quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert type(open_source(str(tmp_path))).__name__ == opened
 
 
