@@ -18,7 +18,7 @@ def planner(store: Path, **options: Any) -> Planner:
     return Planner(Inventory.of_store(Store(store)), AutoConfig.from_pretrained(store), **options)
 
 
-def at(plan: Plan, moment: str) -> dict[str, int]:
-    """The components at a moment."""
-    (found,) = [one.components for one in (plan.device or plan.host) if one.name == moment]
+def at(plan: Plan, phase: str) -> dict[str, int]:
+    """The components in a phase."""
+    (found,) = [one.components for one in (plan.device or plan.host) if one.name == phase]
     return found

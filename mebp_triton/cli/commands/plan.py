@@ -16,14 +16,14 @@ from mebp_triton.training.settings import CHOSEN, TrainConfig
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mebp_triton.training.plan.phases import Moment
+    from mebp_triton.training.plan.phases import Phase
     from mebp_triton.training.plan.planner import Plan
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a store, a model directory or a config.json")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of train's settings; flags win")
-    add_plot(parser, "the memory at each moment of a step")
+    add_plot(parser, "the memory in each phase of a step")
     add_settings(parser, TrainConfig)
     add_quantization(parser)
 
@@ -44,12 +44,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The answer of ``mebp plan --json``: the peak, its components, and every moment of a step, in bytes."""
+    """The answer of ``mebp plan --json``: the peak, its components, and every phase of a step, in bytes."""
 
-    def listed(moments: tuple[Moment, ...]) -> list[dict[str, Any]]:
+    def listed(phases: tuple[Phase, ...]) -> list[dict[str, Any]]:
         return [
-            {"moment": moment.name, "total_bytes": moment.total, "components": dict(moment.components)}
-            for moment in moments
+            {"moment": phase.name, "total_bytes": phase.total, "components": dict(phase.components)} for phase in phases
         ]
 
     device = plan.device_peak
@@ -69,7 +68,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def table(plan: Plan) -> Table:
-    """A row per component of memory and a column per moment of a step, in MiB."""
+    """A row per component of memory and a column per phase of a step, in MiB."""
     from rich import box
     from rich.table import Table
 
@@ -80,17 +79,17 @@ def table(plan: Plan) -> Table:
     where = "on the device" if plan.device else "resident"
     title = f"{describe(plan)}\nMiB {where}; the highest is the {top.name}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    moments = plan.device or plan.host
+    phases = plan.device or plan.host
     shown.add_column("", no_wrap=True)
-    for moment in moments:
-        longest = max(map(len, moment.name.split()))
-        style = "bold" if moment is top else None
-        shown.add_column(moment.name, justify="right", min_width=longest, style=style)
+    for phase in phases:
+        longest = max(map(len, phase.name.split()))
+        style = "bold" if phase is top else None
+        shown.add_column(phase.name, justify="right", min_width=longest, style=style)
     for name in COMPONENTS:
-        if any(moment.components[name] for moment in moments):
-            shown.add_row(name, *(f"{moment.components[name] / MIB:.1f}" for moment in moments))
+        if any(phase.components[name] for phase in phases):
+            shown.add_row(name, *(f"{phase.components[name] / MIB:.1f}" for phase in phases))
     shown.add_section()
-    shown.add_row("total", *(f"{moment.total / MIB:.1f}" for moment in moments))
+    shown.add_row("total", *(f"{phase.total / MIB:.1f}" for phase in phases))
     if plan.device:
         shown.add_section()
         shown.add_row(f"host: {plan.host_peak.total / MIB:.1f}, without CUDA's own libraries")
@@ -99,7 +98,7 @@ def table(plan: Plan) -> Table:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Draws a stacked bar for every moment of a step, as PNG."""
+    """Draws a stacked bar for every phase of a step, as PNG."""
     from matplotlib.figure import Figure
 
     from mebp_triton.cli.planning import describe
@@ -107,13 +106,13 @@ def draw(plan: Plan, path: Path) -> None:
     from mebp_triton.system.units import parse_size
     from mebp_triton.training.plan.phases import COMPONENTS
 
-    moments = plan.device or plan.host
+    phases = plan.device or plan.host
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    names = [moment.name for moment in moments]
-    left = [0.0] * len(moments)
+    names = [phase.name for phase in phases]
+    left = [0.0] * len(phases)
     for place, component in enumerate(COMPONENTS):
-        widths = [moment.components[component] / MIB for moment in moments]
+        widths = [phase.components[component] / MIB for phase in phases]
         if any(widths):
             color = f"C{place}" if place < 10 else ("0.4", "0.7")[place - 10]
             axes.barh(names, widths, left=left, label=component, color=color)

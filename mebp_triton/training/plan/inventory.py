@@ -1,4 +1,4 @@
-"""The tensors of a store, whether it exists already or not, and a stand-in for it that has shapes and no bytes."""
+"""The tensors of a store, whether it exists or would be made, and a stand-in for it that has shapes and no bytes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def nbytes(shape: Shape) -> int:
 
 
 def has_bitsandbytes(config: Any) -> bool:
-    """Whether the linear layers of the checkpoint are bitsandbytes' own 4 bits, which ``quantize`` takes over."""
+    """Whether the model's linear layers are bitsandbytes' own 4 bits, which ``quantize`` takes over as they are."""
     settings = getattr(config, "quantization_config", None)
     return isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The tensors of a store, whether it exists already or not.
+    """The tensors of a store, whether it exists or would be made.
 
     Attributes:
-        files: per file, its tensors' dtypes and shapes by name. sizes: per file, its bytes.
+        files: for every file, the dtypes and shapes of its tensors by name.
+        sizes: the bytes of every file.
         matrices, floats, tied_head: as in ``Store``.
     """
 
@@ -57,7 +58,7 @@ class Inventory:
 
     @classmethod
     def of_config(cls, config: Any, scheme: str | None = None, group_size: int | None = None) -> Inventory:
-        """Of the store that ``quantize`` would make of a model with this config."""
+        """The inventory of the store that ``quantize`` would make of a model with this config."""
         taken_over = has_bitsandbytes(config) and scheme in (None, "codebook") and group_size in (None, 64)
         scheme = scheme or ("codebook" if has_bitsandbytes(config) else "symmetric")
         group_size = group_size or 64
@@ -91,14 +92,14 @@ class Inventory:
         return cls(files, sizes, matrices, floats, tied)
 
     def part(self, dropped: set[str]) -> Inventory:
-        """Without the blocks whose files are ``dropped``."""
+        """The inventory without the matrices and floats of the files ``dropped``."""
         matrices = {name: info for name, info in self.matrices.items() if info.file not in dropped}
         floats = {name: file for name, file in self.floats.items() if file not in dropped}
         return dataclasses.replace(self, matrices=matrices, floats=floats)
 
 
 class ShapesOnly:
-    """Stands for a ``Store`` while a model is traced: tensors of the right shapes, none with bytes."""
+    """Stands for a ``Store`` while a model is traced: its tensors have the right shapes and no bytes."""
 
     def __init__(self, inventory: Inventory, directory: str) -> None:
         self.inventory, self.directory = inventory, directory
@@ -111,8 +112,8 @@ class ShapesOnly:
         parts = {
             part: torch.empty(shape, dtype=dtype)
             for part in ("packed", "scales", "minimum", "codebook")
-            if (found := shapes.get(f"{name}.{part}")) is not None
-            for dtype, shape in [found]
+            if (entry := shapes.get(f"{name}.{part}")) is not None
+            for dtype, shape in [entry]
         }
         return Int4Weight(in_features=info.shape[1], group_size=info.group_size, **parts)
 
@@ -122,7 +123,7 @@ class ShapesOnly:
 
 
 class _NoFile:
-    """Stands for a ``StoreFile`` and its mapping, of which nothing is read."""
+    """Stands for a ``StoreFile`` and its mapping, from which nothing is read."""
 
     start = 0
 

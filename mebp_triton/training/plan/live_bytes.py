@@ -1,8 +1,8 @@
-"""The live bytes of a computation, found by running it without data: shapes go through it, memory does not.
+"""Counts the live bytes of a computation by running it without data: shapes go through it, memory does not.
 
-The code that trains is the code that is traced, so nothing here repeats what it allocates. Tensors are torch's fake
-ones, on the CPU, so that the same kernels are chosen. The int4 operations are opaque to torch; in their place their
-plain-torch panels run, whose buffers are counted like everything else.
+The code that is traced is the code that trains, so nothing here repeats what it allocates. Tensors are torch's fake
+ones, on the CPU, so that the same kernels are chosen. The int4 operations are opaque to torch. Their plain-torch panels
+run in their place, with buffers that are counted like everything else.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _cross_entropy(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tail(rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``Int4Weight``'s further fields from an op's arguments: minimum and codebook come before in_features there."""
+    """The last fields of ``Int4Weight`` from an op's arguments, which have them in another order."""
     minimum, codebook, in_features, group_size = rest[2:6]
     return in_features, group_size, minimum, codebook
 
@@ -65,12 +65,13 @@ TWINS: dict[Any, Callable[..., Any]] = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are made within and still referred to.
+    """While active, counts the bytes of the storages that are made and still referred to. See ``traced``.
 
     Attributes:
-        live: bytes now. peak: their maximum since the last ``restart``.
-        fake: torch's mode that makes the tensors; those of one are strangers to another.
-        workspace: of the panels, whose buffers are counted too and kept.
+        live: bytes now.
+        peak: the highest ``live`` since the last ``restart``.
+        fake: torch's mode that makes the tensors. Tensors of two modes cannot meet in one operation.
+        workspace: the panels' buffers, which are counted too and kept.
     """
 
     def __init__(self, workspace: Workspace | None = None) -> None:
@@ -82,7 +83,7 @@ class LiveBytes(TorchDispatchMode):
         self._transient: dict[Any, int] = {}
 
     def restart(self) -> int:
-        """The peak; a new one begins."""
+        """Returns the peak, and begins a new one."""
         peak, self.peak = self.peak, self.live
         return peak
 
@@ -94,7 +95,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
     def _by_twin(self, func: Any, args: tuple[Any, ...]) -> Any:
-        """The op's output. What its panels need on top is found once for arguments of the same shapes."""
+        """Returns the op's output. What its panels need on top is traced once for arguments of the same shapes."""
         key = (func, *(_signature(arg) for arg in args))
         if key in self._transient:
             output = func(*args)
@@ -124,14 +125,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """``func`` on fake tensors. What depends on data is answered for the largest case: everything counts."""
+    """Runs ``func`` on fake tensors. An output whose size depends on data gets its largest size."""
     if func is torch.ops.aten.nonzero.default:
         (tensor,) = args
         return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
     try:
         return func(*args, **kwargs)
     except DataDependentOutputException:
-        # A value that Python asks for: no check finds anything wrong, and no count is zero.
+        # Python asks for a value: checks are told that nothing is wrong, and counts are not zero.
         return False if args[0].dtype == torch.bool else 1
 
 
@@ -143,6 +144,6 @@ def _signature(arg: Any) -> Any:
 
 @contextmanager
 def traced(live: LiveBytes) -> Iterator[None]:
-    """Within, tensors are fake, and those made are counted in ``live``. Real ones that are used become fake."""
+    """While active, tensors are fake and counted in ``live``. A real tensor that is used becomes a fake one."""
     with use_workspace(live.workspace), live.fake, live:
         yield

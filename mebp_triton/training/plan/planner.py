@@ -1,8 +1,7 @@
-"""What a training run will take at its peak, before anything is loaded, and settings that stay inside a budget.
+"""Predicts the peak memory of a training run before anything is loaded, and chooses settings that stay inside a budget.
 
-A few blocks of the model are traced without data (``trace``): every kind of block, forward, loss, backward, optimizer
-step. What the others add is what waits in between: checkpoints, gradients, moments (``moments``). The peak is the
-highest of a step's moments.
+One block of every kind is traced without data (``traced_model``): forward, loss, backward, optimizer step. All others
+add what waits in between: block inputs, gradients, moments (``phases``). The peak is that of the highest phase.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from mebp_triton.training.run_settings import RunSettings, resolve
 from mebp_triton.training.settings import TRACED_BY, TrainConfig
 
 from .inventory import Inventory
-from .phases import Moment, Sizes, moments_beside, moments_here
+from .phases import Phase, Sizes, phases_beside, phases_here
 from .traced_model import Traced, TracedModel
 
 RESIDENCIES_OF = ("optimizer_state", "checkpoints", "weights")
@@ -39,30 +38,30 @@ class Plan:
     """The predicted memory of a run.
 
     Attributes:
-        settings: the run that it is predicted for.
-        host: the process's resident set at the moments of a step.
-        device: what the device's allocator has given out then; empty on a CPU.
+        settings: the settings of the run.
+        host: the process's resident set in the phases of a step.
+        device: what the device's allocator has given out in them; empty on a CPU.
         shared: whether the device's memory is the host's, so that both count together.
-        files: bytes on disk: the store, checkpoints, optimizer state.
+        files: bytes on disk: the store, block inputs ("checkpoints") and kept outputs, optimizer state.
     """
 
     settings: RunSettings
-    host: tuple[Moment, ...]
-    device: tuple[Moment, ...]
+    host: tuple[Phase, ...]
+    device: tuple[Phase, ...]
     shared: bool
     files: dict[str, int]
 
     @property
-    def host_peak(self) -> Moment:
-        return max(self.host, key=lambda moment: moment.total)
+    def host_peak(self) -> Phase:
+        return max(self.host, key=lambda phase: phase.total)
 
     @property
-    def device_peak(self) -> Moment | None:
-        return max(self.device, key=lambda moment: moment.total, default=None)
+    def device_peak(self) -> Phase | None:
+        return max(self.device, key=lambda phase: phase.total, default=None)
 
     @property
     def peak(self) -> int:
-        """What a memory budget limits: the device's memory, or the resident set where there is none; both if shared."""
+        """The bytes that a memory budget limits: of the device, of the process if there is none, of both if shared."""
         device = self.device_peak
         if device is None:
             return self.host_peak.total
@@ -70,11 +69,11 @@ class Plan:
 
     @property
     def reserve(self) -> float:
-        """The part of the peak that a budget must leave free beside it.
+        """The free memory that a budget must leave beside the peak, as a part of the peak.
 
         Measured peaks on a CPU were up to 4 % above the plan where freed memory goes back, and up to 11 % where glibc
-        keeps it. A device's allocator reserves more than it has given out, and the budget limits what it reserves; by
-        how much is not measured yet.
+        keeps it. A device's allocator reserves more than it gives out, and the budget limits what it reserves. How
+        much more is not measured yet.
         """
         return 0.05 if self.settings.device == "cpu" and self.settings.return_freed_memory else 0.12
 
@@ -85,13 +84,13 @@ class Plan:
 
 
 class Planner:
-    """Predicts for one model; what was traced is kept.
+    """Predicts the memory of runs with one model, and keeps what it has traced.
 
     Args:
-        inventory: of the model's store.
-        config: transformers'.
-        framework: the resident set of a process that has imported what trains and trained nothing yet; by default
-            this one's after the first trace.
+        inventory: the tensors of the model's store.
+        config: the model's config, as transformers reads it.
+        framework: the resident set of a process that has imported everything and has trained nothing yet; by default
+            that of this process after the first trace.
     """
 
     def __init__(self, inventory: Inventory, config: Any, framework: int | None = None) -> None:
@@ -120,24 +119,24 @@ class Planner:
             raise CannotTrace(f"a model of type {kind} cannot be traced: {type(error).__name__}: {reason}") from error
 
     def predict(self, settings: RunSettings) -> Plan:
-        """The memory that a run with these settings will take at its peak."""
+        """The memory of a run with these settings in every phase of a step."""
         model, step = self.traced(settings)
         sizes = Sizes(self.inventory, model, step, settings)
         if settings.device == "cpu":
-            host = moments_here(sizes, step, settings, "cpu", self.framework)
+            host = phases_here(sizes, step, settings, "cpu", self.framework)
             return Plan(settings, host, (), False, sizes.files)
         device = torch.device(settings.device)
-        here = moments_here(sizes, step, settings, "cuda", 0)
-        beside = moments_beside(sizes, settings, self.framework)
+        here = phases_here(sizes, step, settings, "cuda", 0)
+        beside = phases_beside(sizes, settings, self.framework)
         return Plan(settings, beside, here, machine.is_unified(device), sizes.files)
 
     def default(self, asked: TrainConfig) -> RunSettings:
-        """What runs without a memory budget: outputs are kept where they take at most half of what is free."""
+        """The settings that run without a memory budget: outputs are kept if they take at most half of what is free."""
         if asked.recompute_granularity is not None or asked.optim == "mezo":
             return resolve(asked)
         selective = resolve(asked, recompute_granularity="selective")
         model, step = self.traced(selective)
-        kept = Sizes(self.inventory, model, step, selective).kept
+        kept = Sizes(self.inventory, model, step, selective).kept_outputs
         free = machine.available_memory_bytes()
         if selective.checkpoints == "device" and selective.device != "cpu":
             free = torch.cuda.mem_get_info(torch.device(selective.device))[0]
@@ -146,7 +145,7 @@ class Planner:
         return selective if kept <= free / 2 else dataclasses.replace(selective, recompute_granularity="full")
 
     def candidates(self, asked: TrainConfig) -> Iterator[RunSettings]:
-        """Settings from the fastest to the smallest. What was set by hand stays; only rounding changes."""
+        """Yields settings from the fastest to the smallest. What was set by hand stays; results differ by rounding."""
         resolved = resolve(asked)
         on_cpu = resolved.device == "cpu"
         places: list[Residency] = ["device", "file"]
@@ -165,10 +164,12 @@ class Planner:
         if on_cpu and asked.return_freed_memory is None:
             returns = [False, True]
 
-        open_ = [name for name in RESIDENCIES_OF if getattr(asked, name) is None]
-        moves: list[dict[str, Any]] = [dict.fromkeys(open_, places[0])]
+        # First, one kind of tensor after the other moves to a slower place. Only then is more recomputed, is freed
+        # memory returned, and do MLPs run by chunks, which cost more time.
+        undecided = [name for name in RESIDENCIES_OF if getattr(asked, name) is None]
+        moves: list[dict[str, Any]] = [dict.fromkeys(undecided, places[0])]
         for place in places[1:]:
-            for name in open_:
+            for name in undecided:
                 moves.append(moves[-1] | {name: place})
         for move in moves:
             last = move is moves[-1]
@@ -184,10 +185,10 @@ class Planner:
                         )
 
     def choose(self, asked: TrainConfig) -> Plan:
-        """The plan of the first of the candidates that stays inside ``asked.memory_budget``.
+        """The plan of the first candidate that stays inside ``asked.memory_budget``.
 
         Raises:
-            ValueError: none does; it names the smallest peak, of what it is made, and what would help.
+            ValueError: none does. The message has the smallest peak, its components, and what would help.
         """
         assert asked.memory_budget is not None
         budget = parse_size("memory_budget", asked.memory_budget)
@@ -201,7 +202,7 @@ class Planner:
         raise ValueError(self._refusal(least, budget))
 
     def resolve(self, asked: TrainConfig) -> Plan:
-        """The plan of what runs: chosen to stay inside the memory budget, or by the defaults."""
+        """The plan of the run: chosen to stay inside the memory budget, or that of the defaults if there is none."""
         return self.predict(self.default(asked)) if asked.memory_budget is None else self.choose(asked)
 
     def _refusal(self, least: Plan, budget: int) -> str:

@@ -1,4 +1,4 @@
-"""The first blocks of a model run without data, to count the bytes that a step takes."""
+"""Runs the first blocks of a model without data, to count the bytes that a step takes."""
 
 from __future__ import annotations
 
@@ -40,22 +40,23 @@ class _Counted:
     """A block input store that counts the bytes that wait in it.
 
     Attributes:
-        waiting: bytes now. saved: of every tensor, in order.
+        bytes: what waits now.
+        saved: the bytes of every tensor that was saved, in order.
     """
 
     def __init__(self, store: BlockInputStore) -> None:
-        self.store = store
-        self.waiting, self.saved = 0, []  # type: ignore[var-annotated]
+        self.store, self.bytes = store, 0
+        self.saved: list[int] = []
 
     def save(self, tensor: Tensor) -> BlockInput:
         block_input = self.store.save(tensor)
         self.saved.append(tensor.nbytes)
-        self.waiting += tensor.nbytes
+        self.bytes += tensor.nbytes
         weakref.finalize(block_input, self._gone, tensor.nbytes)
         return block_input
 
     def _gone(self, size: int) -> None:
-        self.waiting -= size
+        self.bytes -= size
 
 
 class _Elsewhere:
@@ -80,10 +81,10 @@ class Traced:
     """Bytes of a step beyond weights, parameters, gradients and what waits for the backward pass.
 
     Attributes:
-        forward, loss, backward, optimizer: the highest of that part of a step.
-        rest: between steps (buffers that are kept).
-        checkpoint, outputs: per block that was traced, the input and the outputs of layers that wait.
-        kept_to_the_end: whether they are there until the whole backward pass is over.
+        forward, loss, backward, optimizer: the peak of that part of a step.
+        rest: what stays between steps, which are buffers.
+        block_input, outputs: for every block that was traced, its input and the outputs of its layers that wait.
+        kept_to_the_end: whether these are freed only when the whole backward pass is over.
     """
 
     forward: int
@@ -91,18 +92,27 @@ class Traced:
     backward: int
     optimizer: int
     rest: int
-    checkpoint: tuple[int, ...]
+    block_input: tuple[int, ...]
     outputs: tuple[int, ...]
     kept_to_the_end: bool
 
 
 class TracedModel:
-    """The first blocks of a model, as many as have one of every kind, ready to run without data.
+    """The first blocks of a model, as many as it takes to have one of every kind, ready to run without data.
 
     Args:
-        inventory: of the whole model's store.
-        config: transformers'.
-        settings: of the run.
+        inventory: the tensors of the whole model's store.
+        config: the model's config, as transformers reads it.
+        settings: the settings of the run; only those of ``TRACED_BY`` matter.
+
+    Attributes:
+        kinds: what tells the blocks of the whole model apart, one per block.
+        depth: how many blocks are traced.
+        tables: names of the embedding and the head.
+        base: live bytes between steps, before the first one.
+
+    Raises:
+        ValueError: a target of the adapter matches no layer.
     """
 
     def __init__(self, inventory: Inventory, config: Any, settings: RunSettings) -> None:
@@ -118,7 +128,7 @@ class TracedModel:
         inventory = inventory.part({block_file(index) for index in range(self.depth, len(stack))})
         del stack[self.depth :]
         self.stack, self.path = stack, path
-        # A device's panels are larger. Those of torch's own operations stand for its kernels' ones.
+        # Where a device's kernels would run, panels of the device's size stand for them.
         self.live = LiveBytes(Workspace(CPU_ELEMENTS if settings.device == "cpu" else GPU_ELEMENTS))
         self.results: dict[Any, Traced] = {}
         store: Any = ShapesOnly(inventory, "the model")
@@ -139,7 +149,12 @@ class TracedModel:
                     module.rows = _rows(store, name)
 
     def run(self, granularity: Granularity, checkpoints: Residency, chunk: int) -> Traced:
-        """One step."""
+        """Traces one step; the same arguments get the same result.
+
+        Args:
+            granularity, checkpoints: as the settings ``recompute_granularity`` and ``checkpoints``.
+            chunk: as ``mlp_chunk_tokens``.
+        """
         key = granularity, checkpoints, chunk
         if key not in self.results:
             with self._chunked(chunk), traced(self.live):
@@ -148,7 +163,7 @@ class TracedModel:
 
     @contextmanager
     def _chunked(self, tokens: int) -> Iterator[None]:
-        """Within, the MLPs run by chunks; see ``install_mlp_chunks``."""
+        """While active, the MLPs run by chunks of ``tokens`` tokens, or whole for 0; see ``install_mlp_chunks``."""
         if tokens and self.mlps is None:
             inside = {name for name, _ in self.model.named_modules()}
             try:
@@ -166,89 +181,88 @@ class TracedModel:
                 mlp.__class__ = kind
 
     def _step(self, granularity: Granularity, checkpoints: Residency) -> Traced:
-        on_host = self.settings.device == "cpu"
-        places: dict[Residency, BlockInputStore] = {
+        """Traces one step. Gradients and what waits are taken off every peak: ``Sizes`` adds those of all blocks."""
+        on_host, is_mezo = self.settings.device == "cpu", self.settings.optim == "mezo"
+        stores: dict[Residency, BlockInputStore] = {
             "device": DeviceBlockInputs(),
             "host": HostBlockInputs() if on_host else _Elsewhere(),
             "file": _Elsewhere(),
         }
-        waiting, live = _Counted(places[checkpoints]), self.live
-        engine = BlockEngine(self.stack, None, waiting, granularity == "selective")
-        phases: dict[str, list[int]] = {"forward": [], "backward": []}
-        counts: list[int] = []
-        base = self.base
+        waiting, live = _Counted(stores[checkpoints]), self.live
         in_memory = checkpoints == "device" or (checkpoints == "host" and on_host)
+        engine = BlockEngine(self.stack, block_inputs=waiting, keep_outputs=granularity == "selective")
         gradients = [sum(parameter.nbytes for parameter in engine.trainable(index)) for index in range(self.depth)]
+        all_gradients = 0 if is_mezo else sum(gradients)
+        peaks: dict[str, list[int]] = {"forward": [], "backward": []}
+        saved_after: list[int] = []  # how many tensors wait after each block's forward pass
+
+        def next_peak(gradients: int) -> int:
+            waits = waiting.bytes if in_memory else 0
+            return live.restart() - self.base - waits - gradients
 
         def observe(event: str, index: int) -> None:
-            waits = waiting.waiting if in_memory else 0
-            if event == "backward":
-                waits += sum(gradients[index:])
-            phases[event].append(live.restart() - base - waits)
-            counts.append(len(waiting.saved))
+            # The backward pass goes downwards: the blocks from ``index`` on have their gradients.
+            peaks[event].append(next_peak(sum(gradients[index:]) if event == "backward" else 0))
+            saved_after.append(len(waiting.saved))
 
         engine.observer = observe
         groups = block_groups(self.model, engine)
-        mezo = self.settings.optim == "mezo"
         try:
             live.restart()
-            with torch.no_grad() if mezo else nullcontext():
+            with torch.no_grad() if is_mezo else nullcontext():
                 output = self.model(**self._batch(), use_cache=False)
-            loss = live.restart() - base - (waiting.waiting if in_memory else 0)
-            if not mezo:
+            loss = next_peak(0)
+            if not is_mezo:
                 output.loss.backward()
-            held = waiting.waiting
-            tail = live.restart() - base - (0 if mezo else sum(gradients)) - (held if in_memory else 0)
+            left = waiting.bytes
+            below_blocks = next_peak(all_gradients)
             del output
-            rest = live.live - base - (0 if mezo else sum(gradients))
+            rest = live.live - self.base - all_gradients
             optimizer = (
-                max(parameter.nbytes for group in groups for parameter in group) if mezo else self._optimize(groups)
+                max(parameter.nbytes for group in groups for parameter in group) if is_mezo else self._optimize(groups)
             )
         finally:
             engine.remove()
             for group in groups:
                 for parameter in group:
                     parameter.grad = None
-        starts = [0, *counts[: self.depth - 1]]
-        spans = list(zip(starts, counts, strict=False))  # a block below the lowest adapted one saves nothing
+        starts = [0, *saved_after[: self.depth - 1]]
+        spans = list(zip(starts, saved_after, strict=False))  # a block below the lowest adapted one saves nothing
         inputs = tuple(waiting.saved[start] if stop > start else 0 for start, stop in spans)
         outputs = tuple(sum(waiting.saved[start + 1 : stop]) for start, stop in spans)
-        backward = max([*phases["backward"], tail]) if not mezo else 0
-        kept_to_the_end = held > inputs[0] + outputs[0]
-        return Traced(max(phases["forward"]), loss, backward, optimizer, rest, inputs, outputs, kept_to_the_end)
+        backward = 0 if is_mezo else max([*peaks["backward"], below_blocks])
+        kept_to_the_end = left > inputs[0] + outputs[0]
+        return Traced(max(peaks["forward"]), loss, backward, optimizer, rest, inputs, outputs, kept_to_the_end)
 
     def _batch(self) -> dict[str, Tensor]:
-        """As ``collate`` makes it. One row has no padding, and a model is told so by a mask that it need not use."""
+        """A batch as ``collate`` makes it. One row alone has no padding, so it comes without a mask."""
         shape = self.settings.per_device_train_batch_size, self.settings.max_length
         batch = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")}
         if self.settings.packing:
-            batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)  # all documents apart: a mask is made
+            batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)  # every token a document: a mask is made
         if shape[0] == 1 or self.settings.packing:
             del batch["attention_mask"]
         return batch
 
     def _optimize(self, groups: list[list[nn.Parameter]]) -> int:
-        """What clipping and an optimizer step need beyond gradients and moments."""
+        """Bytes that clipping and an optimizer step need beyond gradients and moments."""
         optimizer = BlockAdamW(groups, eight_bit=self.settings.optim == "adamw_8bit")
-        moments = sum(buffer.nbytes for buffer in optimizer.moments.buffers)
         self.live.restart()
         before = self.live.live
         torch.nn.utils.clip_grad_norm_([parameter for group in groups for parameter in group], 1.0)
         optimizer.step(selected=None if self.settings.selection_mode == "full" else frozenset())
-        assert moments <= before
         return self.live.restart() - before
 
 
 def _rows(store: Any, name: str) -> StoredRows:
-    """A table's rows in a file, in the segments in which they are walked."""
-
+    """The rows of a table that stays in its file, of which two tiles of the vocabulary are walked."""
     rows = StoredRows(store, name, torch.device("cpu"), None, Waiting(), None)
-    rows.spans = [(0, min(2 * VOCABULARY_TILE, rows.spans[-1][1]))]  # a tile is like another
+    rows.spans = [(0, min(2 * VOCABULARY_TILE, rows.spans[-1][1]))]  # the other tiles take as much
     return rows
 
 
 def _kinds(stack: nn.ModuleList, path: str, config: Any, lora: LoraConfig) -> list[Any]:
-    """What tells blocks apart: modules and shapes, the type of layer that the config gives them, what is adapted."""
+    """What tells each block from others: modules and shapes, its type of layer in the config, and what is adapted."""
     types = getattr(config.get_text_config(), "layer_types", None) or [None] * len(stack)
     return [
         (

@@ -70,8 +70,8 @@ def test_weights_in_files_count_one_block(store, plans):
 
 
 def test_settings_move_the_component_they_are_about(plans):
-    def found(moment="backward of the lowest block", **changes):
-        return at(plans.predict(resolve(TrainConfig(**SMALL | changes))), moment)
+    def found(phase="backward of the lowest block", **changes):
+        return at(plans.predict(resolve(TrainConfig(**SMALL | changes))), phase)
 
     plain = found()
     assert found(lora_r=8)["LoRA"] == 2 * plain["LoRA"]
@@ -87,11 +87,11 @@ def test_settings_move_the_component_they_are_about(plans):
     assert found(mlp_chunk_tokens=8)["activations"] < plain["activations"]
     assert found(return_freed_memory=True)["allocator"] < plain["allocator"]
     mezo = plans.predict(resolve(TrainConfig(**SMALL, optim="mezo")))
-    assert {moment.components["gradients"] for moment in mezo.host} == {0}
+    assert {phase.components["gradients"] for phase in mezo.host} == {0}
     assert "checkpoints" not in mezo.files and mezo.peak < plans.predict(resolve(TrainConfig(**SMALL))).peak
 
 
-def test_a_device_has_moments_of_its_own(store, monkeypatch):
+def test_a_device_has_phases_of_its_own(store, monkeypatch):
     """Nothing here runs there: the sizes are those of the tensors."""
     opened = Store(store)
     resolved = resolve(TrainConfig(**SMALL))

@@ -17,7 +17,7 @@ from plans import SMALL, planner
 from runs import run_store, sentences
 
 from mebp_triton.system import machine
-from mebp_triton.training.plan.phases import Moment
+from mebp_triton.training.plan.phases import Phase
 from mebp_triton.training.plan.planner import CHUNKS, Plan
 from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
@@ -137,8 +137,8 @@ def test_without_a_budget_outputs_are_kept_where_they_take_half_of_what_is_free(
     assert plans.resolve(by_hand).settings.recompute_granularity == "selective"
 
 
-def test_the_peak_is_the_highest_moment():
-    low, high = Moment("a", {"loss": 1, "LoRA": 2}), Moment("b", {"loss": 4, "LoRA": 0})
+def test_the_peak_is_the_highest_phase():
+    low, high = Phase("a", {"loss": 1, "LoRA": 2}), Phase("b", {"loss": 4, "LoRA": 0})
     settings = TrainConfig()
     assert Plan(settings, (low, high), (), False, {}).peak == 4
     assert Plan(settings, (high,), (low,), False, {}).peak == 3

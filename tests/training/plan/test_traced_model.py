@@ -35,7 +35,7 @@ def test_a_trace_holds_no_bytes_and_leaves_nothing_changed(store):
     assert model.live.live == base and workspace() is usual
     assert model.run("full", "device", 0) is first and again.outputs[0] > 0 == first.outputs[0]
     tokens, hidden = SMALL["max_length"], model.config.hidden_size
-    assert first.checkpoint == (4 * tokens * hidden,) * 2
+    assert first.block_input == (4 * tokens * hidden,) * 2
 
 
 def test_a_model_whose_code_does_not_run_without_data(store, monkeypatch):
