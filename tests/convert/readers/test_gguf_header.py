@@ -40,40 +40,43 @@ def content(
 
 
 ALL_KINDS = [
-    pair("bool", 7, b"\1"),
     pair("u8", 0, b"\xff"),
+    pair("i8", 1, b"\xff"),
+    pair("u16", 2, struct.pack("<H", 65535)),
     pair("i16", 3, struct.pack("<h", -2)),
+    pair("u32", 4, struct.pack("<I", 1 << 31)),
+    pair("i32", 5, struct.pack("<i", -3)),
+    pair("f32", 6, struct.pack("<f", 0.25)),
+    pair("bool", 7, b"\1"),
+    pair("u64", 10, struct.pack("<Q", 1 << 63)),
+    pair("i64", 11, struct.pack("<q", -4)),
     pair("f64", 12, struct.pack("<d", 0.5)),
     pair("name", 8, text("ü")),
     pair("numbers", 9, struct.pack("<IQ", 4, 3) + bytes(12)),
     pair("words", 9, struct.pack("<IQ", 8, 2) + text("a") + text("bc")),
 ]
-TENSORS = [tensor("a", (3, 2)), tensor("b", (2, 32), Q4_0, 32)]
+TENSORS = [tensor("a", (4, 2)), tensor("b", (2, 32), Q4_0, 32)]  # side by side
 
 
 def test_metadata_and_places(tmp_path: Path) -> None:
     for version in (2, 3):
         (tmp_path / "x").write_bytes(content(ALL_KINDS, TENSORS, 32 + 36, version))
         header = read_header(tmp_path / "x")
-        assert header.metadata == {
-            "bool": True,
-            "u8": 255,
-            "i16": -2,
-            "f64": 0.5,
-            "name": "ü",
-            "numbers": 3,
-            "words": 2,
-        }
+        numbers = {"u8": 255, "i8": -1, "u16": 65535, "i16": -2, "u32": 1 << 31, "i32": -3, "u64": 1 << 63, "i64": -4}
+        others = {"f32": 0.25, "f64": 0.5, "bool": True, "name": "ü", "numbers": 3, "words": 2}
+        assert header.metadata == numbers | others
         a, b = header.tensors["a"], header.tensors["b"]
-        assert (a.kind, a.shape, a.nbytes) == ("F32", (3, 2), 24)
+        assert (a.kind, a.shape, a.nbytes) == ("F32", (4, 2), 32)
         assert (b.kind, b.shape, b.nbytes) == ("Q4_0", (2, 32), 36) and b.offset == a.offset + 32
         assert a.offset % 32 == 0 and b.offset + b.nbytes == (tmp_path / "x").stat().st_size
 
 
-def test_data_begins_at_a_multiple_of_the_alignment(tmp_path: Path) -> None:
-    pairs = [pair("general.alignment", 4, struct.pack("<I", 256))]
-    (tmp_path / "x").write_bytes(content(pairs, [tensor("a", (6,))], 24, alignment=256))
-    assert read_header(tmp_path / "x").tensors["a"].offset == 256
+@pytest.mark.parametrize("alignment", [1, 256])
+def test_data_begins_at_a_multiple_of_the_alignment(tmp_path: Path, alignment: int) -> None:
+    pairs = [pair("general.alignment", 4, struct.pack("<I", alignment))]
+    data = content(pairs, [tensor("a", (6,))], 24, alignment=alignment)
+    (tmp_path / "x").write_bytes(data)
+    assert read_header(tmp_path / "x").tensors["a"].offset == len(data) - 24 and (len(data) - 24) % alignment == 0
 
 
 HUGE = struct.pack("<Q", 1 << 60)

@@ -76,6 +76,8 @@ def test_pieces_of_a_few_rows_give_the_same(shared_store: Any, adapters: Any, ar
     for module in (NAMES[architecture], PLAIN[architecture]):
         one, two = (torch.cat(list(source.pieces(f"{module}.weight"))) for source in (whole, few))
         assert torch.equal(one, two), module
+    name = f"{NAMES[architecture]}.weight"
+    assert torch.equal(few.read(name), whole.read(name))  # type: ignore[arg-type]
     table = next(name for name in few.store.matrices if "embed" in name or "wte" in name)
     assert [len(piece) for piece in few.pieces(f"{table}.weight")] == [6] * 16 + [1], "97 rows of 48"
     assert [len(piece) for piece in whole.pieces(f"{table}.weight")] == [97]
@@ -107,6 +109,7 @@ def test_a_damaged_store_is_seen_when_it_is_read(shared_store: Any, tmp_path: Pa
 
 A = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
 HEAD = {f"base_model.model.lm_head.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+TABLE = "base_model.model.model.embed_tokens.lora"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,11 @@ HEAD = {f"base_model.model.lm_head.lora_{part}.weight": torch.ones(4, 4) for par
         ({}, {A: torch.full((2, 48), float("nan"))}, "is not finite"),
         ({}, HEAD, "has base_model.model.lm_head.lora_A.weight and 1 more"),
         ({"target_modules": ["q_proj"]}, {}, "does not fit this model: it lacks .*q_proj"),
+        (
+            {"target_modules": ["v_proj", "embed_tokens"]},
+            {f"{TABLE}_A.weight": torch.ones(4, 48), f"{TABLE}_B.weight": torch.ones(97, 4)},
+            "does not fit this model: it has .*embed_tokens",
+        ),
         ({"rank_pattern": {}}, {}, r"has rank 4 by its config, and .* has shape \(2, 48\)"),
         ({"use_dora": True}, {}, "use_dora"),
     ],

@@ -61,7 +61,8 @@ def test_wider_dtypes_come_first(tmp_path: Path) -> None:
     [
         (96 + 3, [{"a", "bytes"}, {"half"}, {"b"}]),
         (96 + 10, [{"bytes", "a"}, {"half", "b"}]),
-        (10, [{"bytes"}, {"a"}, {"half"}, {"b"}]),
+        (96 + 2, [{"bytes"}, {"a"}, {"half"}, {"b"}]),
+        (2, [{"bytes"}, {"a"}, {"half"}, {"b"}]),
     ],
 )
 def test_shards(tmp_path: Path, limit: int, shards: list[set[str]]) -> None:
