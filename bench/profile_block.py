@@ -1,8 +1,8 @@
-"""What one block costs besides its matrix products: bytes kept for the backward, and time by operation.
+"""Prints as JSON what one block costs: the bytes that it keeps for the backward pass, and the time of each operation.
 
     python bench/profile_block.py [--hidden 896 --inner 4864 --heads 14 --kv-heads 2 --tokens 256 --dtype float32]
 
-Says whether fusing small operations (RMSNorm, SwiGLU, RoPE) would pay on this device. Prints JSON.
+This shows whether fusing small operations (RMSNorm, SwiGLU, RoPE) would pay on a device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import mebp_triton as mebp
 
 
 def build(arguments: argparse.Namespace, directory: Path) -> Any:
-    """A model of one block with random weights, from a store."""
+    """Makes a store of one block with random weights, and loads its model."""
     config = transformers.LlamaConfig(
         hidden_size=arguments.hidden,
         intermediate_size=arguments.inner,
@@ -38,7 +38,7 @@ def build(arguments: argparse.Namespace, directory: Path) -> Any:
 
 
 def kept(run: Any) -> Counter[str]:
-    """Bytes that a forward keeps for its backward, by shape and dtype; each memory once."""
+    """Bytes that a forward pass keeps for its backward pass, by shape and dtype; shared storage counts once."""
     sizes: Counter[str] = Counter()
     seen = set()
 

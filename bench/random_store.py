@@ -61,7 +61,7 @@ LLAMA_3_2: dict[str, Any] = {
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
-# The published configurations; of Gemma-3-4B the text model, whose table is padded to 262208 rows.
+# The published configurations. Gemma-3-4B is its text model, whose table is padded to 262208 rows.
 MODELS: dict[str, dict[str, Any]] = {
     "Qwen2.5-0.5B": QWEN2_5
     | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
@@ -81,7 +81,7 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
 }
 
-# Root mean square of a weight whose scale is 1, over all 16 codes; affine about its mean, codebook of NF4.
+# The root mean square of the 16 codes' values at scale 1: for affine around their mean, for codebook NF4's.
 RMS: dict[Scheme, float] = {"symmetric": 4.64, "affine": 4.61, "codebook": 0.517}
 
 
@@ -93,19 +93,19 @@ def write_random_store(
     group_size: int = 64,
     tokenizer: Any = None,
 ) -> None:
-    """Entries as large as an initialised model's: activations stay finite through all blocks.
+    """Writes a store whose entries are as large as an initialised model's: activations stay finite in all blocks.
 
-    Draws from torch's global generators. No matrix is ever decoded, and one file's tensors are in memory at a time.
+    Draws from torch's global generators. No matrix is ever decoded, and only one file's tensors are in memory.
 
     Args:
-        config: of a causal language model.
+        config: a causal language model's.
         target: must not exist, or be empty. It appears whole or not at all.
-        device: what draws the codes.
-        scheme, group_size: of every matrix.
+        device: where the codes are drawn.
+        scheme, group_size: of all matrices.
         tokenizer: saved beside the weights.
 
     Raises:
-        ValueError: transformers makes no such model of the config, or ``target`` is in use.
+        ValueError: transformers makes no such model from the config, or ``target`` is in use.
     """
     model = build_skeleton(config, torch.float32)
     path, stack = find_blocks(model)

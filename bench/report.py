@@ -1,8 +1,8 @@
-"""Committed result files -> tables and plots.
+"""Turns committed result files into tables and plots.
 
     python bench/report.py bench/results/NAME.json ... --output docs/benchmarks-generated.md
 
-Takes the files of ``gpu_suite.py`` and of ``pytest bench/ --benchmark-json``; plots go beside the page.
+It takes the files of ``gpu_suite.py`` and of ``pytest bench/ --benchmark-json``; plots go beside the page.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mebp_triton.system import atomic
+from mebp_triton.system.units import MIB
 
-MIB = 1 << 20
 KERNELS = {"matmul": "forward, Y = X·Wᵀ", "matmul_dx": "backward, dX = dY·W"}
 
 
@@ -34,7 +34,7 @@ def cell(value: Any) -> str:
 
 
 class Page:
-    """Markdown lines, and the plots that belong to them.
+    """A page of Markdown, and the plots that belong to it.
 
     Attributes:
         output: the page's file; its stem begins the names of the plots.
@@ -54,7 +54,7 @@ class Page:
 
 
 def suite_page(page: Page, name: str, record: dict[str, Any]) -> None:
-    """One run of ``gpu_suite.py``; a part that is missing or broke off is named."""
+    """Writes a run of ``gpu_suite.py``; parts that are missing or broke off are named."""
     parts = record["parts"]
     environment = parts.get("environment", {}).get("results", {})
     page.lines += [f"## {environment.get('device', 'unknown device')} ({name}.json)", ""]
@@ -199,7 +199,7 @@ def _left_out(page: Page, results: dict[str, Any]) -> None:
 
 
 def benchmark_page(page: Page, name: str, record: dict[str, Any]) -> None:
-    """``pytest-benchmark``'s figures: a row a problem, a column a side."""
+    """Writes ``pytest-benchmark``'s figures, with a row per problem and a column per side."""
     machine = record["machine_info"]
     page.lines += [f"## {machine['cpu']} ({name}.json)", ""]
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())

@@ -1,9 +1,9 @@
-"""Speed of forward, dX, the LoRA layer and the loss: ours, torch on the decoded weight, bitsandbytes.
+"""Times forward, dX, the LoRA layer and the loss: ours, torch on the decoded weight, bitsandbytes.
 
     python -m pytest bench/ --benchmark-only --benchmark-json=bench/results/NAME.json
 
-On a CPU in float32, where ours is the panel path; on a GPU in bfloat16, with the Triton path as well. Sides that
-have the same weight: ours and torch; ours of NF4 and bitsandbytes. All are checked against torch's product first.
+On a CPU the dtype is float32 and ours is the panel path; on a GPU it is bfloat16, with the Triton path as well. Ours
+and torch have the same weight, and so have ours of NF4 and bitsandbytes. All are checked against torch's product first.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def measure(benchmark: Any, group: str, problem: str, side: str, call: Callable[
 
 
 def weight_of(side: str, n: int, k: int) -> tuple[Int4Weight, Any]:
-    """The weight that a side multiplies with, as ours; and, of NF4, bitsandbytes' codes and state."""
+    """The weight that a side multiplies with, in our form; for NF4 also bitsandbytes' codes and state."""
     torch.manual_seed(0)
     if side.endswith("nf4") or side == "bitsandbytes":
         pytest.importorskip("bitsandbytes", reason="a peer, no dependency")
@@ -60,58 +60,42 @@ def backend_of(side: str) -> str:
     return side.removesuffix("_nf4")
 
 
-def forward_of(side: str, weight: Int4Weight, theirs: Any) -> Product:
+def product_of(side: str, weight: Int4Weight, theirs: Any, dx: bool = False) -> Product:
+    """A side's forward product, or its product for dX."""
     if side == "torch":
-        decoded = decode(weight, DTYPE)
-        return lambda x: x @ decoded.t()
+        decoded = decode(weight, DTYPE) if dx else decode(weight, DTYPE).t()
+        return lambda x: x @ decoded
     if side == "bitsandbytes":
         import bitsandbytes
 
-        return lambda x: bitsandbytes.matmul_4bit(x, theirs[0].t(), quant_state=theirs[1])
-    return lambda x: int4_matmul(x, weight, backend=backend_of(side))
-
-
-def dx_of(side: str, weight: Int4Weight, theirs: Any) -> Product:
-    if side == "torch":
-        decoded = decode(weight, DTYPE)
-        return lambda dy: dy @ decoded
-    if side == "bitsandbytes":
-        from bitsandbytes import functional
-
-        # What its backward does.
-        return lambda dy: torch.matmul(dy, functional.dequantize_4bit(*theirs).to(dy.dtype))
-    return lambda dy: int4_matmul_dx(dy, weight, backend=backend_of(side))
+        if not dx:
+            return lambda x: bitsandbytes.matmul_4bit(x, theirs[0].t(), quant_state=theirs[1])
+        # The product in its backward pass.
+        return lambda dy: torch.matmul(dy, bitsandbytes.functional.dequantize_4bit(*theirs).to(dy.dtype))
+    return lambda x: (int4_matmul_dx if dx else int4_matmul)(x, weight, backend=backend_of(side))
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("m", TOKENS)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_forward(benchmark: Any, n: int, k: int, m: int, side: str) -> None:
+@pytest.mark.parametrize("group", ["forward", "dX"])
+def test_product(benchmark: Any, group: str, n: int, k: int, m: int, side: str) -> None:
     weight, theirs = weight_of(side, n, k)
-    x = normal(m, k, dtype=DTYPE, device=DEVICE)
-    product = forward_of(side, weight, theirs)
+    x = normal(m, n if group == "dX" else k, dtype=DTYPE, device=DEVICE)
+    product = product_of(side, weight, theirs, group == "dX")
+    expected = product_of("torch", weight, None, group == "dX")(x)
     with torch.no_grad():
-        assert close(product(x), x @ decode(weight, DTYPE).t(), SAME[DTYPE])
-        measure(benchmark, "forward", f"M={m}, {n} x {k}", side, lambda: product(x))
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("m", TOKENS)
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_dx(benchmark: Any, n: int, k: int, m: int, side: str) -> None:
-    weight, theirs = weight_of(side, n, k)
-    dy = normal(m, n, dtype=DTYPE, device=DEVICE)
-    product = dx_of(side, weight, theirs)
-    assert close(product(dy), dy @ decode(weight, DTYPE), SAME[DTYPE])
-    if side == "bitsandbytes":
-        assert close(product(dy), bitsandbytes_dx(dy, *theirs), SAME[DTYPE])
-    measure(benchmark, "dX", f"M={m}, {n} x {k}", side, lambda: product(dy))
+        assert close(product(x), expected, SAME[DTYPE])
+    if side == "bitsandbytes" and group == "dX":
+        assert close(expected, bitsandbytes_dx(x, *theirs), SAME[DTYPE])
+    with torch.no_grad():
+        measure(benchmark, group, f"M={m}, {n} x {k}", side, lambda: product(x))
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_lora_layer(benchmark: Any, n: int, k: int, side: str, m: int = 256) -> None:
-    """Forward and backward, gradients of X, A and B."""
+    """Forward and backward, with the gradients of X, A and B."""
     weight, theirs = weight_of(side, n, k)
     x = normal(m, k, dtype=DTYPE, device=DEVICE).requires_grad_()
     a = (normal(RANK, k, dtype=torch.float32, device=DEVICE) / k**0.5).requires_grad_()
@@ -125,13 +109,13 @@ def test_lora_layer(benchmark: Any, n: int, k: int, side: str, m: int = 256) -> 
         return lambda x: product(x) + (x @ a.to(DTYPE).t() * SCALING) @ b.to(DTYPE).t()
 
     if side in ("torch", "bitsandbytes"):
-        layer = around(forward_of(side, weight, theirs))
+        layer = around(product_of(side, weight, theirs))
     else:
 
         def layer(x: Tensor) -> Tensor:
             return int4_lora_linear(x, weight, None, a, b, SCALING, backend_of(side))
 
-    expected = step_with(around(forward_of("torch", weight, None)))
+    expected = step_with(around(product_of("torch", weight, None)))
     for found, right in zip(step_with(layer), expected, strict=True):
         assert close(found, right, SAME[DTYPE])
     measure(benchmark, "LoRA layer, forward and backward", f"M={m}, {n} x {k}", side, lambda: step_with(layer))
@@ -140,7 +124,7 @@ def test_lora_layer(benchmark: Any, n: int, k: int, side: str, m: int = 256) -> 
 @pytest.mark.parametrize("side", (*BACKENDS, "torch"))
 @pytest.mark.parametrize(("v", "k"), [(49152, 576)])
 def test_loss(benchmark: Any, v: int, k: int, side: str, m: int = 256) -> None:
-    """Cross-entropy over a head and its gradient; bitsandbytes leaves the head in 16 bits."""
+    """Cross-entropy over a head, and its gradient; bitsandbytes has no side, since it leaves the head in 16 bits."""
     weight, _ = weight_of(side, v, k)
     hidden = normal(m, k, dtype=DTYPE, device=DEVICE).requires_grad_()
     targets = torch.randint(0, v, (m,), device=DEVICE)

@@ -1,4 +1,4 @@
-"""Part ``correctness``: every operation at real shapes against float64 on the decoded codes."""
+"""Part ``correctness``: checks every operation at real shapes against float64 on the decoded codes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def correctness(session: Session) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One weight, and the numbers of tokens to check on it."""
+    """One kind of weight, and the numbers of tokens to check it with."""
 
     shape: Shape
     scheme: Scheme
@@ -48,7 +48,7 @@ class Case:
 
 
 def cases(session: Session) -> list[Case]:
-    """The usual kind of weight at every M of every shape; then every other kind, M's and shapes taking turns."""
+    """First the usual kind of weight, with every M and shape; then the other kinds, with M's and shapes in turn."""
     sizes = session.sizes
     kinds = list(product(SCHEMES, GROUP_SIZES, sizes.dtypes))
     usual, step = ("symmetric", 64, sizes.dtypes[0]), min(4, len(sizes.tokens))
@@ -61,16 +61,16 @@ def cases(session: Session) -> list[Case]:
 
 
 def _linear(session: Session) -> None:
-    """Forward and dX with bias and LoRA, as ``ops`` routes them."""
+    """Checks forward and dX, with bias and LoRA, by the routes that dispatch chooses."""
     rows = session.results["linear"] = []
     turn = 0
     for case in session.while_time("linear", cases(session), share=0.55):
         weight = random_weight(*case.shape, session.device, case.scheme, case.group_size)
-        known = Decoded(weight, case.dtype)
+        decoded = Decoded(weight, case.dtype)
         for m in case.tokens:
             for kernel in ("matmul", "matmul_dx"):
                 turn += 1
-                row = check_linear(known, kernel, m, RANKS[turn % len(RANKS)], turn % 3 == 0, turn % 4 == 0)
+                row = check_linear(decoded, kernel, m, RANKS[turn % len(RANKS)], turn % 3 == 0, turn % 4 == 0)
                 _record(session, rows, {"kernel": kernel, **_describe(case.shape, weight, case.dtype), "m": m}, row)
 
 
@@ -83,7 +83,7 @@ class Decoded:
 
 
 def check_linear(
-    known: Decoded,
+    decoded: Decoded,
     kernel: str,
     m: int,
     rank: int,
@@ -91,21 +91,27 @@ def check_linear(
     transposed: bool,
     run: Callable[..., Tensor] | None = None,
 ) -> dict[str, Any]:
-    """One forward or dX; ``run`` takes the operation's place (a fixed route)."""
-    dtype, device, (n, k) = known.dtype, known.weight.device, known.weight.shape
+    """Checks one forward or dX.
+
+    Args:
+        kernel: "matmul" or "matmul_dx".
+        transposed: the activations' rows are not contiguous.
+        run: takes the place of the operation, for a fixed route.
+    """
+    dtype, device, (n, k) = decoded.dtype, decoded.weight.device, decoded.weight.shape
     inputs, outputs = (k, n) if kernel == "matmul" else (n, k)
     make = strided if transposed else normal
     x = make(m, inputs, dtype=dtype, device=device)
     low = normal(m, rank, dtype=dtype, device=device) if rank else None
     high = normal(*((n, rank) if kernel == "matmul" else (rank, k)), dtype=dtype, device=device) if rank else None
     if high is not None:
-        high *= 0.02 * (inputs / rank) ** 0.5  # LoRA's term is smaller than the weight's
+        high *= 0.02 * (inputs / rank) ** 0.5  # in training, LoRA's term is smaller than the weight's
     added = normal(n, dtype=dtype, device=device) if bias and kernel == "matmul" else None
     with poisoned():
         if kernel == "matmul":
-            ours = (run or functions.int4_matmul)(x, known.weight, added, low, high, backend="triton")
+            ours = (run or functions.int4_matmul)(x, decoded.weight, added, low, high, backend="triton")
         else:
-            ours = (run or functions.int4_matmul_dx)(x, known.weight, low, high, backend="triton")
+            ours = (run or functions.int4_matmul_dx)(x, decoded.weight, low, high, backend="triton")
 
     def expected(matrix: Tensor) -> Tensor:
         to = matrix.dtype
@@ -115,12 +121,12 @@ def check_linear(
         return y if added is None else y + added.to(to)
 
     assert ours.shape == (m, outputs) and ours.dtype == dtype
-    found = judge(ours, expected(known.same), expected(known.truth))
+    found = judge(ours, expected(decoded.same), expected(decoded.truth))
     return {"rank": rank, "bias": added is not None, "transposed": transposed} | found
 
 
 def _groups(session: Session) -> None:
-    """q/k/v and gate/up: one launch forward, and one dX written once."""
+    """Checks weights that share their input, as q/k/v and gate/up do: one launch forward, and one for dX."""
     rows = session.results["groups"] = []
     todo = list(product(session.sizes.group_shapes, session.sizes.dtypes, session.sizes.tokens[:5]))
     for shapes, dtype, m in session.while_time("groups", todo, share=0.25):
@@ -137,7 +143,7 @@ def _groups(session: Session) -> None:
             same, truth = (x.to(to) @ decode(weight, to).t() + t.to(to) @ b.to(to).t() for to in (dtype, torch.float64))
             found = judge(y, same, truth)
             _record(session, rows, about | {"kernel": "matmul", "member": index}, found)
-        # The product over the concatenation: torch too rounds once.
+        # The product over the concatenation, so that torch rounds once as well.
         dy, whole = (
             torch.cat(dys, dim=1),
             [torch.cat([decode(w, to) for w in weights]) for to in (dtype, torch.float64)],
@@ -146,7 +152,7 @@ def _groups(session: Session) -> None:
 
 
 def _lora_layer(session: Session) -> None:
-    """The layer's output and all its gradients."""
+    """Checks the layer's output and all its gradients."""
     rows = session.results["lora_layer"] = []
     todo = list(product(session.sizes.shapes[:4], session.sizes.dtypes, session.sizes.tokens[:2]))
     for shape, dtype, m in session.while_time("lora_layer", todo, share=0.3):
@@ -161,7 +167,7 @@ def _lora_layer(session: Session) -> None:
 
 
 def _embedding(session: Session) -> None:
-    """Rows are decoded to the bit."""
+    """Checks that rows are decoded to the bit."""
     rows = session.results["embedding"] = []
     v, k = session.sizes.table
     todo = list(product(SCHEMES, session.sizes.dtypes))
@@ -173,7 +179,7 @@ def _embedding(session: Session) -> None:
 
 
 def _cross_entropy(session: Session) -> None:
-    """Loss and dH over an int4 head."""
+    """Checks loss and dH over an int4 head."""
     rows = session.results["cross_entropy"] = []
     v, k = session.sizes.table
     todo = list(product(session.sizes.dtypes, ("symmetric", "codebook")))
@@ -192,20 +198,20 @@ def _route_cases(session: Session) -> Iterator[tuple[str, Shape, Any]]:
 
 
 def _routes(session: Session) -> None:
-    """Every route that a launch may take: each configuration of the tables, the defaults, panels."""
+    """Checks every route that a launch may take: each configuration of the tables, the defaults, panels."""
     rows = session.results["routes"] = []
     for kernel, shape, route in session.while_time("routes", list(_route_cases(session)), share=0.6):
         weight = random_weight(*shape, session.device)
-        known = Decoded(weight, session.dtype)
+        decoded = Decoded(weight, session.dtype)
         run = (run_forward if kernel == "matmul" else run_dx)(route)
         for m in [m for m in session.sizes.tokens if m][:3]:
-            found = check_linear(known, kernel, m, 16, False, False, run)
+            found = check_linear(decoded, kernel, m, 16, False, False, run)
             about = {"kernel": kernel, "route": route_name(route), **_describe(shape, weight, session.dtype), "m": m}
             _record(session, rows, about, found)
 
 
 def _repeats(session: Session) -> None:
-    """One call, again and again: the same bits."""
+    """Checks that one call gives the same bits again and again."""
     rows = session.results["repeats"] = []
     for kernel, shape, route in session.while_time("repeats", list(_route_cases(session))):
         weight = random_weight(*shape, session.device)

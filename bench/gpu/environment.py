@@ -38,7 +38,7 @@ def environment(session: Session) -> None:
         results["properties"] = {name: getattr(found, name, None) for name in PROPERTIES}
     session.save(now=True)
     timer, limits = session.timer(), session.limits()
-    # Twice each: a difference below that between the two is noise.
+    # Each is measured twice: a difference between sides that is smaller than the one between the two is noise.
     results["copy_gb_s"] = [measure_copy_gb_s(device, timer, limits) for _ in range(2)]
     results["matmul_tflop_s"] = {
         dtype_name(dtype): [measure_matmul_tflop_s(device, timer, limits, dtype) for _ in range(2)]
@@ -48,7 +48,7 @@ def environment(session: Session) -> None:
 
 
 def query() -> dict[str, str] | None:
-    """What nvidia-smi says of the first device; None where there is none."""
+    """Values of ``QUERY`` for the first device, from nvidia-smi; None where there is no nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", "--id=0"]

@@ -1,4 +1,4 @@
-"""Part ``graphs``: the LoRA layer under ``torch.compile(fullgraph=True)``, and in a CUDA graph, gives its numbers."""
+"""Part ``graphs``: ``torch.compile(fullgraph=True)`` and a CUDA graph give the LoRA layer's own numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def graphs(session: Session) -> None:
         grads = torch.autograd.grad(y, list(leaves.values()), dy)
         return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
-    # Inductor fuses and rounds otherwise than eager does; a graph launches the very same kernels.
+    # Inductor fuses operations and so rounds differently; a graph launches the very same kernels.
     backend = "inductor" if session.on_gpu else "aot_eager"
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     session.results["compile"] = {"backend": backend} | _agree(session, step(compiled), step(), exact=False)
@@ -44,7 +44,7 @@ def graphs(session: Session) -> None:
 
 
 def capture(session: Session, step: Callable[[], dict[str, Tensor]]) -> tuple[Callable[[], None], dict[str, Tensor]]:
-    """A function that runs ``step`` again, by replaying a graph on a GPU, and the tensors it writes into."""
+    """Returns a function that runs ``step`` again, on a GPU by replaying a graph, and the tensors it writes into."""
     if not session.on_gpu:
         outputs = step()
 

@@ -1,4 +1,4 @@
-"""Part ``memory``: what forward and backward of one LoRA layer take beyond their inputs and outputs."""
+"""Part ``memory``: the memory that forward and backward of one LoRA layer take beyond their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def memory(session: Session) -> None:
         extra = extra_bytes(session, layer, x, dy)
         row = {"scheme": scheme, "m": m, "n": n, "k": k, "extra_mib": extra / 2**20, "limit_mib": LIMIT_MIB}
         rows.append(row)
-        # The resident set of a rehearsal says nothing.
+        # In a rehearsal the resident set says nothing.
         if session.on_gpu and extra > LIMIT_MIB << 20:
             session.fail(f"more than {LIMIT_MIB} MiB: {row}")
 
 
 def make_layer(session: Session, n: int, k: int, scheme: Scheme = "symmetric") -> Int4LoRALinear:
-    """A layer with an adapter that does something."""
+    """A LoRA layer whose B is not zero, so that the adapter changes the output."""
     weight = random_weight(n, k, session.device, scheme)
     layer = Int4LoRALinear(weight, None, session.dtype, rank=16, scaling=2.0, backend="triton")
     with torch.no_grad():
@@ -46,7 +46,7 @@ def _step(layer: Int4LoRALinear, x: Tensor, dy: Tensor) -> None:
 
 
 def extra_bytes(session: Session, layer: Int4LoRALinear, x: Tensor, dy: Tensor) -> int:
-    """The peak of one step, less what there was before it, the output and the gradients."""
+    """The peak of one step, less the memory in use before it, the output and the gradients."""
     x.grad = layer.lora_A.grad = layer.lora_B.grad = None
     outputs = dy.nbytes + x.nbytes + layer.lora_A.nbytes + layer.lora_B.nbytes
     if not session.on_gpu:

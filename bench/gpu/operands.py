@@ -1,4 +1,4 @@
-"""Operands that are not in the package's self-test, and the same NF4 weight for bitsandbytes and for us."""
+"""Operands for the parts of the suite, and one NF4 weight in bitsandbytes' form and in ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def close(ours: Tensor, theirs: Tensor, relative: float) -> bool:
-    """Two sides compute the same: before they are timed against each other."""
+    """Whether two results differ by at most ``relative`` of theirs, in the Frobenius norm."""
     norm = theirs.double().norm()
     return bool((ours.double() - theirs.double()).norm() <= relative * norm)
 
@@ -27,15 +27,16 @@ def strided(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def clone(weight: Int4Weight) -> Int4Weight:
-    """A copy in memory of its own."""
+    """Copies a weight into memory of its own."""
     parts = {name: tensor.clone() for name, tensor in weight.tensors().items()}
     return Int4Weight(in_features=weight.in_features, group_size=weight.group_size, **parts)
 
 
 def nf4_pair(n: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Any, Int4Weight]:
-    """A random matrix, quantized by bitsandbytes; its packed codes, its state, and the same codes and scales as ours.
+    """Quantizes a random [N, K] matrix by bitsandbytes, K a multiple of 64.
 
-    K must be a multiple of 64.
+    Returns:
+        Its packed codes, its state, and a weight of ours with the same codes and scales.
     """
     from bitsandbytes import functional
 

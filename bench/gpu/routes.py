@@ -1,4 +1,4 @@
-"""The routes of a launch, each by itself: what dispatch chooses among."""
+"""The routes of a launch that dispatch chooses among, each callable by itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .sizes import Shape
 
 
 def run_forward(route: Route) -> Callable[..., Tensor]:
-    """``ops.int4_matmul`` by one route."""
+    """Returns ``functions.int4_matmul`` with a fixed route."""
 
     def run(x: Tensor, weight: Int4Weight, bias: Any = None, t: Any = None, b: Any = None, **_: Any) -> Tensor:
         if route is None:
@@ -30,7 +30,7 @@ def run_forward(route: Route) -> Callable[..., Tensor]:
 
 
 def run_dx(route: Route) -> Callable[..., Tensor]:
-    """``ops.int4_matmul_dx`` by one route."""
+    """Returns ``functions.int4_matmul_dx`` with a fixed route."""
 
     def run(dy: Tensor, weight: Int4Weight, g: Any = None, a: Any = None, **_: Any) -> Tensor:
         if route is None:
@@ -50,7 +50,7 @@ def route_name(route: Route) -> str:
 def known_routes(
     device: torch.device, kernel: Kernel, shapes: Iterable[Shape], dtype: torch.dtype
 ) -> list[tuple[Shape, Route]]:
-    """For each shape: panels, the defaults, and every configuration of the device's tables that suits it."""
+    """Pairs of shape and route: panels, the defaults, and each configuration of the device's tables that suits."""
     tables = load_tables(architecture_of(device))
     found = []
     for n, k in shapes:

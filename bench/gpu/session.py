@@ -1,4 +1,4 @@
-"""What a part is given: a device, sizes, the time it has, and where its results are kept."""
+"""The run of a part of the suite: its device, its sizes, its time, and where its results are kept."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class Session:
     Attributes:
         device: CUDA, or the CPU for a rehearsal.
         sizes: what to run on.
-        deadline: on ``time.monotonic``'s clock; the part stops by itself before it.
+        deadline: a value of ``time.monotonic``; the part stops by itself before it.
         output: the suite's JSON file; other files go beside it.
         kept: where the part's results are written while it runs.
-        results: JSON values. failures: checks that did not hold.
+        results: JSON values.
+        failures: the checks that did not hold.
     """
 
     device: torch.device
@@ -47,7 +48,7 @@ class Session:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is timed in."""
+        """The dtype that is timed."""
         return self.sizes.dtypes[0]
 
     def timer(self) -> Timer:
@@ -64,7 +65,11 @@ class Session:
         return self.deadline - time.monotonic()
 
     def while_time(self, name: str, items: Sequence[Item], share: float = 1.0) -> Iterator[Item]:
-        """The items, as long as this share of the remaining time lasts; how many did not fit is recorded."""
+        """Yields items while this share of the remaining time lasts, and records how many are left out.
+
+        Args:
+            name: under which ``results["left_out"]`` has their number.
+        """
         stop = time.monotonic() + share * self.seconds_left()
         for done, item in enumerate(items):
             if time.monotonic() >= stop:
@@ -77,7 +82,7 @@ class Session:
         self.failures.append(text)
 
     def save(self, now: bool = False, error: str | None = None) -> None:
-        """Writes what there is so far; at most every few seconds, unless ``now``."""
+        """Writes the results so far; at most every few seconds, unless ``now``."""
         if now or time.monotonic() - self.saved >= SECONDS_BETWEEN_SAVES:
             strict_json.write_json(self.kept, {"results": self.results, "failures": self.failures, "error": error})
             self.saved = time.monotonic()

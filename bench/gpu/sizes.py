@@ -1,4 +1,4 @@
-"""What the parts run on: the shapes of real models, or tiny ones that rehearse every line on a CPU."""
+"""The sizes that the parts run on: real models' shapes, or tiny ones that rehearse every line on a CPU."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ TINY = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes are (N, K).
+    """Sizes of all parts; shapes are (N, K).
 
     Attributes:
-        dtypes: of the activations; the first is the one that is timed.
-        tokens, shapes: of the correctness cases.
-        group_shapes: weights that share their input.
-        table: (V, K) of the embedding and head. table_tokens: rows looked up, and targets.
+        dtypes: the activations'; the first is the one that is timed.
+        tokens, shapes: for the correctness cases.
+        group_shapes: groups of weights that share their input.
+        table, table_tokens: (V, K) of the embedding and head; rows looked up, and targets.
         repeats: how often one call must give the same bits.
-        speed_tokens, speed_shapes: what is timed.
-        tune_tokens, tune_shapes: what is tuned first, as long as time lasts.
+        speed_tokens, speed_shapes: the timed products.
+        tune_tokens, tune_shapes: the tuned products; the first come first, as long as time lasts.
         samples: timed samples of each side.
-        memory_shape, memory_tokens: of the layer whose memory is measured.
-        graph_shape, graph_tokens: of the layer that is compiled and captured.
-        models: configurations by name. sequence_lengths: of the training steps. steps: timed ones.
+        memory_shape, memory_tokens: the layer whose memory is measured.
+        graph_shape, graph_tokens: the layer that is compiled and captured.
+        models: configurations of the training steps, by name.
+        sequence_lengths, steps: of these steps; the number of timed ones.
     """
 
     dtypes: tuple[torch.dtype, ...]

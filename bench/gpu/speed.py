@@ -1,6 +1,7 @@
-"""Part ``speed``: forward and dX against cuBLAS, dequantise + cuBLAS, and bitsandbytes, over buffers that take turns.
+"""Part ``speed``: times forward and dX against cuBLAS, dequantise + cuBLAS, and bitsandbytes.
 
-LoRA and bias are left out on every side: what is timed is the product with the weight.
+LoRA and bias are left out on every side: only the product with the weight is timed. Each call takes the next of several
+copies of its weight, so that the cache holds none of them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .routes import route_name, run_dx, run_forward
 from .session import Session
 from .sizes import Shape
 
-# Relative to the norm: two correct results in the timed dtype are closer than this.
+# By dtype, the most that two correct results differ, relative to their norm.
 SAME = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 MOST_COPIES = 256
 
@@ -75,7 +76,7 @@ def missing_peers() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Copies of one random weight for every side; together each kind outgrows the cache twice over."""
+    """Copies of one random weight for every side; the copies of each kind are together twice as large as the cache."""
 
     shape: Shape
     plain: list[Tensor]
@@ -119,13 +120,13 @@ def _times(weight: Tensor, forward: bool) -> Call:
 
 
 def _dequantised(forward: bool, weight: Int4Weight, x: Tensor) -> Tensor:
-    """What everybody does: the whole weight in 16 bits, then the library."""
+    """The usual way: decodes the whole weight to 16 bits, then calls the library."""
     whole = decode_rows_triton(weight, torch.empty(weight.shape, dtype=x.dtype, device=x.device))
     return x @ (whole.t() if forward else whole)
 
 
 def _bitsandbytes(packed: Tensor, state: Any, forward: bool) -> Call:
-    """``matmul_4bit``; for dX what its backward does, without the costs of autograd."""
+    """Returns ``matmul_4bit``, or for dX the product of its backward pass without the costs of autograd."""
     import bitsandbytes
     from bitsandbytes import functional
 
@@ -144,7 +145,7 @@ def bitsandbytes_dx(dy: Tensor, packed: Tensor, state: Any) -> Tensor:
 
 
 def compare(session: Session, weights: Weights, kernel: str, m: int) -> dict[str, Any]:
-    """All sides on one problem: first checked against each other, then timed in turns."""
+    """Checks all sides against each other on one problem, then times them in turns."""
     (n, k), dtype = weights.shape, session.dtype
     x = normal(m, k if kernel == "matmul" else n, dtype=dtype, device=session.device)
     sides = weights.sides(kernel)
@@ -167,7 +168,7 @@ def compare(session: Session, weights: Weights, kernel: str, m: int) -> dict[str
 
 
 def in_turns(sides: dict[str, list[Call]], x: Tensor, timer: Timer, samples: int) -> dict[str, list[float]]:
-    """Microseconds per call. The sides take turns, so that a clock that moves meets all of them."""
+    """Samples of every side in microseconds per call. The sides take turns, so that a changing clock meets them all."""
     windows = {name: Window(calls, x) for name, calls in sides.items()}
     for window in windows.values():
         window.warm(timer)
@@ -179,7 +180,7 @@ def in_turns(sides: dict[str, list[Call]], x: Tensor, timer: Timer, samples: int
 
 
 class Window:
-    """Some calls of one side, each on the next copy of its weight."""
+    """A run of calls of one side, each on the next copy of its weight; one sample times the whole run."""
 
     def __init__(self, calls: Sequence[Call], x: Tensor) -> None:
         self.calls, self.x, self.next, self.count = calls, x, 0, 2

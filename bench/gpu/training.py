@@ -1,7 +1,7 @@
-"""Part ``training``: whole steps at a real model's shapes, ours against transformers + PEFT + bitsandbytes NF4.
+"""Part ``training``: times whole steps at a real model's shapes, ours against transformers + PEFT + bitsandbytes NF4.
 
-Random weights: they cost the same time and memory as trained ones. Both sides get the same model, so their first
-losses must agree (NF4 quantizes it again, within 5 %).
+The weights are random, which costs the same time and memory as trained ones. All sides get the same model, so their
+first losses must agree: within 5 %, since NF4 quantizes it again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def training(session: Session) -> None:
 
 
 def run_side(session: Session, side: str, store: Path) -> None:
-    """Steps at every length; the reason is recorded where packages or memory are missing."""
+    """Runs a side's steps at every length, or records why they cannot run: packages or memory are missing."""
     results = session.results
     try:
         model = SIDES[side](session, store)
@@ -62,14 +62,13 @@ def run_side(session: Session, side: str, store: Path) -> None:
 
 
 def check_same(session: Session) -> None:
-    """At every length the sides start from the same loss, or they do not train the same model."""
-    first: dict[tuple[str, int], float] = {}
+    """Fails where two sides start from other losses at one length: they do not train the same model then."""
+    firsts: dict[tuple[str, int], float] = {}
     for row in session.results["rows"]:
-        known = first.setdefault((row["model"], row["sequence_length"]), row["losses"][0])
-        if not abs(row["losses"][0] / known - 1) <= SAME_LOSS:
-            session.fail(
-                f"not the same model, or not finite: a first loss of {known}, and of {row['losses'][0]}: {row}"
-            )
+        loss = row["losses"][0]
+        other = firsts.setdefault((row["model"], row["sequence_length"]), loss)
+        if not abs(loss / other - 1) <= SAME_LOSS:
+            session.fail(f"not the same model, or not finite: a first loss of {other}, and of {loss}: {row}")
 
 
 def ours(session: Session, store: Path, rank: int = LORA["lora_r"], **residency: Any) -> nn.Module:
@@ -78,17 +77,17 @@ def ours(session: Session, store: Path, rank: int = LORA["lora_r"], **residency:
 
 
 def ours_in_files(session: Session, store: Path) -> nn.Module:
-    """Weights and checkpoints in files."""
+    """Ours with weights and block inputs in files."""
     return ours(session, store, weights="file", checkpoints="file")
 
 
 def ours_in_least_memory(session: Session, store: Path) -> nn.Module:
-    """Rank 8, all in files, MLPs by chunks; ``steps`` has the moments in a file and steps in the backward pass."""
+    """Ours with rank 8, everything in files and chunked MLPs; ``steps`` steps in the backward pass then."""
     return ours(session, store, rank=8, weights="file", checkpoints="file", mlp_chunk_tokens=64)
 
 
 def peer(session: Session, store: Path) -> Any:
-    """transformers' model of the store's decoded weights, quantized by bitsandbytes, under PEFT."""
+    """transformers' model with the store's decoded weights, quantized by bitsandbytes, under PEFT."""
     import bitsandbytes
     import peft  # noqa: F401
 
@@ -107,9 +106,9 @@ def peer(session: Session, store: Path) -> Any:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, nf4_linear(module, session.dtype, bitsandbytes))
     model.requires_grad_(False)
-    model.is_loaded_in_4bit = True  # PEFT asks for it
+    model.is_loaded_in_4bit = True  # PEFT checks this
     if session.on_gpu:
-        # Quantizing held the model in 16 bits: that is no part of a step.
+        # Quantizing needed the model in 16 bits, which is no part of a step.
         gc.collect()
         torch.cuda.empty_cache()
     return with_adapter(model, LORA).train()
@@ -120,7 +119,7 @@ def nf4_linear(module: nn.Linear, dtype: torch.dtype, bitsandbytes: Any) -> nn.M
     layer = bitsandbytes.nn.Linear4bit(
         module.in_features, module.out_features, has_bias, compute_dtype=dtype, quant_type="nf4", device="meta"
     )
-    # Moving to a device quantizes, also to the one where it lies.
+    # Moving the weight to a device quantizes it, even if it lies there already.
     layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to(device)
     layer.bias = module.bias
     return layer
@@ -136,16 +135,19 @@ SIDES: dict[str, Callable[[Session, Path], Any]] = {
 
 
 def steps(session: Session, model: Any, length: int, least_memory: bool = False) -> dict[str, Any]:
-    """Forward, backward and AdamW over one sequence; the first step warms up and is not timed."""
+    """Times forward, backward and AdamW over one sequence; the first step warms up.
+
+    Args:
+        least_memory: the moments lie in a file, and each block is stepped in the backward pass.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         return _steps(session, model, length, Path(scratch) if least_memory else None)
 
 
 def _steps(session: Session, model: Any, length: int, moments: Path | None) -> dict[str, Any]:
-    """``moments``: where AdamW's lie in a file; each block is stepped in the backward pass then."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator).to(session.device)
-    # B is zero at first on all sides: the first loss is that of the base model.
+    # B is zero at first on all sides, so the first loss is the base model's.
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     paged = None
     if moments is not None:

@@ -18,7 +18,7 @@ from .session import Session
 
 
 def tuning(session: Session) -> None:
-    """The parts after this one use what it found: it lies where ``choose`` looks."""
+    """Tunes into the user's table, where ``choose`` finds it in the parts after this one."""
     architecture = architecture_of(session.device) or "cpu"
     results = Results(user_table_path(architecture), architecture, strict_json.write_json)
     machine = Machine(session.device, session.device.type, session.limits(), session.timer())
@@ -28,7 +28,7 @@ def tuning(session: Session) -> None:
     for m in session.sizes.tune_tokens:
         todo += problems(session.sizes.tune_shapes, [m], dtype=session.dtype)
     compiled = model_rank(architecture) if session.on_gpu else rank_nothing
-    # First what the shipped tables think worth choosing, which is little; then all that compiles well.
+    # First the few configurations that the shipped tables name; then all that compile well.
     for name, rank in (("shipped", shipped(architecture)), ("compiled", compiled)):
         found = session.results[name] = []
         for problem in session.while_time(name, todo):
@@ -38,7 +38,7 @@ def tuning(session: Session) -> None:
 
 
 def shipped(architecture: str) -> Rank:
-    """Every configuration of the tables as a candidate; nothing has to be compiled but what is measured."""
+    """Ranks every configuration of the tables as a candidate; only measured ones have to be compiled."""
     entries = load_tables(architecture).values()
 
     def rank(problem: Problem) -> Sequence[Trial]:
@@ -50,12 +50,12 @@ def shipped(architecture: str) -> Rank:
 
 
 def rank_nothing(problem: Problem) -> Sequence[Trial]:
-    """For a rehearsal: nothing is compiled there, so only the default and the panel route are measured."""
+    """Ranks the default alone: a rehearsal compiles nothing, and measures the default and the panel route."""
     return [Trial(default_config(problem), predicted_us=1.0)]
 
 
 def keep(session: Session, results: Results) -> None:
-    """Copies of the table and its log beside the suite's JSON."""
+    """Copies the table and its log beside the suite's JSON."""
     for name, path in (("table", results.path), ("log", log_path(results.path))):
         if path.exists():
             target = session.output.with_name(f"{session.output.stem}-{name}.json")

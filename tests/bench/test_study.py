@@ -46,14 +46,14 @@ def test_every_row_is_a_setting(study):
     assert len(modes) == 10 and ("full", 1.0) in modes
 
 
-def test_runs_are_looked_at_after_equal_steps_and_go_on_as_long_as_they_may_need(study):
+def test_runs_are_evaluated_after_equal_steps_and_are_as_long_as_equal_time_needs(study):
     grid, run, _ = study
     for part, (rows, _, _) in grid.PARTS.items():
         for name in rows:
-            looks = run.looked_at(name, part)
-            assert looks[0] == grid.STEPS and looks == sorted(set(looks))
-    assert len(run.looked_at("identity-0.5-random-momentum", "schedules")) == 2
-    assert run.looked_at("full", "modes") == [grid.STEPS]
+            steps = run.evaluated_after(name, part)
+            assert steps[0] == grid.STEPS and steps == sorted(set(steps))
+    assert len(run.evaluated_after("identity-0.5-random-momentum", "schedules")) == 2
+    assert run.evaluated_after("full", "modes") == [grid.STEPS]
 
 
 def test_every_row_is_timed_as_some_row(study):
@@ -62,7 +62,7 @@ def test_every_row_is_timed_as_some_row(study):
         assert all(grid.timed_as(name) in grid.TIMED for name in rows if name != "full")
 
 
-def test_a_run_is_repeated_to_the_bit_and_looked_at(study, store, tmp_path):
+def test_a_run_is_repeated_to_the_bit_and_evaluated(study, store, tmp_path):
     grid, run, _ = study
     texts = []
     for number in range(2):

@@ -1,0 +1,28 @@
+"""The machine and the sources that a result file was measured on."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def processor() -> str:
+    """The processor's name as Linux knows it; elsewhere what Python finds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def git(*words: str) -> str | None:
+    """What a git command prints in this repository; None if it fails."""
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str | None:
+    return git("rev-parse", "HEAD")
