@@ -29,7 +29,7 @@ def check_linear4bit(layer: Any, path: str) -> None:
         )
     if common_group_size(layer.in_features, state.blocksize) is None:
         raise ValueError(
-            f"{path}: in_features={layer.in_features} is no multiple of 32, so bitsandbytes' blocks of "
+            f"{path}: in_features={layer.in_features} is not a multiple of 32, so bitsandbytes' blocks of "
             f"{state.blocksize} cross its rows and cannot be taken over exactly; name it in exclude_modules, or load "
             f"the model unquantised"
         )

@@ -44,7 +44,7 @@ class Int4Config(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if unknown:
-            raise ValueError(f"{sorted(unknown)[0]!r} is no setting of Int4Config")
+            raise ValueError(f"{sorted(unknown)[0]!r} is not a setting of Int4Config")
         check_form(scheme, group_size)
         if layout != LAYOUT:
             raise ValueError(f"int4 weights of layout {layout!r} cannot be read, only {LAYOUT!r}: quantize anew")

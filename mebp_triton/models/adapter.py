@@ -135,7 +135,7 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
     """
     path, weights = Path(directory) / CONFIG, Path(directory) / WEIGHTS
     if not path.exists():
-        raise ValueError(f"{directory} is no adapter: it has no {CONFIG}")
+        raise ValueError(f"{directory} is not an adapter: it has no {CONFIG}")
     values = read_json_object(path, "save the adapter again")
     try:
         config = lora_config_from_file(values)
@@ -165,7 +165,7 @@ def _seal(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     seal = strict_json.parse_json(metadata[SEAL], f"{SEAL} of {path}")
     if not isinstance(seal, dict):
-        raise FileError(f"{path} is damaged: its {SEAL} is no object")
+        raise FileError(f"{path} is damaged: its {SEAL} is not an object")
     return seal
 
 

@@ -123,7 +123,7 @@ def prepare_config(config: PretrainedConfig, where: str) -> PretrainedConfig:
     foreign = declared and not causal and model_class is not None and model_class.__name__ not in declared
     if getattr(config, "is_encoder_decoder", False) or model_class is None or foreign:
         raise ValueError(
-            f"{where}: {', '.join(declared) or config.model_type} is no decoder-only language model; "
+            f"{where}: {', '.join(declared) or config.model_type} is not a decoder-only language model; "
             f"give one that AutoModelForCausalLM loads"
         )
     config.architectures = [model_class.__name__]

@@ -199,7 +199,7 @@ class _Placement:
 
 
 def _adapt_to_trainers(model: Any) -> None:
-    """Answers what trainers do to a model that they are given."""
+    """Makes ``model`` fit for trainers, which checkpoint, tie, save and share the models that they are given."""
     model.gradient_checkpointing_enable = _no_second_checkpointing
     model.tie_weights = _tied_already
     install_saving(model)

@@ -274,7 +274,7 @@ def test_codes_are_taken_over_bit_for_bit_and_the_rest_follows_them(native, tmp_
         ({"group_size": 64}, lambda name: False),
         ({"scheme": "codebook", "group_size": 32}, lambda name: False),
     ],
-    ids=str,
+    ids=["affine", "symmetric", "groups of 32", "groups of 64", "codebook"],
 )
 def test_what_was_asked_for_wins_over_what_the_source_has(native, tmp_path, options, kept):
     opened, report = store_of(native, tmp_path / "store", **options)

@@ -87,7 +87,7 @@ def test_gradients_in_float64(columns: int, quant_type: str) -> None:
 
 
 def test_what_cannot_be_exact_is_refused() -> None:
-    with pytest.raises(ValueError, match="q_proj: in_features=80 is no multiple of 32.*exclude_modules"):
+    with pytest.raises(ValueError, match="q_proj: in_features=80 is not a multiple of 32.*exclude_modules"):
         check_linear4bit(linear4bit(80), "q_proj")
     with pytest.raises(ValueError, match="not quantised yet"):
         check_linear4bit(bitsandbytes.nn.Linear4bit(64, ROWS), "q_proj")

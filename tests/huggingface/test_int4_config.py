@@ -20,7 +20,7 @@ from mebp_triton import Int4Config
         ({"modules_to_not_convert": [3]}, r"modules_to_not_convert must be a list of module names, got \[3\]"),
         ({"float32_scales": [""]}, r"float32_scales must be a list of module names, got \[''\]"),
         ({"layout": "planar64-v9"}, "layout 'planar64-v9' cannot be read"),
-        ({"groupsize": 32}, "'groupsize' is no setting of Int4Config"),
+        ({"groupsize": 32}, "'groupsize' is not a setting of Int4Config"),
         ({"quant_method": "gptq"}, "quant_method must be 'mebp_int4', got 'gptq'"),
     ],
     ids=str,

@@ -447,7 +447,7 @@ def test_a_config_that_was_tampered_with(saved: Path, tmp_path: Path) -> None:
         from_pretrained(edited(saved, tmp_path / "affine", config={"scheme": "affine"}))
     with pytest.raises(RuntimeError, match="size"):
         from_pretrained(edited(saved, tmp_path / "groups", config={"group_size": 64}))
-    with pytest.raises(ValueError, match="is no setting of Int4Config"):
+    with pytest.raises(ValueError, match="is not a setting of Int4Config"):
         from_pretrained(edited(saved, tmp_path / "more", config={"bits": 4}))
 
 

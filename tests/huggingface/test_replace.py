@@ -425,7 +425,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "narrow bitsandbytes": (
         lambda s: nn.Sequential(nn.Linear(8, 8), bitsandbytes.nn.Linear4bit(48, 8).to("cpu")),
         {},
-        "1: in_features=48 is no multiple of 32",
+        "1: in_features=48 is not a multiple of 32",
     ),
     "a name of no module": (
         lambda s: from_pretrained(s["llama"]),

@@ -171,7 +171,7 @@ def test_damaged_files(model: Any, copied: Path) -> None:
     with pytest.raises(ValueError, match="holds a JSON list, wanted an object"):
         mebp.read_adapter_config(copied)
     (copied / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="is no adapter"):
+    with pytest.raises(ValueError, match="is not an adapter"):
         mebp.read_adapter_config(copied)
 
 

@@ -145,10 +145,10 @@ def test_the_class_is_named_and_the_origin_is_not() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (T5Config(), "here: t5 is no decoder-only language model"),
-        (BartConfig(), "here: bart is no decoder-only language model"),
-        (BertConfig(architectures=["BertForMaskedLM"]), "BertForMaskedLM is no decoder-only language model"),
-        (LlamaConfig(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification is no"),
+        (T5Config(), "here: t5 is not a decoder-only language model"),
+        (BartConfig(), "here: bart is not a decoder-only language model"),
+        (BertConfig(architectures=["BertForMaskedLM"]), "BertForMaskedLM is not a decoder-only language model"),
+        (LlamaConfig(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification is not a"),
         (LlamaConfig(architectures=3), "architectures is 3, wanted a list"),
         (LlamaConfig(architectures=[{}]), r"architectures is \[{}\], wanted a list"),
     ],

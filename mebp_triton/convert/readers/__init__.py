@@ -42,7 +42,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         # Any other file is taken for a GGUF, whose reader looks at the first bytes.
         return _opened(READERS.get(("file", path.suffix), READERS["file", ".gguf"]), path)
     if path.exists():
-        raise ValueError(f"{path} is no model: give the directory that holds config.json, or a .gguf file")
+        raise ValueError(f"{path} is not a model: give the directory that holds config.json, or a .gguf file")
     raise ValueError(f"{path} does not exist: give a local model directory or .gguf file (hub names are not fetched)")
 
 

@@ -50,7 +50,7 @@ def read_header(path: Path) -> Header:
     """Reads the header, and checks that every tensor lies inside the file and beside the others.
 
     Raises:
-        ValueError: the file is no GGUF, damaged or truncated, or the ``gguf`` package is missing.
+        ValueError: the file is not a GGUF, damaged or truncated, or the ``gguf`` package is missing.
     """
     try:
         import gguf  # noqa: F401 - an optional package, asked for here because it is needed only after slow work

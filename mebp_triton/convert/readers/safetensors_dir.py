@@ -218,7 +218,7 @@ def _indexed_entries(path: Path) -> dict[str, Entry]:
 def _shard(path: Path, name: object) -> Path:
     """The path of a shard. Its name comes from a file, so it must not lead out of the directory."""
     if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
-        raise ValueError(f"{path / INDEX}: shard {name!r:.200} is no plain *.safetensors file name; {DOWNLOAD}")
+        raise ValueError(f"{path / INDEX}: shard {name!r:.200} is not a plain *.safetensors file name; {DOWNLOAD}")
     # Hub caches hold links to files, which may be followed, but not to a FIFO, say.
     if not (path / name).is_file():
         raise ValueError(f"{path / name} is missing or not a regular file; {DOWNLOAD}")

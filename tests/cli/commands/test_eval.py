@@ -45,7 +45,10 @@ MISTAKES = {
         lambda w, t: evaluate(w, w / "wide" / "store", adapter(w)),
         ["does not fit this model", "shape"],
     ),
-    "no adapter": (lambda w, t: evaluate(w, w / "store", f"--adapter={t}"), ["is no adapter", "adapter_config.json"]),
+    "no adapter": (
+        lambda w, t: evaluate(w, w / "store", f"--adapter={t}"),
+        ["is not an adapter", "adapter_config.json"],
+    ),
 }
 
 

@@ -74,7 +74,7 @@ def test_no_text_is_made_of_logits_that_are_not_finite(mebp, world, tmp_path, te
 
 MISTAKES = {
     "no store": (lambda w, t: [t / "none", "--prompt=the"], ["none is not a directory"]),
-    "no adapter": (lambda w, t: [w / "store", "--prompt=the", f"--adapter={t / 'none'}"], ["is no adapter"]),
+    "no adapter": (lambda w, t: [w / "store", "--prompt=the", f"--adapter={t / 'none'}"], ["is not an adapter"]),
     "an empty prompt": (lambda w, t: [w / "store", "--prompt="], ["--prompt is empty"]),
     "no prompt": (lambda w, t: [w / "store"], ["--prompt"]),
     "no new tokens": (lambda w, t: [w / "store", "--prompt=a", "--max-new-tokens=0"], ["--max-new-tokens", "got 0"]),

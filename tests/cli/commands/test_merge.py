@@ -68,7 +68,7 @@ def test_without_a_text_nothing_is_evaluated(world, mebp, tmp_path):
         (["--dtype=float16", "--as-store"], "choose one"),
         (["--dtype=float16", "--scheme=affine"], "choose one"),
         (["--dtype=float16", "--group-size=32"], "choose one"),
-        (["--adapter=nowhere"], "nowhere is no adapter"),
+        (["--adapter=nowhere"], "nowhere is not an adapter"),
         (["--validation-file=nowhere.txt"], "validation-file nowhere.txt: no such file"),
         (["--max-eval-windows=0"], "--max-eval-windows: must be a whole number of at least 1, got 0"),
         (["--dtype=int4"], "invalid choice"),

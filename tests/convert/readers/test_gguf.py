@@ -225,7 +225,7 @@ def test_a_damaged_header_and_a_file_in_place_of_one(llama, tmp_path):
     (tmp_path / "tiny.gguf").write_bytes(llama.read_bytes()[:500])
     assert_refused(tmp_path / "tiny.gguf", "tiny.gguf has a damaged GGUF header", "download it again")
     os.mkfifo(tmp_path / "x.gguf")
-    assert_refused(tmp_path / "x.gguf", "no model")
+    assert_refused(tmp_path / "x.gguf", "is not a model")
 
 
 def test_truncated_after_opening(llama, tmp_path):

@@ -73,7 +73,7 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         open_source(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="is no model: give the directory"):
+    with pytest.raises(ValueError, match="is not a model: give the directory"):
         open_source(tmp_path / "model.safetensors")
 
 
