@@ -1,6 +1,7 @@
-"""Shared by all tests. The root is taken off ``sys.path``: from there ``kernels`` would shadow another package.
+"""The environment and the fixtures of all tests.
 
-Kernels are compiled anew in each run: a compiler's cache that an earlier run left would hide what no longer compiles.
+The root is taken off ``sys.path``, where ``kernels`` would shadow another package. Kernels are compiled anew in each
+run: a compiler's cache from an earlier run would hide what no longer compiles.
 """
 
 import os
@@ -14,11 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
-# Before torch is imported: threads that do not spin, as the command sets it, and one for each of several workers.
+# Before torch is imported: its threads do not spin, as the command sets it, and each of several workers has one.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Run in the background of a script, Ctrl-C is ignored, and what the tests start would ignore it as well.
+# In the background of a script Ctrl-C is ignored, and processes that the tests start would ignore it as well.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 COMPILED = tempfile.TemporaryDirectory(prefix="mebp-triton-compiled-")

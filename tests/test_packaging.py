@@ -1,4 +1,4 @@
-"""The wheel holds every source file under mebp_triton, and nothing else: a sub-package not listed vanishes silently."""
+"""The wheel holds every source file of the package and nothing else; an unlisted folder would be left out silently."""
 
 import importlib.util
 import re
@@ -17,7 +17,7 @@ MAPPED = {"mebp_triton": "mebp_triton", "kernels": "mebp_triton/kernels", "autot
 
 
 def expected():
-    """Installed path of every source file and data file of the tree."""
+    """The installed paths of all source files and data files of the tree."""
     found = {"mebp_triton/py.typed"}
     for folder, installed in MAPPED.items():
         for path in (ROOT / folder).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""The rehearsal of the GPU suite, run once for all tests of what it writes."""
+"""The rehearsal of the GPU suite, which runs once for all tests of its results."""
 
 import json
 import subprocess
@@ -22,6 +22,6 @@ def rehearsal(tmp_path_factory):
 
 @pytest.fixture
 def bench_path(monkeypatch):
-    """bench/ on the import path, as for a script that lies there."""
+    """bench/, on the import path, as for a script that lies there."""
     monkeypatch.syspath_prepend(str(BENCH))
     return BENCH

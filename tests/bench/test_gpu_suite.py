@@ -1,4 +1,4 @@
-"""The GPU suite, rehearsed on the CPU: every part runs, a failure is recorded, and checks can fail."""
+"""The GPU suite, rehearsed on the CPU: every part runs, failures are recorded, and checks can fail."""
 
 import importlib
 import importlib.util

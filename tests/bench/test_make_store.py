@@ -1,4 +1,4 @@
-"""Stores of random weights: the shapes they claim, bytes by seed, a whole tokenizer, and that they can be trained."""
+"""Stores of random weights: their shapes, their bytes by seed, a whole tokenizer, and a training on one."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from mebp_triton.store.reader import Store
 
 TEXT = "The training of language models: 3.14159, Grüße, 你好 🎉\n\tx  y \x00\n"
 VOCABULARY = 600
-# What the models' pages say; of Gemma-3-4B, all of it less its vision tower and projector.
+# As the models' pages say. Gemma-3-4B is counted without its vision tower and projector.
 PARAMETERS = {
     "Qwen2.5-0.5B": 494_032_768,
     "Qwen2.5-1.5B": 1_543_714_304,
@@ -84,7 +84,7 @@ def test_an_untrained_model_knows_nothing_and_has_finite_gradients(make, archite
 
 @pytest.mark.parametrize("scheme", ["symmetric", "affine", "codebook"])
 def test_weights_have_the_size_of_initialised_ones(make, scheme):
-    """K is no multiple of 64, and its padding is as the format wants it."""
+    """K is no multiple of 64, and the padding follows the format."""
     store = Store(make("store", "--scheme", scheme, "--group-size", "128"))
     assert {(info.scheme, info.group_size) for info in store.matrices.values()} == {(scheme, 128)}
     weight = store.weight("model.embed_tokens")
@@ -143,7 +143,7 @@ def test_an_end_token_exists_whatever_the_config_names(make_store, eos):
         (lambda path: tiny_config("llama").save_pretrained(path), "vocab_size must be at least 257"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line_and_leaves_nothing(make_store, tmp_path, capsys, prepare, message):
+def test_a_mistake_is_one_line_and_leaves_nothing(make_store, tmp_path, capsys, prepare, message):
     tiny_config("llama", vocab_size=VOCABULARY).save_pretrained(tmp_path)
     prepare(tmp_path)
     before = sorted(tmp_path.rglob("*"))

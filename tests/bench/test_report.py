@@ -1,4 +1,4 @@
-"""Result files as tables and plots."""
+"""Pages of tables and plots, made of result files."""
 
 import importlib
 import json
@@ -56,7 +56,7 @@ def test_a_run_that_broke_off_still_makes_a_page(make_page, tmp_path):
     assert "commit abc with uncommitted changes" in page.read_text()
 
 
-def test_benchmarks_are_a_row_a_problem_and_a_column_a_side(make_page, tmp_path):
+def test_benchmarks_have_a_row_per_problem_and_a_column_per_side(make_page, tmp_path):
     entries = [
         {"group": "forward", "problem": "M=1", "side": side, "median_seconds": seconds}
         for side, seconds in (("panel", 0.0015), ("torch", 0.25))

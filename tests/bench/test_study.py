@@ -1,4 +1,4 @@
-"""The selection study: its grid is what it says, a run ends in a file, and intervals are Student's."""
+"""The selection study: rows are settings, runs repeat to the bit, and intervals are Student's."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Ways to bend a file, each by a random draw: bytes, JSON, the headers of safetensors and GGUF, what is not a file."""
+"""Ways to bend a file at random: its bytes, its JSON, a safetensors or GGUF header, or something else in its place."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ PAGE = 4096
 
 @dataclass(frozen=True)
 class Mutation:
-    """One way.
+    """One way to bend a file.
 
     Attributes:
-        takes: whether it can bend that file.
-        forges: afterwards the checksums that cover the file are made to match.
-        changes_others: it changes other files than the one it is given.
+        apply: bends a file, by a random draw.
+        takes: whether it can bend a file.
+        forges: whether the checksums that cover the file match afterwards.
+        changes_others: whether it changes files beside the given one.
     """
 
     name: str
@@ -57,7 +58,7 @@ def flip_bit(path: Path, draw: random.Random) -> None:
 
 
 def flip_bits_in_front(path: Path, draw: random.Random) -> None:
-    """Several bits within the first 512 bytes, where headers lie."""
+    """Flips several bits within the first 512 bytes, where headers lie."""
     data = bytearray(path.read_bytes())
     for _ in range(draw.randint(1, 8)):
         data[draw.randrange(min(len(data), 512))] ^= 1 << draw.randrange(8)
@@ -84,7 +85,7 @@ def extend(path: Path, draw: random.Random) -> None:
 
 
 def zero_page(path: Path, draw: random.Random) -> None:
-    """A page of zeros, as a file system leaves them after a crash; of a small file, an eighth."""
+    """Zeros a page, as a file system may after a crash; in a small file, an eighth of it."""
     data = bytearray(path.read_bytes())
     length = min(PAGE, max(len(data) // 8, 1))
     start = draw.randrange(0, max(len(data) - length, 1))
@@ -102,7 +103,7 @@ def repeat(path: Path, draw: random.Random) -> None:
     path.write_bytes(path.read_bytes() * 2)
 
 
-# --- what is not a file ---------------------------------------------------------------------------------------------
+# --- something else in place of a file --------------------------------------------------------------------------------
 
 
 def remove(path: Path, draw: random.Random) -> None:
@@ -120,7 +121,7 @@ def fifo_instead(path: Path, draw: random.Random) -> None:
 
 
 def link_instead(path: Path, draw: random.Random) -> None:
-    """To nothing, to itself, to a device without end, or to another file of the directory."""
+    """Puts a link there: to nothing, to itself, to a device without end, or to another file of the directory."""
     others = [other.name for other in sorted(path.parent.iterdir()) if other != path and other.is_file()]
     target = draw.choice(["nothing", path.name, "/dev/zero", "/dev/full", *others[:4]])
     path.unlink()
@@ -140,7 +141,7 @@ def swap(path: Path, draw: random.Random) -> None:
 
 
 def add(path: Path, draw: random.Random) -> None:
-    """Beside it a file that transformers would read, and that was not there."""
+    """Adds a file beside it that transformers would read, and that was not there."""
     names = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
     lacking = [name for name in names if not (path.parent / name).exists()]
     name = draw.choice(lacking)
@@ -181,13 +182,13 @@ def _at(value: Any, place: tuple[Any, ...]) -> Any:
 
 
 def bend_json(text: str, draw: random.Random) -> str:
-    """One value replaced, removed, repeated, renamed, exchanged or changed a little."""
+    """Replaces, removes, repeats, renames, exchanges or slightly changes one value."""
     value = json.loads(text)
     places = _places(value)
     if not places:
         return draw.choice(HOSTILE)
     place = draw.choice(places)
-    # Long lists of one kind, such as a vocabulary, shall not take all draws.
+    # Otherwise long lists, such as a vocabulary, would take nearly all draws.
     place = draw.choice([place, draw.choice([one for one in places if len(one) <= 2])])
     holder, key = _at(value, place[:-1]), place[-1]
     way = draw.choice(("hostile", "hostile", "hostile", "nudge", "nudge", "delete", "repeat", "rename", "exchange"))
@@ -232,7 +233,7 @@ def json_line(path: Path, draw: random.Random) -> None:
 
 
 def text_lines(path: Path, draw: random.Random) -> None:
-    """Lines exchanged, repeated, or replaced by what YAML or a template makes something special of."""
+    """Exchanges or repeats a line, or replaces it by one that YAML or a template treats specially."""
     lines = path.read_text().splitlines() or [""]
     bombs = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     bombs += [f"{new}: &{new} [{', '.join(['*' + old] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)]
@@ -272,7 +273,7 @@ def header_value(path: Path, draw: random.Random) -> None:
 
 
 def header_offsets(path: Path, draw: random.Random) -> None:
-    """Overlapping, negative, reversed, far outside, or of a tensor that is not there."""
+    """Makes a tensor's offsets, shape or dtype wrong: overlapping, negative, reversed, far outside, ..."""
     header, data = _split(path)
     value = json.loads(header)
     names = [name for name in value if name != "__metadata__"]
@@ -300,7 +301,7 @@ def header_offsets(path: Path, draw: random.Random) -> None:
 
 
 def header_names(path: Path, draw: random.Random) -> None:
-    """A tensor under another's name, under a path, twice, or one too many: an empty one, whose other sides are huge."""
+    """Renames a tensor to a path or an odd name, lists one twice, or adds an empty one whose other sides are huge."""
     header, data = _split(path)
     value = json.loads(header)
     name = draw.choice([name for name in value if name != "__metadata__"])
@@ -325,7 +326,7 @@ FLOATS = {"F16": ("<e", 2), "F32": ("<f", 4), "F64": ("<d", 8)}
 
 
 def numbers(path: Path, draw: random.Random) -> None:
-    """NaN, infinity, a negative zero or the largest number in place of one or all of a float tensor's."""
+    """Puts NaN, infinity, a negative zero or the largest number in place of one or all numbers of a float tensor."""
     header, data = _split(path)
     value = json.loads(header)
     wanted = {name: item for name, item in value.items() if name != "__metadata__" and item["dtype"] in FLOATS}
@@ -352,7 +353,7 @@ def _gguf_header_size(data: bytes) -> int:
 
 
 def gguf_number(path: Path, draw: random.Random) -> None:
-    """Eight, four or two bytes of the header become a number that a reader may trip over."""
+    """Turns two, four or eight bytes of the header into a number that a reader may trip over."""
     data = bytearray(path.read_bytes())
     place = draw.randrange(4, _gguf_header_size(data))
     size = draw.choice((2, 4, 8))
@@ -362,7 +363,7 @@ def gguf_number(path: Path, draw: random.Random) -> None:
 
 
 def gguf_setting(path: Path, draw: random.Random) -> None:
-    """The number or the count that belongs to a key."""
+    """Changes the number or the count that belongs to a key."""
     data = bytearray(path.read_bytes())
     keys = [b"llama.block_count", b"llama.embedding_length", b"llama.attention.head_count", b"llama.vocab_size"]
     keys += [b"llama.context_length", b"llama.feed_forward_length", b"llama.attention.head_count_kv"]
@@ -377,7 +378,7 @@ def gguf_setting(path: Path, draw: random.Random) -> None:
 
 
 def gguf_numbers(path: Path, draw: random.Random) -> None:
-    """NaN or infinity (float16 and float32) somewhere in the data."""
+    """Puts NaN or infinity, as float16 or float32, somewhere into the data."""
     data = bytearray(path.read_bytes())
     start = _gguf_header_size(data)
     place = draw.randrange(start, len(data) - 4) & ~1
@@ -390,7 +391,7 @@ def gguf_numbers(path: Path, draw: random.Random) -> None:
 
 
 def forge(path: Path) -> None:
-    """Makes the checksums agree with the files again, as somebody would who wants them believed."""
+    """Makes the checksums match the files again, as somebody would who wants the files believed."""
     from mebp_triton.system import reading, strict_json
 
     manifest, state = path.parent / "manifest.json", path.parent / "state.json"
@@ -417,7 +418,7 @@ def forging(bend: Callable[[Path, random.Random], None]) -> Callable[[Path, rand
 
 
 def forged_json(path: Path, draw: random.Random) -> None:
-    """A value of a sealed file changed, and the seal renewed where that is possible."""
+    """Changes a value of a sealed file, and renews the seal where that is possible."""
     from mebp_triton.system import strict_json
 
     text = bend_json(path.read_text(), draw)

@@ -19,14 +19,14 @@ QUICK = ["--max-steps=1", "--max-length=24", "--lora-r=2", "--device=cpu"]
 
 @pytest.fixture
 def canary(tmp_path):
-    """Code that leaves a file; no test may find it."""
+    """Code that leaves a file when it is run; fails after a test that ran it."""
     mark = tmp_path / "it-was-run"
     yield f"open({str(mark)!r}, 'w').close()\n"
     assert not mark.exists(), "code from data was run"
 
 
 def planted(directory, canary):
-    """Modules of every name that anything could look for."""
+    """Fills ``directory`` with modules of every name that anything could look for."""
     for name in ("modeling_evil", "configuration_evil", "tokenization_evil", "evil", "__init__", "generate", "data"):
         (directory / f"{name}.py").write_text(canary + "class Evil: pass\n")
     (directory / "custom_generate").mkdir(exist_ok=True)
@@ -73,7 +73,7 @@ def test_a_tokenizer_with_code_beside_it(mebp, world, canary, tmp_path):
 
 
 class Payload:
-    """Runs its text when it is unpickled."""
+    """An object whose text is run when it is unpickled."""
 
     def __init__(self, text):
         self.text = text

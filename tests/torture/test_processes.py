@@ -16,7 +16,7 @@ def at_once(root, *commands):
 
 
 def refused(ended, *lines):
-    """All but one were refused, in one of these lines and nothing else."""
+    """Checks that all commands but one were refused, each with one line, which contains one of ``lines``."""
     assert sorted(one.code for one in ended) == [0] + [2] * (len(ended) - 1), [one.err for one in ended]
     for one in ended:
         if one.code == 2:
@@ -51,7 +51,7 @@ def test_runs_share_a_store_and_do_not_share_a_directory(world, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["quantize", "merge"])
-def test_of_those_that_make_one_directory_one_wins(world, tmp_path, name):
+def test_one_of_three_commands_makes_the_directory_and_the_others_are_refused(world, tmp_path, name):
     made = tmp_path / "made"
     source, flags = (world / "model", ["--group-size=32"]) if name == "quantize" else (world / "store", ["--as-store"])
     ended = at_once(tmp_path, *[[name, source, made, *flags]] * 3)
