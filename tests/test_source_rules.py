@@ -50,7 +50,7 @@ ALLOWED = {
 
 
 def code_from_data(path, tree):
-    """What could run or import something that a model, an adapter, a dataset or a settings file names."""
+    """Calls and imports that could run something that a model, an adapter, a dataset or a settings file names."""
     for line, name in imports(path, tree):
         if name.partition(".")[0] in RUN_CODE:
             yield line, f"imports {name}"

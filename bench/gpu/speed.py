@@ -66,7 +66,7 @@ def speed(session: Session) -> None:
 
 
 def missing_peers() -> dict[str, str]:
-    """Which comparisons cannot be made, and why."""
+    """The peers that cannot be compared with, and why."""
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a build for another CUDA raises all sorts of things

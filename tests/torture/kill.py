@@ -224,7 +224,7 @@ def began(directory: Path) -> bool:
 
 
 def contents(directory: Path) -> dict[str, Any]:
-    """By relative path, the bytes of every file, without what differs between two runs of the same command."""
+    """The bytes of every file by its relative path, without the values that differ between two runs of one command."""
     found: dict[str, Any] = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
@@ -252,7 +252,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def half_written(directory: Path, wanted: dict[str, Any]) -> list[str]:
-    """What a kill left that a reader would take for whole, though it is not."""
+    """Lists what a kill left half-written and a reader would take for whole."""
     from mebp_triton.kernels.tables import read_named_table
     from mebp_triton.models.adapter import read_adapter_tensors
     from mebp_triton.store.reader import Store

@@ -251,7 +251,7 @@ def disk_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
 
 
 def file_size_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
-    """From one byte to ``MOST_BYTES``, in ``steps`` equal factors."""
+    """File-size limits from one byte to ``MOST_BYTES``, in ``steps`` equal factors."""
     for name in bench.tried:
         for step in range(steps):
             limit = round(MOST_BYTES ** (step / max(steps - 1, 1)))
@@ -290,7 +290,7 @@ def _with_output_elsewhere(lower: Callable[[], None]) -> Callable[[], None]:
 
 
 def address_space_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
-    """From 1 MiB to 1 GiB above what the process has; and for a process of its own from its first instruction on."""
+    """Limits of 1 MiB to 1 GiB above what the process has, and limits on a process of its own, from its first instruction."""
     make_wide(scratch)
     bench = bench.wide(scratch)
     for name in bench.tried:

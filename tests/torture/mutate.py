@@ -142,7 +142,7 @@ Place = tuple[str, int]  # file and line
 
 @dataclass
 class Baseline:
-    """What the tests of a group do while its sources are whole.
+    """The tests of a group, as they run while its sources are whole.
 
     Attributes:
         seconds: of every test, the quickest first within each file.
@@ -180,7 +180,7 @@ class Recorder:
         self.reached: dict[Place, set[str]] = {}
 
     def trace(self, frame: Any, event: str, _: Any) -> Any:
-        """For ``sys.settrace``."""
+        """Records the lines of ``sources``, as the function of ``sys.settrace``."""
         if frame.f_code.co_filename not in self.sources:
             return None
         self.reached.setdefault((frame.f_code.co_filename, frame.f_lineno), set()).add(self.current)
@@ -374,7 +374,7 @@ def in_forks(jobs: Iterable[Job], count: int) -> dict[Any, str]:
 
 
 def in_collected(collected: Collected, tried: list[Fault], jobs: int) -> dict[str, Any]:
-    """In the process that collected the tests: runs them once, and then the faults in functions' bodies.
+    """Runs the collected tests once, and then against every fault in a function's body.
 
     Returns the seconds of every test, the modules that the tests import, and the outcomes.
     """

@@ -76,7 +76,7 @@ def test_the_groups_name_files_that_exist(scripts):
 
 
 def test_a_short_run(tmp_path):
-    """Of two files that import no torch: faults in functions, and faults that run when a module is imported."""
+    """Two files that import no torch have faults in functions, and faults that run when they are imported."""
     sources, output = ["mebp_triton/system/units.py", "mebp_triton/system/strict_json.py"], tmp_path / "result.json"
     before = [(ROOT / name).read_bytes() for name in sources]
     command = [sys.executable, ROOT / "tests" / "torture" / "mutate.py", "--sources", *sources]
