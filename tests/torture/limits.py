@@ -290,7 +290,7 @@ def _with_output_elsewhere(lower: Callable[[], None]) -> Callable[[], None]:
 
 
 def address_space_points(bench: Bench, scratch: Path, steps: int) -> Iterator[Point]:
-    """Limits of 1 MiB to 1 GiB above what the process has, and limits on a process of its own, from its first instruction."""
+    """Limits 1 MiB to 1 GiB above what the process has; some on a process of its own from its first instruction."""
     make_wide(scratch)
     bench = bench.wide(scratch)
     for name in bench.tried:
