@@ -1,4 +1,4 @@
-"""The run's checkpoint: everything that a resumed run needs to go on to the same numbers.
+"""The checkpoint of a run: everything that a resumed run needs to go on to the same numbers.
 
 A directory holds ``state.json`` (position, settings, selection, checksums), ``state.safetensors`` (the adapter, and the
 random states of all processes), and a file for each group of optimizer state. It is replaced as a whole.
@@ -36,12 +36,12 @@ STATE = "state.json"
 
 @dataclass
 class Position:
-    """Where a run is.
+    """The place that a run has reached.
 
     Attributes:
         step: optimizer steps taken.
-        first_step: the first one with a line in ``metrics.jsonl``: a run may go on from another run's checkpoint.
-        skipped_in_a_row: steps left out just now, since something in them was not finite.
+        first_step: the first step with a line in ``metrics.jsonl``; not 0 if the run began from another's checkpoint.
+        skipped_in_a_row: how many steps before this one were skipped, since something in them was not finite.
     """
 
     step: int = 0
@@ -53,6 +53,7 @@ class Checkpoint:
     """Writes and reads the checkpoint of a run.
 
     Args:
+        model: a model with an adapter. update, selection, settings, run, processes: those of the run.
         fingerprints: checksums of the data and of the model, which a resumed run must share.
     """
 
@@ -72,15 +73,15 @@ class Checkpoint:
         self.state_files = [f"optimizer-{index:05d}.safetensors" for index in range(update.state_groups)]
 
     def kept(self) -> str:
-        """What is left of the run where no checkpoint can be written, for error messages."""
+        """Says which checkpoint an error leaves behind."""
         return "the last checkpoint is kept" if self.run.checkpoint.exists() else "no checkpoint was written yet"
 
     def save(self, position: Position) -> None:
-        """Writes ``checkpoint/``, and the adapter alone once more into ``adapter/``.
+        """Writes ``checkpoint/``, and then the adapter alone into ``adapter/``. After an error, the last one is kept.
 
         Raises:
             NotFinite: the adapter is not finite.
-            RunError: the processes' adapters are not the same bits. In both cases the last checkpoint stays.
+            RunError: the adapters of the processes are not the same bits.
         """
         if (broken := broken_parameter(self.model)) is not None:
             raise NotFinite(f"{broken} is not finite after step {position.step}: {self.kept()}")
@@ -107,12 +108,13 @@ class Checkpoint:
             crc32 = {name: reading.file_checksums(directory / name) for name in (TENSORS, *self.state_files)}
             strict_json.write_json(directory / STATE, strict_json.sealed(state | {"crc32": crc32}))
 
-        # The metrics first: a checkpoint counts on the lines of the steps before it.
+        # The metrics reach the disk first: a resumed run expects a line of every step before its checkpoint.
         self.run.sync_metrics()
         atomic.replace_directory(self.run.checkpoint, write)
         save_adapter(self.model, self.run.adapter)
 
     def _check_drift(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Raises RunError where the processes' adapters are not the same bits: they would go on apart for good."""
         checksum = 0
         for tensor in tensors.values() if self.processes.size > 1 else ():
             checksum = zlib.crc32(tensor.view(torch.uint8).numpy().data, checksum)
@@ -131,10 +133,10 @@ class Checkpoint:
         }
 
     def resume(self, directory: Path, total_steps: int) -> Position:
-        """Puts the run where ``directory`` was written, and returns its position.
+        """Puts the run into the state in which ``directory`` was written, and returns its position.
 
         Raises:
-            ValueError: it is damaged, or of a run with other settings or another number of processes.
+            ValueError: the checkpoint is damaged, or that of a run with other settings or other processes.
         """
         if directory == self.run.checkpoint:
             self.processes.first(lambda: atomic.finish_replacing(directory))
@@ -157,8 +159,8 @@ class Checkpoint:
         return position
 
     def _check_same(self, settings: dict[str, Any], fingerprints: dict[str, int]) -> None:
-        """ValueError where the checkpoint's settings, data or model are not those of this run."""
-        # A checkpoint of an older version lacks newer settings: it was made as with their defaults.
+        """Raises ValueError where the checkpoint's settings, data or model are not those of this run."""
+        # A checkpoint of an older version lacks newer settings. That version did what their defaults do.
         defaults = asdict(resolve(TrainConfig()))
         ours = asdict(self.settings)
         for name, value in (defaults | settings).items():
@@ -183,7 +185,7 @@ class Checkpoint:
             self.update.release_group(index)
         suffix = f"-{self.processes.rank}" if self.processes.rank else ""
         saved = tensors["random"]
-        # A run may go on elsewhere: what a generator that is not here had drawn does not matter.
+        # On another device, the saved state of a generator that does not exist here is left out.
         here = RandomState(self.device).states
         own = {name: saved[f"{name}{suffix}"] for name in here if f"{name}{suffix}" in saved}
         RandomState(self.device, own).put_back()
@@ -191,7 +193,7 @@ class Checkpoint:
         return Position(step, int(state["first_step"]) if inside else step, int(state["skipped_in_a_row"]))
 
     def _settle_run_directory(self, position: Position) -> None:
-        """Makes the metrics and the adapter beside the checkpoint those of its step."""
+        """Brings the metrics and the adapter in the run directory to the checkpoint's step."""
         steps = self.run.cut_metrics(position.step, position.first_step)
         if not self.processes.is_first:
             return
@@ -201,7 +203,7 @@ class Checkpoint:
             save_adapter(self.model, self.run.adapter)
 
     def _adapter_is_written(self) -> bool:
-        """Whether ``adapter/`` holds the adapter: a run may have ended between the checkpoint and it."""
+        """Whether ``adapter/`` holds this adapter. It does not if the run ended after its checkpoint and before it."""
         ours = adapter_tensors(self.model)
         try:
             saved, _ = safetensors_file.read_safetensors(self.run.adapter / "adapter_model.safetensors")
@@ -212,8 +214,8 @@ class Checkpoint:
 
 
 def store_fingerprint(store: Store) -> int:
-    """CRC-32 over the checksums of the store's weights and of its config.json."""
-    # The config counts as well: by another one, the same weights are another model.
+    """Returns the CRC-32 over the checksums of the store's weights and its config.json."""
+    # The config counts as well: with another one, the same weights are another model.
     checksums = {name: file.crc32 for name, file in store.files.items()}
     checksums["config.json"] = store.companions.get("config.json", [])
     return zlib.crc32(json.dumps(checksums, sort_keys=True).encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from mebp_triton.data.batching import collate, evenly_spaced
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.system.errors import RunError
 
-if TYPE_CHECKING:
-    from .processes import Processes
+from .processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def evaluate(
     data: TokenizedData,
     max_windows: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
     score: Callable[[Any, dict[str, Tensor]], WindowScore] = int4_score,
 ) -> Evaluation:
     """The loss and accuracy over evenly spaced windows of ``data``. The model's mode is put back afterwards.
@@ -86,7 +85,7 @@ def evaluate(
     """
     check_vocabulary(model, data, "the evaluation data")
     places = evenly_spaced(data, max_windows)
-    mine = places if processes is None else places[processes.rank :: processes.size]
+    mine = places[processes.rank :: processes.size]
     was_training = model.training
     model.eval()
     loss, correct, tokens = 0.0, 0, 0
@@ -97,9 +96,8 @@ def evaluate(
             progress(done + 1, len(mine))
     finally:
         model.train(was_training)
-    if processes is not None:
-        loss, *counts = processes.sum(loss, correct, tokens)
-        correct, tokens = map(int, counts)
+    loss, *counts = processes.sum(loss, correct, tokens)
+    correct, tokens = map(int, counts)
     if tokens == 0:
         raise ValueError("the evaluation data has no token to predict")
     if not math.isfinite(loss):

@@ -22,9 +22,16 @@ def finetune(
     on_evaluation: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], int] = lambda: 0,
 ) -> dict[str, Any] | None:
-    """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots. Returns what ``run.json`` holds.
+    """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots.
 
-    None where ``should_stop`` ended the training, see ``Trainer.train``: then ``run.json`` is not written.
+    Args:
+        trainer: at the first step, or resumed.
+        validation: the data of the evaluations; None for no evaluation.
+        on_step, should_stop: see ``Trainer.train``.
+        on_evaluation: called with (windows done, windows in all).
+
+    Returns:
+        The results in ``run.json``. None if ``should_stop`` ended the training: then ``run.json`` is not written.
     """
     config, run = trainer.config, trainer.run
     resumed_at = trainer.step

@@ -1,7 +1,7 @@
-"""The kernels and a model's gradients against float64 on the decoded codes, on the device that will train.
+"""Checks the kernels and a model's gradients against float64 on the decoded codes, on the device that will train.
 
-The rule for numbers: twice the error of torch in the same dtype, and half a rounding, as maximum and as root mean
-square. ``judge`` holds it for the tests on GPUs as well (``bench/gpu``).
+The rule for numbers is that of ``kernels.accuracy.judge``: at most twice the error of torch in the same dtype, and half
+a rounding, as maximum and as root mean square.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from mebp_triton.store.reader import Store
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (33, 1, 300)  # tails of a tile, a decoding step, several tiles
-SHAPE, TABLE = (160, 200), (1100, 200)  # no multiples of a tile; K is padded
-SECONDS = 45.0
+SHAPE, TABLE = (160, 200), (1100, 200)  # of a layer and of a head: no multiples of a tile; K is padded
+SECONDS = 45.0  # that all checks may take
 
 
 # --- operations -----------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ SECONDS = 45.0
 def check_lora_layer(
     weight: Int4Weight, dtype: torch.dtype, m: int, rank: int = 16, backend: routing.Backend = "auto"
 ) -> dict[str, dict[str, Any]]:
-    """Output and all gradients of a LoRA layer of ``m`` tokens, as ``judge`` finds each."""
+    """Judges the output and all gradients of a LoRA layer for ``m`` tokens, each by its name."""
     device, (n, k), scaling = weight.device, weight.shape, 2.0
     values = {
         "x": normal(m, k, dtype=dtype, device=device),
@@ -67,7 +67,7 @@ def check_lora_layer(
 
 
 def check_embedding(weight: Int4Weight, dtype: torch.dtype, tokens: int, backend: routing.Backend = "auto") -> bool:
-    """Rows are decoded to the bit."""
+    """Whether the rows of an embedding are decoded to the bit."""
     ids = torch.randint(0, weight.shape[0], (tokens,), device=weight.device)
     return torch.equal(functions.int4_embedding(ids, weight, dtype, backend=backend), decode(weight, dtype)[ids])
 
@@ -75,7 +75,7 @@ def check_embedding(weight: Int4Weight, dtype: torch.dtype, tokens: int, backend
 def check_head(
     weight: Int4Weight, dtype: torch.dtype, tokens: int, backend: routing.Backend = "auto"
 ) -> tuple[float, float, dict[str, Any]]:
-    """Of the loss over an int4 head: it, the true one, and the gradient as ``judge`` finds it."""
+    """Returns the loss over an int4 head, the true loss, and the verdict on the gradient of the hidden states."""
     hidden = normal(tokens, weight.shape[1], dtype=dtype, device=weight.device)
     targets = torch.randint(0, weight.shape[0], (tokens,), device=weight.device)
     targets[1:2] = -100
@@ -122,7 +122,7 @@ class Model:
     def gradients(
         self, device: torch.device, dtype: torch.dtype, backend: routing.Backend
     ) -> tuple[Any, dict[str, Any]]:
-        """Loss and gradients by the engine, block by block, weights and checkpoints in files."""
+        """Returns loss and gradients by the engine, block by block, with weights and block inputs in files."""
         lora = LoraConfig(r=8, lora_alpha=16)
         places: dict[str, Any] = {"weights": "file", "checkpoints": "file"}
         model = load(self.store, lora, device=device, dtype=dtype, backend=backend, **places).train()
@@ -140,7 +140,7 @@ class Model:
         return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
     def plain_gradients(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-        """The same by autograd alone; no code of the engine or the kernels takes part."""
+        """Returns loss and gradients by autograd alone; no code of the engine or the kernels takes part."""
         import transformers
 
         store = Store(self.store)
@@ -165,9 +165,9 @@ class Model:
 
 
 def check_model(model: Model, device: torch.device, dtype: torch.dtype, backend: routing.Backend) -> dict[str, Any]:
-    """Loss and adapter gradients of whole blocks. The largest of the relative errors is held against torch's largest.
+    """Judges the loss and the adapter gradients of whole blocks, by the largest of their relative errors.
 
-    A gradient of one matrix may be luckier than another: so it is by the rule, but for the largest.
+    It is held against torch's largest, since torch's error of one matrix alone may happen to be small.
     """
     loss, ours = model.gradients(device, dtype, backend)
     same_loss, same = model.plain_gradients(device, dtype)
@@ -175,14 +175,14 @@ def check_model(model: Model, device: torch.device, dtype: torch.dtype, backend:
     if ours.keys() != truth.keys() or any(gradient is None for gradient in ours.values()):
         return {"ok": False, "reason": "gradients are missing"}
 
-    def errors(found: Any, gradients: dict[str, Any]) -> list[float]:
-        pairs = [(found, true_loss), *((gradients[name], truth[name]) for name in truth)]
+    def errors(loss: Any, gradients: dict[str, Any]) -> list[float]:
+        pairs = [(loss, true_loss), *((gradients[name], truth[name]) for name in truth)]
         return [float((a.double().cpu() - b).norm() / b.norm()) for a, b in pairs]
 
-    found, theirs = errors(loss, ours), max(errors(same_loss, same))
-    if not all(map(math.isfinite, found)):  # which max would not tell
+    our_errors, theirs = errors(loss, ours), max(errors(same_loss, same))
+    if not all(map(math.isfinite, our_errors)):  # max() of NaN and numbers may be a number
         return {"ok": False, "reason": "gradients are not finite"}
-    worst = max(found)
+    worst = max(our_errors)
     return {"relative": worst, "torch_relative": theirs, "ok": worst <= 2 * theirs + torch.finfo(dtype).eps / 2}
 
 
@@ -190,11 +190,11 @@ def check_model(model: Model, device: torch.device, dtype: torch.dtype, backend:
 
 
 def run(device: torch.device, backend: routing.Backend = "auto", seconds: float = SECONDS) -> list[dict[str, Any]]:
-    """Every check that ``seconds`` leave room for, the ones that training rests on first.
+    """Runs the checks, those that training rests on first, until ``seconds`` are over.
 
     Returns:
-        A row a check: what, dtype, ok, and relative, the error as a part of the result's norm, where there is one;
-        ``reason`` where it failed otherwise. Those that were not run have ok None.
+        A row for every check with its name ("what"), "dtype" and "ok", which is None if there was no time for it. A
+        check of numbers has "relative", the error as a part of the result's norm; a failed one may have a "reason".
     """
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
@@ -206,7 +206,7 @@ def run(device: torch.device, backend: routing.Backend = "auto", seconds: float 
                 continue
             try:
                 rows.append(row | check())
-            except Exception as error:  # a compiler or a driver that is not there: what a self-test is for
+            except Exception as error:  # a missing compiler or driver is what this check must find
                 line = " ".join(str(error).split())[:200]
                 rows.append(row | {"ok": False, "reason": f"{type(error).__name__}: {line}"})
     return rows
@@ -215,6 +215,7 @@ def run(device: torch.device, backend: routing.Backend = "auto", seconds: float 
 def _checks(
     device: torch.device, backend: routing.Backend, scratch: Path
 ) -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str, Any]]]]:
+    """Yields the name, the dtype and the function of every check."""
     model = Model(scratch)
     for dtype in DTYPES[:2]:
         yield "gradients of blocks", dtype, partial(check_model, model, device, dtype, backend)
@@ -228,9 +229,10 @@ def _checks(
 def _layer(
     device: torch.device, backend: routing.Backend, dtype: torch.dtype, scheme: Scheme, m: int = TOKENS[0]
 ) -> dict[str, Any]:
-    found = check_lora_layer(random_weight(*SHAPE, device, scheme), dtype, m, backend=backend)
-    wrong = [name for name, row in found.items() if not row["ok"]]
-    row: dict[str, Any] = {"ok": not wrong, "relative": max(row.get("relative") or 0.0 for row in found.values())}
+    verdicts = check_lora_layer(random_weight(*SHAPE, device, scheme), dtype, m, backend=backend)
+    wrong = [name for name, verdict in verdicts.items() if not verdict["ok"]]
+    relative = max(verdict.get("relative") or 0.0 for verdict in verdicts.values())
+    row: dict[str, Any] = {"ok": not wrong, "relative": relative}
     return row | ({"reason": f"beyond the rule: {', '.join(wrong)}"} if wrong else {})
 
 

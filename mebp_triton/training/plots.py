@@ -6,19 +6,23 @@ import importlib.metadata
 import importlib.util
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mebp_triton.system import atomic
 from mebp_triton.system.memory import MemoryWatch
-
-if TYPE_CHECKING:
-    pass
-
 from mebp_triton.system.units import MIB
 
 
 def draw_plots(directory: Path, metrics: list[dict[str, Any]], watch: MemoryWatch) -> list[str]:
-    """Loss over steps, memory over one step, and time per block, as PNG; their names. None without matplotlib."""
+    """Draws loss over steps, memory over one step, and time per block, as PNG files in ``directory``.
+
+    Args:
+        metrics: the lines of ``metrics.jsonl``.
+        watch: has the timeline of one step, or none.
+
+    Returns:
+        The names of the files; none without matplotlib or metrics.
+    """
     if importlib.util.find_spec("matplotlib") is None or not metrics:
         return []
     from matplotlib.figure import Figure

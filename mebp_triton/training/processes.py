@@ -1,11 +1,11 @@
-"""Several processes, one run: data parallel training under ``torchrun`` or ``accelerate launch``.
+"""Data parallel training: several processes, one run, under ``torchrun`` or ``accelerate launch``.
 
 Every process holds the whole model and adapter and takes its part of each global batch. Gradients of the selected
 blocks are summed, and all take the same optimizer step. The first process alone writes.
 
-Whatever processes tell each other begins with ``exchange``: a few numbers of each, and whether it failed. One that
-fails takes part in one exchange more, to say so; the others then leave their next exchange with its error, wherever
-they are. So one failure ends all, and nobody waits for a process that is no more.
+All communication begins with ``exchange``: every process gives a few numbers, and says whether it has failed. A process
+that fails takes part in one more exchange, in which it says so. The others learn it in their next exchange, wherever
+they are, and end with its error. So one failure ends all, and no process waits for one that is gone.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from torch import Tensor, nn
 from mebp_triton.system.errors import FailedProcess, LostProcess, RunError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # of waiting for a process that still lives
-NUMBERS = 4  # of one exchange, at most
-MESSAGE_BYTES = 1024
+TIMEOUT = timedelta(minutes=30)  # how long to wait for a process that lives and does not answer
+NUMBERS = 4  # the most that one exchange takes of each process
+MESSAGE_BYTES = 1024  # of the error that a failed process sends
 SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that no two of 2**64 processes have the same seed
 
 
 class Processes:
-    """The processes of a run, as one of them sees them. With ``size`` 1 nothing is communicated.
+    """The processes of a run, seen from one of them. If it is alone, nothing is communicated.
 
     Args:
-        rank: this one, from 0.
-        size: how many there are.
-        local_rank: this one among those on its machine; picks the GPU.
+        rank: the number of this process, from 0.
+        size: how many processes there are.
+        local_rank: the number of this process on its machine, which picks its GPU.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
@@ -48,7 +48,11 @@ class Processes:
         return self.rank == 0
 
     def device(self, name: str | None) -> str | None:
-        """``name`` of a device; where it does not say which GPU, the one of this process."""
+        """Returns the device that ``name`` means here: each process of several takes its own GPU.
+
+        Raises:
+            ValueError: ``name`` is one GPU, and there are several processes.
+        """
         if self.size == 1 or name == "cpu" or (name is None and not torch.cuda.is_available()):
             return name
         if name not in (None, "cuda"):
@@ -56,20 +60,21 @@ class Processes:
         return f"cuda:{self.local_rank}"
 
     def seed(self, seed: int) -> int:
-        """Of what each process draws for itself (dropout): ``seed`` in the first, another in every other."""
+        """Returns the seed of what this process draws for itself, as dropout; that of the first process is ``seed``."""
         return (seed + self.rank * SEED_STRIDE) % (1 << 64)
 
     def exchange(self, *numbers: float) -> list[list[float]]:
-        """The numbers of every process, in the order of ranks.
+        """Returns the numbers that every process gives, in the order of ranks.
 
         Raises:
-            FailedProcess: one of them failed.
+            FailedProcess: one of them has failed.
             LostProcess: one of them is gone.
         """
         return [list(numbers)] if self.size == 1 else self._exchange(numbers)
 
     def _exchange(self, numbers: Sequence[float], code: int = 0, message: str = "") -> list[list[float]]:
         assert len(numbers) <= NUMBERS
+        # A gather needs the same shape everywhere, also of a process that failed and has no numbers to give.
         mine = torch.zeros(1 + NUMBERS, dtype=torch.float64)
         mine[: 1 + len(numbers)] = torch.tensor([float(code), *map(float, numbers)], dtype=torch.float64)
         rows = [row.tolist() for row in self.gather(mine)]
@@ -82,10 +87,11 @@ class Processes:
         return [row[1 : 1 + len(numbers)] for row in rows]
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number's sum over the processes, the same bits in all."""
+        """Returns each number's sum over the processes, with the same bits in all."""
         return [sum(column) for column in zip(*self.exchange(*numbers), strict=True)]
 
     def highest(self, *numbers: float) -> list[float]:
+        """Returns each number's maximum over the processes."""
         return [max(column) for column in zip(*self.exchange(*numbers), strict=True)]
 
     def same(self, number: float) -> bool:
@@ -93,27 +99,27 @@ class Processes:
         return all(row == [number] for row in self.exchange(number))
 
     def first(self, action: Callable[[], T]) -> T:
-        """``action`` by the first process, then by the others, which find what it left."""
+        """Calls ``action`` in the first process, and then in the others, which find done what the first did."""
         if self.is_first:
-            found = action()
+            result = action()
             self.exchange()
-            return found
+            return result
         self.exchange()
         return action()
 
     def share(self, value: dict[str, Any]) -> dict[str, Any]:
-        """The first process's ``value``, which JSON can hold, in all."""
+        """Returns the first process's ``value`` in all processes. JSON must be able to hold it."""
         data = json.dumps(value).encode()
         size = int(self.exchange(len(data))[0][0])
         if self.size > 1:
             shared = torch.tensor(list(data if self.is_first else bytes(size)), dtype=torch.uint8)
             _answered(lambda: dist.broadcast(shared, src=0))
             data = bytes(shared.tolist())
-        found: dict[str, Any] = json.loads(data)
-        return found
+        value = json.loads(data)
+        return value
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """A CPU tensor of every process; all of one shape and dtype."""
+        """Returns every process's ``tensor``, in the order of ranks; all are on the CPU and of one shape and dtype."""
         if self.size == 1:
             return [tensor]
         rows = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -122,12 +128,12 @@ class Processes:
 
     @torch.no_grad()
     def sum_gradients(self, groups: Sequence[Sequence[nn.Parameter]]) -> int:
-        """Every gradient becomes its sum over the processes, a group at a time, in float32 (float64 for float64).
+        """Replaces every gradient by its sum over the processes, computed in float32 (float64 for float64).
 
-        A parameter without a gradient counts as zero; where no process has one, it stays without.
+        A parameter without a gradient counts as zero. One that has none in any process stays without.
 
         Args:
-            groups: of parameters, the same in every process.
+            groups: groups of parameters, the same in every process. Each group is summed in one call.
 
         Returns:
             The bytes that this process handed to all-reduce.
@@ -137,6 +143,7 @@ class Processes:
             if not group:
                 continue
             dtype = torch.promote_types(group[0].dtype, torch.float32)
+            # A last number for each parameter counts the processes in which it has a gradient.
             parts = [torch.zeros_like(p, dtype=dtype) if p.grad is None else p.grad.to(dtype) for p in group]
             present = torch.tensor([p.grad is not None for p in group], dtype=dtype, device=group[0].device)
             flat = torch.cat([*(part.reshape(-1) for part in parts), present])
@@ -149,9 +156,9 @@ class Processes:
         return handed
 
     def fail(self, error: Exception, debug: bool = False) -> NoReturn:
-        """Tells the others, unless they know. The first process then raises the error, and the others exit silently.
+        """Tells the other processes of ``error``, unless they know. The first then raises it; others exit silently.
 
-        They exit after the first, so that a launcher that stops everything at the first exit finds its line printed.
+        They exit after the first: a launcher stops all processes when one exits, and the first must print its line.
         """
         if isinstance(error, LostProcess):
             raise error
@@ -161,11 +168,12 @@ class Processes:
         if self.is_first:
             line = f"process {failed.rank}: {failed.message}"
             raise (ValueError(line) if failed.code == 2 else RunError(line)) from None
-        with contextlib.suppress(RuntimeError):  # the connection ends with the first process
+        with contextlib.suppress(RuntimeError):  # nothing is ever sent: this ends when the first process does
             dist.recv(torch.zeros(1), src=0)
         raise SystemExit(failed.code)
 
     def _announce(self, error: Exception) -> FailedProcess:
+        """Takes part in an exchange as failed; returns the failure that all processes agree on."""
         known = isinstance(error, ValueError | OSError | RunError)
         line = " ".join(f"{'' if known else type(error).__name__ + ': '}{error}".split())
         try:
@@ -181,6 +189,7 @@ ALONE = Processes()
 
 
 def _answered(communicate: Callable[[], Any]) -> None:
+    """Calls ``communicate``. torch's error, as for a closed connection, becomes a LostProcess."""
     try:
         communicate()
     except RuntimeError as error:
@@ -190,15 +199,16 @@ def _answered(communicate: Callable[[], Any]) -> None:
 
 @contextmanager
 def joined(debug: bool = False) -> Iterator[Processes]:
-    """The processes that the environment tells of (``WORLD_SIZE``, ``RANK``, ``LOCAL_RANK``), until all are done.
+    """While active, this process is one of those that the environment describes, and it leaves when all are done.
 
-    An error in any of them ends all: see ``Processes.fail``.
+    The launcher sets ``WORLD_SIZE``, ``RANK`` and ``LOCAL_RANK``. An error in any process ends all: see
+    ``Processes.fail``.
 
     Args:
         debug: a process that failed raises its own error, for the traceback.
 
     Raises:
-        ValueError: the environment says half of it.
+        ValueError: the environment is incomplete or wrong.
     """
     size, rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
     if size == 1:

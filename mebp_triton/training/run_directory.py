@@ -1,4 +1,4 @@
-"""The run directory: ``run.json``, ``metrics.jsonl``, the adapter, the resumable checkpoint, and plots."""
+"""The directory of a run: ``run.json``, ``metrics.jsonl``, the adapter, the resumable checkpoint, and plots."""
 
 from __future__ import annotations
 
@@ -8,37 +8,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mebp_triton.data.tokenized import DataReport
 from mebp_triton.system import atomic, errors, reading, strict_json, temporaries
+from mebp_triton.system.machine import environment
 from mebp_triton.system.memory import MemoryWatch
 
 from .evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from mebp_triton.data.tokenized import DataReport
-
-    from .settings import TrainConfig
-
-from mebp_triton.system.machine import environment
-
 from .plots import draw_plots
+from .settings import TrainConfig
 
-METRICS_LIMIT = 1 << 34
-
-
-BESIDE_THE_SUMMARY = ("plots", "data", "settings", "environment")  # in run.json
+METRICS_LIMIT = 1 << 34  # bytes of metrics.jsonl that are read
+BESIDE_THE_SUMMARY = ("plots", "data", "settings", "environment")  # what run.json holds besides
 
 
 class RunDirectory:
-    """Where a run writes.
+    """The directory that a run writes into.
 
     Args:
-        directory: made by whoever writes into it first.
+        directory: its path. ``create`` and ``writing`` make the directory; nothing is written before.
         resume: whether it may hold a run already.
 
     Raises:
-        ValueError: it holds something, and ``resume`` is false.
+        FileError: it holds something, and ``resume`` is false.
     """
 
     def __init__(self, directory: Path | str, resume: bool = False) -> None:
@@ -53,18 +46,19 @@ class RunDirectory:
         self._held = False
 
     def create(self) -> None:
+        """Makes the directory, and removes what a process that was killed left in it half written."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for place in (self.directory, self.adapter):
             temporaries.remove_leftovers(place)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within, no other process writes there. The directory is made, and goes again if nothing was written.
+        """While active, no other process writes into the directory. It is made, and removed again if it stays empty.
 
         Raises:
-            FileError: another process is writing there.
+            FileError: another process is writing into it.
         """
-        if self._held:
+        if self._held:  # the command takes the lock for the whole run, and the trainer within it
             yield
             return
         made = atomic.missing_directories(self.directory)
@@ -77,21 +71,27 @@ class RunDirectory:
                 self._held = False
 
     def is_before_checkpoint(self) -> bool:
-        """Whether nothing is there but what a run writes before its first checkpoint."""
+        """Whether the directory holds nothing but what a run writes before its first checkpoint."""
         names = {entry.name for entry in self.directory.iterdir()}
         names -= {self.metrics.name, self.evaluation.name}
         return all(name.startswith(temporaries.TEMPORARY_PREFIX) for name in names)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
+        """Appends the line of a step. ValueError where it has a number that is not finite."""
         atomic.append_line(self.metrics, json.dumps(row, allow_nan=False))
 
     def read_metrics(self) -> list[dict[str, Any]]:
+        """Returns all lines; none if there is no file. FileError where a line is damaged."""
         if not self.metrics.exists():
             return []
         return [row for _, row in self._metrics()]
 
     def _metrics(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every line and what it says. A last one that was cut short is left out; FileError for any other."""
+        """Yields every line and its values. A last line that was cut short is left out.
+
+        Raises:
+            FileError: another line is damaged.
+        """
         *whole, cut = reading.read_bytes(self.metrics, METRICS_LIMIT).split(b"\n")
         for number, line in enumerate(whole, start=1):
             if not line.strip():
@@ -102,14 +102,17 @@ class RunDirectory:
             yield line.decode(), row
 
     def cut_metrics(self, step: int, first: int = 0) -> list[int]:
-        """Drops the lines of steps from ``step`` on, whatever they hold, and a last line that was cut short.
+        """Drops the lines of steps from ``step`` on, which will be taken again, and a last line that was cut short.
 
-        ``first``: the first step that has a line here.
+        Args:
+            step: the first step to drop.
+            first: the first step that has a line here.
 
-        Returns the steps that are left.
+        Returns:
+            The steps that are left.
 
         Raises:
-            FileError: a line of the steps before is damaged.
+            FileError: a line of an earlier step is damaged.
         """
         if not self.metrics.exists():
             return []
@@ -117,6 +120,7 @@ class RunDirectory:
         try:
             kept.extend((row["step"], f"{line}\n") for line, row in self._metrics() if row["step"] < step)
         except errors.FileError:
+            # Once every step before has its line, a damaged one can only be of a step that is dropped.
             if len(kept) < step - first:
                 raise
         data = "".join(line for _, line in kept).encode()
@@ -125,17 +129,26 @@ class RunDirectory:
         return [number for number, _ in kept]
 
     def sync_metrics(self) -> None:
-        """What a checkpoint counts on must outlast a loss of power as it does."""
+        """Brings the metrics to the disk, so that they outlast a loss of power as a checkpoint does."""
         if self.metrics.exists():
             atomic.sync_file(self.metrics)
 
     def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:
-        """``of``: the settings that say what was evaluated."""
+        """Keeps the evaluation from before the training, for a run that is resumed.
+
+        Args:
+            evaluation: nothing is kept for None.
+            of: the settings that say what was evaluated.
+        """
         if evaluation is not None:
             strict_json.write_json(self.evaluation, strict_json.sealed({"of": of, "found": asdict(evaluation)}))
 
     def saved_evaluation(self, of: dict[str, Any]) -> Evaluation | None:
-        """What ``save_evaluation`` kept, unless it is of something else."""
+        """Returns what ``save_evaluation`` kept; None if there is nothing, or if something else was evaluated.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         if not self.evaluation.exists():
             if of.get("validation_file"):
                 warnings.warn(f"{self.evaluation} is gone: the loss before training is not known", stacklevel=2)
@@ -147,11 +160,11 @@ class RunDirectory:
             raise ValueError(f"{self.evaluation} is malformed: remove it to go on without") from None
 
     def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
-        """``run.json`` and, where matplotlib is installed, the plots."""
+        """Writes ``run.json`` and, if matplotlib is installed, the plots."""
         metrics = self.read_metrics()
         try:
             plots = draw_plots(self.directory, metrics, watch)
-        except Exception as error:  # the run is whole without them
+        except Exception as error:  # whatever a plotting library raises, the run is whole without plots
             warnings.warn(f"the plots are not drawn: {' '.join(str(error).split())}", stacklevel=2)
             plots = []
         record = {
@@ -164,10 +177,10 @@ class RunDirectory:
         strict_json.write_json(self.record, strict_json.sealed(record))
 
     def summary(self, of: dict[str, Any]) -> dict[str, Any] | None:
-        """What ``finish`` was given by the run that ended here, or None.
+        """Returns the summary that ``finish`` has written here, or None if no run has ended here.
 
         Raises:
-            ValueError: it evaluated something else than ``of``, or the file is damaged.
+            ValueError: that run evaluated something else than ``of``, or the file is damaged.
         """
         if not self.record.exists():
             return None
@@ -182,7 +195,7 @@ class RunDirectory:
 
 
 class OthersRunDirectory(RunDirectory):
-    """The run directory of another process: it is read here, and written there."""
+    """The run directory as seen by all processes but the first, which alone writes: they only read."""
 
     def __init__(self, directory: Path | str, resume: bool = True) -> None:
         super().__init__(directory, resume=True)

@@ -1,4 +1,4 @@
-"""Turns what was asked (``TrainConfig``) into what runs (``RunSettings``), with every open choice made."""
+"""Turns what a user asked for (``TrainConfig``) into what runs (``RunSettings``), with every open choice made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .settings import FACTS, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(TrainConfig):
-    """The settings of a run: those of ``TrainConfig``, of which none is left to be chosen. See ``resolve``."""
+    """The settings of a run: a ``TrainConfig`` in which no choice is left open. ``resolve`` makes it."""
 
     device: str
     dtype: FloatName
@@ -28,14 +28,14 @@ class RunSettings(TrainConfig):
 
 
 def resolve(asked: TrainConfig, **chosen: Any) -> RunSettings:
-    """The settings that run: each as ``chosen``, else as ``asked``, else as this machine's default for it.
+    """Makes every choice: a setting is as ``chosen``, else as ``asked``, else this machine's default for it.
 
     Args:
         asked: what the user asked for; a ``RunSettings`` comes back as it is.
-        chosen: settings that a plan has chosen, by name; they win.
+        chosen: settings that a plan has chosen, by name.
 
     Raises:
-        ValueError: the device is not here, or what was chosen contradicts something else.
+        ValueError: this machine does not have the device, or what was chosen contradicts another setting.
     """
     values = vars(asked) | chosen
     values["device"] = resolve_device(values["device"])

@@ -25,23 +25,23 @@ from .optimizers.schedules import SchedulerType
 
 Optim = Literal["adamw", "adamw_8bit", "mezo"]
 OnNan = Literal["stop", "skip"]
-MOST_INTEGER = (1 << 31) - 1  # of every whole number but the seed: lengths and counts stay within 32 bits
+MOST_INTEGER = (1 << 31) - 1  # the largest length or count, which so fits into 32 bits
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of one setting besides its name, type and default.
+    """Everything about one setting besides its name, type and default.
 
     Attributes:
-        help: the text of its flag.
+        help: the help of its flag.
         least, most: the smallest and the largest value allowed.
         above, below: like ``least`` and ``most``, but these values themselves are not allowed.
         on_cpu, on_gpu: what None becomes on a CPU and on a GPU; None where None means something of its own.
         resume: "same" if a resumed run must have the value it was begun with; "free" if the value does not change the
             numbers of a step, but for rounding on another device.
         traced: whether the model that the planner traces depends on it.
-        chosen: whether the plan may choose it.
-        evaluated: whether it says which data the losses of ``run.json`` were evaluated on.
+        chosen: whether a plan may choose it.
+        evaluated: whether it says on which data the losses of ``run.json`` were evaluated.
     """
 
     help: str
@@ -58,11 +58,11 @@ class Facts:
 
 
 def setting(default: Any, help: str, **facts: Any) -> Any:
-    """A field of ``TrainConfig``: its default, the help of its flag, and the other ``Facts`` about it."""
+    """Declares a field of ``TrainConfig``: its default, the help of its flag, and further ``Facts`` about it."""
     return field(default=default, metadata={"help": help, "facts": Facts(help, **facts)})
 
 
-# Facts of a setting that says where something lies.
+# The facts that all settings share which say where something lies.
 PLACE: dict[str, Any] = {"on_cpu": "file", "on_gpu": "device", "resume": "free", "chosen": True}
 
 
@@ -75,10 +75,12 @@ class TrainConfig:
     """
 
     train_file: str = setting("", "what to train on: .txt, .jsonl, .parquet, or a directory of datasets (docs/data.md)")
-    validation_file: str | None = setting(None, "evaluated before and after", resume="free", evaluated=True)
+    validation_file: str | None = setting(
+        None, "what to evaluate on, before and after the training", resume="free", evaluated=True
+    )
     output_dir: str = setting("", "the run directory: results, adapter, checkpoint, plots", resume="free")
-    max_steps: int = setting(0, "optimizer steps; 0 for as many as num_train_epochs make", least=0)
-    num_train_epochs: int = setting(1, "passes over the training file, where max_steps is 0", least=1)
+    max_steps: int = setting(0, "optimizer steps; 0 for num_train_epochs passes over the data", least=0)
+    num_train_epochs: int = setting(1, "passes over the training file, if max_steps is 0", least=1)
     max_length: int = setting(512, "tokens per example", least=2, traced=True, evaluated=True)
     packing: bool = setting(
         False, "put several training rows into one of max_length, which do not see each other", traced=True
@@ -86,7 +88,7 @@ class TrainConfig:
     completion_only_loss: bool | None = setting(None, "mask prompts (default: where rows have prompt and completion)")
     assistant_only_loss: bool = setting(False, "mask all chat messages but the assistant's")
     max_eval_windows: int | None = setting(
-        None, "evaluate on that many evenly spaced windows; all by default", least=1, resume="free", evaluated=True
+        None, "evaluate on this many evenly spaced windows; all by default", least=1, resume="free", evaluated=True
     )
     per_device_train_batch_size: int = setting(1, "examples per forward pass", least=1, traced=True)
     gradient_accumulation_steps: int = setting(1, "forward passes per optimizer step", least=1)
@@ -105,14 +107,16 @@ class TrainConfig:
     optim: Optim = setting(
         "adamw", "adamw; adamw_8bit: moments in 8 bits; mezo: zeroth order, two forward passes", traced=True
     )
-    on_nan: OnNan = setting("stop", "at a loss or gradient that is not finite: stop, or skip the step", resume="free")
+    on_nan: OnNan = setting("stop", "what a loss or gradient that is not finite does: stop, or skip", resume="free")
     mezo_epsilon: float = setting(1e-3, "finite-difference step of mezo", above=0)
-    seed: int = setting(42, "of the adapter, the data order, dropout, selection and mezo", least=0, most=(1 << 63) - 1)
+    seed: int = setting(
+        42, "seed of the adapter, the data order, dropout, selection and mezo", least=0, most=(1 << 63) - 1
+    )
     selection_mode: Mode = setting(
         "full", "how the gradient passes blocks that are not selected at a step", traced=True
     )
     selected_ratio: float = setting(
-        0.5, "the part of the blocks a step trains, where selection_mode is not full", above=0, most=1
+        0.5, "the part of the blocks that a step trains, unless selection_mode is full", above=0, most=1
     )
     selection_schedule: Schedule = setting("cyclic", "which blocks a step trains")
     unselected_update: UnselectedUpdate = setting("momentum", "what AdamW does to blocks that are not selected")
@@ -142,7 +146,7 @@ class TrainConfig:
     )
     mlp_chunk_tokens: int | None = setting(
         None,
-        "run the MLPs by chunks of that many tokens; 0 for whole (default)",
+        "run the MLPs by chunks of this many tokens; 0 for whole (default)",
         least=0,
         on_cpu=0,
         on_gpu=0,
@@ -158,21 +162,21 @@ class TrainConfig:
         chosen=True,
     )
     memory_budget: str | None = setting(
-        None, "900MiB, 4GB, ...: what is not set by hand is chosen to stay inside", resume="free"
+        None, "limit of memory, 900MiB or 4GB: what is not set by hand is chosen to stay inside", resume="free"
     )
     device: str | None = setting(
         None, "cpu, cuda, cuda:1, ...; by default a GPU if there is one", resume="free", traced=True
     )
     dtype: Dtype | None = setting(
         None,
-        "of activations (default: bfloat16 on a GPU, float32 on a CPU)",
+        "dtype of activations (default: bfloat16 on a GPU, float32 on a CPU)",
         on_cpu="float32",
         on_gpu="bfloat16",
         traced=True,
     )
     backend: Backend = setting("auto", "kernels: triton, panel (plain torch), or auto", resume="free", traced=True)
     save_steps: int = setting(
-        100, "write a resumable checkpoint every that many steps, and at the end", least=1, resume="free"
+        100, "write a resumable checkpoint every so many steps, and at the end", least=1, resume="free"
     )
 
     def __post_init__(self) -> None:
@@ -183,11 +187,11 @@ class TrainConfig:
                 _check_range(name, value)
         if self.memory_budget is not None:
             parse_size("memory_budget", self.memory_budget)
-        for contradiction in self._contradictions():
+        if contradiction := next(self._contradictions(), None):
             raise ValueError(contradiction)
 
     def _contradictions(self) -> Iterator[str]:
-        """What is wrong with settings that are each right alone."""
+        """Yields a message for every contradiction between settings that are each right alone."""
         mezo, in_backward = self.optim == "mezo", self.optimizer_in_backward
         if self.lora_alpha == 0:
             yield "lora_alpha must not be 0: nothing would be trained"
@@ -199,13 +203,13 @@ class TrainConfig:
             yield "optimizer_in_backward steps by gradients, and optim 'mezo' makes none: leave one of them out"
         if mezo and self.on_nan == "skip":
             yield (
-                "mezo moves the parameters to and fro before it knows the loss, which rounds them, so a step cannot be "
-                "left out: on_nan 'stop'"
+                "mezo moves the parameters to and fro before it knows the loss, which rounds them, so it cannot skip a "
+                "step: use on_nan 'stop'"
             )
         if in_backward and self.on_nan == "skip":
             yield (
-                "optimizer_in_backward has stepped upper blocks when a lower one's gradient is found not to be finite: "
-                "on_nan 'skip' cannot undo that, leave one of them out"
+                "optimizer_in_backward has stepped upper blocks before a lower block's gradient is not finite, and "
+                "on_nan 'skip' cannot undo that: leave one of them out"
             )
         if in_backward and self.gradient_accumulation_steps != 1:
             yield (
@@ -214,7 +218,7 @@ class TrainConfig:
             )
 
     def lora(self) -> LoraConfig:
-        """The adapter that the settings describe."""
+        """Returns the adapter that the settings describe."""
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
@@ -224,11 +228,11 @@ class TrainConfig:
         )
 
     def masking(self) -> Masking:
-        """Which tokens enter the loss."""
+        """Returns the rule by which tokens enter the loss."""
         return Masking(self.completion_only_loss, self.assistant_only_loss)
 
     def targets(self) -> str | list[str]:
-        """``target_modules`` as ``LoraConfig`` takes it: a list where it consists of names and commas."""
+        """Returns ``target_modules`` as ``LoraConfig`` takes it: a list if it consists of names and commas."""
         text = self.target_modules
         names = [name.strip() for name in text.split(",")]
         plain = all(name.replace(".", "").replace("_", "").isalnum() for name in names)
@@ -243,7 +247,7 @@ EVALUATED = tuple(name for name, facts in FACTS.items() if facts.evaluated)
 
 
 def _check_type(name: str, kind: Any, value: Any) -> None:
-    """ValueError where ``value`` is none of a Literal's values, or of another type than the field's."""
+    """Raises ValueError where ``value`` is none of a Literal's values, or not of the field's type ``kind``."""
     allowed = get_args(kind) if get_origin(kind) not in (None, Literal) else (kind,)
     if value is None and type(None) in allowed:
         return
@@ -260,13 +264,17 @@ def _check_type(name: str, kind: Any, value: Any) -> None:
 
 
 def _check_range(name: str, value: Any) -> None:
-    """ValueError where a number is not finite or out of the range that its facts give."""
+    """Raises ValueError where ``value`` is a number that is not finite, or out of the range of the setting's facts."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     facts = FACTS[name]
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
-    most = facts.most if facts.most is not None or isinstance(value, float) else MOST_INTEGER
+    most = facts.most
+    if isinstance(value, int) and most is None:
+        most = MOST_INTEGER
+        if value < -MOST_INTEGER:  # a whole number that no float can hold, say
+            raise ValueError(f"{name} must be at least {facts.least or -MOST_INTEGER}, got {value}")
     too_small = facts.least is not None and value < facts.least or facts.above is not None and value <= facts.above
     too_large = most is not None and value > most or facts.below is not None and value >= facts.below
     if too_small or too_large:
@@ -274,7 +282,7 @@ def _check_range(name: str, value: Any) -> None:
 
 
 def _range(facts: Facts, too_small: bool) -> str:
-    """The bound that was broken, or both where a small interval is meant."""
+    """Says which bound was broken; of a part of 1, both bounds."""
     low, high = facts.least if facts.above is None else facts.above, facts.most if facts.below is None else facts.below
     if low is not None and high == 1:
         return f"in {'[' if facts.above is None else '('}{low:g}, {high:g}{']' if facts.below is None else ')'}"

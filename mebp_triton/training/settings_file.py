@@ -1,4 +1,4 @@
-"""A YAML or JSON file of settings, in place of flags."""
+"""Reads settings from a YAML or JSON file, which stands in for flags."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG_FILE_LIMIT = 1 << 20
 
 
 def _parse_yaml(data: bytes) -> Any:
-    """Plain values by name. Neither a key twice nor an alias, of which a short file can make gigabytes."""
+    """Parses plain values by name. Aliases are refused, since with them a short file can make gigabytes."""
     loader = yaml.SafeLoader(data)
     try:
         node = loader.get_single_node()
@@ -34,10 +34,13 @@ def _parse_yaml(data: bytes) -> Any:
 
 
 def read_config_file(path: Path | str) -> dict[str, Any]:
-    """A YAML or JSON file of settings: keys are the flags' names, with dashes or underscores.
+    """Reads a YAML or JSON file of settings, whose keys are the flags' names with dashes or underscores.
+
+    Returns:
+        The values by setting; ``TrainConfig`` checks them.
 
     Raises:
-        ValueError: unreadable, or a key that is no setting (the nearest one is named).
+        ValueError: the file cannot be read, or a key is no setting. Then the message names the nearest one.
     """
     path = Path(path)
     data = reading.read_bytes(path, CONFIG_FILE_LIMIT)
@@ -63,7 +66,7 @@ def read_config_file(path: Path | str) -> dict[str, Any]:
             raise ValueError(f"{path}: setting {name!r} must be one value, got {type(value).__name__}")
         if name == "memory_budget" and type(value) is int:
             value = str(value)  # bytes
-        if kinds[name] is float and isinstance(value, str):  # YAML 1.1 takes 2e-4 for a word
+        if kinds[name] is float and isinstance(value, str):  # for YAML 1.1, 2e-4 is a word
             with contextlib.suppress(ValueError):
                 value = float(value)
         settings[name] = value

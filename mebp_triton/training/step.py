@@ -1,4 +1,4 @@
-"""The passes of one optimizer step: micro-batches go forward and backward through the model; numbers are checked."""
+"""The passes of one optimizer step: its micro-batches go forward and backward, and its numbers are checked."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from .processes import Processes
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, a line of ``metrics.jsonl``. ``loss`` is the mean over its ``tokens`` targets, in nats.
+    """The result of one optimizer step, a line of ``metrics.jsonl``.
 
     Attributes:
-        skipped: nothing was updated, since there were no targets or something was not finite.
-        not_finite: what was not finite; ``loss`` is None then.
+        loss: the mean over the step's ``tokens`` targets, in nats; None where something was not finite.
+        grad_norm: the norm of all gradients before clipping; None where there were none.
+        skipped: whether nothing was updated, since there were no targets or something was not finite.
+        not_finite: what was not finite.
     """
 
     step: int
@@ -40,11 +42,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What one optimizer step works on.
+    """The inputs of one optimizer step.
 
     Attributes:
         step: its number, from 0.
-        micro_batches: this process's, on the device.
+        micro_batches: those of this process, on the device.
         tokens: targets in the micro-batches of all processes; at least one.
         rate: the learning rate.
         selected: the blocks that are trained at this step.
@@ -58,7 +60,7 @@ class StepInputs:
 
 
 class Numbers(NamedTuple):
-    """What a step found: the mean loss, the token accuracy, and the norm of the gradients (None without any)."""
+    """The mean loss of a step, its token accuracy, and the norm of its gradients (None if it has none)."""
 
     loss: float
     token_accuracy: float
@@ -69,9 +71,9 @@ class Passes:
     """Runs the micro-batches of a step through a model that ``mebp_triton.load`` made.
 
     Args:
-        model: with an adapter.
-        processes: that train together.
-        check_each_loss: look at the loss before its backward pass, which may update parameters at once.
+        model: a model with an adapter.
+        processes: the processes that train together.
+        check_each_loss: check a micro-batch's loss before its backward pass, which may update parameters at once.
     """
 
     def __init__(self, model: Any, processes: Processes, check_each_loss: bool = False) -> None:
@@ -79,19 +81,25 @@ class Passes:
         self.device: torch.device = model.mebp.device
 
     def forward_and_backward(self, inputs: StepInputs) -> tuple[float, float]:
-        """Loss and token accuracy over the micro-batches of all processes; gradients of this process's own.
+        """Returns loss and token accuracy over the micro-batches of all processes.
+
+        Gradients are left in the parameters, and are those of this process's micro-batches alone.
 
         Raises:
-            NotFinite: the loss is not.
+            NotFinite: the loss is not finite.
         """
         return self._run(inputs, backward=True)
 
     @torch.no_grad()
     def forward(self, inputs: StepInputs, seed: int) -> tuple[float, float]:
-        """Loss and token accuracy over the micro-batches of all processes, drawing random numbers from ``seed`` on.
+        """Returns loss and token accuracy over the micro-batches of all processes.
+
+        Args:
+            inputs: the step's.
+            seed: seeds the random numbers that dropout draws.
 
         Raises:
-            NotFinite: the loss is not.
+            NotFinite: the loss is not finite.
         """
         torch.manual_seed(self.processes.seed(seed))
         return self._run(inputs, backward=False)
@@ -125,7 +133,11 @@ class Passes:
             self.model.mebp.loss.normalizer = None
 
     def _check_loss(self, loss: float, inputs: StepInputs, random_state: RandomState) -> None:
-        """``random_state``: from before the micro-batches ran, so that running them again draws the same numbers."""
+        """Raises NotFinite where ``loss`` is not finite, and names the first place where that shows.
+
+        Finding the place takes another run of the micro-batches. It starts from ``random_state``, that from before
+        their first run, so that dropout draws the same numbers.
+        """
         if math.isfinite(loss):
             return
         random_state.put_back()
@@ -135,7 +147,7 @@ class Passes:
         raise NotFinite(f"loss is {loss} at step {inputs.step}, first {place}")
 
     def check_gradients(self, norm: float, step: int) -> None:
-        """NotFinite where ``norm``, that of some or all gradients, is not finite; it names the first broken one."""
+        """Raises NotFinite where ``norm``, of some or all gradients, is not finite, and names the first broken one."""
         if math.isfinite(norm):
             return
         broken = broken_gradient(self.model)

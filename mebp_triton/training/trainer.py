@@ -1,4 +1,4 @@
-"""The training loop: batches become steps, steps become metrics and checkpoints, in a run that can be resumed."""
+"""The training loop: batches become steps, steps become metrics and checkpoints, and a run can be resumed."""
 
 from __future__ import annotations
 
@@ -32,25 +32,29 @@ from .settings import EVALUATED
 from .step import StepInputs, StepResult
 from .updates import make_update
 
-MOST_SKIPPED = 10  # steps in a row whose loss or gradients are not finite
+MOST_SKIPPED = 10  # steps in a row that may be skipped, since their loss or gradients are not finite
 
 
 class Trainer:
     """Trains the adapter of a model that ``mebp_triton.load`` made.
 
     Args:
-        model: with an adapter.
+        model: a model with an adapter.
         data: the training examples.
-        config: see ``run_settings.resolve``.
-        run: where results go.
+        config: the run's settings; ``run_settings.resolve`` makes them.
+        run: the directory of the results.
         pad_token_id: any token; padding is masked.
-        processes: that train together, each with such a trainer.
+        processes: the processes that train together, each with such a trainer.
 
     Attributes:
         total_steps: optimizer steps of the whole run.
+        parameters: those that are trained.
         evaluated: settings that identify the evaluated data; stored in ``run.json``.
         stopped: what ``should_stop`` returned when it ended ``train``; else 0.
         planned_peak_bytes: the plan's prediction, for ``run.json``.
+
+    Raises:
+        ValueError: the model does not fit the data or the settings, or processes were given different files.
     """
 
     def __init__(
@@ -107,16 +111,19 @@ class Trainer:
         on_step: Callable[[StepResult], None] = lambda result: None,
         should_stop: Callable[[], int] = lambda: 0,
     ) -> list[StepResult]:
-        """Runs to the last step, writing metrics and checkpoints; returns the steps that this call made.
+        """Runs to the last step, and writes metrics and checkpoints.
 
         Args:
             on_step: called after every step.
-            should_stop: asked after every step. Where any process returns something other than 0, all end there, with
-                a checkpoint, and the highest value becomes ``stopped``.
+            should_stop: asked after every step. If any process returns something other than 0, all end there with a
+                checkpoint, and the highest value becomes ``stopped``.
+
+        Returns:
+            The results of the steps that this call took.
 
         Raises:
             FileError: another process writes into the run directory.
-            NotFinite: a loss or a gradient is not finite, and steps are not to be skipped.
+            NotFinite: a loss or a gradient is not finite, and the step may not be skipped.
         """
         self.stopped = 0
         with self.run.writing():
@@ -148,7 +155,7 @@ class Trainer:
             yield result
 
     def _batches(self) -> Iterator[list[Any]]:
-        """The batches of all processes, from the run's position on."""
+        """Returns the batches of all processes, from the run's position on."""
         config = self.config
         return batches(
             self.data,
@@ -159,14 +166,14 @@ class Trainer:
         )
 
     def _micro_batches(self, stream: Iterator[list[Any]]) -> list[dict[str, Tensor]]:
-        """This process's part of the next step's: every ``size``-th."""
+        """Returns this process's micro-batches of the next step, on the device: every ``size``-th of them."""
         of_all = islice(stream, self.micro_batches_per_step)
         own = islice(of_all, self.processes.rank, None, self.processes.size)
         collated = [collate(examples, self.pad_token_id) for examples in own]
         return [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in collated]
 
     def _measured(self) -> dict[str, Any]:
-        """What a step took, for its line in ``metrics.jsonl``."""
+        """Returns what the step took, for its line in ``metrics.jsonl``."""
         engine = self.model.mebp.engine
         waited = engine.waiting.pop_seconds()
         measured = {"seconds_waiting_for_data": waited, "peak_rss_bytes": peak_resident_bytes()}
@@ -176,6 +183,7 @@ class Trainer:
         return measured
 
     def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> StepResult:
+        """Takes one step, or skips it: where no process has a target, or where something is not finite."""
         started, config, step = time.perf_counter(), self.config, self.step
         rate = learning_rate(
             step, config.learning_rate, config.lr_scheduler_type, config.warmup_steps, self.total_steps
@@ -197,7 +205,7 @@ class Trainer:
         return StepResult(step, loss, accuracy, tokens, norm, rate, seconds, selected, skipped, not_finite)
 
     def _skip_or_raise(self, error: NotFinite, random_state: RandomState) -> None:
-        """Leaves the step out, or ends the run with a line that says what is kept and how to go on."""
+        """Skips the step, or raises NotFinite with a line that says what is kept and how to go on."""
         for parameter in self.parameters:
             parameter.grad = None
         self.position.skipped_in_a_row += 1
@@ -211,7 +219,7 @@ class Trainer:
         raise NotFinite(f"{error}: {way}; {kept}") from None
 
     def _keep_state_before_step(self, random_state: RandomState) -> str:
-        """Writes a checkpoint of the state before this step, where nothing of it has changed; says what is kept."""
+        """Writes a checkpoint of the state before this step, if the step has not changed it. Says what is kept."""
         broken = any(self.processes.highest(broken_parameter(self.model) is not None))
         if self.step == 0 or not self.update.undone or broken:
             return self.checkpoint.kept()

@@ -1,7 +1,7 @@
-"""How a step changes the parameters: after its backward pass, within it, or without one.
+"""The ways in which a step changes the parameters: after its backward pass, within it, or without one.
 
-``OPTIMIZERS`` has a line for every value of the setting ``optim``. An optimizer that needs nothing new of a step is
-another line; one that does is another ``Update``.
+``OPTIMIZERS`` has a line for every value of the setting ``optim``. A new optimizer is another line; if it needs other
+passes, it is another ``Update`` as well.
 """
 
 from __future__ import annotations
@@ -41,15 +41,19 @@ class Update(Protocol):
     reduced_bytes: int
 
     def apply(self, inputs: StepInputs) -> Numbers:
-        """Runs the passes of a step and updates the parameters. NotFinite where a loss or a gradient is not finite."""
+        """Runs the passes of a step and updates the parameters.
+
+        Raises:
+            NotFinite: a loss or a gradient is not finite.
+        """
         ...
 
     def export_group(self, index: int) -> dict[str, Tensor]:
-        """A group's state, on the CPU; views of the live state where it lies there."""
+        """Returns a group's state on the CPU; these are views of the live state if it lies there."""
         ...
 
     def import_group(self, index: int, state: dict[str, Tensor]) -> None:
-        """Loads what ``export_group`` returned. ValueError where it is another model's."""
+        """Loads what ``export_group`` returned. Raises ValueError if it is another model's."""
         ...
 
     def release_group(self, index: int) -> None:
@@ -59,7 +63,7 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What an update is made of.
+    """The parts from which an update is built.
 
     Attributes:
         groups: trainable parameters block by block, see ``block_groups``.
@@ -79,7 +83,7 @@ class Parts:
 
 
 class _AdamWUpdate:
-    """What both ways to step AdamW share: the optimizer, its state, and which groups are trained."""
+    """The common part of both ways to step AdamW: the optimizer, its state, and which groups a step trains."""
 
     undone = True
 
@@ -101,7 +105,7 @@ class _AdamWUpdate:
         self.state_groups = len(self.optimizer.param_groups)
 
     def _trained(self, inputs: StepInputs) -> frozenset[int]:
-        """The groups of the selected blocks, and those beyond the blocks, which are always trained."""
+        """Returns the groups of the selected blocks, and those beyond the blocks, which are always trained."""
         return frozenset(inputs.selected) | frozenset(range(self.selection.count, self.state_groups))
 
     def _set_rate(self, rate: float) -> None:
@@ -130,6 +134,7 @@ class AfterBackward(_AdamWUpdate):
         self.passes.check_gradients(norm, inputs.step)
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.limit, total)
         if self.selection.schedule == "importance":
+            # The gradients are clipped by now; the schedule compares them as they were.
             clipped = max(1.0, norm / self.limit)
             norms = {index: clipped * gradient_norm(groups[index]["params"]) for index in inputs.selected}
             self.selection.record_norms(norms)
@@ -142,7 +147,7 @@ class AfterBackward(_AdamWUpdate):
 class InBackward(_AdamWUpdate):
     """Steps each group as soon as its gradients are complete, and frees them: one group's exist at a time."""
 
-    undone = False  # upper blocks have been stepped when a lower one's gradient is found not to be finite
+    undone = False  # upper blocks have been stepped by the time a lower one's gradient is not finite
 
     def __init__(self, parts: Parts, eight_bit: bool) -> None:
         if parts.processes.size > 1:
@@ -169,7 +174,7 @@ class InBackward(_AdamWUpdate):
 
 
 class ZerothOrder:
-    """Two forward passes and no backward pass; nothing is kept from step to step."""
+    """Steps by the losses of two forward passes; nothing is kept from step to step."""
 
     undone = False  # the parameters are moved to and fro before the loss is known, which rounds them
     state_groups = 0
@@ -180,7 +185,7 @@ class ZerothOrder:
         self.mezo = MeZO(parts.parameters, parts.settings.mezo_epsilon, parts.settings.weight_decay)
 
     def apply(self, inputs: StepInputs) -> Numbers:
-        # Drawn, not added: neighbouring seeds must not share their directions one step apart.
+        # Were the two added, a run with the next seed would take the same directions one step earlier.
         seed = random.Random(f"{self.seed}:{inputs.step}").getrandbits(63)
         accuracies = []
 
@@ -203,7 +208,7 @@ class ZerothOrder:
 
 
 def adamw(parts: Parts, eight_bit: bool = False) -> Update:
-    """AdamW, stepped as the setting ``optimizer_in_backward`` says."""
+    """Returns the update by AdamW: in the backward pass or after it, as ``optimizer_in_backward`` says."""
     kind = InBackward if parts.settings.optimizer_in_backward else AfterBackward
     return kind(parts, eight_bit)
 
@@ -218,7 +223,18 @@ OPTIMIZERS: dict[str, Callable[[Parts], Update]] = {
 def make_update(
     settings: RunSettings, model: Any, selection: LayerCyclicManager, processes: Processes, scratch: Path
 ) -> tuple[Update, list[nn.Parameter]]:
-    """The update that the settings ask for, and the parameters that it trains."""
+    """Returns the update that the settings ask for, and the parameters that it trains.
+
+    Args:
+        settings: the run's.
+        model: a model that ``mebp_triton.load`` made, with an adapter.
+        selection: says which blocks a step trains.
+        processes: the processes that train together.
+        scratch: the directory for optimizer state in files.
+
+    Raises:
+        ValueError: the optimizer does not work with several processes.
+    """
     passes = Passes(model, processes, check_each_loss=settings.optimizer_in_backward)
     parts = Parts(settings, block_groups(model, model.mebp.engine), passes, selection, processes, scratch)
     return OPTIMIZERS[settings.optim](parts), parts.parameters

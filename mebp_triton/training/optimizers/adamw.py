@@ -1,4 +1,4 @@
-"""AdamW over paged state, one group per block, with an explicit rule for the blocks a step did not select."""
+"""AdamW over paged state, one group per block, with an explicit rule for blocks that a step did not select."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mebp_triton.store.residency import Residency
 
 
 def block_groups(model: nn.Module, engine: BlockRunner) -> list[list[nn.Parameter]]:
-    """Trainable parameters block by block; a last group has those outside any block, if there are some."""
+    """Returns trainable parameters block by block; a last group has those outside of any block, if there are some."""
     groups = [engine.trainable(index) for index in range(len(engine.blocks))]
     inside = {id(parameter) for group in groups for parameter in group}
     outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
@@ -28,23 +28,29 @@ def block_groups(model: nn.Module, engine: BlockRunner) -> list[list[nn.Paramete
 
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all their gradients together. Clipping is another step: it makes every gradient NaN if this is."""
+    """Returns the 2-norm of all gradients together.
+
+    It does not clip, so that the norm can be checked first: clipping by a norm of NaN makes every gradient NaN.
+    """
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class BlockAdamW(torch.optim.Optimizer):
-    """torch's AdamW (its own functional form does the arithmetic), group by group.
+    """AdamW group by group; torch's own functional form does the arithmetic.
 
     Args:
         groups: parameters block by block, see ``block_groups``.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
         unselected_update: what ``step`` does to a group that was not selected. "momentum": a step with a zero
             gradient, LCSB's implicit update (the moments decay, weight decay acts, the step counts). "none": nothing.
-            A zero gradient only scales the moments, so they are left as they are until their group is selected again:
-            what they lag behind is a number. The parameters move at each step, as the next forward pass needs them.
         residency: where the moments lie: "device", "host" or "file".
         directory: where "file" puts its file.
         eight_bit: keep the moments in 8 bits, as bitsandbytes' ``AdamW8bit`` does; the arithmetic is the same.
+
+    Attributes:
+        lag: for each group, the steps with a zero gradient that its moments have not taken yet. Such a step only scales
+            them, so it is put off until the group is selected again, and all are taken in one go. The parameters move
+            at every step, since the next forward pass needs them.
     """
 
     def __init__(
@@ -72,7 +78,12 @@ class BlockAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None, selected: Collection[int] | None = None) -> None:  # type: ignore[override]
-        """One step. ``selected``: the groups that were; None for all. Groups beyond the blocks are always."""
+        """Takes one step.
+
+        Args:
+            closure: must be None; the parameter is that of torch's optimizers.
+            selected: the groups whose gradients count, all if it is None. ``unselected_update`` rules the others.
+        """
         if closure is not None:
             raise ValueError("BlockAdamW takes no closure")
         for index, group in enumerate(self.param_groups):
@@ -88,18 +99,19 @@ class BlockAdamW(torch.optim.Optimizer):
         max_grad_norm: float = math.inf,
         on_norm: Callable[[int, float], None] = lambda index, norm: None,
     ) -> Iterator[list[float]]:
-        """Within, one backward pass may run, and steps each selected group as soon as its gradients are complete.
+        """While active, a backward pass steps each selected group as soon as its gradients are complete.
 
-        They are then freed, so that those of one group exist at a time. On leaving, the other groups get what ``step``
-        does to them. Without clipping, the result is that of ``step`` to the bit.
+        They are then freed, so that the gradients of one group exist at a time. Only one backward pass may run. At the
+        end, the other groups get what ``step`` does to them. Without clipping, the result is that of ``step`` to the
+        bit.
 
         Args:
             selected: as for ``step``.
-            max_grad_norm: a group's gradients are scaled down to this norm of their own.
+            max_grad_norm: the limit to the norm of each group's gradients.
             on_norm: called with a group's index and the norm of its gradients before it is stepped; may raise.
 
-        Returns:
-            The groups' norms before clipping, which grow with the steps.
+        Yields:
+            The norms of the groups before clipping; each group adds its own when it is stepped.
         """
         norms: list[float] = []
         missing = {
@@ -140,14 +152,14 @@ class BlockAdamW(torch.optim.Optimizer):
                 handle.remove()
         for index, group in enumerate(self.param_groups):
             if index in missing and any(parameter.grad is not None for parameter in group["params"]):
-                finish(index)  # some of its parameters have no part in the loss
+                finish(index)  # not all of its parameters have a part in the loss
         if selected is not None and self.unselected_update == "momentum":
             with torch.no_grad():
                 for index in sorted(set(range(len(self.param_groups))).difference(selected)):
                     self._coast(index, self.param_groups[index])
 
     def _coast(self, index: int, group: dict[str, Any]) -> None:
-        """A step with a zero gradient; the moments are read, not written."""
+        """Takes a step with a zero gradient, by the moments as they would be now, which stay as they are."""
         if not group["params"]:
             return
         self.lag[index] += 1
@@ -164,7 +176,7 @@ class BlockAdamW(torch.optim.Optimizer):
                     parameter.copy_(working)
 
     def _catch_up(self, index: int, group: dict[str, Any], first: list[Tensor], second: list[Tensor]) -> None:
-        """The steps with a zero gradient that the moments lag behind."""
+        """Takes the steps with a zero gradient that the moments lag behind."""
         lag, self.lag[index] = self.lag[index], 0
         if lag == 0:
             return
@@ -175,6 +187,7 @@ class BlockAdamW(torch.optim.Optimizer):
             steps += lag
 
     def _step_group(self, index: int, group: dict[str, Any]) -> None:
+        """Steps the parameters of a group that have gradients, as torch's AdamW does."""
         places = [place for place, p in enumerate(group["params"]) if p.grad is not None]
         if not places:
             return
@@ -203,13 +216,13 @@ class BlockAdamW(torch.optim.Optimizer):
                     parameter.copy_(worked)
 
     def export_group(self, index: int, copy: bool = True) -> dict[str, Tensor]:
-        """What a resume needs of a group, on the CPU. Without ``copy``: the live moments, where they lie there."""
+        """Returns a group's state on the CPU. Without ``copy``, the live moments themselves if they lie there."""
         steps = torch.stack(self.steps[index]) if self.steps[index] else torch.zeros(0)
         moments = self.moments.buffers[index].to("cpu", copy=copy)
         return {"moments": moments, "steps": steps, "lag": torch.tensor(self.lag[index])}
 
     def import_group(self, index: int, state: dict[str, Tensor]) -> None:
-        """Into the moments where they lie, in their own dtype. ValueError if ``state`` is of another model."""
+        """Loads what ``export_group`` returned. ValueError, and nothing is changed, if it is another model's."""
         self._check_group(index, state)
         self.moments.buffers[index].copy_(state["moments"])
         self.steps[index] = [value.clone() for value in state["steps"]]
@@ -223,12 +236,12 @@ class BlockAdamW(torch.optim.Optimizer):
             raise ValueError(f"the saved optimizer state does not fit block {index} of this model")
 
     def export_state(self) -> dict[str, Tensor]:
-        """Everything a resume needs, by name, on the CPU."""
+        """Returns a copy of the state of all groups on the CPU, by ``NAME.GROUP``."""
         groups = range(len(self.param_groups))
         return {f"{name}.{index}": value for index in groups for name, value in self.export_group(index).items()}
 
     def import_state(self, state: dict[str, Tensor]) -> None:
-        """Of ``export_state``. ValueError, and nothing is changed, if ``state`` is of another model."""
+        """Loads what ``export_state`` returned. ValueError, and nothing is changed, if it is another model's."""
         split: list[dict[str, Tensor]] = [{} for _ in self.param_groups]
         for index, group in enumerate(split):
             group |= {
@@ -239,10 +252,10 @@ class BlockAdamW(torch.optim.Optimizer):
             self.import_group(index, group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As every torch optimizer's, so that trainers can save it; the state is ``export_state``'s."""
+        """Returns what trainers save of any torch optimizer; its state is that of ``export_state``."""
         return {**super().state_dict(), "state": self.export_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of ``state_dict``; see ``import_state``."""
+        """Loads what ``state_dict`` returned; see ``import_state``."""
         self.import_state(state_dict["state"])
         super().load_state_dict({**state_dict, "state": {}})

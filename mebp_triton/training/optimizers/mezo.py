@@ -1,6 +1,7 @@
-"""MeZO (arXiv 2305.17333): a step from two forward passes, no backward. The baseline for true gradients.
+"""MeZO (arXiv 2305.17333): a step by two forward passes and no backward pass, the baseline for true gradients.
 
-The direction is a seeded normal draw, made again instead of being kept: memory is that of a forward pass.
+The direction is drawn from a seed, and drawn again where it is needed instead of being kept. So a step takes the memory
+of a forward pass.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from torch import nn
 
 
 class MeZO:
-    """SGD along the projected gradient ``(L(p + eps·z) - L(p - eps·z)) / (2·eps) · z``.
+    """SGD along the projected gradient ``(L(p + eps·z) - L(p - eps·z)) / (2·eps) · z``, with a normal ``z``.
 
     Args:
-        parameters: what is perturbed and trained.
+        parameters: those that are perturbed and trained.
         epsilon: the step of the finite difference.
         weight_decay: decoupled, as in AdamW.
     """
@@ -27,6 +28,7 @@ class MeZO:
 
     @torch.no_grad()
     def _move(self, seed: int, scale: float) -> None:
+        """Adds ``scale·z`` to the parameters, with the ``z`` of ``seed``."""
         generators: dict[torch.device, torch.Generator] = {}
         for parameter in self.parameters:
             device = parameter.device
@@ -37,7 +39,12 @@ class MeZO:
 
     @torch.no_grad()
     def step(self, loss: Callable[[], float], lr: float, seed: int) -> tuple[float, float]:
-        """One step. ``loss`` runs the forward pass; it must draw the same dropout both times.
+        """Takes one step.
+
+        Args:
+            loss: runs the forward pass; it must draw the same dropout both times.
+            lr: the learning rate.
+            seed: seeds the direction.
 
         Returns:
             The mean of the two losses, and the projected gradient.
@@ -47,7 +54,7 @@ class MeZO:
             self._move(seed, sign * self.epsilon)
             try:
                 losses.append(loss())
-            finally:  # also where the loss raises: the parameters are never left moved
+            finally:  # also if the loss raises: the parameters must not stay moved
                 self._move(seed, -sign * self.epsilon)
         plus, minus = losses
         projected = (plus - minus) / (2 * self.epsilon)

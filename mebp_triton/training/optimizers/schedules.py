@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step."""
+"""Learning rate schedules, as functions of the step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ SCHEDULER_TYPES: tuple[SchedulerType, ...] = ("linear", "cosine", "constant")
 
 
 def learning_rate(step: int, peak: float, kind: SchedulerType, warmup_steps: int, total_steps: int) -> float:
-    """The rate of optimizer step ``step`` (from 0): a linear warm-up, then linear or half-cosine to 0, or constant.
+    """Returns the learning rate of ``step`` (from 0): a linear warm-up, then linear or half-cosine to 0, or constant.
 
-    The values of ``transformers.get_scheduler``; a function of the step alone, so resuming cannot step it twice.
+    The values are those of ``transformers.get_scheduler``. They depend on the step alone, so that no state is saved and
+    a resumed run cannot step a schedule twice.
     """
     if kind not in SCHEDULER_TYPES:
         raise ValueError(f"lr scheduler type must be one of {', '.join(SCHEDULER_TYPES)}, got {kind!r}")
