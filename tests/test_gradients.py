@@ -11,6 +11,7 @@ import transformers
 from models import ARCHITECTURES, assert_same, batch, loaded, our_gradients, peft_gradients, peft_model, relative_rms
 
 import mebp_triton as mebp
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 
 TOLERANCE = 1e-5  # relative RMS, float32
 
@@ -87,9 +88,8 @@ def test_accumulation_is_the_mean_over_all_tokens(shared_store: Any, architectur
     assert_same_gradients(model, wrapped)
 
 
-@pytest.mark.parametrize(
-    ("scheme", "group_size"), [("symmetric", 32), ("affine", 64), ("codebook", 128), ("affine", 32)]
-)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_every_scheme_and_group_size(shared_store: Any, scheme: str, group_size: int) -> None:
     model, wrapped = both(shared_store("llama", scheme=scheme, group_size=group_size))
     run(model, wrapped, **batch())

@@ -13,6 +13,7 @@ COMMON: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "warmup_steps": 5,
     "save_steps": 10**6,
+    "recompute_granularity": "selective",
 }
 STEPS = 40  # after which runs are compared for equal steps
 # (ratio, steps): runs up to this ratio make so many steps, which take at least the time of full's STEPS.

@@ -40,7 +40,7 @@ from mebp_triton.system.machine import environment
 from mebp_triton.system.memory import peak_resident_bytes
 from mebp_triton.training.evaluation import evaluate
 from mebp_triton.training.run_directory import RunDirectory
-from mebp_triton.training.run_settings import resolve
+from mebp_triton.training.run_settings import RunSettings, resolve
 from mebp_triton.training.settings import TrainConfig
 from mebp_triton.training.trainer import Trainer
 
@@ -80,17 +80,17 @@ def prepared(
         settings.lora(),
         weights="file",
         checkpoints="device",
-        dtype=getattr(torch, settings.dtype or "float32"),
+        dtype=settings.dtype,
         seed=settings.seed,
         scratch_directory=scratch,
-        recompute_granularity=settings.recompute_granularity or "selective",
+        recompute_granularity=settings.recompute_granularity,
     )
     trainer = Trainer(model, training, settings, RunDirectory(scratch / "run"))
-    trainer.save_checkpoint = lambda: None  # type: ignore[method-assign]
+    trainer.checkpoint.save = lambda position: None  # type: ignore[method-assign]
     return trainer
 
 
-def settings_of(row: dict[str, Any], seed: int, steps: int, run: Path) -> TrainConfig:
+def settings_of(row: dict[str, Any], seed: int, steps: int, run: Path) -> RunSettings:
     places: dict[str, Any] = {"device": "cpu", "output_dir": str(run), "train_file": "text", "checkpoints": "device"}
     return resolve(TrainConfig(**(COMMON | row | places), seed=seed, max_steps=steps))
 

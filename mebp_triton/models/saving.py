@@ -7,6 +7,7 @@ the model's own parameters. ``Trainer`` looks for that file when it resumes or l
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,23 @@ PEFT_PREFIXES = ("", "base_model.", "base_model.model.")
 class FrozenNames:
     """The names of the tensors in modules of ``kinds`` that are not trained, and ``others``.
 
-    They are found anew whenever they are iterated: PEFT may have frozen, unfrozen or wrapped modules since.
+    They are found anew whenever they are iterated: PEFT may have frozen, unfrozen or wrapped modules since. A copy of
+    the model gets the names of this moment.
     """
 
     def __init__(self, model: nn.Module, kinds: type[nn.Module], others: Iterable[str]) -> None:
-        self.model, self.kinds, self.others = model, kinds, list(others)
+        # Weak, since the model holds this object: a model that nobody needs is freed at once, and not by a collection.
+        self.model, self.kinds, self.others = weakref.ref(model), kinds, list(others)
+
+    def __reduce__(self) -> Any:
+        return frozenset, (list(self),)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.others
-        for path, module in self.model.named_modules(remove_duplicate=False):
+        model = self.model()
+        if model is None:
+            return
+        for path, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, self.kinds):
                 for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                     if tensor is not None and not tensor.requires_grad:

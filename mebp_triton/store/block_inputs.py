@@ -13,7 +13,7 @@ from mebp_triton.system.errors import InPlaceChange
 from mebp_triton.system.machine import is_unified
 from mebp_triton.system.scratch import ScratchFile, Slot
 
-from .residency import Residency
+from .residency import Residency, check_residency
 from .waiting import Waiting
 
 
@@ -35,7 +35,10 @@ def block_input_store(residency: Residency, directory: Path, waiting: Waiting | 
     """Makes the store for ``residency``; with "file", its file lies in ``directory``."""
     if residency == "device":
         return DeviceBlockInputs()
-    return HostBlockInputs() if residency == "host" else FileBlockInputs(directory, waiting)
+    if residency == "host":
+        return HostBlockInputs()
+    check_residency("checkpoints", residency)
+    return FileBlockInputs(directory, waiting)
 
 
 class DeviceBlockInputs:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from models import ARCHITECTURES, decoded_model, relative_rms, save_tiny_model
 from runs import word_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mebp_triton.convert.quantize import Recipe, quantize, write_store
 from mebp_triton.convert.readers import open_source
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
+from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.manifest import MANIFEST, SHARED, block_file
 from mebp_triton.store.reader import Store
 from mebp_triton.system import errors
@@ -110,6 +112,24 @@ def test_floats_keep_the_dtype_of_their_source(small, tmp_path):
     for name in opened.floats:
         assert opened.float_tensor(name).dtype == torch.bfloat16
         assert torch.equal(opened.float_tensor(name), named[name])
+
+
+def test_buffers_are_stored_where_the_source_has_them(small, tmp_path, monkeypatch):
+    source = shutil.copytree(small, tmp_path / "model")
+    held = load_file(source / "model.safetensors")
+    save_file(held | {"model.norm.counts": torch.arange(3.0)}, source / "model.safetensors", {"format": "pt"})
+
+    def with_buffers(config, dtype):
+        model = build_skeleton(config, dtype)
+        for name in ("counts", "absent"):
+            model.model.norm.register_buffer(name, torch.zeros(3))
+        return model
+
+    monkeypatch.setattr("mebp_triton.convert.quantize.build_skeleton", with_buffers)
+    quantize(source, tmp_path / "store")
+    opened = Store(tmp_path / "store")
+    assert torch.equal(opened.float_tensor("model.norm.counts"), torch.arange(3.0))
+    assert "model.norm.absent" not in opened.floats
 
 
 def test_transformers_reads_config_and_tokenizer_from_the_store(store):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,18 @@ def test_frozen_names_are_those_of_the_moment_and_of_the_chosen_modules() -> Non
     assert model._ddp_params_and_buffers_to_ignore is names, "a second call changes nothing"
     assert set(copy.deepcopy(model)._ddp_params_and_buffers_to_ignore) == set(names)
     assert not set(FrozenNames(model, Int4Linear, []))
+
+
+def test_a_model_that_nobody_needs_is_freed_at_once() -> None:
+    """Without a garbage collection: a model's memory must not wait for one."""
+    model = nn.Linear(2, 2)
+    ignore_in_ddp(model)
+    gone, twin = weakref.ref(model), copy.deepcopy(model)
+    assert set(twin._ddp_params_and_buffers_to_ignore) == set(model._ddp_params_and_buffers_to_ignore)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert twin.weight.requires_grad

@@ -6,21 +6,46 @@ format is a file in this folder and a line in ``READERS``.
 
 from __future__ import annotations
 
-import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from .source import Source
 
 __all__ = ["Source", "open_source"]
 
-# Module and class by what tells the format: a model directory's ``quant_method`` in config.json, or a file's suffix.
-# A module is imported only when it is needed.
-READERS = {
-    ("directory", None): "safetensors_dir:SafetensorsDirectory",
-    ("directory", "bitsandbytes"): "bitsandbytes:BitsandbytesDirectory",
-    ("directory", "mebp_int4"): "int4_dir:Int4Directory",
-    ("file", ".gguf"): "gguf:GgufFile",
+
+def _safetensors() -> Callable[[Path], Source]:
+    from .safetensors_dir import SafetensorsDirectory
+
+    return SafetensorsDirectory
+
+
+def _bitsandbytes() -> Callable[[Path], Source]:
+    from .bitsandbytes import BitsandbytesDirectory
+
+    return BitsandbytesDirectory
+
+
+def _int4() -> Callable[[Path], Source]:
+    from .int4_dir import Int4Directory
+
+    return Int4Directory
+
+
+def _gguf() -> Callable[[Path], Source]:
+    from .gguf import GgufFile
+
+    return GgufFile
+
+
+# Readers by what tells the format: a model directory's ``quant_method`` in config.json, or a file's suffix. Each
+# imports its module when it is needed.
+READERS: dict[tuple[str, str | None], Callable[[], Callable[[Path], Source]]] = {
+    ("directory", None): _safetensors,
+    ("directory", "bitsandbytes"): _bitsandbytes,
+    ("directory", "mebp_int4"): _int4,
+    ("file", ".gguf"): _gguf,
 }
 
 
@@ -37,15 +62,10 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         from .safetensors_dir import quant_method_of
 
         # The plain reader refuses a method without a reader, by name.
-        return _opened(READERS.get(("directory", quant_method_of(path)), READERS["directory", None]), path)
+        return READERS.get(("directory", quant_method_of(path)), READERS["directory", None])()(path)
     if path.is_file() and path.suffix != ".safetensors":
         # Any other file is taken for a GGUF, whose reader looks at the first bytes.
-        return _opened(READERS.get(("file", path.suffix), READERS["file", ".gguf"]), path)
+        return READERS.get(("file", path.suffix), READERS["file", ".gguf"])()(path)
     if path.exists():
         raise ValueError(f"{path} is not a model: give the directory that holds config.json, or a .gguf file")
     raise ValueError(f"{path} does not exist: give a local model directory or .gguf file (hub names are not fetched)")
-
-
-def _opened(reader: str, path: Path) -> Source:
-    module, _, name = reader.partition(":")
-    return getattr(importlib.import_module(f".{module}", __name__), name)(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 from pathlib import Path
@@ -13,21 +12,15 @@ import torch
 from models import save_tiny_model
 from safetensors.torch import save_file
 
-from mebp_triton.convert import readers
 from mebp_triton.convert.readers import READERS, open_source
 from mebp_triton.convert.readers.source import Source
 
 METHODS = [name for name, member in vars(Source).items() if inspect.isfunction(member) and not name.startswith("_")]
 
 
-def reader_class(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(f"{readers.__name__}.{module}"), name)
-
-
 @pytest.mark.parametrize(("kind", "name"), READERS, ids=str)
 def test_a_reader_in_the_table_follows_the_protocol(kind: str, name: str | None) -> None:
-    reader = reader_class(READERS[kind, name])
+    reader = READERS[kind, name]()
     assert METHODS == ["bind", "read", "has", "save_companions"]
     for method in METHODS:
         wanted = list(inspect.signature(getattr(Source, method)).parameters)
