@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -235,3 +237,21 @@ def _hugging_face(store: Path, output: Path, mode: Any, options: dict[str, Any])
     losses = torch.tensor([row["loss"] for row in made.state.log_history if "loss" in row], dtype=torch.float64)
     tensors = {name: tensor.contiguous() for name, tensor in adapter_tensors(model).items()}
     safetensors.torch.save_file({"losses": losses, **tensors}, beside(output, "adapter", rank))
+
+
+# --- programs -------------------------------------------------------------------------------------------------------
+
+
+def run_script(path: Path, arguments: Sequence[object], log: Path, seconds: float = 900) -> Ended:
+    """Runs a Python file as ``python PATH ARGUMENTS`` would, in a process that has everything imported."""
+    (ended,) = run_ranks(script, log, path, [str(one) for one in arguments], size=1, seconds=seconds)
+    return ended
+
+
+def script(path: Path, arguments: list[str]) -> None:
+    """Becomes the program at ``path``, for ``run_script``."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    sys.argv[:] = [str(path), *arguments]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")
