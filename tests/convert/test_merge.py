@@ -19,7 +19,7 @@ from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.adapter import load_adapter, read_adapter_config, save_adapter
 from mebp_triton.models.load import load
 from mebp_triton.models.skeleton import build_skeleton
-from mebp_triton.store.manifest import SHARED
+from mebp_triton.store.manifest import SHARED, accept_companions
 from mebp_triton.store.reader import Store
 from mebp_triton.system import errors
 
@@ -159,13 +159,23 @@ def test_a_persistent_buffer_keeps_its_dtype(llama, tmp_path, monkeypatch):
     def with_buffer(config, dtype):
         model = build_skeleton(config, dtype)
         model.model.norm.register_buffer("mask", torch.zeros(entries[name][1], dtype=torch.uint8))
+        model.model.norm.register_buffer("absent", torch.zeros(2))
         return model
 
     monkeypatch.setattr(merge, "build_skeleton", with_buffer)
     merge.merge(opened, tmp_path / "out", dtype="float16")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found[name].dtype == torch.uint8 and torch.equal(found[name], opened.float_tensor(name))
-    assert found["model.norm.weight"].dtype == torch.float16
+    assert found["model.norm.weight"].dtype == torch.float16 and "model.norm.absent" not in found
+
+
+def test_a_config_of_another_dtype_gives_bfloat16(llama, tmp_path):
+    store = shutil.copytree(llama[0], tmp_path / "store")
+    config = json.loads((store / "config.json").read_text())
+    (store / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
+    accept_companions(store)
+    assert merge.merge(store, tmp_path / "out") == "bfloat16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 # --- into a store ---------------------------------------------------------------------------------------------------

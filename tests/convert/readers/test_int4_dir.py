@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mebp_triton import Int4Linear, Int4Weight, quantize
 from mebp_triton.convert.readers import open_source
+from mebp_triton.convert.readers.int4_dir import Int4Directory
 from mebp_triton.models.skeleton import build_skeleton, int4_sites
 from mebp_triton.store.reader import Store
 
@@ -74,6 +75,7 @@ def test_float32_scales_and_float_layers(llama: Path, tmp_path: Path) -> None:
     save_file(weights | {f"{UP}.weight": weights[f"{UP}.weight"] * 1e6}, wide / "model.safetensors", {"format": "pt"})
     model = saved(wide, tmp_path / "int4", modules_to_not_convert=["k_proj"])
     source = open_source(tmp_path / "int4")
+    assert isinstance(source, Int4Directory)
     skeleton = build_skeleton(source.config, torch.float32)
     source.bind(skeleton)
     for site in int4_sites(skeleton)[0]:
