@@ -1,4 +1,4 @@
-"""Kernel configurations, judged by compiling and by measuring.
+"""The choice of kernel configurations, by compiling them and by measuring them.
 
-Installed as ``mebp_triton.autotune``. Knows the kernels; knows nothing of training.
+Installed as ``mebp_triton.autotune``. It depends on the kernels alone, and knows nothing of training.
 """

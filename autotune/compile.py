@@ -1,8 +1,8 @@
-"""What the compiler says of a kernel, with no GPU: registers, spills, shared memory, instructions of the main loop.
+"""Compiles a kernel without a GPU and reports registers, spills, shared memory and the main loop's instructions.
 
 A kernel is compiled for a named target exactly as a launch would compile it. Too much shared memory is no compile
-error, so a report compares it with the target's limit. These limits serve analysis only: on a device, its own
-properties are asked.
+error, so a report compares it with the target's limit. These limits serve analysis only; a launch meets the device's
+own.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ POINTER_TYPES = {
     torch.int64: "*i64",
 }
 DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
-# Columns of sm_100's tensor memory, where its matrix instructions keep sums.
+# Columns of sm_100's tensor memory, in which its matrix instructions keep sums.
 TENSOR_MEMORY_LIMIT = 512
 
 
 @dataclass(frozen=True)
 class StaticReport:
-    """One kernel compiled for one target.
+    """What is known of one kernel, compiled for one target.
 
     Attributes:
-        kernel: its name.
-        target_sm: compute capability, such as 87.
-        registers: per thread.
-        spill_bytes: per thread, what did not fit into registers (the stack frame).
-        shared_bytes: per block.
-        shared_limit: what a block may ask for on that target.
-        tensor_memory: columns of it per block; sm_100 only.
-        loop: one trip of the main loop; None where no loop has matrix instructions. Of several, the longest.
-        conversions: from integer to float, in all loops with matrix instructions.
-        unpacking_per_weight: integer instructions that unpack, per weight of a tile; None where nothing is known.
-            Above what one decoding takes, several warps decode the same weight.
+        kernel: the kernel's name.
+        target_sm: the target's compute capability, such as 87.
+        registers: registers per thread.
+        spill_bytes: bytes per thread that did not fit into registers (the stack frame).
+        shared_bytes: shared memory per block.
+        shared_limit: shared memory that a block may ask for on that target.
+        tensor_memory: columns of tensor memory per block (sm_100 only).
+        loop: one trip of the main loop, the longest of several; None if no loop has matrix instructions.
+        conversions: conversions from integer to float in all loops with matrix instructions.
+        unpacking_per_weight: integer instructions that unpack, per weight of a tile; None without a main loop. If it is
+            more than one decoding takes, several warps decode the same weight.
     """
 
     kernel: str
@@ -81,12 +81,12 @@ class StaticReport:
 
     @property
     def fits(self) -> bool:
-        """A launch would be accepted."""
+        """Whether a device of that target would accept a launch."""
         return self.shared_bytes <= self.shared_limit and self.tensor_memory <= TENSOR_MEMORY_LIMIT
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """``cuobjdump``'s resource line of the one kernel in a cubin: REG, STACK, SHARED, LOCAL, ..."""
+    """The resources of the one kernel in a cubin, as ``cuobjdump`` names them: REG, STACK, SHARED, LOCAL, ..."""
     dump = cuobjdump(cubin, "--dump-resource-usage")
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", dump)}
     if not {"REG", "STACK"} <= usage.keys():
@@ -95,7 +95,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def specialize(kernel: JITFunction, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict, dict]:
-    """Signature, constants and attributes of a launch with these arguments, as the JIT would derive them.
+    """Signature, constants and attributes of a launch with these arguments, as Triton derives them for a launch.
 
     A tensor stands for a pointer aligned to 16 bytes. An integer 1 and None become constants; an integer that is a
     multiple of 16 is known to be one. Constants and attributes are named by their path: the parameter's index, and
@@ -131,12 +131,12 @@ def compile_for(
 
     Args:
         kernel: a ``@triton.jit`` function.
-        arguments: all its arguments by name, as for a launch; tensors may lie on the meta device.
+        arguments: all of the launch's arguments by name; tensors may be on the meta device.
         target_sm: compute capability, one of ``SHARED_LIMITS``.
-        options: as for a launch: ``num_warps``, ``num_stages``, ...
+        options: the launch's options: ``num_warps``, ``num_stages``, ...
 
     Raises:
-        ValueError: an unknown target, or a kernel that belongs to Triton's interpreter.
+        ValueError: the target is unknown, or the kernel belongs to Triton's interpreter.
     """
     if target_sm not in SHARED_LIMITS:
         raise ValueError(f"target_sm must be one of {sorted(SHARED_LIMITS)}, got {target_sm}")
@@ -165,7 +165,7 @@ def compile_for(
 
 
 def meta_weight(n: int, k: int, group_size: int, scheme: Scheme, scale_dtype: torch.dtype) -> Int4Weight:
-    """A weight of these shapes without memory."""
+    """A weight of these shapes on the meta device, which takes no memory."""
     scales = torch.empty(group_count(k, group_size), n, dtype=scale_dtype, device="meta")
     return Int4Weight(
         packed=torch.empty(n, padded(k) // 2, dtype=torch.uint8, device="meta"),
@@ -186,20 +186,20 @@ def report(
     scale_dtype: torch.dtype = torch.float16,
     members: int = 1,
 ) -> StaticReport:
-    """The report of one of our kernels.
+    """Compiles one of our kernels.
 
     Args:
-        problem: which kernel, on what. Only what a launch specialises on matters of its shape: divisibility by 16 and
-            by ``block_k``, and sizes of 1.
+        problem: the kernel and its sizes. Of the sizes only what a launch specialises on matters: whether 16 and
+            ``block_k`` divide them, and whether one is 1.
         config: tile sizes.
         target_sm: compute capability.
-        rank: of the LoRA term; 0 for none. The embedding has none.
-        bias: with a bias; ``matmul`` only.
-        scale_dtype: of the weight's scales.
-        members: weights of one launch, each as the problem says.
+        rank: the LoRA term's rank; 0 for none. The embedding has none.
+        bias: whether there is a bias (``matmul`` only).
+        scale_dtype: dtype of the weight's scales.
+        members: number of weights in the launch, each as the problem describes it.
 
     Raises:
-        ValueError: an unknown kernel or target, or a configuration that the kernel cannot run so.
+        ValueError: the kernel or the target is unknown, or the configuration does not suit the problem.
     """
     m, n, k = problem.m, problem.n, problem.k
     if problem.kernel not in KERNELS:
@@ -225,8 +225,8 @@ def report(
     else:
         function, ids = embedding._embedding_kernel, torch.empty(m, dtype=torch.int64, device="meta")
         arguments = embedding.embedding_arguments(ids, weight, meta(m, k), config)
-    made = compile_for(function, arguments, target_sm, config.launch_options())
-    if made.loop is None:
-        return made
+    static = compile_for(function, arguments, target_sm, config.launch_options())
+    if static.loop is None:
+        return static
     decoded = config.block_n * config.block_k / (32 * config.num_warps)
-    return replace(made, unpacking_per_weight=made.loop.unpacking / decoded)
+    return replace(static, unpacking_per_weight=static.loop.unpacking / decoded)

@@ -1,8 +1,8 @@
-"""How long a compiled kernel should take: an analytic model that ranks candidates without a GPU.
+"""An analytic model of how long a compiled kernel takes, which ranks candidates without a GPU.
 
 It counts what one program does (instructions of the main loop, matrix products, bytes) and how many programs a
-multiprocessor (SM) holds. Its microseconds order candidates of one device and one problem; they are no measurement, and
-no launch ever looks at the nominal figures below.
+multiprocessor (SM) holds. Its microseconds order the candidates of one problem on one device. They are no measurement,
+and no launch depends on the nominal figures below.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from .compile import StaticReport
 
 @dataclass(frozen=True)
 class Device:
-    """Nominal figures of one device that stands for its compute capability.
+    """Nominal figures of one device, which stands for its compute capability.
 
     Attributes:
-        name: of the device.
+        name: the device's name.
         compute_capability: such as 87.
-        sms: multiprocessors.
+        sms: number of multiprocessors.
         clock_ghz: boost clock.
-        bandwidth: of its memory, GB/s.
+        bandwidth: the memory's, in GB/s.
         tensor_fma: dense 16-bit multiply-adds with float32 sums, per SM and clock.
         shared_kib: shared memory per SM.
         l2_mib: second-level cache.
-        max_warps: resident per SM.
+        max_warps: warps that an SM holds at once.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Device:
     max_warps: int
 
 
-# SMs, clock, bandwidth, cache: the vendor's data sheet or architecture white paper of each (T4 data sheet; A100, GA102,
-# AD102, H100 and RTX Blackwell white papers; HGX B200 data sheet; Jetson Orin Nano data sheet, at 15 W). tensor_fma:
-# the dense 16-bit rate given there / (2 * SMs * clock). Shared memory and warps: CUDA C++ Programming Guide, technical
-# specifications per compute capability.
+# SMs, clock, bandwidth and cache are from the vendor's data sheets and architecture white papers (T4 data sheet; A100,
+# GA102, AD102, H100 and RTX Blackwell white papers; HGX B200 data sheet; Jetson Orin Nano data sheet, at 15 W).
+# tensor_fma is the dense 16-bit rate given there / (2 * SMs * clock). Shared memory and warps are from the CUDA C++
+# Programming Guide, technical specifications per compute capability.
 NOMINAL = {
     device.compute_capability: device
     for device in (
@@ -59,39 +59,40 @@ NOMINAL = {
     )
 }
 
-# The same on all of them: schedulers, each of which issues one warp's instruction per clock; registers per SM, and the
-# unit they are given in per thread; programs per SM; shared memory that the system takes per program.
+# Figures that all devices share: schedulers per SM, each of which issues one instruction of one warp per clock;
+# registers per SM, and the unit in which a thread gets them; programs per SM; shared memory that the system takes per
+# program.
 SCHEDULERS = 4
 REGISTERS = 65_536
 REGISTER_UNIT = 8
 MAX_PROGRAMS = 24
 SHARED_RESERVED = 1024
-# Shares of the nominal rate that good code reaches: large products of the vendor's library (and so ours too, as far as
-# only the tensor cores limit them), and plain copies.
+# Shares of the nominal rates that good code reaches: large products of the vendor's library, and plain copies. Our own
+# products are taken to reach the same share where only the tensor cores limit them.
 TENSOR_SHARE = 0.85
 MEMORY_SHARE = 0.85
-# The warp-wide HMMA reaches only part of the rate where there are newer instructions: sm_90 about 5/8, sm_100 1/4.
+# On devices with newer instructions, the warp-wide HMMA reaches only a part of the rate.
 HMMA_SHARE = {90: 0.62, 100: 0.25}
-# A multiply-add of plain cores takes two issue slots where an SM has 64 of them (sm_75, sm_80); taken for all.
+# A multiply-add without tensor cores takes two issue slots on an SM with 64 cores (sm_75, sm_80), and here on all.
 FFMA_SLOTS = 2
-# Int-to-float conversions run at 16 lanes per clock and SM: each holds its scheduler for eight slots.
+# Conversions from integer to float run at 16 lanes per clock and SM, so each holds its scheduler for eight slots.
 CONVERSION_SLOTS = 8
-# Clocks from a request to its data in device memory (microbenchmarks: 500 to 800), and of one trip's chain of dependent
-# instructions and barriers (shared memory, unpacking, product: about 30 each), which no pipeline shortens.
+# Clocks from a request to its data from device memory (500 to 800 in microbenchmarks), and of one trip's chain of
+# dependent instructions and barriers, which no pipeline shortens (shared memory, unpacking, product: about 30 each).
 MEMORY_LATENCY = 700
 TRIP_LATENCY = 150
 # Bytes per clock between the second-level cache and one SM, sustained.
 L2_BYTES = 32
-# Clocks before the first trip and after the last: filling the pipeline, LoRA, storing.
+# Clocks before the first trip and after the last one: filling the pipeline, LoRA, storing.
 EDGE_LATENCY = 2 * MEMORY_LATENCY
-# Between two launches in a stream.
+# Time between two launches in a stream.
 LAUNCH_US = 2.0
-# Bytes of a weight: its code, and two bytes of scale for 64 of them.
+# Bytes per weight: its code, and its part of two bytes of scale per 64 weights.
 WEIGHT_BYTES = 0.5 + 2 / 64
-# A panel's decoding: issue slots per weight and thread, from unpacking to storing.
+# Issue slots per weight and thread of decoding a panel, from unpacking to storing.
 DECODE_SLOTS = 2.0
 PANEL_WEIGHTS = 1 << 23
-# Tile of the vendor's library: fewer tokens cost it as much.
+# Tokens in a tile of the vendor's library; fewer tokens cost as much.
 VENDOR_TILE_M = 64
 
 
@@ -107,18 +108,18 @@ def resident_programs(config: TileConfig, report: StaticReport, device: Device) 
 
 
 def grid(problem: Problem, config: TileConfig) -> tuple[int, int]:
-    """Tiles of the result, and steps of the reduction of each."""
+    """Number of tiles of the result, and of steps of each tile's reduction."""
     blocks_m = ceil_div(problem.m, config.block_m)
     blocks_n, blocks_k = ceil_div(problem.n, config.block_n), ceil_div(problem.k, config.block_k)
     return (blocks_m * blocks_n, blocks_k) if problem.kernel == "matmul" else (blocks_m * blocks_k, blocks_n)
 
 
 def predicted_us(problem: Problem, config: TileConfig, report: StaticReport, device: Device) -> float:
-    """Microseconds of a launch with this configuration, and of the second pass of a split reduction."""
+    """Predicted microseconds of a launch with this configuration, with the second pass of a split reduction."""
     tiles, steps = grid(problem, config)
     per_sm = ceil_div(tiles * config.split, device.sms)
     trips = ceil_div(steps, config.split)
-    # Clocks of an SM for one trip of one program, by what limits it.
+    # Clocks that an SM needs for one trip of one program: to issue its instructions, and to multiply.
     issue = _issue_slots(report) * config.num_warps / SCHEDULERS
     tensor = _tensor_clocks(config, report, device)
     step = config.block_k if problem.kernel == "matmul" else config.block_n
@@ -126,7 +127,7 @@ def predicted_us(problem: Problem, config: TileConfig, report: StaticReport, dev
     latency = max(MEMORY_LATENCY / max(config.num_stages - 1, 1), TRIP_LATENCY) + issue / config.num_warps
 
     def clocks(side_by_side: int) -> float:
-        """Of so many programs on one SM. Unpacking and products overlap between warps, not within one."""
+        """Clocks of so many programs on one SM. Unpacking and products overlap between warps, not within one."""
         warps = max(side_by_side * config.num_warps / SCHEDULERS, 1)
         compute = max(issue, tensor) + min(issue, tensor) / warps
         return trips * max(side_by_side * max(compute, loaded / L2_BYTES), latency) + EDGE_LATENCY
@@ -140,7 +141,7 @@ def predicted_us(problem: Problem, config: TileConfig, report: StaticReport, dev
 
 
 def _second_pass_us(problem: Problem, config: TileConfig, device: Device) -> float:
-    """Writing float32 parts and adding them: through the cache if half of it holds them, else through memory."""
+    """Microseconds of writing float32 parts and adding them, in the cache if half of it holds them, else in memory."""
     parts = config.split * problem.m * (problem.n if problem.kernel == "matmul" else problem.k) * 4
     if parts <= device.l2_mib * 2**20 / 2:
         return LAUNCH_US + _cache_us(2 * parts, device)
@@ -148,14 +149,14 @@ def _second_pass_us(problem: Problem, config: TileConfig, device: Device) -> flo
 
 
 def _issue_slots(report: StaticReport) -> float:
-    """Of one warp in one trip; instructions of a lower rate count as more."""
+    """Issue slots of one warp in one trip. Instructions of a lower rate count as several."""
     assert report.loop is not None, "a kernel without a main loop"
     slow = report.loop.matrix * (FFMA_SLOTS - 1) if report.loop.tensor.startswith("FFMA") else 0
     return report.loop.issue_slots + slow + report.loop.conversions * (CONVERSION_SLOTS - 1)
 
 
 def _tensor_clocks(config: TileConfig, report: StaticReport, device: Device) -> float:
-    """Of an SM's tensor cores for one trip of one program."""
+    """Clocks of an SM's tensor cores for one trip of one program."""
     assert report.loop is not None, "a kernel without a main loop"
     tensor = report.loop.tensor
     if tensor.startswith("FFMA"):
@@ -179,10 +180,10 @@ def _cache_us(moved: float, device: Device) -> float:
 
 
 def predicted_panel_us(problem: Problem, device: Device) -> float:
-    """Microseconds of the panel route: panel after panel is decoded and multiplied by the vendor's library."""
+    """Predicted microseconds of the panel route, which decodes each panel and multiplies it by the vendor's library."""
     weights = problem.n * problem.k
     panels = ceil_div(weights, PANEL_WEIGHTS)
-    # A panel that the cache does not hold goes out to memory and comes back.
+    # A panel that the cache does not hold is written to memory and read again.
     kept = min(weights, PANEL_WEIGHTS) * 2 <= device.l2_mib * 2**20 / 2
     out = 0 if kept else weights * 2
     per_us = device.sms * device.clock_ghz * 1e3
@@ -197,6 +198,6 @@ def predicted_panel_us(problem: Problem, device: Device) -> float:
         _cache_us(weights * 2, device),
         _memory_us(out + (problem.n + problem.k) * problem.m * problem.dtype.itemsize, device),
     )
-    # LoRA and bias are a launch before the panels; each panel is two.
+    # LoRA's term and the bias are one launch, and each panel is two.
     launches = 1 + 2 * panels
     return decode + multiply + launches * (LAUNCH_US + EDGE_LATENCY / (device.clock_ghz * 1e3))

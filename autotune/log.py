@@ -1,9 +1,9 @@
-"""The log beside a table: of every problem all candidates, what was predicted and measured of each, and why it lost.
+"""The tuning log beside a table: every candidate of every problem, its predicted and measured time, and why it lost.
 
-JSON: ``{"format": 1, "architecture": "sm_87", "ceilings": {DEVICE: {...}}, "records": [...]}``. A record names its
-problem (a real shape), the device and versions of its measurement (null and the compiler's where there was none), and
-its trials: candidates in the order in which the model ranks them. ``mebp tune`` on a device starts from a log that was
-made elsewhere, and compiles and ranks nothing again.
+It is JSON: ``{"format": 1, "architecture": "sm_87", "ceilings": {DEVICE: {...}}, "records": [...]}``. A record names
+its problem (a real shape), the device and the versions of its measurement (null, and the compiler's versions, if
+nothing was measured) and its trials, which are candidates in the order of the model's ranking. ``mebp tune`` on a
+device starts from a log that was made elsewhere, and compiles and ranks nothing again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SIZE_LIMIT = 1 << 27
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate.
+    """One candidate of a problem.
 
     Attributes:
         route: a configuration, or None for the panel route.
-        predicted_us: by the model; None if it was dropped before, or never ranked.
-        time_us: measured median; None if it was not timed.
-        samples_us: what it is the median of.
+        predicted_us: the model's prediction; None if the candidate was dropped before, or never ranked.
+        time_us: the measured median; None if it was not timed.
+        samples_us: the samples that ``time_us`` is the median of.
         reason: why it was dropped, or not timed to the end; None otherwise.
     """
 
@@ -45,14 +45,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Record:
-    """All that is known of one problem.
+    """All candidates of one problem.
 
     Attributes:
-        problem: a real shape, one of its bucket.
-        trials: best prediction first.
-        device: the name of the device measured on; None where nothing was.
-        versions: of triton and torch.
-        measured_m: the M that was measured, smaller than the problem's where memory was short; None without a device.
+        problem: a real shape, which stands for its bucket.
+        trials: the candidates, best prediction first.
+        device: the name of the device that measured them; None if nothing was measured.
+        versions: the versions of triton and torch.
+        measured_m: the M that was measured, less than the problem's if memory was short; None without a device.
     """
 
     problem: Problem
@@ -64,7 +64,7 @@ class Record:
 
 @dataclass
 class Log:
-    """Records by bucket; ceilings by the name of the device."""
+    """The log of one architecture: records by bucket, and ceilings by the name of the device."""
 
     architecture: str
     records: dict[Problem, Record] = field(default_factory=dict)
@@ -87,7 +87,7 @@ def _record_to_json(record: Record) -> dict[str, Any]:
 
 
 def parse_log(value: Any, architecture: str) -> Log:
-    """A log from its JSON value. ValueError, in one line, for anything that is not as the module's docstring says."""
+    """A log from its JSON value. A ValueError of one line for anything that the module's docstring does not allow."""
     _check_keys(value, {"format", "architecture", "ceilings", "records"}, "a log")
     if value["format"] != FORMAT or value["architecture"] != architecture:
         raise ValueError(
@@ -159,12 +159,12 @@ def _is_size(value: Any) -> bool:
 
 
 def log_path(table: Path) -> Path:
-    """The log of a table: beside it, under the same name."""
+    """The file of a table's log, which lies beside the table."""
     return table.with_name(table.name + ".log")
 
 
 def read_log(path: Path, architecture: str) -> Log:
-    """The log in a file, empty if there is none. A warning, and an empty log, if it cannot be used."""
+    """The log in a file; empty if there is no file, and with a warning if it cannot be used."""
     if not path.exists():
         return Log(architecture)
     try:
@@ -178,7 +178,7 @@ def read_log(path: Path, architecture: str) -> Log:
 
 
 def keep_measurements(old: Record | None, new: Record) -> Record:
-    """``new``; but where it only predicts what ``old`` has measured, the measured trials of ``old`` stay."""
+    """``new``, or ``old`` with the new predictions if only ``old`` was measured."""
     if old is None or old.device is None or new.device is not None:
         return new
     predicted = {trial.route: trial.predicted_us for trial in new.trials}

@@ -1,6 +1,7 @@
-"""What a route costs on this device: checked against float64 first, then timed over buffers that outgrow the L2 cache.
+"""Measures a route on this device: its result is checked against float64, then it is timed.
 
-A route that does not compile, does not fit or gives wrong numbers has a reason instead of a time.
+Calls take turns over copies of the operands that outgrow the L2 cache. A route that does not compile, does not fit or
+gives wrong numbers has a reason instead of a time.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from mebp_triton.kernels.tables import Route
 
 from .timing import Limits, Timer
 
-# LoRA's rank in what is measured: training runs every layer with an adapter.
+# LoRA's rank. Training runs every layer with an adapter, so measurements do.
 RANK = 16
-# Launches in one sample. A device queues about a thousand; the panel route makes several per call.
+# Calls in one sample. A device queues about a thousand launches, and a call by the panel route makes several.
 WINDOW = 64
 MOST_COPIES = 4096
 SAMPLE_US = 2_000.0
@@ -41,11 +42,11 @@ CHUNK_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one route.
+    """The measurement of one route.
 
     Attributes:
         time_us: median microseconds per call; None if it was not timed.
-        samples_us: what it is the median of.
+        samples_us: the samples that ``time_us`` is the median of.
         reason: why it was not timed, or not to the end; None otherwise.
     """
 
@@ -55,13 +56,13 @@ class Measurement:
 
 
 def weight_bytes(problem: Problem) -> int:
-    """Bytes of a packed weight, scales and minima in float16."""
+    """Bytes of a packed weight with scales and minima in float16."""
     scales = 2 * group_count(problem.k, problem.group_size) * problem.n
     return problem.n * padded(problem.k) // 2 + scales * (2 if problem.scheme == "affine" else 1)
 
 
 def bytes_moved(problem: Problem) -> int:
-    """The least that must be read and written: the weight, X and Y."""
+    """The fewest bytes that must be read and written: the weight, X and Y."""
     return weight_bytes(problem) + problem.m * (problem.n + problem.k) * problem.dtype.itemsize
 
 
@@ -70,7 +71,7 @@ def flops(problem: Problem) -> int:
 
 
 def workspace_bytes(problem: Problem, route: Route) -> int:
-    """What a launch allocates besides its output: partial results, or a panel and the input in the panel's order."""
+    """Bytes that a call allocates besides its output: partial results, or a panel and the input in its order."""
     if route is None:
         return 4 * (16 << 20) + bytes_moved(replace(problem, n=0)) * 2
     out = problem.n if problem.kernel == "matmul" else problem.k
@@ -80,14 +81,14 @@ def workspace_bytes(problem: Problem, route: Route) -> int:
 def plan(problem: Problem, limits: Limits) -> tuple[Problem, int]:
     """The problem as it can be measured here, and how many copies of its operands take turns.
 
-    Copies outgrow the cache twice over, if memory allows. Where not even two fit, M is halved.
+    The copies are twice as large as the cache if memory allows. As long as not even two of them fit, M is halved.
 
     Raises:
-        ValueError: one row does not fit.
+        ValueError: memory has no room for one row.
     """
     wanted = max(2, min(math.ceil(2 * limits.cache_bytes / bytes_moved(problem)), MOST_COPIES))
     while True:
-        # The decoded weight and a few chunks in float64, for the check.
+        # The check needs the decoded weight and a few chunks in float64.
         check = problem.n * problem.k * problem.dtype.itemsize + 6 * CHUNK_BYTES
         room = limits.memory_bytes - check - workspace_bytes(problem, None)
         copies = min(wanted, room // bytes_moved(problem))
@@ -102,17 +103,17 @@ def plan(problem: Problem, limits: Limits) -> tuple[Problem, int]:
 
 
 class Bench:
-    """Random operands of one problem on a device, and what is right for the first of them.
+    """Random operands of one problem on a device, and the right result for the first copy of them.
 
     Args:
-        problem: as ``plan`` returns it, like ``copies``.
-        device: where to run.
-        limits: of the device.
+        problem, copies: as ``plan`` returns them.
+        device: the device to run on.
+        limits: the device's limits.
     """
 
     def __init__(self, problem: Problem, copies: int, device: torch.device, limits: Limits) -> None:
         self.problem, self.copies, self.device, self.limits = problem, copies, device, limits
-        # As the operations dispatch: on a GPU the panel route decodes by a kernel.
+        # The operations dispatch likewise: on a GPU, a kernel decodes the panels.
         self.by_kernel = device.type == "cuda"
         self.generator = torch.Generator(device).manual_seed(0)
         self.out_features = problem.n if problem.kernel == "matmul" else problem.k
@@ -136,13 +137,13 @@ class Bench:
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
 
     def _checked_rows(self) -> Tensor:
-        """Some of the M rows, evenly spaced, and the last ones: float64 is slow on most devices."""
+        """The rows to check: some that are evenly spaced, and the last ones. Float64 is slow on most devices."""
         m = self.problem.m
         spread = torch.linspace(0, m - 1, min(m, CHECKED_ROWS)).long()
         return torch.cat((spread, torch.arange(max(0, m - TAIL_ROWS), m))).unique().to(self.device)
 
     def _expected(self) -> tuple[Tensor, Tensor]:
-        """The checked rows of the first result in float64, and as torch gets it in the problem's dtype."""
+        """The checked rows of the first copy's result, in float64 and as torch computes it in the problem's dtype."""
         weight, problem = self.weights[0], self.problem
         x, low = self.x[0][self.rows], self.low[self.rows]
         high = self.high.t() if problem.kernel == "matmul" else self.high
@@ -161,7 +162,7 @@ class Bench:
         return truth, same
 
     def run(self, route: Route, copy: int = 0) -> Tensor:
-        """One call on one of the copies."""
+        """Makes one call on one of the copies."""
         x, weight = self.x[copy], self.weights[copy]
         if self.problem.kernel == "matmul":
             if route is None:
@@ -176,7 +177,7 @@ class Bench:
         return int4_matmul_dx_triton(x, weight, self.low, self.high, route)
 
     def reject(self, route: Route) -> str | None:
-        """Why ``route`` cannot be taken: it needs too much, does not compile, or its numbers are wrong."""
+        """Why ``route`` cannot be taken: it needs too much memory, does not run, or its numbers are wrong; or None."""
         needed = workspace_bytes(self.problem, route)
         if needed > self.limits.memory_bytes // 2:
             return f"needs {needed >> 20} MiB beside its output"
@@ -205,13 +206,13 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def turn(self, route: Route, calls: int) -> None:
-        """So many calls, each on the next copy. Outputs are kept for a turn, so that these move on as well."""
+        """Makes ``calls`` calls, each on the next copy. Outputs stay until their copy's next turn, so they move too."""
         for _ in range(calls):
             self.outputs[self.next] = self.run(route, self.next)
             self.next = (self.next + 1) % self.copies
 
     def measure(self, route: Route, timer: Timer, best_us: float = math.inf) -> Measurement:
-        """Checks, then times; stops early where two samples say that it is clearly worse than ``best_us``."""
+        """Checks a route, then times it, and stops early if two samples are clearly worse than ``best_us``."""
         reason = self.reject(route)
         if reason is not None:
             return Measurement(None, reason=reason)
@@ -232,7 +233,7 @@ class Bench:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Within, ``torch.empty`` is full of NaN: what a kernel does not write shows."""
+    """While active, ``torch.empty`` is filled with NaN, so that whatever a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         with warnings.catch_warnings():

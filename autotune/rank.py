@@ -1,6 +1,6 @@
-"""The offline half of the tuner: compiles a problem's candidates, drops the unfit, ranks the rest by the model.
+"""The offline half of the tuner: it compiles a problem's candidates, drops the unfit, and ranks the rest by the model.
 
-``static_table`` does so for many problems of one architecture, and settles on few configurations that serve them all.
+``static_table`` does this for many problems of one architecture, and settles on few configurations that serve them all.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .compile import TENSOR_MEMORY_LIMIT, StaticReport, report
 from .cost_model import NOMINAL, predicted_panel_us, predicted_us
 from .space import candidates
 
-# Called with how many of how many compilations are done.
+# Called with the number of compilations that are done, and that of all.
 Progress = Callable[[int, int], None]
 
-# A problem is content with a configuration that others use too, if it is predicted to lose no more than this share.
+# A problem takes a configuration that others use too, if that is predicted to lose no more than this share of time.
 TOLERANCE = 0.05
-# Configurations of one kernel and architecture in a shipped table: each of them is compiled again in every test run.
+# Most configurations of one kernel and architecture in a shipped table, so that tests can compile them.
 MOST_CONFIGS = 6
-# A size that every block divides: what a compiled kernel is like does not depend on more of a size.
+# A size that every block divides. A compiled kernel depends on no more than that of its sizes.
 EVEN_SIZE = 4096
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A route, what the compiler says of it (None for the panel route), and its predicted time."""
+    """A route, its static report (None for the panel route), and its predicted time."""
 
     route: Route
     report: StaticReport | None
@@ -43,7 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A configuration that is not worth measuring, what the compiler says of it (None if it fails), and why."""
+    """A configuration that is not worth measuring, its static report (None if it does not compile), and why."""
 
     config: TileConfig
     report: StaticReport | None
@@ -52,52 +52,52 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Ranking:
-    """``kept``, best first, and ``dropped``, in the order of the search space."""
+    """The candidates that are fit, best first, and the dropped configurations, in the order of the search space."""
 
     kept: list[Candidate]
     dropped: list[Dropped]
 
 
-def unfit(problem: Problem, made: StaticReport) -> str | None:
-    """Why a compiled configuration is not to be launched for the problem; None if nothing speaks against it."""
-    if made.spill_bytes:
-        return f"spills {made.spill_bytes} bytes a thread"
-    if made.shared_bytes > made.shared_limit:
-        return f"takes {made.shared_bytes} bytes of shared memory, limit {made.shared_limit}"
-    if made.tensor_memory > TENSOR_MEMORY_LIMIT:
-        return f"takes {made.tensor_memory} columns of tensor memory, limit {TENSOR_MEMORY_LIMIT}"
-    if made.loop is None:
+def unfit(problem: Problem, static: StaticReport) -> str | None:
+    """Why a compiled configuration must not be launched for the problem; None if nothing speaks against it."""
+    if static.spill_bytes:
+        return f"spills {static.spill_bytes} bytes a thread"
+    if static.shared_bytes > static.shared_limit:
+        return f"takes {static.shared_bytes} bytes of shared memory, limit {static.shared_limit}"
+    if static.tensor_memory > TENSOR_MEMORY_LIMIT:
+        return f"takes {static.tensor_memory} columns of tensor memory, limit {TENSOR_MEMORY_LIMIT}"
+    if static.loop is None:
         return "has no main loop with matrix instructions"
-    if made.target_sm >= 80 and made.conversions:
-        return f"converts integers in the main loop, {made.conversions} times a trip"
+    if static.target_sm >= 80 and static.conversions:
+        return f"converts integers in the main loop, {static.conversions} times a trip"
     narrow = problem.dtype != torch.float32
-    if made.target_sm == 90 and problem.m >= 64 and narrow and made.loop.tensor != "HGMMA":
-        return f"uses {made.loop.tensor} where sm_90 has HGMMA"
+    if static.target_sm == 90 and problem.m >= 64 and narrow and static.loop.tensor != "HGMMA":
+        return f"uses {static.loop.tensor} where sm_90 has HGMMA"
     return None
 
 
 def rank(problem: Problem, target_sm: int, limit: int | None = None, progress: Progress | None = None) -> Ranking:
-    """All candidates of a problem, compiled and ranked; the panel route is always one.
+    """Compiles and ranks all candidates of a problem. The panel route is always one of them.
 
-    Configurations that differ in nothing but their split share the report of the one without.
+    Configurations that differ in nothing but their split share the report of the one that is not split.
 
     Args:
         problem: ``matmul`` or ``matmul_dx``.
         target_sm: compute capability, such as 87; no such GPU need be there.
         limit: how many candidates to keep, besides the panel route; all if not given.
-        progress: is told how many of how many candidates are done.
+        progress: called after each candidate.
     """
     device = NOMINAL[target_sm]
     kept: list[Candidate] = []
     dropped = []
     configs = candidates(problem, target_sm)
     for done, config in enumerate(configs, 1):
-        made = compiled(problem, _representative(config), target_sm)
-        reason = made if isinstance(made, str) else unfit(problem, made)
-        if isinstance(made, str) or reason is not None:
-            dropped.append(Dropped(config, None if isinstance(made, str) else made, str(reason)))
+        static = compiled(problem, _representative(config), target_sm)
+        reason = static if isinstance(static, str) else unfit(problem, static)
+        if isinstance(static, str) or reason is not None:
+            dropped.append(Dropped(config, None if isinstance(static, str) else static, str(reason)))
         else:
-            kept.append(Candidate(config, made, predicted_us(problem, config, made, device)))
+            kept.append(Candidate(config, static, predicted_us(problem, config, static, device)))
         if progress is not None:
             progress(done, len(configs))
     kept.sort(key=lambda candidate: candidate.predicted_us)
@@ -108,13 +108,13 @@ def rank(problem: Problem, target_sm: int, limit: int | None = None, progress: P
 def compiled(
     problem: Problem, config: TileConfig, target_sm: int, rank: int = 16, bias: bool = False
 ) -> StaticReport | str:
-    """The report, shared by all problems that compile to the same code, or what the compiler objects to."""
+    """The static report, shared by all problems that compile to the same code; or the compiler's objection."""
     like = replace(problem, m=EVEN_SIZE, n=_alike(problem.n, config.block_n), k=_alike(problem.k, config.block_k))
     return _compiled(like, config, target_sm, rank, bias)
 
 
 def _alike(size: int, block: int) -> int:
-    """The size that stands for all that are divisible by the same of ``block`` and 16."""
+    """A size that stands for all that ``block`` and 16 divide alike."""
     return EVEN_SIZE if size % block == 0 else EVEN_SIZE + 16 if size % 16 == 0 else EVEN_SIZE + 1
 
 
@@ -127,15 +127,15 @@ def _compiled(problem: Problem, config: TileConfig, target_sm: int, rank: int, b
 
 
 def static_table(problems: Sequence[Problem], target_sm: int, progress: Progress | None = None) -> list[Entry]:
-    """Entries of a table, chosen without a GPU.
+    """Chooses the entries of a table without a GPU.
 
-    A configuration is judged by what it compiles to for the symmetric scheme with groups of 64. Before one is chosen,
-    it is compiled for every scheme, group size and 16-bit dtype, and dropped if it is unfit for any of them.
+    A configuration is ranked by its code for the symmetric scheme with groups of 64. Before it is chosen, it is
+    compiled for every scheme, group size and 16-bit dtype, and dropped if it is unfit for any of them.
 
     Args:
-        problems: of 16-bit dtypes, with sizes that are bucket bounds, each once.
+        problems: different problems of 16-bit dtypes, whose sizes are bucket bounds.
         target_sm: compute capability.
-        progress: is told of the compilations of the ranking, kernel by kernel.
+        progress: called after each compilation of the ranking, kernel by kernel.
     """
     versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
     entries = []
@@ -150,9 +150,9 @@ def static_table(problems: Sequence[Problem], target_sm: int, progress: Progress
 
 
 def _kind(problem: Problem, target_sm: int) -> Problem:
-    """The problem that stands for all with the same candidates and predictions.
+    """A problem that stands for all with the same candidates and predictions.
 
-    The model knows of no difference between 16-bit dtypes; only the symmetric scheme has sums to scale, by group.
+    The model does not tell 16-bit dtypes apart. Only in the symmetric scheme can sums be scaled, within a group.
     """
     group_size = problem.group_size if problem.scheme == "symmetric" else 64
     scheme = "symmetric" if problem.scheme == "symmetric" else "affine"
@@ -160,7 +160,7 @@ def _kind(problem: Problem, target_sm: int) -> Problem:
 
 
 def _predictions(problems: Sequence[Problem], target_sm: int, progress: Progress | None) -> list[dict[Route, float]]:
-    """For each problem, predicted microseconds of every route that is fit for it."""
+    """For each problem, the predicted microseconds of every route that is fit for it."""
     device = NOMINAL[target_sm]
     spaces = [candidates(problem, target_sm) for problem in problems]
     total = len({_representative(config) for space in spaces for config in space})
@@ -170,34 +170,34 @@ def _predictions(problems: Sequence[Problem], target_sm: int, progress: Progress
         routes: dict[Route, float] = {None: predicted_panel_us(problem, device)}
         for config in space:
             plain = _representative(config)
-            made = compiled(_plain_problem(problem, config, target_sm), plain, target_sm)
+            static = compiled(_plain_problem(problem, config, target_sm), plain, target_sm)
             if progress is not None and plain not in done:
                 done.add(plain)
                 progress(len(done), total)
-            if not isinstance(made, str) and unfit(problem, made) is None:
-                routes[config] = predicted_us(problem, config, made, device)
+            if not isinstance(static, str) and unfit(problem, static) is None:
+                routes[config] = predicted_us(problem, config, static, device)
         times.append(routes)
     return times
 
 
 def _representative(config: TileConfig) -> TileConfig:
-    """The configuration whose report stands for this one: a split hardly changes the main loop."""
+    """The configuration whose report stands for this one, since a split hardly changes the main loop."""
     return replace(config, split=1)
 
 
 def _plain_problem(problem: Problem, config: TileConfig, target_sm: int) -> Problem:
-    """The problem whose report stands for all schemes, group sizes and dtypes."""
+    """A problem whose report stands for all schemes, group sizes and dtypes."""
     group_size = max(64, config.block_k) if config.scale_sums else 64
     return replace(problem, scheme="symmetric", group_size=group_size, dtype=_dtypes(target_sm)[0])
 
 
 def _dtypes(target_sm: int) -> list[torch.dtype]:
-    """What one trains in there: before sm_80 there is no bfloat16."""
+    """The 16-bit dtypes that one trains in on a target. Before sm_80 there is no bfloat16."""
     return [torch.bfloat16, torch.float16] if target_sm >= 80 else [torch.float16]
 
 
 def _settle(problems: Sequence[Problem], times: list[dict[Route, float]], target_sm: int) -> list[tuple[Route, float]]:
-    """A route for each problem, from few configurations: greedily, the one that saves most next, if it is clean."""
+    """A route for each problem, from few configurations: greedily the one that saves the most time, if it is clean."""
     times = [dict(routes) for routes in times]
     chosen: list[Route] = [None]
     while len(chosen) <= MOST_CONFIGS:
@@ -223,7 +223,7 @@ def _settle(problems: Sequence[Problem], times: list[dict[Route, float]], target
 
 
 def _excess(routes: dict[Route, float], chosen: Iterable[Route]) -> float:
-    """Logarithm of how much slower the best chosen route is than the best of all."""
+    """The logarithm of how many times slower the best chosen route is than the best of all."""
     return math.log(min(routes[route] for route in chosen if route in routes) / min(routes.values()))
 
 
@@ -231,18 +231,18 @@ def is_clean(problem: Problem, config: TileConfig, target_sm: int) -> bool:
     """Whether a configuration is fit for all schemes, group sizes and dtypes that it suits, with LoRA and bias."""
     plain = compiled(_plain_problem(problem, config, target_sm), _representative(config), target_sm)
     assert not isinstance(plain, str) and plain.loop is not None
-    # Where it serves many tokens, it has to use HGMMA for all of them.
+    # A configuration that uses HGMMA serves many tokens, and then must use it for every kind of weight.
     m = 64 if plain.loop.tensor == "HGMMA" else 16
     for variant, rank, bias in variants(replace(problem, m=m), target_sm):
         if config.suits(variant):
-            made = compiled(variant, config, target_sm, rank, bias)
-            if isinstance(made, str) or unfit(variant, made) is not None:
+            static = compiled(variant, config, target_sm, rank, bias)
+            if isinstance(static, str) or unfit(variant, static) is not None:
                 return False
     return True
 
 
 def variants(problem: Problem, target_sm: int) -> list[tuple[Problem, int, bool]]:
-    """What a shipped configuration has to be clean for, the hardest first: problem, LoRA rank, whether with bias."""
+    """What a shipped configuration must be clean for, hardest first: (problem, LoRA rank, whether with bias)."""
     bias = problem.kernel == "matmul"
     dtypes = _dtypes(target_sm)
     kinds = [

@@ -1,4 +1,4 @@
-"""What tuning found, against what the device can do at best, and by what each candidate lost."""
+"""A report of tuning: the winners beside the best that the device can do, and by how much each candidate lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tune import target_of
 
 @dataclass(frozen=True)
 class Loss:
-    """A candidate that lost: by how much (0.3: it takes 30 % longer than the winner), or why without a time."""
+    """A candidate that lost: by how much (0.3 if it takes 30 % longer than the winner), or why it has no time."""
 
     route: str
     time_us: float | None
@@ -28,16 +28,17 @@ class Loss:
 
 @dataclass(frozen=True)
 class Row:
-    """One problem.
+    """The report's row of one problem.
 
     Attributes:
-        kernel, m, n, k, scheme, group_size, dtype: of the real problem, or of its bucket where no log names it.
+        kernel, m, n, k, scheme, group_size, dtype: the real problem, or its bucket if no log names the problem.
         route: the winner.
-        provenance: "measured", or "static": then times and rates are predictions.
-        device: the name of the device measured on; None for predictions.
+        provenance: "measured", or "static" if times and rates are predictions.
+        device: the name of the device that measured; None for predictions.
         time_us: microseconds per call.
-        gb_s, tflop_s: achieved: packed weights, scales, X and Y, and 2·M·N·K; None where no log names the problem.
-        of_copy, of_matmul: the share of the ceilings; None without.
+        gb_s, tflop_s: achieved rates, counting packed weights, scales, X and Y, and 2·M·N·K operations; None if no log
+            names the problem.
+        of_copy, of_matmul: the rates as a share of the ceilings; None without ceilings.
         lost: the other candidates, fastest first.
     """
 
@@ -63,7 +64,7 @@ class Row:
 
 
 def describe_route(route: Route) -> str:
-    """ "panel", or block_m x block_n x block_k, warps, stages and the rest in one word each."""
+    """A route in words: "panel", or block_m x block_n x block_k, warps, stages and further settings."""
     if route is None:
         return "panel"
     words = [
@@ -78,20 +79,21 @@ def describe_route(route: Route) -> str:
 
 
 def rows(table: Table, log: Log, nominal: Ceilings) -> list[Row]:
-    """A row for every entry, by shape and M.
+    """A row for every entry of a table, sorted by kernel, dtype, scheme, shape and M.
 
     Args:
-        table: winners. log: of the same architecture.
-        nominal: ceilings of predictions.
+        table: the winners.
+        log: the log of the same architecture.
+        nominal: the ceilings for predictions.
     """
-    found = []
+    listed = []
     for entry in table.values():
         record = log.records.get(entry.problem)
         if record is not None and record.device != entry.device:
-            record = None  # another run's
+            record = None  # it belongs to another run
         ceilings = nominal if entry.device is None else log.ceilings.get(entry.device)
-        found.append(_row(entry, record, ceilings))
-    return sorted(found, key=lambda row: (row.kernel, row.dtype, row.scheme, row.n, row.k, row.m))
+        listed.append(_row(entry, record, ceilings))
+    return sorted(listed, key=lambda row: (row.kernel, row.dtype, row.scheme, row.n, row.k, row.m))
 
 
 def _row(entry: Entry, record: Record | None, ceilings: Ceilings | None) -> Row:
@@ -100,7 +102,8 @@ def _row(entry: Entry, record: Record | None, ceilings: Ceilings | None) -> Row:
         problem = replace(problem, m=record.measured_m)
     dtype = DTYPE_NAMES[problem.dtype]
     gb_s = tflop_s = of_copy = of_matmul = None
-    # What is shipped without a log was predicted for the bounds of its bucket.
+    # A measured entry without its record is not rated, because its real shape is unknown. A shipped entry was predicted
+    # for the bounds of its bucket.
     if record is not None or entry.provenance == "static":
         gb_s, tflop_s = bytes_moved(problem) / entry.time_us / 1e3, flops(problem) / entry.time_us / 1e6
         if ceilings is not None:
@@ -121,7 +124,10 @@ def _row(entry: Entry, record: Record | None, ceilings: Ceilings | None) -> Row:
 
 
 def _losses(entry: Entry, record: Record) -> Iterable[Loss]:
-    """Those with a time, fastest first; then those without. A measurement says nothing of what was only predicted."""
+    """The candidates that lost: those with a time, fastest first, then those without.
+
+    Predicted times are left out beside a measured winner.
+    """
     timed, rest = [], []
     for trial in record.trials:
         time_us = trial.time_us if entry.provenance == "measured" else trial.predicted_us
@@ -137,7 +143,7 @@ def _losses(entry: Entry, record: Record) -> Iterable[Loss]:
 
 
 def nominal_ceilings(architecture: str) -> Ceilings:
-    """Of the device that stands for an architecture in the model, by its data sheet."""
+    """Ceilings of the device that stands for an architecture in the model, by its data sheet."""
     device = NOMINAL[target_of(architecture)]
     rate = 2 * device.tensor_fma * device.sms * device.clock_ghz / 1e3
     names = ("float16", "bfloat16") if device.compute_capability >= 80 else ("float16",)
@@ -145,20 +151,20 @@ def nominal_ceilings(architecture: str) -> Ceilings:
 
 
 def ceilings_of(rows: Iterable[Row], log: Log, nominal: Ceilings) -> dict[str, Ceilings]:
-    """The ceilings that the rows are held against, by device; those of predictions as "data sheet"."""
+    """The ceilings that the rows are compared with, by device; those of predictions under "data sheet"."""
     rows = list(rows)
-    found = {}
+    by_device = {}
     for device in dict.fromkeys(row.device for row in rows):
         ceilings = nominal if device is None else log.ceilings.get(device)
         if ceilings is not None:
             names = {row.dtype for row in rows if row.device == device}
             rates = {name: rate for name, rate in ceilings.tflop_s.items() if name in names}
-            found["data sheet" if device is None else device] = Ceilings(ceilings.gb_s, rates)
-    return found
+            by_device["data sheet" if device is None else device] = Ceilings(ceilings.gb_s, rates)
+    return by_device
 
 
 def draw(rows: Iterable[Row], ceilings: dict[str, Ceilings], title: str, path: Path) -> None:
-    """Achieved bandwidth and rate over M as a PNG: a line per kernel and shape; the ceilings dashed.
+    """Draws achieved bandwidth and rate over M as a PNG, with a line per kernel and shape, and dashed ceilings.
 
     Raises:
         ValueError: matplotlib is not installed, or no row has a rate.

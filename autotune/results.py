@@ -1,4 +1,4 @@
-"""The tuner's table and log of one device: read, merged and written under a lock."""
+"""The files of the tuner's results: a table and its log, which are read, merged and written under a lock."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .log import Log, Record, keep_measurements, log_path, read_log
 
 LOCK_SECONDS = 60
 
-# Writes a JSON value into a file, whole or not at all.
+# Writes a JSON value to a file, whole or not at all.
 Save = Callable[[Path, Any], None]
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on besides the device."""
+    """The versions that a result depends on."""
     return {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
 
 
 def merge(table: Table, entry: Entry) -> Table:
-    """``table`` with a newer entry. What was measured does not give way to a prediction."""
+    """``table`` with a newer entry. A prediction does not replace a measurement."""
     old = table.get(entry.problem)
     if old is not None and old.provenance == "measured" and entry.provenance == "static":
         return table
@@ -44,10 +44,10 @@ def merge(table: Table, entry: Entry) -> Table:
 
 
 class Results:
-    """The table and the log of one architecture, in files that several processes write into.
+    """The table and the log of one architecture, in files that several processes may write at once.
 
     Args:
-        path: of the table; the log lies beside it.
+        path: the table's file; the log lies beside it.
         architecture: such as "sm_87".
         save: writes JSON atomically.
     """
@@ -56,7 +56,7 @@ class Results:
         self.path, self.architecture, self.save = path, architecture, save
 
     def check(self) -> None:
-        """ValueError, before any work, if what is found could not be kept there."""
+        """Raises ValueError, before any work is done, if results could not be kept in the files."""
         if self.path == user_table_path(self.architecture):
             if self.path.parent.exists():
                 check_private(self.path.parent)
@@ -66,7 +66,11 @@ class Results:
         self.table()
 
     def table(self) -> Table:
-        """What is there. The user's own table is ignored with a warning if it is damaged; one that was named is not."""
+        """The table so far.
+
+        If the user's own table is damaged, it is ignored with a warning, and will be replaced. A damaged file that the
+        user named is a ValueError, because it may be something else.
+        """
         if self.path == user_table_path(self.architecture):
             return read_table(self.path, self.architecture)
         try:
@@ -78,12 +82,12 @@ class Results:
         return read_log(log_path(self.path), self.architecture)
 
     def _lock(self) -> FileLock:
-        # Nobody else may write into it: a launch believes what it finds there.
+        # Nobody else may write there, because a launch believes what it finds.
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return FileLock(self.path.with_name(self.path.name + ".lock"), timeout=LOCK_SECONDS)
 
     def add(self, entry: Entry | None, record: Record) -> None:
-        """Merges what was found of one problem; ``entry`` is None where no route worked."""
+        """Merges the results of one problem. ``entry`` is None if no route worked."""
         with self._lock():
             log = self.log()
             key = bucket(record.problem)
@@ -93,9 +97,10 @@ class Results:
                 self.save(self.path, table_to_json(self.architecture, merge(self.table(), entry).values()))
 
     def add_ceilings(self, device: str, ceilings: Ceilings) -> None:
+        """Merges the ceilings of one device; rates of other dtypes stay."""
         with self._lock():
             log = self.log()
-            known = log.ceilings.get(device)
-            rates = ceilings.tflop_s if known is None else known.tflop_s | ceilings.tflop_s
+            before = log.ceilings.get(device)
+            rates = ceilings.tflop_s if before is None else before.tflop_s | ceilings.tflop_s
             log.ceilings[device] = Ceilings(ceilings.gb_s, rates)
             self.save(log_path(self.path), log.to_json())

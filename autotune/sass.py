@@ -1,7 +1,7 @@
-"""What a compiled kernel does in its main loop, read from its machine code (SASS).
+"""Counts the instructions of a compiled kernel's main loop in its machine code (SASS).
 
-The main loop is a backward branch around matrix instructions. Triton ships the disassembler, so no GPU and no CUDA
-toolkit are needed.
+The main loop is a loop with matrix instructions, closed by a backward branch. Triton ships the disassembler, so neither
+a GPU nor the CUDA toolkit is needed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 
 from triton.backends import nvidia
 
-# Tensor-core instructions; UTC...MMA are those of sm_100, issued by one thread for a whole program.
+# Tensor-core instructions. On sm_100 they are UTC...MMA, which one thread issues for a whole program.
 TENSOR = re.compile(r"(HMMA|HGMMA|QGMMA|IMMA|UTC\w*MMA)\b")
-# What products are made of where there are none, as before sm_80 and for float32.
+# Products without tensor cores, as before sm_80 and for float32.
 PLAIN = re.compile(r"FFMA2?\b")
-# Integer to float; each runs at a quarter or less of the rate of an integer instruction.
+# Conversions from integer to float, which run at a quarter or less of the rate of other integer instructions.
 CONVERSIONS = frozenset({"I2F", "I2FP"})
-# What taking codes out of words is made of; moves and addresses are not in here.
+# Instructions that take codes out of words. Moves and addresses are not among them.
 UNPACKING = frozenset({"LOP3", "PRMT", "SHF", "SHL", "SHR", "SGXT", "BFE"})
 INTEGER = UNPACKING | {"IMAD", "IADD", "IADD3", "VIADD", "LEA", "SEL", "ISETP", "IABS", "VIMNMX", "IMNMX"}
 
@@ -31,7 +31,7 @@ LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its address, its name with modifiers (``HMMA.16816.F32``), its operands."""
+    """One instruction: its address, its name with modifiers (such as ``HMMA.16816.F32``), and its operands."""
 
     address: int
     name: str
@@ -44,15 +44,15 @@ class Instruction:
 
 @dataclass(frozen=True)
 class LoopCounts:
-    """One warp's instructions in one trip of a main loop.
+    """Numbers of one warp's instructions in one trip of a main loop.
 
     Attributes:
-        issue_slots: all of them.
+        issue_slots: all instructions.
         matrix: matrix instructions.
-        integer: integer instructions, addresses and predicates included.
-        unpacking: those of them that take codes out of words.
-        conversions: from integer to float.
-        tensor: "HMMA", "HGMMA", ...: the kind of its matrix instructions; "FFMA" without tensor cores.
+        integer: integer instructions, those for addresses and predicates included.
+        unpacking: integer instructions that take codes out of words.
+        conversions: conversions from integer to float.
+        tensor: the kind of matrix instruction, "HMMA", "HGMMA", ..., or "FFMA" without tensor cores.
     """
 
     issue_slots: int
@@ -65,12 +65,12 @@ class LoopCounts:
 
 @cache
 def cuobjdump_path() -> Path:
-    """The cuobjdump that Triton ships."""
+    """Path of the cuobjdump that Triton ships."""
     return Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
 
 
 def cuobjdump(cubin: bytes, option: str) -> str:
-    """What ``cuobjdump`` prints of a cubin."""
+    """The output of ``cuobjdump`` for a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -83,16 +83,16 @@ def disassemble(cubin: bytes) -> str:
 
 def parse(sass: str) -> list[Instruction]:
     """The instructions of a disassembly, in order."""
-    found = (LINE.match(line) for line in sass.splitlines())
-    return [Instruction(int(match[1], 16), match[2], match[3]) for match in found if match]
+    matches = (LINE.match(line) for line in sass.splitlines())
+    return [Instruction(int(match[1], 16), match[2], match[3]) for match in matches if match]
 
 
 def main_loops(sass: str) -> list[Counter[str]]:
-    """Counts by full name of every innermost loop with matrix instructions, in the order of their addresses.
+    """Instructions by full name of every innermost loop with matrix instructions, in the order of their addresses.
 
-    A loop is what lies between the target of a backward branch and that branch. Slow paths laid out behind the kernel
-    jump back into its middle and look like longer loops that overlap the true ones: of those that overlap, only the
-    shortest is one.
+    A loop lies between the target of a backward branch and that branch. Slow paths that are laid out behind the kernel
+    jump back into its middle, and look like longer loops that overlap the true ones. So of overlapping loops only the
+    shortest counts.
     """
     code = parse(sass)
     matrix = TENSOR if any(TENSOR.match(one.name) for one in code) else PLAIN
@@ -115,7 +115,7 @@ def _backward_branches(code: list[Instruction]) -> list[tuple[int, int]]:
 
 
 def count(loop: Counter[str]) -> LoopCounts:
-    """What the static reports need of one loop."""
+    """Sums up one loop's instructions by kind."""
     bases: Counter[str] = Counter()
     for name, times in loop.items():
         bases[name.partition(".")[0]] += times

@@ -1,4 +1,4 @@
-"""Which problems to tune for: shapes of layers, times numbers of tokens, one real problem for each bucket."""
+"""The problems to tune for: shapes of layers times numbers of tokens, with one real problem for each bucket."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parse_shapes(text: str) -> list[Shape]:
 
 
 def parse_tokens(text: str) -> list[int]:
-    """``"16,64"`` as numbers of tokens. ValueError for anything else, and beyond the largest bucket."""
+    """``"16,64"`` as numbers of tokens. ValueError for anything else, or beyond the largest bucket."""
     tokens = []
     for part in text.split(","):
         if not re.fullmatch(r"\s*\d{1,9}\s*", part, re.ASCII) or not 1 <= int(part) <= M_BUCKETS[-1]:
@@ -39,10 +39,10 @@ def parse_tokens(text: str) -> list[int]:
 
 
 def with_groups(groups: Iterable[Sequence[Shape]]) -> list[Shape]:
-    """The shapes of all layers, and of every group that shares its input: one launch whose N is the sum.
+    """The shapes of all layers, and of every group that shares an input, which is one launch with the sum of their N.
 
     Args:
-        groups: (N, K) of the layers that read the same input, K the same within a group.
+        groups: (N, K) of the layers that read the same input; K is the same within a group.
     """
     shapes: dict[Shape, None] = {}
     for group in groups:
@@ -58,14 +58,14 @@ def problems(
     group_size: int = 64,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Problem]:
-    """Forward and dX of every shape and number of tokens; of those in one bucket, the one with the most weights."""
+    """Forward and dX of every shape and number of tokens. Of those in one bucket, the one with the most weights."""
     tokens = list(tokens)
     chosen: dict[Problem, Problem] = {}
     for n, k in shapes:
         for m in tokens:
             for kernel in TUNED:
                 problem = Problem(kernel, m, n, k, scheme, group_size, dtype)
-                known = chosen.setdefault(bucket(problem), problem)
-                if (n * k, m) > (known.n * known.k, known.m):
+                other = chosen.setdefault(bucket(problem), problem)
+                if (n * k, m) > (other.n * other.k, other.m):
                     chosen[bucket(problem)] = problem
     return list(chosen.values())

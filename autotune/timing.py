@@ -1,4 +1,4 @@
-"""Clocks: how long something takes on a device, and what a measurement there may use."""
+"""Clocks that say how long something takes on a device, and the limits of a measurement there."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-# Runs something some times and says how many microseconds that took on the device.
+# Runs something and returns how many microseconds that took on the device.
 Timer = Callable[[Callable[[], object]], float]
 
 
 class WallTimer:
-    """The clock on the wall, for devices that run what they are told at once (a CPU)."""
+    """The wall clock, for devices that run every call at once (a CPU)."""
 
     def __call__(self, run: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -24,10 +24,10 @@ class WallTimer:
 class CudaTimer:
     """The time between two events on a CUDA device.
 
-    To launch a small kernel takes longer than to run it. So the device waits first, until all is queued.
+    Launching a small kernel takes longer than running it. So the device is made to wait until all launches are queued.
     """
 
-    CYCLES_PER_US = 2_000  # no less than any device's clock: it waits long enough
+    CYCLES_PER_US = 2_000  # at least every device's clock, so that the wait is long enough
     LONGEST_US = 20_000.0
 
     def __init__(self, device: torch.device) -> None:
@@ -48,13 +48,18 @@ class CudaTimer:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device has: ``cache_bytes`` of L2, and ``memory_bytes`` that measuring may use."""
+    """Limits of measuring on a device.
+
+    Attributes:
+        cache_bytes: its second-level cache.
+        memory_bytes: memory that measuring may use.
+    """
 
     cache_bytes: int
     memory_bytes: int
 
     @classmethod
     def of(cls, device: torch.device) -> Limits:
-        """As the device says; half of what is free, as others share it (all of a small device does)."""
+        """The limits of a CUDA device. Half of its free memory may be used, since others use it too (or the host)."""
         free, _ = torch.cuda.mem_get_info(device)
         return cls(torch.cuda.get_device_properties(device).L2_cache_size, free // 2)

@@ -1,7 +1,7 @@
-"""The search: ranks a problem's candidates, measures the best of them, keeps the winner, problem by problem.
+"""The search: for each problem it ranks the candidates, measures the best of them and keeps the winner.
 
-What is found is saved after every problem, so a run that was killed goes on where it was. Several processes may write
-into the same files: each reads, merges and writes under a lock.
+Results are saved after every problem, so a killed run continues where it was. Several processes may write to the same
+files, since each reads, merges and writes under a lock.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .results import Results, versions
 from .timing import CudaTimer, Limits, Timer
 
 LIMIT = 8
-# The candidates of a problem, best prediction first, then those that were dropped.
+# Returns the candidates of a problem, best prediction first, and then those that were dropped.
 Rank = Callable[[Problem], Sequence[Trial]]
-# done, total, what is being done
+# Called with the number of problems that are done, that of all, and what is done now.
 Progress = Callable[[int, int, str], None]
 
 
@@ -40,30 +40,30 @@ def target_of(architecture: str) -> int:
     """The compute capability whose model serves an architecture: its own, or the last one before it.
 
     Raises:
-        ValueError: there is none, as for one of another vendor.
+        ValueError: there is none, as for another vendor's architecture.
     """
     number = architecture.removeprefix("sm_")
-    known = [target for target in NOMINAL if number.isdecimal() and target <= int(number)]
-    if not known:
+    targets = [target for target in NOMINAL if number.isdecimal() and target <= int(number)]
+    if not targets:
         raise ValueError(f"no candidates are known for {architecture!r}, only for sm_{min(NOMINAL)} and later")
-    return max(known)
+    return max(targets)
 
 
 def model_rank(architecture: str, limit: int | None = None, progress: Callable[[int, int], None] | None = None) -> Rank:
-    """Candidates compiled and ranked by the model; of those that are fit, at most ``limit`` tiles."""
+    """A ``Rank`` that compiles the candidates and ranks them by the model; at most ``limit`` tiles that are fit."""
     target = target_of(architecture)
 
     def ranked(problem: Problem) -> list[Trial]:
-        found = rank_by_model(problem, target, limit, progress)
-        kept = [Trial(candidate.route, round(candidate.predicted_us, 3)) for candidate in found.kept]
-        return kept + [Trial(dropped.config, reason=dropped.reason[:160]) for dropped in found.dropped]
+        ranking = rank_by_model(problem, target, limit, progress)
+        kept = [Trial(candidate.route, round(candidate.predicted_us, 3)) for candidate in ranking.kept]
+        return kept + [Trial(dropped.config, reason=dropped.reason[:160]) for dropped in ranking.dropped]
 
     return ranked
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The device to measure on."""
+    """The device to measure on, with its name, limits and clock."""
 
     device: torch.device
     name: str
@@ -72,7 +72,7 @@ class Machine:
 
     @classmethod
     def of(cls, device: torch.device) -> Machine:
-        """Of a CUDA device."""
+        """The machine of a CUDA device."""
         return cls(device, torch.cuda.get_device_name(device), Limits.of(device), CudaTimer(device))
 
 
@@ -87,25 +87,25 @@ def tune(
 ) -> list[Problem]:
     """Measures, for every problem, the ``limit`` best candidates, the default and the panel route.
 
-    The candidates are those of the log, if it knows the problem (it may have been made on another machine); else
-    ``rank``'s. Problems measured before, on this device with these versions, are skipped unless ``force``.
+    The candidates are the log's if it has a record of the problem, which may come from another machine, and else
+    ``rank``'s. Problems that were measured before on this device with these versions are skipped, unless ``force``.
 
     Returns:
         The problems that were measured now.
     """
     log, table = results.log(), results.table()
-    wanted = [problem for problem in problems if force or not _is_measured(problem, machine, table)]
-    _measure_ceilings(wanted, machine, results, force)
-    for done, problem in enumerate(wanted):
+    remaining = [problem for problem in problems if force or not _is_measured(problem, machine, table)]
+    _measure_ceilings(remaining, machine, results, force)
+    for done, problem in enumerate(remaining):
         if progress is not None:
-            progress(done, len(wanted), describe(problem))
-        known = log.records.get(bucket(problem))
-        ranked = rank(problem) if known is None else known.trials
+            progress(done, len(remaining), describe(problem))
+        record = log.records.get(bucket(problem))
+        ranked = rank(problem) if record is None else record.trials
         record = measure_problem(problem, _shortlist(problem, ranked, limit, table.get(bucket(problem))), machine)
         results.add(winner(record), record)
-    if progress is not None and wanted:
-        progress(len(wanted), len(wanted), "")
-    return wanted
+    if progress is not None and remaining:
+        progress(len(remaining), len(remaining), "")
+    return remaining
 
 
 def tune_offline(
@@ -115,23 +115,23 @@ def tune_offline(
     force: bool = False,
     progress: Progress | None = None,
 ) -> list[Problem]:
-    """Ranks the candidates of every problem without a device; the best prediction becomes a static entry.
+    """Ranks the candidates of every problem without a device. The best prediction becomes a static entry.
 
-    Problems ranked before with these versions are skipped unless ``force``.
+    Problems that were ranked before with these versions are skipped, unless ``force``.
 
     Returns:
         The problems that were ranked now.
     """
     log, table = results.log(), results.table()
-    wanted = [problem for problem in problems if force or not _is_ranked(problem, log, table)]
-    for done, problem in enumerate(wanted):
+    remaining = [problem for problem in problems if force or not _is_ranked(problem, log, table)]
+    for done, problem in enumerate(remaining):
         if progress is not None:
-            progress(done, len(wanted), describe(problem))
+            progress(done, len(remaining), describe(problem))
         record = Record(problem, tuple(rank(problem)), None, versions())
         results.add(winner(record), record)
-    if progress is not None and wanted:
-        progress(len(wanted), len(wanted), "")
-    return wanted
+    if progress is not None and remaining:
+        progress(len(remaining), len(remaining), "")
+    return remaining
 
 
 def describe(problem: Problem) -> str:
@@ -154,7 +154,7 @@ def _is_ranked(problem: Problem, log: Log, table: Table) -> bool:
 
 
 def _shortlist(problem: Problem, ranked: Iterable[Trial], limit: int, old: Entry | None) -> list[tuple[Trial, bool]]:
-    """All trials, each with whether it is to be measured: the best ranked, what is in use now, and the panel route."""
+    """All trials, each with whether to measure it: the best ranked ones, the route in use, the default, and panels."""
     trials = {trial.route: _untimed(trial) for trial in ranked}
     in_use: list[Route] = [default_config(problem), None] + ([] if old is None else [old.route])
     for route in in_use:
@@ -165,7 +165,7 @@ def _shortlist(problem: Problem, ranked: Iterable[Trial], limit: int, old: Entry
 
 
 def _untimed(trial: Trial) -> Trial:
-    """Without what was measured; a reason stays only where the candidate was dropped before it was ranked."""
+    """A trial without its measurement. A reason stays if the candidate was dropped before it was ranked."""
     return Trial(trial.route, trial.predicted_us, reason=trial.reason if trial.predicted_us is None else None)
 
 
@@ -181,38 +181,38 @@ def measure_problem(problem: Problem, shortlist: Sequence[tuple[Trial, bool]], m
     bench = Bench(smaller, copies, machine.device, machine.limits)
     best_us = math.inf
     for index in chosen:
-        found = bench.measure(trials[index].route, machine.timer, best_us)
-        trials[index] = _with(trials[index], found)
-        if found.time_us is not None:
-            best_us = min(best_us, found.time_us)
+        measurement = bench.measure(trials[index].route, machine.timer, best_us)
+        trials[index] = _with(trials[index], measurement)
+        if measurement.time_us is not None:
+            best_us = min(best_us, measurement.time_us)
     return Record(problem, tuple(trials), machine.name, versions(), smaller.m)
 
 
-def _with(trial: Trial, found: Measurement) -> Trial:
-    return replace(trial, time_us=found.time_us, samples_us=found.samples_us, reason=found.reason)
+def _with(trial: Trial, measurement: Measurement) -> Trial:
+    return replace(trial, time_us=measurement.time_us, samples_us=measurement.samples_us, reason=measurement.reason)
 
 
 def winner(record: Record) -> Entry | None:
-    """The entry for the fastest trial: measured if the record is, else predicted. None if no trial works."""
+    """The entry for the fastest trial, measured if the record is and else predicted; None if no trial works."""
     measured = record.device is not None
     times = [
         (trial.time_us if measured else trial.predicted_us, trial.route)
         for trial in record.trials
         if trial.reason is None
     ]
-    known = [(time_us, route) for time_us, route in times if time_us is not None]
-    if not known:
+    timed = [(time_us, route) for time_us, route in times if time_us is not None]
+    if not timed:
         return None
-    time_us, route = min(known, key=lambda pair: pair[0])
+    time_us, route = min(timed, key=lambda pair: pair[0])
     provenance = "measured" if measured else "static"
     return Entry(bucket(record.problem), route, provenance, time_us, record.device, record.versions)
 
 
 def _measure_ceilings(problems: Iterable[Problem], machine: Machine, results: Results, force: bool) -> None:
-    """Of the device, and of every dtype among the problems, if the log has none of them."""
-    known = results.log().ceilings.get(machine.name)
+    """Measures the device's ceilings for every dtype among the problems, unless the log has them."""
+    measured = results.log().ceilings.get(machine.name)
     names = dict.fromkeys(DTYPE_NAMES[problem.dtype] for problem in problems)
-    missing = [name for name in names if force or known is None or name not in known.tflop_s]
+    missing = [name for name in names if force or measured is None or name not in measured.tflop_s]
     if not missing:
         return
     arguments = (machine.device, machine.timer, machine.limits)

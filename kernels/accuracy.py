@@ -32,8 +32,8 @@ def judge(ours: Tensor, same: Tensor, truth: Tensor, product: bool = False) -> d
     """
     assert truth.dtype == torch.float64
     if ours.shape != truth.shape or ours.dtype != same.dtype:
-        found, wanted = f"{tuple(ours.shape)} {ours.dtype}", f"{tuple(truth.shape)} {same.dtype}"
-        return {"ok": False, "reason": f"result is {found}, wanted {wanted}"}
+        result, wanted = f"{tuple(ours.shape)} {ours.dtype}", f"{tuple(truth.shape)} {same.dtype}"
+        return {"ok": False, "reason": f"result is {result}, wanted {wanted}"}
     if truth.numel() == 0:
         return {"ok": True, "narrow": True}
     error, torch_error = ours.double() - truth, same.double() - truth
@@ -41,12 +41,12 @@ def judge(ours: Tensor, same: Tensor, truth: Tensor, product: bool = False) -> d
     reasons = [] if bool(ours.isfinite().all()) else ["not finite"]
     row: dict[str, Any] = {"narrow": not reasons}
     for name, measure in (("max", _largest), ("rms", _rms)):
-        found, theirs, size = measure(error), measure(torch_error), measure(truth)
-        row |= {name: found, f"torch_{name}": theirs}
-        row["narrow"] = row["narrow"] and found <= theirs + eps * size
-        limit = 2 * theirs + eps / 2 * size
-        if not found <= limit:
-            reasons.append(f"{name} error {found:.3g}, allowed {limit:.3g}")
+        own, torchs, size = measure(error), measure(torch_error), measure(truth)
+        row |= {name: own, f"torch_{name}": torchs}
+        row["narrow"] = row["narrow"] and own <= torchs + eps * size
+        limit = 2 * torchs + eps / 2 * size
+        if not own <= limit:
+            reasons.append(f"{name} error {own:.3g}, allowed {limit:.3g}")
     row["relative"] = float(error.norm() / truth.norm())
     if product and not error.norm() <= PRODUCT_LIMITS[ours.dtype] * truth.norm():
         reasons.append(f"relative error {row['relative']:.3g}, allowed {PRODUCT_LIMITS[ours.dtype]:.3g}")

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit packing as ``Int4Weight``, exactly."""
+"""Exact conversion of bitsandbytes' 4-bit weights (NF4, FP4) to ``Int4Weight``."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from .names import GROUP_SIZES
 
 
 def common_group_size(columns: int, blocksize: int) -> int | None:
-    """The largest of ours that cuts rows and blocks alike: no group may have a part in two blocks. None: no such."""
+    """The largest of our group sizes that divides rows and blocks, so that no group lies in two blocks; or None."""
     return max((size for size in GROUP_SIZES if columns % size == 0 and blocksize % size == 0), default=None)
 
 
 def int4_from_bnb(
     packed: Tensor, absmax: Tensor, codebook: Tensor, shape: tuple[int, int], blocksize: int
 ) -> Int4Weight:
-    """The weight that bitsandbytes holds as these tensors, exactly.
+    """Converts the weight that bitsandbytes holds as these tensors.
 
     Args:
-        packed: ``N * K / 2`` bytes in any shape and dtype; the first of two codes in the high nibble.
-        absmax: ``[ceil(N * K / blocksize)]`` float32, see ``resolve_absmax``.
+        packed: ``N * K / 2`` bytes in any shape and dtype, with the first of two codes in the high nibble.
+        absmax: ``[ceil(N * K / blocksize)]`` float32; ``resolve_absmax`` makes it from a quantised one.
         codebook: ``[16]``, bitsandbytes' ``code``.
-        shape: (N, K): out and in features.
-        blocksize: flat weights per absmax.
+        shape: (N, K), out and in features.
+        blocksize: number of consecutive weights of the flat matrix that share an absmax.
 
     Raises:
         ValueError: a tensor has another size, or K does not consist of whole groups that lie within a block.
@@ -35,8 +35,8 @@ def int4_from_bnb(
     group_size = common_group_size(columns, blocksize)
     if group_size is None:
         raise ValueError(
-            f"in_features {columns} is no multiple of 32 (blocks of {blocksize} weights go on from row to row), "
-            f"which cannot be taken over: give the unquantised model"
+            f"in_features {columns} and blocks of {blocksize} weights have no common group of 32, 64 or 128 weights: "
+            f"convert the unquantised model instead"
         )
     data = packed.contiguous().view(torch.uint8).flatten()
     blocks = -(-rows * columns // blocksize)
@@ -56,7 +56,11 @@ def int4_from_bnb(
 def resolve_absmax(
     absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor, nested_blocksize: int, offset: float | Tensor
 ) -> Tensor:
-    """float32 absmax from its own quantised form: uint8 codes, a map of 256 levels, a scale per block, an offset."""
+    """Decodes a quantised absmax: uint8 codes into a map of 256 levels, times a scale per block, plus an offset.
+
+    absmax ``[blocks]`` uint8, quant_map ``[256]``, nested_absmax ``[ceil(blocks / nested_blocksize)]``; returns
+    ``[blocks]`` float32.
+    """
     if type(nested_blocksize) is not int or nested_blocksize < 1:
         raise ValueError(f"nested_blocksize must be a positive integer, got {nested_blocksize!r:.100}")
     nested = torch.arange(absmax.numel(), device=absmax.device) // nested_blocksize

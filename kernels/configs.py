@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels: ``Problem``, ``TileConfig``, and a default that always works.
 
-A default is not the fastest. It fits every device (64 KiB of shared memory), spills no register, and needs
-neither a search nor a table.
+The default is not the fastest configuration. It fits every device (64 KiB of shared memory), spills no register, and
+needs neither a search nor a table.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .names import Scheme
 
 Kernel = Literal["matmul", "matmul_dx", "embedding"]
 KERNELS: tuple[Kernel, ...] = ("matmul", "matmul_dx", "embedding")
-# Those that have a choice to make, and so a place in a table.
+# Kernels with a choice of configurations, which tables hold.
 TUNED: tuple[Kernel, ...] = ("matmul", "matmul_dx")
 
 MIN_DOT = 16
-# Weights with one input that one launch can take: q, k and v.
+# Most weights that one launch can take with one input: q, k and v.
 MOST_MEMBERS = 3
 
 
@@ -29,10 +29,10 @@ class Problem:
     """What a configuration is chosen for.
 
     Attributes:
-        kernel: which one.
+        kernel: the kernel's name.
         m, n, k: tokens, out-features (of all members of a group together), in-features.
-        scheme, group_size: of the weight.
-        dtype: of the activations.
+        scheme, group_size: the weight's.
+        dtype: the activations'.
     """
 
     kernel: Kernel
@@ -51,14 +51,14 @@ class TileConfig:
     Attributes:
         block_m: tokens per tile.
         block_n: out-features per tile (``matmul``), or per step of the reduction (``matmul_dx``).
-        block_k: in-features per step of the reduction (``matmul``), or per tile (``matmul_dx``, ``embedding``);
-            whole chunks of 64, of which a tile holds two planes of ``block_k // 2``.
+        block_k: in-features per step of the reduction (``matmul``), or per tile (``matmul_dx``, ``embedding``). It is
+            a multiple of 64; a tile holds the low and the high nibbles as two planes of ``block_k // 2`` columns.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
-        split: into how many parts the reduction is cut. Each part is a float32 partial result of its own; a second
+        split: number of parts that the reduction is cut into. Each part has its own float32 partial result. A second
             pass adds them in order, so the result does not change from run to run.
-        weight_left: the decoded weight is the left operand of the dot (the kernel computes tiles of the transposed
-            result), or the right one (``matmul_dx``; ``matmul`` always has it left).
+        weight_left: the decoded weight is the left operand of the dot, and the kernel computes tiles of the transposed
+            result. If false, it is the right operand (``matmul_dx`` only).
         scale_sums: scales multiply float32 sums over a group instead of weights (``matmul``, symmetric scheme).
 
     Raises:
@@ -88,23 +88,23 @@ class TileConfig:
                 raise ValueError(f"{field.name} must be a power of two, got {value!r:.100}")
 
     def suits(self, problem: Problem) -> bool:
-        """Whether the kernel can run so. Only sums within one group can be scaled."""
+        """Whether the problem's kernel can run with this configuration. Only sums within one group can be scaled."""
         if not self.scale_sums:
             return True
         within_group = problem.group_size >= self.block_k or (problem.group_size == 32 and self.block_k == CHUNK)
         return problem.kernel == "matmul" and problem.scheme == "symmetric" and within_group
 
     def launch_options(self) -> dict[str, Any]:
-        """What a launch, or a compilation, needs besides the kernel's own arguments.
+        """Options of a launch, or of a compilation, besides the kernel's own arguments.
 
-        The compiler may not fuse a multiplication with an addition: which it would fuse, and so the bits of a decoded
-        weight, differs between its versions. Dots and explicit ``tl.fma`` are fused as ever.
+        Fusing a multiplication with an addition is switched off, because the compiler's versions differ in what they
+        fuse, and so in the bits of a decoded weight. Dots and explicit ``tl.fma`` are still fused.
         """
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
 
 
 def power_of_two_at_least(value: int, least: int = MIN_DOT, most: int = 128) -> int:
-    """The smallest power of two that is >= ``value``, held between ``least`` and ``most`` (themselves such powers)."""
+    """The smallest power of two that is >= ``value``, clamped to ``least`` and ``most`` (powers of two themselves)."""
     return min(max(1 << max(value - 1, 0).bit_length(), least), most)
 
 
@@ -112,12 +112,12 @@ def default_config(problem: Problem) -> TileConfig:
     """A configuration that works for every problem and on every device.
 
     Raises:
-        ValueError: no such kernel.
+        ValueError: there is no such kernel.
     """
     if problem.kernel == "embedding":
         return TileConfig(block_m=16, block_n=MIN_DOT, block_k=CHUNK, num_warps=4, num_stages=1)
     block_m = power_of_two_at_least(problem.m, most=64)
-    # Eight warps for 64 rows: where a device has no tensor cores, four would spill.
+    # Tiles of 64 tokens take eight warps, because four would spill registers on a device without tensor cores.
     num_warps = 8 if block_m == 64 else 4
     if problem.kernel == "matmul":
         return TileConfig(block_m=block_m, block_n=64, block_k=CHUNK, num_warps=num_warps, num_stages=3)

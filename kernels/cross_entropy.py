@@ -1,12 +1,12 @@
 """One-pass cross-entropy over an int4 head: loss, its gradient and the argmax, with no logits stored.
 
-The vocabulary is walked in tiles. Per tile: logits ``z = H·W_tᵀ``, the running maximum ``m``, the running sum
-``l = sum exp(z - m)`` and ``A = sum exp(z - m)·W_t`` (rescaled when m moves, as in flash attention), the target's
-logit and the running argmax. At the end ``loss = m + log l - z_target`` and ``dH = A / l - W[target]``.
-Each tile is decoded once; memory is ``[T, tile]``.
+The vocabulary is walked in tiles. Each tile gives logits ``z = H·W_tᵀ`` and updates the running maximum ``m``, the sum
+``l = sum exp(z - m)`` and ``A = sum exp(z - m)·W_t``, which are rescaled when m moves, as in flash attention (arXiv
+2205.14135); also the target's logit and the argmax. At the end ``loss = m + log l - z_target`` and
+``dH = A / l - W[target]``. So a tile is decoded once for the loss and its gradient, and memory is ``[T, tile]``.
 
-What a model does to its logits between the head and the loss is a chain of factors with a tanh between two
-neighbours: ``[1.0]`` nothing, ``[0.5]`` a scale, ``[1 / cap, cap]`` Gemma's soft-capping.
+What a model does to its logits between the head and the loss is given as a chain of factors, with a tanh between
+neighbours: ``[1.0]`` is nothing, ``[0.5]`` a scale, ``[1 / cap, cap]`` Gemma's soft-capping.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from .layout import CHUNK, RUN, Int4Weight
 from .panel import PanelDecoder, from_planes, int4_embedding_panel, spans, workspace
 from .running_softmax import RunningSoftmax, apply_chain
 
-# Rows of the head per tile; with the kernels, as many as fit into a panel and into this many logits.
+# Rows of the head per tile in plain torch. With kernels a tile has as many rows as fit into a panel and into LOGITS.
 VOCABULARY_TILE = 1024
 LOGITS = 1 << 22
 
 
 class OnePass:
-    """The loss over a head that comes in parts: ``add`` each part of its rows in order, then ``finish``.
+    """The loss over a head whose rows come in parts: ``add`` each part in order, then ``finish``.
 
     Args:
         hidden: ``[T, K]``.
         targets: ``[T]`` int64; ``ignore_index`` marks a token without a target.
         bias: ``[V]``.
-        factors: see the module's docstring.
-        need_grad: without it the second matmul is left out and the gradient is empty, ``[0, K]``.
+        factors: the chain that the module's docstring describes.
+        need_grad: if false, the second product is left out, and the gradient is empty, ``[0, K]``.
         by_kernel: Triton kernels decode the panels and update the softmax.
     """
 
@@ -53,25 +53,25 @@ class OnePass:
         self.valid = (targets != ignore_index).nonzero().squeeze(1)
         self.targets = targets[self.valid]
         self.softmax = RunningSoftmax(self.targets, self.wide, factors[0])
-        self.taken = hidden if self.valid.shape[0] == hidden.shape[0] else hidden[self.valid]
+        self.valid_hidden = hidden if self.valid.shape[0] == hidden.shape[0] else hidden[self.valid]
         self.planes: Tensor | None = None
         self.weighted = torch.empty(0)
 
     def add(self, weight: Int4Weight, first: int = 0) -> None:
-        """Takes in rows ``first`` and following of the head."""
-        rows, (vocabulary, _) = self.taken.shape[0], weight.shape
+        """Takes in the head's next rows, ``weight`` being rows ``first`` and following."""
+        rows, (vocabulary, _) = self.valid_hidden.shape[0], weight.shape
         if rows == 0:
             return
         chunks, panel = weight.packed.shape[1] // RUN, workspace().elements(self.hidden.device)
         if self.by_kernel:
             tile = min(vocabulary, max(1, panel // (chunks * CHUNK)), max(VOCABULARY_TILE, LOGITS // rows))
         else:
-            # A power of two, so that a head that comes in segments has the tiles of a whole one, and its rounding.
+            # A power of two, so that a head in segments has the same tiles as a whole one, and rounds alike.
             tile = 1 << (min(VOCABULARY_TILE, max(1, 4 * panel // (chunks * CHUNK))).bit_length() - 1)
             tile = min(vocabulary, tile)
         decoder = PanelDecoder(weight, self.hidden.dtype, tile, chunks, self.by_kernel)
         if self.planes is None:
-            self.planes = decoder.arrange(self.taken, chunks)
+            self.planes = decoder.arrange(self.valid_hidden, chunks)
             shape = rows if self.need_grad else 0, self.planes.shape[1]
             self.weighted = torch.zeros(shape, dtype=self.wide, device=self.hidden.device)
         for start, stop in spans(vocabulary, tile):
@@ -85,7 +85,10 @@ class OnePass:
                 self.weighted.mul_(shrink).add_(p.to(self.hidden.dtype) @ head)
 
     def _update(self, z: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Of the products from row ``start`` on: what the rows weigh in the gradient, and by what the sums shrink."""
+        """Updates the softmax by a tile's products ``z``, of the head's rows from ``start`` on.
+
+        Returns what each row weighs in the gradient, ``[T, tile]``, and the factor for earlier sums, ``[T, 1]``.
+        """
         slope, factors = None, self.factors
         if self.bias is not None or len(factors) > 1 or factors[0] != 1.0 or not self.by_kernel:
             z = z.to(self.wide)
@@ -107,7 +110,7 @@ class OnePass:
         return p, shrink
 
     def finish(self, targets_rows: Int4Weight) -> tuple[Tensor, Tensor, Tensor]:
-        """What ``int4_cross_entropy_panel`` returns. ``targets_rows``: the head's rows ``self.targets``."""
+        """Returns what ``int4_cross_entropy_panel`` does, given ``targets_rows``, the head's rows ``self.targets``."""
         count, width = self.hidden.shape
         device, valid, softmax = self.hidden.device, self.valid, self.softmax
         losses = torch.zeros(count, dtype=self.wide, device=device)
@@ -141,14 +144,14 @@ def int4_cross_entropy_panel(
     need_grad: bool = True,
     by_kernel: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per token, its gradient to that token's hidden state, and the argmax. Arguments: see ``OnePass``.
+    """Computes each token's loss, its gradient with respect to that token's hidden state, and the argmax.
 
     Args:
-        weight: ``[V, K]``, the head.
+        weight: ``[V, K]``, the head. ``OnePass`` describes the other arguments.
 
     Returns:
         losses ``[T]`` (float32, or float64 for float64 hidden states; 0 where ignored), ``d loss_t / d hidden_t``
-        ``[T, K]`` in the same dtype, argmax ``[T]`` int64 (-1 where ignored).
+        ``[T, K]`` in the same dtype, and argmax ``[T]`` int64 (-1 where ignored).
     """
     one_pass = OnePass(hidden, targets, bias, ignore_index, factors, need_grad, by_kernel)
     one_pass.add(weight)

@@ -1,14 +1,19 @@
-"""Decoding tiles of packed 4-bit weights inside a kernel.
+"""Device functions that decode tiles of packed 4-bit weights inside a kernel.
 
-Where the compiler emits PTX, codes become floats without a conversion instruction: a code put into the low bits of a
-number with a large enough exponent is that number plus the code (bfloat16 ``0x4300 | code`` is 128 + code, float16
-``0x6400 | code`` 1024 + code, float32 ``0x4B000000 | code`` 2^23 + code), and subtracting that is exact. Four bytes
-give eight weights in seven integer instructions. The plain twin runs everywhere, Triton's interpreter included, and
-gives the same bits.
+Where the compiler emits PTX, codes become floats without a conversion instruction (as in FasterTransformer, arXiv
+2211.10017). A code put into the low bits of a number with a large enough exponent is that number plus the code:
+bfloat16 ``0x4300 | code`` is 128 + code, float16 ``0x6400 | code`` is 1024 + code, float32 ``0x4B000000 | code`` is
+2^23 + code. Subtracting the number is exact. Four bytes give eight weights in seven integer instructions. A plain twin
+of each function runs everywhere, Triton's interpreter included, and gives the same bits.
 
-A scale must round once. In float16 a float16 scale times (code - 8) is one rounded multiplication. In bfloat16 the
-scale is split exactly into two bfloat16 numbers, ``upper + rest``; ``c * rest`` has few enough bits to be exact, so
-that ``fma(c, upper, c * rest)`` rounds once. All else is computed in float32 and rounded at the end.
+A weight must be rounded once, so that it has the bits that plain torch gives it. In float16, a float16 scale times
+(code - 8) is one rounded multiplication. In bfloat16, the scale is split exactly into two bfloat16 numbers,
+``upper + rest``. ``c * rest`` has few enough bits to be exact, so ``fma(c, upper, c * rest)`` rounds once. All other
+weights are computed in float32 and rounded at the end.
+
+A tile of BLOCK_K columns is decoded into two planes of BLOCK_K // 2 columns, one of the low nibbles and one of the high
+ones, because a byte holds two columns that are 32 apart. Putting the planes together would cost a transposition through
+shared memory. No kernel does: a product sums over both planes, and results are stored plane by plane.
 """
 
 from __future__ import annotations
@@ -16,8 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Four bytes in $4 -> four low nibbles in $0, $1 and four high ones in $2, $3: each in the low byte of 16 bits, with
-# MAGIC in the high one.
+# Four bytes in $4 -> four low nibbles in $0 and $1, and four high ones in $2 and $3. Each is the low byte of 16 bits,
+# with MAGIC as the high byte. The order of the bytes is kept, so register pairs hold neighbouring columns.
 _NIBBLES = """
     .reg .b32 l, h;
     and.b32 l, $4, 0x0F0F0F0F;
@@ -28,7 +33,7 @@ _NIBBLES = """
     prmt.b32 $2, h, MAGIC, 0x4140;
     prmt.b32 $3, h, MAGIC, 0x4342;
 """
-# Pairs of code - 8: bfloat16 has no subtraction before sm_90, and times one is exact.
+# Pairs of code - 8. bfloat16 has no subtraction before sm_90, so this is a fused multiply-add; times one is exact.
 _UNPACK_BF16 = (
     _NIBBLES.replace("MAGIC", "0x43434343")
     + """
@@ -46,8 +51,8 @@ _UNPACK_FP16 = (
 """
     + "".join(f"    sub.rn.f16x2 ${register}, ${register}, offset;\n" for register in range(4))
 )
-# The scales of the low plane's four weights: high parts in $5, $6, low parts in $7, $8; of the high plane: $9 to $12.
-# bfloat16 has no multiplication before sm_90: adding -0 makes one of a fused multiply-add.
+# Upper parts of the low plane's four scales in $5 and $6, their rests in $7 and $8; the high plane's in $9 to $12.
+# bfloat16 has no multiplication before sm_90; a fused multiply-add that adds -0 is one.
 _SCALE_BF16 = """
     .reg .b32 none, p;
     mov.b32 none, 0x80008000;
@@ -60,14 +65,14 @@ _SCALE_BF16 = """
     fma.rn.bf16x2 p, $3, $12, none;
     fma.rn.bf16x2 $3, $3, $10, p;
 """
-# The scales: $5, $6 of the low plane, $7, $8 of the high one.
+# Scales of the low plane in $5 and $6, those of the high plane in $7 and $8.
 _SCALE_FP16 = """
     mul.rn.f16x2 $0, $0, $5;
     mul.rn.f16x2 $1, $1, $6;
     mul.rn.f16x2 $2, $2, $7;
     mul.rn.f16x2 $3, $3, $8;
 """
-# Four bytes in $8 -> four low nibbles in $0 to $3, four high ones in $4 to $7, as float32 code - OFFSET.
+# Four bytes in $8 -> four low nibbles in $0 to $3 and four high ones in $4 to $7, as float32 2^23 + code - OFFSET.
 _UNPACK_FP32 = """
     .reg .b32 l, h;
     and.b32 l, $8, 0x0F0F0F0F;
@@ -83,9 +88,9 @@ _UNPACK_FP32 = """
     prmt.b32 $7, h, 0x4B000000, 0x7543;
 """ + "".join(f"    sub.rn.f32 ${register}, ${register}, OFFSET;\n" for register in range(8))
 
-# Four bytes in $8, the address of 16 float32 numbers in $9: those that the low nibbles name in $0 to $3, the high ones
-# in $4 to $7. The table is one cache line, which a warp reads without a conflict; left to the compiler's pipeline,
-# every weight would be copied to shared memory on its own first.
+# Four bytes in $8, the address of 16 float32 numbers in $9 -> the numbers that the low nibbles name in $0 to $3, and
+# those that the high nibbles name in $4 to $7. The table is one cache line, which a warp reads without a conflict. The
+# reads are assembly because the compiler's pipeline would first copy every weight to shared memory on its own.
 _LOOK_UP = """
     .reg .b32 c;
     .reg .b64 a;
@@ -111,7 +116,7 @@ CENTRED_FP32 = tl.constexpr("{" + _UNPACK_FP32.replace("OFFSET", "0f4B000008") +
 
 @triton.jit
 def unpack_centred(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Both planes of ``packed`` ``[BLOCK_N, BLOCK_J]`` uint8, as exact ``code - 8`` in DTYPE."""
+    """Both planes of ``packed`` ``[BLOCK_N, BLOCK_J]`` uint8 as ``code - 8`` in DTYPE, which is exact."""
     if ASM and tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
             UNPACK_BF16, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
@@ -127,7 +132,7 @@ def unpack_centred(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def unpack_fp32(packed, CENTRED: tl.constexpr, ASM: tl.constexpr):
-    """Both planes as float32 codes, less 8 where CENTRED."""
+    """Both planes of ``packed`` as codes in float32, less 8 if CENTRED."""
     if ASM:
         low, high = tl.inline_asm_elementwise(
             CENTRED_FP32 if CENTRED else CODES_FP32,
@@ -148,7 +153,7 @@ def unpack_fp32(packed, CENTRED: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def look_up(packed, codebook_ptr, ASM: tl.constexpr):
-    """Both planes as float32 numbers of the codebook ``[16]``."""
+    """Both planes of ``packed`` as the codebook's numbers: codebook_ptr ``[16]`` float32."""
     if ASM:
         low, high = tl.inline_asm_elementwise(
             LOOK_UP,
@@ -166,10 +171,10 @@ def look_up(packed, codebook_ptr, ASM: tl.constexpr):
 
 @triton.jit
 def group_rows(ptr, offs_n, mask_n, k0, plane, K, stride_g, stride_n, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The scales (or minima) of one plane of a tile.
+    """The scales (or minima) of one plane (0: low, 1: high) of a tile.
 
-    ptr ``[groups, N]``. A plane's run of 32 columns lies within one group, so one row per chunk of 64 is enough.
-    Returns ``[BLOCK_N, 1]`` where the whole tile lies within one group, ``[BLOCK_N, BLOCK_K // 2]`` otherwise.
+    ptr ``[groups, N]``. A plane's run of 32 columns lies within one group, so one row per chunk of 64 is loaded.
+    Returns ``[BLOCK_N, 1]`` if the whole tile lies within one group, ``[BLOCK_N, BLOCK_K // 2]`` otherwise.
     """
     CHUNKS: tl.constexpr = 1 if GROUP >= BLOCK_K else BLOCK_K // 64
     offs_c = k0 + plane * 32 + tl.arange(0, CHUNKS) * 64
@@ -188,9 +193,9 @@ def group_rows(ptr, offs_n, mask_n, k0, plane, K, stride_g, stride_n, GROUP: tl.
 
 @triton.jit
 def packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K: tl.constexpr):
-    """The bytes ``[BLOCK_N, BLOCK_K // 2]`` of the chunks from k0 on."""
+    """The bytes ``[BLOCK_N, BLOCK_K // 2]`` of the chunks from k0 on: packed_ptr ``[N, padded(K) // 2]`` uint8."""
     offs_j = tl.arange(0, BLOCK_K // 2)
-    # The packed row goes on to the end of K's last chunk.
+    # A whole chunk is read where K ends within it, because the packed row is padded to its end.
     mask_p = k0 + offs_j // 32 * 64 < K
     return tl.load(
         packed_ptr + offs_n.to(tl.int64)[:, None] * stride_pn + (k0 // 2 + offs_j).to(tl.int64)[None, :] * stride_pj,
@@ -201,7 +206,7 @@ def packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K
 
 @triton.jit
 def plane_columns(k0, BLOCK_K: tl.constexpr):
-    """The columns ``[BLOCK_K // 2]`` of the low plane of the tile from k0 on; the high plane's are 32 further on."""
+    """Columns ``[BLOCK_K // 2]`` of the low plane of the tile from k0 on. Those of the high plane are 32 further on."""
     offs_j = tl.arange(0, BLOCK_K // 2)
     return k0 + offs_j // 32 * 64 + offs_j % 32
 
@@ -230,20 +235,22 @@ def load_planes(
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Decodes ``W[offs_n, k0 : k0 + BLOCK_K]``: the low and the high plane, each ``[BLOCK_N, BLOCK_K // 2]``.
+    """Decodes ``W[offs_n, k0 : k0 + BLOCK_K]`` into its low and its high plane, each ``[BLOCK_N, BLOCK_K // 2]``.
 
     packed_ptr ``[N, padded(K) // 2]`` uint8: byte ``c * 32 + j`` holds column ``c * 64 + j`` in its low nibble and
-    ``c * 64 + 32 + j`` in its high nibble. scales_ptr, minimum_ptr ``[groups, N]``; codebook_ptr ``[16]``.
-    k0 is a multiple of 64. Rows with a false mask decode to a finite value without being read; so do, with MASK_K,
-    columns from K on, as zeros (what their padding holds is of no meaning). The bits are those that plain torch gives.
+    ``c * 64 + 32 + j`` in its high nibble. scales_ptr, minimum_ptr ``[groups, N]`` float16 or float32; codebook_ptr
+    ``[16]`` float32. k0 is a multiple of 64.
+
+    Rows whose mask is false are not read, and decode to finite values. With MASK_K, columns from K on decode to zeros,
+    whatever their padding holds. The bits are those that plain torch gives (``reference.decode``).
     """
     packed = packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K)
-    # [BLOCK_N, BLOCK_J] or [BLOCK_N, 1]
+    # [BLOCK_N, BLOCK_J] or [BLOCK_N, 1]. Both planes of a chunk have one scale, unless a group is a single run.
     scales_low = group_rows(scales_ptr, offs_n, mask_n, k0, 0, K, stride_sg, stride_sn, GROUP, BLOCK_K)
     scales_high = scales_low
     if GROUP == 32:
         scales_high = group_rows(scales_ptr, offs_n, mask_n, k0, 1, K, stride_sg, stride_sn, GROUP, BLOCK_K)
-    # A code times a float16 scale needs no rounding in float32.
+    # A code (4 bits) times a float16 scale (11 bits) needs no rounding in float32 (24 bits).
     EXACT: tl.constexpr = scales_ptr.dtype.element_ty == tl.float16
     if HAS_CODEBOOK:
         low, high = look_up(packed, codebook_ptr, ASM)
@@ -290,9 +297,9 @@ def load_planes(
 
 @triton.jit
 def two_bfloat16(scales):
-    """Float16 numbers as sums of two bfloat16 ones, exactly: the upper eight bits, and the three that are left.
+    """Splits float16 numbers exactly into two bfloat16 ones: the upper eight bits, and the three that are left.
 
-    Cut off by integers; conversions would round, and go through a slow unit.
+    The bits are cut off by integer instructions, because conversions would round, and run at a quarter of the rate.
     """
     wide = scales.to(tl.float32)
     bits = wide.to(tl.int32, bitcast=True)
@@ -303,7 +310,10 @@ def two_bfloat16(scales):
 
 @triton.jit
 def affine(codes, scales, minima, EXACT: tl.constexpr):
-    """``codes * scales + minima`` in float32. EXACT: the product needs no rounding: fused or not, it is the same."""
+    """``codes * scales + minima`` in float32.
+
+    EXACT: the product needs no rounding, so a fused multiply-add gives the same bits in one instruction.
+    """
     scales = scales.to(tl.float32)
     minima = minima.to(tl.float32)
     if EXACT:
@@ -314,9 +324,9 @@ def affine(codes, scales, minima, EXACT: tl.constexpr):
 
 @triton.jit
 def select(values, member, MEMBERS: tl.constexpr):
-    """``values[member]``, of a tuple with one value for each member of a group of weights.
+    """``values[member]`` of a tuple with one value for each member of a group of weights.
 
-    It must not return None, which a device function cannot.
+    The value must not be None, which a device function cannot return.
     """
     if MEMBERS == 1:
         return values[0]

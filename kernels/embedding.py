@@ -1,4 +1,4 @@
-"""Rows of a packed 4-bit matrix: kernel, launchers. Rows by id are an embedding; consecutive ones are a panel."""
+"""Rows of a packed 4-bit matrix, decoded by a kernel: rows by id for an embedding, consecutive rows for a panel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .decode import load_planes, plane_columns
 from .launch import FLOAT_DTYPES, runs_compiled, scheme_arguments
 from .layout import Int4Weight
 
-# A panel: 64 rows by two chunks, stored in runs of 64 bytes.
+# Tiles of a panel are 64 rows by two chunks of columns, which are stored in runs of 64 bytes.
 PANEL_CONFIG = TileConfig(block_m=64, block_n=MIN_DOT, block_k=128, num_warps=4, num_stages=1)
 
 
@@ -46,10 +46,11 @@ def _embedding_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``rows[m, k] = W[ids[m], k]``, one tile per program; ``W[m, k]`` without ids.
+    """``rows[m, k] = W[ids[m], k]``, or ``W[m, k]`` without HAS_IDS; one tile per program.
 
-    ids_ptr ``[M]`` int64; packed_ptr, scales_ptr, minimum_ptr, codebook_ptr: the table ``W[N, K]``, see
-    ``load_planes``; rows_ptr ``[M, K]``. An id outside ``0..N-1`` reads nothing and gives a row of NaN.
+    ids_ptr: ``[M]`` int64. An id outside ``0..N-1`` reads nothing and gives a row of NaN.
+    packed_ptr, scales_ptr, minimum_ptr, codebook_ptr: the table ``W[N, K]``, see ``load_planes``.
+    rows_ptr: ``[M, K]``.
     """
     pid = tl.program_id(0)
     blocks_m = (M + BLOCK_M - 1) // BLOCK_M
@@ -130,14 +131,14 @@ def _launch(ids: Tensor | None, weight: Int4Weight, rows: Tensor, config: TileCo
 def int4_embedding_triton(
     ids: Tensor, weight: Int4Weight, dtype: torch.dtype, config: TileConfig | None = None
 ) -> Tensor:
-    """Rows ``ids`` of the decoded table.
+    """Decodes rows ``ids`` of a table.
 
     Args:
-        ids: int64, any shape and strides. Checking them would stall the device: one outside ``0..N-1`` gives a row
-            of NaN.
+        ids: int64, any shape and strides. They are not checked, which would stall the device. One outside ``0..N-1``
+            gives a row of NaN.
         weight: the table ``W[N, K]``.
         dtype: float32, float16 or bfloat16.
-        config: tile sizes; a default if not given.
+        config: tile sizes; the default if not given.
 
     Returns:
         ``[*ids.shape, K]`` in ``dtype``.
@@ -162,7 +163,7 @@ def int4_embedding_triton(
 
 
 def decode_rows_triton(weight: Int4Weight, out: Tensor) -> Tensor:
-    """All rows of ``weight`` decoded into ``out`` ``[N, K]`` (float32, float16 or bfloat16), which is returned."""
+    """Decodes all rows of ``weight`` into ``out`` ``[N, K]`` (float32, float16 or bfloat16), and returns it."""
     if out.numel():
         _launch(None, weight, out, PANEL_CONFIG)
     return out

@@ -1,4 +1,4 @@
-"""The operations as functions of ``Int4Weight``: what every layer calls."""
+"""The operations as functions of ``Int4Weight``, which every layer calls. ``backend`` is described in ``ops``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def int4_matmul(
     b: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``Y = X·Wᵀ + bias + t·bᵀ``, differentiable in x, bias, t and b.
+    """Computes ``Y = X·Wᵀ + bias + t·bᵀ``, differentiable in x, bias, t and b.
 
     Args:
         x: ``[..., K]``. weight: ``[N, K]``. bias: ``[N]``.
@@ -34,6 +34,9 @@ def int4_matmul(
 
     Returns:
         ``[..., N]`` in x's dtype.
+
+    Raises:
+        TypeError: x is not floating. ValueError: shapes, devices or the backend do not fit.
     """
     _check("x", x, weight.in_features, weight, backend)
     flat = x.reshape(-1, x.shape[-1])
@@ -46,13 +49,16 @@ def int4_matmul(
 def int4_matmul_dx(
     dy: Tensor, weight: Int4Weight, g: Tensor | None = None, a: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """``dX = dY·W + g·a``, differentiable in dy, g and a.
+    """Computes ``dX = dY·W + g·a``, differentiable in dy, g and a.
 
     Args:
         dy: ``[..., N]``. weight: ``[N, K]``. g: ``[..., R]``, LoRA's scaled ``dY·B``. a: ``[R, K]``, LoRA's A.
 
     Returns:
         ``[..., K]`` in dy's dtype.
+
+    Raises:
+        TypeError: dy is not floating. ValueError: shapes, devices or the backend do not fit.
     """
     _check("dy", dy, weight.out_features, weight, backend)
     flat = dy.reshape(-1, dy.shape[-1])
@@ -70,14 +76,17 @@ def int4_matmul_group(
     bs: Sequence[Tensor],
     backend: str = "auto",
 ) -> list[Tensor]:
-    """``int4_matmul`` of several weights with one input ``[..., K]``: in one launch where a fused kernel takes them.
+    """Computes ``int4_matmul`` of several weights with one input, in one launch where a fused kernel takes them.
+
+    Not differentiable: it is for use within an autograd function.
 
     Args:
+        x: ``[..., K]``.
         weights: ``[N_i, K]`` each; biases: ``[N_i]`` or None.
         ts: ``[..., R_i]``, LoRA's scaled ``X·A_iᵀ``; bs: ``[N_i, R_i]``.
 
     Returns:
-        ``[..., N_i]`` each. Not differentiable: for use within an autograd function.
+        ``[..., N_i]`` each, in x's dtype.
     """
     _check("x", x, weights[0].in_features, weights[0], backend)
     flat = x.reshape(-1, x.shape[-1])
@@ -124,14 +133,16 @@ def int4_matmul_dx_group(
     a: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``sum dY_i·W_i + g·a``, written once.
+    """Computes ``dX = sum dY_i·W_i + g·a`` and writes it once.
+
+    Not differentiable: it is for use within an autograd function.
 
     Args:
-        dys: ``[..., N_i]`` each. weights: ``[N_i, K]`` each. g: ``[..., R]`` and a: ``[R, K]``: the members' side by
-            side.
+        dys: ``[..., N_i]`` each. weights: ``[N_i, K]`` each.
+        g: ``[..., R]``, the members' side by side. a: ``[R, K]``, the members' below each other.
 
     Returns:
-        ``[..., K]`` in dys' dtype. Not differentiable: for use within an autograd function.
+        ``[..., K]`` in the gradients' dtype.
     """
     for dy, weight in zip(dys, weights, strict=True):
         _check("dy", dy, weight.out_features, weight, backend)
@@ -156,7 +167,7 @@ def _matmul_dx_group(
         return int4_matmul_dx_group_panel(dys, weights, g, a)
     if _alike(weights, ()):
         return routed("matmul_dx", dys[0], weights, launch)
-    # Each by its own route; LoRA's term, which is of all of them, with the last.
+    # Each member goes by its own route. LoRA's term, which belongs to all members, goes with the last.
     *first, last = zip(dys, weights, strict=True)
     total = matmul_dx_op(last[0], *_fields(last[1]), g, a, backend)
     for dy, weight in first:
@@ -165,13 +176,14 @@ def _matmul_dx_group(
 
 
 def _alike(weights: Sequence[Int4Weight], bs: Sequence[Tensor]) -> bool:
+    """Whether one launch can take these weights with adapters of one rank."""
     from .launch import can_group
 
     return can_group(weights) and len({b.shape[1] for b in bs}) <= 1
 
 
 def int4_embedding(ids: Tensor, weight: Int4Weight, dtype: torch.dtype, backend: str = "auto") -> Tensor:
-    """Rows ``ids`` (int64, any shape) of the table ``[V, K]``: ``[*ids.shape, K]`` in ``dtype``. Not differentiable."""
+    """Decodes rows ``ids`` (int64, any shape) of the table ``[V, K]``: ``[*ids.shape, K]``. Not differentiable."""
     return embedding_op(ids, *_fields(weight), dtype, backend)
 
 
@@ -184,11 +196,11 @@ def int4_cross_entropy(
     factors: Sequence[float] = (1.0,),
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy per token over the int4 head and the argmax, differentiable in ``hidden``.
+    """Computes the cross-entropy of each token over the int4 head, and the argmax; differentiable in ``hidden``.
 
     Args:
         hidden: ``[T, K]``. weight: ``[V, K]``. targets: ``[T]`` int64. bias: ``[V]``, frozen.
-        factors: what the model does to its logits, see ``cross_entropy``.
+        factors: what the model does to its logits, as ``cross_entropy`` describes.
 
     Returns:
         losses ``[T]`` float32 or wider, 0 where ignored; argmax ``[T]`` int64, -1 where ignored.
@@ -204,7 +216,7 @@ def int4_cross_entropy(
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """TypeError for integers, as of a linear layer; modelling code that casts to ``layer.weight.dtype`` makes such."""
+    """Raises TypeError for integers, which modelling code makes that casts to ``layer.weight.dtype``."""
     if not tensor.is_floating_point():
         raise TypeError(
             f"{name} is {tensor.dtype}, wanted a floating dtype; if the model casts its activations to the dtype of an "
@@ -219,5 +231,5 @@ def _check(name: str, tensor: Tensor, width: int, weight: Int4Weight, backend: s
     if tensor.dim() == 0 or tensor.shape[-1] != width:
         raise ValueError(f"{name} must have {width} columns, got shape {tuple(tensor.shape)}")
     if tensor.device != weight.device:
-        # The meta device: weights that are brought in only while their block runs.
+        # A weight is on the meta device while its block does not run.
         raise ValueError(f"{name} is on {tensor.device} and the int4 weight on {weight.device}")

@@ -1,4 +1,4 @@
-"""What the kernels' launches share: a weight's arguments, and checks of the operands."""
+"""Parts that all launches share: a weight's arguments, and checks of the operands."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def of_members(values: Sequence[Any], missing: Any = None) -> tuple[Any, ...]:
-    """What a kernel takes of each member: a tuple of always ``MOST_MEMBERS`` values.
+    """A kernel's argument with one value for each member of a group: a tuple of always ``MOST_MEMBERS`` values.
 
-    A group of two repeats the last one, which has no rows; one weight alone is followed by ``missing``.
+    A group of two repeats its last value, for a third member without rows. A weight alone is followed by ``missing``.
     """
     filler = values[-1] if len(values) > 1 else missing
     return (*values, *[filler] * (MOST_MEMBERS - len(values)))
 
 
 def weight_arguments(weights: Sequence[Int4Weight]) -> dict[str, Any]:
-    """What a kernel takes of a group of weights: pointers, sizes and strides by member; flags of their scheme."""
+    """A kernel's arguments for a group of weights: pointers, sizes and strides by member; flags of the scheme."""
     minima = [weight.minimum for weight in weights]
     return {
         "packed_of": of_members([weight.packed for weight in weights]),
@@ -41,7 +41,7 @@ def weight_arguments(weights: Sequence[Int4Weight]) -> dict[str, Any]:
 
 
 def scheme_arguments(weight: Int4Weight) -> dict[str, Any]:
-    """What is the same for all weights that can share a launch."""
+    """Arguments that are the same for all weights of a launch, as ``can_group`` makes sure."""
     return {
         "stride_pn": weight.packed.stride(0),
         "stride_pj": weight.packed.stride(1),
@@ -54,12 +54,12 @@ def scheme_arguments(weight: Int4Weight) -> dict[str, Any]:
 
 
 def runs_compiled(kernel: Any) -> bool:
-    """Whether inline PTX can be used: not in Triton's interpreter, and not on ROCm."""
+    """Whether the kernel may use inline PTX: it may not in Triton's interpreter, nor on ROCm."""
     return isinstance(kernel, triton.runtime.JITFunction) and torch.version.hip is None
 
 
 def check_operand(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raises ``ValueError`` unless ``tensor`` is a float tensor of that shape on that device."""
+    """Raises ValueError unless ``tensor`` is a float tensor of that shape on that device."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype not in FLOAT_DTYPES:
@@ -69,7 +69,7 @@ def check_operand(name: str, tensor: Tensor, shape: tuple[int, ...], device: tor
 
 
 def can_group(weights: Sequence[Int4Weight]) -> bool:
-    """Whether one launch can take these weights with one input: all must be alike but for their rows."""
+    """Whether one launch can take these weights with one input: they may differ in nothing but their rows."""
     if not 1 <= len(weights) <= MOST_MEMBERS:
         return False
     kinds = {

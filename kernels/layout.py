@@ -2,8 +2,8 @@
 
 Planar packing, one copy for both directions. K is cut into chunks of 64. Byte ``j`` (0..31) of a chunk holds
 ``code[k0 + j]`` in its low nibble and ``code[k0 + 32 + j]`` in its high nibble, so a run of 32 bytes decodes
-into two runs of 32 neighbouring columns, and every group size (32, 64, 128) has one scale per such run.
-A K that is no multiple of 64 is padded.
+into two runs of 32 neighbouring columns. A run lies within one group for every group size (32, 64, 128), so it has one
+scale. A K that is no multiple of 64 is padded.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def padded(in_features: int) -> int:
 
 
 def group_count(in_features: int, group_size: int) -> int:
-    """Rows of ``scales`` for a logical K: the groups that cover the padded K (a last one may be partial)."""
+    """Number of groups that cover the padded K, which ``scales`` has a row for. The last one may be partial."""
     return -(-padded(in_features) // group_size)
 
 
 def pack(codes: Tensor, pad_code: int = 0) -> Tensor:
-    """Packs codes.
+    """Packs one code per byte into two codes per byte.
 
     Args:
         codes: ``[N, K]`` uint8, values 0..15.
@@ -40,6 +40,9 @@ def pack(codes: Tensor, pad_code: int = 0) -> Tensor:
 
     Returns:
         ``[N, padded(K) // 2]`` uint8.
+
+    Raises:
+        ValueError: codes are no uint8 matrix, or one is above 15.
     """
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise ValueError(f"codes must be a 2-D uint8 tensor, got {codes.dim()}-D {codes.dtype}")
@@ -52,7 +55,7 @@ def pack(codes: Tensor, pad_code: int = 0) -> Tensor:
 
 
 def unpack(packed: Tensor, in_features: int) -> Tensor:
-    """The inverse of ``pack``: ``[N, padded(K) // 2]`` uint8 -> ``[N, K]`` uint8 codes 0..15."""
+    """Inverts ``pack``: ``[N, padded(K) // 2]`` uint8 -> ``[N, K]`` uint8 codes 0..15."""
     runs = packed.unflatten(1, (-1, RUN))
     return torch.stack((runs & 15, runs >> 4), dim=2).flatten(1)[:, :in_features]
 
@@ -70,11 +73,11 @@ class Int4Weight:
     ========== =============================================
 
     Attributes:
-        packed: ``[N, padded(K) // 2]`` uint8, see the module's docstring.
+        packed: ``[N, padded(K) // 2]`` uint8, in the order that the module's docstring gives.
         scales: ``[ceil(padded(K) / G), N]`` float16 or float32; may be negative.
         in_features: K.
         group_size: G, one of 32, 64, 128.
-        minimum: as ``scales``; present for the affine scheme only.
+        minimum: of the shape and dtypes of ``scales``; present for the affine scheme only.
         codebook: ``[16]`` float32; present for the codebook scheme only.
 
     Raises:
@@ -124,8 +127,8 @@ class Int4Weight:
     ) -> Int4Weight:
         """Packs ``codes`` ``[N, K]`` with ``scales`` (and ``minimum``) of shape ``[ceil(K / G), N]``.
 
-        Padded columns decode to zero in the symmetric scheme; in the others their value is of no meaning,
-        and no operation reads it.
+        Padded columns decode to zero in the symmetric scheme. In the other schemes their value has no meaning, and no
+        operation reads it.
         """
         if group_size not in GROUP_SIZES:
             raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size}")
@@ -165,6 +168,7 @@ class Int4Weight:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -173,6 +177,7 @@ class Int4Weight:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device | str, copy: bool = False) -> Int4Weight:
+        """The weight on ``device``; itself where it is there already, unless ``copy``."""
         return replace(self, **{name: tensor.to(device, copy=copy) for name, tensor in self.tensors().items()})
 
     def rows(self, start: int, stop: int) -> Int4Weight:
@@ -185,7 +190,7 @@ class Int4Weight:
         )
 
     def gather(self, ids: Tensor) -> Int4Weight:
-        """A weight of the output rows ``ids`` (int64, ``[T]``), copied."""
+        """A copy of the output rows ``ids`` (int64, ``[T]``), in that order."""
         return replace(
             self,
             packed=self.packed.index_select(0, ids),
@@ -208,7 +213,7 @@ class Int4Weight:
         )
 
     def permute_rows(self, order: Tensor) -> Int4Weight:
-        """A copy with its output rows in the given order (exact: groups lie along K)."""
+        """A copy with its output rows in the given order. It is exact, because groups lie along K."""
         return replace(
             self,
             packed=self.packed[order],

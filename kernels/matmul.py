@@ -1,7 +1,8 @@
-"""``Y = X·Wᵀ (+ bias, + LoRA)`` straight from packed 4-bit weights, of one weight or of several with one input.
+"""``Y = X·Wᵀ (+ bias, + LoRA)`` from packed 4-bit weights, for one weight or for several with one input.
 
-The decoded weights are the left operand of the dot, that is, the kernel computes tiles of Yᵀ: tensor cores then
-take them from registers, and no warp decodes what another one has decoded.
+The decoded weights are the left operand of the dot, so the kernel computes tiles of Yᵀ. Tensor cores take a left
+operand from registers, split by rows among the warps. So the weights need not go through shared memory, and no warp
+decodes what another one has decoded.
 """
 
 from __future__ import annotations
@@ -64,17 +65,23 @@ def _matmul_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``Y = X·Wᵀ + bias + t·bᵀ``, one tile of one member's Yᵀ per program.
+    """``Y_i = X·W_iᵀ + bias_i + t_i·b_iᵀ`` for each member i of a group; one tile of one member's Yᵀ per program.
 
-    x_ptr ``[M, K]``; packed_ptr, scales_ptr, minimum_ptr, codebook_ptr: the weight ``W[N, K]``, see ``load_planes``;
-    bias_ptr ``[N + N1 + N2]``; t_ptr ``[M, MEMBERS * R]`` (scaled ``X·Aᵀ`` of each member); b_ptr ``[N + N1 + N2, R]``;
-    y_ptr ``[M, N]``, y1_ptr ``[M, N1]``, y2_ptr ``[M, N2]``.
-    SPLIT: the reduction is cut into that many parts, axis 1 of the grid; each writes a y of its own, in float32, all
-    members' outputs further on than the last one.
+    Arguments that end in ``_of`` are tuples with a value for each of three members, of which MEMBERS are there.
+
+    x_ptr: ``[M, K]``.
+    packed_of, scales_of, minimum_of, codebook_of: the weights ``W_i[N_of[i], K]``, see ``load_planes``.
+    bias_ptr: ``[sum N_of]``. b_ptr: ``[sum N_of, R]``, LoRA's B. The members' rows lie below each other.
+    t_ptr: ``[M, MEMBERS * R]``, LoRA's scaled ``X·A_iᵀ`` of the members side by side.
+    y_of: ``[M, N_of[i]]``, contiguous.
+    SPLIT: the reduction is cut into that many parts, axis 1 of the grid. Each part writes float32 outputs of its own,
+        which lie behind those of the part before, all members' together.
+    SCALE_SUMS: scales multiply the sums over a group instead of the weights.
+
     Sums are kept in float32 and rounded once, after bias and LoRA.
     """
     pid = tl.program_id(0)
-    # Neighbouring programs share a tile of the weight.
+    # Neighbouring programs share a tile of the weight, which is read from memory once and then from the cache.
     blocks_m = (M + BLOCK_M - 1) // BLOCK_M
     offs_m = (pid % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     block = pid // blocks_m
@@ -125,7 +132,8 @@ def _matmul_kernel(
         # [BLOCK_J, BLOCK_M]
         x_high = tl.load(x_ptrs_high, mask=mask_m[None, :] & (offs_k + 32 < K)[:, None], other=0.0)
         if SCALE_SUMS:
-            # Columns from K on meet zeros in x, and a scale of zero where their whole group is padding.
+            # No column mask is needed: columns from K on meet zeros in x, and the masked scale of a group that is all
+            # padding is zero.
             packed = packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K)
             w_low, w_high = unpack_centred(packed, dtype, ASM)
             # [BLOCK_N, 1]
@@ -165,7 +173,7 @@ def _matmul_kernel(
             acc = tl.dot(w_low, x_low, acc, input_precision="ieee")
             acc = tl.dot(w_high, x_high, acc, input_precision="ieee")
 
-    # Bias and LoRA belong to the first part.
+    # Bias and LoRA are added in the first part alone, or the second pass would count them SPLIT times.
     ranks = R
     if SPLIT > 1:
         ranks = tl.where(k_begin == 0, R, 0)
@@ -252,15 +260,15 @@ def int4_matmul_triton(
     b: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """``Y = X·Wᵀ + bias + t·bᵀ``.
+    """Computes ``Y = X·Wᵀ + bias + t·bᵀ``.
 
     Args:
         x: ``[M, K]`` float32, float16 or bfloat16, any strides.
         weight: ``W[N, K]``.
         bias: ``[N]``.
-        t: ``[M, R]``, the scaled ``X·Aᵀ``; rounded to x's dtype, as ``b`` is.
+        t: ``[M, R]``, LoRA's scaled ``X·Aᵀ``. Like ``b``, it is rounded to x's dtype.
         b: ``[N, R]``, LoRA's B.
-        config: tile sizes; a default if not given.
+        config: tile sizes; the default if not given.
 
     Returns:
         ``[M, N]`` in x's dtype.
@@ -279,16 +287,20 @@ def int4_matmul_group_triton(
     b: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> list[Tensor]:
-    """``int4_matmul_triton`` of several weights ``W_i[N_i, K]`` with one input, in one launch.
+    """Computes ``int4_matmul_triton`` of several weights ``W_i[N_i, K]`` with one input, in one launch.
 
     Args:
         x: ``[M, K]``.
         weights: at most three, for which ``can_group`` holds.
-        bias: ``[sum N_i]``. t: ``[M, members * R]``. b: ``[sum N_i, R]``: those of the members side by side.
-        config: as for one weight.
+        bias: ``[sum N_i]``, the members' below each other. b: ``[sum N_i, R]``, likewise.
+        t: ``[M, members * R]``, the members' side by side.
+        config: tile sizes; the default if not given.
 
     Returns:
         ``[M, N_i]`` each.
+
+    Raises:
+        ValueError: the weights cannot share a launch, or shapes, dtypes or devices do not fit together.
     """
     if not can_group(weights):
         raise ValueError(f"{len(weights)} weights cannot share a launch: see can_group")

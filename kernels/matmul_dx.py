@@ -1,8 +1,8 @@
-"""``dX = dY·W (+ LoRA)`` straight from packed 4-bit weights, of one weight or of several with one input.
+"""``dX = dY·W (+ LoRA)`` from packed 4-bit weights, for one weight or for several with one input.
 
-The packing is that of the forward pass. Its two planes of columns become two accumulators, stored to runs of
-neighbouring columns, so nothing is interleaved. Weights that had one input (q, k and v) are one reduction over all
-their rows: dX is written once.
+The packing is that of the forward pass. Here K is the output's width, so the two planes of columns become two
+accumulators. They are stored to runs of 32 neighbouring columns, and nothing is interleaved. Weights that had one input
+(q, k and v) are one reduction over all their rows, so dX is written once.
 """
 
 from __future__ import annotations
@@ -61,15 +61,23 @@ def _matmul_dx_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``dX = dY·W + dY1·W1 + dY2·W2 + g·a``, one tile of dX (of its transpose, with WEIGHT_LEFT) per program.
+    """``dX = sum dY_i·W_i + g·a`` over the members i of a group; one tile of dX per program.
 
-    dy_ptr ``[M, N]``; packed_ptr, scales_ptr, minimum_ptr, codebook_ptr: the weight ``W[N, K]``, see ``load_planes``;
-    g_ptr ``[M, R]`` (scaled ``dY·B``, of all members side by side); a_ptr ``[R, K]``; dx_ptr ``[M, K]``.
-    SPLIT: the reduction is cut into that many parts, axis 1 of the grid; each writes such a dX of its own, in float32.
+    Arguments that end in ``_of`` are tuples with a value for each of three members, of which MEMBERS are there.
+
+    dy_of: ``[M, N_of[i]]``, which may differ in their stride along M alone.
+    packed_of, scales_of, minimum_of, codebook_of: the weights ``W_i[N_of[i], K]``, see ``load_planes``.
+    g_ptr: ``[M, R]``, LoRA's scaled ``dY_i·B_i`` of all members side by side. a_ptr: ``[R, K]``, their A.
+    dx_ptr: ``[M, K]``, contiguous.
+    SPLIT: the reduction is cut into that many parts, axis 1 of the grid. Each part writes a float32 dX of its own.
+    WEIGHT_LEFT: the decoded weight is the left operand, and tiles of dXᵀ are computed. Each warp then decodes its own
+        rows. On the right, every warp decodes the whole tile, unless the device has matrix instructions that take a
+        right operand from shared memory for all warps (sm_90, sm_100).
+
     Sums are kept in float32 and rounded once.
     """
     pid = tl.program_id(0)
-    # Neighbouring programs share a strip of the weight.
+    # Neighbouring programs share a strip of the weight, which is read from memory once and then from the cache.
     blocks_m = (M + BLOCK_M - 1) // BLOCK_M
     offs_m = (pid % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     k0 = (pid // blocks_m) * BLOCK_K
@@ -82,7 +90,8 @@ def _matmul_dx_kernel(
     mask_high = offs_k + 32 < K
     dtype = dy_of[0].dtype.element_ty
 
-    # The reduction's steps: each member's rows, by BLOCK_N.
+    # The reduction's steps run through the rows of the first member by BLOCK_N, then of the second, then of the third.
+    # No step holds rows of two members, so that one set of pointers serves it.
     steps_0 = (N_of[0] + BLOCK_N - 1) // BLOCK_N
     steps_1 = steps_0
     steps = steps_0
@@ -124,7 +133,7 @@ def _matmul_dx_kernel(
         codebook_ptr = codebook_of[0]
         if HAS_CODEBOOK:
             codebook_ptr = select(codebook_of, member, MEMBERS)
-        # Columns from K on are computed and not stored: they touch no other column.
+        # Columns from K on need no mask here: they are computed, touch no other column, and are not stored.
         w_low, w_high = load_planes(
             select(packed_of, member, MEMBERS),
             select(scales_of, member, MEMBERS),
@@ -188,7 +197,7 @@ def _matmul_dx_kernel(
 
 
 def _column_stride(dys: Sequence[Tensor]) -> int:
-    """The one stride along N; what a single column says of it is of no meaning."""
+    """The stride along N that all gradients share. A gradient with a single column has none."""
     return next((dy.stride(1) for dy in dys if dy.shape[1] > 1), 1)
 
 
@@ -237,14 +246,14 @@ def int4_matmul_dx_triton(
     a: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """``dX = dY·W + g·a``.
+    """Computes ``dX = dY·W + g·a``.
 
     Args:
-        dy: ``[M, N]`` float32, float16 or bfloat16, any strides (also 0, as of an expanded tensor).
+        dy: ``[M, N]`` float32, float16 or bfloat16, any strides (0 included, as an expanded tensor has).
         weight: ``W[N, K]``.
-        g: ``[M, R]``, the scaled ``dY·B``; rounded to dy's dtype, as ``a`` is.
+        g: ``[M, R]``, LoRA's scaled ``dY·B``. Like ``a``, it is rounded to dy's dtype.
         a: ``[R, K]``, LoRA's A.
-        config: tile sizes; a default if not given.
+        config: tile sizes; the default if not given.
 
     Returns:
         ``[M, K]`` in dy's dtype.
@@ -262,13 +271,19 @@ def int4_matmul_dx_group_triton(
     a: Tensor | None = None,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """``dX = sum dY_i·W_i + g·a`` in one launch, written once.
+    """Computes ``dX = sum dY_i·W_i + g·a`` in one launch, which writes it once.
 
     Args:
         dys: ``[M, N_i]`` each, of one dtype.
         weights: at most three, for which ``can_group`` holds.
-        g: ``[M, R]`` and a: ``[R, K]``: the members' side by side, R the sum of their ranks.
-        config: as for one weight.
+        g: ``[M, R]``, the members' side by side, R being the sum of their ranks. a: ``[R, K]``, below each other.
+        config: tile sizes; the default if not given.
+
+    Returns:
+        ``[M, K]`` in the gradients' dtype.
+
+    Raises:
+        ValueError: the weights cannot share a launch, or shapes, dtypes or devices do not fit together.
     """
     if not can_group(weights) or len(dys) != len(weights):
         raise ValueError(f"{len(dys)} gradients and {len(weights)} weights cannot share a launch: see can_group")

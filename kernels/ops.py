@@ -1,8 +1,8 @@
-"""The operations as ``torch.library`` ops (with fake implementations and autograd): what everything above calls.
+"""The operations as ``torch.library`` ops, with fake implementations and autograd. ``functions`` calls them.
 
-``backend``: "triton", "panel" (plain torch), or "auto": Triton on a GPU, panels elsewhere. With "triton" the tables
-choose between a fused kernel and panels that a kernel decodes, by problem and device. Triton's interpreter
-(``TRITON_INTERPRET=1``) runs "triton" on the CPU, for tests; its bfloat16 arithmetic is wrong.
+``backend`` is "triton", "panel" (plain torch), or "auto", which is Triton on a GPU and panels elsewhere. With "triton"
+the tables choose between a fused kernel and panels that a kernel decodes, by problem and device. Triton's interpreter
+(``TRITON_INTERPRET=1``) runs "triton" on the CPU for tests, but its bfloat16 arithmetic is wrong.
 """
 
 from __future__ import annotations
@@ -163,17 +163,18 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:
-    """``[M, N]`` with x's leading dimensions. No view, as a matmul's result is none: it may be changed in place."""
+    """``y`` ``[M, N]`` with x's leading dimensions. It is no view for autograd, so it may be changed in place."""
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """While active, autocast is off for the tensor's device."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Whoever calls ``backward`` under autocast would otherwise get its products rounded."""
+    """Runs a backward function with autocast off, which would round its products."""
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Any:

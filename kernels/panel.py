@@ -1,8 +1,8 @@
-"""The operations by panels in plain torch: every device without Triton, and large M where a library's matmul wins.
+"""The operations by panels, with torch's own products: for devices without Triton, and for large M.
 
-A panel is a slice of the weight decoded into a small reused buffer, so no full weight ever exists. Panels are kept in
-*plane order*: the low nibbles' columns of all its chunks, then the high nibbles'. Unpacking is then two
-contiguous byte operations, and only the (much smaller) activations are permuted.
+A panel is a slice of the weight, decoded into a small reused buffer, so no full weight ever exists. Panels are in
+*plane order*: the columns of all low nibbles first, then those of all high nibbles. Unpacking is then two contiguous
+byte operations, and only the activations, which are much smaller, are permuted.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ GPU_ELEMENTS = 1 << 23
 
 
 class Workspace:
-    """How large a panel may be, and the buffers that panels on a CPU reuse (making one anew is page faults each time).
+    """The size of a panel, and the buffers that panels on a CPU reuse, since making one anew costs page faults.
 
-    Every thread has a workspace of its own, see ``use_workspace``. Only one of its decoders may have a panel in use.
+    Every thread has a workspace of its own (``use_workspace`` replaces it). Only one decoder of a workspace may have a
+    panel in use at a time.
 
     Attributes:
         cpu_elements, gpu_elements: elements of one panel on a CPU, and on any other device.
-        buffers: by name and dtype, the largest that was asked for so far.
+        buffers: the buffers so far, by name and dtype, as large as the largest panel that was asked for.
     """
 
     def __init__(self, cpu_elements: int = CPU_ELEMENTS, gpu_elements: int = GPU_ELEMENTS) -> None:
@@ -68,7 +69,7 @@ def workspace() -> Workspace:
 def use_workspace(other: Workspace) -> Iterator[None]:
     """While active, this thread's panels have the sizes and the buffers of ``other``.
 
-    The planner counts a run's memory so: with a device's panel sizes, and with buffers that hold no data.
+    This is how the planner counts a run's memory: with the panel sizes of the device, and buffers that hold no data.
     """
     before, _thread.workspace = _thread.workspace, other
     try:
@@ -83,10 +84,10 @@ def spans(length: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 class PanelDecoder:
-    """Decodes panels of at most ``rows`` x ``chunks`` of one weight into reused buffers.
+    """Decodes panels of one weight, of at most ``rows`` rows and ``chunks`` chunks of columns, into reused buffers.
 
-    In plain torch panels are in plane order. With ``by_kernel`` a Triton kernel decodes them, in logical order.
-    ``arrange`` brings what a panel is multiplied with into the panel's order, ``restore`` a product back.
+    In plain torch, panels are in plane order. With ``by_kernel`` a Triton kernel decodes them, in logical order.
+    ``arrange`` permutes what is multiplied with a panel into its order, and ``restore`` permutes a product back.
     """
 
     def __init__(self, weight: Int4Weight, dtype: torch.dtype, rows: int, chunks: int, by_kernel: bool = False) -> None:
@@ -103,17 +104,17 @@ class PanelDecoder:
         self._groups: dict[tuple[int, int], Tensor] = {}
 
     def with_weight(self, weight: Int4Weight) -> PanelDecoder:
-        """The same for another weight, in the same buffers."""
+        """A decoder of another weight that uses the same buffers."""
         other = copy.copy(self)
         other.weight, other._groups = weight, {}
         return other
 
     def arrange(self, x: Tensor, chunks: int) -> Tensor:
-        """``[M, columns]`` -> ``[M, width of a panel of that many chunks]``."""
+        """``[M, columns]`` -> ``[M, width]`` in the panel's order, width being that of a panel of ``chunks`` chunks."""
         return x if self.by_kernel else to_planes(x, chunks)
 
     def restore(self, x: Tensor, columns: int) -> Tensor:
-        """The inverse: back to logical order, and to ``columns``."""
+        """Inverts ``arrange``: ``[M, width]`` -> ``[M, columns]`` in logical order."""
         return (x if self.by_kernel else from_planes(x))[:, :columns]
 
     def _run_groups(self, first_chunk: int, last_chunk: int) -> Tensor:
@@ -124,12 +125,12 @@ class PanelDecoder:
         return self._groups[first_chunk, last_chunk]
 
     def _per_run(self, values: Tensor, groups: Tensor, start: int, stop: int) -> Tensor:
-        """Scales or minima as ``[rows, runs, 1]``."""
+        """Scales or minima of the rows ``start:stop``, one for each run, as ``[rows, runs, 1]``."""
         chosen = values[:, start:stop].index_select(0, groups).t()
         return torch.empty(chosen.shape, dtype=self.wide, device=values.device).copy_(chosen).unsqueeze(-1)
 
     def __call__(self, start: int, stop: int, first_chunk: int, last_chunk: int) -> Tensor:
-        """The panel of rows ``start:stop``, ``[rows, columns]``, valid until the next call."""
+        """The decoded panel of rows ``start:stop`` and some chunks, ``[rows, columns]``, valid until the next call."""
         if self.by_kernel:
             return self._decode_by_kernel(start, stop, first_chunk * CHUNK, last_chunk * CHUNK)
         rows, half = stop - start, (last_chunk - first_chunk) * RUN
@@ -160,14 +161,14 @@ class PanelDecoder:
 
 
 def to_planes(x: Tensor, chunks: int) -> Tensor:
-    """``[M, K]`` -> ``[M, chunks * 64]``: zero-padded, columns in plane order."""
+    """``[M, K]`` -> ``[M, chunks * 64]``, zero-padded, with columns in plane order."""
     if x.shape[1] != chunks * CHUNK:
         x = torch.nn.functional.pad(x, (0, chunks * CHUNK - x.shape[1]))
     return x.unflatten(1, (chunks, 2, RUN)).transpose(1, 2).flatten(1)
 
 
 def from_planes(planes: Tensor) -> Tensor:
-    """``[M, chunks * 64]`` in plane order -> the same in logical order."""
+    """``[M, chunks * 64]`` in plane order -> the same columns in logical order."""
     return planes.unflatten(1, (2, -1, RUN)).transpose(1, 2).flatten(1)
 
 
@@ -179,7 +180,10 @@ def int4_matmul_panel(
     b: Tensor | None = None,
     by_kernel: bool = False,
 ) -> Tensor:
-    """``Y = X·Wᵀ + bias + t·bᵀ``; shapes as ``reference.matmul``. ``by_kernel``: see ``PanelDecoder``."""
+    """Computes ``Y = X·Wᵀ + bias + t·bᵀ``: x ``[M, K]``, bias ``[N]``, t ``[M, R]``, b ``[N, R]``; returns ``[M, N]``.
+
+    With ``by_kernel`` a Triton kernel decodes the panels.
+    """
     rows, chunks = weight.out_features, weight.packed.shape[1] // RUN
     y = x.new_empty(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
     if y.numel() == 0:
@@ -197,7 +201,10 @@ def int4_matmul_panel(
 def int4_matmul_dx_panel(
     dy: Tensor, weight: Int4Weight, g: Tensor | None = None, a: Tensor | None = None, by_kernel: bool = False
 ) -> Tensor:
-    """``dX = dY·W + g·a``; shapes as ``reference.matmul_dx``. ``by_kernel``: see ``PanelDecoder``."""
+    """Computes ``dX = dY·W + g·a``: dy ``[M, N]``, g ``[M, R]``, a ``[R, K]``; returns ``[M, K]``.
+
+    With ``by_kernel`` a Triton kernel decodes the panels.
+    """
     return int4_matmul_dx_group_panel([dy], [weight], g, a, by_kernel)
 
 
@@ -208,10 +215,10 @@ def int4_matmul_dx_group_panel(
     a: Tensor | None = None,
     by_kernel: bool = False,
 ) -> Tensor:
-    """``dX = sum dY_i·W_i + g·a`` for weights of one K.
+    """Computes ``dX = sum dY_i·W_i + g·a`` for weights ``[N_i, K]`` of one K, which may differ otherwise.
 
-    Panels run along K, so every output is one reduction over N. Only where a single chunk of N rows outgrows a
-    panel is N cut too, and all is then computed in float32 or wider.
+    Panels run along K and hold all rows, so every output is one reduction over N, rounded once. If a single chunk of N
+    rows is larger than a panel, N is cut too, and the sums are kept in float32 or wider.
     """
     head, dtype = weights[0], dys[0].dtype
     width, chunks = head.in_features, head.packed.shape[1] // RUN
@@ -221,10 +228,10 @@ def int4_matmul_dx_group_panel(
     budget = workspace().elements(dx.device)
     most = max(weight.out_features for weight in weights)
     row_step = max(1, min(most, budget // CHUNK))
-    # A group of 128 columns is not cut.
+    # A panel holds whole groups, and a group of 128 columns is two chunks.
     least = max(1, head.group_size // CHUNK)
     chunk_step = min(chunks, max(least, budget // (CHUNK * row_step) // least * least))
-    # Partial sums that were rounded one by one would be less exact than one reduction is.
+    # Rounding each of several partial sums would be less exact than one reduction.
     work = dtype if row_step >= most else torch.promote_types(dtype, torch.float32)
     decoder = PanelDecoder(head, work, row_step, chunk_step, by_kernel)
     decoders = [decoder.with_weight(weight) for weight in weights]
@@ -238,7 +245,7 @@ def int4_matmul_dx_group_panel(
             for start, stop in spans(weight.out_features, row_step):
                 total.addmm_(dy[:, start:stop].to(work), decode(start, stop, first, last), beta=beta)
                 beta = 1
-        # Last: had the sums started from it, a large term would cost them their low bits.
+        # LoRA's term is added last. Sums that started from a large one would lose their low bits to it.
         if g is not None and a is not None:
             total.addmm_(g, decoder.arrange(a[:, columns], last - first))
         dx[:, columns] = decoder.restore(total, columns.stop - columns.start)
@@ -246,7 +253,7 @@ def int4_matmul_dx_group_panel(
 
 
 def int4_embedding_panel(ids: Tensor, weight: Int4Weight, dtype: torch.dtype) -> Tensor:
-    """Rows ``ids`` of the table: ``[*ids.shape, K]``. Only the rows asked for are touched."""
+    """Decodes rows ``ids`` of the table: ``[*ids.shape, K]``. No other row is touched."""
     flat = ids.reshape(-1)
     picked = weight.gather(flat)
     out = torch.empty(flat.shape[0], weight.in_features, dtype=dtype, device=weight.device)

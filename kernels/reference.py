@@ -1,6 +1,6 @@
-"""The plain twin of every operation, in any float dtype: what the others are tested against in float64.
+"""A plain-torch twin of every operation, in any float dtype. In float64 it is what the others are tested against.
 
-Readable first. Nothing but tests and exact exports calls these: they materialise the whole weight.
+It is written to be read. Only tests and exact exports call it, since it holds the whole decoded weight.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from .layout import Int4Weight, unpack
 
 
 def decode(weight: Int4Weight, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The decoded weight ``[N, K]``: computed in float32 or wider, then rounded once to ``dtype``.
+    """The decoded weight ``[N, K]``, computed in float32 or wider and then rounded once to ``dtype``.
 
-    With float16 scales the product of a code and a scale is exact in float32, so every path agrees to the bit.
+    The product of a code and a float16 scale is exact in float32, so every implementation gives the same bits.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     codes = unpack(weight.packed, weight.in_features)
@@ -61,7 +61,7 @@ def cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss over the valid targets, its gradient to ``hidden``, and the argmax of every row.
+    """The summed loss over the valid targets, its gradient with respect to ``hidden``, and the argmax of every row.
 
     hidden ``[T, K]``, targets ``[T]`` int64, bias ``[N]``; returns a scalar, ``[T, K]`` and ``[T]``.
     """

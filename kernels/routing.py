@@ -30,7 +30,11 @@ def has_triton() -> bool:
 def resolve_backend(
     backend: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Literal["triton", "panel"]:
-    """The backend that ``backend`` means for this device and dtype. ValueError for an unknown or impossible one."""
+    """The backend that ``backend`` means for this device and dtype.
+
+    Raises:
+        ValueError: the backend is unknown, or cannot run here.
+    """
     if backend == "auto":
         by_triton = device.type == "cuda" and has_triton() and dtype != torch.float64
         # Before sm_80 there are no bfloat16 instructions.
@@ -88,8 +92,9 @@ def routes_of(architecture: str) -> Routes:
 def find_route(problem: Problem, table: Table) -> Route:
     """The route that a table gives a problem.
 
-    Its entry for the problem's bucket, or for the nearest bucket of N and K with all else equal. Where there is none,
-    the other 16-bit dtype stands in, and then other schemes and group sizes. At last ``default_route``.
+    It is the entry for the problem's bucket, or for the nearest bucket of N and K with all else equal. If there is
+    none, an entry for the other 16-bit dtype stands in, then one for another group size or scheme. If no entry is for
+    the kernel and the number of tokens, ``default_route`` decides.
     """
     wanted = bucket(problem)
     candidates = [item for item in table if _may_stand_in(item, wanted)]
@@ -97,17 +102,18 @@ def find_route(problem: Problem, table: Table) -> Route:
         return default_route(problem)
     route = table[min(candidates, key=lambda item: _distance(item, wanted))].route
     if route is not None and not route.suits(problem):
-        return replace(route, scale_sums=False)  # only some weights let sums be scaled
+        return replace(route, scale_sums=False)  # the weight does not let sums be scaled
     return route
 
 
 def _may_stand_in(item: Problem, wanted: Problem) -> bool:
+    """Whether an entry may serve the wanted problem at all: float32 and 16 bits never stand in for each other."""
     wide = item.dtype == torch.float32, wanted.dtype == torch.float32
     return (item.kernel, item.m) == (wanted.kernel, wanted.m) and wide[0] == wide[1]
 
 
 def _distance(item: Problem, wanted: Problem) -> tuple[Any, ...]:
-    """What differs between two problems, the weightiest first; sizes as a ratio."""
+    """How far an entry's problem is from the wanted one: the weightiest difference first, sizes by ratio."""
     size = abs(math.log2(item.n / wanted.n)) + abs(math.log2(item.k / wanted.k))
     other_group = abs(math.log2(item.group_size / wanted.group_size))
     other_scheme = 0 if item.scheme == wanted.scheme else 1 + SCHEMES.index(item.scheme)
@@ -125,7 +131,7 @@ def default_route(problem: Problem) -> Route:
 
 
 def routed(kernel: Kernel, operand: Tensor, weights: Sequence[Int4Weight], launch: Callable[[Route], Result]) -> Result:
-    """Launches by the route that the tables give. One that the device has no room for is not taken again."""
+    """Launches by the route that the tables give. A route that the device has no room for is not taken again."""
     head, n = weights[0], sum(weight.out_features for weight in weights)
     problem = Problem(kernel, operand.shape[0], n, head.in_features, head.scheme, head.group_size, operand.dtype)
     routes = routes_of(architecture_of(operand.device))

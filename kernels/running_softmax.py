@@ -1,4 +1,4 @@
-"""A softmax that is computed tile by tile."""
+"""A softmax that is computed tile by tile (arXiv 1805.02867), and the chain of factors that logits go through."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def apply_chain(z: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor | None]:
-    """The chain's value, in place of ``z``, and its derivative (None where it is a constant)."""
+    """Applies a chain of factors with a tanh between neighbours to ``z``, in place.
+
+    Returns the chain's value and its derivative, which is None where it is a constant (the first factor).
+    """
     slope: Tensor | None = None
     constant = factors[0]
     if constant != 1.0:
@@ -24,7 +27,14 @@ def apply_chain(z: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor | N
 
 
 class RunningSoftmax:
-    """What is known of each row's softmax after some tiles of the vocabulary; every tensor ``[rows, 1]``."""
+    """The state of each row's softmax after some tiles of the vocabulary. Every tensor is ``[rows, 1]``.
+
+    Attributes:
+        targets: ``[rows]`` int64, each row's target.
+        maximum, total: the largest logit so far, and ``sum exp(z - maximum)``.
+        at_target, target_slope: the target's logit, and the chain's derivative there.
+        argmax: the position of the first of the largest logits.
+    """
 
     def __init__(self, targets: Tensor, wide: torch.dtype, slope: float) -> None:
         rows, device = targets.shape[0], targets.device
@@ -36,9 +46,11 @@ class RunningSoftmax:
         self.argmax = torch.zeros(rows, 1, dtype=torch.int64, device=device)
 
     def update(self, z: Tensor, slope: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-        """Takes in the logits of the tile from row ``start`` of the head on.
+        """Takes in the logits ``z`` ``[rows, tile]`` of the tile from row ``start`` of the head on.
 
-        Returns ``exp(z - maximum)``, in place of ``z``, and ``[rows, 1]``, by which earlier sums shrink.
+        Returns:
+            ``exp(z - maximum)``, in place of ``z``; and ``[rows, 1]``, what sums over earlier tiles must be multiplied
+            by, because the maximum may have moved.
         """
         inside = ((self.targets >= start) & (self.targets < start + z.shape[1])).unsqueeze(1)
         index = (self.targets - start).clamp_(0, z.shape[1] - 1).unsqueeze(1)

@@ -1,7 +1,7 @@
-"""The running softmax of the one-pass cross-entropy, updated by one tile of logits in one kernel.
+"""One kernel that updates the running softmax of the one-pass cross-entropy by a tile of logits.
 
-In plain torch a tile costs some twelve launches, each of which reads or writes the tile's logits; this reads them twice
-and writes the probabilities once.
+In plain torch a tile costs some twelve launches, each of which reads or writes the tile's logits. The kernel reads them
+twice and writes the probabilities once.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ def _softmax_tile_kernel(
     HAS_SLOPE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One row per program: ``z`` becomes ``exp(z - maximum)``, and the row's running values take it in.
+    """``m' = max(m, z)``; ``shrink = exp(m - m')``; ``l' = l·shrink + sum exp(z - m')``; one row per program.
 
-    z_ptr, slope_ptr ``[rows, V]``: logits of rows START.. of the head, and their derivatives; all others ``[rows]``,
-    float32 but for targets_ptr and argmax_ptr (int64). shrink_ptr gets what earlier sums are multiplied by.
+    z_ptr: ``[rows, V]`` logits of rows START to START + V of the head; they become ``exp(z - m')``.
+    slope_ptr: ``[rows, V]`` float32, contiguous: the chain's derivatives.
+    maximum_ptr (m), total_ptr (l), at_target_ptr, target_slope_ptr, shrink_ptr: ``[rows]`` float32.
+    targets_ptr, argmax_ptr: ``[rows]`` int64.
     """
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_zm
@@ -79,7 +81,7 @@ def _softmax_tile_kernel(
 
 
 def update_softmax(softmax: RunningSoftmax, z: Tensor, slope: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-    """As ``RunningSoftmax.update``; z ``[rows, V]`` in any float dtype, softmax in float32."""
+    """Does what ``RunningSoftmax.update`` does, for z ``[rows, V]`` in any float dtype and a softmax in float32."""
     rows, tile = z.shape
     shrink = torch.empty((rows, 1), dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):

@@ -1,4 +1,4 @@
-"""The second pass of a split reduction: adds float32 partial results in order, so that no run differs from another."""
+"""The second pass of a split reduction: partial results are added in order, so that all runs give the same bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ BLOCK = 1024
 
 @triton.jit
 def _sum_parts_kernel(parts_ptr, out_ptr, SIZE, stride_part, SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """``out[i] = parts[0, i] + parts[1, i] + ...``: parts_ptr ``[SPLIT, SIZE]`` float32, out_ptr ``[SIZE]``."""
+    """``out[i] = parts[0, i] + parts[1, i] + ...``.
+
+    parts_ptr ``[SPLIT, SIZE]`` float32, whose rows are stride_part apart; out_ptr ``[SIZE]``.
+    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offs < SIZE
     # [BLOCK_SIZE]
@@ -27,9 +30,10 @@ def _sum_parts_kernel(parts_ptr, out_ptr, SIZE, stride_part, SPLIT: tl.constexpr
 
 
 def parts_of(outs: Sequence[Tensor], split: int) -> list[Tensor]:
-    """Where a kernel writes: ``outs`` themselves; or, split, the first part of each in one float32 buffer.
+    """What a kernel writes to: ``outs`` themselves or, with a split, the first part of each in one float32 buffer.
 
-    The buffer holds the first parts of all, then the second ones, and so on.
+    The buffer holds the first parts of all outputs, then all second parts, and so on. So the distance between two parts
+    is the same for each output, and a kernel adds it to whichever output it writes.
     """
     if split == 1:
         return list(outs)
@@ -39,7 +43,7 @@ def parts_of(outs: Sequence[Tensor], split: int) -> list[Tensor]:
 
 
 def sum_parts(parts: Sequence[Tensor], outs: Sequence[Tensor], split: int) -> None:
-    """Adds ``parts``, as ``parts_of`` made them, into the contiguous ``outs``, rounded once to their dtype."""
+    """Adds up the parts that ``parts_of`` made into the contiguous ``outs``, and rounds once to their dtype."""
     if split == 1:
         return
     stride_part = sum(out.numel() for out in outs)

@@ -36,7 +36,7 @@ SIZE_BUCKETS = tuple(1 << power for power in range(7, 19))
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SIZE_LIMIT = 1 << 26
-# What a table may ask for; far more than any device has room for.
+# Largest values that a table may ask for, far more than any device has room for.
 LARGEST = {"block_m": 512, "block_n": 512, "block_k": 512, "num_warps": 32, "num_stages": 8, "split": 64}
 
 Provenance = Literal["measured", "static"]
@@ -46,15 +46,15 @@ Route = TileConfig | None
 
 @dataclass(frozen=True)
 class Entry:
-    """What a table says of one bucket.
+    """One entry of a table.
 
     Attributes:
         problem: with m, n and k as bucket bounds.
         route: a configuration, or None for the panel route.
         provenance: "measured" or "static".
         time_us: measured or predicted, microseconds.
-        device: the name of the device measured on; None where nothing was.
-        versions: of triton and torch.
+        device: the name of the device that was measured; None for a static entry.
+        versions: the versions of triton and torch.
     """
 
     problem: Problem
@@ -81,12 +81,12 @@ Table = dict[Problem, Entry]
 
 
 def bucket_m(m: int) -> int:
-    """The bound of m's bucket; everything above the last bound is in the last bucket."""
+    """The upper bound of m's bucket. Everything above the last bound is in the last bucket."""
     return next((bound for bound in M_BUCKETS if m <= bound), M_BUCKETS[-1])
 
 
 def bucket_size(size: int) -> int:
-    """The nearest power of two (by ratio) within the buckets of N and K."""
+    """The power of two that is nearest by ratio, within the buckets of N and K."""
     power = round(math.log2(max(size, 1)))
     return min(max(1 << power, SIZE_BUCKETS[0]), SIZE_BUCKETS[-1])
 
@@ -102,7 +102,7 @@ def table_to_json(architecture: str, entries: Iterable[Entry]) -> dict[str, Any]
 
 
 def parse_table(value: Any, architecture: str) -> Table:
-    """A table from its JSON value. ValueError, in one line, for anything that is not as the module's docstring says."""
+    """A table from its JSON value. A ValueError of one line for anything that the module's docstring does not allow."""
     if not isinstance(value, dict) or value.keys() != {"format", "architecture", "entries"}:
         raise ValueError("a table has the keys format, architecture and entries")
     if value["format"] != FORMAT:
@@ -119,7 +119,7 @@ def parse_table(value: Any, architecture: str) -> Table:
 
 
 def read_strictly(path: Path) -> Any:
-    """A JSON file without keys that stand twice. ValueError for those, and for what is no JSON."""
+    """The value in a JSON file. ValueError for a key that stands twice, and for what is no JSON."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
@@ -130,7 +130,7 @@ def read_strictly(path: Path) -> Any:
 
 
 def is_time(value: Any) -> bool:
-    """Microseconds, or any other positive number that a float holds."""
+    """Whether ``value`` is a positive number that a float holds, as microseconds are."""
     return type(value) in (int, float) and 0 < value < 1e300
 
 
@@ -177,7 +177,7 @@ def _parse_route(item: dict[str, Any], problem: Problem) -> Route:
 
 
 def parse_config(config: dict[str, Any], problem: Problem) -> TileConfig:
-    """ValueError for one that no device has room for, or that does not suit the problem."""
+    """A configuration from JSON. ValueError if no device has room for it, or it does not suit the problem."""
     route = TileConfig(**config)
     for name, most in LARGEST.items():
         if getattr(route, name) > most:
@@ -188,7 +188,7 @@ def parse_config(config: dict[str, Any], problem: Problem) -> TileConfig:
 
 
 def read_table(path: Path, architecture: str) -> Table:
-    """The table in a file, empty if there is none. A warning, and an empty table, if it cannot be used."""
+    """The table in a file; empty if there is no file, and with a warning if it cannot be used."""
     try:
         if not path.exists():
             return {}
@@ -204,28 +204,28 @@ def read_table(path: Path, architecture: str) -> Table:
 
 def read_named_table(path: Path, architecture: str) -> Table:
     """The table in a file that the user named. ValueError if it cannot be used."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > SIZE_LIMIT:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > SIZE_LIMIT:
         raise ValueError("it is not a regular file of a table's size")
     return parse_table(read_strictly(path), architecture)
 
 
 def check_private(place: Path) -> None:
-    """ValueError for a file or directory that somebody else may write to: a launch would believe it."""
-    found = place.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & 0o002:
+    """Raises ValueError for a file or directory that somebody else may write to, since a launch would believe it."""
+    status = place.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o002:
         raise ValueError(f"{place} belongs to somebody else, or everybody may write to it (chmod o-w)")
 
 
 def user_table_path(architecture: str) -> Path:
-    """Where ``mebp tune`` keeps this user's own table: under ``$XDG_CACHE_HOME`` (absolute), or ``~/.cache``."""
+    """The file of this user's own table: under ``$XDG_CACHE_HOME`` if that is absolute, else under ``~/.cache``."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache_home = named if named.is_absolute() else Path(os.path.expanduser("~/.cache"))
     return cache_home / "mebp-triton" / "tables" / f"{architecture}.json"
 
 
 def load_tables(architecture: str) -> Table:
-    """The shipped table, and over it the user's own."""
+    """The shipped table, whose entries the user's own table replaces."""
     shipped = read_table(SHIPPED / f"{architecture}.json", architecture)
     return shipped | read_table(user_table_path(architecture), architecture)
 

@@ -47,8 +47,8 @@ def packed_of(shape):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shape": (4, 48), "packed": packed_of((4, 48))}, "in_features 48 is no multiple of 32 .* unquantised model"),
-        ({"blocksize": 48}, "in_features 64 is no multiple of 32"),
+        ({"shape": (4, 48), "packed": packed_of((4, 48))}, "in_features 48 and blocks of 64 .* unquantised model"),
+        ({"blocksize": 48}, "in_features 64 and blocks of 48 weights have no common group"),
         ({"packed": packed_of((4, 64))[:-1]}, "packed has 127 elements, wanted 128"),
         ({"absmax": torch.ones(5)}, "absmax has 5 elements, wanted 4"),
         ({"absmax": torch.tensor([1.0, 1.0, float("nan"), 1.0])}, "absmax is not finite"),
