@@ -66,6 +66,12 @@ class Trainer:
         pad_token_id: int = 0,
         processes: Processes = ALONE,
     ) -> None:
+        # Whatever refuses the run comes first: neither the model nor the disk is changed then.
+        if processes.size > 1 and config.optimizer_in_backward:
+            raise ValueError(
+                "optimizer_in_backward steps before the gradients of other processes are there: leave it out, or "
+                "train with one process"
+            )
         if isinstance(data, PackedData):
             check_packing(model)
         check_vocabulary(model, data, "the training data")

@@ -149,14 +149,6 @@ class InBackward(_AdamWUpdate):
 
     undone = False  # upper blocks have been stepped by the time a lower one's gradient is not finite
 
-    def __init__(self, parts: Parts, eight_bit: bool) -> None:
-        if parts.processes.size > 1:
-            raise ValueError(
-                "optimizer_in_backward steps before the gradients of other processes are there: leave it out, or "
-                "train with one process"
-            )
-        super().__init__(parts, eight_bit)
-
     def apply(self, inputs: StepInputs) -> Numbers:
         self._set_rate(inputs.rate)
         norm_of: dict[int, float] = {}

@@ -230,8 +230,9 @@ def test_a_models_fingerprint_is_of_its_weights_and_its_config(shared_store, sto
     (changed / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     accept_companions(changed)
     copy = Path(shutil.copytree(store, tmp_path / "copy"))
-    found = [store_fingerprint(Store(one)) for one in (store, copy, changed, shared_store("llama", seed=5))]
-    assert found[0] == found[1] and len(set(found)) == 3
+    stores = (store, copy, changed, shared_store("llama", seed=5))
+    fingerprints = [store_fingerprint(Store(one)) for one in stores]
+    assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
 
 
 def test_a_trainers_checkpoint_names_its_own_model(store, straight):

@@ -1,4 +1,4 @@
-"""The self-test passes here, and sees every fault that is put in."""
+"""The check of gradients passes here, and sees every fault that is put in."""
 
 import json
 
@@ -60,9 +60,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_layer_is_seen(monkeypatch, fault):
     monkeypatch.setattr(*FAULTS[fault])
-    found = failed(seconds=600)
-    assert "LoRA layer, symmetric, 33 tokens, float32" in found
-    assert "gradients of blocks, float32" in found
+    checks = failed(seconds=600)
+    assert "LoRA layer, symmetric, 33 tokens, float32" in checks
+    assert "gradients of blocks, float32" in checks
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -71,9 +71,9 @@ def test_a_gradient_that_is_not_finite_is_seen(monkeypatch, value):
     original = gradient_check.Model.gradients
 
     def gradients(*args):
-        loss, found = original(*args)
-        next(reversed(found.values())).view(-1)[0] = value
-        return loss, found
+        loss, by_name = original(*args)
+        next(reversed(by_name.values())).view(-1)[0] = value
+        return loss, by_name
 
     monkeypatch.setattr(gradient_check.Model, "gradients", gradients)
     rows = [row for row in gradient_check.run(CPU, seconds=600) if row["ok"] is False]

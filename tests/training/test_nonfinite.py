@@ -1,4 +1,4 @@
-"""What is not finite is found where it began."""
+"""The parameter, output or gradient with which a number that is not finite began is named."""
 
 import math
 
@@ -66,5 +66,5 @@ def test_outside_of_the_blocks(model):
     with torch.no_grad():
         norm = [module for module in model.modules() if "norm" in type(module).__name__.lower()][-1]
         norm.weight[0] = math.nan
-    found = broken_output(model, [batch()])
-    assert found is not None and "block" not in found and model.get_submodule(found) is norm
+    name = broken_output(model, [batch()])
+    assert name is not None and "block" not in name and model.get_submodule(name) is norm

@@ -11,7 +11,7 @@ import ranks
 import safetensors.torch
 import torch
 from models import peft_gradients, peft_model, randomize_adapter
-from runs import run_store, sentences, text_data, trainer
+from runs import assert_same_tensors, checkpoint_tensors, run_store, sentences, text_data, trainer
 
 from mebp_triton.cli.main import main
 from mebp_triton.data.batching import batches, collate, valid_tokens
@@ -69,12 +69,6 @@ def rows(output):
 
 def loaded(output, what, rank=0):
     return safetensors.torch.load_file(ranks.beside(output, what, rank))
-
-
-def all_tensors(checkpoint):
-    paths = sorted(checkpoint.glob("*.safetensors"))
-    found = {path.name: safetensors.torch.load_file(path) for path in paths}
-    return {f"{file}/{name}": tensor for file, tensors in found.items() for name, tensor in tensors.items()}
 
 
 def bytes_in(directory):
@@ -173,10 +167,10 @@ def test_the_summed_gradients_are_those_of_peft_over_the_global_batch(world, tmp
     }
     (row,) = rows(output)
     for rank in range(2):
-        found = loaded(output, "gradients", rank)
+        gradients = loaded(output, "gradients", rank)
         selected = {name for name in truth if int(name.split(".")[2]) in row["selected_blocks"]}
-        assert found.keys() == selected and (mode == "full") == (selected == truth.keys())
-        for name, gradient in found.items():
+        assert gradients.keys() == selected and (mode == "full") == (selected == truth.keys())
+        for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, truth[name], rtol=1e-9, atol=1e-12)
     assert row["grad_norm"] == pytest.approx(math.hypot(*(float(truth[name].norm()) for name in selected)), rel=1e-9)
 
@@ -194,9 +188,9 @@ def test_a_resumed_run_of_two_ends_at_the_bits_of_an_uninterrupted_one(world, tm
     assert "crashed" in run(cut, False, 5)[0].err
     assert json.loads((cut / "checkpoint" / "state.json").read_text())["step"] == 4
     ended_well(run(cut, True))
-    truth, found = all_tensors(whole / "checkpoint"), all_tensors(cut / "checkpoint")
-    assert found.keys() == truth.keys() and all(torch.equal(found[name], truth[name]) for name in truth)
-    states = [truth[f"state.safetensors/random/cpu{other}"] for other in ("", "-1")]
+    truth = checkpoint_tensors(whole / "checkpoint")
+    assert_same_tensors(checkpoint_tensors(cut / "checkpoint"), truth)
+    states = [truth[f"state/random/cpu{other}"] for other in ("", "-1")]
     assert not torch.equal(*states)  # they drew dropout of their own
     assert [row["loss"] for row in rows(cut)] == [row["loss"] for row in rows(whole)]
     other = trainer(world / "store", text_data(world), cut, resume=True, **settings)
@@ -223,9 +217,9 @@ def test_torchrun_trains_like_one_process(world, tmp_path):
     ours, truth = rows(tmp_path / "both"), rows(tmp_path / "alone")
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in truth], abs=1e-5)
     adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("both", "alone")]
-    found, expected = map(safetensors.torch.load_file, adapters)
+    ours, expected = map(safetensors.torch.load_file, adapters)
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5)
     made = [{path.name for path in (tmp_path / name).iterdir() if path.suffix != ".png"} for name in ("both", "alone")]
     assert made[0] == made[1]
 
@@ -311,8 +305,7 @@ def test_a_process_that_is_told_to_stop_ends_both_after_the_same_step(world, unt
     assert not any(process.out for process in ended) and "interrupted" not in ended[1].err
     assert json.loads((run / "checkpoint" / "state.json").read_text())["step"] == 3
     ended_well(ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, run, *TOLD, "--resume")))
-    ours, truth = all_tensors(run / "checkpoint"), all_tensors(untold / "checkpoint")
-    assert ours.keys() == truth.keys() and all(torch.equal(ours[name], tensor) for name, tensor in truth.items())
+    assert_same_tensors(checkpoint_tensors(run / "checkpoint"), checkpoint_tensors(untold / "checkpoint"))
     assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(untold)]
 
 

@@ -16,6 +16,10 @@ FIELDS = {item.name for item in dataclasses.fields(TrainConfig)}
 WRONG: list[tuple[str, Any, str]] = [
     ("max_steps", -1, "at least 0"),
     ("max_steps", 1 << 31, "at most 2147483647"),
+    ("max_steps", 10**400, "at most 2147483647"),
+    ("learning_rate", 10**400, "at most 2147483647"),
+    ("lora_alpha", -(10**400), "at least -2147483647"),
+    ("seed", 10**400, "at most 9223372036854775807"),
     ("warmup_steps", 1 << 40, "at most 2147483647"),
     ("num_train_epochs", 0, "at least 1"),
     ("max_length", 1, "at least 2"),

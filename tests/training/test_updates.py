@@ -21,8 +21,10 @@ from runs import (
 
 from mebp_triton.system.errors import RunError
 from mebp_triton.training.processes import Processes
+from mebp_triton.training.run_directory import RunDirectory
 from mebp_triton.training.settings import Optim
-from mebp_triton.training.updates import OPTIMIZERS, make_update
+from mebp_triton.training.trainer import Trainer
+from mebp_triton.training.updates import OPTIMIZERS
 
 
 def test_every_value_of_the_setting_has_its_optimizer():
@@ -30,9 +32,14 @@ def test_every_value_of_the_setting_has_its_optimizer():
 
 
 def test_several_processes_do_not_step_in_the_backward_pass(store, data, tmp_path):
+    """The refusal comes before the run directory is made, and before the model has a selection."""
     made = trainer(store, data, tmp_path / "run", max_steps=1, optimizer_in_backward=True)
-    with pytest.raises(ValueError, match="optimizer_in_backward steps before the gradients of other processes"):
-        make_update(made.config, made.model, made.selection, Processes(0, 2), tmp_path)
+    made.selection.remove()
+    other = RunDirectory(tmp_path / "other")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="optimizer_in_backward steps before the gradients of other processes"):
+            Trainer(made.model, data, made.config, other, processes=Processes(0, 2))
+    assert not other.directory.exists()
 
 
 def gradient_norms(made):

@@ -1,4 +1,4 @@
-"""MeZO: the direction is the seeded z, the length the finite difference; memory and randomness are left as found."""
+"""MeZO: the direction is the seeded z, the length the finite difference; memory and randomness stay as they were."""
 
 import itertools
 

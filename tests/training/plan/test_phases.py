@@ -31,14 +31,16 @@ def test_components_are_the_sizes_of_the_models_tensors(shared_store, architectu
     plan = planner(store, framework=0).predict(settings)
     model = load(store, settings.lora(), checkpoints="device", recompute_granularity="selective")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = at(plan, "backward of the lowest block")
-    assert found["LoRA"] == found["gradients"] == sum(parameter.nbytes for parameter in trained)
+    components = at(plan, "backward of the lowest block")
+    assert components["LoRA"] == components["gradients"] == sum(parameter.nbytes for parameter in trained)
     moments = Moments(block_groups(model, model.mebp.engine), "device", Path("unused"), optim == "adamw_8bit")
-    assert found["optimizer state"] == sum(buffer.nbytes for buffer in moments.buffers)
-    assert found["weights of blocks"] == sum(file.mapped.size for name, file in opened.files.items() if name != SHARED)
-    assert found["other weights"] == opened.files[SHARED].mapped.size
+    assert components["optimizer state"] == sum(buffer.nbytes for buffer in moments.buffers)
+    assert components["weights of blocks"] == sum(
+        file.mapped.size for name, file in opened.files.items() if name != SHARED
+    )
+    assert components["other weights"] == opened.files[SHARED].mapped.size
     floats = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    assert found["float parameters"] >= sum(parameter.nbytes for parameter in floats)
+    assert components["float parameters"] >= sum(parameter.nbytes for parameter in floats)
     assert plan.files == {"store": opened.nbytes()}
 
 
@@ -70,22 +72,22 @@ def test_weights_in_files_count_one_block(store, plans):
 
 
 def test_settings_move_the_component_they_are_about(plans):
-    def found(phase="backward of the lowest block", **changes):
+    def components(phase="backward of the lowest block", **changes):
         return at(plans.predict(resolve(TrainConfig(**SMALL | changes))), phase)
 
-    plain = found()
-    assert found(lora_r=8)["LoRA"] == 2 * plain["LoRA"]
-    one_third = found(selection_mode="identity", selected_ratio=0.34)
+    plain = components()
+    assert components(lora_r=8)["LoRA"] == 2 * plain["LoRA"]
+    one_third = components(selection_mode="identity", selected_ratio=0.34)
     assert one_third["gradients"] == plain["gradients"] // 3 and one_third["LoRA"] == plain["LoRA"]
-    assert found(optimizer_in_backward=True)["gradients"] == plain["gradients"] // 3
+    assert components(optimizer_in_backward=True)["gradients"] == plain["gradients"] // 3
     top = "backward of the top block"
-    assert found(top)["gradients"] == plain["gradients"] // 3
-    assert found(top, gradient_accumulation_steps=2)["gradients"] == plain["gradients"]
-    assert found(per_device_train_batch_size=4)["activations"] > 2 * plain["activations"]
-    kept = found(top, checkpoints="device", recompute_granularity="selective")
+    assert components(top)["gradients"] == plain["gradients"] // 3
+    assert components(top, gradient_accumulation_steps=2)["gradients"] == plain["gradients"]
+    assert components(per_device_train_batch_size=4)["activations"] > 2 * plain["activations"]
+    kept = components(top, checkpoints="device", recompute_granularity="selective")
     assert kept["kept outputs"] > kept["checkpoints"] > 0 == plain["checkpoints"]
-    assert found(mlp_chunk_tokens=8)["activations"] < plain["activations"]
-    assert found(return_freed_memory=True)["allocator"] < plain["allocator"]
+    assert components(mlp_chunk_tokens=8)["activations"] < plain["activations"]
+    assert components(return_freed_memory=True)["allocator"] < plain["allocator"]
     mezo = plans.predict(resolve(TrainConfig(**SMALL, optim="mezo")))
     assert {phase.components["gradients"] for phase in mezo.host} == {0}
     assert "checkpoints" not in mezo.files and mezo.peak < plans.predict(resolve(TrainConfig(**SMALL))).peak
@@ -101,11 +103,11 @@ def test_a_device_has_phases_of_its_own(store, monkeypatch):
     monkeypatch.setattr(machine, "is_unified", lambda device: False)
     plan = planner(store, framework=7 * MIB).predict(settings)
     assert plan.device and plan.peak == plan.device_peak.total and not plan.shared
-    found = at(plan, "backward of the lowest block")
+    components = at(plan, "backward of the lowest block")
     blocks = [file.mapped.size for name, file in opened.files.items() if name != SHARED]
-    assert found["framework"] == found["checkpoints"] == found["allocator"] == 0
-    assert found["weights of blocks"] == 2 * max(blocks)
-    assert found["optimizer state"] == 2 * found["LoRA"]
+    assert components["framework"] == components["checkpoints"] == components["allocator"] == 0
+    assert components["weights of blocks"] == 2 * max(blocks)
+    assert components["optimizer state"] == 2 * components["LoRA"]
     host = plan.host_peak.components
     assert host["weights of blocks"] == sum(blocks) and host["framework"] == 7 * MIB
     assert host["checkpoints"] == 3 * 2 * 32 * 48
@@ -114,10 +116,10 @@ def test_a_device_has_phases_of_its_own(store, monkeypatch):
 def test_only_the_last_block_is_adapted(store, plans):
     target = r"model\.layers\.2\..*_proj"
     plan = plans.predict(resolve(TrainConfig(**SMALL, target_modules=target)))
-    found = at(plan, "backward of the lowest block")
+    components = at(plan, "backward of the lowest block")
     model = load(store, plan.settings.lora())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    assert found["LoRA"] == found["gradients"] == trained
+    assert components["LoRA"] == components["gradients"] == trained
 
 
 def test_linear_layers_outside_of_blocks_are_resident_and_counted(shared_store):

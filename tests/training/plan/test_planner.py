@@ -49,16 +49,16 @@ def mid_config(architecture):
 
 def test_candidates_go_from_fast_to_small(plans):
     settings = TrainConfig(device="cpu", max_length=1024, lora_r=4, memory_budget="1GiB")
-    found = list(plans.candidates(settings))
-    first, last = found[0], found[-1]
+    candidates = list(plans.candidates(settings))
+    first, last = candidates[0], candidates[-1]
     assert (first.weights, first.checkpoints, first.optimizer_state) == ("device",) * 3
     assert first.recompute_granularity == "selective" and not first.return_freed_memory and not first.mlp_chunk_tokens
     assert (last.weights, last.checkpoints, last.optimizer_state) == ("file",) * 3
     assert (last.recompute_granularity, last.mlp_chunk_tokens, last.return_freed_memory) == ("full", 64, True)
-    assert len(found) == 3 + 2 * 2 * len(CHUNKS) == len(set(found))
+    assert len(candidates) == 3 + 2 * 2 * len(CHUNKS) == len(set(candidates))
     changing = {"weights", "checkpoints", "optimizer_state", "recompute_granularity", "mlp_chunk_tokens"}
     changing |= {"return_freed_memory"}
-    for one in found:
+    for one in candidates:
         other = {name for name, value in vars(one).items() if value != getattr(first, name)}
         assert other <= changing
 
@@ -69,10 +69,8 @@ def test_where_host_and_device_memory_are_one_nothing_is_copied_to_the_host(plan
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for unified, places in ((True, {"device", "file"}), (False, {"device", "host", "file"})):
         monkeypatch.setattr(machine, "is_unified", lambda device, unified=unified: unified)
-        found = {one.weights for one in plans.candidates(settings)} | {
-            one.checkpoints for one in plans.candidates(settings)
-        }
-        assert found == places
+        candidates = list(plans.candidates(settings))
+        assert {one.weights for one in candidates} | {one.checkpoints for one in candidates} == places
 
 
 def test_the_disk_decides_only_what_was_not_set_by_hand(plans, monkeypatch):
@@ -86,9 +84,9 @@ def test_the_disk_decides_only_what_was_not_set_by_hand(plans, monkeypatch):
 def test_what_was_set_by_hand_stays(plans):
     by_hand = {"checkpoints": "device", "recompute_granularity": "full", "mlp_chunk_tokens": 0}
     settings = TrainConfig(**SMALL, **by_hand, return_freed_memory=False, memory_budget="1GiB")
-    found = list(plans.candidates(settings))
-    assert len(found) == 3
-    assert all(getattr(one, name) == value for one in found for name, value in by_hand.items())
+    candidates = list(plans.candidates(settings))
+    assert len(candidates) == 3
+    assert all(getattr(one, name) == value for one in candidates for name, value in by_hand.items())
 
 
 def test_the_first_that_fits_is_chosen(plans):
