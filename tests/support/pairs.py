@@ -8,7 +8,7 @@ from typing import Any
 
 
 def pairs(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Few combinations, one value of each factor, in which every two values of two factors stand together at least once.
+    """Few combinations, one value of each factor, in which every two values of two factors meet at least once.
 
     Most faults need one or two settings to show, so such a set finds nearly what the full product finds. The set is
     found greedily and is the same in every process.

@@ -97,12 +97,12 @@ def differences(before: Path, after: Path) -> tuple[int, list[str]]:
         for path in sorted(root.rglob("*"))
         if path.is_file() and path.suffix != ".png"
     }
-    differ = [
-        name
-        for name in files
-        if not ((before / name).exists() and (after / name).exists() and content(before / name) == content(after / name))
-    ]
-    return len(files), differ
+
+    def same(name: str) -> bool:
+        older, newer = before / name, after / name
+        return older.exists() and newer.exists() and content(older) == content(newer)
+
+    return len(files), [name for name in files if not same(name)]
 
 
 def opened_by(python: Path, older: Path, texts: tuple[Path, Path], steps: int) -> None:
