@@ -1,6 +1,6 @@
 """Shipped tables are whole, and the compiler's output for their configurations is clean.
 
-``bench/ship_tables.py --check`` compiles every configuration for everything that it stands in for; here is a part.
+``bench/ship_tables.py --check`` compiles every configuration for everything that it stands in for, these tests a part.
 """
 
 import itertools
@@ -18,10 +18,10 @@ from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
 from mebp_triton.kernels.tables import M_BUCKETS, SHIPPED, parse_table, read_table
 
 TARGETS = (80, 86, 87, 89, 90, 100, 120)
-# Targets whose code comes out alike: the same instructions, registers and shared memory.
+# Targets whose code is alike, with the same instructions, registers and shared memory.
 ALIKE = {87: 86, 89: 86}
-# What a table's entries stand in for: changes of the problem, and options of its report. The first needs the most
-# registers, and the second the most shared memory.
+# Kinds of weights that an entry stands in for: (changes of the problem, options of its report). The first kind needs
+# the most registers, and the second the most shared memory.
 KINDS = {
     "affine": ({"scheme": "affine", "group_size": 32, "dtype": torch.float16}, {"rank": 64}),
     "codebook": ({"scheme": "codebook"}, {"rank": 64}),
@@ -44,7 +44,7 @@ def routes(target):
 
 
 def cases():
-    """Few of all compilations: (targets, configuration, problem, kind of weight).
+    """The compilations to try: (targets, configuration, problem, kind of weight).
 
     The targets of ``ALIKE`` share a compilation, and so do configurations that differ only in their split and in their
     stages, of which the most are taken. Kinds take turns, large tiles first.

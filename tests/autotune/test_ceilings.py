@@ -1,4 +1,4 @@
-"""What a device can do at best, by told clocks."""
+"""The best rates of a device, by clocks that tests set."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 
 class ToldTimer:
-    """Runs what it is given, and says in turn how long that took: first something that must not count."""
+    """Runs what it is given and returns set times, the first of which must not count."""
 
     def __init__(self):
         self.times = [1e6, 100.0, 90.0, 5000.0, 110.0, 80.0, 7000.0, 100.0]

@@ -1,4 +1,4 @@
-"""Compiling for GPUs that are not there: what the default configurations cost on each."""
+"""Compiling for GPUs that are not there, and what the default configurations cost on each."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ OPTIONS = TileConfig(16, 16, 64, num_warps=4, num_stages=2).launch_options()
 
 
 def natural_dtype(target_sm: int) -> torch.dtype:
-    """The 16-bit dtype one trains in there; before sm_80 there is no bfloat16."""
+    """The 16-bit dtype that one trains in on a target. Before sm_80 there is no bfloat16."""
     return torch.bfloat16 if target_sm >= 80 else torch.float16
 
 
@@ -28,13 +28,13 @@ def assert_good(made: StaticReport) -> None:
     assert 0 < made.registers <= 255
 
 
-# One target for each kind of matrix instructions: sm_80's serve 86, 87 and 89 as well.
+# One target for each kind of matrix instruction. That of sm_80 serves 86, 87 and 89 as well.
 @pytest.mark.parametrize(
     ("kernel", "target_sm", "scheme", "hard"),
     pairs(KERNELS, [75, 80, 90, 100, 120], SCHEMES, [False, True]),
 )
 def test_default_works_everywhere(kernel, target_sm, scheme, hard):
-    """Hard: masks along K, two scales per chunk, float32 scales, a bias, and the largest rank."""
+    """A hard problem has masks along K, two scales per chunk, float32 scales, a bias and the largest rank."""
     dtype = natural_dtype(target_sm)
     if hard:
         problem, options = (
@@ -74,7 +74,7 @@ def test_split_and_scaled_sums(kernel):
 
 @pytest.mark.parametrize(("target_sm", "tensor"), [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
 def test_the_main_loop(target_sm, tensor):
-    """The LoRA loop is not it, and no integer is converted in it."""
+    """The LoRA loop is not taken for the main loop, in which no integer is converted."""
     made = report(Problem("matmul", M, N, K), TileConfig(64, 128, 64, num_warps=8), target_sm)
     assert made.loop is not None and made.loop.tensor == tensor
     assert made.conversions == made.loop.conversions == 0
@@ -85,7 +85,7 @@ def test_the_main_loop(target_sm, tensor):
 
 
 def test_weights_decoded_by_several_warps_are_seen():
-    """On the right of the dot, every warp decodes the tile again where there is no instruction that shares it."""
+    """On the right of the dot, every warp decodes the whole tile, unless an instruction shares it."""
     problem = Problem("matmul_dx", M, N, K)
     left, right = (
         report(problem, TileConfig(128, 64, 128, num_warps=8, weight_left=left), 87).unpacking_per_weight
@@ -95,7 +95,7 @@ def test_weights_decoded_by_several_warps_are_seen():
 
 
 def test_too_much_shared_memory_is_seen():
-    """It is no compile error."""
+    """It is no compile error, so the report must say it."""
     made = report(Problem("matmul", M, N, K), TileConfig(64, 64, 128, num_warps=8, num_stages=7), 86)
     assert made.shared_limit == SHARED_LIMITS[86] and not made.fits
     assert replace(made, shared_limit=SHARED_LIMITS[90]).fits
@@ -107,7 +107,7 @@ def test_too_much_tensor_memory_is_seen():
 
 
 def test_spills_are_seen():
-    # No tensor cores there: products of so large a tile do not fit into registers.
+    # Without tensor cores, the products of so large a tile do not fit into registers.
     problem = Problem("matmul", M, N, K, dtype=torch.float16)
     assert report(problem, TileConfig(64, 64, 64, num_warps=4), 75).spill_bytes > 0
 
@@ -151,7 +151,7 @@ def _sums_kernel(x_of, N_of, out_ptr, flags, MEMBERS: tl.constexpr, BLOCK_N: tl.
 
 
 class NoDevice:
-    """What Triton asks a driver for before it compiles for a launch."""
+    """Answers what Triton asks a driver before it compiles for a launch."""
 
     target = GPUTarget("cuda", 87, 32)
 
@@ -167,7 +167,7 @@ class NoDevice:
 
 @pytest.mark.parametrize("sizes", [(16,), (16, 7), (5, 1)], ids=str)
 def test_a_launch_is_specialised_alike(sizes):
-    """As Triton's own launcher does it, tuples and their elements included."""
+    """Triton's own launcher derives the same, for tuples and their elements as well."""
     tensors = [torch.zeros(size) for size in sizes]
     arguments = {
         "x_of": (*tensors, *[None] * (2 - len(sizes))),

@@ -1,4 +1,4 @@
-"""The model orders what is known to be ordered; its microseconds are not tested, they are no measurement."""
+"""The model's order of cases whose order is known. Its microseconds are no measurement and not tested."""
 
 from dataclasses import replace
 
@@ -86,13 +86,13 @@ def test_a_split_pays_for_few_programs_only(kernel):
 
 
 def test_one_tile_reaches_memory_speed_at_most():
-    """Few tokens of a large weight: no prediction below the time that reading it takes."""
+    """With few tokens, no prediction is below the time that reading a large weight takes."""
     problem, device = Problem("matmul", 16, 65536, 8192), NOMINAL[90]
     assert predicted_us(problem, SMALL, made(slots=1), device) > problem.n * problem.k / 2 / (device.bandwidth * 1e3)
 
 
 def test_panels_against_tiles():
-    """Few tokens: tiles by far, everywhere. Many, on a device with a fast library and a large cache: panels."""
+    """Tiles are far better for few tokens, and panels for many on a device with a fast library and a large cache."""
     for target_sm, device in NOMINAL.items():
         few = Problem("matmul", 16, 4096, 4096)
         tile = predicted_us(few, SMALL, made(slots=250, matrix=16, registers=80, target_sm=target_sm), device)

@@ -1,4 +1,4 @@
-"""The log of candidates: read as it was written, and anything else ignored with a warning."""
+"""The tuning log is read as it was written. Anything else is ignored with a warning."""
 
 import json
 import warnings
@@ -116,7 +116,7 @@ def test_predictions_do_not_wipe_out_measurements():
         replace(RECORD.trials[0], predicted_us=6.0),
         replace(RECORD.trials[1], predicted_us=7.0),
     )
-    # Whatever is measured, or stands alone, is taken as it is.
+    # A new measurement, and a record without a predecessor, are taken as they are.
     assert keep_measurements(None, predicted) is predicted
     assert keep_measurements(predicted, RECORD) is RECORD
     newer = replace(RECORD, device="Another")

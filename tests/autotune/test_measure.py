@@ -1,4 +1,4 @@
-"""Measuring: what is rejected, what is timed, over which buffers. On a CPU: the interpreter, and told clocks."""
+"""Measuring: what is rejected, and what is timed over which buffers, by clocks that tests set."""
 
 import interpreted
 import pytest
@@ -33,7 +33,7 @@ def bench(problem=None, copies=3, limits=LIMITS):
 
 
 class ToldTimer:
-    """Says what it was told: ``first`` for the two runs that are not counted, then ``samples``. Runs nothing."""
+    """Runs nothing. Returns ``first`` for the two runs that do not count, then ``samples``."""
 
     def __init__(self, samples, first=1000.0):
         self.samples, self.first, self.runs = list(samples), first, 0
@@ -71,7 +71,7 @@ PLANTED = {
     "a little too large": lambda y, x, w: y * (1 + 1e-5),
     "the last row wrong": lambda y, x, w: torch.cat((y[:-1], y[:1])),
     "a column not written": lambda y, x, w: torch.empty_like(y).index_copy_(1, torch.arange(79), y[:, :79]),
-    # Row 1 of 300 is not among those that are compared.
+    # Row 1 of 300 is not among the compared rows.
     "a row not written": lambda y, x, w: torch.empty_like(y).index_copy_(0, ALL_BUT_1, y[ALL_BUT_1]),
     "another shape": lambda y, x, w: y[:, :-1],
     "another dtype": lambda y, x, w: y.half(),
@@ -89,7 +89,7 @@ def test_wrong_numbers_are_rejected(monkeypatch, name):
     assert made.reject(None) is None and 1 not in made.rows
     monkeypatch.setattr(measure, "int4_matmul_panel", wrong)
     assert made.reject(None).startswith("wrong: ")
-    # And so never timed.
+    # A rejected route is never timed.
     found = made.measure(None, ToldTimer([]))
     assert found.time_us is None and found.reason.startswith("wrong: ")
 
@@ -127,7 +127,7 @@ def test_a_workspace_that_is_too_large_is_never_tried():
     config = TileConfig(16, 16, 64, split=16)
     assert workspace_bytes(problem, config) == 16 * 64 * 4096 * 4
     made = bench(problem, limits=Limits(1 << 16, 1 << 24))
-    made.run = None  # would be called
+    made.run = None  # a call would fail
     assert made.reject(config) == "needs 16 MiB beside its output"
 
 
@@ -144,7 +144,7 @@ def test_short_calls_are_timed_together():
     assert found.time_us == pytest.approx(40.0) and len(found.samples_us) == 15
     found = bench().measure(None, ToldTimer([10.0 * 64] * 99, first=2.0))
     assert found.time_us == pytest.approx(10.0)
-    # Long ones are not repeated for ever.
+    # Long calls are repeated less often.
     assert len(bench().measure(None, ToldTimer([8000.0] * 99, first=16_000.0)).samples_us) == 4
 
 
@@ -152,7 +152,7 @@ def test_stops_early_when_clearly_worse():
     made = bench()
     found = made.measure(None, ToldTimer([9000.0] * 20, first=9000.0), best_us=1000.0)
     assert len(found.samples_us) == 2 and found.reason == "clearly slower than the best before it"
-    # One slow sample proves nothing, and a little slower is no reason.
+    # One slow sample, or being a little slower, is no reason to stop.
     for samples in ([9000.0, 1000.0] + [12_000.0] * 9, [1200.0] * 20):
         found = made.measure(None, ToldTimer(samples, first=9000.0), best_us=1000.0)
         assert len(found.samples_us) > 2 and found.reason is None

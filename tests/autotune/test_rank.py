@@ -1,4 +1,4 @@
-"""Candidates compiled, dropped for a reason, ranked; and the choice of few configurations for a whole table."""
+"""Candidates are compiled, dropped for a reason or ranked, and few of them are chosen for a whole table."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What tuning found: rates, shares of the ceilings, and by what the others lost."""
+"""The report of tuning: rates, shares of the ceilings, and by how much the others lost."""
 
 import builtins
 import json
@@ -68,7 +68,7 @@ def test_without_a_log_there_are_no_rates():
     table, log = found()
     (row,) = rows(table, Log("sm_87"), NOMINAL)
     assert (row.n, row.k, row.gb_s, row.of_copy, row.lost) == (1024, 4096, None, None, ())
-    # A record of another device is none of this entry's.
+    # A record of another device does not belong to this entry.
     (record,) = log.records.values()
     other = Record(record.problem, record.trials, "Another", {})
     (row,) = rows(table, Log("sm_87", {bucket(PROBLEM): other}), NOMINAL)

@@ -1,4 +1,4 @@
-"""The table and the log in their files: merged, locked, and never half-written."""
+"""The files of the table and the log are merged under a lock, and never half-written."""
 
 import os
 import stat
@@ -91,7 +91,7 @@ def test_the_users_own_table_must_not(tmp_path, monkeypatch):
         Results(path, "sm_87", strict_json.write_json).check()
 
 
-# Saves as ``mebp tune`` does; the call ``dies_at`` is cut short by the end of the process.
+# Saves as ``mebp tune`` does, but the process ends in the middle of call ``dies_at``.
 WRITER = textwrap.dedent("""
     import os, sys
     from pathlib import Path

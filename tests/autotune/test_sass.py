@@ -1,4 +1,4 @@
-"""Loops found in machine code: written by hand with all the shapes that compilers make, and really compiled."""
+"""Loops in machine code, both written by hand in the shapes that compilers make, and compiled."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from mebp_triton.kernels.configs import TileConfig
 
 
 def sass(*instructions):
-    """A disassembly as cuobjdump prints it, 16 bytes an instruction, with the encodings it prints beside them."""
+    """A disassembly as cuobjdump prints it, with 16 bytes per instruction and the encodings beside them."""
     lines = [
         f"        /*{16 * i:04x}*/                   {text} ;    /* 0x00000002ff007c0c */"
         for i, text in enumerate(instructions)
@@ -88,7 +88,7 @@ def test_plain_products_count_where_there_are_no_others():
     ("target_sm", "tensor"), [(75, "FFMA"), (87, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA"), (120, "HMMA")]
 )
 def test_compiled(target_sm, tensor):
-    """The main loop and the LoRA loop of a real kernel: only the first one unpacks."""
+    """Of the main loop and the LoRA loop of a real kernel, only the first one unpacks."""
     config = TileConfig(64, 64, 64, num_warps=4, num_stages=2)
     dtype = torch.bfloat16 if target_sm >= 80 else torch.float16
 

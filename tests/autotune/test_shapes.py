@@ -1,4 +1,4 @@
-"""Which problems are tuned: what is typed, groups, and one problem for every bucket."""
+"""The problems to tune: as typed, for groups of layers, and one for every bucket."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_a_group_is_a_shape_besides_its_members():
 
 
 def test_one_real_problem_for_every_bucket():
-    # 4096 and 4864 lie in one bucket: the one with more weights stands for it, whatever the order.
+    # 4096 and 4864 lie in one bucket. The one with more weights stands for it, in whichever order they come.
     for shapes in ([(4096, 1024), (4864, 1024)], [(4864, 1024), (4096, 1024)]):
         found = problems(shapes, [16, 64], "affine", 32, torch.float16)
         assert {(p.kernel, p.m, p.n, p.k) for p in found} == {(k, m, 4864, 1024) for k in TUNED for m in (16, 64)}

@@ -1,4 +1,4 @@
-"""The search space: small, the same every time, and nothing in it that a cheap rule can exclude."""
+"""The search space is small, the same every time, and holds nothing that a cheap rule can exclude."""
 
 import pytest
 

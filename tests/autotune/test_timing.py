@@ -1,4 +1,4 @@
-"""Clocks."""
+"""Clocks, and the limits of a device."""
 
 import math
 
@@ -13,7 +13,7 @@ def test_the_clock_on_the_wall():
 
 
 def test_the_device_waits_while_launches_are_queued(monkeypatch):
-    """With a CUDA device that only keeps a record."""
+    """The CUDA device of this test only records the calls."""
     events = []
 
     class Event:

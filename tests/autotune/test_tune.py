@@ -1,4 +1,4 @@
-"""The search: what is measured and kept, going on after a kill, and several processes at once."""
+"""The search: what is measured and kept, and how a killed run continues."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def results(tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Every route takes ``times[route]`` (50 by default); ``order`` is what was measured, problem by problem."""
+    """Every route takes ``times[route]`` (50 by default). ``order`` lists (problem, route) as they are measured."""
 
     class Told:
         times = {}
@@ -69,7 +69,7 @@ def test_the_winner_is_kept_and_all_others_are_in_the_log(results, measured):
     told = []
     assert tune([problem], MACHINE, results, rank, limit=3, progress=lambda *news: told.append(news)) == [problem]
     assert told == [(0, 1, "matmul M=16 128x128"), (1, 1, "")]
-    # The three best ranked, the panel and the default; the fourth, though fastest, is beyond the limit.
+    # The three best ranked, the panel and the default are measured. The fourth, though fastest, is beyond the limit.
     assert [route for _, route in measured.order] == [*TILES[:3], None, default_config(problem)]
     (entry,) = results.table().values()
     assert entry == Entry(bucket(problem), TILES[2], "measured", 12.0, "A device", versions())
@@ -108,7 +108,7 @@ def test_what_does_not_fit_into_memory_has_a_reason(results, measured):
     assert "may be used" in results.log().records[bucket(PROBLEMS[0])].trials[0].reason
 
 
-# --- going on -------------------------------------------------------------------------------------------------------
+# --- continuing -----------------------------------------------------------------------------------------------------
 
 
 def test_what_was_measured_is_skipped(results, measured, monkeypatch):
@@ -117,7 +117,7 @@ def test_what_was_measured_is_skipped(results, measured, monkeypatch):
     assert tune(PROBLEMS, MACHINE, results, rank) == PROBLEMS[2:]
     assert {problem for problem, _ in measured.order} == set(PROBLEMS[2:])
     assert tune(PROBLEMS, MACHINE, results, no_rank) == []
-    # Unless it is asked for, on another device, or with other versions.
+    # It is measured again if forced, on another device, or with other versions.
     assert tune(PROBLEMS, MACHINE, results, no_rank, force=True) == PROBLEMS
     assert tune(PROBLEMS, replace(MACHINE, name="Another"), results, no_rank) == PROBLEMS
     monkeypatch.setattr(results_module, "versions", lambda: {"triton": "99", "torch": "99"})
@@ -137,14 +137,14 @@ def test_a_killed_run_goes_on(results, measured):
 
 
 def test_starts_from_what_was_ranked_elsewhere(results, measured):
-    """An offline run's files, copied to the device: nothing is compiled or ranked again."""
+    """With the files of an offline run, nothing is compiled or ranked again on the device."""
     assert tune_offline(PROBLEMS, results, rank) == PROBLEMS
     assert {entry.provenance for entry in results.table().values()} == {"static"}
     assert tune_offline(PROBLEMS, results, no_rank) == []
     tune(PROBLEMS[:1], MACHINE, results, no_rank, limit=1)
     assert [route for _, route in measured.order] == [TILES[0], None, default_config(PROBLEMS[0])]
     assert results.table()[bucket(PROBLEMS[0])].provenance == "measured"
-    # Ranking again replaces predictions, and keeps what was measured.
+    # Ranking again replaces predictions and keeps measurements.
     assert tune_offline(PROBLEMS, results, rank, force=True) == PROBLEMS
     assert results.table()[bucket(PROBLEMS[0])].provenance == "measured"
     assert results.log().records[bucket(PROBLEMS[0])].device == "A device"
@@ -160,7 +160,7 @@ def test_a_static_entry_is_measured_besides(results, measured):
 
 
 def test_measures_for_true(results):
-    """No fakes. On a CPU panels run, and tiles have a reason there."""
+    """Without fakes. On a CPU only panels run, and a tile has a reason instead of a time."""
     on_gpu = torch.cuda.is_available()
     machine = Machine.of(torch.device("cuda", 0)) if on_gpu else MACHINE
     (problem,) = tune(PROBLEMS[:1], machine, results, lambda problem: [], limit=1)
@@ -172,9 +172,6 @@ def test_measures_for_true(results):
     assert trials.keys() == {None, default_config(problem)} and trials[None].time_us > 0
     tile = trials[default_config(problem)]
     assert tile.time_us > 0 if on_gpu else tile.time_us is None and tile.reason
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
 
 
 # --- ranking --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Operands for the tests of the kernels, the rule that judges results, and launchers between guards."""
+"""Fixtures for the tests of the kernels: operands, the rule that judges results, and a guard around a launcher."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def group_size(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def make_weight() -> Callable[..., Int4Weight]:
-    """``make_weight(n, k, ...)``: a random weight; the same one for the same arguments."""
+    """``make_weight(n, k, ...)``: a random weight, the same one for the same arguments."""
 
     def make(
         n: int,
@@ -91,7 +91,7 @@ def normal() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def assert_accurate() -> Callable[..., None]:
-    """``assert_accurate(name, ours, same, truth)``: a product is as good as the kernels' rule demands."""
+    """``assert_accurate(name, ours, same, truth)``: holds a product against the kernels' rule of correctness."""
 
     def check(name: str, ours: Tensor, same: Tensor, truth: Tensor) -> None:
         verdict = accuracy.judge(ours, same, truth, product=True)
@@ -102,7 +102,7 @@ def assert_accurate() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def sparse() -> Callable[[int], Tensor]:
-    """``sparse(size)``: that many zero bytes of address space, which cost nothing until they are touched."""
+    """``sparse(size)``: a tensor of ``size`` zero bytes that take no memory until they are touched."""
 
     def make(size: int) -> Tensor:
         with tempfile.TemporaryFile() as file:
@@ -114,7 +114,7 @@ def sparse() -> Callable[[int], Tensor]:
 
 @pytest.fixture(scope="session")
 def guarded() -> Callable[..., Tensor]:
-    """``guarded(launcher, ...)``: what it allocates is full of NaN first, and the memory around it stays untouched."""
+    """``guarded(launcher, ...)``: calls a launcher whose outputs start as NaN, and checks the memory around them."""
 
     def call(launcher: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         buffers = []

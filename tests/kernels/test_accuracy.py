@@ -1,4 +1,4 @@
-"""The rule of correctness: torch's own results pass, and results with a small fault do not. Random operands."""
+"""The rule of correctness passes torch's own results and no result with a small fault. Random weights."""
 
 import json
 import re
@@ -86,7 +86,7 @@ def test_narrow_allows_no_more_than_torchs_error_and_a_rounding():
 
 
 def test_a_product_has_a_limit_of_its_own():
-    """Where torch itself is far off, being as far off is no excuse."""
+    """A result that is as far off as torch's may still be too far off."""
     _, truth = product()
     same = (truth * (1 + 2e-6)).float()
     assert judge(same, same, truth)["ok"]
@@ -112,7 +112,7 @@ def test_the_truth_is_float64():
 
 @pytest.mark.parametrize(("scheme", "group_size"), list(zip(SCHEMES, GROUP_SIZES, strict=True)))
 def test_random_weights(scheme, group_size):
-    """Every byte, in the padding as well; scales of both signs; entries of a usual size; one seed, one weight."""
+    """Packed data hold every byte, padding included. Scales have both signs. A seed determines the weight."""
 
     def draw(seed):
         return random_weight(64, 200, CPU, scheme, group_size, torch.float32, torch.Generator().manual_seed(seed))

@@ -25,7 +25,7 @@ def test_any_block_size(shape, blocksize, group_size, kind):
     packed, state = bitsandbytes.functional.quantize_4bit(values, blocksize=blocksize, quant_type=kind)
     weight = int4_from_bnb(packed, state.absmax, state.code, shape, blocksize)
     assert weight.group_size == group_size
-    state.shape = torch.Size((1, values.numel()))  # on a CPU, 0.50 takes the blocks of every row to begin anew
+    state.shape = torch.Size((1, values.numel()))  # on a CPU, version 0.50 starts new blocks with every row
     truth = bitsandbytes.functional.dequantize_4bit(packed, state).view(shape)
     assert torch.equal(decode(weight, torch.float32), truth)
     assert (truth - values).norm() < 0.2 * values.norm()

@@ -1,4 +1,4 @@
-"""Tile configurations: what is refused, and that the default suits everything."""
+"""Tile configurations: values that are refused, and the default, which suits every problem."""
 
 import itertools
 

@@ -22,7 +22,7 @@ CHAINS = {
 
 
 def on_all_logits(hidden, weight, targets, bias=None, factors=(1.0,), ignore_index=-100):
-    """What the operation promises, by torch's own operations in the dtype of ``hidden``."""
+    """The same results as the operation's, from all logits by torch's own operations in the dtype of ``hidden``."""
     hidden = hidden.detach().requires_grad_(True)
     logits = reference.matmul(hidden, weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -82,7 +82,7 @@ def test_as_exact_as_torch_in_the_same_dtype(monkeypatch, make_weight, normal, d
         assert ours.dtype == torch.float32
         error, allowed = (ours.double() - exact).norm(), (torchs.double() - exact).norm()
         assert error <= 2 * allowed + torch.finfo(torch.float32).eps * exact.norm(), what
-        # In half precision the rounding of the logits, which the exponential magnifies, has no limit of its own.
+        # In half precision the exponential magnifies the rounding of the logits, so only torch's error is a limit.
         assert dtype != torch.float32 or error <= 1e-6 * exact.norm(), what
 
 
@@ -107,7 +107,7 @@ def test_every_token_is_a_target_once(make_weight, normal, device, tile):
 def test_masked_tokens_have_no_loss_gradient_or_argmax(make_weight, normal, device):
     weight, targets = make_weight(37, 70), some_targets(11, 37, device)
     hidden = normal(11, 70)
-    hidden[targets == -100] = float("nan")  # not read at all
+    hidden[targets == -100] = float("nan")  # must not be read
     losses, grad, argmax = int4_cross_entropy_panel(hidden, weight, targets)
     masked = targets == -100
     assert not losses[masked].any() and not grad[masked].any() and (argmax[masked] == -1).all()
@@ -146,7 +146,7 @@ def test_huge_logits_do_not_overflow(make_weight, normal, device, tile, scale):
 
 @pytest.mark.parametrize("direction", [1, -1])
 def test_the_maximum_may_rise_or_fall_over_the_tiles(monkeypatch, make_weight, device, direction):
-    """Sorted logits: the running maximum moves in every tile, or in the first only."""
+    """With sorted logits the running maximum moves in every tile, or in the first one only."""
     monkeypatch.setattr(cross_entropy, "VOCABULARY_TILE", 5)
     weight, hidden = make_weight(37, 64), torch.zeros(3, 64, dtype=torch.float64, device=device)
     bias = direction * torch.linspace(-300, 300, 37, dtype=torch.float64, device=device)
@@ -229,14 +229,14 @@ def test_wide_heads_have_shorter_tiles(make_weight, normal, device):
 
 
 @pytest.mark.usefixtures("triton_kernels")
-# All chains with a tanh differ for the kernel by their slopes alone.
+# For the kernel, chains with a tanh differ in their slopes alone, so one of them meets all other settings.
 @pytest.mark.parametrize(
     ("chain", "logits", "with_bias"),
     [*pairs(["plain", "scaled-softcap"], [1, 8 * 11, 1 << 22], [False, True])]
     + [("scale", 8 * 11, False), ("softcap", 1 << 22, True), ("two-tanh", 8 * 11, True), ("negative", 1, False)],
 )
 def test_by_kernels(make_weight, normal, device, monkeypatch, chain, logits, with_bias):
-    """Decoded and summed up by kernels: the same losses, gradients and argmax."""
+    """Kernels that decode and sum up give the same losses, gradients and argmax."""
     factors = CHAINS[chain]
     monkeypatch.setattr(cross_entropy, "LOGITS", logits)
     monkeypatch.setattr(cross_entropy, "VOCABULARY_TILE", 5)

@@ -1,6 +1,6 @@
-"""The inline assembly, instruction by instruction, and the arithmetic that it rests on.
+"""The inline assembly, run instruction by instruction, and the arithmetic that it rests on.
 
-The plain twins run in every other test of the kernels; that both decode alike is shown here.
+The other tests of the kernels run the plain twins. Here it is shown that both decode alike.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ def words() -> np.ndarray:
 
 
 def of_bytes(values: Tensor, place: int) -> Tensor:
-    """What belongs to byte ``place`` of each of ``words()``."""
+    """The values that belong to byte ``place`` of each of ``words()``."""
     return values[(torch.arange(256) + 37 * place) % 256]
 
 
@@ -84,7 +84,7 @@ def test_every_float16_is_two_bfloat16s():
     scales = all_scales()
     upper, rest = parts(scales)
     assert torch.equal(upper.double() + rest.double(), scales.double())
-    # What is left times any code less 8 is exact, so that the fused multiply-add that follows rounds for both.
+    # The rest times any code less 8 is exact, so only the fused multiply-add that follows rounds.
     products = torch.arange(-8.0, 8.0, dtype=torch.float64).unsqueeze(1) * rest.double()
     assert torch.equal(products.to(torch.bfloat16).double(), products)
 
@@ -100,7 +100,7 @@ def _cut_kernel(scales_ptr, out_ptr, N, BLOCK: tl.constexpr):
 def test_the_kernel_cuts_scales_in_two_as_is_shown_here(triton_kernels, device):
     scales = all_scales().to(device)
     out = torch.empty(2, scales.numel(), dtype=torch.int16, device=device)
-    # As the kernels are swapped for interpreted ones.
+    # The fixture interprets kernels of the package only; this one is interpreted in the same way.
     run = _cut_kernel if device == "cuda" else type(split._sum_parts_kernel)(_cut_kernel.fn)
     run[(triton.cdiv(scales.numel(), 1024),)](scales, out, scales.numel(), BLOCK=1024)
     for found, wanted in zip(out.cpu(), parts(scales.cpu()), strict=True):
@@ -115,7 +115,7 @@ def packed_pair(values: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_scaled_weights_are_rounded_once(dtype):
-    """All bytes with scales of every size: the bits of the float32 product, rounded."""
+    """All bytes, with scales of every size, give the float32 product rounded once."""
     generator = torch.Generator().manual_seed(0)
     every = all_scales()
     for _ in range(50):

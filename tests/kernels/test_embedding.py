@@ -1,4 +1,4 @@
-"""Rows of a packed table: the same bits as the decoded table's."""
+"""Rows of a packed table have the bits of the decoded table's rows."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 @pytest.fixture
 def check(guarded):
-    """Runs the kernel and compares to the bit; returns the rows."""
+    """Runs the kernel, compares its rows to the bit, and returns them."""
 
     def run(ids, weight, dtype=torch.float32, config=None):
         rows = guarded(int4_embedding_triton, ids, weight, dtype, config)

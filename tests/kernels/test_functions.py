@@ -32,7 +32,7 @@ def test_lora_operands_have_the_leading_dimensions_of_x(make_weight, normal):
 
 
 def test_stride_0_gradient(make_weight, normal):
-    """What ``sum()`` hands back is one number with strides 0."""
+    """The gradient of ``sum()`` is one number, expanded with strides 0."""
     weight, x = make_weight(5, 70), normal(2, 3, 70).requires_grad_(True)
     int4_matmul(x, weight).sum().backward()
     torch.testing.assert_close(x.grad, reference.decode(weight, torch.float32).sum(0).expand(2, 3, 70))
@@ -87,7 +87,7 @@ ROUTES = (TileConfig(16, 32, 64, split=2), None)
 
 
 class Told:
-    """Routes that a test gives."""
+    """Routes as a test sets them."""
 
     def __init__(self, choose):
         self.choose = choose
@@ -95,7 +95,7 @@ class Told:
 
 @pytest.mark.usefixtures("triton_kernels")
 class TestRoutes:
-    """Which launcher an operation takes; in Triton's interpreter."""
+    """Operations by the route that the tables give, in Triton's interpreter."""
 
     @pytest.fixture(autouse=True)
     def interpreted(self, monkeypatch, device):
@@ -120,7 +120,7 @@ class TestRoutes:
         ids=str,
     )
     def test_group(self, make_weight, normal, scheme, route, group_sizes, ranks):
-        """With a bias for one of three; also members that no launch can take together."""
+        """One of three members has a bias. Members that no launch can take together are computed as well."""
         sizes = (20, 1, 33)
         weights = [make_weight(n, 70, size, scheme, seed=n) for n, size in zip(sizes, group_sizes, strict=True)]
         x, biases = normal(2, 3, 70), [None, normal(1, seed=5), None]
@@ -135,7 +135,7 @@ class TestRoutes:
         torch.testing.assert_close(int4_matmul_dx_group(dys, weights, g, a, "triton"), truth, rtol=1e-4, atol=1e-4)
 
     def test_members_that_are_not_alike_have_routes_of_their_own(self, make_weight, normal, monkeypatch):
-        """They must not fall to the panels, whatever the tables say."""
+        """They must not go by panels when the tables say otherwise."""
         asked = []
         told = Told(lambda problem: asked.append(problem.n) or default_config(problem))
         monkeypatch.setattr(routing, "routes_of", lambda architecture: told)

@@ -1,4 +1,4 @@
-"""Triton's interpreter, as the tests of the kernels run it: stricter than a GPU, and without a trace afterwards."""
+"""Triton's interpreter as the tests run it: it is stricter than a GPU, and leaves no trace afterwards."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
 def test_under_the_interpreters_own_switch():
-    """``TRITON_INTERPRET=1`` works for a whole process, too."""
+    """``TRITON_INTERPRET=1`` works for a whole process as well."""
     program = """
 import torch
 from mebp_triton.kernels import matmul, reference

@@ -1,4 +1,4 @@
-"""What a launch is given: which weights can share one, their arguments, and what operands must be."""
+"""Parts of a launch: which weights can share one, their arguments, and the checks of operands."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from mebp_triton.kernels.matmul import int4_matmul_group_triton
 
 
 def meta_weight(n, scheme):
-    """Without memory."""
+    """A weight on the meta device."""
     scales = torch.empty(4, n, dtype=torch.float16, device="meta")
     packed = torch.empty(n, 64, dtype=torch.uint8, device="meta")
     return Int4Weight(packed, scales, 100, 32, torch.empty_like(scales) if scheme == "affine" else None)
@@ -34,7 +34,7 @@ def test_what_cannot_share_a_launch(make_weight, normal):
 
 
 def test_arguments_of_a_group():
-    """A group of two repeats its last member, without rows; alone, a weight has no others at all."""
+    """A group of two repeats its last member, without rows. A weight alone is followed by None."""
     one, other = meta_weight(20, "affine"), meta_weight(33, "affine")
     alone, pair = weight_arguments([one]), weight_arguments([one, other])
     assert (alone["MEMBERS"], pair["MEMBERS"]) == (1, 2)

@@ -1,4 +1,4 @@
-"""Where each nibble lies, and what an ``Int4Weight`` accepts. The bytes are written by hand: they are the format."""
+"""Where each nibble lies, and what an ``Int4Weight`` accepts. The expected bytes are the format, written by hand."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The operations by panels in plain torch, against float64 on the decoded codes."""
+"""The operations by panels, against float64 on the decoded codes."""
 
 import threading
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ from mebp_triton.kernels.panel import (
     workspace,
 )
 
-# Plain torch computes bfloat16 rightly everywhere, unlike Triton's interpreter.
+# Unlike Triton's interpreter, plain torch computes bfloat16 correctly.
 ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,7 +34,7 @@ def dtype(request):
 
 @pytest.fixture
 def set_panel_size():
-    """``set_panel_size(elements)``: from then on the test's panels have that many elements, on any device."""
+    """``set_panel_size(elements)``: panels have that many elements for the rest of the test, on any device."""
     with ExitStack() as stack:
         yield lambda elements: stack.enter_context(use_workspace(Workspace(elements, elements)))
 
@@ -301,7 +301,7 @@ def test_a_large_lora_term_costs_the_sums_nothing(assert_accurate, make_weight, 
     ids=str,
 )
 def test_group_dx(assert_accurate, make_weight, normal, dtype, scheme, panel_size, sizes):
-    """Weights that had one input: one sum."""
+    """Weights that had one input are summed into one dX."""
     weights = [make_weight(n, 200, 32, scheme, seed=i) for i, n in enumerate(sizes)]
     dys = [normal(9, n, dtype=dtype, seed=i) for i, n in enumerate(sizes)]
     g, a = normal(9, 6, dtype=dtype, seed=3), normal(6, 200, dtype=dtype, seed=4)
@@ -312,7 +312,7 @@ def test_group_dx(assert_accurate, make_weight, normal, dtype, scheme, panel_siz
 
 
 def test_group_dx_of_weights_that_are_not_alike(make_weight, normal):
-    """But for K: each is decoded with its own groups and scheme."""
+    """Only K must be the same. Each weight is decoded with its own groups and scheme."""
     weights = [make_weight(20, 200, 32, "affine"), make_weight(9, 200, 128), make_weight(1, 200, 64, "codebook")]
     dys = [normal(4, weight.out_features, dtype=torch.float64, seed=i) for i, weight in enumerate(weights)]
     truth = sum(reference.matmul_dx(dy, weight) for dy, weight in zip(dys, weights, strict=True))
@@ -356,7 +356,7 @@ def test_every_thread_has_its_own_workspace():
 
 @pytest.mark.usefixtures("triton_kernels")
 class TestDecodedByAKernel:
-    """The panel route of a GPU: Triton decodes, torch multiplies."""
+    """The panel route of a GPU, where Triton decodes and torch multiplies."""
 
     @pytest.mark.parametrize(
         ("dtype", "scheme", "group_size", "panel_size"),

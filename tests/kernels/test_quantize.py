@@ -1,4 +1,4 @@
-"""Errors on seeded normal weights, against bounds and a brute-force search; and the matrices that break scales."""
+"""Quantization errors against bounds and a brute-force search, and matrices whose scales need care."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from mebp_triton.kernels.reference import decode
 
 ROWS, COLUMNS = 96, 512
 
-# Measured with seed 0, and a little above: (with search, without).
+# Slightly above the errors measured with seed 0: (with search, without).
 BOUNDS = {
     ("symmetric", 32): (0.084, 0.098),
     ("symmetric", 64): (0.093, 0.109),
@@ -77,7 +77,7 @@ def test_defaults():
 
 
 def test_codes_are_the_nearest(scheme, search):
-    """No other code of any element is nearer, with the scale that is stored."""
+    """With the stored scale, no other code of any element is nearer."""
     weight = normal(9, 200)
     quantized, _ = quantize_matrix(weight, scheme, 64, search)
     distance = (decode(quantized) - weight.double()).abs()
@@ -110,7 +110,7 @@ def test_search_is_close_to_the_best_scale(levels):
 
 
 def test_search_keeps_the_extremes():
-    """What the weighting is for: the largest weight of a group loses less than it does by plain least squares."""
+    """Weighting the extremes makes the error of a group's largest weight smaller than plain least squares does."""
     weight = normal(ROWS, COLUMNS)
     groups = weight.view(-1, 64)
     peak = groups.abs().argmax(1, keepdim=True)
@@ -153,7 +153,7 @@ def test_plain_codebook_is_absmax():
 
 
 def test_symmetric_peak_may_be_code_zero():
-    """A group whose one large weight is positive takes a negative scale: the level -8 is used."""
+    """A group whose one large weight is positive takes a negative scale, so that it can use the level -8."""
     weight = normal(16, 64) * 0.2
     weight[:, 5] = 1.0
     quantized, _ = quantize_matrix(weight, "symmetric", 64)
@@ -163,7 +163,7 @@ def test_symmetric_peak_may_be_code_zero():
 
 @pytest.mark.parametrize("own", SCHEMES)
 def test_decoded_weights_come_back(own, group_size):
-    """A matrix that has 16 levels already: the search finds the levels again."""
+    """For a matrix that has 16 levels already, the search finds these levels again."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (24, 256), dtype=torch.uint8, generator=generator)
     codes[:, ::32], codes[:, 1::32] = 0, 15  # as in Q4_1: both ends are in use
@@ -179,7 +179,7 @@ def test_decoded_weights_come_back(own, group_size):
     again, error = quantize_matrix(weight, own, group_size)
     assert error < 1e-3
     assert float((decode(again) - weight).abs().max()) < 1e-3 * float(weight.abs().max())
-    # A grid of another scheme cannot hold it.
+    # The levels of another scheme cannot represent it.
     other = "symmetric" if own != "symmetric" else "codebook"
     assert quantize_matrix(weight, other, group_size)[1] > 0.01
 
@@ -189,7 +189,7 @@ def test_decoded_weights_come_back(own, group_size):
     pairs([1, 31, 32, 33, 63, 65, 96, 100, 127, 129, 200], SCHEMES, GROUP_SIZES, [True, False]),
 )
 def test_partial_groups(scheme, group_size, search, columns):
-    """Full groups are those of the matrix without the rest; the rest is fitted to its own values only."""
+    """Full groups are those of the matrix without its remainder, which is fitted to its own values only."""
     weight = normal(5, columns, seed=columns) + 6.0
     quantized, error = quantize_matrix(weight, scheme, group_size, search)
     assert error == pytest.approx(relative_error(quantized, weight), rel=1e-9) and error < 0.12
@@ -198,7 +198,7 @@ def test_partial_groups(scheme, group_size, search, columns):
         whole, _ = quantize_matrix(weight[:, :full].contiguous(), scheme, group_size, search)
         assert torch.equal(decode(quantized)[:, :full], decode(whole))
     if full < columns and scheme == "affine":
-        # Zeros of a padding would stretch the range from 6 down to 0.
+        # Zeros as padding would stretch the range from 6 down to 0.
         assert (quantized.minimum[full // group_size] > 0).all()
 
 
@@ -253,7 +253,7 @@ def test_constant_groups(scheme, search, value):
 
 @pytest.mark.parametrize("magnitude", [1e-38, 1e-30, 1e-12, 1e-7, 1e-6, 1e5, 1e20, 1e37])
 def test_float32_scales_where_float16_cannot_hold_them(scheme, search, magnitude):
-    """Squares of these magnitudes under- and overflow, too: the error must be that of a normal matrix all the same."""
+    """Squares of these magnitudes under- or overflow, but the error must be that of a normal matrix."""
     weight = normal(4, 128) * magnitude
     quantized, error = quantize_matrix(weight, scheme, 64, search)
     assert quantized.scales.dtype == torch.float32
@@ -311,7 +311,7 @@ def test_refuses_arguments(arguments, message):
 
 
 def test_works_in_chunks_of_rows(monkeypatch):
-    """No more than a chunk of rows is ever handed on at once."""
+    """No step gets more than a chunk of rows at once."""
     assert quantize.CHUNK_ELEMENTS * 4 <= 4 << 20
     seen = []
     original = quantize._quantize_rows

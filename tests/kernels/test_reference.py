@@ -1,4 +1,4 @@
-"""The plain twins against formulas written a second time: element by element, in Python's own floats."""
+"""The plain twins against the same formulas written a second time, element by element in Python's floats."""
 
 import math
 
@@ -14,7 +14,7 @@ SIZES = ((1, 1), (3, 31), (2, 65), (5, 96), (4, 130), (3, 256))
 
 
 def naive_decode(weight: Int4Weight) -> torch.Tensor:
-    """One element at a time, from the bytes, with the layout's arithmetic written out."""
+    """Decodes one element at a time from the bytes, with the layout's arithmetic written out."""
     rows, columns = weight.shape
     packed, scales = weight.packed.tolist(), weight.scales.tolist()
     minimum = None if weight.minimum is None else weight.minimum.tolist()
@@ -52,7 +52,7 @@ def test_decode_rounds_once(make_weight, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_computes_in_float32(make_weight, scheme, dtype):
-    """Scales in float32: the product is rounded, and in bfloat16 once more."""
+    """With float32 scales the product is rounded to float32, and then to bfloat16."""
     weight = make_weight(7, 200, 64, scheme, torch.float32)
     codes, group = unpack(weight.packed, 200), torch.arange(200, device=weight.device) // 64
     scales = weight.scales.t()[:, group]

@@ -59,7 +59,7 @@ PROBLEM = Problem("matmul", 64, 2048, 1024)
 
 
 def table_of(routes):
-    """A table from problem to route."""
+    """A table from a mapping of problems to routes."""
     return {problem: Entry(problem, route, "static", 12.5, None, {}) for problem, route in routes.items()}
 
 
@@ -123,7 +123,7 @@ def test_the_tables_of_an_architecture_are_read_once(tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_the_device_gives_way_to_the_default(make_weight, normal, monkeypatch):
-    """With one warning."""
+    """The first launch warns; later ones take the default at once."""
     big, tried = TileConfig(128, 128, 64), []
     routes = Routes(table_of({bucket(Problem("matmul", 5, 20, 70, dtype=torch.float32)): big}))
     monkeypatch.setattr(routing, "routes_of", lambda architecture: routes)
@@ -137,7 +137,6 @@ def test_what_does_not_fit_the_device_gives_way_to_the_default(make_weight, norm
     weight, default = make_weight(20, 70), TileConfig(16, 64, 64, 4, 3)
     with pytest.warns(UserWarning, match="does not fit this device .* tune again"):
         assert routed("matmul", normal(5, 70), [weight], launch) == "a result"
-    # From then on at once.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert routed("matmul", normal(5, 70), [weight], launch) == "a result"
@@ -145,7 +144,7 @@ def test_what_does_not_fit_the_device_gives_way_to_the_default(make_weight, norm
 
 
 def test_a_group_is_one_problem(make_weight, normal, monkeypatch):
-    """Of all members' rows together."""
+    """Its N is the sum of the members' rows."""
     asked = []
     monkeypatch.setattr(routing, "routes_of", lambda architecture: asked.append(architecture) or Routes({}))
     weights = [make_weight(20, 70, 32, "affine"), make_weight(33, 70, 32, "affine")]

@@ -1,4 +1,4 @@
-"""The running softmax by a kernel, against the one in plain torch."""
+"""The kernel of the running softmax, against the one in plain torch."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ NAMES = ("maximum", "total", "at_target", "target_slope", "argmax")
 
 
 def check(z, slope, targets, widths):
-    """Both take in the same logits, tile by tile."""
+    """Updates both by the same logits, tile by tile, and compares them."""
     ours, theirs = (RunningSoftmax(targets, torch.float32, 1.0) for _ in range(2))
     start = 0
     for width in widths:

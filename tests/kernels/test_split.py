@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("triton_kernels")
 def test_parts_are_added_in_order(normal, device, dtype, split, size):
     outs = [torch.full((size,), float("nan"), dtype=dtype, device=device) for size in (size, 0, 3)]
     parts = parts_of(outs, split)
-    # One buffer: all that the first parts are followed by.
+    # The first output's first part is the start of the whole buffer.
     whole = parts[0]
     assert (whole.dtype, whole.shape) == (torch.float32, (split * (size + 3),))
     whole.copy_(normal(split * (size + 3)) * 1000)

@@ -1,4 +1,4 @@
-"""Tables: what is read, and what is refused."""
+"""Tables: which files are read, and what is refused."""
 
 import json
 import os
@@ -29,7 +29,7 @@ PANEL = Entry(replace(ENTRY.problem, m=4096), None, "measured", 900.0, "A GPU", 
 
 @pytest.fixture(autouse=True)
 def places(monkeypatch, tmp_path):
-    """Tables of a test's own, shipped and the user's."""
+    """Folders of the test's own: of shipped tables, and of the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
     (tmp_path / "shipped").mkdir()
@@ -184,7 +184,7 @@ def test_the_device_is_known_by_its_capability(monkeypatch):
 
 
 def test_a_table_for_a_reader_that_believes_numbers(places):
-    """What json makes of it is no number that a float holds, or not what it says on a first look."""
+    """Numbers that no float holds, and keys that stand twice."""
     _, user = places
     path = write(user, ENTRY)
     text = path.read_text()

@@ -2,8 +2,8 @@
 
 ``triton_kernels`` swaps the compiled functions of the kernel modules for interpreted ones and, after a test module,
 swaps them back: nothing is reloaded, no environment variable is set, and the same process can compile kernels too.
-The interpreter is made stricter than it is: a masked load without ``other`` gives NaN (a GPU gives garbage), and
-every address read or written must lie in a tensor that was passed.
+The interpreter is made stricter: a masked load without ``other`` gives NaN (a GPU gives garbage), and every address
+that is read or written must lie in a tensor that was passed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter's bfloat16 dot works on bit patterns: it is not tested there.
+# The interpreter's bfloat16 dot works on bit patterns, so bfloat16 is tested on GPUs only.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 MODULES = ("decode", "split", "matmul", "matmul_dx", "embedding", "softmax_tile")
 
@@ -47,9 +47,9 @@ class CheckedKernel(interpreter.InterpretedFunction):
 
 
 class LibraryFunction(interpreter.InterpretedFunction):
-    """An interpreted function of the language's own library: its call gives ``triton.language.core`` back as it was.
+    """An interpreted function of the language's own library, which restores ``triton.language.core`` after a call.
 
-    The one it replaces leaves the interpreter's functions in it, and nothing compiles in this process any more.
+    Triton's own one leaves the interpreter's functions there, and then nothing compiles in this process any more.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ def interpret(module: Any, patch: pytest.MonkeyPatch) -> None:
     """Swaps a module's compiled functions."""
     for attribute, function in list(vars(module).items()):
         if isinstance(function, JITFunction):
-            # A device function stays a plain one: it is called with the language patched already.
+            # A device function becomes a plain one, because the language is patched already when it is called.
             interpreted = CheckedKernel(function.fn)
             is_kernel = attribute.endswith("_kernel")
             patch.setattr(module, attribute, interpreted if is_kernel else interpreted.rewrite())
