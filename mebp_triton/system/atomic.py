@@ -201,7 +201,7 @@ def finish_replacing(path: Path) -> None:
 
 
 def missing_directories(path: Path) -> list[Path]:
-    """Those of ``path`` and the directories above it that do not exist, the deepest first."""
+    """Returns ``path`` and the directories above it, as far as they do not exist; the deepest first."""
     return [place for place in (path, *path.parents) if not place.exists()]
 
 

@@ -223,9 +223,6 @@ def make_update(
         selection: says which blocks a step trains.
         processes: the processes that train together.
         scratch: the directory for optimizer state in files.
-
-    Raises:
-        ValueError: the optimizer does not work with several processes.
     """
     passes = Passes(model, processes, check_each_loss=settings.optimizer_in_backward)
     parts = Parts(settings, block_groups(model, model.mebp.engine), passes, selection, processes, scratch)

@@ -14,7 +14,7 @@ from mebp_triton.layers.linear import Int4Linear
 
 
 class Scaled(nn.Embedding):
-    """As Gemma's: what a subclass does to the rows has to stay."""
+    """A subclass scales the rows, as Gemma's does, and that has to stay."""
 
     def forward(self, ids):
         return super().forward(ids) * 3

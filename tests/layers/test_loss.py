@@ -97,7 +97,7 @@ def test_normalization(model: Any) -> None:
 
 
 def test_num_items_as_a_tensor(model: Any) -> None:
-    """As transformers' Trainer passes it."""
+    """transformers' Trainer passes the number of items in the batch."""
     given = model(**batch(), num_items_in_batch=torch.tensor(37)).loss
     same = model(**batch(), num_items_in_batch=37).loss
     assert torch.equal(given, same) and given.dim() == 0

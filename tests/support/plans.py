@@ -20,5 +20,5 @@ def planner(store: Path, **options: Any) -> Planner:
 
 def at(plan: Plan, phase: str) -> dict[str, int]:
     """The components in a phase."""
-    (found,) = [one.components for one in (plan.device or plan.host) if one.name == phase]
-    return found
+    (components,) = [one.components for one in (plan.device or plan.host) if one.name == phase]
+    return components

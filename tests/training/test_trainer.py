@@ -318,7 +318,7 @@ def test_every_residency_gives_the_same_losses_bit_for_bit(store, data, tmp_path
     [("full", 3, 0, 3), ("identity", 1, 1, 1), ("exact", 2, 0, 2), ("freeze", 1, 0, 1)],
 )
 def test_the_counters_of_a_step_show_what_was_skipped(store, data, tmp_path, mode, recomputed, passed, kept):
-    """Of one step with one of three blocks selected: the middle one, but for "freeze"."""
+    """Counts one step with one of three blocks selected: the middle one, but for "freeze"."""
     made = trainer(store, data, tmp_path / "run", max_steps=2, selection_mode=mode, selected_ratio=0.34)
     engine = made.model.mebp.engine
     entered: list[int] = []

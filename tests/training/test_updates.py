@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_before_any_block_is_stepped(st
 
 
 def test_a_blocks_gradient_that_is_not_finite_ends_the_run_before_its_step(store, data, tmp_path):
-    """Those above it have been stepped by then: the last checkpoint has none of it."""
+    """The blocks above it have been stepped by then; the last checkpoint has none of it."""
     made = trainer(store, data, tmp_path / "run", max_steps=2, optimizer_in_backward=True)
     made.model.model.layers[1].mlp.up_proj.lora_A.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(RunError, match=r"norm is (inf|nan) at step 0, first .*1.mlp.up_proj.lora_A \(block 1\): lower"):

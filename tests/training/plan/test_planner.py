@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import peaks
 import pytest
@@ -39,7 +41,7 @@ SIZES = {"num_hidden_layers": 6, "max_position_embeddings": 2048}
 
 
 def mid_config(architecture):
-    """Of a model with some tens of MB of weights."""
+    """A planner for a model with some tens of MB of weights."""
     changes = MID[architecture] if architecture == "gpt2" else SIZES | MID[architecture]
     return tiny_config(architecture, vocab_size=8192, **changes)
 
@@ -74,7 +76,7 @@ def test_where_host_and_device_memory_are_one_nothing_is_copied_to_the_host(plan
 
 
 def test_the_disk_decides_only_what_was_not_set_by_hand(plans, monkeypatch):
-    monkeypatch.setattr("mebp_triton.training.plan.planner._free_disk", lambda settings: 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     settings = TrainConfig(**SMALL, memory_budget="1TiB", checkpoints="file")
     assert plans.choose(settings).settings.recompute_granularity == "full"
     by_hand = dataclasses.replace(settings, recompute_granularity="selective")
