@@ -156,10 +156,29 @@ def test_files_and_functions_are_short():
     assert list(long_files_and_functions(Path("planted.py"), ast.parse("x = 0\n" * (MOST_LINES + 1))))
 
 
-def missing_docstring(path, tree):
+# A docstring stands alone: these openers take their subject from a name or a line elsewhere.
+OPENERS = re.compile(r"(Of|By|That of|Those) |Within[,:]")
+
+
+def docstrings_that_do_not_stand_alone(path, tree):
+    """Modules without a docstring, and docstrings that begin as if something had been said before."""
     if not ast.get_docstring(tree):
         yield 1, "has no docstring"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = ast.get_docstring(node) or ""
+            if OPENERS.match(text):
+                yield getattr(node, "lineno", 1), f"begins with {' '.join(text.split()[:3])!r}"
 
 
-def test_every_module_says_what_it_is():
-    check(missing_docstring)
+def test_docstrings_stand_alone():
+    check(docstrings_that_do_not_stand_alone)
+    texts = (
+        "x = 1",
+        '"""Of all models."""',
+        '"""A."""\ndef f():\n    "Within: NaN."',
+        '"""A."""\nclass B:\n    "Those above."',
+    )
+    for text in texts:
+        assert list(docstrings_that_do_not_stand_alone(Path("planted.py"), ast.parse(text))), text
+    assert not list(docstrings_that_do_not_stand_alone(Path("planted.py"), ast.parse('"""Bytes within a page."""')))
