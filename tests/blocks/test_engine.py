@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from models import assert_same, batch, loaded, our_gradients, relative_rms, step
 from stacks import Block, Stack, twins
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 import mebp_triton as mebp
-from mebp_triton.blocks.engine import BlockEngine
+from mebp_triton.blocks.engine import BlockEngine, watch_training
 from mebp_triton.store.pages import Pages
 from mebp_triton.store.waiting import Waiting
 
@@ -360,3 +361,50 @@ def test_blocks_alone_are_run_as_blocks() -> None:
     out, flag = block(X.clone().requires_grad_(True), flag="kept")
     out.sum().backward()
     assert flag == "kept" and engine.counters.recompute == 1
+
+
+class Decoder(PreTrainedModel):
+    """A decoder that knows neither a cache nor outputs to record, beside those of its class attribute."""
+
+    config_class = LlamaConfig
+    _can_record_outputs = None
+
+    def __init__(self) -> None:
+        super().__init__(LlamaConfig(num_hidden_layers=1))
+        self.layers = nn.ModuleList([nn.Linear(2, 2)])
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layers[0](x)
+
+
+class Lenient(Decoder):
+    """A decoder that takes any keyword, and says which it was given."""
+
+    _can_record_outputs = {"hidden_states": nn.Linear, "router_scores": nn.Linear}
+
+    def forward(self, x: Tensor, **given: Any) -> Any:
+        return given
+
+
+def watched(kind: type[Decoder]) -> Any:
+    model = kind()
+    model.config.use_cache = True
+    watch_training(model, "layers", SimpleNamespace(removed=False))  # type: ignore[arg-type]
+    return model
+
+
+def test_a_decoder_without_a_cache_is_told_nothing_of_one() -> None:
+    model = watched(Decoder)
+    assert model(torch.ones(1, 2)).requires_grad
+    for name in ("output_attentions", "output_router_logits"):
+        with pytest.raises(ValueError, match=f"{name}=True: values from inside a block"):
+            model(torch.ones(1, 2), **{name: True})
+
+
+def test_a_decoder_that_takes_any_keyword_runs_without_a_cache() -> None:
+    model = watched(Lenient)
+    assert model(torch.ones(1, 2)) == {"use_cache": False}
+    given = model(torch.ones(1, 2), output_hidden_states=True)
+    assert given == {"use_cache": False, "output_hidden_states": True}, "these lie between blocks"
+    with pytest.raises(ValueError, match="output_router_scores=True: values from inside a block"):
+        model(torch.ones(1, 2), output_router_scores=True)
