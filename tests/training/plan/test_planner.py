@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import peaks
 import pytest
+import ranks
 import torch
 from models import tiny_config
 from peaks import random_store
@@ -177,9 +178,9 @@ def test_planned_peaks_are_measured_peaks(tmp_path):
     stores = {name: random_store(mid_config(name), tmp_path / name) for name in MID}
     runs = [(str(stores[name]), {"max_steps": 2} | settings) for name, settings in RUNS]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, peaks.__file__, str(tmp_path / "runs.json"), "1"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    results = [json.loads(line) for line in printed.splitlines()]
+    ended = ranks.run_script(Path(peaks.__file__), [tmp_path / "runs.json", 1], tmp_path / "log")
+    assert ended.code == 0, ended.err
+    results = [json.loads(line) for line in ended.out.splitlines()]
     assert len(results) == len(RUNS)
     wrong = []
     for one in results:
