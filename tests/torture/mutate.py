@@ -94,6 +94,9 @@ GROUPS = {
         ("mebp_triton/blocks/engine.py", "mebp_triton/blocks/backward.py"),
         (
             "blocks/test_backward.py",
+            "blocks/test_call.py",
+            "blocks/test_replay.py",
+            "blocks/test_leaks.py",
             "blocks/test_engine.py",
             "blocks/test_recompute.py",
             "blocks/test_runner.py",
