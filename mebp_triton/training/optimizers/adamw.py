@@ -169,7 +169,7 @@ class BlockAdamW(torch.optim.Optimizer):
                 count = float(steps) + lag
                 bias1, bias2 = 1 - beta1**count, 1 - beta2**count
                 spread = v.sqrt().mul_(math.sqrt(beta2**lag / bias2)).add_(group["eps"])
-                working = parameter if parameter.dtype == m.dtype else parameter.to(m.dtype)
+                working = parameter.to(m.dtype)  # the parameter itself, if it is as wide as its moments
                 working.mul_(1 - group["lr"] * group["weight_decay"])
                 working.addcdiv_(m, spread, value=-group["lr"] * beta1**lag / bias1)
                 if working is not parameter:
@@ -194,13 +194,14 @@ class BlockAdamW(torch.optim.Optimizer):
         parameters = [group["params"][place] for place in places]
         with self.moments.open(index) as (first, second):
             self._catch_up(index, group, first, second)
-            working = [p if p.dtype == first[0].dtype else p.to(first[0].dtype) for p in parameters]
+            firsts, seconds = [first[place] for place in places], [second[place] for place in places]
+            working = [p.to(m.dtype) for p, m in zip(parameters, firsts, strict=True)]
             grads = [p.grad.to(w.dtype) for p, w in zip(parameters, working, strict=True)]
             adamw(
                 working,
                 grads,
-                [first[place] for place in places],
-                [second[place] for place in places],
+                firsts,
+                seconds,
                 [],
                 [self.steps[index][place] for place in places],
                 amsgrad=False,

@@ -501,6 +501,7 @@ def test_an_export_is_a_copy(tmp_path):
     [
         lambda state: state.pop("moments.3"),
         lambda state: state.pop("steps.3"),
+        lambda state: state.pop("lag.3"),
         lambda state: state.update({"moments.3": state["moments.3"][:-1]}),
         lambda state: state.update({"moments.3": state["moments.3"].half()}),
         lambda state: state.update({"steps.3": state["steps.3"][:-1]}),
