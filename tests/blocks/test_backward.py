@@ -119,6 +119,14 @@ def test_retained_graph_runs_backward_twice() -> None:
     assert equal_bits(grads(ours), grads(plain))
 
 
+def test_a_second_derivative_is_an_error() -> None:
+    _, ours, _, x = twins()
+    weights = list(ours.parameters())
+    (first, *_) = torch.autograd.grad(ours(x), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_gradient_reaches_inputs_beside_the_hidden_state() -> None:
     block, twin = Block(6).double(), Block(6).double()
     twin.load_state_dict(block.state_dict())

@@ -166,6 +166,14 @@ def test_to_moves_every_tensor(weight):
     assert moved.shape == weight.shape and moved.group_size == weight.group_size
 
 
+def test_to_copies_only_if_asked(weight):
+    same, copied = weight.to(weight.device), weight.to(weight.device, copy=True)
+    for name, tensor in weight.tensors().items():
+        assert same.tensors()[name].data_ptr() == tensor.data_ptr()
+        assert copied.tensors()[name].data_ptr() != tensor.data_ptr()
+        assert torch.equal(copied.tensors()[name], tensor)
+
+
 ZEROS = torch.zeros(2, 3, dtype=torch.float16)
 PACKED = torch.zeros(3, 64, dtype=torch.uint8)
 

@@ -22,6 +22,7 @@ import gc
 import importlib
 import importlib.abc
 import importlib.util
+import inspect
 import json
 import os
 import random
@@ -47,6 +48,7 @@ from results import commit  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS_SPACE = 12 << 30  # bytes that a mutant may have
 TIMED_OUT, NOT_REACHED, OTHER_CLOSURE = "timed out", "not reached", "has other free variables"
+IMPORTED = "imported"  # stands for a test in what ran while the tests were collected
 LOG = os.fdopen(os.dup(2), "w")
 
 
@@ -118,6 +120,9 @@ GROUPS = {
 MEASURED = [name for name in GROUPS if name != "cross_entropy"]  # its tests interpret kernels, which takes hours
 
 
+Place = tuple[str, int]  # file and line
+
+
 @dataclass(frozen=True)
 class Fault:
     """A mutant, and the source that it is in."""
@@ -130,6 +135,9 @@ class Fault:
     def key(self) -> tuple[Any, ...]:
         return self.source.relative_to(ROOT).as_posix(), *self.mutant.key
 
+    def places(self) -> list[Place]:
+        return [(str(self.source), line) for line in self.mutant.lines]
+
     def record(self) -> dict[str, Any]:
         return {"file": self.key[0], **self.mutant.record()}
 
@@ -138,9 +146,6 @@ def faults_of(group: Group) -> list[Fault]:
     """All faults that can be put into the sources of a group, in their order."""
     trees = [(ROOT / name, ast.parse((ROOT / name).read_text())) for name in group.sources]
     return [Fault(source, tree, mutant) for source, tree in trees for mutant in mutants(tree)]
-
-
-Place = tuple[str, int]  # file and line
 
 
 @dataclass
@@ -157,8 +162,7 @@ class Baseline:
 
     def tests(self, fault: Fault) -> list[str]:
         """The tests that reach a fault; all, where it runs outside of tests."""
-        places = [(str(fault.source), line) for line in fault.mutant.lines]
-        found = {test for place in places for test in self.reached.get(place, ())}
+        found = {test for place in fault.places() for test in self.reached.get(place, ())}
         if "" in found:
             return list(self.seconds)
         files = {test.partition("::")[0] for test in found if "::" not in test}  # reached by a fixture
@@ -173,18 +177,18 @@ class Recorder:
     """A pytest plugin that records each test's time, the lines of ``sources`` that it runs, and the first failure.
 
     Attributes:
-        current: the test that runs; the file of tests while a fixture for several runs; "" otherwise.
+        current: the test that runs; the file of tests while a fixture for several runs; "" between tests.
         failed: the first test that failed.
     """
 
     def __init__(self, sources: Iterable[Path] = ()) -> None:
-        self.sources, self.current, self.failed = {str(source) for source in sources}, "", ""
+        self.sources, self.current, self.failed = {str(source) for source in sources}, IMPORTED, ""
         self.seconds: dict[str, float] = {}
         self.reached: dict[Place, set[str]] = {}
 
     def trace(self, frame: Any, event: str, _: Any) -> Any:
-        """Records the lines of ``sources``, as the function of ``sys.settrace``."""
-        if frame.f_code.co_filename not in self.sources:
+        """Records the lines of functions in ``sources``, as the function of ``sys.settrace``."""
+        if frame.f_code.co_filename not in self.sources or not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             return None
         self.reached.setdefault((frame.f_code.co_filename, frame.f_lineno), set()).add(self.current)
         return self.trace
@@ -225,6 +229,7 @@ class Collected(Recorder):
         self.work, self.found = work, None
 
     def pytest_runtestloop(self, session: Any) -> bool:
+        sys.settrace(None)
         self.items = {item.nodeid: item for item in session.items}
         if session.testsfailed == 0:
             self.found = self.work(self)
@@ -377,8 +382,9 @@ def in_forks(jobs: Iterable[Job], count: int) -> dict[Any, str]:
 
 
 def in_collected(collected: Collected, tried: list[Fault], jobs: int) -> dict[str, Any]:
-    """Runs the collected tests once, and then against every fault in a function's body.
+    """Runs the collected tests once, and then against every fault in the body of a function.
 
+    Not among them are functions that ran when the tests were imported: a fault put in afterwards would not show.
     Returns the seconds of every test, the modules that the tests import, and the outcomes.
     """
 
@@ -396,6 +402,7 @@ def in_collected(collected: Collected, tried: list[Fault], jobs: int) -> dict[st
     files = list(dict.fromkeys(test.partition("::")[0] for test in collected.items))
     order = sorted(seconds, key=lambda test: (files.index(test.partition("::")[0]), seconds[test]))
     whole = Baseline({test: seconds[test] for test in order}, {(file, line): tests for file, line, tests in reached})
+    at_import = {place for place, tests in whole.reached.items() if IMPORTED in tests}
     functions = functions_of(collected.sources)
     gc.freeze()  # what exists by now is shared with the forks
 
@@ -408,7 +415,8 @@ def in_collected(collected: Collected, tried: list[Fault], jobs: int) -> dict[st
             return OTHER_CLOSURE
         return collected.run(tests)
 
-    within = [(fault, whole.tests(fault)) for fault in tried if fault.mutant.outermost is not None]
+    late = [one for one in tried if one.mutant.outermost is not None and not at_import & set(one.places())]
+    within = [(fault, whole.tests(fault)) for fault in late]
     outcomes = {fault.key: NOT_REACHED for fault, tests in within if not tests}
     work = [(one, functools.partial(attempt, one, tests), whole.limit(tests)) for one, tests in within if tests]
     outcomes |= in_forks(work, jobs)
@@ -443,6 +451,7 @@ def try_faults(group: Group, tried: list[Fault], jobs: int) -> Any:
     def collect() -> Any:
         sources = [ROOT / name for name in group.sources]
         plugin = Collected(sources, lambda collected: in_collected(collected, tried, jobs))
+        sys.settrace(plugin.trace)  # until the tests are collected
         run_pytest(group.tests, plugin)
         return plugin.found
 
