@@ -95,7 +95,6 @@ class _AdamWUpdate:
         self.reduced_bytes = 0
         self.optimizer = BlockAdamW(
             parts.groups,
-            lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             unselected_update=settings.unselected_update,
             residency=settings.optimizer_state,
@@ -140,7 +139,7 @@ class AfterBackward(_AdamWUpdate):
             self.selection.record_norms(norms)
         self._set_rate(inputs.rate)
         self.optimizer.step(selected=trained)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return Numbers(loss, accuracy, norm)
 
 
@@ -159,7 +158,7 @@ class InBackward(_AdamWUpdate):
 
         with self.optimizer.step_in_backward(self._trained(inputs), self.limit, check) as norms:
             loss, accuracy = self.passes.forward_and_backward(inputs)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if self.selection.schedule == "importance":
             self.selection.record_norms({index: norm_of[index] for index in inputs.selected if index in norm_of})
         return Numbers(loss, accuracy, math.hypot(*norms))

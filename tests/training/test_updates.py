@@ -26,6 +26,8 @@ from mebp_triton.training.settings import Optim
 from mebp_triton.training.trainer import Trainer
 from mebp_triton.training.updates import OPTIMIZERS
 
+ONE_BLOCK = {"max_steps": 2, "selection_mode": "identity", "selected_ratio": 0.34, "unselected_update": "none"}
+
 
 def test_every_value_of_the_setting_has_its_optimizer():
     assert OPTIMIZERS.keys() == set(get_args(Optim))
@@ -42,6 +44,27 @@ def test_several_processes_do_not_step_in_the_backward_pass(store, data, tmp_pat
     assert not other.directory.exists()
 
 
+@pytest.mark.parametrize(("optim", "residency"), [("adamw", "file"), ("adamw_8bit", "host")])
+def test_the_optimizers_state_is_as_the_settings_say(store, data, tmp_path, optim, residency):
+    made = trainer(store, data, tmp_path / "run", max_steps=1, optim=optim, optimizer_state=residency)
+    moments = made.update.optimizer.moments
+    assert moments.eight_bit == (optim == "adamw_8bit") and bool(moments.slots) == (residency == "file")
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_what_lies_outside_of_blocks_is_trained_at_every_step(store, data, tmp_path, within):
+    made = trainer(store, data, tmp_path / "run", optimizer_in_backward=within, **ONE_BLOCK)
+    made.selection.remove()
+    norm = made.model.model.norm
+    norm.extra = torch.nn.Parameter(torch.zeros(norm.weight.shape))
+    norm.register_forward_hook(lambda module, inputs, output: output + module.extra)
+    again = Trainer(made.model, data, made.config, RunDirectory(tmp_path / "again"))
+    values = []
+    again.train(lambda result: values.append(norm.extra.detach().clone()))
+    assert [len(result["selected_blocks"]) for result in again.run.read_metrics()] == [1, 1]
+    assert values[0].any() and not torch.equal(values[1], values[0]) and norm.extra.grad is None
+
+
 def gradient_norms(made):
     """Each block's norm, taken when its gradients are complete, by hooks on the parameters."""
     squares = {}
@@ -55,10 +78,10 @@ def gradient_norms(made):
     return squares
 
 
-@pytest.mark.parametrize("within", [False, True])
-def test_an_importance_schedule_is_told_the_norms_from_before_clipping(store, data, tmp_path, within):
+@pytest.mark.parametrize(("within", "limit"), [(False, 0.01), (False, 1e6), (True, 0.01)])
+def test_an_importance_schedule_is_told_the_norms_from_before_clipping(store, data, tmp_path, within, limit):
     settings = {"selection_mode": "exact", "selection_schedule": "importance", "selected_ratio": 0.67}
-    settings |= {"max_grad_norm": 0.01, "optimizer_in_backward": within}
+    settings |= {"max_grad_norm": limit, "optimizer_in_backward": within}
     made = trainer(store, data, tmp_path / "run", max_steps=1, **settings)
     randomize_adapter(made.model)
     squares, selected = gradient_norms(made), sorted(made.selection.selected)
@@ -147,15 +170,21 @@ def test_a_loss_that_is_not_a_number_ends_the_run_before_any_block_is_stepped(st
     assert len(resumed(store, data, tmp_path / "run", **settings).train()) == 4
 
 
-def test_a_blocks_gradient_that_is_not_finite_ends_the_run_before_its_step(store, data, tmp_path):
-    """The blocks above it have been stepped by then; the last checkpoint has none of it."""
-    made = trainer(store, data, tmp_path / "run", max_steps=2, optimizer_in_backward=True)
-    made.model.model.layers[1].mlp.up_proj.lora_A.register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(RunError, match=r"norm is (inf|nan) at step 0, first .*1.mlp.up_proj.lora_A \(block 1\): lower"):
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_blocks_gradient_that_is_not_finite_ends_the_run_before_its_step(store, data, tmp_path, step):
+    """Blocks above it have been stepped by then: the checkpoint from before is kept, and nothing newer is written."""
+    made = trainer(store, data, tmp_path / "run", max_steps=5, save_steps=2, optimizer_in_backward=True)
+    layer = made.model.model.layers[1].mlp.up_proj
+    layer.lora_A.register_hook(lambda grad: grad * (math.inf if made.step == step else 1))
+    broken = rf"norm is (inf|nan) at step {step}, first .*1.mlp.up_proj.lora_A \(block 1\): lower"
+    kept = "the last checkpoint is kept" if step else "no checkpoint was written yet"
+    with pytest.raises(RunError, match=f"{broken} the learning rate, .*, in a new run; {kept}$"):
         made.train()
-    assert [max(map(float, steps)) for steps in made.update.optimizer.steps] == [0, 0, 1]
+    assert [max(map(float, steps)) for steps in made.update.optimizer.steps] == [step, step, step + 1]
     assert all(torch.isfinite(tensor).all() for tensor in adapter_of(made).values())
-    assert not made.run.checkpoint.exists() and made.run.read_metrics() == []
+    assert len(made.run.read_metrics()) == step and made.run.checkpoint.exists() == bool(step)
+    if step:
+        assert made.checkpoint.resume(made.run.checkpoint, 5).step == 2
 
 
 # --- mezo -----------------------------------------------------------------------------------------------------------
