@@ -102,7 +102,10 @@ def test_errors(values, message):
         LoraConfig(**values)
 
 
-@pytest.mark.parametrize("values", [{"target_modules": "("}, {"rank_pattern": {"(": 3}}])
+@pytest.mark.parametrize(
+    "values",
+    [{"target_modules": "("}, {"rank_pattern": {"(": 3}}, {"target_modules": r"\pL"}],  # PEFT's re has no \p
+)
 def test_an_expression_that_is_not_regular(values):
     config = LoraConfig(**values)
     with pytest.raises(ValueError, match="not a regular expression"):
