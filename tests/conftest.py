@@ -26,6 +26,16 @@ COMPILED = tempfile.TemporaryDirectory(prefix="mebp-triton-compiled-")
 os.environ["TRITON_CACHE_DIR"] = COMPILED.name
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The same random numbers in each run, whatever ran before and in whichever worker."""
+    import numpy as np
+    import torch
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared_store(tmp_path_factory):
     """Tiny stores that tests read and never change: ``shared_store("llama", scheme="affine")`` is a path.

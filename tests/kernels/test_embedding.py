@@ -72,6 +72,11 @@ def test_every_tile_gives_the_answer(check, make_weight, scheme, group_size, blo
     check(ids, make_weight(20, 330, group_size, scheme), config=TileConfig(32, 16, block_k))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_tile_that_goes_on_behind_the_last_chunk(check, make_weight, scheme, device):
+    check(torch.arange(7, device=device), make_weight(7, 192, 64, scheme), config=TileConfig(16, 16, 128))
+
+
 def test_padding_is_not_read(check, make_weight, scheme, device):
     weight = make_weight(20, 70, 32, scheme)
     for tensor in (weight.scales, weight.minimum):

@@ -158,6 +158,22 @@ def test_padding_is_not_read(guarded, make_weight, normal, dtype, scheme):
     assert torch.equal(guarded(int4_matmul_triton, x, dirty), guarded(int4_matmul_triton, x, clean))
 
 
+@pytest.mark.parametrize("k", [70, 100], ids=["low plane", "high plane"])
+def test_padding_that_would_overflow_is_not_read(guarded, device, k):
+    """Decoded in float16 it is infinite, and infinity times the zeros of x would be NaN."""
+    codes = torch.full((3, 128), 15, dtype=torch.uint8)
+    codes[:, :k] = 9
+    packed = Int4Weight.from_codes(codes, torch.ones(4, 3), 32).packed
+    weight = Int4Weight(packed, torch.full((4, 3), 2e4).half(), k, 32).to(device)
+    y = guarded(int4_matmul_triton, torch.full((2, k), 2.0**-6, dtype=torch.float16, device=device), weight)
+    assert torch.equal(y, torch.full_like(y, k * 2e4 / 64))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_tile_that_goes_on_behind_the_last_chunk(check, make_weight, normal, scheme):
+    check(normal(5, 192), make_weight(7, 192, 64, scheme), config=TileConfig(16, 16, 128))
+
+
 def test_a_nan_stays_in_its_row(guarded, make_weight, normal):
     x = normal(5, 100)
     weight = make_weight(20, 100)
@@ -216,6 +232,9 @@ def test_offsets_beyond_31_bits(check, make_weight, normal, sparse, device):
     far = sparse(4 * 2**30 + 64).as_strided((5, 32), (2**30, 1))
     far.copy_(small.packed)
     weight = Int4Weight(far, small.scales, 64, 64)
+    by_columns = sparse(32 * 2**27 + 5).as_strided((5, 32), (1, 2**27))
+    by_columns.copy_(small.packed)
+    assert torch.equal(check(x, Int4Weight(by_columns, small.scales, 64, 64)), check(x, small))
     far_x = sparse(4 * 2**31 + 64 * 4).view(torch.float32).as_strided((5, 64), (2**29, 1))
     far_x.copy_(x)
     assert torch.equal(check(far_x, weight), check(x, small))

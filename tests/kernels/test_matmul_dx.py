@@ -156,6 +156,11 @@ def test_padding_is_not_read(guarded, make_weight, normal, dtype, scheme):
     assert torch.equal(guarded(int4_matmul_dx_triton, dy, dirty), guarded(int4_matmul_dx_triton, dy, clean))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_tile_that_goes_on_behind_the_last_chunk(check, make_weight, normal, scheme):
+    check(normal(5, 7), make_weight(7, 192, 64, scheme), config=TileConfig(16, 16, 128, weight_left=False))
+
+
 def test_a_nan_stays_in_its_row(guarded, make_weight, normal):
     dy = normal(5, 20)
     weight = make_weight(20, 100)
