@@ -15,12 +15,25 @@ from mebp_triton.training.plan.planner import Plan, Planner
 from mebp_triton.training.settings import CHOSEN, TrainConfig
 from mebp_triton.training.settings_file import read_config_file
 
+from .starting_adapter import fill_in, fill_in_from_run
+
 
 def settings_of(arguments: argparse.Namespace) -> TrainConfig:
-    """The settings that the flags and ``--config`` give; a choice that neither makes is left open (None)."""
+    """The settings that the flags and ``--config`` give; a choice that neither makes is left open (None).
+
+    The shape of an adapter to start from is that adapter's; of a run that is resumed, that run's.
+    """
     settings = read_config_file(arguments.config) if arguments.config else {}
     known = {item.name for item in dataclasses.fields(TrainConfig)}
-    return TrainConfig(**(settings | {name: value for name, value in vars(arguments).items() if name in known}))
+    settings |= {name: value for name, value in vars(arguments).items() if name in known}
+    checkpoint = getattr(arguments, "resume_from_checkpoint", None)
+    if getattr(arguments, "resume", False):
+        checkpoint = Path(str(settings.get("output_dir") or ".")) / "checkpoint"
+    if checkpoint:
+        settings = fill_in_from_run(settings, Path(checkpoint))
+    elif settings.get("adapter"):
+        settings = fill_in(settings)
+    return TrainConfig(**settings)
 
 
 def planner_of(given: Store | Path, config: Any, scheme: str | None, group_size: int | None) -> Planner:

@@ -16,12 +16,14 @@ from mebp_triton.cli.commands.quantize import quantize_with_progress
 from mebp_triton.cli.console import progress_bar, say
 from mebp_triton.cli.inference import check_length, load_tokenizer, model_config
 from mebp_triton.cli.planning import describe, planner_of, settings_of
+from mebp_triton.cli.starting_adapter import doubt, locate, start_record
 from mebp_triton.convert.readers import open_source
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.packing import pack
 from mebp_triton.data.sources import check_source
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.routing import resolve_backend
+from mebp_triton.models.adapter import load_adapter
 from mebp_triton.models.load import load
 from mebp_triton.store.manifest import MANIFEST
 from mebp_triton.store.reader import Store
@@ -117,9 +119,12 @@ def _train_in(
         recompute_granularity=settings.recompute_granularity,
         mlp_chunk_tokens=settings.mlp_chunk_tokens,
     )
+    if checkpoint is None and asked.adapter:
+        load_adapter(model, locate(asked.adapter))
     trainer = Trainer(model, data, settings, run, processes=processes)
     if checkpoint is None:
         run.cut_metrics(0)
+        trainer.position.start = _start(asked.adapter, store) if asked.adapter else None
     else:
         trainer.resume(checkpoint)
     trainer.planned_peak_bytes = None if plan is None else plan.peak
@@ -130,6 +135,15 @@ def _train_in(
             say("nothing is left to do")
             return summary
     return _train_with_progress(trainer, validation)
+
+
+def _start(adapter: str, store: Store) -> dict[str, Any]:
+    """The record of the adapter that the run starts from, and a line if it may be another model's."""
+    if reason := doubt(adapter, store):
+        say(f"{reason}: compare the loss before training with what it should be")
+    record = start_record(adapter)
+    say(f"starting from {record['adapter']}")
+    return record
 
 
 def _asked(arguments: argparse.Namespace) -> TrainConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mebp_triton.system import atomic, reading, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError, NotFinite, RunError
 from mebp_triton.system.random_state import RandomState
 
+from .course import LENGTHS, Course
 from .nonfinite import broken_parameter
 from .processes import Processes
 from .run_directory import RunDirectory
@@ -42,11 +43,13 @@ class Position:
         step: optimizer steps taken.
         first_step: the first step with a line in ``metrics.jsonl``; not 0 if the run began from another's checkpoint.
         skipped_in_a_row: how many steps before this one were skipped, since something in them was not finite.
+        start: the adapter that the run began from, as ``run.json`` names it; None where it began from a new one.
     """
 
     step: int = 0
     first_step: int = 0
     skipped_in_a_row: int = 0
+    start: dict[str, Any] | None = None
 
 
 class Checkpoint:
@@ -98,6 +101,7 @@ class Checkpoint:
             "selection": self.selection.state_dict(),
             "skipped_in_a_row": position.skipped_in_a_row,
             "first_step": position.first_step,
+            "start": position.start,
         }
 
         def write(directory: Path) -> None:
@@ -132,8 +136,10 @@ class Checkpoint:
             for rank, state in enumerate(self.processes.gather(own))
         }
 
-    def resume(self, directory: Path, total_steps: int) -> Position:
+    def resume(self, directory: Path, course: Course) -> Position:
         """Puts the run into the state in which ``directory`` was written, and returns its position.
+
+        The run may be longer or shorter than planned then, if that changes none of the steps already taken.
 
         Raises:
             ValueError: the checkpoint is damaged, or that of a run with other settings or other processes.
@@ -151,7 +157,8 @@ class Checkpoint:
             began = state.get("processes", 1)
             if type(began) is not int or began != self.processes.size:
                 raise ValueError(f"cannot resume: the run had {began!r} processes and now has {self.processes.size}")
-            position = self._restore(state, directory, total_steps)
+            self._check_length(state["config"], state["step"], course, directory.parent)
+            position = self._restore(state, directory, course.total_steps(self.settings))
         except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"{directory / STATE} is malformed, or of another version ({problem})") from None
@@ -164,11 +171,17 @@ class Checkpoint:
         defaults = asdict(resolve(TrainConfig()))
         ours = asdict(self.settings)
         for name, value in (defaults | settings).items():
-            if name not in FREE_ON_RESUME and ours[name] != value:
+            if name not in FREE_ON_RESUME and name not in LENGTHS and ours[name] != value:
                 raise ValueError(f"cannot resume: {name} was {value!r:.200} and now is {ours[name]!r:.200}")
         for what, checksum in self.fingerprints.items():
             if fingerprints[what] != checksum:
                 raise ValueError(f"cannot resume: the {what} changed since the checkpoint was written")
+
+    def _check_length(self, settings: dict[str, Any], step: Any, course: Course, run: Path) -> None:
+        """Raises ValueError where the run is longer or shorter than planned, and its first steps would be others."""
+        before = replace(self.settings, **{name: settings[name] for name in LENGTHS})
+        if type(step) is int:
+            course.check_same_steps(before, self.settings, step, run)
 
     def _restore(self, state: dict[str, Any], directory: Path, total_steps: int) -> Position:
         tensors: dict[str, dict[str, Tensor]] = {"adapter": {}, "random": {}}
@@ -190,7 +203,8 @@ class Checkpoint:
         own = {name: saved[f"{name}{suffix}"] for name in here if f"{name}{suffix}" in saved}
         RandomState(self.device, own).put_back()
         inside = directory.resolve().is_relative_to(self.run.directory.resolve())
-        return Position(step, int(state["first_step"]) if inside else step, int(state["skipped_in_a_row"]))
+        first_step = int(state["first_step"]) if inside else step
+        return Position(step, first_step, int(state["skipped_in_a_row"]), state.get("start"))
 
     def _settle_run_directory(self, position: Position) -> None:
         """Brings the metrics and the adapter in the run directory to the checkpoint's step."""

@@ -38,6 +38,8 @@ def finetune(
     before = run.saved_evaluation(trainer.evaluated) if resumed_at else _evaluate(trainer, validation, on_evaluation)
     if not resumed_at:
         run.save_evaluation(before, trainer.evaluated)
+    if trainer.step < trainer.total_steps:
+        run.reopen()
     started = time.perf_counter()
     results = trainer.train(on_step, should_stop)
     if trainer.stopped:
@@ -73,7 +75,7 @@ def finetune(
         "selection_mode": config.selection_mode,
         "backend": resolve_backend(trainer.model.mebp.backend, trainer.device),
     }
-    run.finish(summary, config, trainer.data.report, trainer.watch)
+    run.finish(summary, config, trainer.data.report, trainer.watch, trainer.position.start)
     return summary
 
 

@@ -20,7 +20,7 @@ from .plots import draw_plots
 from .settings import TrainConfig
 
 METRICS_LIMIT = 1 << 34  # bytes of metrics.jsonl that are read
-BESIDE_THE_SUMMARY = ("plots", "data", "settings", "environment")  # what run.json holds besides
+BESIDE_THE_SUMMARY = ("plots", "start", "data", "settings", "environment")  # what run.json holds besides
 
 
 class RunDirectory:
@@ -159,8 +159,23 @@ class RunDirectory:
         except (TypeError, KeyError):
             raise ValueError(f"{self.evaluation} is malformed: remove it to go on without") from None
 
-    def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
-        """Writes ``run.json`` and, if matplotlib is installed, the plots."""
+    def reopen(self) -> None:
+        """Removes ``run.json`` of a run that ended and now goes on, since it would no longer be true."""
+        self.record.unlink(missing_ok=True)
+
+    def finish(
+        self,
+        summary: dict[str, Any],
+        config: TrainConfig,
+        data: DataReport,
+        watch: MemoryWatch,
+        start: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes ``run.json`` and, if matplotlib is installed, the plots.
+
+        Args:
+            start: the adapter that the run began from; None for a new one.
+        """
         metrics = self.read_metrics()
         try:
             plots = draw_plots(self.directory, metrics, watch)
@@ -170,6 +185,7 @@ class RunDirectory:
         record = {
             **summary,
             "plots": plots,
+            "start": start,
             "data": asdict(data),
             "settings": asdict(config),
             "environment": environment(watch.device),
@@ -216,5 +232,8 @@ class OthersRunDirectory(RunDirectory):
     def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:
         pass
 
-    def finish(self, summary: dict[str, Any], config: TrainConfig, data: DataReport, watch: MemoryWatch) -> None:
+    def reopen(self) -> None:
+        pass
+
+    def finish(self, *record: Any, **start: Any) -> None:
         pass

@@ -8,6 +8,7 @@ have one. Importing this imports no torch, so that ``mebp --help`` is quick.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,6 +100,18 @@ class TrainConfig:
     target_modules: str = setting(
         "all-linear", "all-linear, names separated by commas, or a regular expression", traced=True
     )
+    exclude_modules: str | None = setting(
+        None, "modules left out of target_modules, written in the same way", traced=True
+    )
+    rank_pattern: str | None = setting(
+        None, """other ranks by regular expression, as JSON: {"q_proj": 8}""", traced=True
+    )
+    alpha_pattern: str | None = setting(None, """other alphas by regular expression, as JSON: {"q_proj": 16}""")
+    adapter: str | None = setting(
+        None,
+        "start from the weights and the shape of this adapter: a run directory, or one in PEFT's format",
+        resume="free",
+    )
     learning_rate: float = setting(2e-4, "peak learning rate", above=0)
     lr_scheduler_type: SchedulerType = setting("linear", "decay after the warm-up")
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
@@ -189,6 +202,7 @@ class TrainConfig:
             parse_size("memory_budget", self.memory_budget)
         if contradiction := next(self._contradictions(), None):
             raise ValueError(contradiction)
+        self.lora()
 
     def _contradictions(self) -> Iterator[str]:
         """Yields a message for every contradiction between settings that are each right alone."""
@@ -218,25 +232,21 @@ class TrainConfig:
             )
 
     def lora(self) -> LoraConfig:
-        """Returns the adapter that the settings describe."""
+        """Returns the adapter that the settings describe. ValueError where a pattern is none."""
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.targets(),
+            target_modules=_modules(self.target_modules),
+            exclude_modules=_modules(self.exclude_modules) if self.exclude_modules else None,
             use_rslora=self.use_rslora,
+            rank_pattern=_pattern("rank_pattern", self.rank_pattern),
+            alpha_pattern=_pattern("alpha_pattern", self.alpha_pattern),
         )
 
     def masking(self) -> Masking:
         """Returns the rule by which tokens enter the loss."""
         return Masking(self.completion_only_loss, self.assistant_only_loss)
-
-    def targets(self) -> str | list[str]:
-        """Returns ``target_modules`` as ``LoraConfig`` takes it: a list if it consists of names and commas."""
-        text = self.target_modules
-        names = [name.strip() for name in text.split(",")]
-        plain = all(name.replace(".", "").replace("_", "").isalnum() for name in names)
-        return names if plain and text != "all-linear" else text
 
 
 FACTS: dict[str, Facts] = {item.name: item.metadata["facts"] for item in dataclasses.fields(TrainConfig)}
@@ -244,6 +254,24 @@ FREE_ON_RESUME = frozenset(name for name, facts in FACTS.items() if facts.resume
 TRACED_BY = tuple(name for name, facts in FACTS.items() if facts.traced)
 CHOSEN = tuple(name for name, facts in FACTS.items() if facts.chosen)
 EVALUATED = tuple(name for name, facts in FACTS.items() if facts.evaluated)
+
+
+def _modules(text: str) -> str | list[str]:
+    """Returns modules as ``LoraConfig`` takes them: a list if ``text`` consists of names and commas."""
+    names = [name.strip() for name in text.split(",")]
+    plain = all(name.replace(".", "").replace("_", "").isalnum() for name in names)
+    return names if plain and text != "all-linear" else text
+
+
+def _pattern(name: str, text: str | None) -> dict[str, Any]:
+    """Parses values by regular expression. ValueError where ``text`` is no JSON object; ``LoraConfig`` checks more."""
+    try:
+        pattern = json.loads(text or "{}")
+    except ValueError:
+        pattern = None
+    if not isinstance(pattern, dict):
+        raise ValueError(f"""{name} must be a JSON object such as {{"q_proj": 8}}, got {text!r:.200}""")
+    return pattern
 
 
 def _check_type(name: str, kind: Any, value: Any) -> None:

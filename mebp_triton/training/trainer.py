@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -22,9 +21,9 @@ from mebp_triton.system.memory import MemoryWatch, peak_resident_bytes
 from mebp_triton.system.random_state import RandomState
 
 from .checkpoint import Checkpoint, Position, store_fingerprint
+from .course import Course
 from .evaluation import check_vocabulary
 from .nonfinite import broken_parameter
-from .optimizers.schedules import learning_rate
 from .processes import ALONE, Processes
 from .run_directory import RunDirectory
 from .run_settings import RunSettings
@@ -47,7 +46,7 @@ class Trainer:
         processes: the processes that train together, each with such a trainer.
 
     Attributes:
-        total_steps: optimizer steps of the whole run.
+        course, total_steps: the batches of a step, and the optimizer steps of the whole run.
         parameters: those that are trained.
         evaluated: settings that identify the evaluated data; stored in ``run.json``.
         stopped: what ``should_stop`` returned when it ended ``train``; else 0.
@@ -91,8 +90,8 @@ class Trainer:
         model.mebp.engine.observer = self.watch
         self.micro_batches_per_step = config.gradient_accumulation_steps * processes.size
         per_epoch = batches_per_epoch(len(data), config.per_device_train_batch_size)
-        all_epochs = math.ceil(config.num_train_epochs * per_epoch / self.micro_batches_per_step)
-        self.total_steps = config.max_steps or all_epochs
+        self.course = Course(per_epoch, self.micro_batches_per_step)
+        self.total_steps = self.course.total_steps(config)
         self.position = Position()
         self.stopped = 0
         self.planned_peak_bytes: int | None = None
@@ -110,7 +109,7 @@ class Trainer:
 
     def resume(self, directory: Path) -> None:
         """Goes on from a checkpoint, to the same numbers as an uninterrupted run. See ``Checkpoint.resume``."""
-        self.position = self.checkpoint.resume(directory, self.total_steps)
+        self.position = self.checkpoint.resume(directory, self.course)
 
     def train(
         self,
@@ -190,10 +189,8 @@ class Trainer:
 
     def _one_step(self, micro_batches: list[dict[str, Tensor]]) -> StepResult:
         """Takes one step, or skips it: where no process has a target, or where something is not finite."""
-        started, config, step = time.perf_counter(), self.config, self.step
-        rate = learning_rate(
-            step, config.learning_rate, config.lr_scheduler_type, config.warmup_steps, self.total_steps
-        )
+        started, step = time.perf_counter(), self.step
+        rate = self.course.rate(self.config, step)
         tokens = int(*self.processes.sum(sum(valid_tokens(batch) for batch in micro_batches)))
         selected = sorted(self.selection.selected)
         if tokens == 0:

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from mebp_triton.convert.quantize import quantize
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.tokenized import TokenizedData
-from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.adapter import adapter_tensors
 from mebp_triton.models.load import load
 from mebp_triton.training.processes import ALONE
@@ -101,7 +100,7 @@ def trainer(store: Path, data: TokenizedData, output: Path, resume: bool = False
     chosen: dict[str, Any] = {"lora_r": 4, "lora_alpha": 8.0, "learning_rate": 5e-3, "device": "cpu", "save_steps": 4}
     config = resolve(TrainConfig(train_file="text.txt", output_dir=str(output), **(chosen | settings)))
     run = RunDirectory(output, resume=resume) if processes.is_first else OthersRunDirectory(output)
-    lora = LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, config.targets())
+    lora = config.lora()
     assert config.weights and config.checkpoints
     places: dict[str, Any] = {"weights": config.weights, "checkpoints": config.checkpoints}
     model = load(store, lora, seed=config.seed, scratch_directory=output, **places, **options)

@@ -149,6 +149,10 @@ CHANGES = {
     "lora_dropout": 0.1,
     "use_rslora": True,
     "target_modules": "q_proj",
+    "exclude_modules": "q_proj",
+    "rank_pattern": '{"q_proj": 2}',
+    "alpha_pattern": '{"q_proj": 2}',
+    "adapter": "elsewhere",
     "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 3,
@@ -188,28 +192,76 @@ def test_resuming_with_another_setting_is_refused_unless_it_is_free(interrupted,
     if name == "optimizer_in_backward":
         change["gradient_accumulation_steps"] = 1
     changed = checkpoint_of(other, copied, **change)
-    if FACTS[name].resume == "free":
-        assert changed.resume(copied.checkpoint, other.total_steps).step == 4
+    # With max_steps, the number of epochs says nothing.
+    if FACTS[name].resume == "free" or name == "num_train_epochs":
+        assert changed.resume(copied.checkpoint, other.course).step == 4
         return
     with pytest.raises(ValueError, match=f"cannot resume: ({'|'.join(change)}) was .* and now is "):
-        changed.resume(interrupted / "checkpoint", other.total_steps)
+        changed.resume(interrupted / "checkpoint", other.course)
+
+
+# The settings of a run, those of a longer one, and the step at which the first one is resumed as the second one.
+LONGER = {
+    "constant": ({"max_steps": 4}, {"max_steps": 8}, {"lr_scheduler_type": "constant", "warmup_steps": 2}),
+    "shorter": ({"max_steps": 12}, {"max_steps": 8}, {"lr_scheduler_type": "constant"}),
+    "epochs": ({"num_train_epochs": 2}, {"num_train_epochs": 3}, {"lr_scheduler_type": "constant", "max_steps": 0}),
+    "warming up": ({"max_steps": 9}, {"max_steps": 8}, {"lr_scheduler_type": "cosine", "warmup_steps": 5}),
+}
+
+
+@pytest.mark.parametrize("kind", LONGER)
+def test_a_run_made_longer_equals_one_that_was_planned_so(store, data, tmp_path, kind):
+    planned, instead, shared = LONGER[kind]
+    shared = DEMANDING | {"gradient_accumulation_steps": 1, "save_steps": 4} | shared
+    whole = trainer(store, data, tmp_path / "whole", **shared | instead)
+    whole.train()
+    made = trainer(store, data, tmp_path / "run", **shared | planned)
+    if made.total_steps > 8:
+        with pytest.raises(Crash):
+            made.train(crash_at(5))
+    else:
+        assert finetune(made, None)["steps"] == made.total_steps
+    again = resumed(store, data, tmp_path / "run", **shared | instead)
+    assert 0 < again.step < again.total_steps == whole.total_steps
+    assert finetune(again, None)["steps"] == whole.total_steps
+    assert metrics(again, *NUMBERS) == metrics(whole, *NUMBERS)
+    assert_same_tensors(checkpoint_tensors(again.run.checkpoint), checkpoint_tensors(whole.run.checkpoint))
+
+
+def test_the_record_of_a_run_that_goes_on_is_gone_until_it_ends(store, data, tmp_path):
+    settings = {"lr_scheduler_type": "constant", "save_steps": 1}
+    finetune(trainer(store, data, tmp_path / "run", max_steps=1, **settings), None)
+    again = resumed(store, data, tmp_path / "run", max_steps=3, **settings)
+    assert finetune(again, None, should_stop=lambda: 15) is None
+    assert again.step == 2 and not again.run.record.exists()
+
+
+def test_a_length_that_makes_other_steps_is_refused(interrupted, copied, other):
+    with pytest.raises(ValueError, match="max_steps was 8 and now is 3, which makes 3 steps, and 4 are taken already"):
+        checkpoint_of(other, copied, max_steps=3).resume(copied.checkpoint, other.course)
+    with pytest.raises(ValueError) as refused:
+        checkpoint_of(other, copied, max_steps=16).resume(copied.checkpoint, other.course)
+    assert "by the cosine schedule, step 3 would have had the learning rate 0.00494 and had 0.00467" in str(
+        refused.value
+    )
+    assert str(refused.value).endswith(f"start a new run with --adapter {copied.directory}")
 
 
 def test_an_optimizer_without_state_does_not_go_on_from_one_with(interrupted, other):
     changed = checkpoint_of(other, optim="mezo", selection_mode="full")
     with pytest.raises(ValueError, match="cannot resume: optim was 'adamw' and now is 'mezo'"):
-        changed.resume(interrupted / "checkpoint", other.total_steps)
+        changed.resume(interrupted / "checkpoint", other.course)
 
 
 def test_a_setting_newer_than_the_checkpoint_had_its_default_then(copied, other):
     edit(lambda state: state["config"].__delitem__("optimizer_in_backward"))(copied.checkpoint)
-    assert checkpoint_of(other, copied).resume(copied.checkpoint, other.total_steps).step == 4
+    assert checkpoint_of(other, copied).resume(copied.checkpoint, other.course).step == 4
     changed = checkpoint_of(other, copied, optimizer_in_backward=True, gradient_accumulation_steps=1)
     with pytest.raises(ValueError, match="cannot resume: gradient_accumulation_steps was 2 and now is 1"):
-        changed.resume(copied.checkpoint, other.total_steps)
+        changed.resume(copied.checkpoint, other.course)
     edit(lambda state: state["config"].update(gradient_accumulation_steps=1))(copied.checkpoint)
     with pytest.raises(ValueError, match="cannot resume: optimizer_in_backward was False and now is True"):
-        changed.resume(copied.checkpoint, other.total_steps)
+        changed.resume(copied.checkpoint, other.course)
 
 
 def test_resuming_on_other_data_or_another_model_is_refused(store, data, interrupted, other):
@@ -220,7 +272,7 @@ def test_resuming_on_other_data_or_another_model_is_refused(store, data, interru
         resumed(store, changed, interrupted, **DEMANDING)
     changed = checkpoint_of(other, fingerprints={"model": 1})
     with pytest.raises(ValueError, match="cannot resume: the model changed"):
-        changed.resume(interrupted / "checkpoint", other.total_steps)
+        changed.resume(interrupted / "checkpoint", other.course)
 
 
 def test_a_models_fingerprint_is_of_its_weights_and_its_config(shared_store, store, tmp_path):
@@ -313,7 +365,7 @@ def test_metrics_that_are_not_whole_are_told(copied, other, damage):
         left = {"cut to a line": lines[:1], "a line twice": [*lines[:2], *lines[1:4]], "without the first": lines[1:]}
         copied.metrics.write_text("".join(left[damage]))
     with pytest.warns(UserWarning, match=r"metrics\.jsonl does not have each step before 4 once"):
-        checkpoint_of(other, copied).resume(copied.checkpoint, other.total_steps)
+        checkpoint_of(other, copied).resume(copied.checkpoint, other.course)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +384,7 @@ def test_metrics_begin_anew_in_another_directory(other, moved, tmp_path, recwarn
     run = RunDirectory(shutil.copytree(moved, tmp_path / "run"), resume=True)
     with open(run.metrics, "ab") as file:
         file.write(damage)
-    position = checkpoint_of(other, run).resume(run.checkpoint, other.total_steps)
+    position = checkpoint_of(other, run).resume(run.checkpoint, other.course)
     assert (position.step, position.first_step) == (6, 4)
     assert [row["step"] for row in run.read_metrics()] == [4, 5]
     assert not [str(one.message) for one in recwarn if "metrics" in str(one.message)]
@@ -357,7 +409,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(store, data, ot
             break
         except OSError as error:
             assert "No space left" in str(error)
-        step = checkpoint_of(other, run).resume(run.checkpoint, other.total_steps).step
+        step = checkpoint_of(other, run).resume(run.checkpoint, other.course).step
         seen.append(step)
         assert_same_tensors(adapter_of(other), {4: old, 5: new}[step])
         saved = safetensors.torch.load_file(run.adapter / "adapter_model.safetensors")
@@ -378,12 +430,12 @@ def test_an_adapter_that_is_not_finite_takes_no_checkpoints_place(store, data, t
     with pytest.raises(RunError, match=r"lora_A \(block 0\) is not finite after step 4: the last checkpoint is kept"):
         made.train(spoil)
     assert json.loads((made.run.checkpoint / "state.json").read_text())["step"] == 2
-    assert made.checkpoint.resume(made.run.checkpoint, 6).step == 2
+    assert made.checkpoint.resume(made.run.checkpoint, made.course).step == 2
 
 
 def test_a_checkpoint_between_two_renames_is_found_again(copied, other):
     copied.checkpoint.rename(copied.directory / ".mebp-old-checkpoint")
-    assert checkpoint_of(other, copied).resume(copied.checkpoint, other.total_steps).step == 4
+    assert checkpoint_of(other, copied).resume(copied.checkpoint, other.course).step == 4
 
 
 def test_a_run_that_died_between_its_last_checkpoint_and_its_adapter(store, data, straight, tmp_path):
@@ -400,5 +452,5 @@ def test_an_older_adapter_is_replaced_by_the_checkpoints(straight, other, tmp_pa
     run = RunDirectory(shutil.copytree(straight.run.directory, tmp_path / "run"), resume=True)
     wanted, weights = adapter_tensors(straight.model), run.adapter / "adapter_model.safetensors"
     safetensors.torch.save_file({name: torch.zeros_like(tensor) for name, tensor in wanted.items()}, weights)
-    checkpoint_of(other, run).resume(run.checkpoint, other.total_steps)
+    checkpoint_of(other, run).resume(run.checkpoint, other.course)
     assert_same_tensors(safetensors.torch.load_file(weights), wanted)

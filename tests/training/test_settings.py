@@ -42,6 +42,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("use_rslora", 1, "type bool"),
     ("use_rslora", "yes", "type bool"),
     ("target_modules", ["q_proj"], "type str"),
+    ("exclude_modules", ["q_proj"], "type str"),
+    ("rank_pattern", {"q_proj": 8}, "type str"),
+    ("rank_pattern", "q_proj=8", "a JSON object such as"),
+    ("alpha_pattern", "[8]", "a JSON object such as"),
+    ("adapter", 5, "type str"),
     ("learning_rate", 0.0, "larger than 0"),
     ("learning_rate", -1e-4, "larger than 0"),
     ("learning_rate", float("nan"), "finite"),
@@ -173,7 +178,7 @@ def test_what_the_optimizer_in_the_backward_pass_refuses():
     ],
 )
 def test_target_modules(text, wanted):
-    assert TrainConfig(target_modules=text).targets() == wanted
+    assert TrainConfig(target_modules=text).lora().target_modules == wanted
 
 
 # --- facts ----------------------------------------------------------------------------------------------------------
@@ -198,6 +203,7 @@ def test_the_lists_that_follow_from_them():
         "memory_budget",
         "return_freed_memory",
         "on_nan",
+        "adapter",
     }
     assert set(TRACED_BY) == {
         "max_length",
@@ -206,6 +212,8 @@ def test_the_lists_that_follow_from_them():
         "lora_r",
         "lora_dropout",
         "target_modules",
+        "exclude_modules",
+        "rank_pattern",
         "optim",
         "selection_mode",
         "device",
@@ -272,6 +280,9 @@ def test_every_setting_has_a_flag_that_sets_it():
         "lora_alpha": 1.5,
         "lora_dropout": 0.25,
         "target_modules": "q_proj",
+        "exclude_modules": "v_proj",
+        "rank_pattern": '{"q_proj": 2}',
+        "alpha_pattern": '{"q_proj": 2}',
         "learning_rate": 0.5,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 2,
@@ -305,6 +316,6 @@ def test_every_setting_has_a_flag_that_sets_it():
     assert {name: getattr(config, name) for name in values} == values
     required = ("--train-file=t", "--output-dir=o")
     config = parse(*required, *(f"--{name.replace('_', '-')}" for name in switches))  # not with accumulation
-    assert all(getattr(config, name) for name in switches) and values.keys() | switches | {"optim"} == FIELDS
+    assert all(getattr(config, name) for name in switches) and values.keys() | switches | {"optim", "adapter"} == FIELDS
     defaults = TrainConfig()
     assert all(getattr(defaults, name) != value for name, value in values.items())
