@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from .masking import Masking
 from .rows import tokenize_row
-from .sources import BrokenRow, check_source, rows
+from .sources import check_source, rows
 from .text import opening, windows
+from .text_rows import BrokenRow
 from .tokenized import RowWriter, TokenizedData
 
 if TYPE_CHECKING:
