@@ -24,6 +24,7 @@ from mebp_triton.data.sources import check_source
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.models.adapter import load_adapter
+from mebp_triton.models.kept_float import describe_kept_float, kept_float
 from mebp_triton.models.load import load
 from mebp_triton.store.manifest import MANIFEST
 from mebp_triton.store.reader import Store
@@ -119,6 +120,9 @@ def _train_in(
         recompute_granularity=settings.recompute_granularity,
         mlp_chunk_tokens=settings.mlp_chunk_tokens,
     )
+    if (given / MANIFEST).exists():  # else it was said when the store was made
+        for line in describe_kept_float(kept_float(model, store.float_sizes()), store.nbytes()):
+            say(line)
     if checkpoint is None and asked.adapter:
         load_adapter(model, locate(asked.adapter))
     trainer = Trainer(model, data, settings, run, processes=processes)

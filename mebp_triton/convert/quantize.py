@@ -17,9 +17,10 @@ from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import Scheme
 from mebp_triton.kernels.quantize import check_form, quantize_matrix
 from mebp_triton.kernels.reference import decode
+from mebp_triton.models.kept_float import KeptFloat, kept_float
 from mebp_triton.models.names import persistent_buffers
 from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites, linear_names
-from mebp_triton.store.manifest import SHARED, BaseModel, block_file
+from mebp_triton.store.manifest import SHARED, block_file
 from mebp_triton.system import atomic
 
 
@@ -32,6 +33,7 @@ class QuantizeReport:
         taken_over: modules whose 4-bit codes were taken over bit for bit.
         schemes: scheme by module.
         float_bytes, int4_bytes: the bytes of what stayed float and of what became int4.
+        kept_float: the matrices that stayed float, by the reason; see ``models/kept_float.py``.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -39,6 +41,7 @@ class QuantizeReport:
     schemes: dict[str, str] = field(default_factory=dict)
     float_bytes: int = 0
     int4_bytes: int = 0
+    kept_float: dict[str, KeptFloat] = field(default_factory=dict)
 
 
 Form = tuple[Scheme, int]  # scheme and group size
@@ -105,8 +108,7 @@ def quantize(
     """
     recipe = Recipe(scheme, group_size, scale_search)
     atomic.check_absent(Path(store))
-    opened = open_source(source)
-    return write_store(opened, Path(store), recipe, blocks, None, progress, base_model(Path(source)))
+    return write_store(open_source(source), Path(store), recipe, blocks, None, progress)
 
 
 def write_store(
@@ -116,12 +118,11 @@ def write_store(
     blocks: str | None,
     form_of: Callable[[str], Form] | None,
     progress: Callable[[int, int], None],
-    base: BaseModel | None = None,
 ) -> QuantizeReport:
     """Writes the store of an opened source; see ``quantize``.
 
     ``form_of`` tells the form that a float matrix gets unless the recipe asks for another, by module. None: the form of
-    the source's own 4-bit matrices. ``base``: see ``StoreWriter``.
+    the source's own 4-bit matrices.
     """
     model = build_skeleton(opened.config, torch.float32)
     opened.bind(model)
@@ -141,21 +142,13 @@ def write_store(
     job = _Job(opened, recipe, form_of, len(sites), progress)
     with atomic.atomic_directory(target) as directory:
         opened.save_companions(directory)
-        writer = StoreWriter(directory, opened.description, tied, base)
+        writer = StoreWriter(directory, opened.description, tied)
         for index in range(len(stack)):
             job.write(writer, block_file(index), sites, floats, f"{path}.{index}.")
         job.write(writer, SHARED, sites, floats, "")
         writer.finish()
+    job.report.kept_float = kept_float(model, job.float_sizes)
     return job.report
-
-
-def base_model(source: Path) -> BaseModel:
-    """The name by which PEFT finds the model ``source``: on the hub, where it lies in the hub's cache, or its path."""
-    path = source.resolve()
-    cached = path.parent.parent.name  # models--ORGANISATION--NAME/snapshots/COMMIT
-    if path.is_dir() and path.parent.name == "snapshots" and cached.startswith("models--"):
-        return BaseModel(cached.removeprefix("models--").replace("--", "/"), path.name)
-    return BaseModel(str(source.absolute()))
 
 
 class _Job:
@@ -172,6 +165,7 @@ class _Job:
         self.source, self.recipe, self.form_of, self.total, self.progress = source, recipe, form_of, total, progress
         self.report = QuantizeReport()
         self.written: set[str] = set()
+        self.float_sizes: dict[str, int] = {}
 
     def write(self, writer: StoreWriter, file: str, sites: list[Int4Site], floats: list[str], prefix: str) -> None:
         matrices = {}
@@ -185,6 +179,7 @@ class _Job:
                 _check_finite(name, value)
                 kept[name] = decode(value, torch.float32) if isinstance(value, Int4Weight) else value
         self.written |= matrices.keys() | kept.keys()
+        self.float_sizes |= {name: tensor.nbytes for name, tensor in kept.items()}
         self.report.float_bytes += sum(tensor.nbytes for tensor in kept.values())
         self.report.int4_bytes += sum(weight.nbytes for weight, _ in matrices.values())
         writer.write_file(file, matrices, kept)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from mebp_triton.models.direct_reads import directly_read
 from mebp_triton.models.skeleton import contains_any, kept_modules
 
 from .bitsandbytes_layers import is_linear4bit
@@ -17,11 +18,17 @@ from .peft_layer import modules_of_peft
 PLAIN = (nn.Linear, Conv1D)
 
 
-def linear_layers(model: Any) -> dict[str, nn.Module]:
+def linear_layers(model: Any, saved: bool = False) -> dict[str, nn.Module]:
     """The layers of ``model`` that may be int4, by path: the base model's linear layers, also those inside PEFT's.
 
-    Heads stay float: they are the output embeddings, or lie outside of the base model. So do ``kept_modules`` and what
-    PEFT owns. bitsandbytes' 4-bit layers are taken wherever they are, since they are quantised already.
+    Heads stay float: they are the output embeddings, or lie outside of the base model. So do ``kept_modules``, what is
+    ``directly_read``, and what PEFT owns. bitsandbytes' 4-bit layers are taken wherever they are, since they are
+    quantised already.
+
+    Args:
+        model: a transformers or PEFT model, or any module.
+        saved: whether the layers of a saved model are asked for, which names those that are float. It may have
+            directly read ones in int4, as older models do.
     """
     whole = inner_model(model)
     base = set(whole.modules())
@@ -29,13 +36,15 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
         head = whole.get_output_embeddings()
         base = set(whole.base_model.modules()) - set(() if head is None else head.modules())
     owned, kept = modules_of_peft(model), kept_modules(whole)
+    # Layers inside PEFT's wrappers are read through these, which hand out the weight of the layer inside.
+    reads = {part for path in (() if saved else directly_read(whole)) for part in whole.get_submodule(path).modules()}
     return {
         path: module
         for path, module in model.named_modules()
         if path
         and isinstance(module, nn.Linear | Conv1D)
         and module not in owned
-        and (is_linear4bit(module) or (module in base and not kept(path_without_peft(path))))
+        and (is_linear4bit(module) or (module in base and not kept(path_without_peft(path)) and module not in reads))
     }
 
 

@@ -75,7 +75,9 @@ class Int4Quantizer(HfQuantizer):
         skipped = self.config.modules_to_not_convert
         if not self.pre_quantized:
             check_names("modules_to_not_convert", skipped, model)
-        plain = {path: module for path, module in linear_layers(model).items() if type(module) in PLAIN}
+        plain = {
+            path: module for path, module in linear_layers(model, self.pre_quantized).items() if type(module) in PLAIN
+        }
         self.layers = {path: module for path, module in plain.items() if not contains_any(path, skipped)}
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no plain linear layer to quantize")
@@ -222,7 +224,7 @@ class Int4Quantizer(HfQuantizer):
         Raises:
             ValueError: there are no such settings, or the model has an adapter, which would be lost.
         """
-        prefix, candidates = base_prefix(model), linear_layers(model)
+        prefix, candidates = base_prefix(model), linear_layers(model, saved=True)
         int4: dict[str, Int4Weight] = {}
         for path, module in model.named_modules():
             if isinstance(module, Int4LoRALinear):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.head import Int4Head
 from mebp_triton.layers.int4_module import Int4Module, replace_embedding
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
@@ -21,7 +23,9 @@ from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.layers.loss import OnePassLoss, install_loss
 from mebp_triton.store.reader import Store
 
+from .direct_reads import directly_read
 from .discover import join_shared_inputs
+from .names import enumerate_names
 from .skeleton import Int4Site, float32_tensors, int4_sites
 
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -137,8 +141,9 @@ class Builder:
 
     def __init__(self, store: Store, model: Any, lora: LoraConfig | None, numerics: Numerics, seed: int) -> None:
         self.store, self.model, self.lora, self.numerics = store, model, lora, numerics
-        self.sites, self.tied = int4_sites(model)
+        self.sites, self.tied = int4_sites(model, store)
         check_matrices(store, self.sites, self.tied)
+        self.decoded = self._sites_to_decode()
         self.stays_float32 = float32_tensors(model, numerics.dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self.modules: dict[str, Int4Module] = {}
@@ -171,6 +176,23 @@ class Builder:
         setattr(self.model.get_submodule(parent), attribute, module.eval())
         return module
 
+    def _sites_to_decode(self) -> dict[str, Int4Site]:
+        """The layers that the store has in int4 although the modelling code reads their weight, by that parameter.
+
+        Stores made before such layers were told apart have them. One that an adapter names stays as it was.
+        """
+        read = directly_read(self.model)
+        named = self.lora is not None and self.lora.target_modules != "all-linear"
+        sites = [site for site in self.sites if site.role == "linear" and site.name in read]
+        sites = [site for site in sites if not (named and self.lora is not None and self.lora.targets(site.name))]
+        if sites:
+            warnings.warn(
+                f"store {self.store.directory}: {len(sites)} matrices are decoded to float, since the modelling code "
+                f"reads their weight itself ({enumerate_names([site.name for site in sites], 1)})",
+                stacklevel=4,
+            )
+        return {f"{site.name}.weight": site for site in sites}
+
     def _replace_modules(self) -> None:
         dtype, backend = self.numerics.dtype, self.numerics.backend
         head = self.model.get_output_embeddings()
@@ -179,7 +201,7 @@ class Builder:
             if site.role == "embedding":
                 replace_embedding(old, self.store.weight(site.name), dtype, backend)
                 self.modules[site.name] = embedding = old
-            elif site.role == "linear":
+            elif site.role == "linear" and f"{site.name}.weight" not in self.decoded:
                 self.modules[site.name] = self.swap(site.name, self._linear(site.name, old))
         weight = embedding.int4() if self.tied else self.store.weight(self.head_name)
         bias = self._float(f"{self.head_name}.bias", head.bias)
@@ -199,6 +221,10 @@ class Builder:
         """The float parameter ``name`` on the device; None where the model has none."""
         if expected is None:
             return None
+        if (site := self.decoded.get(name)) is not None:
+            weight = decode(self.store.weight(site.name), torch.float32)
+            weight = weight.t().contiguous() if site.transposed else weight
+            return weight.to(self.numerics.device, self._dtype(name, self.numerics.dtype))
         if name not in self.store.floats:
             raise ValueError(f"store {self.store.directory} has no tensor {name}")
         value = self.store.float_tensor(name)

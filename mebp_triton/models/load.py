@@ -100,7 +100,7 @@ def load(
     path, stack = find_blocks(model, blocks)
     adapters = None if lora is None else as_lora_config(lora)
     if adapters is not None:
-        check_targets(adapters, linear_names(int4_sites(model)[0]), model)
+        check_targets(adapters, linear_names(int4_sites(model, opened)[0]), model)
     builder = Builder(opened, model, adapters, numerics, seed)
     placement = _Placement(opened, path, len(stack), weights, numerics.device)
     builder.fill(placement.place)

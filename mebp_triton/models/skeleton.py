@@ -6,10 +6,10 @@ Quantizing and loading ask here alike, so that a store has exactly the matrices 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from unittest import mock
 
 import torch
@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mebp_triton.system.foreign_errors import is_out_of_memory
+
+from .direct_reads import directly_read
 
 Role = Literal["linear", "embedding", "head"]
 
@@ -117,8 +119,23 @@ class Int4Site:
     transposed: bool = False
 
 
+class Stored(Protocol):
+    """The tensors of a store, by name.
+
+    Attributes:
+        matrices: the modules that are int4.
+        floats: the parameters and buffers that are not.
+    """
+
+    @property
+    def matrices(self) -> Collection[str]: ...
+
+    @property
+    def floats(self) -> Collection[str]: ...
+
+
 def kept_modules(model: Any) -> Callable[[str], bool]:
-    """Returns a predicate on module paths: True where a layer must stay float.
+    """Returns a predicate on module paths: True where a layer is to stay float, whoever may have its weight.
 
     Those are the routers, and what transformers lists as kept in float32. An entry of its lists is some parts of a path
     ("wo", "indexer.weights_proj"), perhaps with a parameter's name ("gate.weight"). It keeps all that lies inside.
@@ -146,11 +163,17 @@ def contains_any(path: str, names: Iterable[str]) -> bool:
     return any(f".{name}." in f".{path}." for name in names)
 
 
-def int4_sites(model: Any) -> tuple[list[Int4Site], bool]:
+def int4_sites(model: Any, stored: Stored | None = None) -> tuple[list[Int4Site], bool]:
     """Lists the modules that become int4, and tells whether the head is tied to the embedding.
 
-    They are the input embedding, the head, and every linear layer but ``kept_modules``. A tied head is not listed since
-    it has no weight of its own. Subclasses of ``nn.Linear`` stay float: what they do with their weight is unknown.
+    They are the input embedding, the head, and every linear layer but ``kept_modules`` and ``directly_read``. A tied
+    head is not listed since it has no weight of its own. Subclasses of ``nn.Linear`` stay float: what they do with
+    their weight is unknown.
+
+    Args:
+        model: a transformers model.
+        stored: a store of that model. A layer that it has in float stays float, and one that it has in int4 is listed
+            even if it is read directly, which older stores do not heed.
 
     Raises:
         ValueError: the model has no plain embedding and linear head.
@@ -162,18 +185,24 @@ def int4_sites(model: Any) -> tuple[list[Int4Site], bool]:
             f"({type(embedding).__name__}, {type(head).__name__}); such models are not supported"
         )
     tied = head.weight is embedding.weight
-    kept, sites = kept_modules(model), []
+    kept, read, sites = kept_modules(model), directly_read(model), []
+
+    def stays_float(name: str) -> bool:
+        if stored is None:
+            return name in read
+        return f"{name}.weight" in stored.floats or (name in read and name not in stored.matrices)
+
     for name, module in model.named_modules():
         if module is embedding:
             sites.append(Int4Site(name, "embedding", *module.weight.shape))
         elif module is head:
             if not tied:
                 sites.append(Int4Site(name, "head", *module.weight.shape))
-        elif kept(name):
+        elif kept(name) or type(module) not in (nn.Linear, Conv1D) or stays_float(name):
             continue
         elif type(module) is nn.Linear:
             sites.append(Int4Site(name, "linear", *module.weight.shape))
-        elif type(module) is Conv1D:
+        else:
             inputs, outputs = module.weight.shape
             sites.append(Int4Site(name, "linear", outputs, inputs, transposed=True))
     return sites, tied

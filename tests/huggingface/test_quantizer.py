@@ -22,7 +22,7 @@ from int4_models import (
     quantized,
     with_bitsandbytes,
 )
-from models import batch, randomize_adapter, relative_rms
+from models import batch, randomize_adapter, relative_rms, save_tiny_model
 from pairs import pairs
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,10 +33,11 @@ from transformers.quantizers import auto
 
 import mebp_triton as mebp
 from mebp_triton import Int4Config, Int4LoRALinear
-from mebp_triton.huggingface import quantizer
+from mebp_triton.huggingface import model_layers, quantizer
 from mebp_triton.huggingface.bitsandbytes_layers import is_linear4bit
 from mebp_triton.huggingface.quantizer import saved_tensors
 from mebp_triton.kernels.quantize import quantize_matrix
+from mebp_triton.layers.linear import Int4Linear
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -465,3 +466,22 @@ def test_whoever_imports_the_settings_registers_the_method(saved: Path, monkeypa
     monkeypatch.delitem(sys.modules, quantizer.__name__)
     assert mebp.Int4Config is Int4Config and "mebp_int4" in auto.AUTO_QUANTIZER_MAPPING
     assert int4_layers(from_pretrained(saved))
+
+
+def test_layers_whose_weight_is_read_stay_float(tmp_path, monkeypatch):
+    """Mamba's mixers read weights themselves. A model that was saved before this was heeded loads as it was saved."""
+
+    def mixer(model):
+        return {name for name, part in model.backbone.layers[0].mixer.named_children() if isinstance(part, Int4Linear)}
+
+    source, ids = save_tiny_model("mamba", tmp_path / "model"), torch.arange(3, 15)[None]
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=Int4Config(group_size=32))
+    model.save_pretrained(tmp_path / "int4")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "int4")
+    assert mixer(model) == mixer(again) == {"in_proj"}
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_layers, "directly_read", lambda model: set())
+        older = AutoModelForCausalLM.from_pretrained(source, quantization_config=Int4Config(group_size=32))
+        older.save_pretrained(tmp_path / "older")
+    assert mixer(AutoModelForCausalLM.from_pretrained(tmp_path / "older")) == mixer(older) > {"in_proj"}

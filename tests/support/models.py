@@ -79,6 +79,32 @@ SETTINGS["gemma3n_text"] = GQA | {
     "intermediate_size": [80] * 3,
 }
 SETTINGS["granitemoe"] = COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}
+SETTINGS["bloom"] = {"vocab_size": 97, "hidden_size": 48, "n_layer": 3, "n_head": 4}
+MIXER = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8}
+MAMBA = _without("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+SETTINGS["mamba"] = SETTINGS["falcon_mamba"] = MAMBA | {"state_size": 8}
+SETTINGS["mamba2"] = MAMBA | {"state_size": 8, "num_heads": 6, "head_dim": 16, "n_groups": 2, "chunk_size": 8}
+SETTINGS["bamba"] = COMMON | MIXER | {"attn_layer_indices": [1]}
+SETTINGS["falcon_h1"] = COMMON | MIXER | {"mamba_d_ssm": 96, "head_dim": 12}
+SETTINGS["nemotron_h"] = COMMON | {
+    "head_dim": 12,
+    "layers_block_type": ["mamba", "attention", "mamba"],
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+}
+SETTINGS["granitemoehybrid"] = (
+    COMMON
+    | MIXER
+    | {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 48,
+    }
+)
 SETTINGS["lfm2"] = COMMON | {"layer_types": ["conv", "conv", "conv"]}
 
 
@@ -160,7 +186,7 @@ def peft_model(store: Path, model: Any, dtype: torch.dtype = torch.float32, **lo
     import peft
 
     tensors = adapter_tensors(model)
-    targets = sorted({name.split(".")[-3] for name in tensors})
+    targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
     config = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **lora)
     wrapped = peft.get_peft_model(decoded_model(store, dtype), config, autocast_adapter_dtype=False)
     named = dict(wrapped.named_parameters())

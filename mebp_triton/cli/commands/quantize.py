@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mebp_triton.cli.console import answer, progress_bar
+from mebp_triton.cli.console import answer, progress_bar, say
 from mebp_triton.cli.flags import add_quantization
 from mebp_triton.system.units import MIB
 
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
         "schemes": sorted(set(report.schemes.values())),
         "int4_bytes": report.int4_bytes,
         "float_bytes": report.float_bytes,
+        "kept_float": {reason: dataclasses.asdict(count) for reason, count in report.kept_float.items()},
         "relative_error_worst": max(report.errors.values()),
         "relative_error": report.errors,
     }
@@ -43,9 +45,10 @@ def run(arguments: argparse.Namespace) -> None:
 def quantize_with_progress(source: str, store: Path, arguments: argparse.Namespace) -> QuantizeReport:
     """Makes ``store`` from ``source`` as the quantization flags say, under a progress bar."""
     from mebp_triton.convert.quantize import quantize
+    from mebp_triton.models.kept_float import describe_kept_float
 
     with progress_bar("quantizing") as update:
-        return quantize(
+        report = quantize(
             source,
             store,
             scheme=arguments.scheme,
@@ -53,6 +56,9 @@ def quantize_with_progress(source: str, store: Path, arguments: argparse.Namespa
             scale_search=arguments.scale_search,
             progress=update,
         )
+    for line in describe_kept_float(report.kept_float, report.int4_bytes + report.float_bytes):
+        say(line)
+    return report
 
 
 def _table(store: str, report: QuantizeReport) -> Table:

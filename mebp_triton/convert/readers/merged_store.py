@@ -53,7 +53,7 @@ class MergedStore:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def bind(self, model: PreTrainedModel) -> None:
-        sites, tied = int4_sites(model)
+        sites, tied = int4_sites(model, self.store)
         check_matrices(self.store, sites, tied)
         self._sites = {f"{site.name}.weight": site for site in sites}
         check_complete(f"store {self.directory}", parameter_aliases(model), [*self._sites, *self.store.floats])

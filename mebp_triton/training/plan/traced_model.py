@@ -124,7 +124,7 @@ class TracedModel:
         lora = settings.lora()
         self.kinds = _kinds(stack, path, config, lora)
         self.depth = max(min(len(stack), 2), max(self.kinds.index(kind) for kind in set(self.kinds)) + 1)
-        check_targets(lora, linear_names(int4_sites(self.model)[0]), self.model)
+        check_targets(lora, linear_names(int4_sites(self.model, inventory)[0]), self.model)
         inventory = inventory.part({block_file(index) for index in range(self.depth, len(stack))})
         del stack[self.depth :]
         self.stack, self.path = stack, path

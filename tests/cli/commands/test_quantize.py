@@ -2,6 +2,7 @@
 
 import pytest
 from commands import answer, assert_refused, pickled, with_remote_code, without
+from runs import model_directory
 
 from mebp_triton.store.reader import Store
 
@@ -22,6 +23,19 @@ def test_flags_and_table(mebp, world, tmp_path):
     assert code == 0 and "q_proj" in out and "affine" in out
     infos = Store(tmp_path / "store").matrices.values()
     assert {info.scheme for info in infos} == {"affine"} and {info.group_size for info in infos} == {64}
+
+
+def test_quantize_and_train_say_it(mebp, tmp_path):
+    """``train`` says it of a store that was there before; of one that it makes, ``quantize`` has said it."""
+    source, line = model_directory(tmp_path / "model", "granitemoe"), "24 matrices stay float (experts"
+    code, _, err = mebp("quantize", source, tmp_path / "store", "--group-size=32")
+    assert code == 0 and err.count(line) == 1
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sees the moon . " * 20)
+    options = ("--max-steps=1", "--max-length=16", "--lora-r=2", f"--train-file={text}")
+    for given, run in ((tmp_path / "store", "run"), (source, "other")):
+        code, _, err = mebp("train", given, *options, f"--output-dir={tmp_path / run}")
+        assert code == 0 and err.count(line) == 1, err
 
 
 MISTAKES = {
