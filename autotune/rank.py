@@ -114,7 +114,7 @@ def compiled(
 
 
 def _alike(size: int, block: int) -> int:
-    """A size that stands for all that ``block`` and 16 divide alike."""
+    """Returns one size for all sizes that ``block`` and 16 divide, or do not divide, in the same way."""
     return EVEN_SIZE if size % block == 0 else EVEN_SIZE + 16 if size % 16 == 0 else EVEN_SIZE + 1
 
 

@@ -94,7 +94,7 @@ def quantize_matrix(
 
 
 def check_form(scheme: object, group_size: object) -> None:
-    """ValueError where there is no such scheme or group size."""
+    """Raises ValueError where there is no such scheme or group size."""
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     if type(group_size) is not int or group_size not in GROUP_SIZES:

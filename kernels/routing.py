@@ -71,7 +71,7 @@ class Routes:
         return default_config(problem) if route in self.too_large else route
 
     def refuse(self, problem: Problem) -> None:
-        """From now on ``choose`` gives no problem the configuration that it gave this one.
+        """Makes ``choose`` give the default from now on, wherever it gave the configuration that this problem got.
 
         Raises:
             ValueError: it was the default already: there is nothing else.

@@ -122,7 +122,7 @@ class BlockRun:
         return tensors
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> Any:
-        """The block's output with ``tensors``, the autograd function's outputs, in it.
+        """Returns the block's output, its tensors replaced by ``tensors``, the outputs of the autograd function.
 
         They also replace what the forward pass wrote into containers: those tensors have no graph.
         """

@@ -202,7 +202,7 @@ class _Job:
 
 
 def _check_finite(name: str, value: Tensor | Int4Weight) -> None:
-    """ValueError where a tensor that is taken over is not finite; ``quantize_matrix`` looks at the others itself."""
+    """Raises ValueError where a tensor that is taken over is not finite; ``quantize_matrix`` checks the others."""
     parts = value.tensors().items() if isinstance(value, Int4Weight) else [("it", value)]
     for part, tensor in parts:
         if tensor.is_floating_point() and not tensor.isfinite().all():

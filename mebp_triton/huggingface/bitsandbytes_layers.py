@@ -18,7 +18,7 @@ def is_linear4bit(module: nn.Module) -> bool:
 
 
 def check_linear4bit(layer: Any, path: str) -> None:
-    """ValueError where the weight of ``layer`` cannot be taken over exactly."""
+    """Raises ValueError where the weight of ``layer`` cannot be taken over exactly."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         raise ValueError(f"{path}: this Linear4bit is not quantised yet; move the model to its device first")

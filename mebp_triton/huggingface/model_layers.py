@@ -59,7 +59,7 @@ def path_without_peft(path: str) -> str:
 
 
 def check_names(what: str, names: Iterable[str], model: nn.Module) -> None:
-    """ValueError where ``model`` has no module of one of ``names``, as with a mistyped one."""
+    """Raises ValueError where ``model`` has no module of one of ``names``, as with a mistyped one."""
     for name in names:
         if not any(contains_any(path, [name]) for path, _ in model.named_modules()):
             raise ValueError(f"{what}: {type(model).__name__} has no module {name!r}")

@@ -114,7 +114,7 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 
 def check_method(wrapper: Any, path: str) -> None:
-    """ValueError where ``wrapper``, a layer of PEFT, computes with the weight of the layer inside."""
+    """Raises ValueError where ``wrapper``, a layer of PEFT, computes with the weight of the layer inside."""
     method = type(wrapper).__module__.split(".")[-2]
     if not is_lora_layer(wrapper) and method not in BESIDE_THE_WEIGHT:
         raise ValueError(
@@ -124,7 +124,7 @@ def check_method(wrapper: Any, path: str) -> None:
 
 
 def check_wrapper(wrapper: Any, path: str) -> None:
-    """ValueError where ``wrapper``, a layer of PEFT over a linear layer, could not stay one over an int4 layer."""
+    """Raises ValueError where ``wrapper``, PEFT's layer over a linear layer, could not stay one over an int4 layer."""
     check_method(wrapper, path)
     if wrapper.merged:
         raise ValueError(f"{path}: the adapter {wrapper.merged_adapters[0]!r} is merged; call unmerge_adapter() first")

@@ -278,7 +278,7 @@ def _missing_tensor(key: str) -> ValueError:
 
 
 def _check_experts(model: Any, files: Iterable[Any] | None) -> None:
-    """ValueError where an int4 layer of ``files`` is only a part of a parameter in ``model``.
+    """Raises ValueError where an int4 layer of ``files`` is only a part of a parameter in ``model``.
 
     Experts are linear layers for transformers 4, and slices of one parameter for transformers 5.
     """

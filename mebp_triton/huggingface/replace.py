@@ -142,7 +142,7 @@ def _check(
 
 
 def _check_layer(layer: Any, path: str, backend: str) -> None:
-    """ValueError where ``layer`` cannot become int4."""
+    """Raises ValueError where ``layer`` cannot become int4."""
     if layer.weight.device.type == "meta":
         raise ValueError(f"{path} has no weight in memory (device meta): load the model without offloading")
     resolve_backend(backend, layer.weight.device)

@@ -208,7 +208,7 @@ def adapter_shapes(config: LoraConfig, layers: Mapping[str, tuple[int, int]]) ->
 
 
 def check_fit(own: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor], what: str) -> None:
-    """ValueError where ``tensors`` have other names or shapes than ``own``, or are not finite."""
+    """Raises ValueError where ``tensors`` have other names or shapes than ``own``, or are not finite."""
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or surplus:
         verb, names = ("lacks", missing) if missing else ("has", surplus)

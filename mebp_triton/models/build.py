@@ -32,7 +32,7 @@ ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def check_matrices(store: Store, sites: list[Int4Site], tied: bool) -> None:
-    """ValueError where the store does not hold the matrices of the model that its config describes."""
+    """Raises ValueError where the store does not hold the matrices of the model that its config describes."""
     if tied != store.tied_head:
         raise ValueError(f"store {store.directory}: config and manifest disagree on whether the head is tied")
     missing = [site.name for site in sites if site.name not in store.matrices]
@@ -62,7 +62,7 @@ def check_targets(config: LoraConfig, linear: list[str], model: Any) -> None:
 
 
 def check_adapter_dtype(dtype: torch.dtype) -> None:
-    """ValueError where adapters cannot have this dtype. float64 is for tests."""
+    """Raises ValueError where adapters cannot have this dtype. float64 is for tests."""
     if dtype not in ADAPTER_DTYPES:
         raise ValueError(f"adapter_dtype must be float32 or bfloat16, got {dtype}")
 

@@ -38,7 +38,7 @@ def enumerate_names(names: list[str], shown: int = 3) -> str:
 
 
 def check_complete(where: str, wanted: Iterable[str], present: Iterable[str]) -> None:
-    """ValueError where one of ``wanted`` is not ``present``."""
+    """Raises ValueError where one of ``wanted`` is not ``present``."""
     have = set(present)
     missing = [name for name in wanted if name not in have]
     if missing:
@@ -58,7 +58,7 @@ def warn_unused(where: str, model: PreTrainedModel, unused: Iterable[str]) -> No
 
 
 def check_shape(where: str, name: str, got: Iterable[int], wanted: Iterable[int]) -> None:
-    """ValueError where the tensor ``name`` does not have the shape that the model wants."""
+    """Raises ValueError where the tensor ``name`` does not have the shape that the model wants."""
     if tuple(got) != tuple(wanted):
         raise ValueError(
             f"{where}: {name} has shape {tuple(got)}, the model wants {tuple(wanted)}: "

@@ -1,4 +1,4 @@
-"""Puts the weights of a block where they shall lie: on the device, in host memory, or in their file."""
+"""Puts the weights of a block on the device or into host memory, or leaves them in their file."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ class Checkpoint:
             save_adapter(self.model, self.run.adapter)
 
     def _adapter_is_written(self) -> bool:
-        """Whether ``adapter/`` holds this adapter. It does not if the run ended after its checkpoint and before it."""
+        """Whether ``adapter/`` holds this adapter. A run that died between writing its checkpoint and it has none."""
         ours = adapter_tensors(self.model)
         try:
             saved, _ = safetensors_file.read_safetensors(self.run.adapter / "adapter_model.safetensors")

@@ -99,7 +99,7 @@ class Processes:
         return all(row == [number] for row in self.exchange(number))
 
     def first(self, action: Callable[[], T]) -> T:
-        """Calls ``action`` in the first process, and then in the others, which find done what the first did."""
+        """Calls ``action`` in the first process and then in the others, which find what the first one made."""
         if self.is_first:
             result = action()
             self.exchange()

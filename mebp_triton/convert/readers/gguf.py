@@ -202,7 +202,7 @@ class _Outline:
 
 
 def _check_supported(path: Path, header: Header) -> None:
-    """ValueError where the file cannot be used. It comes before transformers spends seconds on the vocabulary."""
+    """Raises ValueError where the file cannot be used, before transformers spends seconds on the vocabulary."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     arch = header.metadata.get("general.architecture")

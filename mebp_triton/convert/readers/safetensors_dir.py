@@ -102,7 +102,7 @@ class SafetensorsDirectory:
         self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
 
     def _check_experts(self, wanted: Iterable[str], present: dict[str, str]) -> None:
-        """ValueError where a parameter is stored in pieces, which transformers 5 joins while it loads."""
+        """Raises ValueError where a parameter is stored in pieces, which transformers 5 joins while it loads."""
         for name in wanted:
             parent = name.rpartition(".")[0]
             pieces = [key for key in present if re.match(rf"{re.escape(parent)}\.\d+\.", key)]
@@ -113,7 +113,7 @@ class SafetensorsDirectory:
                 )
 
     def _check_tied(self, keys: list[str]) -> None:
-        """ValueError where a parameter that the config shares is stored under several names with different values."""
+        """Raises ValueError where a parameter that the config shares is stored several times, with different values."""
         for other in keys[1:]:
             if not self._are_equal(keys[0], other):
                 raise ValueError(

@@ -60,7 +60,7 @@ class _Counted:
 
 
 class _Elsewhere:
-    """Block inputs that wait in no memory. It allocates what ``FileBlockInputs`` does while it writes and reads."""
+    """Stands for block inputs in files, which take no memory. It allocates what ``FileBlockInputs`` does."""
 
     def save(self, tensor: Tensor) -> BlockInput:
         tensor.detach().contiguous()
@@ -262,7 +262,7 @@ def _rows(store: Any, name: str) -> StoredRows:
 
 
 def _kinds(stack: nn.ModuleList, path: str, config: Any, lora: LoraConfig) -> list[Any]:
-    """What tells each block from others: modules and shapes, its type of layer in the config, and what is adapted."""
+    """Returns a key for each block; blocks with equal keys have the same modules, shapes, layer type and adapters."""
     types = getattr(config.get_text_config(), "layer_types", None) or [None] * len(stack)
     return [
         (
