@@ -17,7 +17,8 @@ FLOORS = {
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file
         mapped_file scratch memory machine storage signals""",
     "store": "residency waiting dynamic8 block_inputs optimizer_state manifest reader pages arena placement table_rows",
-    "data": "tokenized text masking chat foreign_rows rows sources batching packing loading",
+    "data": """tokenized text masking messages template chat foreign_rows rows text_rows sources batching packing
+        loading""",
     "blocks": "options runner call leaks replay recompute backward mlp_chunks hooks selection engine",
     "models": "direct_reads skeleton kept_float config names adapter saving discover build load",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",

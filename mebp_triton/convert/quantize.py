@@ -20,7 +20,7 @@ from mebp_triton.kernels.reference import decode
 from mebp_triton.models.kept_float import KeptFloat, kept_float
 from mebp_triton.models.names import persistent_buffers
 from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites, linear_names
-from mebp_triton.store.manifest import SHARED, block_file
+from mebp_triton.store.manifest import SHARED, BaseModel, block_file
 from mebp_triton.system import atomic
 
 
@@ -108,7 +108,8 @@ def quantize(
     """
     recipe = Recipe(scheme, group_size, scale_search)
     atomic.check_absent(Path(store))
-    return write_store(open_source(source), Path(store), recipe, blocks, None, progress)
+    opened = open_source(source)
+    return write_store(opened, Path(store), recipe, blocks, None, progress, base_model(Path(source)))
 
 
 def write_store(
@@ -118,11 +119,12 @@ def write_store(
     blocks: str | None,
     form_of: Callable[[str], Form] | None,
     progress: Callable[[int, int], None],
+    base: BaseModel | None = None,
 ) -> QuantizeReport:
     """Writes the store of an opened source; see ``quantize``.
 
     ``form_of`` tells the form that a float matrix gets unless the recipe asks for another, by module. None: the form of
-    the source's own 4-bit matrices.
+    the source's own 4-bit matrices. ``base``: see ``StoreWriter``.
     """
     model = build_skeleton(opened.config, torch.float32)
     opened.bind(model)
@@ -142,13 +144,22 @@ def write_store(
     job = _Job(opened, recipe, form_of, len(sites), progress)
     with atomic.atomic_directory(target) as directory:
         opened.save_companions(directory)
-        writer = StoreWriter(directory, opened.description, tied)
+        writer = StoreWriter(directory, opened.description, tied, base)
         for index in range(len(stack)):
             job.write(writer, block_file(index), sites, floats, f"{path}.{index}.")
         job.write(writer, SHARED, sites, floats, "")
         writer.finish()
     job.report.kept_float = kept_float(model, job.float_sizes)
     return job.report
+
+
+def base_model(source: Path) -> BaseModel:
+    """The name by which PEFT finds the model ``source``: on the hub, where it lies in the hub's cache, or its path."""
+    path = source.resolve()
+    cached = path.parent.parent.name  # models--ORGANISATION--NAME/snapshots/COMMIT
+    if path.is_dir() and path.parent.name == "snapshots" and cached.startswith("models--"):
+        return BaseModel(cached.removeprefix("models--").replace("--", "/"), path.name)
+    return BaseModel(str(source.absolute()))
 
 
 class _Job:

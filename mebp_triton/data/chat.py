@@ -1,108 +1,130 @@
-"""Chat messages as tokens: rendered by the tokenizer's template, and masked by who speaks.
+"""Conversations as tokens: written by the chat template, and masked by who speaks.
 
 A template is a program that writes a text, so where a turn lies in it must be found out. If the template marks the
 assistant's turns by ``{% generation %}``, transformers tells their tokens. If not, a conversation is rendered again and
-again, each time with one more turn: what a turn adds is its text. That holds for templates that write earlier turns in
-the same way whatever follows; others are refused.
+again, each time with one more turn: what a turn adds is its text. Some templates write a turn differently once others
+follow (without its thoughts, or with another end). Such an answer becomes a row of its own, which ends with it, as the
+model sees it when it answers.
 """
 
 from __future__ import annotations
 
-import json
-import re
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from .masking import Masking
+from .messages import Message
+from .template import Template
 from .text import encode, split_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
+Tokens = tuple[list[int], bytes]  # ids, and for each 1 if it is trained and 0 if it is masked
+Span = tuple[int, int]
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-
-def chat_row(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: list[Message],
-    answer: list[Message],
-    row: dict[str, Any],
-    masking: Masking,
-) -> tuple[list[int], bytes]:
+def chat_rows(
+    template: Template, messages: list[Message], given: int, said: dict[int, bool], masking: Masking
+) -> tuple[list[Tokens], int]:
     """Tokenizes a conversation.
 
     Args:
-        prompt: the messages that are given, perhaps none. They are masked unless ``masking`` says otherwise.
-        answer: the messages that follow.
-        row: where the messages come from, with ``tools`` for the template, if any.
+        given: how many messages are a prompt, perhaps none. They are masked unless ``masking`` says otherwise.
+        said: by place, whether a message says of itself that it is trained.
 
     Returns:
-        The ids, and for each a byte: 1 if it is trained, 0 if it is masked.
+        Ids and masks: of one row, or of several where the template rewrites answers. And how many messages the template
+        does not write whole, as some leave out thoughts, or what a system says.
 
     Raises:
         ValueError: the template refuses the messages, or does not let its turns be told apart.
     """
-    messages = prompt + answer
-    whole = _render(tokenizer, messages, row)
-    prompt_text: str | None = _prompt_text(tokenizer, prompt, row, whole) if prompt else ""
-    if prompt_text is None:
+    whole = template.render(messages)
+    prompt: str | None = _text_before(template, messages[:given], whole) if given else ""
+    if prompt is None:
         raise ValueError(
             "the chat template writes 'prompt' differently when 'completion' follows; give both as strings"
         )
-    first = 0 if masking.completion_only_loss is False else len(prompt_text)
-    if not masking.assistant_only_loss:
-        spans = [(first, len(whole))]
-    elif GENERATION.search(_template(tokenizer, row)):
-        return _marked_tokens(tokenizer, messages, row, whole, whole[:first])
+    first, least = (0, 0) if masking.completion_only_loss is False else (len(prompt), given)
+    if masking.assistant_only_loss and template.marks_answers:
+        return [_marked_tokens(template, messages, said, whole, whole[:first])], _shortened(messages, [whole])
+    if masking.assistant_only_loss:
+        answers = [place for place in _answers(messages) if place >= least and said.get(place) is not False]
+        found = _answer_spans(template, messages, answers, whole)
     else:
-        spans = _assistant_spans(tokenizer, messages, row, whole)
-    spans = [(max(start, first), stop) for start, stop in spans if stop > first]
-    return _span_tokens(tokenizer, whole, spans, cuts={len(prompt_text)})
+        found = {whole: _spans_without(template, messages, said, whole, (first, least))}
+    cuts = {len(prompt)}
+    return [
+        _span_tokens(template.tokenizer, text, spans, cuts if text == whole else set())
+        for text, spans in found.items()
+        if spans or len(found) == 1
+    ], _shortened(messages, list(found))
 
 
-def _prompt_text(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], row: dict[str, Any], whole: str
-) -> str | None:
-    """The part of ``whole`` that comes before an answer to ``messages``; None where ``whole`` begins otherwise.
+def _shortened(messages: list[Message], texts: list[str]) -> int:
+    """How many messages have a content that is in none of the texts, but for white space."""
+    squeezed = ["".join(text.split()) for text in texts]
+    contents = ["".join(m["content"].split()) for m in messages if m["role"] in ("system", "user", "assistant")]
+    return sum(not any(content in text for text in squeezed) for content in contents)
+
+
+def _answers(messages: list[Message]) -> list[int]:
+    """The places of the assistant's messages."""
+    return [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _text_before(template: Template, messages: list[Message], text: str) -> str | None:
+    """The part of ``text`` that comes before an answer to ``messages``; None where ``text`` begins otherwise.
 
     The header that opens an answer counts as part of it: at inference the template writes it, and not the model.
     """
     for header in (True, False):
-        text = _render(tokenizer, messages, row, add_generation_prompt=header)
-        if whole.startswith(text):
-            return text
+        before = template.render(messages, header)
+        if text.startswith(before):
+            return before
     return None
 
 
-def _assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], row: dict[str, Any], whole: str
-) -> list[tuple[int, int]]:
-    """Where the assistant's turns begin and end in ``whole``, found by what each adds to the turns before it."""
-    spans = []
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        after = whole if place + 1 == len(messages) else _render(tokenizer, messages[: place + 1], row)
-        if not whole.startswith(after):  # some templates (Phi-3) close any conversation by an end-of-sequence token
-            after = after.removesuffix(tokenizer.eos_token or "")
-        if place:
-            before = _prompt_text(tokenizer, messages[:place], row, whole)
-        else:
-            before = _text_before_first_answer(tokenizer, message, row, after)
-        if before is None or not whole.startswith(after) or len(before) >= len(after):
+def _answer_spans(template: Template, messages: list[Message], places: list[int], whole: str) -> dict[str, list[Span]]:
+    """Where answers begin and end: in ``whole``, or in the text of a conversation that ends with one of them.
+
+    The last answer comes first, because the text that ends with it may have earlier ones as they are.
+    """
+    found: dict[str, list[Span]] = {whole: []}
+    for place in reversed(places):
+        own = whole if place + 1 == len(messages) else template.render(messages[: place + 1])
+        before = _text_before(template, messages[:place], own) if place else _text_before_first(template, messages, own)
+        if before is None or len(before) >= len(own):
             raise ValueError(
-                f"the chat template writes message {place + 1}, or those before it, differently when others follow, "
-                "so assistant_only_loss cannot tell the assistant's tokens; mark them in the template by "
-                "{% generation %}, or give each answer as a row of its own"
+                f"the chat template writes what comes before message {place + 1} differently when it is answered, so "
+                "assistant_only_loss cannot tell the assistant's tokens; mark them in the template by "
+                "{% generation %}, or give 'prompt' and 'completion' as strings"
             )
-        spans.append((len(before), len(after)))
-    return spans
+        for text, spans in found.items():
+            if stop := _end_within(template, messages[place], own, text):
+                spans.append((len(before), stop))
+                break
+        else:
+            found[own] = [(len(before), len(own))]
+    return found
 
 
-def _text_before_first_answer(
-    tokenizer: PreTrainedTokenizerBase, message: Message, row: dict[str, Any], turn: str
-) -> str | None:
+def _end_within(template: Template, answer: Message, own: str, text: str) -> int:
+    """Where ``own``, which ends with ``answer``, ends in ``text``; 0 where ``text`` begins otherwise.
+
+    Some templates (Phi-3) close any conversation by an end-of-sequence token behind the end of its last turn. A turn
+    within ``text`` does not need that token, if it has an end of its own.
+    """
+    if text.startswith(own):
+        return len(own)
+    stripped = own.removesuffix(template.tokenizer.eos_token or "")
+    content = answer["content"].rstrip()
+    has_end = bool(content) and not stripped.rstrip().endswith(content)
+    return len(stripped) if has_end and text.startswith(stripped) else 0
+
+
+def _text_before_first(template: Template, messages: list[Message], turn: str) -> str | None:
     """The part of ``turn``, a conversation's first and the assistant's, that comes before the answer.
 
     No turns before it can be rendered. But the template's header for an answer is known: it is what the template adds
@@ -110,25 +132,51 @@ def _text_before_first_answer(
     where its content does. None where neither is found.
     """
     question = [{"role": "user", "content": "?"}]
-    asked, wanted = (_render(tokenizer, question, row, add_generation_prompt=header) for header in (False, True))
+    asked, wanted = (template.render(question, header) for header in (False, True))
     header = wanted.removeprefix(asked) if wanted.startswith(asked) else ""
-    for mark, length in ((header, len(header)), ((message.get("content") or "").strip(), 0)):
+    for mark, length in ((header, len(header)), (messages[0]["content"].strip(), 0)):
         if mark and mark in turn:
             return turn[: turn.index(mark) + length]
     return None
 
 
+def _spans_without(
+    template: Template, messages: list[Message], said: dict[int, bool], whole: str, begin: tuple[int, int]
+) -> list[Span]:
+    """What is trained of ``whole``: all but the messages that say they are not.
+
+    Args:
+        begin: the character, and the message, from which on anything is trained.
+    """
+    spans, (first, least) = [], begin
+    for place in sorted(place for place, trained in said.items() if not trained and place >= least):
+        own = whole if place + 1 == len(messages) else template.render(messages[: place + 1])
+        before: str | None = ""
+        if place:
+            before = _text_before(template, messages[:place], own) if messages[place]["role"] == "assistant" else None
+            before = template.render(messages[:place]) if before is None else before
+        stop = _end_within(template, messages[place], own, whole)
+        if before is None or not stop or not whole.startswith(before):
+            raise ValueError(
+                f"message {place + 1} says that it is not trained, and the chat template writes it differently when "
+                "others follow, so its tokens cannot be told; train with assistant_only_loss"
+            )
+        spans.append((first, len(before)))
+        first = max(first, stop)
+    return [(start, stop) for start, stop in [*spans, (first, len(whole))] if start < stop]
+
+
 def _marked_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], row: dict[str, Any], whole: str, masked: str
-) -> tuple[list[int], bytes]:
+    template: Template, messages: list[Message], said: dict[int, bool], whole: str, masked: str
+) -> Tokens:
     """Ids and mask by the template's own marks. ``masked`` is the beginning of the text that is not trained anyway."""
+    tokenizer = template.tokenizer
     if not tokenizer.is_fast:
         raise ValueError(
             "assistant_only_loss by a template's {% generation %} needs a fast tokenizer, and this is none"
         )
-    encoded: Any = tokenizer.apply_chat_template(
+    encoded: Any = template.apply(
         messages,
-        tools=_tools(row),
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
@@ -142,12 +190,27 @@ def _marked_tokens(
         raise ValueError(
             "a token lies across the end of 'prompt'; leave out completion_only_loss or assistant_only_loss"
         )
+    trained = _without_answers(trained, messages, said)
     return ids, b"\0" * len(head) + trained[len(head) :]
 
 
-def _span_tokens(
-    tokenizer: PreTrainedTokenizerBase, whole: str, spans: list[tuple[int, int]], cuts: set[int]
-) -> tuple[list[int], bytes]:
+def _without_answers(trained: bytes, messages: list[Message], said: dict[int, bool]) -> bytes:
+    """The mask of a marked conversation, without the answers that say they are not trained."""
+    answers = _answers(messages)
+    if all(said.get(place, True) for place in answers):
+        return trained
+    stretches = [bytes(stretch) for _, stretch in groupby(trained)]
+    if sum(stretch[0] for stretch in stretches) != len(answers):
+        raise ValueError(
+            "a message says that it is not trained, and the template's {% generation %} does not mark the "
+            f"{len(answers)} answers one by one, so its tokens cannot be told; remove the key or the marks"
+        )
+    places = iter(answers)
+    kept = (bytes(len(part)) if part[0] and not said.get(next(places), True) else part for part in stretches)
+    return b"".join(kept)
+
+
+def _span_tokens(tokenizer: PreTrainedTokenizerBase, whole: str, spans: list[Span], cuts: set[int]) -> Tokens:
     """The ids of ``whole``, each trained if it lies in a span; no token lies across a cut, or an end of a span.
 
     At inference the text up to a cut is tokenized alone, and the model goes on from there: so are the parts here.
@@ -164,68 +227,3 @@ def _span_tokens(
         ids += part
         trained += bytes([any(first <= start < stop for first, stop in spans)]) * len(part)
     return ids, trained
-
-
-def messages_of(row: dict[str, Any], key: str) -> list[Message]:
-    """The messages under ``key``, each with a content. ValueError where they are none."""
-    messages = row[key]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"'{key}' must be a list of messages, not empty, got {shown(messages)}")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"a message of '{key}' must be an object with 'role' and 'content', got {shown(message)}")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise ValueError(f"the 'content' of a message of '{key}' must be a string, got {shown(content)}")
-    # A message of tool calls may have no content. Templates add it to a string, so it becomes an empty one.
-    return [message | {"content": message.get("content") or ""} for message in messages]
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> str:
-    """The tokenizer's chat template. ValueError where it has none."""
-    if not tokenizer.chat_template:
-        raise ValueError("chat messages, but the tokenizer has no chat template; set one, or give strings")
-    return tokenizer.get_chat_template(None, _tools(row))
-
-
-def _tools(row: dict[str, Any]) -> Any:
-    """The row's tools. They may be JSON in a string, since a column of a table has one type."""
-    tools = row.get("tools")
-    if not isinstance(tools, str):
-        return tools
-    try:
-        return json.loads(tools) if tools else None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"'tools' is a string that is not JSON ({error})") from error
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    row: dict[str, Any],
-    add_generation_prompt: bool = False,
-) -> str:
-    """The text of a conversation; ``add_generation_prompt`` adds the header that opens an answer."""
-    from jinja2 import TemplateError
-
-    _template(tokenizer, row)
-    try:
-        # As a text, which ``encode`` tokenizes: transformers 4 and 5 return ids in different containers.
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=_tools(row),
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            return_dict=False,
-        )
-    except Exception as error:  # a template is a program, and may raise anything
-        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the chat template refuses the messages ({kind}{reason:.300}); change the row") from error
-    assert isinstance(text, str)
-    return text
-
-
-def shown(value: Any) -> str:
-    """A value in an error message: its type, and how it begins."""
-    return f"{type(value).__name__} {value!r:.60}"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from .masking import Masking
 from .rows import tokenize_row
-from .sources import BrokenRow, check_source, rows
+from .sources import check_source, rows
 from .text import opening, windows
+from .text_rows import BrokenRow
 from .tokenized import RowWriter, TokenizedData
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         try:
-            writer.add(*tokenize_row(tokenizer, row, masking, head))
+            found = tokenize_row(tokenizer, row, masking, head)
+            kept = sum([writer.add(*part) for part in found.parts])
+            writer.count(kept, found.converted, found.masked_messages, found.shortened_messages, found.unused)
         except UnicodeError as error:  # the file is UTF-8, but JSON's escapes can spell what is no text
             raise ValueError(f"{where}:{number}: half a surrogate pair is no text ({error}); remove it") from error
         except ValueError as error:

@@ -1,16 +1,21 @@
 """Rows as tokens: the keys of a row say of which kind it is, and so which of its tokens are trained.
 
 Rows of ``text`` and of ``messages`` are trained whole, those of ``prompt`` + ``completion`` from the completion on;
-``Masking`` can say otherwise. ShareGPT's and Alpaca's rows are converted first.
+``Masking``, and messages and rows themselves, can say otherwise. Other projects' forms are converted first.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .chat import chat_row, messages_of, shown
-from .foreign_rows import from_alpaca, from_sharegpt
+from .chat import Tokens, chat_rows
+from .foreign_rows import from_alpaca
 from .masking import Masking
+from .messages import ROW_KEYS, Conversation, conversation_of, parsed, row_switch, shown, unknown_keys
+from .template import Template
 from .text import encode, split_prompt, with_eos, with_opening
 
 if TYPE_CHECKING:
@@ -18,22 +23,38 @@ if TYPE_CHECKING:
 
 ROW_KINDS = (("text",), ("prompt", "completion"), ("messages",), ("conversations",), ("instruction", "output"))
 KINDS_WANTED = "'text', 'prompt' and 'completion', 'messages', 'conversations', or 'instruction' and 'output'"
-# The keys that are looked at; a row may have others.
-COLUMNS = {key for kind in ROW_KINDS for key in kind} | {"tools", "system", "input", "history"}
+# What rows of chat messages may have beside them, and Alpaca's beside theirs.
+CHAT_KEYS = ("tools", "system", "chat_template_kwargs")
+ALPACA_KEYS = ("input", "history", *CHAT_KEYS)
+# The keys that are looked at. A row may have others, which are counted.
+COLUMNS = {key for kind in ROW_KINDS for key in kind} | {*ALPACA_KEYS, *ROW_KEYS}
 
-Tokens = tuple[list[int], bytes]  # ids, and for each 1 if it is trained and 0 if it is masked
+
+@dataclass
+class TokenizedRow:
+    """What became of a row.
+
+    Attributes:
+        parts: ids, and for each a byte that is 1 if it is trained and 0 if it is masked: of one row, or of several
+            where the chat template rewrites earlier answers.
+        converted: whether it came in another project's form.
+        masked_messages: messages that say of themselves that they are not trained.
+        shortened_messages: messages that the chat template does not write whole.
+        unused: how often each key had no effect.
+    """
+
+    parts: list[Tokens]
+    converted: bool = False
+    masked_messages: int = 0
+    shortened_messages: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
 
 
-def tokenize_row(
-    tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking, head: list[int]
-) -> tuple[list[int], bytes, bool]:
+def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking, head: list[int]) -> TokenizedRow:
     """Tokenizes a row.
 
     Args:
         head: the tokenizer's ``opening``, the same for all rows.
-
-    Returns:
-        The ids; for each, a byte that is 1 if it is trained and 0 if it is masked; whether the row was converted.
 
     Raises:
         ValueError: the row is of no kind, or of one that cannot be masked as wanted.
@@ -42,25 +63,40 @@ def tokenize_row(
         raise ValueError(f"a row must be a JSON object, got {shown(row)}")
     row = {key: value for key, value in row.items() if value is not None}  # Arrow gives every row the same keys
     kind = _kind_of(row)
-    converted = kind in (("conversations",), ("instruction", "output"))
-    if kind == ("conversations",):
-        row = from_sharegpt(row)
-    elif kind == ("instruction", "output"):
+    weight = row_switch(row)
+    unused = Counter(key for key in row if key not in kind and not (key in ROW_KEYS and weight is not None))
+    alpaca = kind == ("instruction", "output")
+    if alpaca:
         row = from_alpaca(row, chat=bool(tokenizer.chat_template))
-    if "text" in row:
-        return *_text_tokens(tokenizer, row["text"], masking, head), converted
-    if "messages" in row:
-        return *_message_tokens(tokenizer, row, masking), converted
-    return *_prompt_tokens(tokenizer, row, masking, head), converted
+        kind = ("prompt", "completion")
+    if kind == ("text",):
+        found = TokenizedRow([_text_tokens(tokenizer, row["text"], masking, head)])
+    elif kind == ("prompt", "completion") and not isinstance(row["prompt"], list | dict):
+        found = TokenizedRow([_prompt_tokens(tokenizer, row, masking, head)])
+    else:
+        found = _chat_row(tokenizer, row, kind, masking)
+        unused -= Counter(dict.fromkeys(CHAT_KEYS, 1))
+    if alpaca:
+        unused -= Counter(dict.fromkeys(("input", "history", "system"), 1))
+    if weight is False:  # nothing of the row is trained, and so it is dropped and counted
+        found.parts = [(ids, bytes(len(ids))) for ids, _ in found.parts]
+    found.converted |= alpaca
+    found.unused += unused
+    return found
 
 
 def _kind_of(row: dict[str, Any]) -> tuple[str, ...]:
     kinds = [kind for kind in ROW_KINDS if all(key in row for key in kind)]
-    if len(kinds) != 1:
-        problem = "row of more than one kind" if kinds else "unknown row"
-        keys = f"{sorted(row)!r:.300}"
-        raise ValueError(f"{problem}, with the keys {keys} that are not null; give one of {KINDS_WANTED}")
-    return kinds[0]
+    if len(kinds) == 1:
+        return kinds[0]
+    keys = f"{sorted(row)!r:.300}"
+    if not kinds and "chosen" in row and "rejected" in row:
+        raise ValueError(
+            f"a preference row, with the keys {keys}; this trains on answers, not on preferences: "
+            "rename 'chosen' to 'completion' (beside 'prompt') or to 'messages'"
+        )
+    problem = "row of more than one kind" if kinds else "unknown row"
+    raise ValueError(f"{problem}, with the keys {keys} that are not null; give one of {KINDS_WANTED}")
 
 
 def _text_tokens(tokenizer: PreTrainedTokenizerBase, text: Any, masking: Masking, head: list[int]) -> Tokens:
@@ -71,26 +107,51 @@ def _text_tokens(tokenizer: PreTrainedTokenizerBase, text: Any, masking: Masking
     return ids, b"\1" * len(ids)
 
 
-def _message_tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], masking: Masking) -> Tokens:
-    if row["messages"] == []:
-        return [], b""  # nothing to train on, as an empty text
-    if masking.completion_only_loss:
-        raise ValueError(
-            "completion_only_loss needs 'prompt' and 'completion', and this row has messages; "
-            "assistant_only_loss masks those"
-        )
-    return chat_row(tokenizer, [], messages_of(row, "messages"), row, masking)
+def _chat_row(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], kind: tuple[str, ...], masking: Masking
+) -> TokenizedRow:
+    """Tokenizes messages, or a prompt and a completion of messages."""
+    if len(kind) == 1:
+        if parsed(row, kind[0]) in ([], None):
+            return TokenizedRow([([], b"")])  # nothing to train on, as an empty text
+        if masking.completion_only_loss:
+            raise ValueError(
+                "completion_only_loss needs 'prompt' and 'completion', and this row has messages; "
+                "assistant_only_loss masks those"
+            )
+    elif not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
+        raise ValueError(_two_alike(row))
+    template = Template.of(tokenizer, row)
+    talks = [conversation_of(row | ({} if key == kind[0] else {"system": None}), key) for key in kind]
+    given = len(talks[0].messages) if len(talks) == 2 else 0
+    messages = [message for talk in talks for message in talk.messages]
+    said = talks[0].said | {given + place: trained for place, trained in talks[-1].said.items()}
+    parts, shortened = chat_rows(template, messages, given, said, masking)
+    unused = _unused(template, talks, kind)
+    if masking.assistant_only_loss:
+        roles = [messages[place]["role"] for place, trained in said.items() if trained]
+        unused += Counter(f"a weight on a message of {role!r}" for role in roles if role != "assistant")
+    converted = kind == ("conversations",) or any(talk.converted for talk in talks)
+    return TokenizedRow(parts, converted, sum(not trained for trained in said.values()), shortened, unused)
+
+
+def _unused(template: Template, talks: Iterable[Conversation], kind: tuple[str, ...]) -> Counter[str]:
+    """Counts what a row gives to the template that the template never mentions."""
+    words = template.words
+    unused = Counter(f"chat_template_kwargs.{name}" for name in template.arguments if name not in words)
+    if template.tools and "tools" not in words:
+        unused["tools"] += 1
+    for talk, key in zip(talks, kind, strict=True):
+        unused += unknown_keys(talk.messages, words, key)
+    return unused
 
 
 def _prompt_tokens(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], masking: Masking, head: list[int]
 ) -> Tokens:
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return chat_row(tokenizer, messages_of(row, "prompt"), messages_of(row, "completion"), row, masking)
     if not (isinstance(prompt, str) and isinstance(completion, str)):
-        got = f"{shown(prompt)} and {shown(completion)}"
-        raise ValueError(f"'prompt' and 'completion' must be two strings or two lists of messages, got {got}")
+        raise ValueError(_two_alike(row))
     if masking.assistant_only_loss:
         raise ValueError("assistant_only_loss needs chat messages, and this row has strings; completion_only_loss?")
     first, rest = split_prompt(tokenizer, prompt, prompt + completion)
@@ -98,3 +159,8 @@ def _prompt_tokens(
     ids = with_eos(tokenizer, first + rest)
     masked = 0 if masking.completion_only_loss is False else len(first)
     return ids, b"\0" * masked + b"\1" * (len(ids) - masked)
+
+
+def _two_alike(row: dict[str, Any]) -> str:
+    got = f"{shown(row['prompt'])} and {shown(row['completion'])}"
+    return f"'prompt' and 'completion' must be two strings or two lists of messages, got {got}"

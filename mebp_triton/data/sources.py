@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from mebp_triton.system import strict_json
 
 from .rows import COLUMNS
+from .text_rows import csv_rows, json_rows, jsonl_rows
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-WANTED = "a .txt, .jsonl or .parquet file"
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+WANTED = "a .txt, .jsonl, .json, .csv or .parquet file"
 # The names of the split in a directory, by what the file is for.
 SPLITS = {"train-file": ("train",), "validation-file": ("validation", "valid")}
 # What datasets' save_to_disk writes beside one dataset, and beside several splits.
@@ -24,9 +24,8 @@ def check_source(path: str | Path, name: str = "train-file") -> Path:
     """Finds the file, or the directory of a saved dataset, that ``path`` means.
 
     Args:
-        path: a ``.txt``, ``.jsonl`` or ``.parquet`` file; a directory that ``Dataset.save_to_disk`` or
-            ``DatasetDict.save_to_disk`` wrote; or a directory with ``train.jsonl`` and ``valid.jsonl`` (or of the other
-            suffixes, or ``validation``).
+        path: a file (``SUFFIXES``); a directory that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote; or
+            a directory with ``train.jsonl`` and ``valid.jsonl`` (or of the other suffixes, or ``validation``).
         name: "train-file" or "validation-file": the split of a directory that is meant, and the name in errors.
 
     Raises:
@@ -64,35 +63,15 @@ def rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Reads the rows of a path that ``check_source`` returned, one after the other.
 
     Yields:
-        The row's number, from 1 (in a ``.jsonl`` file, its line), and the row.
+        The row's number, from 1 (in a ``.jsonl`` or ``.csv`` file, its line), and the row.
 
     Raises:
         ValueError: the file is broken; ``BrokenRow`` where it is known at which row.
     """
     if path.is_dir():
         return _dataset_rows(path)
-    return {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[path.suffix.lower()](path)
-
-
-class BrokenRow(ValueError):
-    """A row cannot be read. ``load_data`` catches it, to name the file beside the row's number."""
-
-    def __init__(self, number: int, problem: str) -> None:
-        super().__init__(problem)
-        self.number = number
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:  # as bytes, since only \n ends a row: text mode would also cut at a lone \r
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    yield number, json.loads(text, object_pairs_hook=strict_json.no_duplicates)
-            except UnicodeError as error:
-                raise BrokenRow(number, f"not UTF-8 ({error}); convert the file") from error
-            except (ValueError, RecursionError) as error:
-                raise BrokenRow(number, f"broken JSON ({error}); write one object a line") from error
+    readers = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": _parquet_rows}
+    return readers[path.suffix.lower()](path)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -107,11 +86,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
             wanted = [name for name in names if name in COLUMNS] or names  # a table may have large columns beside them
+            unread = dict.fromkeys(set(names) - set(wanted), ...)  # named as keys without effect, whatever they hold
             for batch in file.iter_batches(BATCH_ROWS, columns=wanted, use_threads=False):
                 batch.validate(full=True)  # Arrow would follow a bent offset out of the buffer
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, _without_none(row)
+                    yield number, _without_none(row) | unread
     except (pyarrow.ArrowException, OSError) as error:  # Arrow's own OSError has no number
         raise ValueError(f"cannot be read as parquet ({_line(error)}); write it again") from error
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mebp_triton.system.scratch import ScratchArray
 
 IGNORE_INDEX = -100
 CHECKSUM_CHUNK = 1 << 20  # elements
+MOST_NAMED, MOST_KEYS = 12, 200  # keys without effect that a line names, and that are counted
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,12 @@ class DataReport:
         dropped_rows: rows that were left out because none of their tokens would enter the loss.
         masked_tokens: kept tokens that a mask keeps out of the loss: prompts, and turns that are not the assistant's.
         truncated_tokens: tokens that were cut off the truncated rows.
-        converted_rows: kept rows that came as ShareGPT conversations or Alpaca instructions.
+        converted_rows: kept rows of the file that came in another project's form, or with another project's roles.
+        split_conversations: conversations that became several rows, because the template rewrites earlier answers.
+        split_rows: the rows that they became.
+        masked_messages: messages that say of themselves, by ``weight`` or the like, that they are not trained.
+        shortened_messages: messages that the chat template does not write whole.
+        unused_keys: how often each key of a row or a message had no effect.
         packed_rows: rows that the kept rows were packed into; 0 without packing.
         packed_length: the most tokens that a packed row may have.
     """
@@ -61,6 +68,11 @@ class DataReport:
     converted_rows: int = 0
     packed_rows: int = 0
     packed_length: int = 0
+    split_conversations: int = 0
+    split_rows: int = 0
+    masked_messages: int = 0
+    shortened_messages: int = 0
+    unused_keys: dict[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         """The report in one line."""
@@ -72,6 +84,19 @@ class DataReport:
         ]
         if self.converted_rows:
             parts.append(f"{self.converted_rows:,} converted to chat messages or prompts")
+        if self.split_conversations:
+            parts.append(
+                f"{self.split_conversations:,} conversations made into {self.split_rows:,} rows, "
+                "for answers that the chat template writes differently once others follow"
+            )
+        if self.masked_messages:
+            parts.append(f"{self.masked_messages:,} messages masked by their own keys")
+        if self.shortened_messages:
+            parts.append(f"{self.shortened_messages:,} messages that the chat template does not write whole")
+        if self.unused_keys:
+            named = [f"{name} ({count:,})" for name, count in list(self.unused_keys.items())[:MOST_NAMED]]
+            more = len(self.unused_keys) - len(named)
+            parts.append(f"without effect: {', '.join(named)}{f' and {more} more keys' if more else ''}")
         if self.packed_rows:
             filled = self.tokens / (self.packed_rows * self.packed_length)
             parts.append(f"packed into {self.packed_rows:,} rows of {self.packed_length:,}, {filled:.1%} filled")
@@ -136,26 +161,39 @@ class RowWriter:
         self.trained: bytearray | ScratchArray = bytearray() if scratch is None else ScratchArray(scratch, np.bool_)
         self.offsets = array("q", [0])
         self.trained_tokens = self.masked = self.truncated = self.cut_off = self.dropped = self.converted = 0
+        self.split_conversations = self.split_rows = self.masked_messages = self.shortened = 0
+        self.unused: Counter[str] = Counter()
 
-    def add(self, ids: Sequence[int], trained: bytes, converted: bool = False) -> None:
-        """Adds a row; ``trained`` has a 1 for every token to train, else a 0."""
+    def count(self, kept: int, converted: bool, masked: int, shortened: int, unused: Mapping[str, int]) -> None:
+        """Counts what became of a row of the file: ``kept`` rows, and see ``DataReport``."""
+        self.converted += converted and kept > 0
+        self.masked_messages += masked
+        self.shortened += shortened
+        if kept > 1:
+            self.split_conversations += 1
+            self.split_rows += kept
+        for name, times in unused.items():
+            self.unused[name if name in self.unused or len(self.unused) < MOST_KEYS else "others"] += times
+
+    def add(self, ids: Sequence[int], trained: bytes) -> bool:
+        """Adds a row, unless nothing of it is trained; ``trained`` has a 1 for every token to train, else a 0."""
         assert len(ids) == len(trained)
         length = min(len(ids), self.max_length)
         entering = trained.count(1, 1, length)
         if entering == 0:
             self.dropped += 1
-            return
+            return False
         self.truncated += length < len(ids)
         self.cut_off += len(ids) - length
         self.trained_tokens += entering
         self.masked += trained.count(0, 0, length)
-        self.converted += converted
         try:
             self.ids.extend(array("i", ids[:length]))
         except OverflowError:
             raise ValueError(f"the tokenizer gives the id {max(ids)}, which no model has") from None
         self.trained.extend(trained[:length])
         self.offsets.append(self.offsets[-1] + length)
+        return True
 
     def finish(self) -> TokenizedData:
         """Returns the rows, without copying them."""
@@ -169,6 +207,11 @@ class RowWriter:
             masked_tokens=self.masked,
             truncated_tokens=self.cut_off,
             converted_rows=self.converted,
+            split_conversations=self.split_conversations,
+            split_rows=self.split_rows,
+            masked_messages=self.masked_messages,
+            shortened_messages=self.shortened,
+            unused_keys=dict(self.unused.most_common()),
         )
         ids = self.ids if isinstance(self.ids, ScratchArray) else np.frombuffer(self.ids, np.int32)
         trained = self.trained if isinstance(self.trained, ScratchArray) else np.frombuffer(self.trained, np.bool_)

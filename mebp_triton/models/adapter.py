@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mebp_triton.layers.linear import Int4LoRALinear
 from mebp_triton.layers.lora_config import LoraConfig, lora_config_from_file
+from mebp_triton.store.manifest import BaseModel
 from mebp_triton.system import safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 
@@ -71,13 +72,15 @@ def _config_of(model: Any) -> LoraConfig | None:
     return model.mebp.lora if hasattr(model, "mebp") else getattr(model, "mebp_lora", None)
 
 
-def _base_of(model: Any) -> tuple[str, str | None]:
-    """The name of the model beneath the adapter, and PEFT's type for its task."""
+def _base_of(model: Any) -> tuple[BaseModel, str | None]:
+    """The model beneath the adapter, and PEFT's type for its task."""
     if hasattr(model, "mebp"):
-        return os.path.basename(os.path.abspath(model.mebp.store.directory)), "CAUSAL_LM"
+        # Where the store does not know its source, its own path is at least no name that the hub may have.
+        store = model.mebp.store
+        return store.base or BaseModel(os.path.abspath(store.directory)), "CAUSAL_LM"
     config: Any = getattr(model, "config", None)
     causal = hasattr(model, "can_generate") and model.can_generate() and not config.is_encoder_decoder
-    return getattr(config, "name_or_path", ""), "CAUSAL_LM" if causal else None
+    return BaseModel(getattr(config, "name_or_path", "")), "CAUSAL_LM" if causal else None
 
 
 def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
@@ -91,7 +94,7 @@ def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
     return {
         "alpha_pattern": dict(config.alpha_pattern),
         "auto_mapping": None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.name_or_path,
         "bias": "none",
         "exclude_modules": None,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
@@ -107,7 +110,7 @@ def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": config.r,
         "rank_pattern": dict(config.rank_pattern),
-        "revision": None,
+        "revision": base.revision,
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "task_type": task,
         "use_dora": False,

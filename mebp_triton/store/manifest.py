@@ -48,6 +48,29 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
+class BaseModel:
+    """The model that a store was quantized from, as PEFT's adapters name it.
+
+    Attributes:
+        name_or_path: its name on the Hugging Face hub, or the absolute path of its directory or GGUF file.
+        revision: the commit on the hub; None for a path.
+    """
+
+    name_or_path: str
+    revision: str | None = None
+
+    @classmethod
+    def from_json(cls, where: Path, entry: Any) -> BaseModel | None:
+        """Reads the entry ``base_model`` of the manifest ``where``; None where there is none."""
+        if entry is None:
+            return None
+        name, revision = entry["name_or_path"], entry["revision"]
+        if type(name) is not str or not isinstance(revision, str | None):
+            raise FileError(f"{where}: base_model is malformed: {entry!r:.300}")
+        return cls(name, revision)
+
+
+@dataclass(frozen=True)
 class MatrixInfo:
     """One int4 matrix: the file it lies in, its logical shape, and its relative distance to its source."""
 

@@ -14,7 +14,7 @@ from mebp_triton.system import reading, strict_json
 from mebp_triton.system.errors import FileError
 from mebp_triton.system.mapped_file import MappedFile
 
-from .manifest import DTYPES, FORMAT, FORMAT_VERSION, MANIFEST, MatrixInfo, check_companions
+from .manifest import DTYPES, FORMAT, FORMAT_VERSION, MANIFEST, BaseModel, MatrixInfo, check_companions
 
 
 class StoreFile:
@@ -102,6 +102,7 @@ class Store:
             if type(manifest[key]) is not type(wanted) or manifest[key] != wanted:
                 raise FileError(f"{where}: {key} is {manifest[key]!r:.100}, this version reads {wanted!r}")
         self.source: str = str(manifest["source"])
+        self.base = BaseModel.from_json(where, manifest.get("base_model"))  # older stores have none
         self.tied_head: bool = manifest["tied_head"]
         if type(self.tied_head) is not bool:
             raise FileError(f"{where}: tied_head is {self.tied_head!r:.100}, wanted true or false")

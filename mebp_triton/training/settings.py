@@ -75,7 +75,9 @@ class TrainConfig:
         ValueError: a value is out of its range, or two settings contradict each other.
     """
 
-    train_file: str = setting("", "what to train on: .txt, .jsonl, .parquet, or a directory of datasets (docs/data.md)")
+    train_file: str = setting(
+        "", "what to train on: .txt, .jsonl, .json, .csv, .parquet, or a directory of datasets (docs/data.md)"
+    )
     validation_file: str | None = setting(
         None, "what to evaluate on, before and after the training", resume="free", evaluated=True
     )

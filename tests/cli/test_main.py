@@ -144,7 +144,10 @@ def test_in_a_process_of_its_own(world, tmp_path):
         check=True,
     )
     lines = done.stderr.splitlines()
-    assert lines[:2] == ["mebp: error: train-file none.txt: no such file; give a .txt, .jsonl or .parquet file", "2"]
+    assert lines[:2] == [
+        "mebp: error: train-file none.txt: no such file; give a .txt, .jsonl, .json, .csv or .parquet file",
+        "2",
+    ]
     assert lines[-1] == "0" and json.loads(done.stdout)["windows"] == 4
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr and not list(tmp_path.iterdir())
 

@@ -11,12 +11,12 @@ from runs import word_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mebp_triton.convert.quantize import Recipe, quantize, write_store
+from mebp_triton.convert.quantize import Recipe, base_model, quantize, write_store
 from mebp_triton.convert.readers import open_source
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.skeleton import build_skeleton
-from mebp_triton.store.manifest import MANIFEST, SHARED, block_file
+from mebp_triton.store.manifest import MANIFEST, SHARED, BaseModel, block_file
 from mebp_triton.store.reader import Store
 from mebp_triton.system import errors
 
@@ -340,3 +340,27 @@ def test_codes_and_floats_that_are_not_finite(native, tmp_path, name):
     with pytest.raises(ValueError, match=f"{name}.weight of the source is damaged: scales must be finite"):
         store_of(native, tmp_path / "store")
     assert not list(tmp_path.iterdir())
+
+
+# --- the model that adapters name ------------------------------------------------------------------------------------
+
+
+def test_a_store_knows_the_model_that_it_was_made_of(store):
+    assert store.base == BaseModel(str(store.directory.parent / "model")) and store.directory.is_absolute()
+
+
+def test_a_model_in_the_hubs_cache_has_its_name_there(small, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--some-team--Small-1.5" / "snapshots" / commit
+    shutil.copytree(small, cached)
+    (tmp_path / "link").symlink_to(cached)
+    for path in (cached, tmp_path / "link"):
+        assert base_model(path) == BaseModel("some-team/Small-1.5", commit)
+    assert base_model(tmp_path / "models--gpt2" / "snapshots" / commit).name_or_path.endswith(commit), "not there"
+    assert base_model(cached / "model.gguf") == BaseModel(str(cached / "model.gguf")), "a file of it is not the model"
+
+
+def test_a_relative_path_is_named_whole(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(small.parent)
+    quantize(small.name, tmp_path / "store", group_size=32)
+    assert Store(tmp_path / "store").base == BaseModel(str(small))

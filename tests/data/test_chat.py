@@ -1,7 +1,5 @@
 """Conversations: what the template writes, and which of its turns are trained."""
 
-import json
-
 import pytest
 from texts import ANSWER, CHATML, QUESTION, TALK, byte_bpe, encode, rows, trained_text
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -54,15 +52,6 @@ def test_tools_reach_the_template(write):
     assert [tokenizer.decode(ids)[:5] for ids, _ in rows(data)] == ["none ", "plus "]
 
 
-def test_tools_may_be_json_in_a_string(write):
-    tokenizer = byte_bpe("{{ tools[0]['name'] if tools else 'none' }} " + CHATML, eos_token="<|im_end|>")
-    tools = [{"name": "plus", "parameters": {}}]
-    forms = [{"messages": QUESTION, "tools": tools}, {"messages": QUESTION, "tools": json.dumps(tools)}]
-    first, second = rows(load_data(write("x.jsonl", forms), tokenizer, 99))
-    assert first == second
-    assert rows(load_data(write("y.jsonl", [{"messages": QUESTION, "tools": ""}]), tokenizer, 99)) != [first]
-
-
 def test_chat_template_missing_or_refusing(bare, write):
     for row in ({"messages": QUESTION}, {"prompt": QUESTION, "completion": ANSWER}):
         with pytest.raises(ValueError, match="x.jsonl:1: chat messages, but the tokenizer has no chat template"):
@@ -70,16 +59,6 @@ def test_chat_template_missing_or_refusing(bare, write):
     strict = byte_bpe("{{ raise_exception('Roles must\nalternate') }}")
     with pytest.raises(ValueError, match=r"x.jsonl:1: the chat template refuses .*\(Roles must alternate\)"):
         load_data(write("x.jsonl", [{"messages": QUESTION}]), strict, 99)
-
-
-@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
-def test_a_message_of_calls_alone_has_an_empty_content_for_the_template(write, content):
-    calls = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
-    row = {"messages": [{"role": "assistant", "tool_calls": calls} | content, {"role": "user", "content": "two"}]}
-    tokenizer = byte_bpe()
-    ((ids, _),) = rows(load_data(write("x.jsonl", [row]), tokenizer, 999))
-    whole = "<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n"
-    assert ids == encode(tokenizer, whole)
 
 
 # --- the assistant's turns ------------------------------------------------------------------------------------------
@@ -131,20 +110,139 @@ def test_a_template_that_closes_the_conversation_with_eos(write):
     assert trained_text(tokenizer, labels) == ["four.<|im_end|>\n", "Five.<|im_end|>\n<|pad|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_an_error_that_names_the_row(write):
-    """As Qwen3's: only the last answer has a thought."""
-    thinking = CHATML.replace(
-        "message['content'] +",
-        "('<think>' if loop.last and message.role == 'assistant' else '') + message['content'] +",
-    )
-    tokenizer = byte_bpe(thinking, eos_token="<|im_end|>")
-    with pytest.raises(
-        ValueError, match=r"x.jsonl:2: the chat template writes message 3, .*\{% generation %\}"
-    ) as error:
-        load_data(write("x.jsonl", [{"messages": TALK[:3]}, {"messages": TALK}]), tokenizer, 999, masking=ASSISTANT)
+# Templates that write an answer otherwise once others follow, in the ways of Qwen3 (only answers behind the last
+# question keep their thoughts), gpt-oss (the last message ends in another token), and others (a turn has no end of its
+# own, but the conversation has).
+THOUGHTS = """{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>' + (m.thoughts or '') + '</think>' }}{% endif %}
+{{- m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+LAST_END = """{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content }}
+{{- '<|pad|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+NO_END = """{%- for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
+TOOL = [
+    {"role": "user", "content": "two"},
+    {"role": "assistant", "content": "call", "thoughts": "first"},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "four", "thoughts": "then"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "Five"},
+    {"role": "user", "content": "thanks"},
+]
+
+
+def seen_at_inference(tokenizer, messages):
+    """What precedes each answer when the model gives it, and what it then has to write."""
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(messages[:place], add_generation_prompt=True, tokenize=False)
+            whole = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+            assert whole.startswith(before)
+            yield before, whole.removeprefix(before)
+
+
+@pytest.mark.parametrize(
+    "template, eos, talk, count",
+    [
+        (THOUGHTS, "<|im_end|>", TALK, 2),
+        (THOUGHTS, "<|im_end|>", TOOL, 2),  # the call and the answer to it are seen together
+        (THOUGHTS, "<|im_end|>", TALK[:3], 1),
+        (LAST_END, "<|pad|>", TALK, 2),
+        (LAST_END, "<|pad|>", TOOL, 3),
+        (NO_END, "<|im_end|>", TALK, 2),
+        (CHATML, "<|im_end|>", TOOL, 1),
+    ],
+)
+def test_every_answer_is_trained_once_as_the_model_sees_it(write, template, eos, talk, count):
+    tokenizer = byte_bpe(template, eos_token=eos)
+    data = load_data(write("x.jsonl", [{"messages": talk}]), tokenizer, 999, masking=ASSISTANT)
+    found = []
+    for ids, labels in rows(data):
+        for place, label in enumerate(labels):
+            if label != -100 and labels[place - 1] == -100:
+                stop = next((end for end in range(place, len(labels)) if labels[end] == -100), len(labels))
+                found.append((tokenizer.decode(ids[:place]), tokenizer.decode(ids[place:stop])))
+    assert sorted(found) == sorted(seen_at_inference(tokenizer, talk))
+    assert len(data) == count and data.report.split_rows == (count if count > 1 else 0)
+    assert (f"1 conversations made into {count} rows" in data.report.describe()) == (count > 1)
+
+
+def test_rewritten_answers_of_a_prompt_count_only_where_prompts_are_trained(write):
+    tokenizer = byte_bpe(THOUGHTS, eos_token="<|im_end|>")
+    path = write("x.jsonl", [{"prompt": TALK[:4], "completion": TALK[4:]}])
+    for completion_only, count in ((None, 1), (False, 2)):
+        data = load_data(path, tokenizer, 999, masking=Masking(completion_only, assistant_only_loss=True))
+        found = [trained_text(tokenizer, labels) for _, labels in rows(data)]
+        assert found[0] == ["<think></think>Five.<|im_end|>\n"] and len(found) == count
+
+
+def test_a_template_that_counts_turns_is_an_error_that_names_the_row(write):
+    tokenizer = byte_bpe("{{ messages | length }}" + CHATML, eos_token="<|im_end|>")
+    path = write("x.jsonl", [{"messages": TALK}])
+    with pytest.raises(ValueError, match=r"x.jsonl:1: the chat template writes what comes before message 5 ") as error:
+        load_data(path, tokenizer, 999, masking=ASSISTANT)
     assert "\n" not in str(error.value)
-    ((_, labels),) = rows(load_data(write("x.jsonl", [{"messages": TALK[:3]}]), tokenizer, 999, masking=ASSISTANT))
-    assert trained_text(tokenizer, labels) == ["<think>four.<|im_end|>\n"]
+    marked = byte_bpe("{{ messages | length }}" + MARKED, eos_token="<|im_end|>")
+    ((_, labels),) = rows(load_data(path, marked, 999, masking=ASSISTANT))
+    assert trained_text(marked, labels) == ["four.<|im_end|>\n", "Five.<|im_end|>\n"]
+
+
+# --- messages that say whether they are trained ---------------------------------------------------------------------
+
+OFF = [TALK[0], TALK[1], TALK[2] | {"weight": 0}, TALK[3], TALK[4] | {"weight": 1}]
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, MARKED, THOUGHTS, LAST_END], ids=["prefixes", "marked", "thoughts", "end"]
+)
+def test_an_answer_of_weight_0_is_context_alone(write, template):
+    tokenizer = byte_bpe(template, eos_token="<|im_end|>")
+    data = load_data(write("x.jsonl", [{"messages": OFF}]), tokenizer, 999, masking=ASSISTANT)
+    ((ids, labels),) = rows(data)
+    ((stretch),) = trained_text(tokenizer, labels)
+    assert "Five." in stretch and "four." in tokenizer.decode(ids) and "four." not in stretch
+    assert data.report.masked_messages == 1 and "1 messages masked by their own keys" in data.report.describe()
+
+
+def test_without_assistant_only_loss_the_rest_is_trained(write):
+    tokenizer = byte_bpe(eos_token="<|im_end|>")
+    ((_, labels),) = rows(load_data(write("x.jsonl", [{"messages": OFF}]), tokenizer, 999))
+    first, second = trained_text(tokenizer, labels)
+    assert first.endswith("plus two?<|im_end|>\n<|im_start|>assistant\n") and second.startswith("<|im_start|>user\nAnd")
+    quiet = [TALK[0], TALK[1] | {"train": False}, *TALK[2:]]
+    ((_, labels),) = rows(load_data(write("x.jsonl", [{"messages": quiet}]), tokenizer, 999))
+    first, second = trained_text(tokenizer, labels)
+    assert first.endswith("Be short.<|im_end|>\n") and second.startswith("<|im_start|>assistant\nfour.")
+    path = write("x.jsonl", [{"prompt": OFF[:4], "completion": OFF[4:]}, {"prompt": TALK[:2], "completion": OFF[2:]}])
+    stretches = [trained_text(tokenizer, labels) for _, labels in rows(load_data(path, tokenizer, 999))]
+    assert stretches[0] == ["Five.<|im_end|>\n"] and stretches[1][0].startswith("<|im_start|>user\nAnd three?")
+
+
+def test_a_message_that_cannot_be_left_out_says_what_can(write):
+    tokenizer = byte_bpe(LAST_END, eos_token="<|pad|>")
+    path = write("x.jsonl", [{"messages": OFF}])
+    with pytest.raises(ValueError, match="x.jsonl:1: message 3 says .* train with assistant_only_loss"):
+        load_data(path, tokenizer, 999)
+    assert len(load_data(path, tokenizer, 999, masking=ASSISTANT)) == 1
+    joined = byte_bpe("{% generation %}" + CHATML.replace("{% endfor %}", "{% endfor %}{% endgeneration %}"))
+    with pytest.raises(ValueError, match="does not mark the 2 answers one by one"):
+        load_data(path, joined, 999, masking=ASSISTANT)
+
+
+def test_what_the_template_leaves_out_is_counted(write):
+    silent = CHATML.replace("message['content'] +", "message['content'].split('</think>')[-1] +")
+    talk = [*TALK[:2], {"role": "assistant", "content": "<think>hm</think>four."}]
+    for template, count in ((silent, 1), (CHATML, 0)):
+        report = load_data(write("x.jsonl", [{"messages": talk}]), byte_bpe(template), 999).report
+        assert report.shortened_messages == count and ("does not write whole" in report.describe()) == bool(count)
 
 
 def test_a_token_across_the_beginning_of_a_turn_is_cut(write):

@@ -1,26 +1,12 @@
-"""Rows of other projects: the same tokens and masks as the rows that they are converted to."""
+"""Alpaca's rows: the same tokens and masks as the rows that they are converted to."""
 
 import pytest
-from texts import QUESTION, TALK, rows, trained_text
+from texts import TALK, rows, trained_text
 
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.masking import Masking
 
 ASSISTANT = Masking(assistant_only_loss=True)
-
-
-def test_sharegpt_conversations_are_messages(tokenizer, write):
-    turns = [("human", TALK[1]), ("gpt", TALK[2]), ("user", TALK[3]), ("assistant", TALK[4])]
-    spoken = [{"from": who, "value": message["content"]} for who, message in turns]
-    forms = [
-        {"conversations": [{"from": "system", "value": "Be short."}, *spoken]},
-        {"conversations": spoken, "system": "Be short."},
-        {"conversations": TALK},
-    ]
-    wanted = rows(load_data(write("m.jsonl", [{"messages": TALK}]), tokenizer, 999, masking=ASSISTANT))
-    data = load_data(write("x.jsonl", forms), tokenizer, 999, masking=ASSISTANT)
-    assert rows(data) == wanted * 3
-    assert data.report.converted_rows == 3 and "3 converted" in data.report.describe()
 
 
 def test_alpaca_rows_are_prompt_and_completion(tokenizer, bare, write):
@@ -52,19 +38,14 @@ def test_alpaca_rows_are_prompt_and_completion(tokenizer, bare, write):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"conversations": {}}, "'conversations' must be a list of turns, got dict"),
-        ({"conversations": ["hi"]}, "a turn of 'conversations' must be an object with 'from' and 'value', got str"),
-        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "is from 'function_call'; known are human"),
-        ({"conversations": [{"from": "human"}]}, "the 'content' of a message of 'messages' must be a string"),
         ({"instruction": "a", "output": 5}, "'output' must be a string, got int 5"),
         (
             {"instruction": "a", "output": "b", "history": [["c", "d"]]},
             "'history' beside 'instruction' is not supported",
         ),
-        ({"messages": QUESTION, "tools": "[{"}, "'tools' is a string that is not JSON"),
     ],
 )
-def test_broken_rows_of_other_projects(tokenizer, write, row, message):
+def test_broken_alpaca_rows(tokenizer, write, row, message):
     with pytest.raises(ValueError, match=f"x.jsonl:1: .*{message}"):
         load_data(write("x.jsonl", [row]), tokenizer, 99)
 

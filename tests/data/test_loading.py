@@ -33,7 +33,7 @@ GOOD = '{"text": "The cat"}\n'
 @pytest.mark.parametrize(
     "file, content, message",
     [
-        ("x.csv", "a,b", "unknown suffix '.csv'; give a .txt, .jsonl or .parquet"),
+        ("x.xlsx", "a,b", "unknown suffix '.xlsx'; give a .txt, .jsonl, .json, .csv or .parquet"),
         ("x", "a", "unknown suffix ''"),
         ("x.txt", "", "nothing to evaluate, it is empty"),
         ("x.jsonl", "\n\n", "nothing to evaluate, it is empty"),
@@ -56,7 +56,8 @@ GOOD = '{"text": "The cat"}\n'
         ),
         ("x.jsonl", GOOD + '{"prompt": "a", "completion": []}', "two strings or two lists"),
         ("x.jsonl", [{"prompt": QUESTION, "completion": []}], "x.jsonl:1: 'completion' must be a list of messages"),
-        ("x.jsonl", GOOD + '{"messages": "hi"}', "x.jsonl:2: 'messages' must be a list of messages"),
+        ("x.jsonl", GOOD + '{"messages": "hi"}', "x.jsonl:2: 'messages' is a string that is not JSON"),
+        ("x.jsonl", GOOD + '{"messages": 5}', "x.jsonl:2: 'messages' must be a list of messages"),
         ("x.jsonl", GOOD + '{"prompt": [], "completion": []}', "must be a list of messages, not empty"),
         ("x.jsonl", GOOD + '{"messages": ["hi"]}', "must be an object with 'role' and 'content', got str 'hi'"),
         ("x.jsonl", GOOD + '{"messages": [{"content": "hi"}]}', "must be an object with 'role' and 'content'"),
@@ -96,7 +97,7 @@ def test_rows_in_a_file_are_those_in_memory(tokenizer, write, tmp_path):
         assert list(scratch.iterdir()) == [], "something of them would outlive the process"
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.txt", "x.parquet"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt", "x.parquet"])
 def test_memory_while_reading_does_not_grow_with_the_file(tokenizer, tmp_path, name):
     """What Python allocates at its peak, for eight times the rows, beside the 8 bytes (and twice) that a row takes."""
     line = " ".join(SENTENCES).strip()
@@ -106,8 +107,11 @@ def test_memory_while_reading_does_not_grow_with_the_file(tokenizer, tmp_path, n
         path = tmp_path / f"{count}-{name}"
         if name == "x.parquet":
             pyarrow.parquet.write_table(pyarrow.table({"text": [line] * count}), path, row_group_size=200)
+        elif name == "x.json":
+            path.write_text(json.dumps([{"text": line}] * count))
         else:
-            path.write_text(((line if name == "x.txt" else json.dumps({"text": line})) + "\n") * count)
+            row = json.dumps({"text": line}) if name == "x.jsonl" else line if name == "x.txt" else f'"{line}"'
+            path.write_text(("text\n" if name == "x.csv" else "") + (row + "\n") * count)
         tracemalloc.start()
         try:
             data = load_data(path, tokenizer, 64, scratch=scratch)

@@ -31,7 +31,8 @@ def test_parquet_has_the_rows_of_jsonl(tokenizer, tmp_path, wanted):
     """Arrow gives every row all keys; those that are None are none of its own."""
     table = pyarrow.Table.from_pylist(MIXED * 200, schema=_schema()).append_column("embedding", [[[0.5] * 8] * 1000])
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=300)
-    assert rows(load_data(tmp_path / "x.parquet", tokenizer, 99)) == wanted
+    data = load_data(tmp_path / "x.parquet", tokenizer, 99)
+    assert rows(data) == wanted and data.report.unused_keys == {"embedding": 1000}
 
 
 def _schema():
@@ -73,7 +74,10 @@ def test_a_directory_with_a_file_per_split(tmp_path):
 def test_missing_file_and_directory(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="train-file .*gone.txt: no such file"):
         load_data(tmp_path / "gone.txt", tokenizer, 8)
-    with pytest.raises(ValueError, match="is a directory and no saved dataset, without train.txt or train.jsonl or"):
+    with pytest.raises(
+        ValueError,
+        match="is a directory and no saved dataset, without train.txt or train.jsonl or train.json or train.csv or",
+    ):
         load_data(str(tmp_path), tokenizer, 8)
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(ValueError, match="is a special file"):

@@ -15,7 +15,9 @@ from models import batch, decoded_model, randomize_adapter
 from safetensors.torch import load_file, save_file
 
 import mebp_triton as mebp
-from mebp_triton.models.adapter import adapter_layers, adapter_shapes, adapter_tensors, read_adapter_tensors
+from mebp_triton.models.adapter import WEIGHTS, adapter_layers, adapter_shapes, adapter_tensors, read_adapter_tensors
+from mebp_triton.store.manifest import MANIFEST
+from mebp_triton.system import strict_json
 
 TOLERANCE = 1e-4  # logits, absolute
 
@@ -224,6 +226,37 @@ def test_a_config_that_does_not_fit_leaves_the_model_as_it_was(model: Any, copie
     with pytest.raises(ValueError, match="use_dora|contradicts itself: .* has rank [14] by its config"):
         mebp.load_adapter(model, copied)
     assert torch.equal(logits(model), before) and model.mebp.lora is scaling
+
+
+def test_peft_finds_the_base_by_the_name_in_the_adapter(llama: Path, tmp_path: Path) -> None:
+    directory = saved(llama, tmp_path)
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(str(directory))
+    assert found.peft_config["default"].base_model_name_or_path == str(llama.parent / "model")
+    embedding = load_file(llama.parent / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(found.get_input_embeddings().weight, embedding)
+    assert adapter_tensors(ours_with(llama, directory)).keys() == load_file(directory / WEIGHTS).keys()
+
+
+def test_a_base_on_the_hub_is_named_with_its_revision(llama: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(llama, tmp_path / "store")
+    manifest = strict_json.read_sealed(store / MANIFEST)
+    entry = {"name_or_path": "team/model", "revision": "0123abc"}
+    strict_json.write_json(store / MANIFEST, strict_json.sealed(manifest | {"base_model": entry}))
+    config = json.loads((saved(store, tmp_path / "adapter") / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("team/model", "0123abc")
+
+
+def test_a_store_that_does_not_know_its_base_is_named_itself(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older stores do not, and a bare name would be looked up on the hub."""
+    store = shutil.copytree(llama, tmp_path / "store")
+    manifest = strict_json.read_sealed(store / MANIFEST)
+    del manifest["base_model"]
+    strict_json.write_json(store / MANIFEST, strict_json.sealed(manifest))
+    monkeypatch.chdir(tmp_path)
+    config = json.loads((saved(Path("store"), tmp_path / "adapter") / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(store), None)
 
 
 def test_saving_replaces_an_older_adapter_whole(llama: Path, tmp_path: Path) -> None:

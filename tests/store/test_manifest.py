@@ -145,6 +145,15 @@ def test_a_matrix_is_what_a_matrix_can_be(copied, change):
     refuses(copied, MANIFEST, "matrix 'model.layers.0.a' is malformed")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [{"name_or_path": 1, "revision": None}, {"name_or_path": "a", "revision": 2}, {"name_or_path": "a"}, "a", [1]],
+)
+def test_a_base_model_has_a_name_and_a_revision(copied, entry):
+    edit(copied, lambda manifest: manifest.update(base_model=entry))
+    refuses(copied, MANIFEST, "malformed")
+
+
 def test_a_manifest_is_sealed(copied):
     text = (copied / MANIFEST).read_text()
     (copied / MANIFEST).write_text(text.replace('"a test"', '"a text"'))

@@ -11,7 +11,9 @@ from mebp_triton.cli.flags import add_inference, add_validation
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="a store made by mebp quantize")
-    add_validation(parser, required=True, use="the text: .txt, .jsonl, .parquet, or a directory of datasets")
+    add_validation(
+        parser, required=True, use="the text: .txt, .jsonl, .json, .csv, .parquet, or a directory of datasets"
+    )
     add_inference(parser)
 
 

@@ -10,7 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from mebp_triton.kernels.layout import LAYOUT, Int4Weight
-from mebp_triton.store.manifest import FORMAT, FORMAT_VERSION, MANIFEST, MatrixInfo, companion_checksums, dtype_name
+from mebp_triton.store.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    BaseModel,
+    MatrixInfo,
+    companion_checksums,
+    dtype_name,
+)
 from mebp_triton.system import reading, safetensors_file, strict_json
 
 
@@ -22,12 +30,14 @@ class StoreWriter:
         directory: the directory.
         source: what the store was made of.
         tied_head: whether the head is the embedding.
+        base: the model that adapters of the store belong to; None where no such model is known.
         files, matrices, floats: what was written so far, as the manifest has it.
     """
 
     directory: Path
     source: str
     tied_head: bool
+    base: BaseModel | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     matrices: dict[str, dict[str, Any]] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
@@ -59,6 +69,7 @@ class StoreWriter:
             "layout": LAYOUT,
             "source": self.source,
             "tied_head": self.tied_head,
+            "base_model": None if self.base is None else asdict(self.base),
             "checksum_chunk_bytes": reading.CHECKSUM_CHUNK,
             "files": self.files,
             "companions": companion_checksums(self.directory, self.files),

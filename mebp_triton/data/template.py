@@ -1,0 +1,119 @@
+"""The tokenizer's chat template: a program that writes a conversation as a text."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from .messages import Message, parsed, shown, with_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What the package itself says to the template; a row may say anything else.
+OWN_ARGUMENTS = {"messages", "conversation", "tools", "add_generation_prompt", "tokenize", "return_dict"}
+OWN_ARGUMENTS |= {"chat_template", "continue_final_message", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer's template with what a row gives it beside messages.
+
+    Attributes:
+        tools: for templates that describe them.
+        arguments: further variables of the template, such as ``enable_thinking``.
+        takes_parts: whether it takes contents as lists of parts alone, as some models of images have it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    tools: Any = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    takes_parts: bool = False
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Template:
+        """Takes ``tools`` and ``chat_template_kwargs`` of a row.
+
+        Raises:
+            ValueError: there is no template, or they are not what they should be.
+        """
+        if not tokenizer.chat_template:
+            raise ValueError("chat messages, but the tokenizer has no chat template; set one, or give strings")
+        arguments = parsed(row, "chat_template_kwargs") or {}
+        if not isinstance(arguments, dict):
+            raise ValueError(f"'chat_template_kwargs' must be an object, got {shown(arguments)}")
+        if taken := OWN_ARGUMENTS & set(arguments):
+            raise ValueError(f"'chat_template_kwargs' has {min(taken)!r}, which is set by the training; remove it")
+        template = cls(tokenizer, parsed(row, "tools"), arguments)
+        return replace(template, takes_parts=True) if template._loses_strings() else template
+
+    def _loses_strings(self) -> bool:
+        """Whether it writes a text only if that is a part of a list."""
+        if not {"type", "text"} <= self.words:
+            return False
+        question = [{"role": "user", "content": "7?"}]
+        try:
+            if "7?" in self.render(question):
+                return False
+        except ValueError:
+            pass
+        try:
+            return "7?" in replace(self, takes_parts=True).render(question)
+        except ValueError:
+            return False  # it refuses either, and says why at the row itself
+
+    @property
+    def text(self) -> str:
+        """The template itself. Some tokenizers have a second one for rows with tools."""
+        return self.tokenizer.get_chat_template(None, self.tools)
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether it marks the assistant's turns by ``{% generation %}``."""
+        return GENERATION.search(self.text) is not None
+
+    @property
+    def words(self) -> frozenset[str]:
+        """All words in it: a key that is none of them cannot change what it writes."""
+        return _words(self.text)
+
+    def render(self, messages: list[Message], header: bool = False) -> str:
+        """The text of a conversation; ``header`` adds what opens an answer."""
+        # As a text, which ``encode`` tokenizes: transformers 4 and 5 return ids in different containers.
+        text = self.apply(messages, add_generation_prompt=header, tokenize=False, return_dict=False)
+        assert isinstance(text, str)
+        return text
+
+    def apply(self, messages: list[Message], **options: Any) -> Any:
+        """What ``apply_chat_template`` returns. ValueError of one line where the template refuses the messages."""
+        from jinja2 import TemplateError
+
+        if self.takes_parts:
+            messages = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=self.tools, **options, **self.arguments)
+        except Exception as error:  # a template is a program, and may raise anything
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            reason = " ".join(str(error).split())
+            refused = ValueError(f"the chat template refuses the messages ({kind}{reason:.300}); change the row")
+            refused.__cause__ = error
+        strings = [_with_strings(message) for message in messages]
+        if strings == messages:
+            raise refused
+        try:  # DeepSeek's takes the arguments of tool calls as strings alone
+            return self.tokenizer.apply_chat_template(strings, tools=self.tools, **options, **self.arguments)
+        except Exception:
+            raise refused from refused.__cause__
+
+
+def _with_strings(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    return message | {"tool_calls": with_arguments(calls, str)} if isinstance(calls, list) else message
+
+
+@lru_cache(maxsize=4)
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text))

@@ -1,0 +1,46 @@
+"""What a row gives to the chat template beside its messages, and templates that take contents as parts."""
+
+import json
+
+import pytest
+from texts import ANSWER, CHATML, QUESTION, byte_bpe, rows
+
+from mebp_triton.data.loading import load_data
+
+
+def test_tools_may_be_json_in_a_string(write):
+    tokenizer = byte_bpe("{{ tools[0]['name'] if tools else 'none' }} " + CHATML, eos_token="<|im_end|>")
+    tools = [{"name": "plus", "parameters": {}}]
+    forms = [{"messages": QUESTION, "tools": tools}, {"messages": QUESTION, "tools": json.dumps(tools)}]
+    first, second = rows(load_data(write("x.jsonl", forms), tokenizer, 99))
+    assert first == second
+    assert rows(load_data(write("y.jsonl", [{"messages": QUESTION, "tools": ""}]), tokenizer, 99)) != [first]
+
+
+def test_arguments_of_a_row_reach_the_template(write):
+    tokenizer = byte_bpe("{{ 'slow' if enable_thinking else 'fast' }}{{ messages[0].content }}")
+    lines = [{"messages": QUESTION}, {"messages": QUESTION, "chat_template_kwargs": {"enable_thinking": True}}]
+    lines.append({"messages": QUESTION, "chat_template_kwargs": '{"enable_thinking": true}'})
+    data = load_data(write("x.jsonl", lines), tokenizer, 99)
+    assert [tokenizer.decode(ids)[:4] for ids, _ in rows(data)] == ["fast", "slow", "slow"]
+    assert data.report.unused_keys == {}
+
+
+# As those of models that read images: a content that is a string is written as nothing, or refused.
+SILENT = """{% for m in messages %}{{ m.role + ':' }}{% for part in m.content %}{% if part.type == 'text' %}
+{{- part.text + ';' }}{% endif %}{% endfor %}{% endfor %}"""
+STRICT = SILENT.replace("part.type == 'text'", "part['type'] + '' == 'text'")
+EITHER = """{% for m in messages %}{% if m.content is string %}{{ m.role + ':' + m.content + ';' }}
+{%- else %}type text{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("template", [SILENT, STRICT, EITHER])
+def test_a_template_of_parts_gets_parts(write, template):
+    tokenizer = byte_bpe(template)
+    ((ids, _),) = rows(load_data(write("x.jsonl", [{"messages": QUESTION + ANSWER}]), tokenizer, 99))
+    assert tokenizer.decode(ids) == "user:What is two plus two?;assistant:four.;"
+
+
+def test_a_template_that_takes_neither_form_says_why(write):
+    with pytest.raises(ValueError, match="x.jsonl:1: the chat template refuses the messages .no type of text."):
+        load_data(write("x.jsonl", [{"messages": QUESTION}]), byte_bpe("{{ raise_exception('no type of text') }}"), 99)
