@@ -28,9 +28,9 @@ FLOORS = {
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw evaluation settings
         run_settings settings_file plots run_directory plan.live_bytes plan.inventory plan.traced_model plan.phases
         plan.planner course step updates checkpoint trainer finetune gradient_check""",
-    "cli": """console flags inference peft_baseline doctor.advice doctor.findings commands.quantize commands.verify
-        commands.eval commands.generate commands.merge starting_adapter planning commands.plan commands.tune
-        training_run commands.train commands.doctor commands.demo parser main __main__""",
+    "cli": """console flags chat_template inference peft_baseline doctor.advice doctor.findings commands.quantize
+        commands.verify commands.eval commands.generate commands.merge starting_adapter planning commands.plan
+        commands.tune training_run commands.train commands.doctor commands.demo parser main __main__""",
 }
 ORDER = [f"mebp_triton.{room}.{file}" for room, files in FLOORS.items() for file in files.split()]
 # What each folder may import besides the standard library and the rooms below.

@@ -25,11 +25,12 @@ from mebp_triton.system.foreign_errors import one_line
 from mebp_triton.system.machine import resolve_device
 from mebp_triton.training.evaluation import Evaluation, evaluate
 
+from .chat_template import use_template_of
 from .console import progress_bar
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a model or store directory.
+def load_tokenizer(directory: Path, adapter_directory: str | Path | None = None) -> Any:
+    """The tokenizer of a model or store directory, with the adapter's chat template if it has one.
 
     Raises:
         ValueError: there is none, or it cannot be used.
@@ -43,7 +44,8 @@ def load_tokenizer(directory: Path) -> Any:
         )
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise ValueError("it turns the letter a into no token")
-        return tokenizer
+    use_template_of(tokenizer, adapter_directory)
+    return tokenizer
 
 
 @contextmanager
@@ -81,11 +83,11 @@ def check_length(directory: Path, max_length: int) -> None:
 
 
 def load_validation(store: Path, arguments: argparse.Namespace) -> TokenizedData:
-    """The windows of ``--validation-file``, by the store's tokenizer; see ``flags.add_validation``."""
+    """The windows of ``--validation-file``, by the tokenizer of store and adapter; see ``flags.add_validation``."""
     check_source(arguments.validation_file, "validation-file")
     check_length(store, arguments.max_length)
     masking = Masking(arguments.completion_only_loss, arguments.assistant_only_loss)
-    tokenizer = load_tokenizer(store)
+    tokenizer = load_tokenizer(store, arguments.adapter)
     return load_data(
         arguments.validation_file, tokenizer, arguments.max_length, name="validation-file", masking=masking
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mebp_triton.cli.chat_template import template_of_run, use_template
 from mebp_triton.cli.commands.quantize import quantize_with_progress
 from mebp_triton.cli.console import progress_bar, say
 from mebp_triton.cli.inference import check_length, load_tokenizer, model_config
@@ -23,7 +24,7 @@ from mebp_triton.data.packing import pack
 from mebp_triton.data.sources import check_source
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.routing import resolve_backend
-from mebp_triton.models.adapter import load_adapter
+from mebp_triton.models.adapter import CHAT_TEMPLATE, load_adapter
 from mebp_triton.models.kept_float import describe_kept_float, kept_float
 from mebp_triton.models.load import load
 from mebp_triton.store.manifest import MANIFEST
@@ -90,14 +91,16 @@ def _train_in(
         check_source(asked.validation_file, "validation-file")
     given = Path(arguments.store)
     store = _open_if_store(given, arguments)
+    beside = None if checkpoint is None else checkpoint.parent / run.adapter.name
+    template = template_of_run(asked.chat_template, [beside, locate(asked.adapter) if asked.adapter else None])
     # A directory has the tokenizer already. Then texts are read first, so that their faults show at once.
-    texts = _load_texts(given, asked) if given.is_dir() else None
+    texts = _load_texts(given, asked, template) if given.is_dir() else None
     # A model directory is planned for before it is quantized, so that too small a budget shows at once.
     plan = _plan(store or given, arguments, asked) if given.is_dir() else None
     # The other processes find the store that the first one has just made, as a resumed run finds its own.
     goes_on = arguments.resume or checkpoint is not None or not processes.is_first
     store = store or processes.first(lambda: _quantized(given, arguments, asked, goes_on))
-    data, validation = texts or _load_texts(store.directory, asked)
+    data, validation = texts or _load_texts(store.directory, asked, template)
     if not given.is_dir():
         plan = _plan(store, arguments, asked)
     settings = resolve(asked) if plan is None else plan.settings
@@ -131,6 +134,9 @@ def _train_in(
         trainer.position.start = _start(asked.adapter, store) if asked.adapter else None
     else:
         trainer.resume(checkpoint)
+    if template is not None and processes.is_first:
+        run.adapter.mkdir(exist_ok=True)
+        atomic.write_bytes(run.adapter / CHAT_TEMPLATE, template.encode())
     trainer.planned_peak_bytes = None if plan is None else plan.peak
     say(f"{settings.train_file}: {data.report.describe()}")
     if checkpoint is not None:
@@ -203,9 +209,13 @@ def _open_if_store(given: Path, arguments: argparse.Namespace) -> Store | None:
     return store
 
 
-def _load_texts(directory: Path, asked: TrainConfig) -> tuple[TokenizedData, TokenizedData | None]:
-    """The training and the validation file as tokens, by the tokenizer in ``directory``."""
+def _load_texts(
+    directory: Path, asked: TrainConfig, template: str | None
+) -> tuple[TokenizedData, TokenizedData | None]:
+    """The training and the validation file as tokens, by the tokenizer in ``directory``, with another chat template."""
     tokenizer = load_tokenizer(directory)
+    if template is not None:
+        use_template(tokenizer, template, f"chat-template {asked.chat_template or 'of the adapter'}")
     check_length(directory, asked.max_length)
 
     def tokenized(path: str, name: str) -> TokenizedData:

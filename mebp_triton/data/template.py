@@ -41,7 +41,10 @@ class Template:
             ValueError: there is no template, or they are not what they should be.
         """
         if not tokenizer.chat_template:
-            raise ValueError("chat messages, but the tokenizer has no chat template; set one, or give strings")
+            raise ValueError(
+                "chat messages, but the tokenizer has no chat template; "
+                "name a file with one by chat_template, or give strings"
+            )
         arguments = parsed(row, "chat_template_kwargs") or {}
         if not isinstance(arguments, dict):
             raise ValueError(f"'chat_template_kwargs' must be an object, got {shown(arguments)}")

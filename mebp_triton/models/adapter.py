@@ -23,6 +23,8 @@ from .names import enumerate_names
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# Lies beside the adapter where it was trained with another chat template than the tokenizer's.
+CHAT_TEMPLATE = "chat_template.jinja"
 PREFIX = "base_model.model."
 # The key under which the metadata of our weights has their checksum and what scales them. PEFT writes none.
 SEAL = "mebp_seal"

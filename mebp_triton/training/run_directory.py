@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mebp_triton.data.tokenized import DataReport
+from mebp_triton.models.adapter import CHAT_TEMPLATE
 from mebp_triton.system import atomic, errors, reading, strict_json, temporaries
 from mebp_triton.system.machine import environment
 from mebp_triton.system.memory import MemoryWatch
@@ -74,6 +75,8 @@ class RunDirectory:
         """Whether the directory holds nothing but what a run writes before its first checkpoint."""
         names = {entry.name for entry in self.directory.iterdir()}
         names -= {self.metrics.name, self.evaluation.name}
+        if self.adapter.is_dir() and {entry.name for entry in self.adapter.iterdir()} <= {CHAT_TEMPLATE}:
+            names.discard(self.adapter.name)
         return all(name.startswith(temporaries.TEMPORARY_PREFIX) for name in names)
 
     def append_metrics(self, row: dict[str, Any]) -> None:

@@ -90,6 +90,9 @@ class TrainConfig:
     )
     completion_only_loss: bool | None = setting(None, "mask prompts (default: where rows have prompt and completion)")
     assistant_only_loss: bool = setting(False, "mask all chat messages but the assistant's")
+    chat_template: str | None = setting(
+        None, "a file with the chat template (Jinja) to train with; the adapter keeps it", resume="free"
+    )
     max_eval_windows: int | None = setting(
         None, "evaluate on this many evenly spaced windows; all by default", least=1, resume="free", evaluated=True
     )

@@ -16,7 +16,7 @@ from mebp_triton.training.evaluation import evaluate
 
 
 def arguments(path, **options):
-    defaults = {"max_length": 24, "completion_only_loss": None, "assistant_only_loss": False}
+    defaults = {"max_length": 24, "completion_only_loss": None, "assistant_only_loss": False, "adapter": None}
     return argparse.Namespace(validation_file=str(path), **(defaults | options))
 
 

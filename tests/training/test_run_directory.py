@@ -1,6 +1,7 @@
 """The run directory: strict JSON in it, lines that a crash cut short, plots where they can be drawn."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,12 @@ def test_what_a_run_leaves_before_its_first_checkpoint(run):
     for name in ("metrics.jsonl", "evaluation_before.json", f"{temporaries.TEMPORARY_PREFIX}0-1-x"):
         (run.directory / name).touch()
     assert run.is_before_checkpoint()
+    run.adapter.mkdir()
+    (run.adapter / "chat_template.jinja").touch()
+    assert run.is_before_checkpoint()
+    (run.adapter / "adapter_model.safetensors").touch()
+    assert not run.is_before_checkpoint()
+    shutil.rmtree(run.adapter)
     (run.directory / "mine.txt").touch()
     assert not run.is_before_checkpoint()
 

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty")
     if not 0 <= arguments.seed < 1 << 63:
         raise ValueError(f"--seed must lie in 0..2**63-1, got {arguments.seed}")
-    tokenizer = load_tokenizer(store.directory)
+    tokenizer = load_tokenizer(store.directory, arguments.adapter)
     model = load_for_inference(store, arguments.adapter, arguments.device, arguments.dtype, arguments.backend)
     torch.manual_seed(arguments.seed)
     streamer = None if arguments.json else transformers.TextStreamer(tokenizer, skip_special_tokens=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from transformers import PreTrainedModel
 from mebp_triton.convert.companions import write_companions
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
-from mebp_triton.models.adapter import PREFIX, adapter_shapes, check_fit, read_adapter_config, read_adapter_tensors
+from mebp_triton.models.adapter import (
+    CHAT_TEMPLATE,
+    PREFIX,
+    adapter_shapes,
+    check_fit,
+    read_adapter_config,
+    read_adapter_tensors,
+)
 from mebp_triton.models.build import check_matrices
 from mebp_triton.models.config import prepare_config, read_store_config
 from mebp_triton.models.names import check_complete, check_shape, parameter_aliases, tensor_shapes
@@ -99,11 +107,20 @@ class MergedStore:
 
     def save_companions(self, directory: str | os.PathLike[str]) -> None:
         write_companions(self._config_json, self.directory, Path(directory))
+        self._save_template(Path(directory))
 
     def save_as(self, dtype: str, directory: Path) -> None:
         """Writes the companions as ``save_companions`` does, with another dtype in the config."""
         config = {key: value for key, value in self._config_json.items() if key != "torch_dtype"}
         write_companions(config | {"dtype": dtype}, self.directory, directory)
+        self._save_template(directory)
+
+    def _save_template(self, directory: Path) -> None:
+        """Puts the chat template that the adapter was trained with, if it has one, in place of the store's."""
+        own = None if self.adapter is None else Path(self.adapter) / CHAT_TEMPLATE
+        if own is not None and own.is_file():
+            shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
+            shutil.copyfile(own, directory / CHAT_TEMPLATE)
 
     def _delta(self, site: Int4Site) -> tuple[Tensor, Tensor, float] | None:
         """A, B (in float32) and the scaling for a matrix that the adapter changes; None for another."""
