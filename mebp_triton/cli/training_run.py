@@ -139,6 +139,8 @@ def _train_in(
         atomic.write_bytes(run.adapter / CHAT_TEMPLATE, template.encode())
     trainer.planned_peak_bytes = None if plan is None else plan.peak
     say(f"{settings.train_file}: {data.report.describe()}")
+    if validation is not None:
+        say(f"{settings.validation_file}: {validation.report.describe()}")
     if checkpoint is not None:
         say(f"resuming at step {trainer.step} of {trainer.total_steps}")
         if trainer.step == trainer.total_steps and (summary := run.summary(trainer.evaluated)) is not None:

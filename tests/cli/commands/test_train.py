@@ -57,6 +57,7 @@ def test_a_directory_of_chats_is_masked_and_packed(mebp, world, tmp_path):
     code, out, err = mebp(*command, f"--output-dir={tmp_path / 'run'}", "--packing", "--assistant-only-loss")
     assert code == 0, err
     assert "24 converted" in err and "packed into" in err and "masked)" in err
+    assert f"{tmp_path}: {len(talk) - 24} rows" in err, "what became of the validation file"
     value, found = json.loads(out), record(tmp_path / "run")
     assert found["data"]["masked_tokens"] > 0 < found["data"]["packed_rows"] < found["data"]["rows"] == 24
     assert found["settings"]["packing"] and found["settings"]["assistant_only_loss"]
