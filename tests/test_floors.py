@@ -27,7 +27,7 @@ FLOORS = {
         quantize merge""",
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw evaluation settings
         run_settings settings_file plots run_directory plan.live_bytes plan.inventory plan.traced_model plan.phases
-        plan.planner course step updates checkpoint trainer finetune gradient_check""",
+        plan.planner course standing step reporting updates checkpoint trainer finetune gradient_check""",
     "cli": """console flags chat_template inference peft_baseline doctor.advice doctor.findings commands.quantize
         commands.verify commands.eval commands.generate commands.merge starting_adapter planning commands.plan
         commands.tune training_run commands.train commands.doctor commands.demo parser main __main__""",

@@ -34,9 +34,11 @@ from mebp_triton.system.errors import CannotTrace, Interrupted
 from mebp_triton.system.memory import peak_resident_bytes, return_free_memory, return_large_freed_memory
 from mebp_triton.system.signals import noting
 from mebp_triton.system.units import MIB, parse_size
+from mebp_triton.training.evaluation import Evaluation
 from mebp_triton.training.finetune import finetune
 from mebp_triton.training.plan.planner import Plan
 from mebp_triton.training.processes import Processes
+from mebp_triton.training.reporting import Reports, check_reporters
 from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory
 from mebp_triton.training.run_settings import RunSettings, resolve
 from mebp_triton.training.settings import TrainConfig
@@ -52,6 +54,7 @@ def train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, di
     resolve_backend(asked.backend, device)
     if processes.size > 1 and device.type == "cuda":
         torch.cuda.set_device(device)
+    check_reporters(asked.reporters())
     checkpoint = Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
     if arguments.resume and checkpoint is not None:
         raise ValueError("--resume and --resume-from-checkpoint are two ways to say the same: give one")
@@ -143,7 +146,7 @@ def _train_in(
         say(f"{settings.validation_file}: {validation.report.describe()}")
     if checkpoint is not None:
         say(f"resuming at step {trainer.step} of {trainer.total_steps}")
-        if trainer.step == trainer.total_steps and (summary := run.summary(trainer.evaluated)) is not None:
+        if trainer.finished and (summary := run.summary(trainer.evaluated)) is not None:
             say("nothing is left to do")
             return summary
     return _train_with_progress(trainer, validation)
@@ -256,9 +259,30 @@ def _quantized(given: Path, arguments: argparse.Namespace, asked: TrainConfig, g
     return store
 
 
+def _say_what_was_best(trainer: Trainer, summary: dict[str, Any]) -> None:
+    """Says why the training ended early, which evaluation was the best, and where its adapter is."""
+    standing, run, after, before = trainer.position.standing, trainer.run, summary["loss_after"], summary["loss_before"]
+    if standing.best_step is None or standing.best_loss is None:
+        return
+    if summary["stopped_early"]:
+        count = "an evaluation" if standing.not_improved == 1 else f"{standing.not_improved} evaluations in a row"
+        say(f"stopped early, after step {trainer.step} of {trainer.total_steps}: {count} did not improve")
+    where = "its adapter was not kept, which --save-best does"
+    if standing.kept or standing.best_step == trainer.step:
+        where = f"its adapter is {run.best if standing.kept else run.adapter}"
+    say(f"the best evaluation was after step {standing.best_step}, with loss {standing.best_loss:.4f}: {where}")
+    if after is not None and after < standing.best_loss:
+        say(f"the loss after the last step is lower still, {after:.4f}: its adapter is {run.adapter}")
+    if before is not None and before <= standing.best_loss:
+        say(f"no evaluation was better than before the training, with loss {before:.4f}")
+
+
 def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any] | Interrupted:
     recent: deque[float] = deque(maxlen=10)
-    with progress_bar("training") as update, noting(announce=trainer.processes.is_first) as noted:
+    names = trainer.config.reporters() if trainer.processes.is_first else []
+    per_epoch = trainer.course.batches_per_epoch / trainer.course.per_step
+    reports = Reports(names, trainer.config, trainer.run.directory, trainer.model, trainer.total_steps, per_epoch)
+    with reports, progress_bar("training") as update, noting(announce=trainer.processes.is_first) as noted:
 
         def on_step(result: StepResult) -> None:
             if result.loss is not None:
@@ -271,14 +295,22 @@ def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any] | 
                 f"peak {peak_resident_bytes() / MIB:.0f} MiB"
             )
             update(result.step + 1, trainer.total_steps, note)
+            reports.on_step(result)
 
         def on_evaluation(done: int, total: int) -> None:
-            if number := noted():
+            during = trainer.step > 0 and not trainer.finished
+            if (number := noted()) and not (during and trainer.processes.size > 1):
                 raise Interrupted(number)  # at once, since an evaluation can simply be repeated
-            update(done, total, task="evaluating " + ("after" if recent else "before"))
+            update(done, total, task="evaluating" + ("" if during else " after" if trainer.step else " before"))
 
-        summary = finetune(trainer, validation, on_step, on_evaluation, noted)
+        def on_evaluated(step: int, found: Evaluation, best: bool) -> None:
+            reports.on_evaluated(step, found)
+            if trainer.config.eval_steps:
+                say(f"after step {step}: evaluation loss {found.loss:.4f}{', the best so far' if best else ''}")
+
+        summary = finetune(trainer, validation, on_step, on_evaluation, noted, on_evaluated)
     if summary is not None:
+        _say_what_was_best(trainer, summary)
         return summary
     after = f"interrupted after step {trainer.step} of {trainer.total_steps}"
     return Interrupted(trainer.stopped, f"{after}; --resume goes on from there")

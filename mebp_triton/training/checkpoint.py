@@ -7,9 +7,10 @@ random states of all processes), and a file for each group of optimizer state. I
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.selection import LayerCyclicManager
-from mebp_triton.models.adapter import adapter_tensors, copy_adapter, save_adapter
+from mebp_triton.models.adapter import CONFIG, WEIGHTS, adapter_tensors, copy_adapter, save_adapter
 from mebp_triton.store.reader import Store
 from mebp_triton.system import atomic, reading, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError, NotFinite, RunError
@@ -29,10 +30,12 @@ from .processes import Processes
 from .run_directory import RunDirectory
 from .run_settings import RunSettings, resolve
 from .settings import FREE_ON_RESUME, TrainConfig
+from .standing import Standing
 from .updates import Update
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
+BEST = (f"best/{WEIGHTS}", f"best/{CONFIG}")  # a copy of ``adapter_best/``, if there is one
 
 
 @dataclass
@@ -44,12 +47,14 @@ class Position:
         first_step: the first step with a line in ``metrics.jsonl``; not 0 if the run began from another's checkpoint.
         skipped_in_a_row: how many steps before this one were skipped, since something in them was not finite.
         start: the adapter that the run began from, as ``run.json`` names it; None where it began from a new one.
+        standing: what the evaluations during the training have shown so far.
     """
 
     step: int = 0
     first_step: int = 0
     skipped_in_a_row: int = 0
     start: dict[str, Any] | None = None
+    standing: Standing = field(default_factory=Standing)
 
 
 class Checkpoint:
@@ -102,6 +107,7 @@ class Checkpoint:
             "skipped_in_a_row": position.skipped_in_a_row,
             "first_step": position.first_step,
             "start": position.start,
+            "standing": asdict(position.standing),
         }
 
         def write(directory: Path) -> None:
@@ -109,7 +115,11 @@ class Checkpoint:
             for index, name in enumerate(self.state_files):  # one by one, so that no two are in memory
                 safetensors_file.write_safetensors(directory / name, self.update.export_group(index))
                 self.update.release_group(index)
-            crc32 = {name: reading.file_checksums(directory / name) for name in (TENSORS, *self.state_files)}
+            files = [TENSORS, *self.state_files]
+            if position.standing.kept:
+                shutil.copytree(self.run.best, directory / "best")
+                files += BEST
+            crc32 = {name: reading.file_checksums(directory / name) for name in files}
             strict_json.write_json(directory / STATE, strict_json.sealed(state | {"crc32": crc32}))
 
         # The metrics reach the disk first: a resumed run expects a line of every step before its checkpoint.
@@ -150,7 +160,8 @@ class Checkpoint:
             raise ValueError(f"there is no checkpoint in {directory} to resume from")
         state = strict_json.read_sealed(directory / STATE)
         try:
-            for name in (TENSORS, *self.state_files):
+            standing = Standing(**state.get("standing", {}))
+            for name in (TENSORS, *self.state_files, *(BEST if standing.kept else ())):
                 if reading.file_checksums(directory / name) != state["crc32"][name]:
                     raise ValueError(f"{directory / name} is damaged: its checksum differs")
             self._check_same(state["config"], state["fingerprints"])
@@ -159,10 +170,11 @@ class Checkpoint:
                 raise ValueError(f"cannot resume: the run had {began!r} processes and now has {self.processes.size}")
             self._check_length(state["config"], state["step"], course, directory.parent)
             position = self._restore(state, directory, course.total_steps(self.settings))
+            position.standing = standing
         except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"{directory / STATE} is malformed, or of another version ({problem})") from None
-        self._settle_run_directory(position)
+        self._settle_run_directory(position, directory)
         return position
 
     def _check_same(self, settings: dict[str, Any], fingerprints: dict[str, int]) -> None:
@@ -206,15 +218,22 @@ class Checkpoint:
         first_step = int(state["first_step"]) if inside else step
         return Position(step, first_step, int(state["skipped_in_a_row"]), state.get("start"))
 
-    def _settle_run_directory(self, position: Position) -> None:
-        """Brings the metrics and the adapter in the run directory to the checkpoint's step."""
-        steps = self.run.cut_metrics(position.step, position.first_step)
+    def _settle_run_directory(self, position: Position, directory: Path) -> None:
+        """Brings the metrics and the adapters in the run directory to the checkpoint's step."""
+        steps = self.run.cut_metrics(position.step, position.first_step, position.standing.evaluated_at)
         if not self.processes.is_first:
             return
         if steps != list(range(position.first_step, position.step)):
             warnings.warn(f"{self.run.metrics} does not have each step before {position.step} once", stacklevel=3)
         if not self._adapter_is_written():
             save_adapter(self.model, self.run.adapter)
+        if not position.standing.kept and self.run.best.exists():
+            shutil.rmtree(self.run.best)  # of a step that will be taken again
+        for name in BEST if position.standing.kept else ():
+            kept, place = directory / name, self.run.best / Path(name).name
+            place.parent.mkdir(exist_ok=True)
+            if not place.exists() or reading.file_checksums(place) != reading.file_checksums(kept):
+                atomic.write_bytes(place, kept.read_bytes())
 
     def _adapter_is_written(self) -> bool:
         """Whether ``adapter/`` holds this adapter. A run that died between writing its checkpoint and it has none."""

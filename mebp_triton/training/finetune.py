@@ -21,6 +21,7 @@ def finetune(
     on_step: Callable[[StepResult], None] = lambda result: None,
     on_evaluation: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], int] = lambda: 0,
+    on_evaluated: Callable[[int, Evaluation, bool], None] = lambda step, found, best: None,
 ) -> dict[str, Any] | None:
     """Evaluates, trains, evaluates again, and writes ``run.json`` and the plots.
 
@@ -29,23 +30,31 @@ def finetune(
         validation: the data of the evaluations; None for no evaluation.
         on_step, should_stop: see ``Trainer.train``.
         on_evaluation: called with (windows done, windows in all).
+        on_evaluated: see ``Trainer.train``; called for the evaluations before and after as well.
 
     Returns:
         The results in ``run.json``. None if ``should_stop`` ended the training: then ``run.json`` is not written.
     """
     config, run = trainer.config, trainer.run
     resumed_at = trainer.step
-    before = run.saved_evaluation(trainer.evaluated) if resumed_at else _evaluate(trainer, validation, on_evaluation)
+    evaluated = None if validation is None else lambda: _evaluate(trainer, validation, on_evaluation)
+    before = run.saved_evaluation(trainer.evaluated) if resumed_at else evaluated and evaluated()
     if not resumed_at:
         run.save_evaluation(before, trainer.evaluated)
-    if trainer.step < trainer.total_steps:
+        if before is not None:
+            on_evaluated(0, before, False)
+    if not trainer.finished:
         run.reopen()
     started = time.perf_counter()
-    results = trainer.train(on_step, should_stop)
+    results = trainer.train(on_step, should_stop, evaluated, on_evaluated)
     if trainer.stopped:
         return None
-    train_seconds = time.perf_counter() - started
-    after = _evaluate(trainer, validation, on_evaluation)
+    train_seconds = time.perf_counter() - started - trainer.evaluation_seconds
+    standing, after = trainer.position.standing, trainer.last_evaluation
+    if after is None or standing.evaluated_at != trainer.step:
+        after = evaluated and evaluated()
+        if after is not None:
+            on_evaluated(trainer.step, after, False)
     rows = run.read_metrics()
     tokens = sum(result.tokens for result in results)
     seconds = [result.seconds for result in results]
@@ -61,6 +70,10 @@ def finetune(
         "perplexity_after": after and after.perplexity,
         "steps": trainer.step,
         "resumed_at_step": resumed_at or None,
+        "stopped_early": True if trainer.step < trainer.total_steps else None,
+        "best_step": standing.best_step,
+        "best_eval_loss": standing.best_loss,
+        "best_adapter": run.best.name if standing.kept else None,
         "steps_not_finite": sum(row.get("not_finite") is not None for row in rows),
         "train_loss_last": rows[-1]["loss"] if rows else None,
         "tokens_per_second": tokens / train_seconds if results else None,
@@ -79,7 +92,5 @@ def finetune(
     return summary
 
 
-def _evaluate(trainer: Trainer, data: TokenizedData | None, progress: Callable[[int, int], None]) -> Evaluation | None:
-    if data is None:
-        return None
+def _evaluate(trainer: Trainer, data: TokenizedData, progress: Callable[[int, int], None]) -> Evaluation:
     return evaluate(trainer.model, data, trainer.config.max_eval_windows, progress, trainer.processes)

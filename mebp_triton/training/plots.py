@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ from mebp_triton.system.memory import MemoryWatch
 from mebp_triton.system.units import MIB
 
 
-def draw_plots(directory: Path, metrics: list[dict[str, Any]], watch: MemoryWatch) -> list[str]:
+def draw_plots(
+    directory: Path,
+    metrics: list[dict[str, Any]],
+    watch: MemoryWatch,
+    evaluations: Sequence[dict[str, Any]] = (),
+) -> list[str]:
     """Draws loss over steps, memory over one step, and time per block, as PNG files in ``directory``.
 
     Args:
-        metrics: the lines of ``metrics.jsonl``.
+        metrics: the lines of ``metrics.jsonl`` of steps.
         watch: has the timeline of one step, or none.
+        evaluations: its other lines, which are drawn beside the loss.
 
     Returns:
         The names of the files; none without matplotlib or metrics.
@@ -40,8 +47,14 @@ def draw_plots(directory: Path, metrics: list[dict[str, Any]], watch: MemoryWatc
         [row["step"] + 1 for row in metrics],
         [math.nan if (loss := row["loss"]) is None else loss for row in metrics],
         linewidth=1.2,
+        label="training",
     )
-    axes.set(xlabel="step", ylabel="training loss (nats per token)", title="Loss")
+    if evaluations:
+        steps, losses = zip(*((row["step"] + 1, row["eval_loss"]) for row in evaluations), strict=True)
+        axes.plot(steps, losses, marker="o", markersize=3, label="evaluation")
+        axes.legend()
+    axes.set(xlabel="step", ylabel="loss (nats per token)" if evaluations else "training loss (nats per token)")
+    axes.set_title("Loss")
     axes.grid(alpha=0.3)
     save(figure, "loss.png")
     if watch.timeline:

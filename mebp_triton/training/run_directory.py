@@ -18,10 +18,15 @@ from mebp_triton.system.memory import MemoryWatch
 
 from .evaluation import Evaluation
 from .plots import draw_plots
-from .settings import TrainConfig
+from .settings import MOST_INTEGER, TrainConfig
 
 METRICS_LIMIT = 1 << 34  # bytes of metrics.jsonl that are read
 BESIDE_THE_SUMMARY = ("plots", "start", "data", "settings", "environment")  # what run.json holds besides
+
+
+def is_evaluation(row: dict[str, Any]) -> bool:
+    """Whether a line of ``metrics.jsonl`` is that of an evaluation; its step is the last one taken before it."""
+    return "eval_loss" in row
 
 
 class RunDirectory:
@@ -41,6 +46,7 @@ class RunDirectory:
             atomic.check_absent(self.directory)
         self.checkpoint = self.directory / "checkpoint"
         self.adapter = self.directory / "adapter"
+        self.best = self.directory / "adapter_best"
         self.metrics = self.directory / "metrics.jsonl"
         self.record = self.directory / "run.json"
         self.evaluation = self.directory / "evaluation_before.json"
@@ -49,7 +55,7 @@ class RunDirectory:
     def create(self) -> None:
         """Makes the directory, and removes what a process that was killed left in it half written."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for place in (self.directory, self.adapter):
+        for place in (self.directory, self.adapter, self.best):
             temporaries.remove_leftovers(place)
 
     @contextmanager
@@ -74,20 +80,26 @@ class RunDirectory:
     def is_before_checkpoint(self) -> bool:
         """Whether the directory holds nothing but what a run writes before its first checkpoint."""
         names = {entry.name for entry in self.directory.iterdir()}
-        names -= {self.metrics.name, self.evaluation.name}
+        names -= {self.metrics.name, self.evaluation.name, self.best.name, "runs"}  # and what TensorBoard writes
         if self.adapter.is_dir() and {entry.name for entry in self.adapter.iterdir()} <= {CHAT_TEMPLATE}:
             names.discard(self.adapter.name)
         return all(name.startswith(temporaries.TEMPORARY_PREFIX) for name in names)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Appends the line of a step. ValueError where it has a number that is not finite."""
+        """Appends the line of a step, or of an evaluation. ValueError where it has a number that is not finite."""
         atomic.append_line(self.metrics, json.dumps(row, allow_nan=False))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Returns all lines; none if there is no file. FileError where a line is damaged."""
+        """Returns the lines of all steps; none if there is no file. FileError where a line is damaged."""
         if not self.metrics.exists():
             return []
-        return [row for _, row in self._metrics()]
+        return [row for _, row in self._metrics() if not is_evaluation(row)]
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """Returns the lines of all evaluations during the training. FileError where a line is damaged."""
+        if not self.metrics.exists():
+            return []
+        return [row for _, row in self._metrics() if is_evaluation(row)]
 
     def _metrics(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields every line and its values. A last line that was cut short is left out.
@@ -104,12 +116,13 @@ class RunDirectory:
                 raise errors.FileError(f"line {number} of {self.metrics} is damaged: it has no step; remove the line")
             yield line.decode(), row
 
-    def cut_metrics(self, step: int, first: int = 0) -> list[int]:
+    def cut_metrics(self, step: int, first: int = 0, evaluated_at: int = MOST_INTEGER) -> list[int]:
         """Drops the lines of steps from ``step`` on, which will be taken again, and a last line that was cut short.
 
         Args:
             step: the first step to drop.
             first: the first step that has a line here.
+            evaluated_at: evaluations after more steps than these are dropped as well.
 
         Returns:
             The steps that are left.
@@ -119,17 +132,24 @@ class RunDirectory:
         """
         if not self.metrics.exists():
             return []
-        kept: list[tuple[int, str]] = []
+        kept: list[str] = []
+        steps: list[int] = []
         try:
-            kept.extend((row["step"], f"{line}\n") for line, row in self._metrics() if row["step"] < step)
+            for line, row in self._metrics():
+                if is_evaluation(row):
+                    if row["step"] < min(step, evaluated_at):
+                        kept.append(f"{line}\n")
+                elif row["step"] < step:
+                    kept.append(f"{line}\n")
+                    steps.append(row["step"])
         except errors.FileError:
             # Once every step before has its line, a damaged one can only be of a step that is dropped.
-            if len(kept) < step - first:
+            if len(steps) < step - first:
                 raise
-        data = "".join(line for _, line in kept).encode()
+        data = "".join(kept).encode()
         if data != self.metrics.read_bytes():
             atomic.write_bytes(self.metrics, data)
-        return [number for number, _ in kept]
+        return steps
 
     def sync_metrics(self) -> None:
         """Brings the metrics to the disk, so that they outlast a loss of power as a checkpoint does."""
@@ -179,9 +199,8 @@ class RunDirectory:
         Args:
             start: the adapter that the run began from; None for a new one.
         """
-        metrics = self.read_metrics()
         try:
-            plots = draw_plots(self.directory, metrics, watch)
+            plots = draw_plots(self.directory, self.read_metrics(), watch, self.read_evaluations())
         except Exception as error:  # whatever a plotting library raises, the run is whole without plots
             warnings.warn(f"the plots are not drawn: {' '.join(str(error).split())}", stacklevel=2)
             plots = []
@@ -229,7 +248,7 @@ class OthersRunDirectory(RunDirectory):
     def append_metrics(self, row: dict[str, Any]) -> None:
         pass
 
-    def cut_metrics(self, step: int, first: int = 0) -> list[int]:
+    def cut_metrics(self, step: int, first: int = 0, evaluated_at: int = MOST_INTEGER) -> list[int]:
         return []
 
     def save_evaluation(self, evaluation: Evaluation | None, of: dict[str, Any]) -> None:

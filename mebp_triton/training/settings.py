@@ -26,6 +26,7 @@ from .optimizers.schedules import SchedulerType
 
 Optim = Literal["adamw", "adamw_8bit", "mezo"]
 OnNan = Literal["stop", "skip"]
+REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")
 MOST_INTEGER = (1 << 31) - 1  # the largest length or count, which so fits into 32 bits
 
 
@@ -193,6 +194,21 @@ class TrainConfig:
         traced=True,
     )
     backend: Backend = setting("auto", "kernels: triton, panel (plain torch), or auto", resume="free", traced=True)
+    eval_steps: int = setting(
+        0, "evaluate on the validation file every so many steps; 0 for before and after only", least=0, resume="free"
+    )
+    save_best: bool = setting(
+        False, "keep the adapter of the evaluation with the lowest loss in adapter_best/", resume="free"
+    )
+    early_stopping_patience: int | None = setting(
+        None, "end after so many evaluations in a row that did not improve", least=1, resume="free"
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "how much lower a loss must be to count as improved", least=0, resume="free"
+    )
+    report_to: str = setting(
+        "none", "trackers, separated by commas: tensorboard, wandb, mlflow, trackio; or none", resume="free"
+    )
     save_steps: int = setting(
         100, "write a resumable checkpoint every so many steps, and at the end", least=1, resume="free"
     )
@@ -211,6 +227,13 @@ class TrainConfig:
 
     def _contradictions(self) -> Iterator[str]:
         """Yields a message for every contradiction between settings that are each right alone."""
+        if self.eval_steps and self.validation_file is None:
+            yield f"eval_steps {self.eval_steps} needs a validation_file to evaluate on"
+        for name in ("save_best", "early_stopping_patience"):
+            if getattr(self, name) and not self.eval_steps:
+                yield f"{name} compares evaluations during the training: give eval_steps as well"
+        if wrong := [name for name in self.reporters() if name not in REPORTERS]:
+            yield f"report_to must be none, or of {', '.join(REPORTERS)}, separated by commas, got {wrong[0]!r:.200}"
         mezo, in_backward = self.optim == "mezo", self.optimizer_in_backward
         if self.lora_alpha == 0:
             yield "lora_alpha must not be 0: nothing would be trained"
@@ -248,6 +271,10 @@ class TrainConfig:
             rank_pattern=_pattern("rank_pattern", self.rank_pattern),
             alpha_pattern=_pattern("alpha_pattern", self.alpha_pattern),
         )
+
+    def reporters(self) -> list[str]:
+        """Returns the trackers to report to."""
+        return [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
 
     def masking(self) -> Masking:
         """Returns the rule by which tokens enter the loss."""

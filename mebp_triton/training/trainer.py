@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -16,18 +17,20 @@ from mebp_triton.blocks.selection import LayerCyclicManager
 from mebp_triton.data.batching import batches, batches_per_epoch, collate, valid_tokens
 from mebp_triton.data.packing import PackedData, check_packing
 from mebp_triton.data.tokenized import TokenizedData
-from mebp_triton.system.errors import NotFinite
+from mebp_triton.models.adapter import save_adapter
+from mebp_triton.system.errors import Interrupted, NotFinite
 from mebp_triton.system.memory import MemoryWatch, peak_resident_bytes
 from mebp_triton.system.random_state import RandomState
 
 from .checkpoint import Checkpoint, Position, store_fingerprint
 from .course import Course
-from .evaluation import check_vocabulary
+from .evaluation import Evaluation, check_vocabulary
 from .nonfinite import broken_parameter
 from .processes import ALONE, Processes
 from .run_directory import RunDirectory
 from .run_settings import RunSettings
 from .settings import EVALUATED
+from .standing import Standing
 from .step import StepInputs, StepResult
 from .updates import make_update
 
@@ -50,6 +53,8 @@ class Trainer:
         parameters: those that are trained.
         evaluated: settings that identify the evaluated data; stored in ``run.json``.
         stopped: what ``should_stop`` returned when it ended ``train``; else 0.
+        last_evaluation: the last one of the evaluations during the training, if this process made one.
+        evaluation_seconds: what these evaluations took.
         planned_peak_bytes: the plan's prediction, for ``run.json``.
 
     Raises:
@@ -95,6 +100,8 @@ class Trainer:
         self.position = Position()
         self.stopped = 0
         self.planned_peak_bytes: int | None = None
+        self.last_evaluation: Evaluation | None = None
+        self.evaluation_seconds = 0.0
         self.evaluated = {name: getattr(config, name) for name in EVALUATED}
         fingerprints = {"training data": data.checksum(), "model": store_fingerprint(model.mebp.store)}
         for what, checksum in fingerprints.items():
@@ -110,11 +117,30 @@ class Trainer:
     def resume(self, directory: Path) -> None:
         """Goes on from a checkpoint, to the same numbers as an uninterrupted run. See ``Checkpoint.resume``."""
         self.position = self.checkpoint.resume(directory, self.course)
+        standing = self.position.standing
+        if standing.best_step is not None and standing.of != self.evaluated:
+            warnings.warn(
+                "other data is evaluated than before, so the best evaluation so far is forgotten", stacklevel=2
+            )
+            self.position.standing = Standing(standing.evaluated_at)
+        elif self.config.save_best and standing.best_step is not None and not standing.kept:
+            warnings.warn(
+                f"the adapter of the best evaluation so far, after step {standing.best_step}, was not kept: only that "
+                "of a better one will be",
+                stacklevel=2,
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to take: all are taken, or the evaluations have not improved for too long."""
+        return self.step >= self.total_steps or self.position.standing.is_over(self.config)
 
     def train(
         self,
         on_step: Callable[[StepResult], None] = lambda result: None,
         should_stop: Callable[[], int] = lambda: 0,
+        evaluate: Callable[[], Evaluation] | None = None,
+        on_evaluated: Callable[[int, Evaluation, bool], None] = lambda step, found, best: None,
     ) -> list[StepResult]:
         """Runs to the last step, and writes metrics and checkpoints.
 
@@ -122,6 +148,9 @@ class Trainer:
             on_step: called after every step.
             should_stop: asked after every step. If any process returns something other than 0, all end there with a
                 checkpoint, and the highest value becomes ``stopped``.
+            evaluate: makes an evaluation, after every ``eval_steps`` steps. ``Interrupted`` ends the training like
+                ``should_stop``; when the run is resumed, the evaluation comes first.
+            on_evaluated: called with (steps taken, what was found, whether it is the best so far).
 
         Returns:
             The results of the steps that this call took.
@@ -131,6 +160,7 @@ class Trainer:
             NotFinite: a loss or a gradient is not finite, and the step may not be skipped.
         """
         self.stopped = 0
+        self._evaluate, self._on_evaluated = evaluate, on_evaluated
         with self.run.writing():
             if self.step == 0:
                 torch.manual_seed(self.processes.seed(self.config.seed))
@@ -140,12 +170,12 @@ class Trainer:
             return results
 
     def _steps(self, on_step: Callable[[StepResult], None], should_stop: Callable[[], int]) -> Iterator[StepResult]:
-        engine, stream = self.model.mebp.engine, self._batches()
-        # An evaluation's waiting time and block counts must not count for the first step.
-        engine.waiting.pop_seconds()
-        engine.counters.pop_counts()
+        stream = self._batches()
+        if self._evaluate_if_due() and (self.finished or self.stopped):
+            self.checkpoint.save(self.position)
+        self._forget_measurements()
         recorded = min(self.step + 1, self.total_steps - 1)  # the second step: the first one warms up
-        while self.step < self.total_steps and not self.stopped:
+        while not self.finished and not self.stopped:
             micro_batches = self._micro_batches(stream)
             self.watch.recording = self.step == recorded
             result = self._one_step(micro_batches)
@@ -155,9 +185,43 @@ class Trainer:
             self.run.append_metrics(asdict(result) | self._measured())
             on_step(result)
             self.stopped = int(*self.processes.highest(should_stop()))
-            if self.stopped or self.step % self.config.save_steps == 0 or self.step == self.total_steps:
+            if not self.stopped:
+                self._evaluate_if_due()
+            if self.stopped or self.step % self.config.save_steps == 0 or self.finished:
                 self.checkpoint.save(self.position)
             yield result
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates after every ``eval_steps`` steps, and keeps the adapter if it is the best; says whether it did."""
+        standing, config = self.position.standing, self.config
+        if self._evaluate is None or not standing.is_due(config, self.step):
+            return False
+        started = time.perf_counter()
+        try:
+            self.last_evaluation = found = self._evaluate()
+        except Interrupted as interruption:
+            self.stopped = interruption.number
+            return False
+        best = standing.take_in(self.step, found.loss, config.early_stopping_threshold)
+        standing.of = self.evaluated
+        if best:
+            standing.kept = config.save_best
+            if config.save_best and self.processes.is_first:
+                save_adapter(self.model, self.run.best)
+        row = {f"eval_{name}": value for name, value in asdict(found).items()}
+        row["eval_seconds"] = seconds = time.perf_counter() - started
+        self.evaluation_seconds += seconds
+        about = {"best": best, "not_improved": standing.not_improved}
+        self.run.append_metrics({"step": self.step - 1} | row | about)
+        self._on_evaluated(self.step, found, best)
+        self._forget_measurements()
+        return True
+
+    def _forget_measurements(self) -> None:
+        """Resets waiting times and block counts: those of an evaluation must not count for the next step."""
+        engine = self.model.mebp.engine
+        engine.waiting.pop_seconds()
+        engine.counters.pop_counts()
 
     def _batches(self) -> Iterator[list[Any]]:
         """Returns the batches of all processes, from the run's position on."""

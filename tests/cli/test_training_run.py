@@ -218,3 +218,43 @@ def test_a_training_interrupted_outside_of_its_steps(mebp, world, tmp_path, monk
         assert answer(mebp(*command, "--resume", "--json"))["steps"] == 3
     else:
         assert not (tmp_path / "run").exists()
+
+
+# --- evaluations during the training --------------------------------------------------------------------------------
+
+
+def test_evaluations_end_a_training_early_and_name_the_best(mebp, world, tmp_path):
+    flags = ["--eval-steps=1", "--save-best", "--early-stopping-patience=1", "--early-stopping-threshold=9", "--json"]
+    command = train(world, tmp_path, f"--validation-file={world / 'held-out.txt'}", *flags)
+    code, out, err = mebp(*command)
+    value, lines = json.loads(out), " ".join(err.split())
+    assert code == 0 and (value["steps"], value["stopped_early"], value["best_step"]) == (2, True, 2)
+    assert "after step 1: evaluation loss" in lines and ", the best so far" in lines
+    assert "stopped early, after step 2 of 3: an evaluation did not improve" in lines
+    assert f"the best evaluation was after step 2, with loss {value['best_eval_loss']:.4f}: its adapter is" in lines
+    evaluate = ["eval", world / "store", f"--validation-file={world / 'held-out.txt'}", "--max-length=24", "--json"]
+    best = answer(mebp(*evaluate, f"--adapter={tmp_path / 'run' / 'adapter_best'}"))
+    assert best["loss"] == value["best_eval_loss"]
+    before = tree(tmp_path)
+    code, out, err = mebp(*command, "--resume")
+    assert code == 0 and "nothing is left to do" in err and json.loads(out) == value and tree(tmp_path) == before
+    value = answer(mebp(*command, "--resume", "--early-stopping-patience=2"))
+    assert (value["steps"], value["stopped_early"], value["resumed_at_step"]) == (3, None, 2)
+    assert value["loss_after"] == record(world / "run")["loss_after"]
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(world / "run")
+
+
+def test_a_tracker_is_told_and_changes_no_bit(mebp, world, tmp_path):
+    pytest.importorskip("tensorboardX")
+    command = train(world, tmp_path, f"--validation-file={world / 'held-out.txt'}", "--report-to=tensorboard", "--json")
+    answer(mebp(*command))
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(world / "run")
+    (events,) = (tmp_path / "run" / "runs").rglob("events.*")
+    for name in (b"train/loss", b"train/grad_norm", b"eval/loss"):
+        assert name in events.read_bytes(), name
+
+
+def test_a_tracker_whose_package_is_missing_is_refused_before_anything_is_read(mebp, world, tmp_path, monkeypatch):
+    monkeypatch.setattr("mebp_triton.training.reporting.PACKAGES", {"wandb": ("no_such_package",)})
+    parts = ["report_to wandb needs the package no_such_package: pip install no_such_package"]
+    assert_refused(mebp, train(world, tmp_path, "--report-to=wandb"), parts, tmp_path)

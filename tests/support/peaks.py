@@ -24,6 +24,7 @@ from mebp_triton.models.load import load
 from mebp_triton.store.reader import Store
 from mebp_triton.system import memory
 from mebp_triton.system.memory import return_free_memory, return_large_freed_memory
+from mebp_triton.training.evaluation import evaluate
 from mebp_triton.training.plan.inventory import Inventory
 from mebp_triton.training.plan.phases import FIRST_STEPS
 from mebp_triton.training.plan.planner import Planner
@@ -76,7 +77,8 @@ def train(store: str, settings: RunSettings) -> None:
         data = random_tokens(vocabulary, rows * parts, settings.max_length // parts)
         if settings.packing:
             data = pack(data, settings.max_length)
-        Trainer(model, data, settings, RunDirectory(Path(directory) / "run")).train()
+        made = Trainer(model, data, settings, RunDirectory(Path(directory) / "run"))
+        made.train(evaluate=lambda: evaluate(model, data, settings.max_eval_windows))
 
 
 def measure(store: str, settings: dict[str, Any]) -> dict[str, Any]:

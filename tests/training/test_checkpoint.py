@@ -178,6 +178,11 @@ CHANGES = {
     "dtype": "bfloat16",
     "backend": "panel",
     "save_steps": 3,
+    "report_to": "wandb",
+    "eval_steps": 2,
+    "save_best": True,
+    "early_stopping_patience": 3,
+    "early_stopping_threshold": 0.5,
 }
 
 
@@ -191,6 +196,8 @@ def test_resuming_with_another_setting_is_refused_unless_it_is_free(interrupted,
     change = {name: CHANGES[name]}
     if name == "optimizer_in_backward":
         change["gradient_accumulation_steps"] = 1
+    if name in ("eval_steps", "save_best", "early_stopping_patience"):
+        change |= {"validation_file": "v.txt", "eval_steps": 2}
     changed = checkpoint_of(other, copied, **change)
     # With max_steps, the number of epochs says nothing.
     if FACTS[name].resume == "free" or name == "num_train_epochs":

@@ -2,12 +2,27 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
-from runs import DEMANDING, Crash, crash_at, metrics, resumed, text_data, trainer
+from runs import (
+    DEMANDING,
+    NUMBERS,
+    Crash,
+    assert_same_tensors,
+    checkpoint_tensors,
+    crash_at,
+    metrics,
+    resumed,
+    text_data,
+    trainer,
+)
 
+from mebp_triton.models.adapter import load_adapter
+from mebp_triton.system.errors import Interrupted
 from mebp_triton.training import run_directory
+from mebp_triton.training.evaluation import evaluate
 from mebp_triton.training.finetune import finetune
 
 PROMISED = {
@@ -88,3 +103,134 @@ def test_evaluating_changes_no_step_and_outlasts_an_interruption(store, data, st
     for key in ("loss_before", "loss_after", "token_accuracy_before", "token_accuracy_after", "steps"):
         assert summary[key] == whole[key], key
     assert summary["resumed_at_step"] == 4 and whole["resumed_at_step"] is None
+
+
+# --- evaluations during the training --------------------------------------------------------------------------------
+
+EVALUATING = DEMANDING | {"validation_file": "held-out.txt", "eval_steps": 3, "save_best": True}
+FOUND = ("best_step", "best_eval_loss", "best_adapter", "stopped_early", "steps", "loss_after", "loss_before")
+
+
+def evaluations(made):
+    """The lines of the evaluations, without the time that they took."""
+    return [
+        {name: value for name, value in row.items() if name != "eval_seconds"} for row in made.run.read_evaluations()
+    ]
+
+
+def best_adapter(made):
+    return {path.name: path.read_bytes() for path in made.run.best.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def evaluated(store, data, held_out, tmp_path_factory):
+    """Eight steps with evaluations after three and six; the run, its summary, and what was told of them."""
+    made, told = trainer(store, data, tmp_path_factory.mktemp("evaluated") / "run", **EVALUATING), []
+    summary = finetune(made, held_out, on_evaluated=lambda step, found, best: told.append((step, found.loss, best)))
+    return made, summary, told
+
+
+def test_evaluations_during_the_training_change_no_bit_of_it(evaluated, straight):
+    made, summary, _ = evaluated
+    assert metrics(made, *NUMBERS) == metrics(straight, *NUMBERS)
+    counts = ("blocks_forward", "blocks_recompute")
+    assert metrics(made, *counts) == metrics(straight, *counts)
+    assert_same_tensors(checkpoint_tensors(made.run.checkpoint), checkpoint_tensors(straight.run.checkpoint))
+    assert summary["tokens_per_second"] > 0
+
+
+def test_the_best_evaluation_is_recorded_and_its_adapter_kept(evaluated, held_out):
+    made, summary, told = evaluated
+    rows = made.run.read_evaluations()
+    assert [row["step"] for row in rows] == [2, 5] and [row["eval_loss"] for row in rows] == [told[1][1], told[2][1]]
+    assert [(step, best) for step, _, best in told] == [(0, False), (3, True), (6, True), (8, False)]
+    assert summary["loss_before"] == told[0][1] and summary["loss_after"] == told[3][1]
+    assert (summary["best_step"], summary["best_eval_loss"], summary["best_adapter"]) == (6, told[2][1], "adapter_best")
+    assert summary["stopped_early"] is None
+    load_adapter(made.model, made.run.best)
+    assert evaluate(made.model, held_out).loss == summary["best_eval_loss"]
+    load_adapter(made.model, made.run.adapter)
+    assert evaluate(made.model, held_out).loss == summary["loss_after"]
+
+
+@pytest.mark.parametrize("crash", [4, 6], ids=["before the next evaluation", "after it"])
+def test_a_resumed_run_has_the_evaluations_of_an_uninterrupted_one(
+    store, data, held_out, evaluated, tmp_path, no_plots, crash
+):
+    whole, summary, _ = evaluated
+    cut = trainer(store, data, tmp_path / "run", **EVALUATING)
+    with pytest.raises(Crash):
+        finetune(cut, held_out, on_step=crash_at(crash))
+    if crash == 6:
+        assert best_adapter(cut) == best_adapter(whole)
+    again = resumed(store, data, tmp_path / "run", **EVALUATING)
+    # Whatever was kept after the checkpoint is undone.
+    assert again.position.standing.best_step == 3 and best_adapter(again) != best_adapter(whole)
+    assert [row["step"] for row in again.run.read_evaluations()] == [2]
+    found = finetune(again, held_out)
+    assert {name: found[name] for name in FOUND} == {name: summary[name] for name in FOUND}
+    assert evaluations(again) == evaluations(whole) and best_adapter(again) == best_adapter(whole)
+    assert again.position.standing == whole.position.standing
+    # From another's checkpoint as well, in a directory of its own.
+    elsewhere = trainer(store, data, tmp_path / "elsewhere", **EVALUATING)
+    elsewhere.resume(again.run.checkpoint)
+    assert best_adapter(elsewhere) == best_adapter(whole)
+
+
+def test_an_evaluation_that_was_interrupted_comes_first_when_resumed(
+    store, data, held_out, evaluated, tmp_path, no_plots
+):
+    whole, summary, _ = evaluated
+    cut, seen = trainer(store, data, tmp_path / "run", **EVALUATING), []
+
+    def on_evaluation(done, total):
+        seen.append(cut.step)
+        if seen.count(6) == 2:
+            raise Interrupted(15)
+
+    assert finetune(cut, held_out, on_evaluation=on_evaluation) is None
+    assert (cut.stopped, cut.step) == (15, 6)
+    again = resumed(store, data, tmp_path / "run", **EVALUATING)
+    assert again.step == 6 and [row["step"] for row in again.run.read_evaluations()] == [2]
+    found = finetune(again, held_out)
+    assert {name: found[name] for name in FOUND} == {name: summary[name] for name in FOUND}
+    assert evaluations(again) == evaluations(whole) and best_adapter(again) == best_adapter(whole)
+    assert metrics(again, *NUMBERS) == metrics(whole, *NUMBERS)
+
+
+def test_a_training_that_does_not_improve_ends_early(store, data, held_out, tmp_path, no_plots):
+    """Resumed before its end or not; and with more patience it goes on."""
+    patient = EVALUATING | {"eval_steps": 1, "early_stopping_threshold": 9.0, "early_stopping_patience": 5}
+    whole = trainer(store, data, tmp_path / "whole", **patient)
+    summary = finetune(whole, held_out)
+    assert (summary["steps"], summary["stopped_early"], whole.finished) == (6, True, True)
+    assert [row["not_improved"] for row in whole.run.read_evaluations()] == [0, 1, 2, 3, 4, 5]
+    assert summary["loss_after"] == whole.run.read_evaluations()[-1]["eval_loss"]
+    cut = trainer(store, data, tmp_path / "run", **patient)
+    with pytest.raises(Crash):
+        finetune(cut, held_out, on_step=crash_at(4))
+    again = resumed(store, data, tmp_path / "run", **patient)
+    assert again.step == 4 and again.position.standing.not_improved == 3
+    found = finetune(again, held_out)
+    assert {name: found[name] for name in FOUND} == {name: summary[name] for name in FOUND}
+    assert_same_tensors(checkpoint_tensors(again.run.checkpoint), checkpoint_tensors(whole.run.checkpoint))
+    more = resumed(store, data, tmp_path / "run", **patient | {"early_stopping_patience": 6})
+    assert not more.finished and finetune(more, held_out)["steps"] == 7
+
+
+def test_a_best_evaluation_of_other_data_is_forgotten(store, data, evaluated, tmp_path):
+    made, *_ = evaluated
+    copy = shutil.copytree(made.run.directory, tmp_path / "run")
+    with pytest.warns(UserWarning, match="other data is evaluated than before, so the best evaluation"):
+        again = resumed(store, data, copy, **EVALUATING | {"validation_file": "others.txt"})
+    standing = again.position.standing
+    assert (standing.evaluated_at, standing.best_step, standing.not_improved) == (6, None, 0)
+
+
+def test_a_best_adapter_that_was_not_kept_is_told(store, data, held_out, tmp_path, no_plots):
+    settings = EVALUATING | {"max_steps": 3}
+    made = trainer(store, data, tmp_path / "run", **settings | {"save_best": False})
+    summary = finetune(made, held_out)
+    assert summary["best_step"] == 3 and summary["best_adapter"] is None and not made.run.best.exists()
+    with pytest.warns(UserWarning, match="the best evaluation so far, after step 3, was not kept"):
+        resumed(store, data, tmp_path / "run", **settings)

@@ -44,13 +44,24 @@ def test_the_plots_show_the_numbers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     assert draw_plots(tmp_path, rows(3), watched()) == ["loss.png", "memory.png", "time_per_block.png"]
-    line = axes["Loss"].lines[0]
+    line, *others = axes["Loss"].lines
+    assert not others
     assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [3.0, 2.9, 2.8]
     # Blocks 1 and 2 forward, block 0 backward took 125 ms; what lies between the passes is no block's.
     bars = {(round(bar.get_x() + bar.get_width() / 2, 6), bar.get_height()) for bar in axes["Time per block"].patches}
     assert bars == {(1.0, 125.0), (2.0, 125.0), (0.4, 125.0)}
     top = max(path.get_extents().y1 for area in axes["Memory over a step"].collections for path in area.get_paths())
     assert top == 16 + 4
+
+
+def test_evaluations_are_drawn_beside_the_loss(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure.axes[0]))
+    draw_plots(tmp_path, rows(4), MemoryWatch(torch.device("cpu")), [{"step": 1, "eval_loss": 2.5}])
+    _, line = drawn[0].lines
+    assert list(line.get_xdata()) == [2] and list(line.get_ydata()) == [2.5] and drawn[0].get_legend() is not None
 
 
 def test_a_step_without_a_loss_leaves_a_gap(tmp_path):

@@ -126,6 +126,16 @@ def test_a_run_whose_plots_fail_is_whole(run, monkeypatch):
         run.summary({})
 
 
+def test_lines_of_evaluations_are_read_and_cut_apart(run):
+    for row in rows(4):
+        run.append_metrics(row)
+        run.append_metrics({"step": row["step"], "eval_loss": 2.0})
+    assert run.read_metrics() == rows(4) and [row["step"] for row in run.read_evaluations()] == [0, 1, 2, 3]
+    assert run.cut_metrics(3, evaluated_at=2) == [0, 1, 2]
+    assert run.read_metrics() == rows(3) and [row["step"] for row in run.read_evaluations()] == [0, 1]
+    assert run.cut_metrics(0) == [] and run.read_evaluations() == []
+
+
 def test_cutting_nothing(run):
     run.cut_metrics(3)
     assert not run.metrics.exists()

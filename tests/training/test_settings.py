@@ -94,6 +94,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("dtype", "float8", "one of float32, bfloat16, float16"),
     ("backend", "cuda", "one of auto, triton, panel"),
     ("save_steps", 0, "at least 1"),
+    ("eval_steps", -1, "at least 0"),
+    ("report_to", "comet", "none, or of tensorboard, wandb, mlflow, trackio, separated by commas"),
+    ("save_best", 1, "type bool"),
+    ("early_stopping_patience", 0, "at least 1"),
+    ("early_stopping_threshold", -0.1, "at least 0"),
     ("train_file", 5, "type str"),
     ("validation_file", 5, "type str"),
     ("output_dir", None, "type str"),
@@ -153,6 +158,14 @@ def test_mezo_has_no_gradient_to_select():
     TrainConfig(optim="mezo")
 
 
+def test_what_needs_evaluations_says_so():
+    with pytest.raises(ValueError, match="eval_steps 5 needs a validation_file"):
+        TrainConfig(eval_steps=5)
+    for name in ("save_best", "early_stopping_patience"):
+        with pytest.raises(ValueError, match=f"{name} compares evaluations during the training: give eval_steps"):
+            TrainConfig(validation_file="v.txt", **{name: True if name == "save_best" else 2})
+
+
 def test_the_edges_are_allowed():
     TrainConfig(
         max_steps=0, max_length=2, lora_alpha=16, max_grad_norm=0, weight_decay=0, selected_ratio=1, lora_dropout=0
@@ -206,6 +219,11 @@ def test_the_lists_that_follow_from_them():
         "return_freed_memory",
         "on_nan",
         "adapter",
+        "report_to",
+        "eval_steps",
+        "save_best",
+        "early_stopping_patience",
+        "early_stopping_threshold",
     }
     assert set(TRACED_BY) == {
         "max_length",
@@ -307,6 +325,10 @@ def test_every_setting_has_a_flag_that_sets_it():
         "dtype": "bfloat16",
         "backend": "panel",
         "save_steps": 7,
+        "eval_steps": 3,
+        "report_to": "tensorboard,wandb",
+        "early_stopping_patience": 2,
+        "early_stopping_threshold": 0.5,
         "train_file": "t",
         "validation_file": "v",
         "output_dir": "o",
@@ -315,10 +337,14 @@ def test_every_setting_has_a_flag_that_sets_it():
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     switches = {"use_rslora", "optimizer_in_backward", "return_freed_memory"}
     switches |= {"packing", "completion_only_loss", "assistant_only_loss"}
-    config = parse(*flags, "--optim=adamw")
+    config = parse(*flags, "--optim=adamw", "--save-best")
+    assert config.save_best
     assert {name: getattr(config, name) for name in values} == values
     required = ("--train-file=t", "--output-dir=o")
     config = parse(*required, *(f"--{name.replace('_', '-')}" for name in switches))  # not with accumulation
-    assert all(getattr(config, name) for name in switches) and values.keys() | switches | {"optim", "adapter"} == FIELDS
+    assert (
+        all(getattr(config, name) for name in switches)
+        and values.keys() | switches | {"optim", "adapter", "save_best"} == FIELDS
+    )
     defaults = TrainConfig()
     assert all(getattr(defaults, name) != value for name, value in values.items())

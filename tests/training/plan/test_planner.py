@@ -149,10 +149,15 @@ def test_the_peak_is_the_highest_phase():
 # --- accuracy -------------------------------------------------------------------------------------------------------
 
 IN_MEMORY = dict.fromkeys(("weights", "checkpoints", "optimizer_state"), "device")
+# An evaluation needs no more than a step, so the plan is the same.
+EVALUATING = {"eval_steps": 1, "validation_file": "v.txt", "save_best": True, "max_eval_windows": 2}
 FULL = {"recompute_granularity": "full"}  # else selective, where that fits
 # Each value of a factor is in one of the runs, the extremes among them; no two runs differ in one factor alone.
 RUNS = [
-    ("llama", {"max_length": 64, "lora_r": 128, "optimizer_state": "device", "optim": "adamw_8bit"} | FULL),
+    (
+        "llama",
+        {"max_length": 64, "lora_r": 128, "optimizer_state": "device", "optim": "adamw_8bit"} | FULL | EVALUATING,
+    ),
     (
         "llama",
         {"max_length": 256, "lora_r": 64} | dict.fromkeys(("weights", "checkpoints", "optimizer_state"), "device"),
@@ -168,7 +173,11 @@ RUNS = [
         },
     ),
     ("gemma3_text", {"max_length": 1024, "packing": True} | FULL),
-    ("gpt2", {"max_length": 256, "per_device_train_batch_size": 2, "lora_r": 128, "optimizer_in_backward": True}),
+    (
+        "gpt2",
+        {"max_length": 256, "per_device_train_batch_size": 2, "lora_r": 128, "optimizer_in_backward": True}
+        | EVALUATING,
+    ),
 ]
 
 
