@@ -25,7 +25,7 @@ FLOORS = {
     "convert": """companions readers.source readers.gguf_header readers.gguf readers.safetensors_dir
         readers.bitsandbytes readers.int4_dir readers.merged_store readers writers.store writers.model_directory
         quantize merge""",
-    "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw evaluation settings
+    "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw evaluation facts settings
         run_settings settings_file plots run_directory plan.live_bytes plan.inventory plan.traced_model plan.phases
         plan.planner course standing step reporting updates checkpoint trainer finetune gradient_check""",
     "cli": """console flags chat_template inference peft_baseline doctor.advice doctor.findings commands.quantize

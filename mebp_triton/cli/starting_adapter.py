@@ -93,9 +93,9 @@ def doubt(adapter: str, store: Store) -> str | None:
         other = "was trained on other weights than this store's: of another model, or quantized in another way"
         return f"the adapter {directory} {other}"
     base = start_record(adapter)["base_model_name_or_path"]
-    config = read_json_object(store.directory / "config.json", "quantize again")
     known = [os.path.basename(os.path.abspath(store.directory)), *re.split(r"[\s,()]+", store.source)]
-    known.append(os.path.basename(str(config.get("_name_or_path", "")).rstrip("/")))
+    if store.base is not None:
+        known.append(os.path.basename(store.base.name_or_path))
     if not base:
         return None
     name = os.path.basename(str(base).rstrip("/")).lower()

@@ -17,8 +17,9 @@ from mebp_triton.system.machine import environment
 from mebp_triton.system.memory import MemoryWatch
 
 from .evaluation import Evaluation
+from .facts import MOST_INTEGER
 from .plots import draw_plots
-from .settings import MOST_INTEGER, TrainConfig
+from .settings import TrainConfig
 
 METRICS_LIMIT = 1 << 34  # bytes of metrics.jsonl that are read
 BESIDE_THE_SUMMARY = ("plots", "start", "data", "settings", "environment")  # what run.json holds besides
