@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.selection import LayerCyclicManager
-from mebp_triton.models.adapter import CONFIG, WEIGHTS, adapter_tensors, copy_adapter, save_adapter
+from mebp_triton.models.adapter import adapter_tensors, copy_adapter, save_adapter
 from mebp_triton.store.reader import Store
 from mebp_triton.system import atomic, reading, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError, NotFinite, RunError
@@ -35,7 +35,7 @@ from .updates import Update
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
-BEST = (f"best/{WEIGHTS}", f"best/{CONFIG}")  # a copy of ``adapter_best/``, if there is one
+BEST = "best"  # a copy of ``adapter_best/``, if there is one
 
 
 @dataclass
@@ -117,8 +117,8 @@ class Checkpoint:
                 self.update.release_group(index)
             files = [TENSORS, *self.state_files]
             if position.standing.kept:
-                shutil.copytree(self.run.best, directory / "best")
-                files += BEST
+                shutil.copytree(self.run.best, directory / BEST)
+                files += [f"{BEST}/{entry.name}" for entry in (directory / BEST).iterdir()]
             crc32 = {name: reading.file_checksums(directory / name) for name in files}
             strict_json.write_json(directory / STATE, strict_json.sealed(state | {"crc32": crc32}))
 
@@ -161,7 +161,8 @@ class Checkpoint:
         state = strict_json.read_sealed(directory / STATE)
         try:
             standing = Standing(**state.get("standing", {}))
-            for name in (TENSORS, *self.state_files, *(BEST if standing.kept else ())):
+            best = [name for name in state["crc32"] if name.startswith(f"{BEST}/")]
+            for name in (TENSORS, *self.state_files, *best):
                 if reading.file_checksums(directory / name) != state["crc32"][name]:
                     raise ValueError(f"{directory / name} is damaged: its checksum differs")
             self._check_same(state["config"], state["fingerprints"])
@@ -229,8 +230,8 @@ class Checkpoint:
             save_adapter(self.model, self.run.adapter)
         if not position.standing.kept and self.run.best.exists():
             shutil.rmtree(self.run.best)  # of a step that will be taken again
-        for name in BEST if position.standing.kept else ():
-            kept, place = directory / name, self.run.best / Path(name).name
+        for kept in (directory / BEST).iterdir() if position.standing.kept else ():
+            place = self.run.best / kept.name
             place.parent.mkdir(exist_ok=True)
             if not place.exists() or reading.file_checksums(place) != reading.file_checksums(kept):
                 atomic.write_bytes(place, kept.read_bytes())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mebp_triton.data.tokenized import DataReport
-from mebp_triton.models.adapter import CHAT_TEMPLATE
+from mebp_triton.models.adapter import CHAT_TEMPLATE, CONFIG, WEIGHTS
 from mebp_triton.system import atomic, errors, reading, strict_json, temporaries
 from mebp_triton.system.machine import environment
 from mebp_triton.system.memory import MemoryWatch
@@ -151,6 +151,13 @@ class RunDirectory:
         if data != self.metrics.read_bytes():
             atomic.write_bytes(self.metrics, data)
         return steps
+
+    def complete_best(self) -> None:
+        """Copies what ``adapter/`` has besides weights and config into ``adapter_best/``: a chat template, say."""
+        own = {CONFIG, WEIGHTS}
+        for entry in self.adapter.iterdir() if self.adapter.is_dir() else ():
+            if entry.is_file() and entry.name not in own and not entry.name.startswith(temporaries.TEMPORARY_PREFIX):
+                atomic.write_bytes(self.best / entry.name, entry.read_bytes())
 
     def sync_metrics(self) -> None:
         """Brings the metrics to the disk, so that they outlast a loss of power as a checkpoint does."""

@@ -208,6 +208,7 @@ class Trainer:
             standing.kept = config.save_best
             if config.save_best and self.processes.is_first:
                 save_adapter(self.model, self.run.best)
+                self.run.complete_best()
         row = {f"eval_{name}": value for name, value in asdict(found).items()}
         row["eval_seconds"] = seconds = time.perf_counter() - started
         self.evaluation_seconds += seconds

@@ -119,13 +119,22 @@ def evaluations(made):
 
 
 def best_adapter(made):
+    """The files of ``adapter_best/``, by name."""
     return {path.name: path.read_bytes() for path in made.run.best.iterdir()}
+
+
+def with_template(made):
+    """Gives the run a chat template, as ``train --chat-template`` does."""
+    made.run.adapter.mkdir(parents=True)
+    (made.run.adapter / "chat_template.jinja").write_text("{{ messages }}")
+    return made
 
 
 @pytest.fixture(scope="module")
 def evaluated(store, data, held_out, tmp_path_factory):
     """Eight steps with evaluations after three and six; the run, its summary, and what was told of them."""
     made, told = trainer(store, data, tmp_path_factory.mktemp("evaluated") / "run", **EVALUATING), []
+    with_template(made)
     summary = finetune(made, held_out, on_evaluated=lambda step, found, best: told.append((step, found.loss, best)))
     return made, summary, told
 
@@ -147,6 +156,7 @@ def test_the_best_evaluation_is_recorded_and_its_adapter_kept(evaluated, held_ou
     assert summary["loss_before"] == told[0][1] and summary["loss_after"] == told[3][1]
     assert (summary["best_step"], summary["best_eval_loss"], summary["best_adapter"]) == (6, told[2][1], "adapter_best")
     assert summary["stopped_early"] is None
+    assert best_adapter(made)["chat_template.jinja"] == b"{{ messages }}"
     load_adapter(made.model, made.run.best)
     assert evaluate(made.model, held_out).loss == summary["best_eval_loss"]
     load_adapter(made.model, made.run.adapter)
@@ -158,7 +168,7 @@ def test_a_resumed_run_has_the_evaluations_of_an_uninterrupted_one(
     store, data, held_out, evaluated, tmp_path, no_plots, crash
 ):
     whole, summary, _ = evaluated
-    cut = trainer(store, data, tmp_path / "run", **EVALUATING)
+    cut = with_template(trainer(store, data, tmp_path / "run", **EVALUATING))
     with pytest.raises(Crash):
         finetune(cut, held_out, on_step=crash_at(crash))
     if crash == 6:
@@ -181,7 +191,7 @@ def test_an_evaluation_that_was_interrupted_comes_first_when_resumed(
     store, data, held_out, evaluated, tmp_path, no_plots
 ):
     whole, summary, _ = evaluated
-    cut, seen = trainer(store, data, tmp_path / "run", **EVALUATING), []
+    cut, seen = with_template(trainer(store, data, tmp_path / "run", **EVALUATING)), []
 
     def on_evaluation(done, total):
         seen.append(cut.step)
