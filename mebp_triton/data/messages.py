@@ -115,7 +115,11 @@ def _with_arguments(call: dict[str, Any], form: type[dict[str, Any]] | type[str]
 
 
 def _joined_parts(parts: list[Any], key: str) -> str:
-    """The text of a content given as a list of parts: templates that take such lists write it without a gap."""
+    """The text of a content given as a list of parts: templates that take such lists write it without a gap.
+
+    Raises:
+        ValueError: a part is no text, or says that it is not trained, unlike the rest of its message.
+    """
     texts = []
     for part in parts:
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
@@ -123,6 +127,11 @@ def _joined_parts(parts: list[Any], key: str) -> str:
             raise ValueError(
                 f"the 'content' of a message of '{key}' has a part of type {kind:.100}; "
                 'only text is trained on: {"type": "text", "text": ...}'
+            )
+        if switch(part, TRAINED_KEYS, MASKED_KEYS, f"a part of a message of '{key}'") is False:
+            raise ValueError(
+                f"a part of a message of '{key}' says that it is not trained; a message is trained as a whole: "
+                "say so beside its 'content'"
             )
         texts.append(part["text"])
     return "".join(texts)

@@ -70,6 +70,10 @@ def test_other_forms_give_the_rows_of_messages(tokenizer, write, row, converted)
             "has a part of type image_url; only text is trained on",
         ),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "has a part of type str 'a'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "training": False}]}]},
+            "a part of a message of 'messages' says that it is not trained; a message is trained as a whole",
+        ),
     ],
 )
 def test_broken_messages(tokenizer, write, row, message):
