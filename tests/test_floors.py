@@ -22,7 +22,8 @@ FLOORS = {
     "blocks": "options runner call leaks replay recompute backward mlp_chunks hooks selection engine",
     "models": "direct_reads skeleton kept_float config names adapter saving discover build load",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
-    "convert": """companions readers.source readers.gguf_header readers.gguf readers.safetensors_dir
+    "convert": """companions readers.source readers.gguf_header readers.gguf_keys
+        readers.gguf_architectures readers.gguf_rope readers.gguf_tokenizer readers.gguf readers.safetensors_dir
         readers.bitsandbytes readers.int4_dir readers.merged_store readers writers.store writers.model_directory
         quantize merge""",
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw evaluation facts settings

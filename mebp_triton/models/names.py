@@ -50,7 +50,7 @@ def check_complete(where: str, wanted: Iterable[str], present: Iterable[str]) ->
 def warn_unused(where: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
     """Warns of tensors that ``model`` has no place for, apart from those that every checkpoint of its kind has."""
     expected = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    left = sorted(name for name in unused if not name.endswith(DERIVED) and not name.startswith("rope_"))
+    left = sorted(name for name in unused if not name.endswith(DERIVED))
     left = [name for name in left if not any(re.search(pattern, name) for pattern in expected)]
     if left:
         names = enumerate_names(left)

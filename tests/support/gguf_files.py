@@ -42,7 +42,7 @@ def llama_tensors() -> dict[str, tuple[tuple[int, ...], object]]:
 
 
 def gpt2_tensors() -> dict[str, tuple[tuple[int, ...], object]]:
-    """A GPT-2 of 1024 positions and an MLP of width 4 * HIDDEN: transformers reads neither number from such a file."""
+    """A GPT-2 of 1024 positions and an MLP of width 4 * HIDDEN."""
     tensors = {
         "token_embd.weight": ((len(TOKENS), HIDDEN), Q4_1),
         "position_embd.weight": ((1024, HIDDEN), F32),
@@ -64,10 +64,10 @@ def write(path: Path, arch: str, tensors: dict, tokenizer: bool = True, context:
     """A GGUF file of random weights, each quantised by the gguf package."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_name("tiny")
-    writer.add_context_length(context)
+    writer.add_context_length(1024 if arch == "gpt2" else context)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FFN)
+    writer.add_feed_forward_length(4 * HIDDEN if arch == "gpt2" else FFN)
     writer.add_head_count(HEADS)
     if arch == "gpt2":
         writer.add_layer_norm_eps(1e-5)

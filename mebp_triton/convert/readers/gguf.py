@@ -1,8 +1,8 @@
 """Reads GGUF files. Q4_0 and Q4_1 matrices are taken over bit for bit; every other type is decoded to float32.
 
-Names, configs, tokenizers and what an architecture does to its matrices come from transformers and the ``gguf``
-package. Only the header is read by our own code: ``gguf.GGUFReader`` makes an array of every vocabulary entry, which
-takes seconds, and loops on a corrupt length.
+Names, tokenizers and what an architecture does to its matrices come from transformers and the ``gguf`` package. The
+header is read by our own code: ``gguf.GGUFReader`` makes an array of every vocabulary entry, which takes seconds, and
+loops on a corrupt length. So is the config: transformers' reader of GGUF leaves out most of what a file states.
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.config import check_sizes, prepare_config
 from mebp_triton.models.names import (
     check_complete,
     check_shape,
+    enumerate_names,
     parameter_aliases,
     persistent_buffers,
     tensor_shapes,
-    warn_unused,
 )
 from mebp_triton.system.foreign_errors import one_line
 
+from .gguf_architectures import ARCHITECTURES
 from .gguf_header import DOWNLOAD, Entry, Header, read_header
+from .gguf_keys import settings_of
+from .gguf_rope import FREQS, LONG, SHORT, rope_settings
+from .gguf_tokenizer import complete, generation_config, token_ids
 
 BLOCK = 32
+SAFETENSORS = "give the model as safetensors"
 # The bytes of float16 numbers before a block's 16 bytes of nibbles: its scale, and for Q4_1 its minimum.
 FLOAT_BYTES = {"Q4_0": 2, "Q4_1": 4}
 
@@ -45,12 +50,8 @@ class GgufFile:
         self._arch = str(self._header.metadata.get("general.architecture"))
         self.description = f"GGUF {path.name} ({self._arch})"
         _check_supported(path, self._header)
-        with one_line(f"{path} gives no config for architecture {self._arch!r}", "give the model as safetensors"):
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-        self.config = prepare_config(config, str(path))
+        self.config = prepare_config(self._config(), str(path))
         check_sizes(str(path), self.config, (entry.shape for entry in self._header.tensors.values()))
-        # transformers takes the name that the file gives itself for a setting.
-        self.config.__dict__.pop("_model_name_or_path", None)
         self._names: dict[str, str] = {}
         self._entries: dict[str, list[Entry]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -66,7 +67,7 @@ class GgufFile:
         # transformers 4 has no such parameter, and no processor in need of it.
         takes_processor = "processor" in inspect.signature(get_gguf_hf_weights_map).parameters
         extra: dict[str, Any] = {"processor": self._processor} if takes_processor else {}
-        with one_line(f"{self.path}: no tensor names for architecture {self._arch!r}", "give the model as safetensors"):
+        with one_line(f"{self.path}: no tensor names for architecture {self._arch!r}", SAFETENSORS):
             self._names = get_gguf_hf_weights_map(_Outline(model), **extra)
         stored: dict[str, list[Entry]] = {}
         placed: set[str] = set()
@@ -81,7 +82,7 @@ class GgufFile:
         entries = {name: [stored[alias] for alias in names if alias in stored] for name, names in wanted.items()}
         self._entries = {name: ways[0] for name, ways in entries.items() if ways}
         check_complete(str(self.path), aliases, self._entries)
-        warn_unused(str(self.path), model, self._header.tensors.keys() - placed)
+        self._check_all_used(placed)
         self._shapes = tensor_shapes(model)
 
     def has(self, name: str) -> bool:
@@ -98,10 +99,49 @@ class GgufFile:
         self.config.save_pretrained(str(directory))
         if not self._header.metadata.get("tokenizer.ggml.tokens"):
             return
-        with one_line(f"{self.path} gives no tokenizer", "give the model as safetensors"):
+        with one_line(f"{self.path} gives no tokenizer", SAFETENSORS):
             folder, name = str(self.path.parent), self.path.name
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+            made: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+            tokenizer = complete(made, self._header.metadata, str(self.path))
         tokenizer.save_pretrained(str(directory))
+        generation_config(tokenizer, self._header.metadata).save_pretrained(str(directory))
+
+    def _config(self) -> PretrainedConfig:
+        """The config that the metadata, and the tensors of RoPE's factors, describe."""
+        metadata, tensors, where = self._header.metadata, self._header.tensors, str(self.path)
+        known = ARCHITECTURES[self._arch]
+        settings = settings_of(known, self._arch, metadata, tensors, where)
+        prefix = self._arch + "."
+        stated = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        factors = {name: self._float(tensors[name]) for name in self._rope_tensors() if name in tensors}
+        try:
+            settings |= rope_settings(known, stated, settings, factors)
+        except ValueError as error:
+            raise ValueError(f"{where}: {prefix if str(error).startswith('rope.') else ''}{error}") from error
+        if (embedding := tensors.get("token_embd.weight")) is not None:
+            settings["vocab_size"] = metadata.get("tokenizer.ggml.tokens") or embedding.shape[0]
+        settings["tie_word_embeddings"] = "output.weight" not in tensors
+        settings |= {f"{name}_token_id": None for name in ("bos", "eos", "pad")} | token_ids(metadata)
+        with one_line(f"{where} gives no config for architecture {self._arch!r}", SAFETENSORS):
+            return CONFIG_MAPPING[known.model_type](**settings)
+
+    def _rope_tensors(self) -> list[str]:
+        """The names of the tensors of RoPE's factors that the architecture has."""
+        factors = ARCHITECTURES[self._arch].factors
+        return [FREQS] * ("freqs" in factors) + [LONG, SHORT] * ("long" in factors)
+
+    def _check_all_used(self, placed: set[str]) -> None:
+        """Raises ValueError where the file has a tensor that the model has no place for."""
+        unused = sorted(self._header.tensors.keys() - placed - set(self._rope_tensors()))
+        if unused:
+            names = enumerate_names(unused)
+            raise ValueError(f"{self.path}: the model that its keys describe has no {names}; {SAFETENSORS}")
+
+    def _float(self, entry: Entry) -> np.ndarray:
+        """A tensor's values in float32, as the file has them."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        return dequantize(self._bytes(entry), GGMLQuantizationType[entry.kind])
 
     def _bytes(self, entry: Entry) -> np.ndarray:
         """The bytes of a tensor, ``[..., row]``.
@@ -127,13 +167,10 @@ class GgufFile:
 
     def _decode(self, entries: list[Entry]) -> Tensor:
         """The parameter in float32 that one tensor, or several parts of it, hold."""
-        from gguf import GGMLQuantizationType, dequantize
-
         made: dict[str, Tensor] = {}
         for entry in entries:
             with one_line(f"{self.path}: {entry.name} of type {entry.kind} cannot be decoded", "use another GGUF type"):
-                values = dequantize(self._bytes(entry), GGMLQuantizationType[entry.kind])
-                processed = self._process(entry, values, made)
+                processed = self._process(entry, self._float(entry), made)
             if processed is not None:
                 return torch.from_numpy(np.ascontiguousarray(processed))
         (value,) = made.values()
@@ -202,14 +239,10 @@ class _Outline:
 
 
 def _check_supported(path: Path, header: Header) -> None:
-    """Raises ValueError where the file cannot be used, before transformers spends seconds on the vocabulary."""
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
+    """Raises ValueError where the file cannot be used."""
     arch = header.metadata.get("general.architecture")
-    # GGUF and transformers differ in dashes and underscores: qwen3moe and qwen3_moe.
-    plain = {name.replace("_", "") for name in GGUF_SUPPORTED_ARCHITECTURES}
-    if not isinstance(arch, str) or arch.replace("-", "").replace("_", "") not in plain:
-        raise ValueError(f"{path}: GGUF architecture {arch!r} is not supported; give the model as safetensors")
+    if arch not in ARCHITECTURES or ARCHITECTURES[arch].model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{path}: GGUF architecture {arch!r:.100} is not supported; {SAFETENSORS}")
     parts = header.metadata.get("split.count", 1)
     if parts not in (0, 1):
         raise ValueError(f"{path} is one of {parts} parts; join them by llama-gguf-split --merge")

@@ -19,6 +19,8 @@ VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 DOWNLOAD = "download it again"
+# Numbers for each layer are read; types and scores for each token are not.
+LONGEST = 1024
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """The metadata, which has only the lengths of arrays, and the tensors by name."""
+    """The metadata and the tensors by name.
+
+    Of long arrays, and of arrays of texts, the metadata has only the length.
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, Entry]
@@ -104,9 +109,11 @@ class _Cursor:
             return self.text()
         return self.array() if kind == ARRAY else self.number(SCALARS[kind])
 
-    def array(self) -> int:
-        """Steps over an array and returns its length."""
+    def array(self) -> int | list[Any]:
+        """Steps over an array, and returns its numbers, or its length if it is long or holds texts."""
         kind, count = self.number("<I"), self.number("<Q")
+        if kind in SCALARS and count <= LONGEST:
+            return [self.number(SCALARS[kind]) for _ in range(count)]
         if kind in SCALARS:
             self.skip(count * struct.calcsize(SCALARS[kind]))
         elif kind == STRING:

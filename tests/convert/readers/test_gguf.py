@@ -85,13 +85,10 @@ def test_llama_equals_transformers(tmp_path, tied):
     assert schemes.get("lm_head.weight") == (None if tied else "symmetric")
 
 
-def test_the_user_is_told_of_tensors_that_the_model_has_no_place_for(tmp_path):
-    tensors = llama_tensors()
-    path = write(tmp_path / "tiny.gguf", "llama", tensors | {"blk.2.attn_q.weight": tensors["blk.1.attn_q.weight"]})
-    with pytest.warns(UserWarning, match=r"has no blk\.2\.attn_q\.weight: left out"):
-        bound(path)
-    write(path, "llama", tensors | {"rope_freqs.weight": ((4,), F32)})
-    assert_equals_transformers(path)
+@pytest.mark.parametrize("name", ["blk.2.attn_q.weight", "blk.0.attn_q.scale", "blk.0.ffn_up.bias", "rope_factors"])
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path, name):
+    path = write(tmp_path / "tiny.gguf", "llama", llama_tensors() | {name: ((HIDDEN,), F32)})
+    assert_refused(path, name, "give the model as safetensors")
 
 
 def test_gpt2_equals_transformers(tmp_path):
@@ -245,7 +242,7 @@ def test_one_of_several_parts(tmp_path):
 
 
 def test_encoder_decoder_is_refused(tmp_path):
-    assert_refused(write(tmp_path / "tiny.gguf", "t5", {"x": ((4,), F32)}), "decoder-only")
+    assert_refused(write(tmp_path / "tiny.gguf", "t5", {"x": ((4,), F32)}), "'t5' is not supported")
 
 
 def real_file() -> Path | None:

@@ -63,7 +63,7 @@ def test_metadata_and_places(tmp_path: Path) -> None:
         (tmp_path / "x").write_bytes(content(ALL_KINDS, TENSORS, 32 + 36, version))
         header = read_header(tmp_path / "x")
         numbers = {"u8": 255, "i8": -1, "u16": 65535, "i16": -2, "u32": 1 << 31, "i32": -3, "u64": 1 << 63, "i64": -4}
-        others = {"f32": 0.25, "f64": 0.5, "bool": True, "name": "ü", "numbers": 3, "words": 2}
+        others = {"f32": 0.25, "f64": 0.5, "bool": True, "name": "ü", "numbers": [0, 0, 0], "words": 2}
         assert header.metadata == numbers | others
         a, b = header.tensors["a"], header.tensors["b"]
         assert (a.kind, a.shape, a.nbytes) == ("F32", (4, 2), 32)

@@ -1,0 +1,188 @@
+"""Turns the metadata keys of a GGUF file into settings of the model's config, by rules.
+
+A file states its model as keys named after the architecture: ``llama.rope.freq_base``. Each key has a rule: it is set
+in the config, must say what the model computes anyway, or has no effect on the model. A key without a rule is refused,
+because the model would then be another one than llama.cpp runs. ``gguf_architectures.py`` has the table of rules.
+
+Absent keys take llama.cpp's defaults, not those of transformers, whose configs have the numbers of one checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .gguf_header import DOWNLOAD
+
+Settings = dict[str, Any]
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Set:
+    """A key whose value is the setting ``name``.
+
+    Attributes:
+        absent: the setting of a file without the key, or a function of the settings so far; ``REQUIRED`` refuses it.
+        read: makes the setting of the value.
+    """
+
+    name: str
+    absent: Any = REQUIRED
+    read: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class Only:
+    """A key that must agree with what the model computes.
+
+    Attributes:
+        fits: whether it does, from the value and the settings so far.
+        wanted: the values that do, in words.
+    """
+
+    fits: Callable[[Any, Settings], bool]
+    wanted: str
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A key that does not change the logits, and why."""
+
+    why: str
+
+
+Rule = Set | Only | Unused
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of one architecture.
+
+    Attributes:
+        model_type: its name in transformers.
+        keys: the rules by the keys' names behind the architecture's, in the order in which they are applied.
+        rope: "full" where all of a head is rotated, "partial" where a part may be, "local" where sliding layers have a
+            base of their own; None without RoPE.
+        factors: whether tensors of the file may hold RoPE's factors: "freqs", "long" or both.
+        scaled: whether transformers has linear scaling and YaRN for it.
+        fixed: settings that are the same in every file.
+        tensors: settings that are true where there is a tensor ``blk.0.NAME``; with a ``!`` before NAME, where not.
+        derived: settings that follow from the others, in order.
+    """
+
+    model_type: str
+    keys: dict[str, Rule]
+    rope: str | None = "full"
+    factors: frozenset[str] = frozenset()
+    scaled: bool = True
+    fixed: Settings = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, Callable[[Settings], Any]] = field(default_factory=dict)
+
+
+def one_of(*values: Any) -> Only:
+    return Only(lambda value, _: value in values, " or ".join(map(str, values)))
+
+
+def same_as(name: str) -> Callable[[Settings], Any]:
+    return lambda settings: settings[name]
+
+
+def equal(name: str) -> Only:
+    return Only(lambda value, settings: value == settings[name], f"the value of {name}")
+
+
+def head_size(settings: Settings) -> int:
+    """The width of a head where no key gives it."""
+    return int(settings["hidden_size"]) // max(1, int(settings["num_attention_heads"]))
+
+
+def width_of_head(settings: Settings) -> int:
+    """The width of a head, given or not."""
+    return int(settings.get("head_dim") or head_size(settings))
+
+
+# RoPE's keys, which gguf_rope.py reads together.
+ROPE = {
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
+# Keys of no architecture. All others are names, licences, how the file was made, and the tokenizer's, which
+# gguf_tokenizer.py reads.
+GENERAL: dict[str, Rule] = {"general.type": one_of("model")}
+# Namespaces of llama.cpp for functions that no model here has.
+FOREIGN = ("adapter.", "clip.", "diffusion.", "xielu.")
+
+
+NOT_HERE = "which the model in transformers does not have; give the model as safetensors"
+
+
+def settings_of(
+    known: Architecture, arch: str, metadata: dict[str, Any], tensors: Iterable[str], path: str
+) -> Settings:
+    """The settings that a file's keys and the presence of tensors give, apart from RoPE's.
+
+    Args:
+        known: the rules of the file's architecture ``arch``.
+        path: the file, for messages.
+
+    Raises:
+        ValueError: a key is missing, unknown, or asks for what the model does not compute.
+    """
+    have = set(tensors)
+    settings = dict(known.fixed) | {
+        name: (f"blk.0.{tensor.lstrip('!')}" in have) != tensor.startswith("!")
+        for name, tensor in known.tensors.items()
+    }
+    for key, value in metadata.items():
+        general = next((rule for name, rule in GENERAL.items() if key == name), None)
+        if general is not None:
+            _apply(general, key, value, settings, path)
+        own = key.removeprefix(arch + ".") if key.startswith(arch + ".") else None
+        unknown = own is not None and own not in known.keys and not (known.rope and own in ROPE)
+        if unknown or key.startswith(FOREIGN):
+            raise ValueError(f"{path}: {key} is {value!r:.100}, {NOT_HERE}")
+    for key, rule in known.keys.items():
+        _apply(rule, f"{arch}.{key}", metadata.get(f"{arch}.{key}"), settings, path)
+    if settings["num_hidden_layers"] > len(have):  # before a list of that length is made
+        raise ValueError(
+            f"{path}: {arch}.block_count is {settings['num_hidden_layers']}, more than it has tensors; {DOWNLOAD}"
+        )
+    for name, derive in known.derived.items():
+        settings[name] = derive(settings)
+    return settings
+
+
+def _apply(rule: Rule, key: str, value: Any, settings: Settings, path: str) -> None:
+    if isinstance(value, list) and value and not key.endswith("sliding_window_pattern"):
+        if any(item != value[0] for item in value):
+            raise ValueError(f"{path}: {key} differs between layers, {NOT_HERE}")
+        value = value[0]
+    if isinstance(rule, Only) and value is not None and not rule.fits(value, settings):
+        raise ValueError(f"{path}: {key} is {value!r:.100}, wanted {rule.wanted}; give the model as safetensors")
+    if not isinstance(rule, Set):
+        return
+    if value is not None and not isinstance(value, int | float | list):
+        raise ValueError(f"{path}: {key} is {value!r:.100}, wanted a number; {DOWNLOAD}")
+    if value is None and rule.absent is REQUIRED:
+        raise ValueError(f"{path} lacks {key}; give a complete GGUF, or the model as safetensors")
+    if value is None:
+        settings[rule.name] = rule.absent(settings) if callable(rule.absent) else rule.absent
+        return
+    try:
+        settings[rule.name] = rule.read(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {key} is {value!r:.100} ({error}), {NOT_HERE}") from error

@@ -1,0 +1,169 @@
+"""Makes the RoPE settings of a config from a GGUF file's keys and tensors.
+
+llama.cpp turns a pair of coordinates by ``position * base**(-2i/d) / (scale * factor[i])``, where the factors come from
+a tensor; YaRN mixes scaled and unscaled frequencies and multiplies queries and keys. transformers has the same under
+the names in ``rope_scaling``. What it cannot express is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .gguf_header import DOWNLOAD
+from .gguf_keys import NOT_HERE, Architecture, Settings, width_of_head
+
+FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+# YaRN's numbers, which no key may change.
+YARN = {
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+}
+# The lengths and factors that Llama 3.1 and all its descendants have.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def rope_settings(
+    known: Architecture,
+    stated: dict[str, Any],
+    settings: Settings,
+    factors: dict[str, np.ndarray],
+) -> Settings:
+    """The config's settings for RoPE.
+
+    Args:
+        known: the file's architecture.
+        stated: the values of the file's keys, by the keys' names without the architecture's.
+        settings: the settings that are known already.
+        factors: the file's tensors of RoPE's factors, each ``[rotated / 2]``.
+
+    Raises:
+        ValueError: the frequencies cannot be had in transformers. The message begins with the key or tensor.
+    """
+    if known.rope is None:
+        return {}
+    for key, value in stated.items():
+        if key.startswith("rope.") and key != "rope.scaling.type" and not isinstance(value, int | float):
+            raise ValueError(f"{key} is {value!r:.100}, wanted a number; {DOWNLOAD}")
+    head = width_of_head(settings)
+    rotated = int(stated.get("rope.dimension_count", head))
+    result: Settings = {"rope_theta": float(stated.get("rope.freq_base", 10000.0))}
+    if known.rope == "partial":
+        result["partial_rotary_factor"] = rotated / max(1, head)
+        if not 0 < rotated <= head or int(head * result["partial_rotary_factor"]) != rotated:
+            raise ValueError(f"rope.dimension_count is {rotated} of {head}, {NOT_HERE}")
+    elif rotated != head:
+        raise ValueError(f"rope.dimension_count is {rotated}, wanted {head}; give the model as safetensors")
+    _set_local(known, stated, settings, result)
+    scaling = _from_keys(stated, settings)
+    if known.rope == "local" and stated.get("rope.scaling.attn_factor", 1.0) != 1.0:  # meant for all layers
+        raise ValueError(f"rope.scaling.attn_factor is {stated['rope.scaling.attn_factor']}, {NOT_HERE}")
+    shape = (rotated // 2,)
+    for name, values in factors.items():
+        if values.shape != shape:
+            raise ValueError(f"{name} has shape {values.shape}, wanted {shape}; give the model as safetensors")
+    if LONG in factors or SHORT in factors or stated.get("rope.scaling.type") == "longrope":
+        scaling = _longrope(stated, settings, factors)
+    elif FREQS in factors:
+        found = from_factors(factors[FREQS].astype(np.float64), result["rope_theta"])
+        if scaling and found:
+            raise ValueError(f"{FREQS} stands beside rope.scaling.type {scaling['rope_type']}, {NOT_HERE}")
+        scaling = scaling or found
+    elif scaling and not known.scaled:
+        key = next(key for key in ("rope.scaling.factor", "rope.scale_linear") if key in stated)
+        raise ValueError(f"{key} is {stated[key]}, {NOT_HERE}")
+    if scaling:
+        result["rope_scaling"] = scaling
+    return result
+
+
+def _set_local(known: Architecture, stated: dict[str, Any], settings: Settings, result: Settings) -> None:
+    """Sets the base of layers with a sliding window, where they have their own."""
+    local = stated.get("rope.freq_base_swa")
+    if known.rope == "local":
+        result["rope_local_base_freq"] = 10000.0 if local is None else float(local)
+    elif local is not None and settings.get("sliding_window") and not math.isclose(local, result["rope_theta"]):
+        raise ValueError(f"rope.freq_base_swa is {local}, wanted {result['rope_theta']}; give the model as safetensors")
+
+
+def _from_keys(stated: dict[str, Any], settings: Settings) -> Settings | None:
+    """The scaling that keys alone describe; None where there is none."""
+    kind = stated.get("rope.scaling.type", "linear")
+    factor = float(stated.get("rope.scaling.factor", stated.get("rope.scale_linear", 0.0))) or 1.0
+    attention = float(stated.get("rope.scaling.attn_factor", 1.0))
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise ValueError(f"rope.scaling.type is {kind!r:.100}, {NOT_HERE}")
+    if not 0 < factor < math.inf:
+        raise ValueError(f"rope.scaling.factor is {factor}; {DOWNLOAD}")
+    if kind == "longrope":
+        return None
+    for key, neutral in YARN.items():
+        if float(stated.get(key, neutral)) not in (neutral, -1.0):  # llama.cpp itself reads them for few architectures
+            raise ValueError(f"{key} is {stated[key]}, wanted {neutral}; give the model as safetensors")
+    if kind == "yarn":
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": int(
+                stated.get("rope.scaling.original_context_length") or settings["max_position_embeddings"]
+            ),
+            "attention_factor": attention * (1.0 + 0.1 * math.log(factor)),
+        }
+    if attention != 1.0:
+        raise ValueError(f"rope.scaling.attn_factor is {attention} with rope.scaling.type {kind}, {NOT_HERE}")
+    if kind == "none" and factor != 1.0:
+        raise ValueError(f"rope.scaling.factor is {factor} with rope.scaling.type none, {NOT_HERE}")
+    return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
+def _longrope(stated: dict[str, Any], settings: Settings, factors: dict[str, np.ndarray]) -> Settings:
+    for name in (LONG, SHORT):
+        if name not in factors:
+            raise ValueError(f"rope.scaling.type is longrope, and {name} is missing; give a complete GGUF")
+    if float(stated.get("rope.scaling.factor", 0.0)) not in (0.0, 1.0):
+        raise ValueError(f"rope.scaling.factor is {stated['rope.scaling.factor']} beside {LONG}, {NOT_HERE}")
+    original = int(stated.get("rope.scaling.original_context_length") or settings["max_position_embeddings"])
+    settings["original_max_position_embeddings"] = original
+    return {
+        "rope_type": "longrope",
+        "long_factor": factors[LONG].tolist(),
+        "short_factor": factors[SHORT].tolist(),
+        "original_max_position_embeddings": original,
+        "factor": settings["max_position_embeddings"] / original,
+        "attention_factor": float(stated.get("rope.scaling.attn_factor", 1.0)),
+    }
+
+
+def from_factors(factors: np.ndarray, theta: float) -> Settings | None:
+    """The scaling that gives ``factors`` (float64 ``[rotated / 2]``), by which frequencies are divided; None for ones.
+
+    Equal factors are linear scaling. Llama 3's grow from 1 to a largest one between two wavelengths.
+
+    Raises:
+        ValueError: neither gives them.
+    """
+    if not np.isfinite(factors).all() or (factors <= 0).any():
+        raise ValueError(f"{FREQS} holds a number that is no factor; download the file again")
+    if np.allclose(factors, factors[0], rtol=1e-5):
+        factor = float(factors[0])
+        return None if math.isclose(factor, 1.0, rel_tol=1e-5) else {"rope_type": "linear", "factor": factor}
+    largest = float(factors.max())
+    rounded = round(largest * 64) / 64  # factors are stored in float32
+    scaling = {"rope_type": "llama3", "factor": rounded if math.isclose(rounded, largest, rel_tol=1e-5) else largest}
+    scaling |= LLAMA3
+    if not np.allclose(llama3_factors(scaling, theta, len(factors)), factors, rtol=1e-4):
+        raise ValueError(f"{FREQS} holds factors that no scaling in transformers gives; give the model as safetensors")
+    return scaling
+
+
+def llama3_factors(scaling: Settings, theta: float, count: int) -> np.ndarray:
+    """Llama 3's factors (float64 ``[count]``): 1 for short wavelengths, ``factor`` for long ones, smooth between."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelengths = 2 * math.pi * theta ** (np.arange(count) / count)
+    turns = scaling["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / scaling["factor"] + smooth)

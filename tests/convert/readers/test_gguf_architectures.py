@@ -1,0 +1,90 @@
+"""What llama.cpp computes of a GGUF file, the imported model computes too, or the file is refused.
+
+``bench/gguf_reference.py`` asked llama.cpp; its answers are in ``bench/results/gguf-llama-cpp.json``.
+"""
+
+import json
+
+import pytest
+import torch
+from sources import ROOT
+from transformers import AutoModelForCausalLM
+
+from mebp_triton.convert.readers import open_source
+
+pytest.importorskip("gguf", reason="the gguf extra is not installed")
+
+from gguf_models import IDS, LENGTHS, MODELS, PROMPT, variants, write_variant  # noqa: E402
+
+from mebp_triton.convert.readers.gguf_architectures import ARCHITECTURES  # noqa: E402
+
+REFERENCE = json.loads((ROOT / "bench/results/gguf-llama-cpp.json").read_text())
+# llama.cpp chooses between short and long factors by its context, transformers by the text; and llama.cpp says itself
+# that it leaves out Phi-3's window.
+LONG_TEXT_ONLY = {"longrope", "long factors alone"}
+OTHERWISE = {("phi3", "attention.sliding_window")}
+# Files that llama.cpp does not open, for reasons that do not concern the function.
+READ_ALONE = {
+    *(("qwen2moe", "tied"), ("stablelm", "tied"), ("nemotron", "tied"), ("nemotron", "wide heads")),
+    ("gemma2", "no caps"),
+    *(("gemma2", "attention.sliding_window_pattern"), ("gemma3", "attention.sliding_window_pattern")),
+}
+
+
+def bound(path):
+    source = open_source(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config)
+    source.bind(model)
+    return source
+
+
+def computed(source) -> list[list[float]]:
+    """The log-probabilities of ``IDS`` after each of ``LENGTHS`` tokens."""
+    model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.read(name))
+        logits = [model(torch.tensor([PROMPT[:length]])).logits[0, -1] for length in LENGTHS]
+    return [values.log_softmax(-1)[list(IDS)].tolist() for values in logits]
+
+
+def distance(ours, theirs) -> float:
+    return max(abs(a - b) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True))
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_the_model_computes_what_llama_cpp_does_or_its_key_is_refused(arch, tmp_path):
+    """A file whose config and weights are the plain file's is compared by them alone."""
+    wanted = REFERENCE[f"logits {arch}"]
+    assert wanted.keys() == variants(arch).keys()
+    plain, plain_config, wrong = wanted["plain"], None, {}
+    for name, (keys, tensors) in variants(arch).items():
+        path = write_variant(tmp_path / "tiny.gguf", arch, name)
+        reference = plain if wanted[name] == "plain" else wanted[name]
+        try:
+            source = bound(path)
+            config = source.config.to_dict()
+            ours = plain if config == plain_config and not tensors else computed(source)
+        except ValueError as error:
+            message = str(error)
+            changed = [*keys, *tensors, "lacks model.layers"]
+            if (
+                "\n" in message
+                or name == "plain"
+                or not (reference is None or any(part in message for part in changed))
+            ):
+                wrong[name] = message
+            continue
+        plain_config = plain_config or config
+        start = 1 if name in LONG_TEXT_ONLY else 0
+        if reference is None:
+            if (arch, name) not in READ_ALONE:
+                wrong[name] = "read"
+        elif not distance(ours[start:], reference[start:]) < 1e-3 and (arch, name) not in OTHERWISE:
+            wrong[name] = distance(ours, reference)
+    assert not wrong
+
+
+def test_every_architecture_has_its_files():
+    assert ARCHITECTURES.keys() == MODELS.keys()

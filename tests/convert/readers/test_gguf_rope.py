@@ -1,0 +1,66 @@
+"""RoPE's keys and factors give the frequencies that a file means, or are refused."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from mebp_triton.convert.readers.gguf_architectures import ARCHITECTURES
+from mebp_triton.convert.readers.gguf_rope import FREQS, LLAMA3, from_factors, rope_settings
+
+SETTINGS = {"hidden_size": 64, "num_attention_heads": 1, "max_position_embeddings": 128}
+
+
+def frequencies(**rope):
+    config = LlamaConfig(**SETTINGS, num_key_value_heads=1, head_dim=64, **rope)
+    scaling = rope["rope_scaling"]["rope_type"]
+    return ROPE_INIT_FUNCTIONS[scaling](config, torch.device("cpu"))[0].double().numpy()
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_factors_are_those_of_transformers(factor):
+    """Factors from transformers' own frequencies are recognised, so the model computes these frequencies again."""
+    theta = 5e5
+    scaling = {"rope_type": "llama3", "factor": factor, **LLAMA3}
+    unscaled = theta ** -(np.arange(32) / 32)
+    factors = unscaled / frequencies(rope_theta=theta, rope_scaling=dict(scaling))
+    assert len({*factors.round(3)}) > 4
+    assert from_factors(factors.astype(np.float32).astype(float), theta) == scaling
+
+
+def test_equal_factors_are_linear_scaling():
+    assert from_factors(np.full(8, 4.0), 1e4) == {"rope_type": "linear", "factor": 4.0}
+    assert from_factors(np.ones(8), 1e4) is None
+
+
+@pytest.mark.parametrize("factors", [np.linspace(1, 8, 32), np.r_[np.ones(31), 0.0], np.r_[np.ones(31), np.nan]])
+def test_other_factors_are_refused_by_the_tensor(factors):
+    with pytest.raises(ValueError, match=f"^{FREQS} holds"):
+        from_factors(factors, 5e5)
+
+
+def test_a_tensor_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=rf"{FREQS} has shape \(5,\), wanted \(32,\)"):
+        rope_settings(ARCHITECTURES["llama"], {}, SETTINGS, {FREQS: np.ones(5, np.float32)})
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "su", ""])
+def test_an_unknown_kind_is_refused(kind):
+    with pytest.raises(ValueError, match=rf"rope\.scaling\.type is '{kind}'"):
+        rope_settings(ARCHITECTURES["llama"], {"rope.scaling.type": kind}, SETTINGS, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope.freq_base", "x"), ("rope.dimension_count", [1]), ("rope.scaling.factor", -2.0)]
+)
+def test_a_value_of_no_use_is_refused_by_its_key(key, value):
+    with pytest.raises(ValueError, match=f"^{key} is"):
+        rope_settings(ARCHITECTURES["llama"], {key: value}, SETTINGS, {})
+
+
+def test_a_part_of_a_head():
+    result = rope_settings(ARCHITECTURES["stablelm"], {"rope.dimension_count": 16}, SETTINGS, {})
+    assert result == {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    with pytest.raises(ValueError, match=r"rope\.dimension_count is 16, wanted 64"):
+        rope_settings(ARCHITECTURES["llama"], {"rope.dimension_count": 16}, SETTINGS, {})

@@ -1,0 +1,59 @@
+"""Texts get the ids that llama.cpp gives them, and end where it stops; or the user is told.
+
+``bench/gguf_reference.py`` asked llama.cpp; its answers are in ``bench/results/gguf-llama-cpp.json``.
+"""
+
+import json
+
+import pytest
+from sources import ROOT
+from transformers import AutoTokenizer, GenerationConfig
+
+from mebp_triton.convert.readers import open_source
+from mebp_triton.convert.readers.gguf_tokenizer import token_ids
+
+pytest.importorskip("gguf", reason="the gguf extra is not installed")
+
+from gguf_vocabularies import TEXTS, VOCABULARIES, byte_level, write_vocabulary  # noqa: E402
+
+REFERENCE = json.loads((ROOT / "bench/results/gguf-llama-cpp.json").read_text())
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_texts_get_the_ids_that_llama_cpp_gives_them(name, tmp_path, recwarn):
+    wanted = REFERENCE["texts"][name]
+    path = write_vocabulary(tmp_path / "tiny.gguf", VOCABULARIES[name])
+    (tmp_path / "store").mkdir()
+    open_source(path).save_companions(tmp_path / "store")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "store")
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert len(tokenizer) == len(VOCABULARIES[name]["tokenizer.ggml.tokens"])
+    if name == "pre deepseek-coder":
+        assert ids != wanted["ids"]
+        assert "tokenizer.ggml.pre is 'deepseek-coder'" in str(recwarn.pop(UserWarning).message)
+    else:
+        assert ids == wanted["ids"]
+    ends: int | list[int] = GenerationConfig.from_pretrained(tmp_path / "store").eos_token_id
+    # llama.cpp takes token 11 where a file names no EOS.
+    assert set(ends if isinstance(ends, list) else [ends]) == set(wanted["ends"]) - {11}
+    assert [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS[3:5]] == TEXTS[
+        3:5
+    ]
+
+
+def test_tokens_that_end_a_turn_by_their_text(tmp_path):
+    """As in llama.cpp, which knows some tokens by their text."""
+    keys = byte_level()
+    tokens = keys["tokenizer.ggml.tokens"]
+    keys["tokenizer.ggml.tokens"] = [*tokens[:-2], "<|im_end|>", tokens[-1]]
+    write_vocabulary(tmp_path / "tiny.gguf", keys)
+    (tmp_path / "store").mkdir()
+    open_source(tmp_path / "tiny.gguf").save_companions(tmp_path / "store")
+    ends = [keys["tokenizer.ggml.eos_token_id"], len(tokens) - 2]
+    assert GenerationConfig.from_pretrained(tmp_path / "store").eos_token_id == ends
+    assert AutoTokenizer.from_pretrained(tmp_path / "store").eos_token_id == ends[0]
+
+
+def test_ids_that_a_file_does_not_state():
+    assert token_ids({"tokenizer.ggml.model": "llama"}) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert token_ids({"tokenizer.ggml.model": "gpt2"}) == {}

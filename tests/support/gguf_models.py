@@ -1,0 +1,366 @@
+"""Tiny GGUF files in float32 of every architecture that is read, and of every key that changes what it computes.
+
+``bench/gguf_reference.py`` runs them through llama.cpp.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf_files import TOKENS
+
+VOCAB, HIDDEN, FFN, HEADS, KV_HEADS, HEAD, LAYERS, CONTEXT, WINDOW = len(TOKENS), 64, 96, 4, 2, 16, 2, 128, 8
+EXPERTS, EXPERT_FFN, SHARED_FFN = 4, 32, 40
+QUERIES, KEYS = HEADS * HEAD, KV_HEADS * HEAD
+# Ids of a prompt; the next token's probabilities are compared after 6 and after all of them.
+PROMPT = [int(token) for token in np.random.default_rng(7).integers(0, 256, 48)]
+LENGTHS = (6, len(PROMPT))
+IDS = range(0, VOCAB, 17)
+
+Tensors = dict[str, tuple[int, ...]]
+Keys = dict[str, Any]
+
+
+def norm(name: str, bias: bool = False) -> Tensors:
+    return {f"{name}.weight": (HIDDEN,)} | ({f"{name}.bias": (HIDDEN,)} if bias else {})
+
+
+def linear(name: str, rows: int, columns: int, bias: bool = False) -> Tensors:
+    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
+
+
+def attention(bias: str = "") -> Tensors:
+    return (
+        linear("attn_q", QUERIES, HIDDEN, "q" in bias)
+        | linear("attn_k", KEYS, HIDDEN, "q" in bias)
+        | linear("attn_v", KEYS, HIDDEN, "q" in bias)
+        | linear("attn_output", HIDDEN, QUERIES, "o" in bias)
+    )
+
+
+def mlp(gate: bool = True, bias: bool = False, width: int = FFN) -> Tensors:
+    gates = linear("ffn_gate", width, HIDDEN, bias) if gate else {}
+    return gates | linear("ffn_up", width, HIDDEN, bias) | linear("ffn_down", HIDDEN, width, bias)
+
+
+def experts() -> Tensors:
+    return {
+        "ffn_gate_inp.weight": (EXPERTS, HIDDEN),
+        "ffn_gate_exps.weight": (EXPERTS, EXPERT_FFN, HIDDEN),
+        "ffn_up_exps.weight": (EXPERTS, EXPERT_FFN, HIDDEN),
+        "ffn_down_exps.weight": (EXPERTS, HIDDEN, EXPERT_FFN),
+    }
+
+
+def model(block: Tensors, head: bool = True, bias: bool = False, **more: tuple[int, ...]) -> Tensors:
+    """All tensors of a model: ``block``'s in each block, and those outside."""
+    tensors: Tensors = {"token_embd.weight": (VOCAB, HIDDEN)} | norm("output_norm", bias)
+    tensors |= {"output.weight": (VOCAB, HIDDEN)} if head else {}
+    for layer in range(LAYERS):
+        tensors |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    return tensors | more
+
+
+NORMS = norm("attn_norm") | norm("ffn_norm")
+BIASED_NORMS = norm("attn_norm", True) | norm("ffn_norm", True)
+HEAD_NORMS: Tensors = {"attn_q_norm.weight": (HEAD,), "attn_k_norm.weight": (HEAD,)}
+GEMMA = NORMS | norm("post_attention_norm") | norm("post_ffw_norm") | attention() | mlp()
+FUSED = (
+    BIASED_NORMS
+    | linear("attn_qkv", 3 * HIDDEN, HIDDEN, True)
+    | linear("attn_output", HIDDEN, HIDDEN, True)
+    | mlp(gate=False, bias=True, width=4 * HIDDEN)
+)
+MAMBA = (
+    norm("attn_norm")
+    | linear("ssm_in", 4 * HIDDEN, HIDDEN)
+    | {"ssm_conv1d.weight": (2 * HIDDEN, 4), "ssm_conv1d.bias": (2 * HIDDEN,), "ssm_x.weight": (36, 2 * HIDDEN)}
+    | linear("ssm_dt", 2 * HIDDEN, 4, True)
+    | {"ssm_a": (2 * HIDDEN, 16), "ssm_d": (2 * HIDDEN,), "ssm_out.weight": (HIDDEN, 2 * HIDDEN)}
+)
+
+MODELS: dict[str, Tensors] = {
+    "llama": model(NORMS | attention() | mlp()),
+    "qwen2": model(NORMS | attention("q") | mlp()),
+    "qwen3": model(NORMS | attention() | HEAD_NORMS | mlp(), head=False),
+    "qwen2moe": model(
+        NORMS
+        | attention("q")
+        | experts()
+        | {"ffn_gate_inp_shexp.weight": (HIDDEN,)}
+        | {name.replace(".", "_shexp."): shape for name, shape in mlp(width=SHARED_FFN).items()}
+    ),
+    "qwen3moe": model(NORMS | attention() | HEAD_NORMS | experts()),
+    "phi3": model(
+        NORMS
+        | linear("attn_qkv", QUERIES + 2 * KEYS, HIDDEN)
+        | linear("attn_output", HIDDEN, QUERIES)
+        | linear("ffn_up", 2 * FFN, HIDDEN)
+        | linear("ffn_down", HIDDEN, FFN)
+    ),
+    "gemma2": model(GEMMA, head=False),
+    "gemma3": model(GEMMA | HEAD_NORMS, head=False),
+    "starcoder2": model(BIASED_NORMS | attention("qo") | mlp(gate=False, bias=True), head=False, bias=True),
+    "stablelm": model(BIASED_NORMS | attention("q") | mlp(), bias=True),
+    "nemotron": model(BIASED_NORMS | attention() | mlp(gate=False), bias=True),
+    "falcon": model(
+        norm("attn_norm", True)
+        | linear("attn_qkv", QUERIES + 2 * HEAD, HIDDEN)
+        | linear("attn_output", HIDDEN, QUERIES)
+        | mlp(gate=False),
+        bias=True,
+    ),
+    "bloom": model(FUSED, bias=True) | norm("token_embd_norm", True),
+    "gpt2": model(FUSED, bias=True) | {"position_embd.weight": (CONTEXT, HIDDEN)},
+    "mamba": model(MAMBA),
+}
+LAYER_NORM = {"starcoder2", "stablelm", "nemotron", "falcon", "bloom", "gpt2"}
+
+
+def keys_of(arch: str) -> Keys:
+    """The keys that a converter writes for the tiny model."""
+    keys: Keys = {"context_length": CONTEXT, "embedding_length": HIDDEN, "block_count": LAYERS}
+    keys |= {"feed_forward_length": FFN, "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS}
+    keys["attention.layer_norm_epsilon" if arch in LAYER_NORM else "attention.layer_norm_rms_epsilon"] = 1e-5
+    if arch in ("bloom", "gpt2"):
+        keys |= {"feed_forward_length": 4 * HIDDEN, "attention.head_count_kv": HEADS}
+    else:
+        keys |= {"rope.freq_base": 5000.0}
+    if arch == "falcon":
+        keys["attention.head_count_kv"] = 1
+    if arch in ("gemma2", "gemma3"):
+        keys |= {"attention.key_length": HEAD, "attention.value_length": HEAD, "attention.sliding_window": WINDOW}
+    if arch == "gemma3":
+        keys["attention.sliding_window_pattern"] = 2
+    if arch in ("qwen2moe", "qwen3moe"):
+        keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
+    if arch == "qwen2moe":
+        keys |= {"expert_shared_feed_forward_length": SHARED_FFN}
+    if arch == "mamba":
+        del keys["rope.freq_base"]
+        keys |= {"feed_forward_length": 0, "attention.head_count": 0, "attention.head_count_kv": 0}
+        keys |= {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * HIDDEN, "ssm.state_size": 16, "ssm.time_step_rank": 4}
+    return keys
+
+
+def llama3(factor: float, base: float, count: int, low: float = 1.0, high: float = 4.0, length: int = 8192):
+    """Llama 3's factors by its published formula, one number at a time."""
+    result = []
+    for pair in range(count):
+        wavelength = 2 * np.pi * base ** (pair / count)
+        if wavelength < length / high:
+            result.append(1.0)
+        elif wavelength > length / low:
+            result.append(factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            result.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(result, np.float32)
+
+
+LONG, SHORT = np.linspace(1.5, 9, 8, dtype=np.float32), np.linspace(1, 1.4, 8, dtype=np.float32)
+LINEAR: Keys = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+YARN: Keys = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 32,
+}
+WIDE = {
+    "attn_q": (HEADS * 32, HIDDEN),
+    "attn_k": (KV_HEADS * 32, HIDDEN),
+    "attn_v": (KV_HEADS * 32, HIDDEN),
+    "attn_output": (HIDDEN, HEADS * 32),
+    "attn_q_norm": (32,),
+    "attn_k_norm": (32,),
+}
+
+
+def each_block(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {f"blk.{layer}.{name}": value for layer in range(LAYERS) for name, value in tensors.items()}
+
+
+def without(arch: str, *parts: str) -> dict[str, Any]:
+    """The tensors of ``arch`` with one of ``parts`` in their names, to be left out."""
+    return {name: None for name in MODELS[arch] if any(part in name for part in parts)}
+
+
+def wide(arch: str) -> dict[str, Any]:
+    names = [name for name in WIDE if f"blk.0.{name}.weight" in MODELS[arch]]
+    return each_block({f"{name}.weight": WIDE[name] for name in names})
+
+
+def variants(arch: str) -> dict[str, tuple[Keys, dict[str, Any]]]:
+    """By name: the keys and tensors that a file has in place of the plain one's; None takes one out."""
+    roped = arch not in ("bloom", "gpt2", "mamba")
+    epsilon = next(key for key in keys_of(arch) if key.endswith("epsilon"))
+    result: dict[str, tuple[Keys, dict[str, Any]]] = {"plain": ({}, {}), "epsilon": ({epsilon: 0.3}, {})}
+    if arch not in ("bloom", "gpt2"):
+        result["tied"] = ({}, {"output.weight": None})
+    if roped:
+        result |= {
+            "no base": ({"rope.freq_base": None}, {}),
+            "linear": (LINEAR, {}),
+            "linear by its old key": ({"rope.scale_linear": 4.0}, {}),
+            "a factor without a type": ({"rope.scaling.factor": 4.0}, {}),
+            "type none": (LINEAR | {"rope.scaling.type": "none"}, {}),
+            "yarn": (YARN, {}),
+            "yarn of the context": (YARN | {"rope.scaling.original_context_length": None}, {}),
+            "yarn with betas": (YARN | {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 2.0}, {}),
+            "yarn with attn_factor": (YARN | {"rope.scaling.attn_factor": 0.8}, {}),
+            "yarn with yarn_attn_factor": (YARN | {"rope.scaling.yarn_attn_factor": 0.8}, {}),
+            "yarn with ext_factor": (YARN | {"rope.scaling.yarn_ext_factor": 0.5}, {}),
+            "linear with attn_factor": (LINEAR | {"rope.scaling.attn_factor": 0.8}, {}),
+            "half a head": ({"rope.dimension_count": HEAD // 2}, {}),
+            "no key heads": ({"attention.head_count_kv": None}, each_block(many_keys(arch))),
+            "a factor tensor": ({}, {"rope_freqs.weight": np.full(8, 4, np.float32)}),
+            "wide heads": (
+                {"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32},
+                wide(arch),
+            ),
+            "base of sliding layers": ({"rope.freq_base_swa": 300.0}, {}),
+        }
+    result |= {key: ({key: value}, {}) for key, value in OTHERS.items()}
+    return result | OF_ONE.get(arch, {})
+
+
+def many_keys(arch: str) -> dict[str, Any]:
+    if "blk.0.attn_k.weight" not in MODELS[arch]:
+        return {}
+    shapes = {"attn_k.weight": (QUERIES, HIDDEN), "attn_v.weight": (QUERIES, HIDDEN)}
+    biases = {"attn_k.bias": (QUERIES,), "attn_v.bias": (QUERIES,)}
+    return shapes | (biases if "blk.0.attn_k.bias" in MODELS[arch] else {})
+
+
+# Keys of other architectures and of graphs that llama.cpp builds for some: each is refused where it would matter.
+OTHERS: Keys = {
+    "attention.scale": 0.5,
+    "attention.causal": False,
+    "attention.clamp_kqv": 0.5,
+    "attention.max_alibi_bias": 4.0,
+    "attention.sliding_window": 5,
+    "attention.sliding_window_pattern": 1,
+    "attention.temperature_scale": 0.5,
+    "attention.output_scale": 0.5,
+    "attention.key_length": 8,
+    "attention.value_length": 8,
+    "attn_logit_softcapping": 0.5,
+    "final_logit_softcapping": 0.5,
+    "router_logit_softcapping": 0.5,
+    "logit_scale": 0.5,
+    "embedding_scale": 0.5,
+    "residual_scale": 0.5,
+    "expert_weights_scale": 2.5,
+    "expert_weights_norm": True,
+    "expert_gating_func": 2,
+    "expert_shared_count": 3,
+    "use_parallel_residual": True,
+    "pooling_type": 1,
+    "tensor_data_layout": "Meta AI original pth",
+    "rope.scaling.finetuned": True,
+    "vocab_size": 77,
+    "nextn_predict_layers": 1,
+    "swiglu_clamp_exp": 0.5,
+    "ssm.dt_b_c_rms": True,
+    "something.new": 1,
+}
+PAIRS = HEAD // 2
+LONGROPE: Keys = {"rope.scaling.original_context_length": 32, "rope.scaling.attn_factor": 1.2}
+OF_ONE: dict[str, dict[str, tuple[Keys, dict[str, Any]]]] = {
+    "llama": {
+        "llama 3": ({"rope.freq_base": 5e5}, {"rope_freqs.weight": llama3(8, 5e5, PAIRS)}),
+        "llama 3 by 32": ({"rope.freq_base": 5e5}, {"rope_freqs.weight": llama3(32, 5e5, PAIRS)}),
+        "factors of one": ({}, {"rope_freqs.weight": np.ones(PAIRS, np.float32)}),
+        "other factors": ({}, {"rope_freqs.weight": LONG}),
+        "factors and linear": (LINEAR | {"rope.freq_base": 5e5}, {"rope_freqs.weight": llama3(8, 5e5, PAIRS)}),
+        "longrope": (
+            LONGROPE | {"rope.scaling.type": "longrope"},
+            {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT},
+        ),
+        "longrope without factors": (LONGROPE | {"rope.scaling.type": "longrope"}, {}),
+        "biases": (
+            {},
+            each_block(
+                {
+                    "attn_q.bias": (QUERIES,),
+                    "attn_k.bias": (KEYS,),
+                    "attn_v.bias": (KEYS,),
+                    "attn_output.bias": (HIDDEN,),
+                }
+                | {"ffn_gate.bias": (FFN,), "ffn_up.bias": (FFN,), "ffn_down.bias": (HIDDEN,)}
+            ),
+        ),
+        "queries' biases alone": ({}, each_block({"attn_q.bias": (QUERIES,)})),
+    },
+    "phi3": {
+        "longrope": (LONGROPE, {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT}),
+        "long factors alone": (LONGROPE, {"rope_factors_long.weight": LONG}),
+    },
+    "gemma2": {
+        "no caps": ({"attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0}, {}),
+        "other caps": ({"attn_logit_softcapping": 0.4, "final_logit_softcapping": 2.0}, {}),
+        "no window": ({"attention.sliding_window": None}, {}),
+    },
+    "gemma3": {
+        "no window": ({"attention.sliding_window": None}, {}),
+        "its own period": ({"attention.sliding_window_pattern": None}, {}),
+    },
+    "stablelm": {"parallel": ({}, without("stablelm", "ffn_norm"))},
+    "nemotron": {
+        "biases": (
+            {},
+            each_block(
+                {
+                    "attn_q.bias": (QUERIES,),
+                    "attn_k.bias": (KEYS,),
+                    "attn_v.bias": (KEYS,),
+                    "attn_output.bias": (HIDDEN,),
+                }
+                | {"ffn_up.bias": (FFN,), "ffn_down.bias": (HIDDEN,)}
+            ),
+        )
+    },
+    "qwen3": {"biases": ({}, each_block({"attn_q.bias": (QUERIES,), "attn_output.bias": (HIDDEN,)}))},
+    "qwen2": {"output bias": ({}, each_block({"attn_output.bias": (HIDDEN,)}))},
+}
+
+
+def values_of(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    """Random weights of a tensor, of a size that lets every one of them show in the logits."""
+    values = random.normal(size=shape).astype(np.float32)
+    if name.endswith("ssm_a"):
+        return -np.exp(values)
+    if "norm" in name and name.endswith("weight"):
+        return 1 + 0.2 * values
+    if len(shape) == 1:
+        return 0.2 * values
+    if "embd" in name or name == "output.weight":
+        return 0.05 * values
+    return values * np.float32(1.5 / np.sqrt(shape[-1]))
+
+
+def write_variant(path: Path, arch: str, variant: str) -> Path:
+    """Writes one file; the weights that it shares with the plain one are the same."""
+    changed_keys, changed_tensors = variants(arch)[variant]
+    writer = gguf.GGUFWriter(path, arch)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in (keys_of(arch) | changed_keys).items():
+        if value is not None:
+            add[type(value)](f"{arch}.{key}", value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([1] * (VOCAB - 2) + [3, 3])
+    writer.add_token_merges(["t h", "th e"])
+    for name, shape in sorted((MODELS[arch] | changed_tensors).items()):
+        if isinstance(shape, tuple):
+            seed = [ord(letter) for letter in name]
+            shape = values_of(name, shape, np.random.default_rng(seed))
+        if shape is not None:
+            writer.add_tensor(name, np.ascontiguousarray(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
