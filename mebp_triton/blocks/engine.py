@@ -77,8 +77,26 @@ class BlockEngine(BlockRunner):
         self.keep_outputs = keep_outputs
         self.waiting = Waiting() if waiting is None else waiting
         self.recomputes = [Recompute(block) for block in self.blocks]
+        self._told = False  # whether a compiler's user was told that blocks are not compiled
         self._unchecked = set(range(len(self.blocks)))  # blocks whose modules were not checked for leaks yet
 
+    def _enter(self, run: Callable[..., Any], index: int, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        if torch.compiler.is_compiling() and not self.removed:
+            self._say_not_compiled()
+        return super()._enter(run, index, original, *args, **kw)
+
+    @torch.compiler.disable
+    def _say_not_compiled(self) -> None:
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                "torch.compile leaves the blocks of this model as they are, since each is run and differentiated on "
+                "its own; only what lies outside of the blocks is compiled",
+                stacklevel=2,
+            )
+
+    # A compiler would trace the files and the recompute, and read memory that they fill as memory of a fake tensor.
+    @torch.compiler.disable
     def _run(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.run_forward(index, functools.partial(original, *args, **kwargs))
@@ -158,27 +176,35 @@ def watch_training(model: PreTrainedModel, blocks_path: str, engine: BlockEngine
     parts = blocks_path.split(".")
     above = (model.get_submodule(".".join(parts[:count])) for count in reversed(range(len(parts))))
     decoder: Any = next(module for module in above if isinstance(module, PreTrainedModel))
-    inner = {f"output_{name}" for name in getattr(decoder, "_can_record_outputs", None) or ()}
-    inner |= {"output_attentions", "output_router_logits"}
-    inner -= {"output_hidden_states"}  # these lie between blocks and have their gradient
-    parameters = inspect.signature(decoder.forward).parameters.values()
-    caches = any(parameter.name == "use_cache" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    decoder.register_forward_pre_hook(_TrainingWatch(decoder, engine).before, with_kwargs=True)
 
-    def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+
+class _TrainingWatch:
+    """The hook of ``watch_training``: an object, and no closure, so that a copy of the model has its own."""
+
+    def __init__(self, decoder: Any, engine: BlockEngine) -> None:
+        inner = {f"output_{name}" for name in getattr(decoder, "_can_record_outputs", None) or ()}
+        inner |= {"output_attentions", "output_router_logits"}
+        self.refused = sorted(inner - {"output_hidden_states"})  # these lie between blocks and have their gradient
+        parameters = inspect.signature(decoder.forward).parameters.values()
+        self.caches = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters)
+        self.config, self.engine = decoder.config, engine
+
+    def before(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         def asked(name: str) -> bool:
             given = kwargs.get(name)
-            return bool(getattr(decoder.config, name, False) if given is None else given)
+            return bool(getattr(self.config, name, False) if given is None else given)
 
-        if engine.removed or not torch.is_grad_enabled():
+        if self.engine.removed or not torch.is_grad_enabled():
             return None
         if not any(map(_requires_grad, itertools.chain(tree_leaves((args, kwargs)), decoder.parameters()))):
             return None
-        if refused := next(filter(asked, sorted(inner)), None):
+        if refused := next(filter(asked, self.refused), None):
             raise ValueError(
                 f"{refused}=True: values from inside a block have no gradient when a model is trained block by block; "
                 f"set {refused}=False, in the call or in the model's config"
             )
-        if caches and asked("use_cache"):
+        if self.caches and asked("use_cache"):
             if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
                 warnings.warn(
                     "gradients are on: the key-value cache stays empty; use torch.no_grad() to generate",
@@ -186,5 +212,3 @@ def watch_training(model: PreTrainedModel, blocks_path: str, engine: BlockEngine
                 )
             kwargs["use_cache"] = False
         return args, kwargs
-
-    decoder.register_forward_pre_hook(before, with_kwargs=True)

@@ -7,6 +7,7 @@ if the checkpoint lies inside. Both must see the same treatment as the forward p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,11 +30,18 @@ class BlockHooks(BlockRunner):
     """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
-        # The choice between treatments stays in Python; what a block computes inside may still be compiled.
-        super().__init__(blocks, torch.compiler.disable(self._run, recursive=False))
+        super().__init__(blocks, self._run)
         self._frozen: dict[int, list[nn.Parameter]] = {}
         self._selections = 0  # how many selections came before the present one
         self._forward_in: dict[int, int] = {}  # in which selection each block had its last forward pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for a copy of the model, which has no selection: there these hooks only call the blocks."""
+        return super().__getstate__() | {"removed": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.selection_will_change()  # the copy's parameters are trained again, like those of ``remove``
 
     def trainable(self, index: int) -> list[nn.Parameter]:
         frozen = {id(parameter) for parameter in self._frozen.get(index, [])}
@@ -56,6 +64,8 @@ class BlockHooks(BlockRunner):
                 f"the backward pass"
             )
 
+    # The choice between treatments stays in Python; what a block computes inside may still be compiled.
+    @functools.partial(torch.compiler.disable, recursive=False)
     def _run(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         again = torch._C._current_graph_task_id() != -1  # called during a backward pass, so by gradient checkpointing
         if again:

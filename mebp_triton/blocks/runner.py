@@ -80,6 +80,14 @@ class Counters:
         return counts
 
 
+def _train_all(index: int) -> Treatment:
+    return "train"
+
+
+def _ignore(event: Event, index: int) -> None:
+    pass
+
+
 class BlockRunner:
     """Replaces the ``forward`` of each block until ``remove``.
 
@@ -100,8 +108,8 @@ class BlockRunner:
         self.blocks = list(blocks)
         if len(set(map(id, self.blocks))) < len(self.blocks):
             raise ValueError("one block stands in several places of the list: shared blocks are not supported")
-        self.treatment: Callable[[int], Treatment] = lambda index: "train"
-        self.observer: Callable[[Event, int], None] = lambda event, index: None
+        self.treatment: Callable[[int], Treatment] = _train_all
+        self.observer: Callable[[Event, int], None] = _ignore
         self.counters = Counters()
         self.outer_parameters: list[nn.Parameter] = []
         self._own_forwards = [block.__dict__.get("forward") for block in self.blocks]
@@ -130,6 +138,10 @@ class BlockRunner:
                 del block.forward
                 if own is not None:
                     block.forward = own
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for a copy of the model: the blocks, but neither a selection nor an observer of the original."""
+        return vars(self) | {"treatment": _train_all, "observer": _ignore, "outer_parameters": []}
 
     def trainable(self, index: int) -> list[nn.Parameter]:
         """The parameters of block ``index`` that are trained when the block is selected."""

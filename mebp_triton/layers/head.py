@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from mebp_triton.kernels.cross_entropy import OnePass
 from mebp_triton.kernels.functions import int4_cross_entropy, int4_matmul, int4_matmul_dx
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.routing import resolve_backend
 
 from .deferred_logits import DeferredLogits
 from .int4_module import Int4Table
 from .lora_function import autocast_input
-
-DECODED_ROWS = 4096  # rows that ``Int4Head.decoded`` decodes at a time
 
 
 class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
@@ -39,21 +36,18 @@ class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
         x = autocast_input(x)
         return DeferredLogits(x, self, (1.0,)) if self.deferred else self.logits(x)
 
+    @torch.compiler.disable
     def logits(self, x: Tensor) -> Tensor:
         """The logits ``[..., V]`` of hidden states ``[..., K]``."""
         if self.rows is None:
             return int4_matmul(x, self.int4(), self.bias, backend=self.backend)
         return _SegmentedLogits.apply(x, self)
 
-    def decoded(self) -> nn.Linear:
-        """The same head as a plain frozen linear layer in ``compute_dtype``."""
-        weight = torch.empty(self.weight.shape, dtype=self.compute_dtype, device=self.weight.device)
-        for first, rows in self.rows.segments() if self.rows is not None else [(0, self.int4())]:
-            for start in range(0, rows.out_features, DECODED_ROWS):
-                part = decode(rows.rows(start, start + DECODED_ROWS), torch.promote_types(weight.dtype, torch.float32))
-                weight[first + start : first + start + part.shape[0]] = part
+    def decoded(self, weight: nn.Parameter | None = None) -> nn.Linear:
+        """The same head as a plain frozen linear layer in ``compute_dtype``, over ``weight`` where it is given."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        linear.weight = nn.Parameter(self.decoded_weight(), requires_grad=False) if weight is None else weight
+        linear.bias = self.bias
         return linear
 
     def cross_entropy(

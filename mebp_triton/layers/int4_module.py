@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol
 
@@ -10,10 +11,17 @@ from torch import Tensor, nn
 
 from mebp_triton.kernels.functions import int4_embedding
 from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.reference import decode
+
+DECODED_ROWS = 4096  # rows that ``Int4Table.decoded_weight`` decodes at a time
 
 
 class Int4Module(nn.Module):
-    """A module over a frozen int4 weight, whose tensors are put in place, and replaced, from outside."""
+    """A module over a frozen int4 weight, whose tensors are put in place, and replaced, from outside.
+
+    Attributes:
+        borrowed: whether the tensors are those of a store, which nothing writes to. A copy of the module shares them.
+    """
 
     INT4_BUFFERS: ClassVar = ("packed", "scales", "minimum", "codebook")
 
@@ -22,6 +30,7 @@ class Int4Module(nn.Module):
     group_size: int
     backend: str
     compute_dtype: torch.dtype
+    borrowed: bool = False
 
     def _init_int4(self, weight: Int4Weight, compute_dtype: torch.dtype, backend: str) -> None:
         self.out_features, self.in_features = weight.shape
@@ -39,6 +48,24 @@ class Int4Module(nn.Module):
         self._set_packed(weight.packed)
         for name in ("scales", "minimum", "codebook"):
             self._buffers[name] = getattr(weight, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.borrowed:
+            for tensor in self._buffers.values():
+                memo[id(tensor)] = tensor
+            if "weight" in self._parameters:  # the parameter is the copy's own: ``to`` changes it in place
+                memo[id(self.weight)] = nn.Parameter(self._packed(), requires_grad=False)
+        made = memo[id(self)] = self.__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.borrowed:
+            raise TypeError(
+                "a model of load cannot be pickled, since its weights lie in a store: save its adapter by "
+                "save_pretrained, and load the store where the model is needed"
+            )
+        return super().__reduce_ex__(protocol)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves the int4 tensors, but keeps their dtypes: ``model.to(dtype)`` must not turn codes into floats."""
@@ -81,19 +108,36 @@ class RowSource(Protocol):
 
 
 class AbsentWeight(Tensor):
-    """A weight with a shape, a dtype and a device but no data. Computing with it raises RuntimeError."""
+    """The float weight of an int4 table: a shape, a dtype and a device, and rows that are decoded when they are read.
+
+    ``weight[start:stop]`` returns such rows, which trainers ask for that multiply by a head in slices. Any other
+    computation would need the whole float weight, and raises RuntimeError.
+    """
+
+    _table: Int4Table
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> AbsentWeight:
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+    def __new__(cls, table: Int4Table) -> AbsentWeight:
+        device = table.device or table._packed().device
+        shape = (table.out_features, table.in_features)
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=table.compute_dtype, device=device)
+        made._table = table
+        return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.slice.Tensor:
+            given: list[Any] = [*args, *(None, 0, None, None, 1)[len(args) :]]
+            weight, dim, start, stop, step = given
+            if dim == 0:
+                span = range(weight.shape[0])[start:stop:step]
+                ids = torch.arange(span.start, span.stop, span.step, device=weight.device)
+                return weight._table.decoded_rows(ids)
         raise RuntimeError(
-            f"{func}: an int4 embedding or head has no float weight to compute with; for a trainer that multiplies by "
-            f"lm_head.weight itself, such as TRL's SFTTrainer, use load(..., head='float')"
+            f"{func}: an int4 embedding or head has no float weight to compute with, only slices of rows; use "
+            f"load(..., head='float'), and for what trains the embedding load(..., head='float', embedding='float')"
         )
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
@@ -112,9 +156,11 @@ class Int4Table(Int4Module):
     device: torch.device | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if memo:  # within a copy of the model
+            return super().__deepcopy__(memo)
         raise ValueError(
-            "an int4 embedding or head cannot be copied, which PEFT's modules_to_save does to train it: take it out of "
-            "modules_to_save, or, for the head, use load(..., head='float')"
+            "an int4 embedding or head cannot be copied, which PEFT's modules_to_save does to train it: use "
+            "load(..., head='float', embedding='float'), or take it out of modules_to_save"
         )
 
     def _set_packed(self, packed: Tensor) -> None:
@@ -128,8 +174,23 @@ class Int4Table(Int4Module):
 
     @property
     def weight(self) -> AbsentWeight:
-        device = self.device or self._packed().device
-        return AbsentWeight((self.out_features, self.in_features), self.compute_dtype, device)
+        return AbsentWeight(self)
+
+    def decoded_rows(self, ids: Tensor) -> Tensor:
+        """The rows ``ids`` (any shape) as floats ``[..., K]`` in ``compute_dtype``."""
+        rows = self.int4().gather(ids.reshape(-1)) if self.rows is None else self.rows.gather(ids)
+        decoded = decode(rows, torch.promote_types(self.compute_dtype, torch.float32))
+        return decoded.to(self.compute_dtype).view(*ids.shape, self.in_features)
+
+    def decoded_weight(self) -> Tensor:
+        """The whole table as floats ``[V, K]`` in ``compute_dtype``."""
+        shape = (self.out_features, self.in_features)
+        whole = torch.empty(shape, dtype=self.compute_dtype, device=self.device or self._packed().device)
+        for first, rows in self.rows.segments() if self.rows is not None else [(0, self.int4())]:
+            for start in range(0, rows.out_features, DECODED_ROWS):
+                part = decode(rows.rows(start, start + DECODED_ROWS), torch.promote_types(whole.dtype, torch.float32))
+                whole[first + start : first + start + part.shape[0]] = part
+        return whole
 
 
 class Int4Embedding(Int4Table, nn.Embedding):  # type: ignore[override,misc]
@@ -155,3 +216,16 @@ def replace_embedding(module: nn.Embedding, weight: Int4Weight, compute_dtype: t
     module.__class__ = type(f"Int4{kind.__name__}", bases, {})
     assert isinstance(module, Int4Embedding)
     module._init_int4(weight, compute_dtype, backend)
+
+
+def restore_embedding(table: Int4Embedding) -> nn.Parameter:
+    """Turns ``table`` back into the float embedding that it was, in place. Returns its weight: decoded, frozen."""
+    module: Any = table
+    weight, kind = nn.Parameter(table.decoded_weight(), requires_grad=False), type(table).__bases__[0]
+    for name in Int4Module.INT4_BUFFERS:
+        module._buffers.pop(name, None)
+    for name in ("rows", "device", "borrowed", "in_features", "out_features", "group_size", "backend", "compute_dtype"):
+        vars(module).pop(name, None)
+    module.__class__ = nn.Embedding if kind is Int4Embedding else kind
+    module.weight = weight
+    return weight

@@ -47,6 +47,7 @@ class OnePassLoss:
         self.statistics = LossStatistics()
         self.normalizer: float | None = None
 
+    @torch.compiler.disable
     def __call__(
         self,
         logits: Any,
@@ -86,11 +87,35 @@ def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
+@torch.compiler.disable
 def _handed_out(item: Any) -> Any:
     """The item of a model's output that its caller gets: None for deferred logits while gradients are on."""
     if not isinstance(item, DeferredLogits):
         return item
     return None if torch.is_grad_enabled() else OnDemandLogits(item)
+
+
+class _Deferral:
+    """Makes a head defer its logits during a forward pass with labels: hooks on the model.
+
+    It is an object, and no closures, so that a copy of the model defers those of its own head.
+    """
+
+    def __init__(self, head: Int4Head) -> None:
+        self.head = head
+
+    def before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        wanted = kwargs.pop("return_logits", False)
+        self.head.deferred = kwargs.get("labels") is not None and not wanted
+        return args, kwargs
+
+    def after(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        self.head.deferred = False
+        if isinstance(output, dict) and isinstance(output.get("logits"), DeferredLogits):
+            return type(output)(**{key: _handed_out(value) for key, value in output.items()})
+        if isinstance(output, tuple):
+            return tuple(_handed_out(item) for item in output)
+        return output
 
 
 def install_loss(model: Any, head: Int4Head) -> OnePassLoss:
@@ -99,22 +124,8 @@ def install_loss(model: Any, head: Int4Head) -> OnePassLoss:
     ``model(..., labels=..., return_logits=True)`` computes the logits as well, in the model's own way. While gradients
     are off, the output has them as ``OnDemandLogits`` in any case.
     """
-    loss = OnePassLoss()
+    loss, deferral = OnePassLoss(), _Deferral(head)
     model.loss_function = loss
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        wanted = kwargs.pop("return_logits", False)
-        head.deferred = kwargs.get("labels") is not None and not wanted
-        return args, kwargs
-
-    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        head.deferred = False
-        if isinstance(output, dict) and isinstance(output.get("logits"), DeferredLogits):
-            return type(output)(**{key: _handed_out(value) for key, value in output.items()})
-        if isinstance(output, tuple):
-            return tuple(_handed_out(item) for item in output)
-        return output
-
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, with_kwargs=True, always_call=True)
+    model.register_forward_pre_hook(deferral.before, with_kwargs=True)
+    model.register_forward_hook(deferral.after, with_kwargs=True, always_call=True)
     return loss

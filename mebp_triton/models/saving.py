@@ -89,8 +89,8 @@ PEFT_PREFIXES = ("", "base_model.", "base_model.model.")
 class FrozenNames:
     """The names of the tensors in modules of ``kinds`` that are not trained, and ``others``.
 
-    They are found anew whenever they are iterated: PEFT may have frozen, unfrozen or wrapped modules since. A copy of
-    the model gets the names of this moment.
+    They are found anew whenever they are iterated: PEFT may have frozen, unfrozen or wrapped modules since. What is
+    pickled, or copied without its model, are the names of this moment.
     """
 
     def __init__(self, model: nn.Module, kinds: type[nn.Module], others: Iterable[str]) -> None:
@@ -99,6 +99,10 @@ class FrozenNames:
 
     def __reduce__(self) -> Any:
         return frozenset, (list(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self.model()))
+        return frozenset(self) if copied is None else FrozenNames(copied, self.kinds, self.others)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.others

@@ -6,6 +6,7 @@ copy, in a thread and on a stream of their own, run while this block computes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -61,6 +62,11 @@ class Stager:
         self.unified = is_unified(self.device)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="mebp-pages")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stager:
+        """Arenas, a thread and a stream of their own, for a copy of the model."""
+        made = memo[id(self)] = Stager(self.device, copy.deepcopy(self.waiting, memo), self.size)
+        return made
 
     def prefetch(self, owner: ArenaPages) -> None:
         """Starts to fill an arena for ``owner``, if one can be spared. Returns at once."""
@@ -159,6 +165,12 @@ class ArenaPages(Pages):
         self.size = file.data().numel()
         self.depth = 0
         self._remove_weights()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ArenaPages:
+        """The pages of a copy of the model, which shares the bytes in host memory."""
+        made = memo[id(self)] = copy.copy(self)
+        made.modules, made.stager = copy.deepcopy((self.modules, self.stager), memo)
+        return made
 
     def read(self, target: Tensor) -> None:
         """Reads the data section into a CPU tensor."""

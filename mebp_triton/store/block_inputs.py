@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +88,10 @@ class FileBlockInputs:
         self.waiting = Waiting() if waiting is None else waiting
         self.file: ScratchFile | None = None  # made at the first save: loading a model writes nothing
         self.free: list[Slot] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for a copy of the model, which has a file of its own."""
+        return vars(self) | {"file": None, "free": []}
 
     def save(self, tensor: Tensor) -> BlockInput:
         with self.waiting.counted():

@@ -26,6 +26,9 @@ class StoreFile:
         self.verified = False
         self.start, self.entries = self.mapped.header(DTYPES)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoreFile:
+        return self  # nothing writes to it, so copies of a model share it
+
     def tensor(self, name: str, source: Tensor | None = None) -> Tensor:
         """Views the tensor ``name`` in the mapping, or in ``source``, a copy of the data section elsewhere."""
         dtype, shape, begin, end = self.entries[name]
@@ -89,6 +92,9 @@ class Store:
                 f"{self.directory / MANIFEST} is malformed: {type(error).__name__}: {str(error):.200}; "
                 f"quantize the model again"
             ) from None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Store:
+        return self  # as its files
 
     def _read_manifest(self, manifest: dict[str, Any]) -> None:
         where = self.directory / MANIFEST

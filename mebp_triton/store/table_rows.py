@@ -5,6 +5,7 @@ A table is larger than any block (Gemma-3's has 335 MB at 4 bits), and no step n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -60,6 +61,14 @@ class StoredRows:
         step = segment_rows(row_bytes, segment_bytes, segment_step)
         self.spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredRows:
+        """The rows of a copy of the model, which shares the bytes."""
+        made = memo[id(self)] = copy.copy(self)
+        made.stager, made.waiting = copy.deepcopy((self.stager, self.waiting), memo)
+        return made
+
+    # A compiler would read memory that a file fills as memory of a fake tensor.
+    @torch.compiler.disable
     def gather(self, ids: Tensor) -> Int4Weight:
         """Returns the rows ``ids`` (any shape, flattened), on the device."""
         with self.waiting.counted():

@@ -408,3 +408,25 @@ def test_a_decoder_that_takes_any_keyword_runs_without_a_cache() -> None:
     assert given == {"use_cache": False, "output_hidden_states": True}, "these lie between blocks"
     with pytest.raises(ValueError, match="output_router_scores=True: values from inside a block"):
         model(torch.ones(1, 2), output_router_scores=True)
+
+
+def test_a_compiled_model_computes_the_same(shared_store: Any) -> None:
+    """With rows of two lengths, so that the compiler makes its shapes dynamic."""
+    rows = [batch(1, length, None, seed=length) for length in (9, 12)]
+    store = shared_store("llama", config={"num_hidden_layers": 2})
+    model, twin = (loaded(store, weights="file", checkpoints="file").train() for _ in range(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for row in rows:
+            losses = []
+            for one, called in ((model, model), (twin, compiled)):
+                one.zero_grad()
+                loss = called(**row, use_cache=False).loss
+                loss.backward()
+                losses.append(loss.detach())
+            assert torch.equal(*losses)
+            assert_same(our_gradients(twin), our_gradients(model))
+    torch._dynamo.reset()
+    assert len([one for one in caught if "torch.compile leaves the blocks of this model as they are" in str(one)]) == 1

@@ -539,3 +539,19 @@ def test_importance_follows_the_gradients_of_a_plain_model(plain: Any) -> None:
     other = mebp.LayerCyclicManager(copied(plain), ratio=0.5, mode="exact", schedule="importance", seed=2)
     other.load_state_dict(selection.state_dict())
     assert other.selected == selection.selected and other.norms == selection.norms
+
+
+def test_a_copy_of_a_model_has_no_selection() -> None:
+    """Its blocks are its own, and all are trained, those too that the original has frozen."""
+    model = Around(False)
+    mebp.LayerCyclicManager(model, ratio=0.3, mode="exact", blocks="blocks")
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    model(x).sum().backward()
+    assert not all(p.requires_grad for p in model.blocks.parameters())
+    twin, plain = copy.deepcopy(model), Around(False)
+    plain.load_state_dict(model.state_dict())
+    for one in (twin, plain):
+        one(x).sum().backward()
+    for mine, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None and torch.equal(mine.grad, theirs.grad)
+    mebp.LayerCyclicManager(twin, blocks="blocks").remove()

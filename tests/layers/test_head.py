@@ -13,7 +13,7 @@ import mebp_triton as mebp
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.functions import int4_matmul_dx
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.layers import head as head_module
+from mebp_triton.layers import int4_module
 from mebp_triton.layers.deferred_logits import DeferredLogits
 from mebp_triton.layers.head import Int4Head
 
@@ -58,7 +58,7 @@ def hidden(*lead: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 def test_logits_and_the_plain_layer_it_can_become(
     rows: int, with_bias: bool, in_segments: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_module, "DECODED_ROWS", rows)
+    monkeypatch.setattr(int4_module, "DECODED_ROWS", rows)
     made, x = head(with_bias, in_segments), hidden(3)
     truth = product(x, with_bias)
     dy = torch.randn(3, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -1,6 +1,8 @@
 """Int4 modules: tensors put in place from outside, and tables that only decode the rows asked for."""
 
 import copy
+import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.names import SCHEMES
-from mebp_triton.layers.int4_module import AbsentWeight, Int4Embedding, Int4Module, replace_embedding
+from mebp_triton.layers.int4_module import AbsentWeight, Int4Embedding, Int4Module, replace_embedding, restore_embedding
 from mebp_triton.layers.linear import Int4Linear
 
 
@@ -81,9 +83,50 @@ def test_the_device_of_a_table_that_lies_elsewhere():
     assert embedding().to("meta").weight.device.type == "meta"
 
 
-def test_a_table_cannot_be_copied():
+@pytest.mark.parametrize("in_place", [True, False])
+def test_slices_of_an_absent_weight_are_decoded(in_place):
+    """Trainers of TRL multiply by the head's weight slice by slice."""
+    module, weight = embedding(), make_weight(30, 70)
+    if not in_place:
+        module.rows = SimpleNamespace(gather=lambda ids: weight.gather(ids.reshape(-1)))
+    whole = reference.decode(weight, torch.float32)
+    for rows in (slice(3, 9), slice(28, 99), slice(None), slice(-2, None), slice(1, 20, 4)):
+        assert torch.equal(module.weight[rows], whole[rows]), rows
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, Scaled])
+def test_an_embedding_becomes_float_again(kind):
+    module, ids = kind(30, 70, padding_idx=0), torch.tensor([[0, 3], [29, 3]])
+    before = set(vars(module))
+    replace_embedding(module, make_weight(30, 70), torch.bfloat16, "auto")
+    expected = module(ids)
+    weight = restore_embedding(module)
+    assert type(module) is kind and set(vars(module)) == before and set(module.state_dict()) == {"weight"}
+    assert torch.equal(module(ids), expected) and weight is module.weight and not weight.requires_grad
+
+
+def test_a_table_is_not_copied_alone():
     with pytest.raises(ValueError, match="cannot be copied, which PEFT's modules_to_save does"):
-        copy.deepcopy(nn.ModuleDict({"embedding": embedding()}))
+        copy.deepcopy(embedding())
+
+
+@pytest.mark.parametrize("borrowed", [True, False])
+def test_a_copy_shares_what_is_a_stores_alone(borrowed):
+    model = nn.ModuleDict({"embedding": embedding(), "linear": Int4Linear(make_weight(), None, torch.float32)})
+    for module in model.values():
+        module.borrowed = borrowed
+    twin = copy.deepcopy(model)
+    for name, module in model.items():
+        for kind, tensor in module.int4().tensors().items():
+            other = twin[name].int4().tensors()[kind]
+            assert torch.equal(other, tensor) and (other.data_ptr() == tensor.data_ptr()) == borrowed
+    twin.to("meta")
+    assert model["linear"].weight.device.type == "cpu" and twin["linear"].weight.device.type == "meta"
+    if borrowed:
+        with pytest.raises(TypeError, match="a model of load cannot be pickled"):
+            pickle.dumps(model["linear"])
+    else:
+        assert torch.equal(pickle.loads(pickle.dumps(model["linear"])).weight, model["linear"].weight)
 
 
 def test_each_kind_of_module_has_a_place_of_its_own_for_the_codes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from pathlib import Path
@@ -144,3 +145,19 @@ def test_a_weight_used_outside_its_block_is_an_error_not_another_blocks_weight(m
     assert inside.device.type == "cpu"
     with pytest.raises(ValueError, match="the int4 weight on meta"):
         layer(x)
+
+
+@pytest.mark.parametrize("residency", ["host", "file"])
+def test_a_copy_has_arenas_of_its_own(model: Any, truth: Any, residency: Any) -> None:
+    stager = staged(model, residency)
+    twin = copy.deepcopy(model)
+    pages = twin.mebp.engine.pages
+    assert len({page.stager for page in pages}) == 1 and pages[0].stager is not stager
+    assert all(page.host is old.host for page, old in zip(pages, model.mebp.engine.pages, strict=True))
+    for one in (model, twin):  # both run
+        loss = one(**batch()).loss
+        loss.backward()
+        assert torch.equal(loss, truth[0])
+    gradients = our_gradients(twin)
+    assert all(torch.equal(gradients[name], wanted) for name, wanted in truth[1].items())
+    assert len(pages[0].stager.arenas) == 2 and all(arena not in stager.arenas for arena in pages[0].stager.arenas)
