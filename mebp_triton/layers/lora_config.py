@@ -160,7 +160,10 @@ def lora_config_from_dict(values: dict[str, Any]) -> LoraConfig:
         value = values.get(key)
         # The types are compared too, since 0 == False and 1 == True in Python.
         if value is not None and not any(type(value) is type(off) and value == off for off in unused):
-            raise ValueError(f"the adapter uses {key}={value!r:.100}, which is not supported; train it without")
+            way = "train it without"
+            if key in ("modules_to_save", "trainable_token_indices"):
+                way = "use PEFT's own functions on load(..., head='float', embedding='float')"
+            raise ValueError(f"the adapter uses {key}={value!r:.100}, which is not supported; {way}")
     known = {item.name for item in fields(LoraConfig)}
     ours = {key: value for key, value in values.items() if key in known and value is not None}
     for key in ("target_modules", "exclude_modules"):

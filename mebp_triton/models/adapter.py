@@ -49,11 +49,13 @@ def save_adapter(model: Any, directory: Path | str) -> None:
     """Writes the adapter of ``model`` into ``directory`` as PEFT would. Each file replaces an older one whole.
 
     Raises:
-        ValueError: the model has no adapter of ours, or one that is not finite.
+        ValueError: the model has no adapter of ours, or one that is not finite; or its embedding was resized.
     """
     config = _config_of(model)
     if config is None:
         raise ValueError("the model has no adapter of ours to save: make it with lora=LoraConfig(...)")
+    if hasattr(model, "mebp"):
+        _check_embedding(model)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
     broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if broken is not None:
@@ -63,6 +65,18 @@ def save_adapter(model: Any, directory: Path | str) -> None:
     seal = {"crc32": safetensors_file.tensors_checksum(tensors), "scaling": _scaling(config)}
     safetensors_file.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt", SEAL: json.dumps(seal)})
     strict_json.write_json(directory / CONFIG, _peft_config(config, model))
+
+
+def _check_embedding(model: Any) -> None:
+    """ValueError where the embedding has other rows than the store: an adapter's files have no place for them."""
+    table = model.get_input_embeddings()
+    path = next(path for path, module in model.named_modules() if module is table)
+    stored, rows = model.mebp.store.matrices[path].shape[0], table.weight.shape[0]
+    if rows != stored:
+        raise ValueError(
+            f"{path} has {rows} tokens, in the store {stored}, and an adapter's files have no place for the new ones: "
+            f"load without lora, and train by PEFT (get_peft_model), which saves the rows"
+        )
 
 
 def _scaling(config: LoraConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from mebp_triton.blocks.engine import BlockEngine, watch_training
 from mebp_triton.blocks.options import GRANULARITIES, Granularity
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.routing import resolve_backend
-from mebp_triton.layers.int4_module import Int4Module, Int4Table
+from mebp_triton.layers.int4_module import Int4Module, Int4Table, restore_embedding
 from mebp_triton.layers.lora_config import LoraConfig, as_lora_config
 from mebp_triton.layers.loss import OnePassLoss
 from mebp_triton.store.arena import Stager
@@ -63,6 +64,7 @@ def load(
     recompute_granularity: Granularity = "full",
     mlp_chunk_tokens: int | None = None,
     head: Literal["int4", "float"] = "int4",
+    embedding: Literal["int4", "float"] = "int4",
 ) -> Any:
     """Loads the transformers model of ``store``, in eval mode, as ``from_pretrained`` would return it.
 
@@ -85,13 +87,14 @@ def load(
         recompute_granularity: "full" keeps each block's input; "selective" also the outputs of its adapted linear
             layers, which then are not computed again. The gradients are the same, to the bit.
         mlp_chunk_tokens: the MLPs run by chunks of so many tokens, forward and backward; None or 0 for whole MLPs.
-        head: "float" decodes the head's weight into a plain linear layer, for trainers that multiply by it themselves
-            (TRL's ``SFTTrainer``). It takes vocabulary x hidden size x the size of ``dtype``, and logits are computed.
+        head, embedding: "float" decodes the table into a plain frozen module, for code that trains it, changes its size
+            or multiplies by it as a whole. It takes vocabulary x hidden size x the size of ``dtype``; over a float
+            head, logits are computed. A float embedding to which the head is tied is the head's weight as well.
 
     Raises:
         ValueError: the store or its generation config is damaged, or an argument does not fit.
     """
-    _check_choices(weights, checkpoints, recompute_granularity, head)
+    _check_choices(weights, checkpoints, recompute_granularity, head, embedding)
     numerics = _numerics(device, dtype, adapter_dtype, backend)
     opened = open_store(store)
     config = read_store_config(opened)
@@ -105,8 +108,9 @@ def load(
     placement = _Placement(opened, path, len(stack), weights, numerics.device)
     builder.fill(placement.place)
     loss = builder.finish(config)
-    if head == "float":
-        builder.swap(builder.head_name, builder.head.decoded())
+    for module in (builder.head, *builder.modules.values()):
+        module.borrowed = True
+    _decode_tables(builder, head == "float", embedding == "float")
     install_mlp_chunks(model, stack, mlp_chunk_tokens)
     scratch = Path(tempfile.gettempdir() if scratch_directory is None else scratch_directory)
     inputs = block_input_store(checkpoints, scratch, placement.waiting)
@@ -117,13 +121,16 @@ def load(
     return model
 
 
-def _check_choices(weights: Residency, checkpoints: Residency, granularity: Granularity, head: str) -> None:
+def _check_choices(
+    weights: Residency, checkpoints: Residency, granularity: Granularity, head: str, embedding: str
+) -> None:
     check_residency("weights", weights)
     check_residency("checkpoints", checkpoints)
     if granularity not in GRANULARITIES:
         raise ValueError(f"recompute_granularity must be {' or '.join(GRANULARITIES)}, got {granularity!r}")
-    if head not in ("int4", "float"):
-        raise ValueError(f"head must be int4 or float, got {head!r}")
+    for name, value in (("head", head), ("embedding", embedding)):
+        if value not in ("int4", "float"):
+            raise ValueError(f"{name} must be int4 or float, got {value!r}")
 
 
 def _numerics(
@@ -198,16 +205,43 @@ class _Placement:
             table.set_int4(self.store.weight(name) if self.device.type == "cpu" else self.store.weight(name).to("meta"))
 
 
+def _decode_tables(builder: Builder, head: bool, embedding: bool) -> None:
+    """Turns the head and the embedding into plain float modules, where that is asked for."""
+    shared = restore_embedding(builder.model.get_input_embeddings()) if embedding else None
+    if head or (embedding and builder.tied):
+        builder.swap(builder.head_name, builder.head.decoded(shared if builder.tied else None))
+
+
 def _adapt_to_trainers(model: Any) -> None:
     """Makes ``model`` fit for trainers, which checkpoint, tie, save and share the models that they are given."""
     model.gradient_checkpointing_enable = _no_second_checkpointing
-    model.tie_weights = _tied_already
+    tables = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    int4 = [name for name, table in tables.items() if isinstance(table, Int4Table)]
+    if int4:
+        model.tie_weights = _tied_already
+        model._resize_token_embeddings = functools.partial(_refuse_other_sizes, tables["embedding"], int4)
     install_saving(model)
     ignore_in_ddp(model)
 
 
 def _no_second_checkpointing(*args: Any, **kwargs: Any) -> None:
     """Changes nothing: the blocks are checkpointed already."""
+
+
+def _refuse_other_sizes(
+    embedding: Any, int4: list[str], new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any
+) -> Any:
+    """Stands for transformers' ``_resize_token_embeddings``. ValueError where the size would change."""
+    rows = embedding.weight.shape[0]
+    wanted = rows if new_num_tokens is None else new_num_tokens
+    if pad_to_multiple_of:
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != rows:
+        raise ValueError(
+            f"an int4 {' and '.join(int4)} of {rows} tokens cannot get {wanted}: use load(..., head='float', "
+            f"embedding='float') and train the new rows by PEFT, or resize the float model and quantize that"
+        )
+    return embedding
 
 
 def _tied_already(*args: Any, **kwargs: Any) -> None:

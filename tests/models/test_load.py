@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,9 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from models import decoded_model, relative_rms
+from int4_models import from_pretrained
+from models import assert_same, batch, decoded_model, loaded, randomize_adapter, relative_rms, step
+from runs import word_tokenizer
 
 import mebp_triton as mebp
 from mebp_triton.blocks.mlp_chunks import ChunkedMLP
@@ -190,3 +193,154 @@ def test_peft_can_train_a_float_head(store: Path, tmp_path: Path) -> None:
     assert set(safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")) >= {
         "base_model.model.lm_head.weight"
     }
+
+
+# --- new tokens -----------------------------------------------------------------------------------------------------
+
+ROWS = torch.randn(3, 48, generator=torch.Generator().manual_seed(5)) * 0.15  # of three new tokens
+TOKENS = [5, 97, 98, 99]
+
+
+def with_new_tokens(model: Any) -> Any:
+    model.resize_token_embeddings(100, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            table.weight[97:] = ROWS
+    return model
+
+
+def training_tokens(model: Any, **options: Any) -> Any:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **options)
+    wrapped = peft.get_peft_model(model, config)
+    randomize_adapter(wrapped)
+    return wrapped
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # the first one's head is tied
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainable_token_indices": TOKENS},
+        {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+    ids=["tokens", "both", "whole"],
+)
+def test_new_tokens_are_trained_and_saved_as_peft_does(
+    shared_store: Any, tmp_path: Path, architecture: str, options: Any
+) -> None:
+    store = shared_store(architecture)
+    ours = with_new_tokens(mebp.load(store, checkpoints="file", weights="file", head="float", embedding="float"))
+    ours = training_tokens(ours, **options)
+    theirs = training_tokens(with_new_tokens(decoded_model(store)), **options)
+    examples = batch()
+    examples["input_ids"][0, :4] = examples["labels"][0, :4] = torch.tensor(TOKENS)
+    gradients = []
+    for model in (ours, theirs):
+        model.train()(**examples, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert any("embed_tokens" in name for name in gradients[0])
+    assert_same(*gradients, tolerance=1e-5)
+
+    ours.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(with_new_tokens(decoded_model(store)), tmp_path)
+    with torch.no_grad():
+        expected = ours.eval()(input_ids=examples["input_ids"]).logits
+        assert expected.shape[-1] == 100
+        assert torch.allclose(again.eval()(input_ids=examples["input_ids"]).logits, expected, atol=1e-5)
+
+
+def test_an_int4_table_keeps_its_size(store: Path) -> None:
+    """And every way out that the message names is one: see above, and ``test_a_resized_model_is_a_source``."""
+    model, way = mebp.load(store), r"load\(\.\.\., head='float', embedding='float'\)"
+    for arguments in ({"new_num_tokens": 100}, {"new_num_tokens": 90}, {"pad_to_multiple_of": 8}):
+        with pytest.raises(ValueError, match=rf"an int4 embedding and head of 97 tokens cannot get \d+: use {way}"):
+            model.resize_token_embeddings(**arguments)
+    assert model.resize_token_embeddings(97) is model.resize_token_embeddings() is model.get_input_embeddings()
+    assert model.config.vocab_size == 97
+    with pytest.raises(ValueError, match="an int4 head of 97 tokens cannot get 100"):
+        mebp.load(store, embedding="float").resize_token_embeddings(100)
+    for options in ({"trainable_token_indices": [5]}, {"modules_to_save": ["embed_tokens"]}):
+        with pytest.raises((ValueError, RuntimeError), match=way):
+            training_tokens(mebp.load(store), **options)
+        with pytest.raises(ValueError, match=f"use PEFT's own functions on {way}"):
+            mebp.load(store, peft.LoraConfig(target_modules=["q_proj"], **options))
+    with pytest.raises(ValueError, match="embedding must be int4 or float, got 'half'"):
+        mebp.load(store, embedding="half")  # type: ignore[arg-type]
+
+
+def test_a_resized_model_is_a_source(shared_store: Any, tmp_path: Path) -> None:
+    model = with_new_tokens(from_pretrained(shared_store("llama").parent / "model"))
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    mebp.quantize(tmp_path / "model", tmp_path / "store", group_size=32)
+    assert mebp.load(tmp_path / "store").get_input_embeddings().weight.shape == (100, 48)
+
+
+def test_an_adapter_has_no_place_for_new_rows(store: Path, tmp_path: Path) -> None:
+    model = with_new_tokens(mebp.load(store, mebp.LoraConfig(r=2), head="float", embedding="float"))
+    for save in (model.save_pretrained, lambda place: mebp.save_adapter(model, place)):
+        with pytest.raises(ValueError, match=r"embed_tokens has 100 tokens, in the store 97, .* train by PEFT"):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("architecture", "weights"), [("llama", "file"), ("gemma3_text", "device"), ("qwen2", "file")])
+def test_float_tables_compute_the_same(shared_store: Any, architecture: str, weights: Any) -> None:
+    store = shared_store(architecture)
+    model = loaded(store, head="float", embedding="float", weights=weights)
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    assert not any(isinstance(table, Int4Module) for table in tables)
+    tied = model.config.tie_word_embeddings
+    model.tie_weights()
+    assert (tables[0].weight is tables[1].weight) == tied
+    assert_same(step(model), step(loaded(store)), tolerance=1e-5)
+
+
+# --- copies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": "file", "checkpoints": "file"},
+        {"checkpoints": "host", "recompute_granularity": "selective", "mlp_chunk_tokens": 5},
+        {"head": "float", "embedding": "float"},
+    ],
+    ids=["files", "selective", "float"],
+)
+def test_a_copy_is_independent_and_has_the_same_gradients(shared_store: Any, options: Any) -> None:
+    model = loaded(shared_store("llama"), **options)
+    expected = step(model)
+    selection = mebp.LayerCyclicManager(model, ratio=0.4)
+    twin = copy.deepcopy(model)
+    selection.advance()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    model.mebp.loss.normalizer, model.mebp.engine.observer = 1e9, lambda *_: pytest.fail("the original ran")
+    assert_same(step(twin), expected)
+    assert twin.mebp.engine is not model.mebp.engine and twin.mebp.store is model.mebp.store
+    with torch.no_grad():
+        out = twin(**batch())  # the head of the copy defers its logits, and nobody else's
+        assert torch.isfinite(out.logits + 0).all() and out.loss.isfinite()
+    names = {name for name, p in twin.named_parameters() if not p.requires_grad}
+    assert names <= set(twin._ddp_params_and_buffers_to_ignore)
+
+
+def test_a_copy_under_peft(shared_store: Any, tmp_path: Path) -> None:
+    model = training_tokens(mebp.load(shared_store("qwen2"), weights="file"))
+    twin = copy.deepcopy(model)
+    assert type(twin) is type(model)
+    losses = [one(**batch(), use_cache=False).loss for one in (model, twin)]
+    losses[1].backward()
+    assert losses[0] == losses[1]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+
+
+def test_a_model_is_not_pickled(store: Path, tmp_path: Path) -> None:
+    """But what the message names works: ``test_saving.py::test_only_the_adapter_is_saved``."""
+    with pytest.raises(TypeError, match="a model of load cannot be pickled.*save its adapter by save_pretrained"):
+        torch.save(mebp.load(store, mebp.LoraConfig(r=2)), tmp_path / "model.pt")
