@@ -17,10 +17,10 @@ FLOORS = {
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file
         mapped_file scratch memory machine storage signals""",
     "store": "residency waiting dynamic8 block_inputs optimizer_state manifest reader pages arena placement table_rows",
-    "data": """tokenized text masking messages template chat foreign_rows rows text_rows sources batching packing
-        loading""",
+    "data": """tokenized text masking messages template chat foreign_rows rows text_rows sources turn_end batching
+        packing loading""",
     "blocks": "options runner call leaks replay recompute backward mlp_chunks hooks selection engine",
-    "models": "direct_reads skeleton kept_float config names adapter saving discover build load",
+    "models": "direct_reads skeleton kept_float config names generation adapter saving discover build load",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.gguf_header readers.gguf_keys
         readers.gguf_architectures readers.gguf_rope readers.gguf_tokenizer readers.gguf readers.safetensors_dir
@@ -29,9 +29,10 @@ FLOORS = {
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw evaluation facts settings
         run_settings settings_file plots run_directory plan.live_bytes plan.inventory plan.traced_model plan.phases
         plan.planner course standing step reporting updates checkpoint trainer finetune gradient_check""",
-    "cli": """console flags chat_template inference peft_baseline doctor.advice doctor.findings commands.quantize
-        commands.verify commands.eval commands.generate commands.merge starting_adapter planning commands.plan
-        commands.tune training_run commands.train commands.doctor commands.demo parser main __main__""",
+    "cli": """console suggestions flags chat_template inference peft_baseline streaming doctor.advice doctor.findings
+        commands.quantize commands.verify commands.eval commands.generate commands.merge starting_adapter planning
+        commands.plan commands.tune stops training_run commands.train commands.doctor commands.demo parser main
+        __main__""",
 }
 ORDER = [f"mebp_triton.{room}.{file}" for room, files in FLOORS.items() for file in files.split()]
 # What each folder may import besides the standard library and the rooms below.

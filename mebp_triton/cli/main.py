@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import resource
 import signal
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace(command="", debug=False)
     try:
         with interrupting():
+            _print_any_text()
             build_parser().parse_args(argv, arguments)
             warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
             with reporting_lost_pages():
@@ -64,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         return report(error)
+
+
+def _print_any_text() -> None:
+    """Has standard output spell what its encoding lacks as escapes: an answer must not fail in an ASCII locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def report(error: Exception) -> int:

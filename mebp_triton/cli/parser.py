@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from mebp_triton import __version__
+
+from .suggestions import near_command, suggestion
 
 # Every command and its help. Its module ``commands.NAME`` has ``add_flags(parser)`` and ``run(arguments)``.
 COMMANDS = {
@@ -29,18 +32,46 @@ COMMANDS = {
 class _Parser(argparse.ArgumentParser):
     """argparse with errors of one line, which name the flag that was probably meant."""
 
+    words: Sequence[str] = ()
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.words = sys.argv[1:] if args is None else list(args)
         # Refused here, not at the end of parsing, so that only flags of the command in question are suggested.
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            mistyped = next((word for word in unknown if word.startswith("--")), "")
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{_suggestion(mistyped.split('=')[0], flags)}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            # What is missing may be there, behind a mistyped flag; argparse looks for that one later.
+            unknown = [
+                word for word in self._flags_given() if word.partition("=")[0] not in self._option_string_actions
+            ]
+            if unknown:
+                meant = self._meant(unknown) or f"; {message}"
+                message = f"unrecognized arguments: {' '.join(unknown)}{meant}"
+        elif message.endswith("expected one argument"):
+            message += self._value_with_dash(message)
         print(f"mebp: error: {message}", file=sys.stderr)
         raise SystemExit(2)
+
+    def _flags_given(self) -> list[str]:
+        return [word for word in self.words if word.startswith("--") and len(word) > 2]
+
+    def _meant(self, unknown: Sequence[str]) -> str:
+        """What was meant by the first flag of ``unknown``, as the end of a message."""
+        mistyped = next((word for word in unknown if word.startswith("--")), "")
+        positionals = [str(action.metavar) for action in self._actions if not action.option_strings]
+        return suggestion(mistyped, self._option_string_actions, positionals)
+
+    def _value_with_dash(self, message: str) -> str:
+        """How to write a value that argparse takes for a flag, as the end of its message that there is none."""
+        flags = message.removeprefix("argument ").partition(":")[0].split("/")
+        for flag, value in pairwise(self.words):
+            if flag in flags and value.startswith("-") and value not in self._option_string_actions:
+                return f"; a value that begins with - is written {flag}={shlex.quote(value)}"
+        return ""
 
 
 class _MainParser(_Parser):
@@ -50,8 +81,13 @@ class _MainParser(_Parser):
         words: list[str] = sys.argv[1:] if args is None else list(args)
         command = next((word for word in words if not word.startswith("-")), None)
         if command is not None and command not in COMMANDS:
-            near = _suggestion(command, COMMANDS)
+            near = near_command(command, COMMANDS)
             self.error(f"there is no command {command!r}{near or ': mebp --help lists the commands'}")
+        for word in words[: words.index(command) if command else None]:
+            if word.startswith("-") and word not in self._option_string_actions:
+                meant = suggestion(word, self._option_string_actions)
+                behind = f": flags are written behind the command, as in mebp {command or 'COMMAND'} ... {word}"
+                self.error(f"unrecognized arguments: {word}{meant or behind}")
         return super().parse_known_args(words, namespace)
 
 
@@ -64,11 +100,6 @@ class _CommandParser(_Parser):
             command.add_flags(self)
             self.set_defaults(run=command.run)
         return super().parse_known_args(args, namespace)
-
-
-def _suggestion(mistyped: str, existing: Iterable[str]) -> str:
-    near = difflib.get_close_matches(mistyped, existing, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from mebp_triton.cli.console import progress_bar, say
 from mebp_triton.cli.inference import check_length, load_tokenizer, model_config
 from mebp_triton.cli.planning import describe, planner_of, settings_of
 from mebp_triton.cli.starting_adapter import doubt, locate, start_record
+from mebp_triton.cli.stops import RowEnds, find_row_ends, stop_where_rows_end
 from mebp_triton.convert.readers import open_source
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.packing import pack
@@ -25,6 +26,7 @@ from mebp_triton.data.sources import check_source
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.models.adapter import CHAT_TEMPLATE, load_adapter
+from mebp_triton.models.generation import add_stops, saved_stops, write_stops
 from mebp_triton.models.kept_float import describe_kept_float, kept_float
 from mebp_triton.models.load import load
 from mebp_triton.store.manifest import MANIFEST
@@ -103,7 +105,7 @@ def _train_in(
     # The other processes find the store that the first one has just made, as a resumed run finds its own.
     goes_on = arguments.resume or checkpoint is not None or not processes.is_first
     store = store or processes.first(lambda: _quantized(given, arguments, asked, goes_on))
-    data, validation = texts or _load_texts(store.directory, asked, template)
+    data, validation, ends = texts or _load_texts(store.directory, asked, template)
     if not given.is_dir():
         plan = _plan(store, arguments, asked)
     settings = resolve(asked) if plan is None else plan.settings
@@ -144,12 +146,24 @@ def _train_in(
     say(f"{settings.train_file}: {data.report.describe()}")
     if validation is not None:
         say(f"{settings.validation_file}: {validation.report.describe()}")
+    _stop_where_rows_end(model, data, ends, run, processes)
     if checkpoint is not None:
         say(f"resuming at step {trainer.step} of {trainer.total_steps}")
         if trainer.finished and (summary := run.summary(trainer.evaluated)) is not None:
             say("nothing is left to do")
             return summary
     return _train_with_progress(trainer, validation)
+
+
+def _stop_where_rows_end(
+    model: Any, data: TokenizedData, ends: RowEnds, run: RunDirectory, processes: Processes
+) -> None:
+    """Has the model stop where the rows end, and where the adapter stopped from which the run began; says so."""
+    add_stops(model, saved_stops(run.adapter))
+    for line in stop_where_rows_end(model, data, ends):
+        say(line)
+    if model.mebp.stops and processes.is_first:
+        write_stops(run.directory, model.mebp.store.directory, model.mebp.stops)
 
 
 def _start(adapter: str, store: Store) -> dict[str, Any]:
@@ -216,8 +230,11 @@ def _open_if_store(given: Path, arguments: argparse.Namespace) -> Store | None:
 
 def _load_texts(
     directory: Path, asked: TrainConfig, template: str | None
-) -> tuple[TokenizedData, TokenizedData | None]:
-    """The training and the validation file as tokens, by the tokenizer in ``directory``, with another chat template."""
+) -> tuple[TokenizedData, TokenizedData | None, RowEnds]:
+    """The training and the validation file as tokens, by the tokenizer in ``directory``, with another chat template.
+
+    Returns also how the training file's rows end.
+    """
     tokenizer = load_tokenizer(directory)
     if template is not None:
         use_template(tokenizer, template, f"chat-template {asked.chat_template or 'of the adapter'}")
@@ -229,7 +246,8 @@ def _load_texts(
     scratch = atomic.existing_parent(Path(asked.output_dir))
     data = tokenized(asked.train_file, "train-file")
     validation = tokenized(asked.validation_file, "validation-file") if asked.validation_file else None
-    return pack(data, asked.max_length) if asked.packing else data, validation
+    ends = find_row_ends(check_source(asked.train_file), tokenizer)
+    return pack(data, asked.max_length) if asked.packing else data, validation, ends
 
 
 def _store_beside(asked: TrainConfig) -> Path:

@@ -19,6 +19,7 @@ from mebp_triton.system import safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 
 from .config import read_json_object
+from .generation import add_stops, saved_stops, write_stops
 from .names import enumerate_names
 
 CONFIG = "adapter_config.json"
@@ -48,6 +49,8 @@ def adapter_tensors(model: Any) -> dict[str, Tensor]:
 def save_adapter(model: Any, directory: Path | str) -> None:
     """Writes the adapter of ``model`` into ``directory`` as PEFT would. Each file replaces an older one whole.
 
+    A generation config stands beside it where the model was trained to stop at tokens at which its store does not.
+
     Raises:
         ValueError: the model has no adapter of ours, or one that is not finite; or its embedding was resized.
     """
@@ -65,6 +68,8 @@ def save_adapter(model: Any, directory: Path | str) -> None:
     seal = {"crc32": safetensors_file.tensors_checksum(tensors), "scaling": _scaling(config)}
     safetensors_file.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt", SEAL: json.dumps(seal)})
     strict_json.write_json(directory / CONFIG, _peft_config(config, model))
+    if hasattr(model, "mebp") and model.mebp.stops:
+        write_stops(directory, model.mebp.store.directory, model.mebp.stops)
 
 
 def _check_embedding(model: Any) -> None:
@@ -208,9 +213,12 @@ def load_adapter(model: Any, directory: Path | str) -> None:
         ValueError: the adapter is damaged, or of another model or shape; the model keeps its own.
     """
     config, tensors = read_adapter_config(directory), read_adapter_tensors(directory)
+    stops = saved_stops(directory)
     copy_adapter(model, tensors, str(directory))
     for name, layer in adapter_layers(model).items():
         layer.scaling = config.scaling(name)
+    if hasattr(model, "mebp"):
+        add_stops(model, stops)
     # The model's config takes the scaling over, so that ``save_adapter`` writes the one that is used.
     holder, name = (model.mebp, "lora") if hasattr(model, "mebp") else (model, "mebp_lora")
     setattr(holder, name, replace(_config_of(model) or config, **_scaling(config)))

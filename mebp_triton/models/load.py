@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,10 @@ from .skeleton import build_skeleton, int4_sites, linear_names
 
 @dataclass
 class Runtime:
-    """The parts that a loaded model is made of and runs by: its attribute ``mebp``."""
+    """The parts that a loaded model is made of and runs by: its attribute ``mebp``.
+
+    ``stops``: ids that end a text besides those of the store; see ``generation.add_stops``.
+    """
 
     store: Store
     engine: BlockEngine
@@ -45,6 +48,7 @@ class Runtime:
     lora: LoraConfig | None
     device: torch.device
     backend: str
+    stops: list[int] = field(default_factory=list)
 
 
 def load(

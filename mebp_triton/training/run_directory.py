@@ -12,6 +12,7 @@ from typing import Any
 
 from mebp_triton.data.tokenized import DataReport
 from mebp_triton.models.adapter import CHAT_TEMPLATE, CONFIG, WEIGHTS
+from mebp_triton.models.generation import GENERATION_CONFIG
 from mebp_triton.system import atomic, errors, reading, strict_json, temporaries
 from mebp_triton.system.machine import environment
 from mebp_triton.system.memory import MemoryWatch
@@ -81,7 +82,8 @@ class RunDirectory:
     def is_before_checkpoint(self) -> bool:
         """Whether the directory holds nothing but what a run writes before its first checkpoint."""
         names = {entry.name for entry in self.directory.iterdir()}
-        names -= {self.metrics.name, self.evaluation.name, self.best.name, "runs"}  # and what TensorBoard writes
+        names -= {self.metrics.name, self.evaluation.name, self.best.name, GENERATION_CONFIG}
+        names.discard("runs")  # what TensorBoard writes
         if self.adapter.is_dir() and {entry.name for entry in self.adapter.iterdir()} <= {CHAT_TEMPLATE}:
             names.discard(self.adapter.name)
         return all(name.startswith(temporaries.TEMPORARY_PREFIX) for name in names)

@@ -89,6 +89,18 @@ def test_every_command_has_its_module():
         (["train", "s", "--learning=1"], "unrecognized arguments: --learning=1"),  # flags are not abbreviated
         (["--verson", "verify", "s"], "unrecognized arguments: --verson; did you mean --version?"),
         (["verify"], "the following arguments are required: STORE"),
+        (["generate", "s", "--promt", "hi"], "unrecognized arguments: --promt; did you mean --prompt?"),
+        (["generate", "s", "--n-best=2"], "unrecognized arguments: --n-best=2; the following arguments are required"),
+        (["generate", "--store", "s", "--prompt=a"], "unrecognized arguments: --store; STORE is given without a flag"),
+        (
+            ["generate", "s", "--prompt", "-hello"],
+            "argument --prompt: expected one argument; a value that begins with - is written --prompt=-hello",
+        ),
+        (["generate", "s", "--prompt", "--chat"], "argument --prompt: expected one argument\n"),
+        (
+            ["--json", "verify", "s"],
+            "unrecognized arguments: --json: flags are written behind the command, as in mebp verify ... --json",
+        ),
     ],
 )
 def test_what_cannot_be_parsed_is_one_line(mebp, arguments, line):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mebp_triton.cli.console import say
 from mebp_triton.cli.flags import add_inference, at_least_one
 
 if TYPE_CHECKING:
@@ -16,6 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="a store made by mebp quantize")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="the system's message before the prompt, with --chat")
     parser.add_argument(
         "--max-new-tokens", type=at_least_one, default=64, metavar="N", help="tokens to add at most (default: 64)"
     )
@@ -38,51 +43,105 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     import torch
-    import transformers
 
     from mebp_triton.cli.inference import load_for_inference, load_tokenizer
     from mebp_triton.store.reader import Store
 
     store = Store(arguments.store)  # refuses what is no store before the tokenizer is sought
-    if not arguments.prompt:
+    prompt, system = _text(arguments.prompt, "--prompt"), _text(arguments.system, "--system")
+    if not prompt:
         raise ValueError("--prompt is empty")
+    if system is not None and not arguments.chat:
+        raise ValueError("--system needs --chat, which puts it into the tokenizer's chat template")
     if not 0 <= arguments.seed < 1 << 63:
         raise ValueError(f"--seed must lie in 0..2**63-1, got {arguments.seed}")
     tokenizer = load_tokenizer(store.directory, arguments.adapter)
     model = load_for_inference(store, arguments.adapter, arguments.device, arguments.dtype, arguments.backend)
     torch.manual_seed(arguments.seed)
-    streamer = None if arguments.json else transformers.TextStreamer(tokenizer, skip_special_tokens=True)
-    text = generate_text(
-        model,
-        tokenizer,
-        arguments.prompt,
-        arguments.max_new_tokens,
-        chat=arguments.chat,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        streamer=streamer,
-    )
-    if arguments.json:
-        print(json.dumps({"prompt": arguments.prompt, "completion": text}))
+    try:
+        answer = generate(
+            model,
+            tokenizer,
+            prompt,
+            arguments.max_new_tokens,
+            chat=arguments.chat,
+            system=system,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            show=None if arguments.json else _print_now,
+        )
+    except KeyboardInterrupt:
+        _print_now("" if arguments.json else "\n")
+        raise
+    print(json.dumps({"prompt": prompt, "completion": answer.text}) if arguments.json else "", flush=True)
+    say(answer.describe())
+    if not answer.text.strip() and not arguments.chat and tokenizer.chat_template:
+        say("the answer is empty; this tokenizer has a chat template: --chat puts the prompt into it")
 
 
-def generate_text(
+def _text(given: str | None, flag: str) -> str | None:
+    """The text of a flag, as UTF-8 whatever the locale is. ValueError where it is none."""
+    try:
+        return given if given is None else os.fsencode(given).decode()
+    except UnicodeError as error:
+        raise ValueError(f"{flag} is not UTF-8 ({error}): convert it") from None
+
+
+def _print_now(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Attributes:
+        text: the text behind the prompt.
+        tokens: how many tokens it took, the one that ended it among them.
+        ended: whether the model ended it, and not the limit of tokens.
+        first, seconds: from the start to the first token, and to the last.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    first: float
+    seconds: float
+
+    def describe(self) -> str:
+        """How fast it was and why it ended, in one line. The first token's time is the prompt's, and no token's."""
+        later = self.seconds - self.first
+        speed = f", then {(self.tokens - 1) / later:.1f} tokens/s" if self.tokens > 1 and later > 0 else ""
+        why = "" if self.ended else "; cut off at --max-new-tokens"
+        return f"{self.tokens} tokens: the first after {self.first:.2f} s{speed}{why}"
+
+
+def generate_text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """The likeliest text that follows ``prompt``, without the prompt; see ``generate``."""
+    return generate(model, tokenizer, prompt, max_new_tokens).text
+
+
+def generate(
     model: Any,
     tokenizer: Any,
     prompt: str,
     max_new_tokens: int,
+    *,
     chat: bool = False,
+    system: str | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    streamer: Any = None,
-) -> str:
-    """The text that follows ``prompt``, without the prompt.
+    show: Callable[[str], None] | None = None,
+) -> Answer:
+    """Continues ``prompt``.
 
     Args:
-        chat: put the prompt into the tokenizer's chat template, as the user's message.
+        chat: put the prompt into the tokenizer's chat template, as the user's message, and stop where the template
+            ends an answer.
+        system: the system's message before it.
         temperature: 0 for the likeliest token each time.
         top_p: sample from the likeliest tokens whose probabilities add up to this.
-        streamer: given the text while it is made.
+        show: given the text in parts, while it is made.
 
     Raises:
         ValueError: the prompt cannot be encoded or is too long, or a number is out of its range.
@@ -90,30 +149,43 @@ def generate_text(
     """
     import torch
 
+    from mebp_triton.cli.streaming import TextStream
+    from mebp_triton.data.turn_end import find_turn_end
+    from mebp_triton.models.generation import stop_ids
+
     if not 0 <= temperature <= 100 or 0 < temperature < 1e-3:
         raise ValueError(f"temperature must be 0 or in [0.001, 100], got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    encoded = _encode(tokenizer, prompt, chat)
+    encoded = _encode(tokenizer, prompt, chat, system)
     encoded = {name: encoded[name].to(model.mebp.device) for name in ("input_ids", "attention_mask")}
     _check_fit(model.config.get_text_config(), encoded["input_ids"], max_new_tokens)
+    stops, end_text = stop_ids(model), ""
+    if chat and (turn := find_turn_end(tokenizer)) is not None:
+        stop = turn.stop(stops)
+        stops += [stop] if stop is not None and stop not in stops else []
+        end_text = turn.text if stop is None else ""
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    stream = TextStream(tokenizer, stops, end_text, show)
     with torch.no_grad():
         output = model.generate(
             **encoded,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            streamer=streamer,
+            eos_token_id=stops or None,
+            streamer=stream,
             logits_processor=[_check_finite],
+            stopping_criteria=[stream.is_ended],
             **sampling,
         )
-    return tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    ended = stream.ended or int(output[0, -1]) in stops
+    return Answer(stream.text, len(stream.ids), ended, stream.times[0], stream.times[-1])
 
 
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+def _encode(tokenizer: Any, prompt: str, chat: bool, system: str | None) -> Any:
     """``input_ids`` and ``attention_mask`` of the prompt, ``[1, tokens]`` each."""
     import torch
 
@@ -125,11 +197,15 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: generate without --chat")
-    messages = [{"role": "user", "content": prompt}]
-    with one_line("the chat template refuses the prompt", "generate without --chat"):
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    way = "generate without --chat" if system is None else "leave out --system, and say it in --prompt"
+    with one_line("the chat template refuses the prompt", way):
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, return_dict=False)
+    if system is not None and system.strip() not in text:
+        raise ValueError("the chat template has no place for a system's message: say it in --prompt instead")
+    ids = torch.tensor([encode(tokenizer, text)])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _check_fit(config: Any, ids: torch.Tensor, max_new_tokens: int) -> None:

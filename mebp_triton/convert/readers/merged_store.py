@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from mebp_triton.models.adapter import (
 )
 from mebp_triton.models.build import check_matrices
 from mebp_triton.models.config import prepare_config, read_store_config
+from mebp_triton.models.generation import saved_stops, write_stops
 from mebp_triton.models.names import check_complete, check_shape, parameter_aliases, tensor_shapes
 from mebp_triton.models.skeleton import Int4Site, int4_sites
 from mebp_triton.store.reader import Store, StoreFile, open_store
@@ -55,6 +57,7 @@ class MergedStore:
         self.description = self.store.source
         self._lora = None if adapter is None else read_adapter_config(adapter)
         self._tensors = {} if adapter is None else read_adapter_tensors(adapter)
+        self._stops = [] if adapter is None else saved_stops(adapter)
         if adapter is not None:
             self.description += f", merged with adapter {Path(adapter).resolve().name}"
         self._sites: dict[str, Int4Site] = {}
@@ -106,17 +109,18 @@ class MergedStore:
             yield from self._rows(site)
 
     def save_companions(self, directory: str | os.PathLike[str]) -> None:
-        write_companions(self._config_json, self.directory, Path(directory))
-        self._save_template(Path(directory))
+        self._write_companions(self._config_json, Path(directory))
 
     def save_as(self, dtype: str, directory: Path) -> None:
         """Writes the companions as ``save_companions`` does, with another dtype in the config."""
         config = {key: value for key, value in self._config_json.items() if key != "torch_dtype"}
-        write_companions(config | {"dtype": dtype}, self.directory, directory)
-        self._save_template(directory)
+        self._write_companions(config | {"dtype": dtype}, directory)
 
-    def _save_template(self, directory: Path) -> None:
-        """Puts the chat template that the adapter was trained with, if it has one, in place of the store's."""
+    def _write_companions(self, config: dict[str, Any], directory: Path) -> None:
+        """Copies the store's companions; where the adapter's model stops, and its chat template, go before theirs."""
+        write_companions(config, self.directory, directory)
+        if self._stops:
+            write_stops(directory, self.directory, self._stops)
         own = None if self.adapter is None else Path(self.adapter) / CHAT_TEMPLATE
         if own is not None and own.is_file():
             shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)

@@ -1,0 +1,150 @@
+"""A model stops where the chats that it was trained on end an answer, and a training that cannot teach it says so."""
+
+import json
+
+import pytest
+from commands import answer, train
+from models import decoded_model
+from runs import WORDS, model_directory, run_store, word_tokenizer
+
+from mebp_triton.convert.quantize import quantize
+
+USER = "{% if message.role != 'assistant' %}{{ message.content }} and {% else %}{{ message.content }}"
+TEMPLATE = "{% for message in messages %}" + USER + " END {% endif %}{% endfor %}"
+CHATS = [
+    {"messages": [{"role": "user", "content": "the cat sees"}, {"role": "assistant", "content": text}]}
+    for text in ("the moon", "nothing", "a red house and some water")
+]
+STOP = "generation_config.json"
+
+
+def words_after(store, text, count=8):
+    tokenizer = word_tokenizer()
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    output = decoded_model(store).generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return output[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A store whose tokenizer ends a turn by a word that its model says without being taught to.
+
+    ``place``: the directory with ``store`` and ``chats.jsonl``; ``before``: what the model says first; ``token``: the
+    id of the word, which is a special token and no EOS.
+    """
+    place = tmp_path_factory.mktemp("chatty")
+    sizes = {"vocab_size": len(word_tokenizer()), "seed": 2}  # every id is a word, and the model says several
+    said = words_after(run_store(place / "untold", **sizes), "the cat sees and")
+    words = word_tokenizer().convert_ids_to_tokens(said)
+    at = next(index for index in range(2, len(said)) if words[index] in WORDS and said[index] not in said[:index])
+    model_directory(place / "model", **sizes)
+    settings = json.loads((place / "model" / STOP).read_text())
+    (place / "model" / STOP).write_text(json.dumps(settings | {"repetition_penalty": 1.0}))
+    tokenizer = word_tokenizer(TEMPLATE.replace("END", words[at]))
+    tokenizer.add_special_tokens({"additional_special_tokens": [words[at]]})
+    tokenizer.save_pretrained(place / "model")
+    quantize(place / "model", place / "store", group_size=32)
+    (place / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    return place, word_tokenizer().decode(said[:at], skip_special_tokens=True), said[at]
+
+
+def eos_of(directory):
+    return json.loads((directory / STOP).read_text())["eos_token_id"]
+
+
+def generated(mebp, store, *flags):
+    return answer(mebp("generate", store, "--prompt=the cat sees and", "--max-new-tokens=8", "--json", *flags))[
+        "completion"
+    ]
+
+
+def test_a_chat_stops_without_a_training(mebp, chatty):
+    """With --chat the template tells; without it nothing does."""
+    place, before, _ = chatty
+    assert len(generated(mebp, place / "store").split()) > len(before.split())
+    chat = mebp("generate", place / "store", "--prompt=the cat sees", "--chat", "--max-new-tokens=8")
+    assert chat[:2] == (0, before + "\n") and "cut off" not in chat[2]
+
+
+def test_a_run_says_where_its_model_stops(mebp, world, chatty, tmp_path):
+    place, before, token = chatty
+    run = tmp_path / "run"
+    code, _, err = mebp(
+        *train(world, tmp_path, "--learning-rate=1e-9", store=place / "store", train_file=place / "chats.jsonl")
+    )
+    (line,) = [line for line in err.splitlines() if STOP in line]
+    assert code == 0 and line.startswith("3 rows train ") and f"(token {token}) as an end" in line
+    assert eos_of(run) == eos_of(run / "adapter") == [2, token]
+    adapter = f"--adapter={run / 'adapter'}"
+    assert generated(mebp, place / "store", adapter) == before  # without --chat as well
+
+    assert mebp("merge", place / "store", tmp_path / "merged", adapter)[0] == 0
+    merged = json.loads((tmp_path / "merged" / STOP).read_text())
+    assert merged["eos_token_id"] == [2, token] and merged["repetition_penalty"] == 1.0
+    assert mebp("merge", place / "store", tmp_path / "again", adapter, "--as-store")[0] == 0
+    assert eos_of(tmp_path / "again") == [2, token]
+    assert mebp("verify", tmp_path / "again")[0] == 0
+    # Where nothing was trained to stop, the store's own config stays.
+    assert mebp("merge", place / "store", tmp_path / "plain")[0] == 0 and eos_of(tmp_path / "plain") == 2
+
+
+def test_a_resumed_run_before_its_first_checkpoint(mebp, world, chatty, tmp_path):
+    place, *_ = chatty
+    command = train(world, tmp_path, store=place / "store", train_file=place / "chats.jsonl")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / STOP).write_text("{}")
+    code, _, err = mebp(*command, "--resume")
+    assert code == 0 and "has no checkpoint yet" in err
+
+
+# The template's end, the rows, more flags; and what is said.
+UNLEARNT = {
+    "a mark that leaves the end out": (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %} </s>{% endfor %}",
+        CHATS,
+        ["--assistant-only-loss"],
+        "no row trains </s>, which ends an answer, so the model will not learn to stop: 0 rows are cut",
+    ),
+    "rows that are cut": (TEMPLATE.replace("END", "</s>"), CHATS, ["--max-length=4"], ": 3 rows are cut at max-length"),
+    "plain text": (
+        TEMPLATE.replace("END", "moon ."),
+        CHATS,
+        [],
+        "ends an answer by the text 'moon .', which is no token",
+    ),
+    "no end": (TEMPLATE.replace("END", ""), CHATS, [], "writes nothing behind a last answer: the model will not learn"),
+    "the next turn's header": (
+        "{% for m in messages %}{{ '<s>' if m.role == 'user' else '<unk>' }} {{ m.content }} {% endfor %}",
+        CHATS,
+        [],
+        "writes nothing behind a last answer; only <s>, which begins the next turn, ends one",
+    ),
+    "an end that is trained": (TEMPLATE.replace("END", "</s>"), CHATS, [], None),
+    "strings": (TEMPLATE, [{"prompt": "the cat", "completion": " sees"}], [], None),
+}
+
+
+@pytest.mark.parametrize("name", UNLEARNT)
+def test_what_is_not_learnt_is_said(mebp, world, tmp_path, name):
+    template, rows, flags, said = UNLEARNT[name]
+    model = model_directory(tmp_path / "model")
+    word_tokenizer(template).save_pretrained(model)
+    quantize(model, tmp_path / "store", group_size=32)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = train(
+        world, tmp_path, *flags, "--max-steps=1", store=tmp_path / "store", train_file=tmp_path / "rows.jsonl"
+    )
+    code, _, err = mebp(*command)
+    assert code == 0 and not (tmp_path / "run" / STOP).exists()
+    assert said in err if said else "template" not in err and "learn to stop" not in err
+
+
+def test_a_tokenizer_without_an_end(mebp, world, tmp_path):
+    model = model_directory(tmp_path / "model")
+    tokenizer = word_tokenizer(None)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
+    quantize(model, tmp_path / "store", group_size=32)
+    (tmp_path / "rows.jsonl").write_text('{"text": "the cat sees the moon"}\n')
+    code, _, err = mebp(*train(world, tmp_path, store=tmp_path / "store", train_file=tmp_path / "rows.jsonl"))
+    assert code == 0 and "the tokenizer has no end-of-sequence token" in err
