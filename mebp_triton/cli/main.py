@@ -29,6 +29,11 @@ PATH_MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.
 # Address space that importing torch needs, with the stacks of its threads; and what must remain once it is imported.
 LIBRARIES_ADDRESS_SPACE, LEAST_ADDRESS_SPACE = 2 << 30, 64 << 20
 
+WITH_LESS_MEMORY = {
+    "train": "give --memory-budget, a smaller --max-length or --per-device-train-batch-size",
+    "eval": "give a smaller --max-length",
+    "generate": "give a shorter --prompt or a smaller --max-new-tokens",
+}
 HINTS = {"train": "; --resume goes on from the last checkpoint", "tune": "; the same command goes on"}
 
 
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # every failure becomes one line; --debug shows where it came from
         if arguments.debug:
             raise
-        return report(error)
+        return report(error, arguments.command)
 
 
 def _print_any_text() -> None:
@@ -74,8 +79,11 @@ def _print_any_text() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def report(error: Exception) -> int:
-    """Prints one line about ``error``; returns the exit code, 2 for the user's mistake and 1 for any other failure."""
+def report(error: Exception, command: str = "") -> int:
+    """Prints one line about ``error``; returns the exit code, 2 for the user's mistake and 1 for any other failure.
+
+    ``command``: the one that failed; a way out that the line names is a flag of it.
+    """
     from mebp_triton.system.errors import RunError
     from mebp_triton.system.foreign_errors import is_out_of_memory
 
@@ -84,7 +92,7 @@ def report(error: Exception) -> int:
     is_clear = is_users or isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
     line = " ".join(str(error).split())
     if is_out_of_memory(error):
-        is_clear, line = True, "out of memory: give --memory-budget, shorter rows or a smaller batch"
+        is_clear, line = True, f"out of memory: {WITH_LESS_MEMORY.get(command, 'end other programs')}"
     elif not is_clear and not isinstance(error, OSError):
         line = f"{type(error).__name__}: {line}"
     print(f"mebp: error: {line}{'' if is_clear else ' (--debug shows where)'}", file=sys.stderr)

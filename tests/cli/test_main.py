@@ -1,8 +1,10 @@
 """The command as a whole: its exit codes, one line for every failure, signals, and what it asks of the process."""
 
 import contextlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +15,13 @@ from commands import adapter, assert_one_line, evaluate, tell_at_call, train, tu
 
 from mebp_triton.cli import main as main_module
 from mebp_triton.cli.main import main
+from mebp_triton.cli.parser import COMMANDS
 from mebp_triton.convert import quantize
 from mebp_triton.convert.readers.merged_store import MergedStore
 from mebp_triton.system.errors import RunError
 from mebp_triton.training import evaluation
 
-OUT_OF_MEMORY = "mebp: error: out of memory: give --memory-budget, shorter rows or a smaller batch\n"
+OUT_OF_MEMORY = "mebp: error: out of memory: end other programs\n"
 
 
 # --- failures -------------------------------------------------------------------------------------------------------
@@ -66,6 +69,30 @@ def test_an_interrupted_command_says_how_to_go_on(mebp, monkeypatch, arguments, 
 
     monkeypatch.setattr(f"mebp_triton.cli.commands.{arguments[0]}.run", interrupted)
     assert mebp(*arguments) == (130, "", f"mebp: interrupted{hint}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_way_out_is_a_flag_of_the_command(mebp, monkeypatch, command):
+    def fail(arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(f"mebp_triton.cli.commands.{command}.run", fail)
+    given = {"quantize": ["a", "b"], "merge": ["a", "b"], "tune": [], "doctor": [], "demo": []}.get(command, ["a"])
+    given += ["--prompt=a"] if command == "generate" else ["--validation-file=a"] if command == "eval" else []
+    code, out, err = mebp(command, *given)
+    assert (code, out) == (1, "") and "out of memory: " in err
+    flags = re.findall(r"--[a-z-]+", err)
+    assert flags or command not in ("train", "eval", "generate")
+    shown = mebp(command, "--help")[1]
+    assert all(flag in shown for flag in flags)
+
+
+def test_what_standard_output_cannot_encode_is_escaped(monkeypatch):
+    """An answer may be in any language, whatever the locale is."""
+    place = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(place, encoding="ascii", write_through=True))
+    monkeypatch.setattr("mebp_triton.cli.commands.verify.run", lambda arguments: print("é\N{GRINNING FACE}"))
+    assert main(["verify", "store"]) == 0 and place.getvalue() == b"\\xe9\\U0001f600\n"
 
 
 def test_a_mistake_as_json_is_no_json(mebp, tmp_path):

@@ -1,11 +1,18 @@
 """``mebp generate``: the text that transformers would generate, and what is refused."""
 
+import json
+import re
+import shutil
+import signal
+
 import pytest
 import torch
-from commands import adapter, answer, assert_refused
+from commands import adapter, answer, assert_refused, tell_at_call
 from models import decoded_model
-from runs import word_tokenizer
+from runs import CHAT, word_tokenizer
 
+from mebp_triton.cli.commands.generate import generate
+from mebp_triton.cli.streaming import TextStream
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.adapter import save_adapter
 from mebp_triton.models.load import load
@@ -31,12 +38,85 @@ def command(world):
 
 def test_the_likeliest_text(mebp, command, expected):
     assert answer(mebp(*command, "--json")) == {"prompt": "the cat sees", "completion": expected("the cat sees")}
-    code, out, _ = mebp(*command)
-    assert code == 0 and out.split() == f"the cat sees {expected('the cat sees')}".split()
+    code, out, err = mebp(*command)
+    assert (code, out) == (0, expected("the cat sees") + "\n")  # the answer alone: a script may take it as it is
+    assert re.fullmatch(
+        r"6 tokens: the first after \d+\.\d\d s, then \d+\.\d tokens/s; cut off at --max-new-tokens\n", err
+    )
 
 
 def test_a_chat(mebp, command, expected):
     assert answer(mebp(*command, "--chat", "--json"))["completion"] == expected("the cat sees and ")
+    told = [*command, "--chat", "--system=some water ."]
+    assert answer(mebp(*told, "--json"))["completion"] == expected("some water . and the cat sees and ")
+    assert mebp(*told)[1] == expected("some water . and the cat sees and ") + "\n"
+
+
+@pytest.fixture(scope="module")
+def wordy(shared_store):
+    """A store whose model says nothing but words: "some some moon sees sees ." after "the cat sees and"."""
+    return shared_store(seed=2, config={"vocab_size": len(word_tokenizer())})
+
+
+@pytest.fixture(scope="module")
+def loaded(wordy):
+    return load(wordy), word_tokenizer()
+
+
+def templated(loaded, template, prompt="the cat sees", **options):
+    """What ``generate`` makes of a chat under another template, and the parts that it shows."""
+    model, tokenizer = loaded
+    tokenizer.chat_template, shown = template, []
+    return generate(model, tokenizer, prompt, 6, chat=True, show=shown.append, **options), shown
+
+
+def test_an_answer_ends_at_the_text_by_which_the_template_ends_turns(loaded):
+    whole, _ = templated(loaded, CHAT)
+    words = whole.text.split()
+    assert not whole.ended and whole.tokens == 6 and len(words) > 2
+    turn = "{{ m.content }}{{ ' " + words[-2] + "' if m.role == 'assistant' else ' and ' }}"
+    cut, shown = templated(loaded, "{% for m in messages %}" + turn + "{% endfor %}")
+    first = whole.text.partition(words[-2])[0]
+    assert cut.text == "".join(shown) == first and cut.ended and cut.tokens < 6
+    assert "cut off" in whole.describe() and "cut off" not in cut.describe()
+
+
+def test_a_system_message_is_never_left_out(loaded):
+    deaf = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="no place for a system's message: say it in --prompt instead"):
+        templated(loaded, deaf, system="a dog")
+    assert templated(loaded, deaf, prompt="a dog the cat sees")[0].tokens  # the way that it names
+    refusing = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
+    )
+    with pytest.raises(ValueError, match="no system.*leave out --system, and say it in --prompt"):
+        templated(loaded, refusing, system="a dog")
+    assert templated(loaded, refusing)[0].tokens
+
+
+def test_an_empty_answer_has_a_hint(mebp, world, tmp_path):
+    """Models that were trained on chats alone end at once where no turn is opened."""
+    store = shutil.copytree(world / "store", tmp_path / "store")
+    ids = word_tokenizer()("the cat sees", return_tensors="pt").input_ids
+    first = int(decoded_model(store).generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1])
+    (store / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    assert mebp("verify", store, "--accept-changes")[0] == 0
+    code, out, err = mebp("generate", store, "--prompt=the cat sees", "--max-new-tokens=6")
+    assert (code, out) == (0, "\n") and err.startswith("1 tokens: the first after ")
+    assert "--chat puts the prompt into it" in err and "cut off" not in err
+    assert "--chat puts" not in mebp("generate", store, "--prompt=the cat sees", "--chat", "--max-new-tokens=6")[2]
+
+
+def test_a_prompt_that_the_locale_cannot_spell(mebp, command):
+    assert answer(mebp(*command, "--prompt=the cat sees \udcc3\udca9", "--json"))["prompt"] == "the cat sees é"
+    code, out, err = mebp(*command, "--prompt=the cat \udcff")
+    assert code == 2 and not out and "--prompt is not UTF-8" in err and err.count("\n") == 1
+
+
+def test_an_interrupted_text_ends_its_line(mebp, wordy, monkeypatch):
+    tell_at_call(monkeypatch, TextStream, "put", signal.SIGINT, at=4)
+    code, out, err = mebp("generate", wordy, "--prompt=the cat sees and", "--max-new-tokens=6")
+    assert code == 130 and out == "some some\n" and err == "mebp: interrupted\n"
 
 
 def test_samples_depend_on_the_seed_alone(mebp, command):
@@ -85,6 +165,10 @@ MISTAKES = {
     "a seed too large": (lambda w, t: [w / "store", "--prompt=the", f"--seed={1 << 63}"], ["--seed must lie in"]),
     "a negative temperature": (lambda w, t: [w / "store", "--prompt=a", "--temperature=-1"], ["temperature", "-1.0"]),
     "a temperature near 0": (lambda w, t: [w / "store", "--prompt=a", "--temperature=1e-4"], ["temperature", "0.0001"]),
+    "a system's message without a chat": (
+        lambda w, t: [w / "store", "--prompt=the", "--system=a"],
+        ["--system needs --chat"],
+    ),
     "no probability": (lambda w, t: [w / "store", "--prompt=a", "--top-p=0"], ["top_p", "0.0"]),
 }
 
