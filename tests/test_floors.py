@@ -11,7 +11,7 @@ from sources import ROOT, SOURCES, TREES, check, imports, module_name
 # files of lower rooms, and earlier files of its own. docs/architecture.md says what each room knows.
 FLOORS = {
     "kernels": """names layout decode running_softmax split reference configs softmax_tile bitsandbytes accuracy launch
-        quantize tables matmul matmul_dx embedding panel cross_entropy routing ops functions""",
+        quantize rounding tables matmul matmul_dx embedding panel cross_entropy routing ops functions""",
     "autotune": "sass shapes compile cost_model space timing ceilings log rank measure results tune report",
     "layers": "lora_config lora_function int4_module linear shared_input deferred_logits head loss",
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file

@@ -24,9 +24,12 @@ from mebp_triton.store.reader import Store
 from mebp_triton.system.foreign_errors import one_line
 from mebp_triton.system.machine import resolve_device
 from mebp_triton.training.evaluation import Evaluation, evaluate
+from mebp_triton.training.run_directory import run_settings_beside
 
 from .chat_template import use_template_of
 from .console import progress_bar
+
+MEASURED_TOKENS = 2048  # enough to see whether a merge keeps what was learnt
 
 
 def load_tokenizer(directory: Path, adapter_directory: str | Path | None = None) -> Any:
@@ -91,6 +94,28 @@ def load_validation(store: Path, arguments: argparse.Namespace) -> TokenizedData
     return load_data(
         arguments.validation_file, tokenizer, arguments.max_length, name="validation-file", masking=masking
     )
+
+
+def load_run_text(store: Path, adapter_directory: str) -> tuple[str, TokenizedData] | None:
+    """The first rows that an adapter was trained on, at most some thousand tokens, and the name of their file.
+
+    Returns:
+        None where the adapter does not lie in the directory of its run.
+
+    Raises:
+        ValueError: the run's file is not there any more, or cannot be read.
+    """
+    settings = run_settings_beside(Path(adapter_directory))
+    if settings is None:
+        return None
+    data = load_data(
+        settings.train_file,
+        load_tokenizer(store, adapter_directory),
+        settings.max_length,
+        masking=settings.masking(),
+        most_tokens=MEASURED_TOKENS,
+    )
+    return settings.train_file, data
 
 
 def load_for_inference(

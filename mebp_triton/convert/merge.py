@@ -6,7 +6,9 @@ are in memory; for a new store, one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from mebp_triton.convert.writers.model_directory import write_model_directory
 from mebp_triton.kernels.names import Scheme
 from mebp_triton.models.names import persistent_buffers, tensor_shapes
 from mebp_triton.models.skeleton import build_skeleton
-from mebp_triton.store.reader import Store
+from mebp_triton.store.reader import Store, open_store
 from mebp_triton.system import atomic
 
 from .quantize import QuantizeReport, Recipe, write_store
@@ -81,8 +83,9 @@ def merge_to_store(
 ) -> QuantizeReport:
     """Makes a store of a store, with its adapter merged in.
 
-    The matrices that the adapter changes are quantized anew, each in its own scheme and group size unless others are
-    asked for. The rest is taken over bit for bit.
+    A matrix that the adapter changes a little keeps its scales, and its new values are rounded to their levels so that
+    changes smaller than a step are not lost (``kernels.rounding``). Where it changes much, or where another scheme or
+    group size is asked for, it is quantized anew. The rest is taken over bit for bit.
 
     Args:
         store, target, adapter: see ``merge``.
@@ -96,8 +99,72 @@ def merge_to_store(
     atomic.check_absent(Path(target))
     source = MergedStore(store, adapter)
 
-    def form_of(name: str) -> tuple[Scheme, int]:
-        weight = source.store.weight(name)
-        return weight.scheme, weight.group_size
+    # With an adapter in them, the weights are those of no other model.
+    base = source.store.base if adapter is None else None
+    return write_store(source, Path(target), recipe, None, source.store.weight, progress, base)
 
-    return write_store(source, Path(target), recipe, None, form_of, progress)
+
+@dataclass(frozen=True)
+class Attempt:
+    """A merged store in one form.
+
+    Attributes:
+        scheme, group_size: what was asked for the matrices that the adapter changes; None for their own scales.
+        report: see ``merge_to_store``.
+        nbytes: the bytes of all its files.
+        loss: what ``loss_of`` said of it.
+    """
+
+    scheme: Scheme | None
+    group_size: int | None
+    report: QuantizeReport
+    nbytes: int
+    loss: float
+
+
+def merge_to_measured_store(
+    store: Store | Path | str,
+    target: Path | str,
+    adapter: Path | str | None,
+    forms: Sequence[tuple[Scheme | None, int | None]],
+    loss_of: Callable[[Path], float],
+    highest_loss: float,
+    scale_search: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Attempt]:
+    """Makes the store of ``merge_to_store`` in one form after another until the loss of one is low enough.
+
+    Args:
+        forms: scheme and group size of each attempt, the narrowest first.
+        loss_of: measures a store.
+        highest_loss: the loss that is low enough. If none is, the store with the lowest loss is kept.
+        store, target, adapter, scale_search, progress: see ``merge_to_store``.
+
+    Returns:
+        The attempts, the one that ``target`` holds last.
+
+    Raises:
+        ValueError: see ``merge``; nothing is left behind.
+    """
+    opened = open_store(store)
+    attempts: list[Attempt] = []
+    with atomic.atomic_directory(Path(target)) as staging:
+        best = staging / "best"
+        for scheme, group_size in forms:
+            made = staging / "made"
+            report = merge_to_store(opened, made, adapter, scheme, group_size, scale_search, progress)
+            nbytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+            attempt = Attempt(scheme, group_size, report, nbytes, loss_of(made))
+            if not attempts or attempt.loss < attempts[-1].loss:
+                shutil.rmtree(best, ignore_errors=True)
+                made.rename(best)
+                attempts.append(attempt)
+            else:
+                shutil.rmtree(made)
+                attempts.insert(0, attempt)
+            if attempt.loss <= highest_loss:
+                break
+        for path in list(best.iterdir()):
+            path.rename(staging / path.name)
+        best.rmdir()
+    return attempts

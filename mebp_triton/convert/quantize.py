@@ -17,6 +17,7 @@ from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import Scheme
 from mebp_triton.kernels.quantize import check_form, quantize_matrix
 from mebp_triton.kernels.reference import decode
+from mebp_triton.kernels.rounding import round_to_grid
 from mebp_triton.models.kept_float import KeptFloat, kept_float
 from mebp_triton.models.names import persistent_buffers
 from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites, linear_names
@@ -46,6 +47,9 @@ class QuantizeReport:
 
 Form = tuple[Scheme, int]  # scheme and group size
 DEFAULT_FORM: Form = ("symmetric", 64)
+# The part of a change that may lie outside of a grid's levels. A small change of random weights has 1 to 4 % there. A
+# change of many steps has more, needs other scales, and is not undone by the nearest codes.
+MOST_OUTSIDE = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,26 @@ class Recipe:
             DEFAULT_FORM[1] if self.group_size is None else self.group_size,
         )
 
-    def apply(self, value: Tensor | Int4Weight, default: Form) -> tuple[Int4Weight, float]:
+    def apply(self, value: Tensor | Int4Weight, default: Form | Int4Weight) -> tuple[Int4Weight, float]:
         """The int4 weight of a matrix, and its relative error, which is 0 for codes taken over as they were.
 
-        ``default``: the form for what the user did not ask for.
+        ``default``: the form for what the user did not ask for; or a weight whose grid is kept where it will do.
         """
         if isinstance(value, Int4Weight):
-            if self.scheme in (None, value.scheme) and self.group_size in (None, value.group_size):
+            if self._takes(value):
                 return value, 0.0
             value = decode(value, torch.float32)
+        if isinstance(default, Int4Weight):
+            if self._takes(default):
+                rounded = round_to_grid(value, default)
+                if rounded.outside <= MOST_OUTSIDE:
+                    return rounded.weight, rounded.error
+            default = (default.scheme, default.group_size)
         return quantize_matrix(value, self.scheme or default[0], self.group_size or default[1], self.scale_search)
+
+    def _takes(self, weight: Int4Weight) -> bool:
+        """Whether ``weight`` is as the user asked for."""
+        return self.scheme in (None, weight.scheme) and self.group_size in (None, weight.group_size)
 
 
 def quantize(
@@ -117,14 +131,14 @@ def write_store(
     target: Path,
     recipe: Recipe,
     blocks: str | None,
-    form_of: Callable[[str], Form] | None,
+    form_of: Callable[[str], Form | Int4Weight] | None,
     progress: Callable[[int, int], None],
     base: BaseModel | None = None,
 ) -> QuantizeReport:
     """Writes the store of an opened source; see ``quantize``.
 
-    ``form_of`` tells the form that a float matrix gets unless the recipe asks for another, by module. None: the form of
-    the source's own 4-bit matrices. ``base``: see ``StoreWriter``.
+    ``form_of`` tells the form that a float matrix gets unless the recipe asks for another, by module; or the weight
+    whose grid it keeps. None: the form of the source's own 4-bit matrices. ``base``: see ``StoreWriter``.
     """
     model = build_skeleton(opened.config, torch.float32)
     opened.bind(model)
@@ -138,7 +152,7 @@ def write_store(
         first = opened.read(f"{linear[0]}.weight")
         native: Form = (first.scheme, first.group_size) if isinstance(first, Int4Weight) else DEFAULT_FORM
 
-        def form_of(name: str) -> Form:
+        def form_of(name: str) -> Form | Int4Weight:
             return native
 
     job = _Job(opened, recipe, form_of, len(sites), progress)
@@ -169,7 +183,7 @@ class _Job:
         self,
         source: Source,
         recipe: Recipe,
-        form_of: Callable[[str], Form],
+        form_of: Callable[[str], Form | Int4Weight],
         total: int,
         progress: Callable[[int, int], None],
     ) -> None:

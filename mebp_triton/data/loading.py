@@ -24,6 +24,7 @@ def load_data(
     name: str = "train-file",
     masking: Masking | None = None,
     scratch: Path | None = None,
+    most_tokens: int | None = None,
 ) -> TokenizedData:
     """Tokenizes a file, row by row.
 
@@ -37,6 +38,7 @@ def load_data(
         masking: which tokens enter the loss; by default ``Masking()``.
         scratch: a directory for a temporary file that takes the tokens, so that they are no resident memory. It has no
             name, and the system removes it with the process. None keeps them in memory. The rows are the same.
+        most_tokens: the rows after the one that reaches so many tokens are not read; None for all rows.
 
     Raises:
         ValueError: the file cannot be read, is not what its suffix says, or holds nothing to train on.
@@ -44,7 +46,7 @@ def load_data(
     if max_length < 2:
         raise ValueError(f"max-length must be at least 2, since a row's first token is not predicted; got {max_length}")
     path, masking = check_source(path, name), masking or Masking()
-    where, writer = f"{name} {path}", RowWriter(max_length, scratch)
+    where, writer = f"{name} {path}", RowWriter(max_length, scratch, most_tokens)
     try:
         if path.suffix.lower() == ".txt":
             _add_text(path, tokenizer, writer, masking, where)
@@ -66,6 +68,8 @@ def _add_text(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
         with path.open(encoding="utf-8-sig") as file:  # a byte-order mark is not text
             for ids in windows(tokenizer, file.read, writer.max_length):
                 writer.add(ids, b"\1" * len(ids))
+                if writer.full:
+                    break
     except UnicodeError as error:
         raise ValueError(f"{where}: not UTF-8 ({error}); convert the file") from error
     except ValueError as error:
@@ -74,7 +78,7 @@ def _add_text(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
 
 def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter, masking: Masking, where: str) -> None:
     numbered, head = rows(path), opening(tokenizer)
-    while True:
+    while not writer.full:
         try:
             number, row = next(numbered)
         except StopIteration:

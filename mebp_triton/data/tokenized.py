@@ -153,10 +153,11 @@ class RowWriter:
     Args:
         max_length: tokens; longer rows are cut.
         scratch: a directory for a temporary file that takes the arrays; None keeps them in memory.
+        most_tokens: how many tokens make it ``full``; None for no such number.
     """
 
-    def __init__(self, max_length: int, scratch: Path | None = None):
-        self.max_length = max_length
+    def __init__(self, max_length: int, scratch: Path | None = None, most_tokens: int | None = None):
+        self.max_length, self.most_tokens = max_length, most_tokens
         self.ids: array[int] | ScratchArray = array("i") if scratch is None else ScratchArray(scratch, np.int32)
         self.trained: bytearray | ScratchArray = bytearray() if scratch is None else ScratchArray(scratch, np.bool_)
         self.offsets = array("q", [0])
@@ -194,6 +195,11 @@ class RowWriter:
         self.trained.extend(trained[:length])
         self.offsets.append(self.offsets[-1] + length)
         return True
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many tokens as were asked for."""
+        return self.most_tokens is not None and self.offsets[-1] >= self.most_tokens
 
     def finish(self) -> TokenizedData:
         """Returns the rows, without copying them."""

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,23 @@ class RunDirectory:
                     f"for {value!r:.100}, use `mebp eval`"
                 )
         return {name: value for name, value in record.items() if name not in BESIDE_THE_SUMMARY}
+
+
+def run_settings_beside(adapter: Path) -> TrainConfig | None:
+    """The settings of the run that wrote ``adapter``; None where it does not lie in the directory of a run.
+
+    Raises:
+        ValueError: the run's record is damaged.
+    """
+    run = RunDirectory(adapter.resolve().parent, resume=True)
+    for path, key in ((run.record, "settings"), (run.checkpoint / "state.json", "config")):
+        if adapter.resolve() == run.adapter and path.exists():
+            found = strict_json.read_sealed(path).get(key)
+            if not isinstance(found, dict):
+                raise errors.FileError(f"{path} is damaged: it has no {key}")
+            names = {field.name for field in fields(TrainConfig)}
+            return TrainConfig(**{name: value for name, value in found.items() if name in names})
+    return None
 
 
 class OthersRunDirectory(RunDirectory):

@@ -13,6 +13,7 @@ from mebp_triton.cli.starting_adapter import doubt, fill_in
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.adapter import adapter_tensors, load_adapter, read_adapter_config, read_adapter_tensors
 from mebp_triton.models.load import load
+from mebp_triton.store.manifest import BaseModel
 from mebp_triton.store.reader import Store
 from mebp_triton.training.settings import TrainConfig
 
@@ -160,4 +161,8 @@ def test_an_adapter_of_another_base_is_doubted(world, peft_adapter, tmp_path):
         (copied / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
         found = doubt(str(copied), store)
         assert (found is None) == fits, base
+    assert doubt(str(copied), store) is None
+    (copied / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/Small-1.5"}))
+    assert doubt(str(copied), store) is not None
+    store.base = BaseModel("org/Small-1.5", "0123abc")  # a directory in the hub's cache has the commit's name
     assert doubt(str(copied), store) is None

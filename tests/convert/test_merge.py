@@ -16,7 +16,7 @@ from mebp_triton.convert.quantize import quantize
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.lora_config import LoraConfig
-from mebp_triton.models.adapter import load_adapter, read_adapter_config, save_adapter
+from mebp_triton.models.adapter import load_adapter, read_adapter_config, read_adapter_tensors, save_adapter
 from mebp_triton.models.load import load
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.manifest import SHARED, accept_companions
@@ -181,7 +181,7 @@ def test_a_config_of_another_dtype_gives_bfloat16(llama, tmp_path):
 # --- into a store ---------------------------------------------------------------------------------------------------
 
 
-def test_a_merged_store_is_quantized_anew_where_the_adapter_is(llama, tmp_path):
+def test_a_large_change_is_quantized_anew_where_the_adapter_is(llama, tmp_path):
     store, _ = llama
     adapter = adapter_of(store, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     report = merge.merge_to_store(store, tmp_path / "out", adapter)
@@ -200,6 +200,64 @@ def test_a_merged_store_is_quantized_anew_where_the_adapter_is(llama, tmp_path):
             assert all(torch.equal(after.tensors()[part], tensor) for part, tensor in before.tensors().items()), name
     close = relative_rms(logits(load(tmp_path / "out")), logits(with_adapter(store, adapter)))
     assert close < relative_rms(logits(load(store)), logits(with_adapter(store, adapter)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"), [("llama", {}), ("gpt2", {"scheme": "codebook"}), ("qwen2", {"scheme": "affine"})]
+)
+def test_changes_smaller_than_a_step_are_kept(shared_store, tmp_path, architecture, options):
+    """The nearest codes are the old ones nearly everywhere, and would undo the training."""
+    store = shared_store(architecture, config={"hidden_size": 384, "intermediate_size": 384}, **options)
+    model = load(store, LoraConfig(r=2, lora_alpha=2))
+    randomize_adapter(model, 0, 0.01)
+    save_adapter(model, tmp_path / "adapter")
+    report = merge.merge_to_store(store, tmp_path / "out", tmp_path / "adapter")
+    old, new, share = Store(store), Store(tmp_path / "out"), []
+    tensors = read_adapter_tensors(tmp_path / "adapter")
+    for name in report.errors.keys() - set(report.taken_over):
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        found, wanted = decode(new.weight(name)) - decode(old.weight(name)), b @ a
+        share.append(float((found * wanted).sum() / wanted.square().sum()))
+    assert 0.9 < sum(share) / len(share) < 1.1
+
+
+def test_the_form_that_loses_least_is_kept(llama, tmp_path):
+    store, adapter = llama
+    forms, losses = [(None, None), ("affine", 32), ("codebook", 64)], {"symmetric": 3.0, "affine": 1.0, "codebook": 2.0}
+    seen = []
+
+    def loss_of(made):
+        (scheme,) = {info.scheme for name, info in Store(made).matrices.items() if "q_proj" in name}
+        seen.append(scheme)
+        return losses[scheme]
+
+    tried = merge.merge_to_measured_store(store, tmp_path / "out", adapter, forms, loss_of, 0.5)
+    assert seen == ["symmetric", "affine", "codebook"] and sorted(made.loss for made in tried) == [1.0, 2.0, 3.0]
+    assert (tried[-1].scheme, tried[-1].group_size, tried[-1].loss) == ("affine", 32, 1.0)
+    assert tried[-1].nbytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    merge.merge_to_store(store, tmp_path / "direct", adapter, "affine", 32)
+    for path in (tmp_path / "direct").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["direct", "out"], "nothing else is left"
+    seen.clear()
+    tried = merge.merge_to_measured_store(store, tmp_path / "first", adapter, forms, loss_of, 3.0)
+    assert seen == ["symmetric"] and len(tried) == 1, "the first is good enough"
+
+
+def test_a_measurement_that_fails_leaves_nothing(llama, tmp_path):
+    def loss_of(made):
+        raise ValueError("no text")
+
+    with pytest.raises(ValueError, match="no text"):
+        merge.merge_to_measured_store(*llama[:1], tmp_path / "out", llama[1], [(None, None)], loss_of, 0.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_store_is_another_model_than_its_base(llama, tmp_path):
+    store, adapter = llama
+    merge.merge_to_store(store, tmp_path / "out", adapter)
+    merge.merge_to_store(store, tmp_path / "copy")
+    assert Store(tmp_path / "out").base is None and Store(tmp_path / "copy").base == Store(store).base is not None
 
 
 def test_each_matrix_keeps_its_own_form(tmp_path):

@@ -132,3 +132,12 @@ def test_a_full_disk_is_one_line(tokenizer, write, tmp_path, monkeypatch):
     for path in (write("x.jsonl", GOOD), write("x.txt", "The cat")):
         with pytest.raises(ValueError, match="cannot write a scratch file in here: No space left"):
             load_data(path, tokenizer, 40, scratch=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.txt"])
+def test_reading_ends_where_there_are_enough_tokens(tokenizer, write, name):
+    content = [{"text": "The cat"}] * 50 if name.endswith("jsonl") else "The cat\n" * 200
+    path = write(name, content)
+    everything, some = load_data(path, tokenizer, 8), load_data(path, tokenizer, 8, most_tokens=20)
+    assert rows(some) == rows(everything)[: len(some)]
+    assert 20 <= some.report.tokens < 20 + 8 < everything.report.tokens

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mebp_triton.data.tokenized import DataReport
-from mebp_triton.system import atomic, errors, temporaries
+from mebp_triton.system import atomic, errors, strict_json, temporaries
 from mebp_triton.system.memory import MemoryWatch
 from mebp_triton.training.evaluation import Evaluation
-from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory
+from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory, run_settings_beside
 from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 
@@ -276,3 +276,19 @@ def test_finishing_writes_everything_that_a_reader_needs(run):
     assert record["plots"] == ["loss.png", "memory.png", "time_per_block.png"]
     assert all((run.directory / name).read_bytes().startswith(PNG) for name in record["plots"])
     assert not [p for p in run.directory.iterdir() if p.name.startswith(temporaries.TEMPORARY_PREFIX)]
+
+
+@pytest.mark.parametrize(("file", "key"), [("run.json", "settings"), ("checkpoint/state.json", "config")])
+def test_an_adapter_knows_the_settings_of_its_run(tmp_path, file, key):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (tmp_path / "checkpoint").mkdir()
+    assert run_settings_beside(adapter) is None
+    settings = {"train_file": "chats.jsonl", "max_length": 64, "of_another_version": 1}
+    strict_json.write_json(tmp_path / file, strict_json.sealed({key: settings}))
+    found = run_settings_beside(adapter)
+    assert (found.train_file, found.max_length) == ("chats.jsonl", 64)
+    assert run_settings_beside(tmp_path / "elsewhere") is None, "it is not this run's adapter"
+    strict_json.write_json(tmp_path / file, strict_json.sealed({key: 5}))
+    with pytest.raises(errors.FileError, match=f"it has no {key}"):
+        run_settings_beside(adapter)

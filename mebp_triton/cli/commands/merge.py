@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mebp_triton.cli.console import answer, progress_bar, readable, two_columns
+from mebp_triton.cli.console import answer, progress_bar, readable, say, two_columns
 from mebp_triton.cli.flags import add_quantization, add_validation
 from mebp_triton.kernels.names import FLOAT_NAMES
+from mebp_triton.system.units import MIB
 
 if TYPE_CHECKING:
     from mebp_triton.data.tokenized import TokenizedData
     from mebp_triton.store.reader import Store
+
+ENOUGH = 0.9  # the part of what training won that a merge should keep
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +31,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as-store",
         action="store_true",
-        help="make a store: matrices that the adapter changes are quantized again; the next two imply this",
+        help="make a store: matrices that the adapter changes are rounded to their own levels, or, where that loses "
+        "too much, quantized anew; the next two imply this",
     )
     add_quantization(parser)
-    add_validation(parser, required=False, use="show what merging costs: the loss on this text before and after")
+    add_validation(
+        parser,
+        required=False,
+        use="show what merging costs: the loss on this text before and after (--as-store: default the run's)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from mebp_triton.cli.inference import load_validation
-    from mebp_triton.convert.merge import merge, merge_to_store
+    from mebp_triton.convert.merge import merge
+    from mebp_triton.models.adapter import read_adapter_config
     from mebp_triton.store.reader import Store
     from mebp_triton.system import atomic
 
@@ -44,37 +55,140 @@ def run(arguments: argparse.Namespace) -> None:
         )
     store, output = Store(arguments.store), Path(arguments.output)  # refuses what is no store before the text is read
     atomic.check_absent(output)
-    data = load_validation(store.directory, arguments) if arguments.validation_file is not None else None
-    windows = arguments.max_eval_windows
+    if arguments.adapter is not None:
+        read_adapter_config(arguments.adapter)  # its faults show before anything is measured
+    text = _text(store, arguments, as_store)
     value: dict[str, Any] = {"output": arguments.output, "adapter": arguments.adapter}
-    before = _loss(store, arguments.adapter, data, windows, "evaluating the store") if data is not None else None
-    with progress_bar("merging") as update:
-        if as_store:
-            options = arguments.scheme, arguments.group_size, arguments.scale_search
-            report = merge_to_store(store, output, arguments.adapter, *options, update)
-            anew = {name: error for name, error in report.errors.items() if name not in report.taken_over}
-            value |= {"quantized_anew": len(anew), "relative_error_worst": max(anew.values(), default=0.0)}
-        else:
+    if text is not None:
+        value |= text.losses(store, arguments.adapter)
+    if as_store:
+        value |= _into_store(store, output, text, value, arguments)
+    else:
+        with progress_bar("merging") as update:
             value["dtype"] = merge(store, output, arguments.adapter, arguments.dtype, update)
+        if text is not None:
+            value["loss_merged"] = _plain_loss(output, value["dtype"], text)
     value["bytes"] = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    if data is not None:
-        if as_store:
-            after = _loss(output, None, data, windows, "evaluating the merged store")
+    if text is not None and arguments.adapter is not None:
+        value["kept"] = _kept(value)
+        say(_verdict(value, arguments, as_store))
+    rows = value | {"tried": None, "kept": None if value.get("kept") is None else f"{value['kept']:.1%}"}
+    answer(arguments, value, two_columns(arguments.output, readable(rows)))
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a merge is measured on: the windows of a file, and how many of them are evaluated."""
+
+    name: str
+    data: TokenizedData
+    windows: int | None = None
+
+    def loss(self, store: Store | Path, adapter: str | None, task: str, update: Callable[..., None]) -> float:
+        """The loss of a store; ``update`` shows the progress of the ``task``."""
+        from mebp_triton.cli.inference import load_for_inference
+        from mebp_triton.training.evaluation import evaluate
+
+        model = load_for_inference(store, adapter)
+        return evaluate(model, self.data, self.windows, lambda done, total: update(done, total, task=task)).loss
+
+    def losses(self, store: Store, adapter: str | None) -> dict[str, Any]:
+        """The losses before the merge, under the names of the command's answer."""
+        losses: dict[str, Any] = {"measured_on": self.name}
+        with progress_bar("evaluating") as update:
+            if adapter is not None:
+                losses["loss_untrained"] = self.loss(store, None, "evaluating the store", update)
+            losses["loss_with_adapter"] = self.loss(store, adapter, "evaluating it with the adapter", update)
+        return losses
+
+
+def _text(store: Store, arguments: argparse.Namespace, as_store: bool) -> _Text | None:
+    """The text that was given, or, for an adapter that becomes part of a store, the text it was trained on."""
+    from mebp_triton.cli.inference import load_run_text, load_validation
+
+    if arguments.validation_file is not None:
+        data = load_validation(store.directory, arguments)
+        return _Text(arguments.validation_file, data, arguments.max_eval_windows)
+    if not as_store or arguments.adapter is None:
+        return None
+    try:
+        found = load_run_text(store.directory, arguments.adapter)
+        reason = "the adapter lies in no run directory"
+    except ValueError as error:
+        found, reason = None, str(error)
+    if found is None:
+        say(f"the merge is not measured ({reason}): give a text by --validation-file")
+    return None if found is None else _Text(*found)
+
+
+def _into_store(
+    store: Store, output: Path, text: _Text | None, losses: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Makes the store, in wider forms too where none was asked for and a narrow one loses too much."""
+    from mebp_triton.convert.merge import merge_to_measured_store, merge_to_store
+
+    form = arguments.scheme, arguments.group_size
+    value: dict[str, Any] = {}
+    with progress_bar("merging") as update:
+        if text is None:
+            report = merge_to_store(store, output, arguments.adapter, *form, arguments.scale_search, update)
         else:
-            after = _plain_loss(output, value["dtype"], data, windows)
-        value |= {"loss_with_adapter": before, "loss_merged": after}
-    answer(arguments, value, two_columns(arguments.output, readable(value)))
+            forms, highest = [form], math.inf
+            if arguments.adapter is not None and form == (None, None):
+                forms.append(("affine", 32))
+                won = losses["loss_untrained"] - losses["loss_with_adapter"]
+                highest = losses["loss_with_adapter"] + (1 - ENOUGH) * won if won > 0 else math.inf
+            attempts = merge_to_measured_store(
+                store,
+                output,
+                arguments.adapter,
+                forms,
+                lambda made: text.loss(made, None, "evaluating the merged store", update),
+                highest,
+                arguments.scale_search,
+                update,
+            )
+            report = attempts[-1].report
+            value["loss_merged"] = attempts[-1].loss
+            value["tried"] = [
+                {"scheme": made.scheme, "group_size": made.group_size, "bytes": made.nbytes, "loss": made.loss}
+                for made in attempts
+            ]
+    anew = {name: error for name, error in report.errors.items() if name not in report.taken_over}
+    return value | {"quantized_anew": len(anew), "relative_error_worst": max(anew.values(), default=0.0)}
 
 
-def _loss(
-    store: Store | Path, adapter: str | None, data: TokenizedData, windows: int | None, description: str
-) -> float:
-    from mebp_triton.cli.inference import evaluate_with_progress, load_for_inference
-
-    return evaluate_with_progress(load_for_inference(store, adapter), data, windows, description).loss
+def _kept(value: dict[str, Any]) -> float | None:
+    """The part of what training won that the merged model still has; None where training won nothing on this text."""
+    won = value["loss_untrained"] - value["loss_with_adapter"]
+    return (value["loss_untrained"] - value["loss_merged"]) / won if won > 0 else None
 
 
-def _plain_loss(directory: Path, dtype: str, data: TokenizedData, windows: int | None) -> float:
+def _verdict(value: dict[str, Any], arguments: argparse.Namespace, as_store: bool) -> str:
+    """What the merge did to the model, in one line."""
+    measured = (
+        f"loss on {value['measured_on']}: {value['loss_untrained']:.4g} untrained, {value['loss_with_adapter']:.4g} "
+        f"with the adapter, {value['loss_merged']:.4g} merged"
+    )
+    if value["kept"] is None:
+        return f"{measured}; the adapter does not lower it, so give another text by --validation-file"
+    if value["kept"] >= ENOUGH:
+        return f"{measured}: {value['kept']:.1%} of what training won is kept"
+    tried = [
+        f"{made['scheme'] or 'own scheme'}, groups of {made['group_size'] or 'own size'}: "
+        f"{made['bytes'] / MIB:.1f} MiB, loss {made['loss']:.4g}"
+        for made in value.get("tried", [])
+    ]
+    way = f"`mebp merge {arguments.store} OUT --adapter {arguments.adapter}` makes a model directory, which keeps it"
+    if not as_store:
+        way = "--dtype float32 keeps it"
+    elif (arguments.scheme, arguments.group_size) != (None, None):
+        way = f"leave --scheme and --group-size out, or: {way}"
+    lost = f"warning: {1 - value['kept']:.1%} of what training won is lost: {measured}"
+    return f"{lost}{' (tried ' + '; '.join(tried) + ')' if tried else ''}; {way}"
+
+
+def _plain_loss(directory: Path, dtype: str, text: _Text) -> float:
     """The loss by transformers alone, in the dtype that was written. The whole model is in memory."""
     import torch
     import transformers
@@ -87,4 +201,4 @@ def _plain_loss(directory: Path, dtype: str, data: TokenizedData, windows: int |
         directory, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False
     )
     device: Any = torch.device(resolve_device(None))
-    return evaluate(model.to(device), data, windows, score=plain_score).loss
+    return evaluate(model.to(device), text.data, text.windows, score=plain_score).loss

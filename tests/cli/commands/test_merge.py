@@ -1,13 +1,19 @@
 """``mebp merge``: the loss before and after it, and what is refused with one line."""
 
 import json
+import re
+import shlex
+import shutil
 
 import pytest
 from commands import adapter, answer, assert_refused
 from runs import sentences
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mebp_triton.cli.commands import merge as command
 from mebp_triton.store.reader import Store
+from mebp_triton.system import strict_json
 
 
 def validation(world):
@@ -57,6 +63,72 @@ def test_the_validation_file_is_what_eval_takes(world, mebp, tmp_path):
     assert len(set(losses.values())) == 2
 
 
+def test_a_store_is_measured_on_the_text_of_its_run(world, mebp, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "ENOUGH", 0.75)  # rounding costs more in a model as narrow as this one
+    code, out, err = mebp("merge", world / "store", tmp_path / "out", adapter(world), "--as-store", "--json")
+    assert code == 0, err
+    value = json.loads(out)
+    assert value["measured_on"] == str(world / "train.txt") and value["loss_with_adapter"] < value["loss_untrained"]
+    won = value["loss_untrained"] - value["loss_with_adapter"]
+    assert (
+        value["kept"] == pytest.approx((value["loss_untrained"] - value["loss_merged"]) / won) and value["kept"] > 0.75
+    )
+    (tried,) = value["tried"]
+    assert tried["loss"] == value["loss_merged"] and tried["bytes"] == value["bytes"]
+    line = next(line for line in err.splitlines() if line.startswith("loss on"))
+    assert f"{value['loss_merged']:.4g} merged: {value['kept']:.1%} of what training won is kept" in line
+    shown = mebp("merge", world / "store", tmp_path / "table", adapter(world), "--as-store")[1]
+    assert f"{value['kept']:.1%}" in shown and "tried" not in shown
+
+
+def test_a_merge_that_loses_too_much_says_so_and_what_keeps_it(world, mebp, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "ENOUGH", 2.0)  # nothing keeps that much
+    code, out, err = mebp("merge", world / "store", tmp_path / "out", adapter(world), "--as-store", "--json")
+    value = json.loads(out)
+    assert code == 0 and {made["scheme"] for made in value["tried"]} == {None, "affine"}
+    assert value["loss_merged"] == min(made["loss"] for made in value["tried"])
+    (line,) = (line for line in err.splitlines() if line.startswith("warning: "))
+    for made in value["tried"]:
+        assert f"{made['bytes'] / 2**20:.1f} MiB, loss {made['loss']:.4g}" in line
+    way = re.search("`mebp (.*)` makes a model directory, which keeps it", line)
+    arguments = [str(tmp_path / "way") if word == "OUT" else word for word in shlex.split(way[1])]
+    assert mebp(*arguments)[0] == 0
+    monkeypatch.undo()
+    whole = answer(mebp(*arguments[:2], tmp_path / "measured", *arguments[3:], *validation(world)))
+    assert whole["kept"] == pytest.approx(1, abs=1e-3) and "dtype" in whole
+    for flags in (["--scheme=affine", "--as-store"], ["--dtype=float16"]):
+        monkeypatch.setattr(command, "ENOUGH", 2.0)
+        result = mebp("merge", world / "store", tmp_path / flags[0], adapter(world), *flags, *validation(world))
+        advice = "leave --scheme and --group-size out" if "--as-store" in flags else "; --dtype float32 keeps it"
+        assert len(answer(result).get("tried", [0])) == 1 and advice in result[2]
+
+
+def test_where_the_adapter_does_not_help_that_is_said(world, mebp, tmp_path):
+    harmful = shutil.copytree(world / "run" / "adapter", tmp_path / "adapter") / "adapter_model.safetensors"
+    tensors = load_file(harmful)
+    save_file({name: -tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}, harmful)
+    flags = [f"--adapter={harmful.parent}", "--as-store", *validation(world)]
+    result = mebp("merge", world / "store", tmp_path / "out", *flags)
+    value = answer(result)
+    assert value["loss_with_adapter"] > value["loss_untrained"] and value["kept"] is None and len(value["tried"]) == 1
+    assert "the adapter does not lower it, so give another text by --validation-file" in result[2]
+
+
+@pytest.mark.parametrize("what", ["elsewhere", "text gone"])
+def test_a_store_that_cannot_be_measured_says_so(world, mebp, tmp_path, what):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(world / "run" / "adapter", run / "adapter")
+    if what == "text gone":
+        record = strict_json.read_sealed(world / "run" / "run.json")
+        record["settings"]["train_file"] = "gone.txt"
+        strict_json.write_json(run / "run.json", strict_json.sealed(record))
+    code, out, err = mebp("merge", world / "store", tmp_path / "out", f"--adapter={run / 'adapter'}", "--as-store")
+    assert code == 0 and "loss" not in out
+    assert ("lies in no run directory" if what == "elsewhere" else "gone.txt: no such file") in err
+    assert "give a text by --validation-file" in err
+
+
 def test_without_a_text_nothing_is_evaluated(world, mebp, tmp_path):
     code, out, _ = mebp("merge", world / "store", tmp_path / "out")
     assert code == 0 and "float32" in out and "loss" not in out
@@ -69,6 +141,7 @@ def test_without_a_text_nothing_is_evaluated(world, mebp, tmp_path):
         (["--dtype=float16", "--scheme=affine"], "choose one"),
         (["--dtype=float16", "--group-size=32"], "choose one"),
         (["--adapter=nowhere"], "nowhere is not an adapter"),
+        (["--adapter=nowhere", "--as-store"], "nowhere is not an adapter"),
         (["--validation-file=nowhere.txt"], "validation-file nowhere.txt: no such file"),
         (["--max-eval-windows=0"], "--max-eval-windows: must be a whole number of at least 1, got 0"),
         (["--dtype=int4"], "invalid choice"),
