@@ -7,7 +7,7 @@ needs neither a search nor a table.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -15,7 +15,7 @@ from .layout import CHUNK
 from .names import Scheme
 
 Kernel = Literal["matmul", "matmul_dx", "embedding"]
-KERNELS: tuple[Kernel, ...] = ("matmul", "matmul_dx", "embedding")
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 # Kernels with a choice of configurations, which tables hold.
 TUNED: tuple[Kernel, ...] = ("matmul", "matmul_dx")
 

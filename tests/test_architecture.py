@@ -58,6 +58,11 @@ def test_the_picture_shows_the_rooms_in_their_order():
     assert re.findall(r"^  (\w+)  ", picture, re.M) == [*reversed(FLOORS)]
 
 
+def test_the_readme_lists_the_rooms_in_the_same_order():
+    tree = (ROOT / "README.md").read_text().split("## Where things are")[1].split("```")[1]
+    assert [name for name in re.findall(r"^ *(\w+)/ ", tree, re.M) if name in FLOORS] == [*reversed(FLOORS)]
+
+
 def test_every_room_has_its_row():
     rows = re.findall(r"^\| `(\w+)/` \|", PAGE, re.M)
     assert rows == [*FLOORS]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 Residency = Literal["device", "host", "file"]
-RESIDENCIES: tuple[Residency, ...] = ("device", "host", "file")
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
 
 
 def check_residency(name: str, value: str) -> None:

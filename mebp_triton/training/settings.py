@@ -23,8 +23,8 @@ from mebp_triton.system.units import parse_size
 
 from .facts import Facts, check_range, check_type, setting
 from .optimizers.schedules import SchedulerType
+from .optimizers.table import OPTIMIZERS, Optim
 
-Optim = Literal["adamw", "adamw_8bit", "mezo"]
 OnNan = Literal["stop", "skip"]
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -88,7 +88,7 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "decoupled weight decay", least=0)
     max_grad_norm: float = setting(1.0, "clip the gradient's global norm; 0 for no clipping", least=0)
     optim: Optim = setting(
-        "adamw", "adamw; adamw_8bit: moments in 8 bits; mezo: zeroth order, two forward passes", traced=True
+        "adamw", "; ".join(f"{name}: {optimizer.help}" for name, optimizer in OPTIMIZERS.items()), traced=True
     )
     on_nan: OnNan = setting("stop", "what a loss or gradient that is not finite does: stop, or skip", resume="free")
     mezo_epsilon: float = setting(1e-3, "finite-difference step of mezo", above=0)
@@ -198,19 +198,19 @@ class TrainConfig:
                 yield f"{name} compares evaluations during the training: give eval_steps as well"
         if wrong := [name for name in self.reporters() if name not in REPORTERS]:
             yield f"report_to must be none, or of {', '.join(REPORTERS)}, separated by commas, got {wrong[0]!r:.200}"
-        mezo, in_backward = self.optim == "mezo", self.optimizer_in_backward
+        optimizer, in_backward = OPTIMIZERS[self.optim], self.optimizer_in_backward
         if self.lora_alpha == 0:
             yield "lora_alpha must not be 0: nothing would be trained"
-        if self.dtype == "float16" and not mezo:
+        if self.dtype == "float16" and optimizer.gradients:
             yield "dtype 'float16' loses small gradients: train in bfloat16 or float32"
-        if mezo and self.selection_mode != "full":
-            yield f"selection_mode {self.selection_mode!r} needs gradients, and optim 'mezo' makes none"
-        if mezo and in_backward:
-            yield "optimizer_in_backward steps by gradients, and optim 'mezo' makes none: leave one of them out"
-        if mezo and self.on_nan == "skip":
+        if not optimizer.gradients and self.selection_mode != "full":
+            yield f"selection_mode {self.selection_mode!r} needs gradients, and optim {self.optim!r} makes none"
+        if not optimizer.in_backward and in_backward:
+            yield f"optimizer_in_backward does not work with optim {self.optim!r}: leave one of them out"
+        if not optimizer.gradients and self.on_nan == "skip":
             yield (
-                "mezo moves the parameters to and fro before it knows the loss, which rounds them, so it cannot skip a "
-                "step: use on_nan 'stop'"
+                f"optim {self.optim!r} moves the parameters to and fro before it knows the loss, which rounds them, so "
+                "it cannot skip a step: use on_nan 'stop'"
             )
         if in_backward and self.on_nan == "skip":
             yield (

@@ -1,7 +1,6 @@
 """The ways in which a step changes the parameters: after its backward pass, within it, or without one.
 
-``OPTIMIZERS`` has a line for every value of the setting ``optim``. A new optimizer is another line; if it needs other
-passes, it is another ``Update`` as well.
+``UPDATES`` has a line for every value of the setting ``optim``, whose facts are in ``optimizers/table.py``.
 """
 
 from __future__ import annotations
@@ -204,7 +203,7 @@ def adamw(parts: Parts, eight_bit: bool = False) -> Update:
     return kind(parts, eight_bit)
 
 
-OPTIMIZERS: dict[str, Callable[[Parts], Update]] = {
+UPDATES: dict[str, Callable[[Parts], Update]] = {
     "adamw": adamw,
     "adamw_8bit": functools.partial(adamw, eight_bit=True),
     "mezo": ZerothOrder,
@@ -225,4 +224,4 @@ def make_update(
     """
     passes = Passes(model, processes, check_each_loss=settings.optimizer_in_backward)
     parts = Parts(settings, block_groups(model, model.mebp.engine), passes, selection, processes, scratch)
-    return OPTIMIZERS[settings.optim](parts), parts.parameters
+    return UPDATES[settings.optim](parts), parts.parameters

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from typing import get_args
 
 from mebp_triton.blocks import options
 
@@ -13,8 +12,8 @@ def test_reading_them_imports_no_library():
     assert done.stdout.strip() == "[]"
 
 
-def test_tuples_hold_what_the_types_allow():
-    assert get_args(options.Granularity) == options.GRANULARITIES == ("full", "selective")
-    assert get_args(options.Mode) == options.MODES == ("full", "identity", "exact", "freeze")
-    assert get_args(options.Schedule) == options.SCHEDULES == ("cyclic", "strided", "random", "importance")
-    assert get_args(options.UnselectedUpdate) == options.UNSELECTED_UPDATES == ("momentum", "none")
+def test_the_names_in_their_order():
+    assert options.GRANULARITIES == ("full", "selective")
+    assert options.MODES == ("full", "identity", "exact", "freeze")
+    assert options.SCHEDULES == ("cyclic", "strided", "random", "importance")
+    assert options.UNSELECTED_UPDATES == ("momentum", "none")

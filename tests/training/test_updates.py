@@ -1,7 +1,6 @@
 """The ways to take a step: after the backward pass, in it to the same bits, and by zeroth order."""
 
 import math
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,15 +21,9 @@ from runs import (
 from mebp_triton.system.errors import RunError
 from mebp_triton.training.processes import Processes
 from mebp_triton.training.run_directory import RunDirectory
-from mebp_triton.training.settings import Optim
 from mebp_triton.training.trainer import Trainer
-from mebp_triton.training.updates import OPTIMIZERS
 
 ONE_BLOCK = {"max_steps": 2, "selection_mode": "identity", "selected_ratio": 0.34, "unselected_update": "none"}
-
-
-def test_every_value_of_the_setting_has_its_optimizer():
-    assert OPTIMIZERS.keys() == set(get_args(Optim))
 
 
 def test_several_processes_do_not_step_in_the_backward_pass(store, data, tmp_path):

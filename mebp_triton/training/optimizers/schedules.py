@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 SchedulerType = Literal["linear", "cosine", "constant"]
-SCHEDULER_TYPES: tuple[SchedulerType, ...] = ("linear", "cosine", "constant")
+SCHEDULER_TYPES: tuple[SchedulerType, ...] = get_args(SchedulerType)
 
 
 def learning_rate(step: int, peak: float, kind: SchedulerType, warmup_steps: int, total_steps: int) -> float:

@@ -7,9 +7,9 @@ from math import prod
 
 from mebp_triton.blocks.selection import selected_count
 from mebp_triton.layers.int4_module import Int4Module
-from mebp_triton.store.dynamic8 import encoded_bytes
 from mebp_triton.store.manifest import SHARED, block_file
 from mebp_triton.store.table_rows import segment_rows
+from mebp_triton.training.optimizers.table import OPTIMIZERS
 from mebp_triton.training.run_settings import RunSettings
 
 from .inventory import Inventory, nbytes
@@ -62,7 +62,7 @@ class Sizes:
         count: the number of blocks.
         lora: adapter parameters per block, and last those outside of blocks.
         gradients, largest_gradient: of all that one step trains, and of the largest block.
-        moments, largest_moments: optimizer state of all blocks, and of the largest.
+        state, largest_state: optimizer state of all blocks, and of the largest.
         block_inputs, kept_outputs: what waits for the backward pass; ``one_block_input``, ``one_kept_outputs``: the
             largest share of one block.
         blocks, largest_block: weights of all blocks, and of the largest. shared: of the file beside them.
@@ -76,7 +76,7 @@ class Sizes:
         kinds = model.kinds
         self.count = count = len(kinds)
         place = [kinds.index(kind) for kind in kinds]  # of the traced block that stands for each block
-        is_mezo = settings.optim == "mezo"
+        optimizer = OPTIMIZERS[settings.optim]
         selected = count if settings.selection_mode == "full" else selected_count(count, settings.selected_ratio)
         waiting = count if settings.selection_mode in ("full", "exact") else selected
         lora = settings.lora()
@@ -84,11 +84,11 @@ class Sizes:
         for name, info in inventory.matrices.items():
             if name not in model.tables and lora.targets(name):
                 self.lora[_block_of(info.file, count)] += 4 * lora.rank(name) * sum(info.shape)
-        trained = [] if is_mezo else self.lora
+        trained = self.lora if optimizer.gradients else []
         self.gradients = _sum_of_largest(trained[:count], selected) + sum(trained[count:])
         self.largest_gradient = max(trained, default=0)
-        moments = [_moments_bytes(size // 4, settings.optim == "adamw_8bit") for size in trained]
-        self.moments, self.largest_moments = sum(moments), max(moments, default=0)
+        state = [optimizer.state_bytes(size // 4) for size in self.lora]
+        self.state, self.largest_state = sum(state), max(state)
         self.block_inputs = _sum_of_largest([step.block_input[at] for at in place], waiting)
         self.kept_outputs = _sum_of_largest([step.outputs[at] for at in place], waiting)
         self.one_block_input, self.one_kept_outputs = max(step.block_input), max(step.outputs)
@@ -103,18 +103,14 @@ class Sizes:
         tokens = settings.max_length * settings.per_device_train_batch_size
         self.segment, self.gathered = _table_bytes(inventory, model.tables, tokens)
         self.files = {"store": sum(inventory.sizes.values())}
-        if settings.checkpoints == "file" and not is_mezo:
+        if settings.checkpoints == "file" and optimizer.gradients:
             self.files |= {"checkpoints": self.block_inputs, "kept outputs": self.kept_outputs}
-        if settings.optimizer_state == "file" and not is_mezo:
-            self.files["optimizer state"] = self.moments
+        if settings.optimizer_state == "file" and self.state:
+            self.files["optimizer state"] = self.state
 
 
 def _sum_of_largest(sizes: list[int], count: int) -> int:
     return sum(sorted(sizes, reverse=True)[:count])
-
-
-def _moments_bytes(parameters: int, eight_bit: bool) -> int:
-    return 2 * (encoded_bytes(parameters) if eight_bit else 4 * parameters)
 
 
 def _outside(inventory: Inventory, tables: set[str]) -> int:
@@ -157,7 +153,7 @@ def phases_here(sizes: Sizes, step: Traced, settings: RunSettings, kind: str, fr
         "other weights": sizes.shared if settings.weights in here else sizes.outside,
         "float parameters": sizes.floats,
         "LoRA": sum(sizes.lora),
-        "optimizer state": sizes.moments if settings.optimizer_state in here else 0,
+        "optimizer state": sizes.state if settings.optimizer_state in here else 0,
     }
     varying = _varying(sizes, step, settings, on_cpu, here)
     components = {
@@ -172,7 +168,7 @@ def _varying(
     sizes: Sizes, step: Traced, settings: RunSettings, on_cpu: bool, here: tuple[str, ...]
 ) -> dict[str, dict[str, int]]:
     """Bytes per phase of what is not there, or not as large, in the whole step."""
-    is_mezo, in_backward = settings.optim == "mezo", settings.optimizer_in_backward
+    has_backward, in_backward = OPTIMIZERS[settings.optim].gradients, settings.optimizer_in_backward
     weights = idle_weights = sizes.blocks
     segment = gathered = 0
     if settings.weights not in here:
@@ -190,10 +186,10 @@ def _varying(
         last_waiting = all_waiting if step.kept_to_the_end else last_waiting
     gradients = sizes.largest_gradient if in_backward else sizes.gradients
     # Gradients of earlier micro-batches are there from the start; of a single one, the top block's are the first.
-    early = 0 if is_mezo else sizes.largest_gradient
-    if settings.gradient_accumulation_steps > 1 and not is_mezo:
+    early = sizes.largest_gradient
+    if settings.gradient_accumulation_steps > 1:
         early = max(early, sizes.gradients)
-    paged_moments = 0 if settings.optimizer_state in here else sizes.largest_moments
+    paged_state = 0 if settings.optimizer_state in here else sizes.largest_state
     waiting = all_waiting | {"gradients": early}
     computing = {"weights of blocks": weights}
     phases = {
@@ -202,14 +198,14 @@ def _varying(
         "loss": waiting
         | {"weights of blocks": idle_weights, "loss": step.loss, "other weights": max(segment, gathered)},
     }
-    if not is_mezo:
-        stepping = {"optimizer state": paged_moments + step.optimizer if in_backward else 0, "gradients": gradients}
+    if has_backward:
+        stepping = {"optimizer state": paged_state + step.optimizer if in_backward else 0, "gradients": gradients}
         phases["backward of the top block"] = waiting | computing | {"activations": step.backward}
         phases["backward of the lowest block"] = last_waiting | computing | stepping | {"activations": step.backward}
     phases["optimizer step"] = {
         "weights of blocks": idle_weights,
         "activations": step.rest + step.optimizer,
-        "optimizer state": paged_moments,
+        "optimizer state": paged_state,
         "gradients": 0 if in_backward else sizes.gradients,
     }
     return phases
@@ -246,10 +242,10 @@ def phases_beside(sizes: Sizes, settings: RunSettings, framework: int) -> tuple[
             "host": sizes.shared,
             "file": max(sizes.segment, sizes.gathered),
         }[weights],
-        "optimizer state": sizes.moments if settings.optimizer_state == "host" else 0,
+        "optimizer state": sizes.state if settings.optimizer_state == "host" else 0,
         "checkpoints": sizes.block_inputs if settings.checkpoints == "host" else 0,
         "kept outputs": sizes.kept_outputs if settings.checkpoints == "host" else 0,
     }
     if settings.optimizer_state == "file":
-        components["optimizer state"] = sizes.largest_moments
+        components["optimizer state"] = sizes.largest_state
     return (Phase("a step", components),)

@@ -22,6 +22,7 @@ from mebp_triton.system import atomic, machine, memory
 from mebp_triton.system.errors import CannotTrace
 from mebp_triton.system.memory import return_free_memory
 from mebp_triton.system.units import mib, parse_size
+from mebp_triton.training.optimizers.table import OPTIMIZERS
 from mebp_triton.training.run_settings import RunSettings, resolve
 from mebp_triton.training.settings import TRACED_BY, TrainConfig
 
@@ -132,7 +133,7 @@ class Planner:
 
     def default(self, asked: TrainConfig) -> RunSettings:
         """The settings that run without a memory budget: outputs are kept if they take at most half of what is free."""
-        if asked.recompute_granularity is not None or asked.optim == "mezo":
+        if asked.recompute_granularity is not None or not OPTIMIZERS[asked.optim].gradients:
             return resolve(asked)
         selective = resolve(asked, recompute_granularity="selective")
         model, step = self.traced(selective)
@@ -154,7 +155,7 @@ class Planner:
         granularities: list[Granularity] = ["selective", "full"]
         if asked.recompute_granularity is not None:
             granularities = [asked.recompute_granularity]
-        elif asked.optim == "mezo":
+        elif not OPTIMIZERS[asked.optim].gradients:
             granularities = ["full"]
         chunks = [resolved.mlp_chunk_tokens]
         if asked.mlp_chunk_tokens is None and not asked.lora_dropout:  # chunks draw other dropout masks
@@ -215,7 +216,7 @@ class Planner:
             ("--per-device-train-batch-size 1", {"per_device_train_batch_size": 1}),
             (f"--max-length {settings.max_length // 2}", {"max_length": max(settings.max_length // 2, 2)}),
         ]
-        if settings.optim == "mezo" or settings.gradient_accumulation_steps > 1:
+        if not OPTIMIZERS[settings.optim].in_backward or settings.gradient_accumulation_steps > 1:
             del changes[0]
         for flag, change in changes:
             changed = dataclasses.replace(settings, **change)

@@ -29,7 +29,8 @@ from mebp_triton.store.manifest import block_file
 from mebp_triton.store.residency import Residency
 from mebp_triton.store.table_rows import StoredRows
 from mebp_triton.store.waiting import Waiting
-from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups
+from mebp_triton.training.optimizers.adamw import block_groups
+from mebp_triton.training.optimizers.table import OPTIMIZERS
 from mebp_triton.training.run_settings import RunSettings
 
 from .inventory import Inventory, ShapesOnly
@@ -182,7 +183,7 @@ class TracedModel:
 
     def _step(self, granularity: Granularity, checkpoints: Residency) -> Traced:
         """Traces one step. Gradients and what waits are taken off every peak: ``Sizes`` adds those of all blocks."""
-        on_host, is_mezo = self.settings.device == "cpu", self.settings.optim == "mezo"
+        on_host, has_backward = self.settings.device == "cpu", OPTIMIZERS[self.settings.optim].gradients
         stores: dict[Residency, BlockInputStore] = {
             "device": DeviceBlockInputs(),
             "host": HostBlockInputs() if on_host else _Elsewhere(),
@@ -192,7 +193,7 @@ class TracedModel:
         in_memory = checkpoints == "device" or (checkpoints == "host" and on_host)
         engine = BlockEngine(self.stack, block_inputs=waiting, keep_outputs=granularity == "selective")
         gradients = [sum(parameter.nbytes for parameter in engine.trainable(index)) for index in range(self.depth)]
-        all_gradients = 0 if is_mezo else sum(gradients)
+        all_gradients = sum(gradients) if has_backward else 0
         peaks: dict[str, list[int]] = {"forward": [], "backward": []}
         saved_after: list[int] = []  # how many tensors wait after each block's forward pass
 
@@ -209,18 +210,16 @@ class TracedModel:
         groups = block_groups(self.model, engine)
         try:
             live.restart()
-            with torch.no_grad() if is_mezo else nullcontext():
+            with nullcontext() if has_backward else torch.no_grad():
                 output = self.model(**self._batch(), use_cache=False)
             loss = next_peak(0)
-            if not is_mezo:
+            if has_backward:
                 output.loss.backward()
             left = waiting.bytes
             below_blocks = next_peak(all_gradients)
             del output
             rest = live.live - self.base - all_gradients
-            optimizer = (
-                max(parameter.nbytes for group in groups for parameter in group) if is_mezo else self._optimize(groups)
-            )
+            optimizer = self._optimize(groups)
         finally:
             engine.remove()
             for group in groups:
@@ -230,7 +229,7 @@ class TracedModel:
         spans = list(zip(starts, saved_after, strict=False))  # a block below the lowest adapted one saves nothing
         inputs = tuple(waiting.saved[start] if stop > start else 0 for start, stop in spans)
         outputs = tuple(sum(waiting.saved[start + 1 : stop]) for start, stop in spans)
-        backward = 0 if is_mezo else max([*peaks["backward"], below_blocks])
+        backward = max([*peaks["backward"], below_blocks]) if has_backward else 0
         kept_to_the_end = left > inputs[0] + outputs[0]
         return Traced(max(peaks["forward"]), loss, backward, optimizer, rest, inputs, outputs, kept_to_the_end)
 
@@ -245,11 +244,15 @@ class TracedModel:
         return batch
 
     def _optimize(self, groups: list[list[nn.Parameter]]) -> int:
-        """Bytes that clipping and an optimizer step need beyond gradients and moments."""
-        optimizer = BlockAdamW(groups, eight_bit=self.settings.optim == "adamw_8bit")
+        """Bytes that clipping and an optimizer step need beyond gradients and state."""
+        facts, parameters = OPTIMIZERS[self.settings.optim], [parameter for group in groups for parameter in group]
+        if facts.make is None:
+            return max(parameter.nbytes for parameter in parameters)
+        optimizer = facts.make(groups)
         self.live.restart()
         before = self.live.live
-        torch.nn.utils.clip_grad_norm_([parameter for group in groups for parameter in group], 1.0)
+        if facts.gradients:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(selected=None if self.settings.selection_mode == "full" else frozenset())
         return self.live.restart() - before
 
