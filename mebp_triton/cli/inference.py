@@ -26,7 +26,7 @@ from mebp_triton.system.machine import resolve_device
 from mebp_triton.training.evaluation import Evaluation, evaluate
 from mebp_triton.training.run_directory import run_settings_beside
 
-from .chat_template import use_template_of
+from .chat_template import template_of_run, use_template, use_template_of
 from .console import progress_bar
 
 MEASURED_TOKENS = 2048  # enough to see whether a merge keeps what was learnt
@@ -90,7 +90,10 @@ def load_validation(store: Path, arguments: argparse.Namespace) -> TokenizedData
     check_source(arguments.validation_file, "validation-file")
     check_length(store, arguments.max_length)
     masking = Masking(arguments.completion_only_loss, arguments.assistant_only_loss)
-    tokenizer = load_tokenizer(store, arguments.adapter)
+    template = template_of_run(getattr(arguments, "chat_template", None), [])  # a flag of eval alone
+    tokenizer = load_tokenizer(store, None if template else arguments.adapter)
+    if template:
+        use_template(tokenizer, template, f"chat-template {arguments.chat_template}")
     return load_data(
         arguments.validation_file, tokenizer, arguments.max_length, name="validation-file", masking=masking
     )

@@ -43,7 +43,7 @@ class Template:
         if not tokenizer.chat_template:
             raise ValueError(
                 "chat messages, but the tokenizer has no chat template; "
-                "name a file with one by chat_template, or give strings"
+                "name a file with one by chat_template (of train and eval), or give strings"
             )
         arguments = parsed(row, "chat_template_kwargs") or {}
         if not isinstance(arguments, dict):

@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from commands import QUICK, answer, assert_refused, before_step, put, record, tell
+from commands import QUICK, answer, assert_refused, before_step, put, record, tell, without
 from runs import sentences, word_tokenizer
 
 from mebp_triton.cli.chat_template import use_template
@@ -44,13 +44,12 @@ def test_the_adapter_keeps_the_template_and_every_command_takes_it(mebp, world, 
     text = [f"--validation-file={chats / 'chats.json'}", *MASKED]
     found = answer(mebp("eval", world / "store", f"--adapter={adapter}", *text))
     assert found["loss"] == value["loss_after"]
-    plain = answer(mebp(*command(world, chats, tmp_path / "plain")))
-    assert (
-        plain["loss_before"] != value["loss_before"] and not (tmp_path / "plain/adapter/chat_template.jinja").exists()
-    )
+    flag = f"--chat-template={chats / 'template.jinja'}"
+    assert answer(mebp("eval", world / "store", flag, *text))["loss"] == value["loss_before"]
+    assert answer(mebp("eval", world / "store", *text))["loss"] != value["loss_before"]
+    assert not (world / "run/adapter/chat_template.jinja").exists()
     for name, flags in (("model", ["--dtype=float32"]), ("store", ["--as-store"])):
-        merged = answer(mebp("merge", world / "store", tmp_path / name, f"--adapter={adapter}", *flags, *text))
-        assert merged["loss_with_adapter"] == value["loss_after"]
+        answer(mebp("merge", world / "store", tmp_path / name, f"--adapter={adapter}", *flags, "--json"))
         assert load_tokenizer(tmp_path / name).chat_template == TEMPLATE
     assert answer(mebp("verify", tmp_path / "store", "--json"))
     prompts = ["--chat", "--prompt=the cat sees"], ["--prompt=the cat sees . and"]
@@ -63,7 +62,7 @@ def test_the_adapter_keeps_the_template_and_every_command_takes_it(mebp, world, 
 
 def test_a_run_from_the_adapter_takes_it_too(mebp, world, chats, tmp_path, trained):
     value, adapter = trained
-    flags = [f"--adapter={adapter.parent}"]
+    flags = [f"--adapter={adapter.parent}", "--max-steps=1"]
     more = answer(mebp(*command(world, chats, tmp_path / "more", *flags)))
     assert more["loss_before"] == value["loss_after"]
     assert (tmp_path / "more/adapter/chat_template.jinja").read_text() == TEMPLATE
@@ -94,6 +93,16 @@ def test_what_is_no_template_is_refused(mebp, world, chats, tmp_path, content, p
     if content is not None:
         put(tmp_path, "x.jinja", content)
     assert_refused(mebp, command(world, chats, tmp_path / "run", f"--chat-template={tmp_path / 'x.jinja'}"), parts)
+
+
+def test_a_tokenizer_without_a_template_gets_one_as_the_message_says(mebp, world, chats, tmp_path):
+    model = without(world, tmp_path, "chat_template*")
+    store = tmp_path / "store"
+    answer(mebp("quantize", model, store, "--group-size=32", "--json"))
+    text = [f"--validation-file={chats / 'chats.json'}", *MASKED]
+    for given in (["eval", store, *text], ["train", store, *command(world, chats, tmp_path / "run")[2:]]):
+        assert_refused(mebp, given, ["has no chat template; name a file with one by chat_template (of train and eval)"])
+        assert answer(mebp(*given, f"--chat-template={chats / 'template.jinja'}"))
 
 
 def test_a_template_that_wants_other_messages_is_left_to_the_rows():

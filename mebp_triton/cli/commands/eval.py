@@ -11,6 +11,11 @@ from mebp_triton.cli.flags import add_inference, add_validation
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="a store made by mebp quantize")
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a chat template in Jinja for chat messages (default: the adapter's, or the tokenizer's)",
+    )
     add_validation(
         parser, required=True, use="the text: .txt, .jsonl, .json, .csv, .parquet, or a directory of datasets"
     )
