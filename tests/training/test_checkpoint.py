@@ -134,6 +134,7 @@ def test_the_saved_adapter_is_the_checkpoints(straight):
 CHANGES = {
     "train_file": "other.txt",
     "validation_file": "v.txt",
+    "chat_template": "template.jinja",
     "output_dir": "elsewhere",
     "max_steps": 9,
     "num_train_epochs": 2,

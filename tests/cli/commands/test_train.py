@@ -118,7 +118,7 @@ MISTAKES = {
         lambda w, t: train(w, t, f"--validation-file={put(t, 'v.txt', '')}"),
         ["validation-file", "v.txt: nothing to evaluate"],
     ),
-    "an unknown suffix": (lambda w, t: train(w, t, train_file=put(t, "a.csv", "a,b")), ["unknown suffix '.csv'"]),
+    "an unknown suffix": (lambda w, t: train(w, t, train_file=put(t, "a.tsv", "a\tb")), ["unknown suffix '.tsv'"]),
     "broken JSONL": (
         lambda w, t: train(w, t, train_file=put(t, "a.jsonl", '{"text": "the cat"}\n{"text": \n')),
         ["a.jsonl:2: broken JSON"],
