@@ -30,11 +30,21 @@ class RowEnds:
 
 
 def find_row_ends(path: Path, tokenizer: Any) -> RowEnds:
-    """Finds how the rows of a file that ``load_data`` takes end, under the tokenizer's chat template."""
-    turn, eos = find_turn_end(tokenizer), tokenizer.eos_token_id
+    """Finds how the rows of a file that ``load_data`` takes end, under the tokenizer's chat template.
+
+    Raises:
+        ValueError: the rows are chats, and the template leaves answers out.
+    """
+    kind, eos = kind_of_rows(path, tokenizer), tokenizer.eos_token_id
+    try:
+        turn = find_turn_end(tokenizer)
+    except ValueError:
+        if kind == "chat":
+            raise
+        turn = None  # nothing is trained by this template
     ids = {*(turn.tokens + turn.next_tokens if turn else ()), *([] if eos is None else [eos])}
     names = {token: tokenizer.convert_ids_to_tokens(token) for token in ids}
-    return RowEnds(kind_of_rows(path, tokenizer), turn, eos, names)
+    return RowEnds(kind, turn, eos, names)
 
 
 def stop_where_rows_end(model: Any, data: TokenizedData, ends: RowEnds) -> Iterator[str]:

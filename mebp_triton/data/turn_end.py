@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .sources import rows
+from .template import Template
 from .text import encode
 from .tokenized import CHECKSUM_CHUNK, TokenizedData
 
@@ -45,25 +46,24 @@ class TurnEnd:
 
 
 def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd | None:
-    """What the tokenizer's chat template writes behind an answer; None without a template that takes a plain chat."""
+    """What the tokenizer's chat template writes behind an answer; None without a template that takes a plain chat.
+
+    Raises:
+        ValueError: the template leaves answers out.
+    """
     if not tokenizer.chat_template:
         return None
     said = [("user", QUESTION), ("assistant", ANSWER), ("user", NEXT)]
     messages = [{"role": role, "content": content} for role, content in said]
     try:
-        last = _text_behind_answer(tokenizer, messages[:2])
-        between = _text_behind_answer(tokenizer, messages)
-    except Exception:  # a template is a program, and may raise anything; the rows themselves will show it
+        template = Template.of(tokenizer, {})
+        alone, followed = template.render(messages[:2]), template.render(messages)
+    except ValueError:  # it may want other messages than these: the rows themselves will show it
         return None
-    if last is None or between is None:
-        return None
+    if ANSWER not in alone:
+        raise ValueError("the chat template writes nothing of what an answer says; give another by --chat-template")
+    last, between = (text.rpartition(ANSWER)[2] for text in (alone, followed))
     return TurnEnd(_special(tokenizer, last), last.strip(), _special(tokenizer, between.partition(NEXT)[0]))
-
-
-def _text_behind_answer(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str | None:
-    """What a conversation has behind the answer; None where the template leaves the answer out."""
-    text: Any = tokenizer.apply_chat_template(messages, tokenize=False, return_dict=False)
-    return text.rpartition(ANSWER)[2] if ANSWER in text else None
 
 
 def _special(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

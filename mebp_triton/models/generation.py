@@ -26,7 +26,7 @@ def add_stops(model: Any, ids: Iterable[int]) -> None:
     added = [token for token in dict.fromkeys(ids) if token not in stops]
     if added and getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = stops + added
-        model.mebp.stops += added
+        model.mebp.stops = [*model.mebp.stops, *added]  # a new list: copies of the model may share the old one
 
 
 def saved_stops(directory: Path | str) -> list[int]:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import answer, train
+from commands import answer, assert_refused, train
 from models import decoded_model
 from runs import WORDS, model_directory, run_store, word_tokenizer
 
@@ -137,6 +137,18 @@ def test_what_is_not_learnt_is_said(mebp, world, tmp_path, name):
     code, _, err = mebp(*command)
     assert code == 0 and not (tmp_path / "run" / STOP).exists()
     assert said in err if said else "template" not in err and "learn to stop" not in err
+
+
+def test_answers_that_the_template_leaves_out(mebp, world, tmp_path):
+    """Refused; the way that the line names is taken."""
+    model = model_directory(tmp_path / "model")
+    word_tokenizer("{% for m in messages if m.role == 'user' %}{{ m.content }} {% endfor %}").save_pretrained(model)
+    quantize(model, tmp_path / "store", group_size=32)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    command = train(world, tmp_path, "--max-steps=1", store=tmp_path / "store", train_file=tmp_path / "rows.jsonl")
+    assert_refused(mebp, command, ["writes nothing of what an answer says", "--chat-template"], tmp_path)
+    (tmp_path / "other.jinja").write_text(TEMPLATE.replace("END", "</s>"))
+    assert mebp(*command, f"--chat-template={tmp_path / 'other.jinja'}")[0] == 0
 
 
 def test_a_tokenizer_without_an_end(mebp, world, tmp_path):

@@ -57,9 +57,21 @@ def test_what_stands_behind_an_answer(tokenizer):
     assert end_of(tokenizer, TEMPLATES["Command"]).stop([0, end]) == end
 
 
-@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", TURNS + "x{% endfor %}", "{{ 1 / 0 }}"])
-def test_a_template_that_shows_no_answer(tokenizer, template):
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{{ 1 / 0 }}"])
+def test_a_template_that_takes_no_plain_chat(tokenizer, template):
     assert end_of(tokenizer, template) is None
+
+
+def test_a_template_that_leaves_answers_out(tokenizer):
+    with pytest.raises(ValueError, match="writes nothing of what an answer says; give another by --chat-template"):
+        end_of(tokenizer, TURNS + "x{% endfor %}")
+
+
+def test_a_template_of_parts(tokenizer):
+    """Models of images take contents as lists alone."""
+    part = "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    assert end_of(tokenizer, TURNS + part + "<end>\n{% endfor %}") == TurnEnd((end,), "<end>", (end,))
 
 
 ROWS = {

@@ -150,7 +150,6 @@ def generate(
     import torch
 
     from mebp_triton.cli.streaming import TextStream
-    from mebp_triton.data.turn_end import find_turn_end
     from mebp_triton.models.generation import stop_ids
 
     if not 0 <= temperature <= 100 or 0 < temperature < 1e-3:
@@ -161,7 +160,7 @@ def generate(
     encoded = {name: encoded[name].to(model.mebp.device) for name in ("input_ids", "attention_mask")}
     _check_fit(model.config.get_text_config(), encoded["input_ids"], max_new_tokens)
     stops, end_text = stop_ids(model), ""
-    if chat and (turn := find_turn_end(tokenizer)) is not None:
+    if chat and (turn := _turn_end(tokenizer)) is not None:
         stop = turn.stop(stops)
         stops += [stop] if stop is not None and stop not in stops else []
         end_text = turn.text if stop is None else ""
@@ -185,10 +184,21 @@ def generate(
     return Answer(stream.text, len(stream.ids), ended, stream.times[0], stream.times[-1])
 
 
+def _turn_end(tokenizer: Any) -> Any:
+    """The ``TurnEnd`` of the tokenizer's template; None if it cannot be known."""
+    from mebp_triton.data.turn_end import find_turn_end
+
+    try:
+        return find_turn_end(tokenizer)
+    except ValueError:  # earlier answers are left out; the one to be generated needs no template
+        return None
+
+
 def _encode(tokenizer: Any, prompt: str, chat: bool, system: str | None) -> Any:
     """``input_ids`` and ``attention_mask`` of the prompt, ``[1, tokens]`` each."""
     import torch
 
+    from mebp_triton.data.template import Template
     from mebp_triton.data.text import encode, opening, with_opening
     from mebp_triton.system.foreign_errors import one_line
 
@@ -201,9 +211,17 @@ def _encode(tokenizer: Any, prompt: str, chat: bool, system: str | None) -> Any:
     messages.append({"role": "user", "content": prompt})
     way = "generate without --chat" if system is None else "leave out --system, and say it in --prompt"
     with one_line("the chat template refuses the prompt", way):
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, return_dict=False)
-    if system is not None and system.strip() not in text:
+        try:
+            template = Template.of(tokenizer, {})
+            text = template.render(messages, header=True)
+        except ValueError as error:
+            raise error.__cause__ or error from None
+    # Looked for by words that no template can change: it may strip, escape or split what a user says.
+    shown = template.render([{**message, "content": f"the{message['role']}says"} for message in messages], header=True)
+    if system is not None and "thesystemsays" not in shown:
         raise ValueError("the chat template has no place for a system's message: say it in --prompt instead")
+    if "theusersays" not in shown:
+        raise ValueError("the chat template writes nothing of the prompt: generate without --chat")
     ids = torch.tensor([encode(tokenizer, text)])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 

@@ -94,6 +94,15 @@ def test_a_system_message_is_never_left_out(loaded):
     assert templated(loaded, refusing)[0].tokens
 
 
+def test_a_prompt_is_never_left_out(loaded):
+    with pytest.raises(ValueError, match="writes nothing of the prompt: generate without --chat"):
+        templated(loaded, "{% for m in messages %}the cat {% endfor %}")
+    parts = (
+        "{% for m in messages %}{% for p in m.content if p.type == 'text' %}{{ p.text }} and {% endfor %}{% endfor %}"
+    )
+    assert templated(loaded, parts)[0].text == templated(loaded, CHAT)[0].text  # as models of images have it
+
+
 def test_an_empty_answer_has_a_hint(mebp, world, tmp_path):
     """Models that were trained on chats alone end at once where no turn is opened."""
     store = shutil.copytree(world / "store", tmp_path / "store")
