@@ -7,7 +7,12 @@ from commands import answer, assert_refused, train
 from models import decoded_model
 from runs import WORDS, model_directory, run_store, word_tokenizer
 
+from mebp_triton.cli.stops import find_row_ends, stop_where_rows_end
 from mebp_triton.convert.quantize import quantize
+from mebp_triton.data.loading import load_data
+from mebp_triton.data.masking import Masking
+from mebp_triton.models.generation import stop_ids
+from mebp_triton.models.load import load
 
 USER = "{% if message.role != 'assistant' %}{{ message.content }} and {% else %}{{ message.content }}"
 TEMPLATE = "{% for message in messages %}" + USER + " END {% endif %}{% endfor %}"
@@ -88,55 +93,77 @@ def test_a_run_says_where_its_model_stops(mebp, world, chatty, tmp_path):
     assert mebp("merge", place / "store", tmp_path / "plain")[0] == 0 and eos_of(tmp_path / "plain") == 2
 
 
-def test_a_resumed_run_before_its_first_checkpoint(mebp, world, chatty, tmp_path):
-    place, *_ = chatty
-    command = train(world, tmp_path, store=place / "store", train_file=place / "chats.jsonl")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / STOP).write_text("{}")
-    code, _, err = mebp(*command, "--resume")
-    assert code == 0 and "has no checkpoint yet" in err
-
-
-# The template's end, the rows, more flags; and what is said.
+# The template, the rows, further options; and what is said.
 UNLEARNT = {
     "a mark that leaves the end out": (
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %} </s>{% endfor %}",
         CHATS,
-        ["--assistant-only-loss"],
+        {"assistant_only_loss": True},
         "no row trains </s>, which ends an answer, so the model will not learn to stop: 0 rows are cut",
     ),
-    "rows that are cut": (TEMPLATE.replace("END", "</s>"), CHATS, ["--max-length=4"], ": 3 rows are cut at max-length"),
+    "rows that are cut": (TEMPLATE.replace("END", "</s>"), CHATS, {"length": 4}, ": 3 rows are cut at max-length"),
     "plain text": (
         TEMPLATE.replace("END", "moon ."),
         CHATS,
-        [],
+        {},
         "ends an answer by the text 'moon .', which is no token",
     ),
-    "no end": (TEMPLATE.replace("END", ""), CHATS, [], "writes nothing behind a last answer: the model will not learn"),
+    "no end": (TEMPLATE.replace("END", ""), CHATS, {}, "writes nothing behind a last answer: the model will not learn"),
     "the next turn's header": (
         "{% for m in messages %}{{ '<s>' if m.role == 'user' else '<unk>' }} {{ m.content }} {% endfor %}",
         CHATS,
-        [],
+        {},
         "writes nothing behind a last answer; only <s>, which begins the next turn, ends one",
     ),
-    "an end that is trained": (TEMPLATE.replace("END", "</s>"), CHATS, [], None),
-    "strings": (TEMPLATE, [{"prompt": "the cat", "completion": " sees"}], [], None),
+    "an end that is trained": (TEMPLATE.replace("END", "</s>"), CHATS, {}, None),
+    "strings": (TEMPLATE, [{"prompt": "the cat", "completion": " sees"}], {}, None),
 }
 
 
+@pytest.fixture
+def lines_of(shared_store, tmp_path):
+    """What is said of rows under a tokenizer, and where the model then stops."""
+
+    def said(tokenizer, rows, length=24, **masking):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        model = load(shared_store())
+        data = load_data(tmp_path / "rows.jsonl", tokenizer, length, masking=Masking(**masking))
+        lines = list(stop_where_rows_end(model, data, find_row_ends(tmp_path / "rows.jsonl", tokenizer)))
+        return lines, stop_ids(model)
+
+    return said
+
+
 @pytest.mark.parametrize("name", UNLEARNT)
-def test_what_is_not_learnt_is_said(mebp, world, tmp_path, name):
-    template, rows, flags, said = UNLEARNT[name]
-    model = model_directory(tmp_path / "model")
-    word_tokenizer(template).save_pretrained(model)
-    quantize(model, tmp_path / "store", group_size=32)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = train(
-        world, tmp_path, *flags, "--max-steps=1", store=tmp_path / "store", train_file=tmp_path / "rows.jsonl"
-    )
-    code, _, err = mebp(*command)
-    assert code == 0 and not (tmp_path / "run" / STOP).exists()
-    assert said in err if said else "template" not in err and "learn to stop" not in err
+def test_what_is_not_learnt_is_said(lines_of, name):
+    template, rows, options, part = UNLEARNT[name]
+    lines, stops = lines_of(word_tokenizer(template), rows, **options)
+    assert stops == [2]
+    if part is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert part in line and "\n" not in line
+
+
+def test_rows_of_strings_with_the_template_written_out(lines_of):
+    """The turn's end is trained there as well, before EOS."""
+    tokenizer = word_tokenizer(TEMPLATE.replace("END", "moon"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["moon"]})
+    moon = tokenizer.convert_tokens_to_ids("moon")
+    (line,), stops = lines_of(tokenizer, [{"text": "the cat sees moon"}, {"text": "a dog"}])
+    assert stops == [2, moon] and line.startswith(f"1 rows train moon (token {moon}) as an end")
+
+
+def test_an_eos_of_the_tokenizer_alone(lines_of):
+    """The tokenizer closes rows of strings by its own EOS, which the model may not know."""
+    tokenizer = word_tokenizer(None)
+    tokenizer.eos_token = "nothing"
+    (line,), stops = lines_of(tokenizer, [{"text": "the cat sees"}])
+    assert stops == [2, tokenizer.eos_token_id] and "1 rows train nothing" in line
+    tokenizer.eos_token = None
+    (line,), stops = lines_of(tokenizer, [{"text": "the cat sees"}])
+    assert stops == [2] and line.startswith("the tokenizer has no end-of-sequence token")
 
 
 def test_answers_that_the_template_leaves_out(mebp, world, tmp_path):
@@ -149,14 +176,3 @@ def test_answers_that_the_template_leaves_out(mebp, world, tmp_path):
     assert_refused(mebp, command, ["writes nothing of what an answer says", "--chat-template"], tmp_path)
     (tmp_path / "other.jinja").write_text(TEMPLATE.replace("END", "</s>"))
     assert mebp(*command, f"--chat-template={tmp_path / 'other.jinja'}")[0] == 0
-
-
-def test_a_tokenizer_without_an_end(mebp, world, tmp_path):
-    model = model_directory(tmp_path / "model")
-    tokenizer = word_tokenizer(None)
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(model)
-    quantize(model, tmp_path / "store", group_size=32)
-    (tmp_path / "rows.jsonl").write_text('{"text": "the cat sees the moon"}\n')
-    code, _, err = mebp(*train(world, tmp_path, store=tmp_path / "store", train_file=tmp_path / "rows.jsonl"))
-    assert code == 0 and "the tokenizer has no end-of-sequence token" in err

@@ -247,7 +247,12 @@ def test_a_directory_goes_while_it_is_locked(tmp_path, monkeypatch):
 
 def test_what_a_run_leaves_before_its_first_checkpoint(run):
     assert run.is_before_checkpoint()
-    for name in ("metrics.jsonl", "evaluation_before.json", f"{temporaries.TEMPORARY_PREFIX}0-1-x"):
+    for name in (
+        "metrics.jsonl",
+        "evaluation_before.json",
+        "generation_config.json",
+        f"{temporaries.TEMPORARY_PREFIX}0-1-x",
+    ):
         (run.directory / name).touch()
     assert run.is_before_checkpoint()
     run.adapter.mkdir()
