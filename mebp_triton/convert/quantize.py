@@ -173,7 +173,7 @@ def base_model(source: Path) -> BaseModel:
     cached = path.parent.parent.name  # models--ORGANISATION--NAME/snapshots/COMMIT
     if path.is_dir() and path.parent.name == "snapshots" and cached.startswith("models--"):
         return BaseModel(cached.removeprefix("models--").replace("--", "/"), path.name)
-    return BaseModel(str(source.absolute()))
+    return BaseModel(str(path if path.is_dir() else source.parent.resolve() / source.name))
 
 
 class _Job:
