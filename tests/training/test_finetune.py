@@ -243,4 +243,8 @@ def test_a_best_adapter_that_was_not_kept_is_told(store, data, held_out, tmp_pat
     summary = finetune(made, held_out)
     assert summary["best_step"] == 3 and summary["best_adapter"] is None and not made.run.best.exists()
     with pytest.warns(UserWarning, match="the best evaluation so far, after step 3, was not kept"):
-        resumed(store, data, tmp_path / "run", **settings)
+        again = resumed(store, data, tmp_path / "run", **settings)
+    # Somebody may move the directory away while the run goes on.
+    again.position.standing.kept = True
+    again.checkpoint.save(again.position)
+    assert not json.loads((again.run.checkpoint / "state.json").read_text())["standing"]["kept"]
