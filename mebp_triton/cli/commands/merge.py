@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     atomic.check_absent(output)
     if arguments.adapter is not None:
         read_adapter_config(arguments.adapter)  # its faults show before anything is measured
-    text = _text(store, arguments, as_store)
+    text, why_not = _text(store, arguments, as_store)
     value: dict[str, Any] = {"output": arguments.output, "adapter": arguments.adapter}
     if text is not None:
         value |= text.losses(store, arguments.adapter)
@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
     if text is not None and arguments.adapter is not None:
         value["kept"] = _kept(value)
         say(_verdict(value, arguments, as_store))
+    if why_not is not None:
+        say(f"the merge is not measured ({why_not}): give a text by --validation-file")
     rows = value | {"tried": None, "kept": None if value.get("kept") is None else f"{value['kept']:.1%}"}
     answer(arguments, value, two_columns(arguments.output, readable(rows)))
 
@@ -102,23 +104,24 @@ class _Text:
         return losses
 
 
-def _text(store: Store, arguments: argparse.Namespace, as_store: bool) -> _Text | None:
-    """The text that was given, or, for an adapter that becomes part of a store, the text it was trained on."""
+def _text(store: Store, arguments: argparse.Namespace, as_store: bool) -> tuple[_Text | None, str | None]:
+    """The text that was given, or, for an adapter that becomes part of a store, the text it was trained on.
+
+    Returns:
+        The text, and why there is none where the second kind is not at hand.
+    """
     from mebp_triton.cli.inference import load_run_text, load_validation
 
     if arguments.validation_file is not None:
         data = load_validation(store.directory, arguments)
-        return _Text(arguments.validation_file, data, arguments.max_eval_windows)
+        return _Text(arguments.validation_file, data, arguments.max_eval_windows), None
     if not as_store or arguments.adapter is None:
-        return None
+        return None, None
     try:
         found = load_run_text(store.directory, arguments.adapter)
-        reason = "the adapter lies in no run directory"
     except ValueError as error:
-        found, reason = None, str(error)
-    if found is None:
-        say(f"the merge is not measured ({reason}): give a text by --validation-file")
-    return None if found is None else _Text(*found)
+        return None, str(error)
+    return (None, "the adapter lies in no run directory") if found is None else (_Text(*found), None)
 
 
 def _into_store(

@@ -127,6 +127,9 @@ def test_a_store_that_cannot_be_measured_says_so(world, mebp, tmp_path, what):
     assert code == 0 and "loss" not in out
     assert ("lies in no run directory" if what == "elsewhere" else "gone.txt: no such file") in err
     assert "give a text by --validation-file" in err
+    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    flags = [f"--adapter={run / 'adapter'}", "--as-store"]
+    assert_refused(mebp, ["merge", world / "store", tmp_path / "again", *flags], ["adapter_model"], tmp_path)
 
 
 def test_without_a_text_nothing_is_evaluated(world, mebp, tmp_path):
