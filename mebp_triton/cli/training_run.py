@@ -45,6 +45,7 @@ from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory
 from mebp_triton.training.run_settings import RunSettings, resolve
 from mebp_triton.training.settings import TrainConfig
 from mebp_triton.training.trainer import StepResult, Trainer
+from mebp_triton.training.untrained import describe_unreached
 
 
 def train(arguments: argparse.Namespace, processes: Processes) -> tuple[Path, dict[str, Any] | Interrupted]:
@@ -329,6 +330,8 @@ def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any] | 
         summary = finetune(trainer, validation, on_step, on_evaluation, noted, on_evaluated)
     if summary is not None:
         _say_what_was_best(trainer, summary)
+        if unreached := summary["layers_without_gradient"]:
+            say(describe_unreached(unreached, trainer.step))
         return summary
     after = f"interrupted after step {trainer.step} of {trainer.total_steps}"
     return Interrupted(trainer.stopped, f"{after}; --resume goes on from there")

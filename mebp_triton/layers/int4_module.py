@@ -110,8 +110,9 @@ class RowSource(Protocol):
 class AbsentWeight(Tensor):
     """The float weight of an int4 table: a shape, a dtype and a device, and rows that are decoded when they are read.
 
-    ``weight[start:stop]`` returns such rows, which trainers ask for that multiply by a head in slices. Any other
-    computation would need the whole float weight, and raises RuntimeError.
+    ``weight[start:stop]`` returns such rows, which trainers ask for that multiply by a head in slices; ``weight[id]``
+    and ``weight[ids]`` do too, by which Gemma 4 reads the padding token's. Any other computation would need the whole
+    float weight, and raises RuntimeError.
     """
 
     _table: Int4Table
@@ -128,7 +129,14 @@ class AbsentWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func is torch.ops.aten.slice.Tensor:
+        aten = torch.ops.aten
+        if func is aten.select.int and args[1] == 0:
+            return args[0]._table.decoded_rows(torch.arange(args[0].shape[0], device=args[0].device)[args[2]])
+        if func is aten.index.Tensor and len(args[1]) == 1 and args[1][0].dtype in (torch.int32, torch.int64):
+            return args[0]._table.decoded_rows(args[1][0])
+        if func is aten.embedding.default:
+            return args[0]._table.decoded_rows(args[1])
+        if func is aten.slice.Tensor:
             given: list[Any] = [*args, *(None, 0, None, None, 1)[len(args) :]]
             weight, dim, start, stop, step = given
             if dim == 0:
@@ -136,7 +144,7 @@ class AbsentWeight(Tensor):
                 ids = torch.arange(span.start, span.stop, span.step, device=weight.device)
                 return weight._table.decoded_rows(ids)
         raise RuntimeError(
-            f"{func}: an int4 embedding or head has no float weight to compute with, only slices of rows; use "
+            f"{func}: an int4 embedding or head has no float weight to compute with, only rows of it; use "
             f"load(..., head='float'), and for what trains the embedding load(..., head='float', embedding='float')"
         )
 
@@ -145,7 +153,7 @@ class AbsentWeight(Tensor):
 
 
 class Int4Table(Int4Module):
-    """An embedding or a head. Other code asks its ``weight`` only for dtype, device and shape.
+    """An embedding or a head. Other code asks its ``weight`` only for dtype, device, shape and rows.
 
     Attributes:
         rows: where the rows come from; None if the whole table is in place.

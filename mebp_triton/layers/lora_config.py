@@ -24,12 +24,15 @@ class LoraConfig:
         r: the rank, at least 1.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         lora_dropout: the probability of dropout on the input of the LoRA branch, in training mode.
-        target_modules: "all-linear" (every linear layer except the head), a list of names (a module matches if its
-            path is the name or ends with "." + name), or one regular expression that must match the whole path.
+        target_modules: "all-linear" (every linear layer except the head and those in ``unreached``), a list of names (a
+            module matches if its path is the name or ends with "." + name), or one regular expression that must match
+            the whole path.
         exclude_modules: modules left out of that choice, written in the same way.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead (arXiv 2312.03732).
         rank_pattern, alpha_pattern: other values of ``r`` and ``lora_alpha`` by regular expression. An expression must
             match the whole path, or the end of it after a dot; the first one that matches counts.
+        unreached: paths of layers that text never reaches, which "all-linear" leaves out. It is no setting of PEFT's:
+            ``load`` finds them in the model.
 
     Raises:
         ValueError: a value is of the wrong type or out of range.
@@ -43,6 +46,7 @@ class LoraConfig:
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    unreached: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __post_init__(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -81,7 +85,9 @@ class LoraConfig:
         """Whether the linear layer at ``path`` gets an adapter. The head, which never does, is not asked about."""
         if self.exclude_modules and _matches(self.exclude_modules, path):
             return False
-        return self.target_modules == "all-linear" or _matches(self.target_modules, path)
+        if self.target_modules == "all-linear":
+            return path not in self.unreached
+        return _matches(self.target_modules, path)
 
 
 def as_lora_config(config: Any) -> LoraConfig:
@@ -140,7 +146,7 @@ def lora_config_from_file(values: dict[str, Any]) -> LoraConfig:
     for key in ("r", "lora_alpha", "target_modules"):
         if values.get(key) is None:
             raise ValueError(f"it has no {key}")
-    known = {item.name for item in fields(LoraConfig)} | UNSUPPORTED.keys() | WITHOUT_EFFECT
+    known = _settings() | UNSUPPORTED.keys() | WITHOUT_EFFECT
     for key in sorted(values.keys() - known):
         if values[key] not in (None, False, [], {}):
             raise ValueError(f"the adapter uses {key!r:.100}, which is not known here; train it without")
@@ -164,12 +170,16 @@ def lora_config_from_dict(values: dict[str, Any]) -> LoraConfig:
             if key in ("modules_to_save", "trainable_token_indices"):
                 way = "use PEFT's own functions on load(..., head='float', embedding='float')"
             raise ValueError(f"the adapter uses {key}={value!r:.100}, which is not supported; {way}")
-    known = {item.name for item in fields(LoraConfig)}
-    ours = {key: value for key, value in values.items() if key in known and value is not None}
+    ours = {key: value for key, value in values.items() if key in _settings() and value is not None}
     for key in ("target_modules", "exclude_modules"):
         if isinstance(ours.get(key), set | list | tuple):
             ours[key] = tuple(sorted(ours[key], key=str))
     return LoraConfig(**ours)
+
+
+def _settings() -> set[str]:
+    """The names of PEFT's settings that a ``LoraConfig`` has."""
+    return {item.name for item in fields(LoraConfig)} - {"unreached"}
 
 
 def _matches(wanted: str | tuple[str, ...] | list[str], path: str) -> bool:

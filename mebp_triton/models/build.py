@@ -24,9 +24,9 @@ from mebp_triton.layers.loss import OnePassLoss, install_loss
 from mebp_triton.store.reader import Store
 
 from .direct_reads import directly_read
-from .discover import join_shared_inputs
+from .discover import join_shared_inputs, unreached_by_text
 from .names import enumerate_names
-from .skeleton import Int4Site, float32_tensors, int4_sites
+from .skeleton import Int4Site, Stored, float32_tensors, int4_sites, linear_names
 
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -59,6 +59,42 @@ def check_targets(config: LoraConfig, linear: list[str], model: Any) -> None:
         if not any(alone.targets(name) for name in linear):
             kind = type(model).__name__
             raise ValueError(f"target_modules {target!r} matches no linear layer (but the head) of {kind}")
+
+
+def resolve_targets(config: LoraConfig, model: Any, stored: Stored, blocks: str) -> LoraConfig:
+    """Checks the targets of an adapter against a model, and leaves layers out of "all-linear" that text never reaches.
+
+    An adapter that names such layers has them, and a warning says so.
+
+    Args:
+        config: the adapter's settings.
+        model: a skeleton.
+        stored: the store of the model.
+        blocks: the path of the block list in the model.
+
+    Raises:
+        ValueError: see ``check_targets``.
+    """
+    linear = linear_names(int4_sites(model, stored)[0])
+    check_targets(config, linear, model)
+    unreached = unreached_by_text(model.config, blocks, linear)
+    named = [name for name in linear if name in unreached and config.targets(name)]
+    if not named:
+        return config
+    parts = enumerate_names(sorted({".".join(name.split(".")[:2]) for name in named}))
+    if config.target_modules == "all-linear":
+        warnings.warn(
+            f"{len(named)} linear layers that text never reaches get no adapter ({parts}): name them in target_modules "
+            f"to train them on other inputs",
+            stacklevel=3,
+        )
+        return dataclasses.replace(config, unreached=unreached)
+    warnings.warn(
+        f"target_modules names {len(named)} linear layers that text never reaches ({parts}): trained on text, their "
+        f"adapters stay as they are",
+        stacklevel=3,
+    )
+    return config
 
 
 def check_adapter_dtype(dtype: torch.dtype) -> None:

@@ -108,6 +108,8 @@ def check_sizes(where: str, config: PretrainedConfig, shapes: Iterable[tuple[int
 def prepare_config(config: PretrainedConfig, where: str) -> PretrainedConfig:
     """Names the causal language model in ``architectures``, and drops what tells where the config came from.
 
+    Where ``AutoModelForCausalLM`` makes only the language model of a larger one, its config is returned.
+
     Raises:
         ValueError: the config is of another kind of model.
     """
@@ -119,15 +121,35 @@ def prepare_config(config: PretrainedConfig, where: str) -> PretrainedConfig:
             f"{where}: architectures is {declared!r}, wanted a list of class names: correct its config.json"
         )
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    part = _is_part(config, model_class)
     causal = [name for name in declared if name.endswith(("ForCausalLM", "LMHeadModel"))]
+    causal += [name for name in declared if part and name.endswith("ForConditionalGeneration")]
     foreign = declared and not causal and model_class is not None and model_class.__name__ not in declared
     if getattr(config, "is_encoder_decoder", False) or model_class is None or foreign:
         raise ValueError(
-            f"{where}: {', '.join(declared) or config.model_type} is not a decoder-only language model; "
-            f"give one that AutoModelForCausalLM loads"
+            f"{where}: {', '.join(declared) or config.model_type} is not a decoder-only language model: give one whose "
+            f"architecture in config.json is a ...ForCausalLM, such as LlamaForCausalLM"
         )
+    if part:
+        config = _text_config(config)
     config.architectures = [model_class.__name__]
     config.name_or_path = ""
     if hasattr(config, "auto_map"):
         del config.auto_map
     return config
+
+
+def _is_part(config: PretrainedConfig, model_class: Any) -> bool:
+    """Whether ``model_class`` is only the language model of what ``config`` describes, as for Qwen3.5 and Llama 4."""
+    text = getattr(config, "sub_configs", {}).get("text_config")
+    return text is not None and getattr(model_class, "config_class", None) is text
+
+
+def _text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the language model, with what only the whole model's config has of it."""
+    text = config.get_text_config()
+    if (settings := getattr(config, "quantization_config", None)) is not None:
+        text.quantization_config = settings
+    if getattr(text, "dtype", None) is None:
+        text.dtype = getattr(config, "dtype", None)
+    return text

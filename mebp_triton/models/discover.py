@@ -64,6 +64,38 @@ def join_shared_inputs(model: nn.Module, config: Any) -> None:
                 layer.shared_input = shared
 
 
+def unreached_by_text(config: Any, blocks: str, linear: list[str]) -> frozenset[str]:
+    """Finds the linear layers that a model never calls when it is given text alone, by path.
+
+    These are the layers outside of the decoder's blocks, in a tower for images say, and whole blocks. Within a block
+    that runs, what runs may depend on the tokens, as with experts.
+
+    Args:
+        config: the model's config.
+        blocks: the path of the block list in the model.
+        linear: the layers in question.
+    """
+    unit_of = {name: _unit(name, blocks) for name in linear}
+    if all(unit != name for name, unit in unit_of.items()) and config.get_text_config() is config:
+        return frozenset()  # a decoder alone, all of whose layers are in blocks
+    model, called = meta_model(config), set[str]()
+    for unit in set(unit_of.values()):
+        model.get_submodule(unit).register_forward_pre_hook(lambda *_, unit=unit: called.add(unit))
+    try:
+        run_on_meta(model)
+    except ValueError:  # what lies beside the decoder is a tower, in a model that has other inputs than text
+        decoder = blocks.rpartition(".")[0]
+        whole = config.get_text_config() is config
+        called = {unit for unit in unit_of.values() if whole or unit.startswith(f"{decoder}.")}
+    return frozenset(name for name, unit in unit_of.items() if unit not in called)
+
+
+def _unit(name: str, blocks: str) -> str:
+    """The block that the layer ``name`` is in, or the layer itself."""
+    inside = name.startswith(f"{blocks}.")
+    return ".".join(name.split(".")[: blocks.count(".") + 2]) if inside else name
+
+
 MLP_NAMES = frozenset({"mlp", "ffn", "feed_forward"})
 
 

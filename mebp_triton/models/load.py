@@ -28,11 +28,11 @@ from mebp_triton.store.table_rows import StoredRows
 from mebp_triton.store.waiting import Waiting
 from mebp_triton.system.foreign_errors import one_line
 
-from .build import Builder, Numerics, check_adapter_dtype, check_targets
+from .build import Builder, Numerics, check_adapter_dtype, resolve_targets
 from .config import read_store_config
 from .discover import install_mlp_chunks
 from .saving import ignore_in_ddp, install_saving
-from .skeleton import build_skeleton, int4_sites, linear_names
+from .skeleton import build_skeleton
 
 
 @dataclass
@@ -107,7 +107,7 @@ def load(
     path, stack = find_blocks(model, blocks)
     adapters = None if lora is None else as_lora_config(lora)
     if adapters is not None:
-        check_targets(adapters, linear_names(int4_sites(model, opened)[0]), model)
+        adapters = resolve_targets(adapters, model, opened, path)
     builder = Builder(opened, model, adapters, numerics, seed)
     placement = _Placement(opened, path, len(stack), weights, numerics.device)
     builder.fill(placement.place)

@@ -13,6 +13,7 @@ from mebp_triton.system.memory import peak_resident_bytes
 
 from .evaluation import Evaluation, evaluate
 from .trainer import StepResult, Trainer
+from .untrained import untrained
 
 
 def finetune(
@@ -56,6 +57,7 @@ def finetune(
         if after is not None:
             on_evaluated(trainer.step, after, False)
     rows = run.read_metrics()
+    never = untrained(trainer.model, rows)
     tokens = sum(result.tokens for result in results)
     seconds = [result.seconds for result in results]
     on_device = trainer.watch.peak_device_bytes()
@@ -79,6 +81,8 @@ def finetune(
         "tokens_per_second": tokens / train_seconds if results else None,
         "seconds_per_step_median": statistics.median(seconds) if seconds else None,
         "trainable_parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "layers_without_gradient": never.unreached or None,
+        "blocks_never_selected": never.waiting or None,
         "processes": trainer.processes.size,
         "peak_rss_bytes": resident,
         "peak_rss_anonymous_bytes": anonymous,

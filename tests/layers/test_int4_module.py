@@ -61,6 +61,19 @@ def test_rows_that_come_from_elsewhere():
     assert torch.equal(module(ids), whole) and len(asked) == 1 and asked[0] is ids
 
 
+def test_rows_of_an_absent_weight_are_decoded():
+    """Gemma 4 reads that of the padding token; a scale of the embedding's own forward is not applied."""
+    weight, module = make_weight(30, 70), embedding(torch.float32)
+    truth = reference.decode(module.int4(), torch.float32)
+    assert weight.shape == module.weight.shape
+    ids = torch.tensor([[4, 0], [29, 4]])
+    assert torch.equal(module.weight[3, :], truth[3]) and torch.equal(module.weight[-1], truth[-1])
+    assert torch.equal(module.weight[ids], truth[ids])
+    assert torch.equal(nn.functional.embedding(ids, module.weight), truth[ids])
+    with pytest.raises(IndexError):
+        module.weight[30]
+
+
 def test_computing_with_an_absent_weight_is_an_error():
     weight, hidden = embedding().weight, torch.ones(2, 70)
     assert weight.device.type == "cpu" and not weight.requires_grad and weight.ndim == 2 and "30" in repr(weight)

@@ -241,3 +241,14 @@ def test_an_expression_that_looks_odd_does_not_warn():
 def test_an_older_pefts_config_lacks_settings():
     old = SimpleNamespace(peft_type="LORA", r=4, lora_alpha=8, target_modules=["q"])
     assert as_lora_config(old) == LoraConfig(r=4, lora_alpha=8, target_modules=("q",))
+
+
+def test_layers_that_text_never_reaches_are_left_out_of_all_linear_alone():
+    unreached = frozenset({"model.vision.fc1"})
+    assert not LoraConfig(unreached=unreached).targets("model.vision.fc1")
+    assert LoraConfig(unreached=unreached).targets("model.layers.0.fc1")
+    assert LoraConfig(target_modules=["fc1"], unreached=unreached).targets("model.vision.fc1")
+    with pytest.raises(ValueError, match="uses 'unreached', which is not known"):
+        lora_config_from_file(
+            {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["a"], "unreached": ["b"]}
+        )

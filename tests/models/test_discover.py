@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, tiny_config
+from models import ARCHITECTURES, COMPOSITE, tiny_config
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mebp_triton as mebp
 from mebp_triton.blocks.mlp_chunks import ChunkedMLP
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.models import discover
 from mebp_triton.models.discover import find_mlps, install_mlp_chunks, join_shared_inputs, shared_inputs
+from mebp_triton.models.skeleton import int4_sites, linear_names
 
 
 def refuse(_: Any) -> Any:
@@ -147,3 +148,31 @@ def test_a_model_that_cannot_run_without_data_runs_whole(monkeypatch: pytest.Mon
 def test_a_number_of_tokens_that_is_none(tokens: Any) -> None:
     with pytest.raises(ValueError, match="mlp_chunk_tokens must be a whole number of tokens, or 0 for whole MLPs, got"):
         install_mlp_chunks(None, nn.ModuleList(), tokens)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_layers_that_text_never_reaches(runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the code cannot be run, all that lies beside the decoder of a larger model counts."""
+    kind, text, vision = COMPOSITE["gemma3"]
+    composite = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    projected = tiny_config("opt", word_embed_proj_dim=32)
+    if not runs:
+
+        def fails(model: Any) -> None:
+            raise ValueError("it does not run")
+
+        monkeypatch.setattr(discover, "run_on_meta", fails)
+    for config, tower in ((composite, "model.vision_tower."), (projected, None), (tiny_config("llama"), None)):
+        model = discover.meta_model(config)
+        linear = linear_names(int4_sites(model)[0])
+        wanted = {name for name in linear if tower is not None and name.startswith(tower)}
+        assert discover.unreached_by_text(config, find_blocks(model)[0], linear) == wanted
+        assert bool(wanted) == (config is composite)
+
+
+def test_a_decoder_alone_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading takes no longer where there is nothing to find."""
+    monkeypatch.setattr(discover, "meta_model", lambda config: pytest.fail("it was built"))
+    assert (
+        discover.unreached_by_text(tiny_config("llama"), "model.layers", ["model.layers.0.mlp.up_proj"]) == frozenset()
+    )

@@ -108,6 +108,76 @@ SETTINGS["granitemoehybrid"] = (
 SETTINGS["lfm2"] = COMMON | {"layer_types": ["conv", "conv", "conv"]}
 
 
+# Models for text and images, as their checkpoints are: the text model's settings, and those of the tower for images.
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
+QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
+QWEN3_5 = GQA | {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+GEMMA4 = GQA | {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 2,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 97,
+}
+LLAMA4 = GQA | {"intermediate_size_mlp": 80, "num_local_experts": 4, "num_experts_per_tok": 1}
+COMPOSITE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        GQA | {"layer_types": ["sliding_attention"] * 3, "sliding_window": 8},
+        TOWER | {"image_size": 16},
+    ),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration",
+        GEMMA4,
+        TOWER | {"head_dim": 16, "num_key_value_heads": 2, "position_embedding_size": 16},
+    ),
+    "qwen3_5": (
+        "Qwen3_5ForConditionalGeneration",
+        QWEN3_5,
+        QWEN_TOWER | {"out_hidden_size": 48, "num_position_embeddings": 16},
+    ),
+    "llama4": (
+        "Llama4ForConditionalGeneration",
+        LLAMA4,
+        TOWER | {"image_size": 16, "vision_output_dim": 48, "projector_input_dim": 48, "projector_output_dim": 48},
+    ),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        COMMON | {"model_type": "mistral"},
+        TOWER | {"model_type": "pixtral", "image_size": 16, "head_dim": 16},
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        COMMON | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}},
+        QWEN_TOWER | {"out_hidden_size": 48},
+    ),
+}
+SETTINGS |= {"gemma4_text": GEMMA4, "qwen3_5_text": QWEN3_5, "llama4_text": LLAMA4}
+
+
+def save_composite_model(name: str, directory: Path, seed: int = 0) -> Path:
+    """A random model for text and images, as ``save_pretrained`` writes it."""
+    kind, text, vision = COMPOSITE[name]
+    more = {"mm_tokens_per_image": 4} if name == "gemma3" else {"audio_config": None} if name == "gemma4" else {}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, text_config=text, vision_config=vision, **more)
+    model = getattr(transformers, kind)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(directory)
+    return directory
+
+
 def tiny_config(architecture: str, **changes: Any) -> Any:
     return AutoConfig.for_model(architecture, **(SETTINGS[architecture] | changes))
 

@@ -46,7 +46,7 @@ class BitsandbytesDirectory(SafetensorsDirectory):
     def _usable(self, key: str) -> bool:
         return self._entries[key].dtype in FLOATS or self._state(key) is not None
 
-    def _is_part(self, key: str, used: set[str]) -> bool:
+    def _belongs(self, key: str, used: set[str]) -> bool:
         return key in used or any(key.rpartition(f".{part}")[0] in used for part in PARTS)
 
     def _state(self, key: str) -> str | None:

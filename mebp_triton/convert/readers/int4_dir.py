@@ -38,7 +38,7 @@ class Int4Directory(SafetensorsDirectory):
         check_complete(str(self.path), self._scale_keys(key), self._entries)
         return True
 
-    def _is_part(self, key: str, used: set[str]) -> bool:
+    def _belongs(self, key: str, used: set[str]) -> bool:
         owner = key.rpartition(".")[0] + ".weight"
         return key in used or (owner in used and self._is_int4(owner) and key in self._scale_keys(owner))
 

@@ -6,8 +6,10 @@ Opening it checks everything that shows without the weights: the config, the ind
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from mebp_triton.models.names import (
     check_complete,
     check_shape,
     current_names,
+    enumerate_names,
     parameter_aliases,
     persistent_buffers,
     tensor_shapes,
@@ -67,7 +70,11 @@ class SafetensorsDirectory:
         self.path = path
         self.description = f"safetensors directory {path.resolve().name}"
         self._config_json = _config_json(path, self.quant_method)
-        self.config = prepare_config(read_config(path, "compare it with the model's original"), str(path))
+        whole = read_config(path, "compare it with the model's original")
+        self.config = prepare_config(whole, str(path))
+        self._is_part = self.config is not whole  # the language model of a larger one
+        if self._is_part:
+            self._config_json = json.loads(self.config.to_json_string(use_diff=False))
         self._entries = _entries(path)
         check_sizes(str(path), self.config, (entry.shape for entry in self._entries.values()))
         self._keys: dict[str, str] = {}
@@ -97,9 +104,24 @@ class SafetensorsDirectory:
                 raise ValueError(
                     f"{entry.file}: {key} is {entry.dtype}, wanted one of {wanted}: give the unquantised model"
                 )
-        warn_unused(str(self.path), model, (key for key in self._entries if not self._is_part(key, used)))
+        unused = [key for key in self._entries if not self._belongs(key, used)]
+        if self._is_part:
+            self._warn_of_other_parts(model, unused)
+        else:
+            warn_unused(str(self.path), model, unused)
         self._shapes = tensor_shapes(model)
         self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
+
+    def _warn_of_other_parts(self, model: PreTrainedModel, unused: list[str]) -> None:
+        """Says what a checkpoint has beside the language model: towers for images and sound, say."""
+        if unused:
+            size = sum(prod(self._entries[key].shape) for key in unused)
+            parts = sorted({".".join(key.removeprefix("model.").split(".")[:1]) for key in unused})
+            warnings.warn(
+                f"{self.path}: {type(model).__name__} is the language model alone, as AutoModelForCausalLM makes it: "
+                f"{len(unused)} tensors with {size} values are left out ({enumerate_names(parts)})",
+                stacklevel=3,
+            )
 
     def _check_experts(self, wanted: Iterable[str], present: dict[str, str]) -> None:
         """Raises ValueError where a parameter is stored in pieces, which transformers 5 joins while it loads."""
@@ -131,7 +153,7 @@ class SafetensorsDirectory:
             starts = range(0, one.shape[0], step) if one.shape else ()
             return all(torch.equal(first[at : at + step], second[at : at + step]) for at in starts)
 
-    def _is_part(self, key: str, used: set[str]) -> bool:
+    def _belongs(self, key: str, used: set[str]) -> bool:
         """Whether ``key`` is one of ``used``, or a part of one of them."""
         return key in used
 

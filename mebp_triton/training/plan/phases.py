@@ -79,7 +79,7 @@ class Sizes:
         optimizer = OPTIMIZERS[settings.optim]
         selected = count if settings.selection_mode == "full" else selected_count(count, settings.selected_ratio)
         waiting = count if settings.selection_mode in ("full", "exact") else selected
-        lora = settings.lora()
+        lora = model.lora
         self.lora = [0] * (count + 1)
         for name, info in inventory.matrices.items():
             if name not in model.tables and lora.targets(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,9 +22,9 @@ from mebp_triton.kernels.panel import CPU_ELEMENTS, GPU_ELEMENTS, Workspace
 from mebp_triton.kernels.tables import DTYPES as COMPUTE_DTYPES
 from mebp_triton.layers.int4_module import Int4Module, Int4Table
 from mebp_triton.layers.lora_config import LoraConfig
-from mebp_triton.models.build import Builder, Numerics, check_targets
+from mebp_triton.models.build import Builder, Numerics, resolve_targets
 from mebp_triton.models.discover import find_mlps
-from mebp_triton.models.skeleton import build_skeleton, int4_sites, linear_names
+from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.block_inputs import BlockInput, BlockInputStore, DeviceBlockInputs, HostBlockInputs
 from mebp_triton.store.manifest import block_file
 from mebp_triton.store.residency import Residency
@@ -109,6 +110,7 @@ class TracedModel:
     Attributes:
         kinds: what tells the blocks of the whole model apart, one per block.
         depth: how many blocks are traced.
+        lora: the adapter's settings, without layers that text never reaches.
         tables: names of the embedding and the head.
         base: live bytes between steps, before the first one.
 
@@ -122,10 +124,11 @@ class TracedModel:
         self.dtype = COMPUTE_DTYPES[settings.dtype]
         self.model = build_skeleton(copy.deepcopy(config), self.dtype)
         path, stack = find_blocks(self.model)
-        lora = settings.lora()
+        with warnings.catch_warnings():  # ``load`` warns when the run begins
+            warnings.simplefilter("ignore")
+            lora = self.lora = resolve_targets(settings.lora(), self.model, inventory, path)
         self.kinds = _kinds(stack, path, config, lora)
         self.depth = max(min(len(stack), 2), max(self.kinds.index(kind) for kind in set(self.kinds)) + 1)
-        check_targets(lora, linear_names(int4_sites(self.model, inventory)[0]), self.model)
         inventory = inventory.part({block_file(index) for index in range(self.depth, len(stack))})
         del stack[self.depth :]
         self.stack, self.path = stack, path
