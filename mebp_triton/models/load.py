@@ -14,6 +14,7 @@ from mebp_triton.blocks.engine import BlockEngine, watch_training
 from mebp_triton.blocks.options import GRANULARITIES, Granularity
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.routing import resolve_backend
+from mebp_triton.layers.head import Int4Head
 from mebp_triton.layers.int4_module import Int4Module, Int4Table, restore_embedding
 from mebp_triton.layers.lora_config import LoraConfig, as_lora_config
 from mebp_triton.layers.loss import OnePassLoss
@@ -222,7 +223,7 @@ def _adapt_to_trainers(model: Any) -> None:
     tables = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     int4 = [name for name, table in tables.items() if isinstance(table, Int4Table)]
     if int4:
-        model.tie_weights = _tied_already
+        model.tie_weights = functools.partial(_tied_already, model)
         model._resize_token_embeddings = functools.partial(_refuse_other_sizes, tables["embedding"], int4)
     install_saving(model)
     ignore_in_ddp(model)
@@ -248,5 +249,13 @@ def _refuse_other_sizes(
     return embedding
 
 
-def _tied_already(*args: Any, **kwargs: Any) -> None:
-    """Changes nothing: a tied head reads the embedding's rows, and has no parameter. lm-eval asks for it again."""
+def _tied_already(model: Any, *args: Any, **kwargs: Any) -> None:
+    """Changes nothing: a tied head reads the embedding's rows, and has no parameter. lm-eval asks for it again.
+
+    ValueError where the embedding has been replaced since, and the head should follow.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and isinstance(head, Int4Head) and type(embedding) is torch.nn.Embedding:
+        raise ValueError(
+            "an int4 head cannot be tied to another embedding: use load(..., embedding='float'), which ties both"
+        )

@@ -37,7 +37,8 @@ def check_vocabulary(model: Any, data: TokenizedData, what: str) -> None:
     size, highest = model.config.get_text_config().vocab_size, data.highest_id()
     if highest >= size:
         raise ValueError(
-            f"{what} has the token id {highest}, and the model {size} tokens: its tokenizer belongs to another model"
+            f"{what} has the token id {highest}, and the model {size} tokens: its tokenizer belongs to another model, "
+            f"or got new tokens (then resize the float model's embedding, save it, and quantize it again)"
         )
 
 

@@ -59,6 +59,15 @@ def test_a_tied_head_can_be_tied_again(shared_store: Any) -> None:
         before = model(input_ids=ids).logits
         model.tie_weights()
         assert torch.equal(model(input_ids=ids).logits, before)
+    for options in ({}, {"embedding": "float"}):
+        model, other = mebp.load(shared_store("llama"), **options), torch.nn.Embedding(97, 48)
+        model.set_input_embeddings(other)
+        if options:  # the way that the message names
+            model.tie_weights()
+            assert model.get_output_embeddings().weight is other.weight
+        else:
+            with pytest.raises(ValueError, match=r"cannot be tied to another embedding: use load\(.*embedding='float'"):
+                model.tie_weights()
 
 
 def test_it_generates_what_the_decoded_model_does(store: Path, decoded: Any) -> None:
@@ -248,6 +257,16 @@ def test_new_tokens_are_trained_and_saved_as_peft_does(
         expected = ours.eval()(input_ids=examples["input_ids"]).logits
         assert expected.shape[-1] == 100
         assert torch.allclose(again.eval()(input_ids=examples["input_ids"]).logits, expected, atol=1e-5)
+
+
+def test_lora_on_int4_tables_is_that_of_peft(shared_store: Any) -> None:
+    gradients = []
+    for model in (mebp.load(shared_store("llama")), decoded_model(shared_store("llama"))):
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"]))
+        randomize_adapter(wrapped)
+        wrapped(**batch(), use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad})
+    assert_same(*gradients, tolerance=1e-5)
 
 
 def test_an_int4_table_keeps_its_size(store: Path) -> None:
