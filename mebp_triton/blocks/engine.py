@@ -30,6 +30,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -124,7 +125,7 @@ class BlockEngine(BlockRunner):
         return any(map(_requires_grad, leaves)) or any(self.trainable(index) for index in range(len(self.blocks)))
 
     def run_forward(self, index: int, forward: Callable[[], T]) -> T:
-        with self.pages[index]:
+        with self.pages[index], _uncompiled():
             if index + 1 < len(self.blocks):
                 self.pages[index + 1].prefetch()
             output = self.recomputes[index].call(forward)
@@ -133,7 +134,7 @@ class BlockEngine(BlockRunner):
         return output
 
     def run_backward(self, index: int, backward: Callable[[], T], continues: bool) -> T:
-        with self.pages[index]:
+        with self.pages[index], _uncompiled():
             # Next comes the nearest lower block that is read; after the last one, block 0 in the next step.
             below = reversed(range(index)) if continues else ()
             self.pages[next((lower for lower in below if self.treatment(lower) != "identity"), 0)].prefetch()
@@ -146,6 +147,14 @@ class BlockEngine(BlockRunner):
         if index in self._unchecked:
             self._unchecked.remove(index)
             leaks.check_modules(index, self.blocks)
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """While active, parts of a block that were compiled run as they are.
+
+    A compiler would keep what the layers' tapes and hooks were when it traced them, and gradients would be missing.
+    """
+    return torch.compiler.set_stance("force_eager")
 
 
 def _requires_grad(leaf: Any) -> bool:

@@ -430,3 +430,14 @@ def test_a_compiled_model_computes_the_same(shared_store: Any) -> None:
             assert_same(our_gradients(twin), our_gradients(model))
     torch._dynamo.reset()
     assert len([one for one in caught if "torch.compile leaves the blocks of this model as they are" in str(one)]) == 1
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_compiled_parts_of_blocks_run_as_they_are(llama: Any, granularity: Any) -> None:
+    """A compiler does not see that a recompute puts other hooks and tapes on the layers than the forward pass did."""
+    model, twin = (loaded(llama, recompute_granularity=granularity).train() for _ in range(2))
+    for block in twin.model.layers:
+        block.mlp.compile(backend="aot_eager")
+        block.self_attn.compile(backend="aot_eager")
+    for length in (9, 12):
+        assert_same(step(twin, **batch(1, length, None)), step(model, **batch(1, length, None)))
