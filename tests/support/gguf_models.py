@@ -82,6 +82,15 @@ MAMBA = (
     | {"ssm_a": (2 * HIDDEN, 16), "ssm_d": (2 * HIDDEN,), "ssm_out.weight": (HIDDEN, 2 * HIDDEN)}
 )
 
+CONVOLUTION = {"conv.weight": (HIDDEN, 3), "in_proj.weight": (3 * HIDDEN, HIDDEN), "out_proj.weight": (HIDDEN, HIDDEN)}
+LFM2 = (
+    {"token_embd.weight": (VOCAB, HIDDEN)}
+    | norm("token_embd_norm")
+    | {f"blk.0.shortconv.{name}": shape for name, shape in CONVOLUTION.items()}
+    | {f"blk.0.{name}": shape for name, shape in (NORMS | mlp()).items()}
+    | {f"blk.1.{name}": shape for name, shape in (NORMS | attention() | HEAD_NORMS | mlp()).items()}
+)
+
 MODELS: dict[str, Tensors] = {
     "llama": model(NORMS | attention() | mlp()),
     "qwen2": model(NORMS | attention("q") | mlp()),
@@ -116,6 +125,14 @@ MODELS: dict[str, Tensors] = {
     "bloom": model(FUSED, bias=True) | norm("token_embd_norm", True),
     "gpt2": model(FUSED, bias=True) | {"position_embd.weight": (CONTEXT, HIDDEN)},
     "mamba": model(MAMBA),
+    "lfm2": LFM2,
+    "minimax-m2": model(
+        NORMS
+        | attention()
+        | {"attn_q_norm.weight": (QUERIES,), "attn_k_norm.weight": (KEYS,)}
+        | experts()
+        | {"exp_probs_b.bias": (EXPERTS,)}
+    ),
 }
 LAYER_NORM = {"starcoder2", "stablelm", "nemotron", "falcon", "bloom", "gpt2"}
 
@@ -137,6 +154,11 @@ def keys_of(arch: str) -> Keys:
         keys["attention.sliding_window_pattern"] = 2
     if arch in ("qwen2moe", "qwen3moe"):
         keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
+    if arch == "lfm2":
+        keys |= {"attention.head_count_kv": [0, KV_HEADS], "shortconv.l_cache": 3}
+    if arch == "minimax-m2":
+        keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_gating_func": 2}
+        keys |= {"expert_feed_forward_length": EXPERT_FFN, "feed_forward_length": EXPERT_FFN}
     if arch == "qwen2moe":
         keys |= {"expert_shared_feed_forward_length": SHARED_FFN}
     if arch == "mamba":
@@ -227,7 +249,7 @@ def variants(arch: str) -> dict[str, tuple[Keys, dict[str, Any]]]:
 
 
 def many_keys(arch: str) -> dict[str, Any]:
-    if "blk.0.attn_k.weight" not in MODELS[arch]:
+    if "blk.0.attn_k.weight" not in MODELS[arch] or arch == "minimax-m2":
         return {}
     shapes = {"attn_k.weight": (QUERIES, HIDDEN), "attn_v.weight": (QUERIES, HIDDEN)}
     biases = {"attn_k.bias": (QUERIES,), "attn_v.bias": (QUERIES,)}
@@ -336,7 +358,7 @@ def values_of(name: str, shape: tuple[int, ...], random: np.random.Generator) ->
         return 1 + 0.2 * values
     if len(shape) == 1:
         return 0.2 * values
-    if "embd" in name or name == "output.weight":
+    if ("embd" in name and "norm" not in name) or name == "output.weight":
         return 0.05 * values
     return values * np.float32(1.5 / np.sqrt(shape[-1]))
 
@@ -345,7 +367,8 @@ def write_variant(path: Path, arch: str, variant: str) -> Path:
     """Writes one file; the weights that it shares with the plain one are the same."""
     changed_keys, changed_tensors = variants(arch)[variant]
     writer = gguf.GGUFWriter(path, arch)
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add: dict[type, Any] = {list: writer.add_array, bool: writer.add_bool, int: writer.add_uint32}
+    add |= {float: writer.add_float32, str: writer.add_string}
     for key, value in (keys_of(arch) | changed_keys).items():
         if value is not None:
             add[type(value)](f"{arch}.{key}", value)

@@ -10,7 +10,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from transformers import __version__
+
 from .gguf_keys import (
+    NOT_HERE,
     Architecture,
     Only,
     Rule,
@@ -110,6 +113,24 @@ def _cap(value: Any) -> float | None:
     return float(value) or None
 
 
+def _key_heads(settings: Settings) -> list[int]:
+    heads = settings["_key_heads"]
+    heads = heads if isinstance(heads, list) else [heads] * settings["num_hidden_layers"]
+    if len(heads) != settings["num_hidden_layers"] or len({*heads} - {0}) != 1:
+        raise ValueError(f"lfm2.attention.head_count_kv is {heads!r:.100}, {NOT_HERE}")
+    return heads
+
+
+def _lfm2_layers(settings: Settings) -> list[str]:
+    return ["full_attention" if heads else "conv" for heads in _key_heads(settings)]
+
+
+def _sigmoid(value: Any) -> str:
+    if value != 2:
+        raise ValueError("wanted 2, the sigmoid")
+    return "sigmoid"
+
+
 def _one_key_head(value: Any) -> int:
     if value != 1:
         raise ValueError("only with one key head is the fused matrix ordered by queries, keys, values")
@@ -156,7 +177,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         LLAMA
         | {
             "attention.sliding_window": Set("sliding_window", 4096),
-            "attention.sliding_window_pattern": Set("sliding_window_pattern", 2, _period),
+            "attention.sliding_window_pattern": Set("sliding_window_pattern", 2, _period, each_layer=True),
             "attention.scale": one_of(0),
             "attn_logit_softcapping": Set("attn_logit_softcapping", 50.0, _cap),
             "final_logit_softcapping": Set("final_logit_softcapping", 30.0, _cap),
@@ -169,7 +190,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         LLAMA
         | {
             "attention.sliding_window": Set("sliding_window", 0),
-            "attention.sliding_window_pattern": Set("sliding_window_pattern", 6, _period),
+            "attention.sliding_window_pattern": Set("sliding_window_pattern", 6, _period, each_layer=True),
             "attention.scale": one_of(0),
             "final_logit_softcapping": Set("final_logit_softcapping", None, _cap),
         },
@@ -207,6 +228,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "nemotron",
         SHAPE | HEAD_OF_ANY_WIDTH | {"attention.layer_norm_epsilon": Set("norm_eps")} | NEUTRAL,
         rope="partial",
+        scaled=int(__version__.partition(".")[0]) > 4,  # transformers 4 has a setting for it, and leaves it out
         tensors={"attention_bias": "attn_output.bias", "mlp_bias": "ffn_up.bias"},
     ),
     "falcon": Architecture(
@@ -270,5 +292,29 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope=None,
         fixed={"use_bias": False, "use_conv_bias": True},
         derived={"expand": lambda s: s["intermediate_size"] // s["hidden_size"]},
+    ),
+    "lfm2": Architecture(
+        "lfm2",
+        LLAMA
+        | {
+            "attention.key_length": HEAD_OF_ONE_WIDTH["attention.key_length"],
+            # No key heads: a convolution in place of attention.
+            "attention.head_count_kv": Set("_key_heads", each_layer=True),
+            "attention.layer_norm_rms_epsilon": Set("norm_eps"),
+            "shortconv.l_cache": Set("conv_L_cache"),
+        },
+        fixed={"conv_bias": False, "block_auto_adjust_ff_dim": False},
+        derived={"num_key_value_heads": lambda s: max(_key_heads(s)), "layer_types": _lfm2_layers},
+    ),
+    "minimax-m2": Architecture(
+        "minimax_m2",
+        LLAMA
+        | MIXTURE
+        | {
+            "expert_count": Set("num_local_experts"),
+            "expert_feed_forward_length": equal("intermediate_size"),
+            "expert_gating_func": Set("scoring_func", read=_sigmoid),
+        },
+        rope="partial",
     ),
 }

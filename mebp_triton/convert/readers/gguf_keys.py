@@ -26,11 +26,13 @@ class Set:
     Attributes:
         absent: the setting of a file without the key, or a function of the settings so far; ``REQUIRED`` refuses it.
         read: makes the setting of the value.
+        each_layer: whether the value may be a list with a number for each layer.
     """
 
     name: str
     absent: Any = REQUIRED
     read: Callable[[Any], Any] = lambda value: value
+    each_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Architecture:
         scaled: whether transformers has linear scaling and YaRN for it.
         fixed: settings that are the same in every file.
         tensors: settings that are true where there is a tensor ``blk.0.NAME``; with a ``!`` before NAME, where not.
-        derived: settings that follow from the others, in order.
+        derived: settings that follow from the others, in order. Settings that begin with ``_`` are for these alone.
     """
 
     model_type: str
@@ -163,11 +165,11 @@ def settings_of(
         )
     for name, derive in known.derived.items():
         settings[name] = derive(settings)
-    return settings
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
 
 
 def _apply(rule: Rule, key: str, value: Any, settings: Settings, path: str) -> None:
-    if isinstance(value, list) and value and not key.endswith("sliding_window_pattern"):
+    if isinstance(value, list) and value and not (isinstance(rule, Set) and rule.each_layer):
         if any(item != value[0] for item in value):
             raise ValueError(f"{path}: {key} differs between layers, {NOT_HERE}")
         value = value[0]

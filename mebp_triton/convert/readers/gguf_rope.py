@@ -59,16 +59,17 @@ def rope_settings(
     elif rotated != head:
         raise ValueError(f"rope.dimension_count is {rotated}, wanted {head}; give the model as safetensors")
     _set_local(known, stated, settings, result)
-    scaling = _from_keys(stated, settings)
-    if known.rope == "local" and stated.get("rope.scaling.attn_factor", 1.0) != 1.0:  # meant for all layers
-        raise ValueError(f"rope.scaling.attn_factor is {stated['rope.scaling.attn_factor']}, {NOT_HERE}")
     shape = (rotated // 2,)
     for name, values in factors.items():
         if values.shape != shape:
             raise ValueError(f"{name} has shape {values.shape}, wanted {shape}; give the model as safetensors")
     if LONG in factors or SHORT in factors or stated.get("rope.scaling.type") == "longrope":
-        scaling = _longrope(stated, settings, factors)
-    elif FREQS in factors:
+        result["rope_scaling"] = _longrope(stated, settings, factors)
+        return result
+    if known.rope == "local" and stated.get("rope.scaling.attn_factor", 1.0) != 1.0:  # meant for all layers
+        raise ValueError(f"rope.scaling.attn_factor is {stated['rope.scaling.attn_factor']}, {NOT_HERE}")
+    scaling = _from_keys(stated, settings)
+    if FREQS in factors:
         found = from_factors(factors[FREQS].astype(np.float64), result["rope_theta"])
         if scaling and found:
             raise ValueError(f"{FREQS} stands beside rope.scaling.type {scaling['rope_type']}, {NOT_HERE}")
@@ -95,12 +96,10 @@ def _from_keys(stated: dict[str, Any], settings: Settings) -> Settings | None:
     kind = stated.get("rope.scaling.type", "linear")
     factor = float(stated.get("rope.scaling.factor", stated.get("rope.scale_linear", 0.0))) or 1.0
     attention = float(stated.get("rope.scaling.attn_factor", 1.0))
-    if kind not in ("none", "linear", "yarn", "longrope"):
+    if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"rope.scaling.type is {kind!r:.100}, {NOT_HERE}")
     if not 0 < factor < math.inf:
         raise ValueError(f"rope.scaling.factor is {factor}; {DOWNLOAD}")
-    if kind == "longrope":
-        return None
     for key, neutral in YARN.items():
         if float(stated.get(key, neutral)) not in (neutral, -1.0):  # llama.cpp itself reads them for few architectures
             raise ValueError(f"{key} is {stated[key]}, wanted {neutral}; give the model as safetensors")
@@ -123,7 +122,9 @@ def _from_keys(stated: dict[str, Any], settings: Settings) -> Settings | None:
 def _longrope(stated: dict[str, Any], settings: Settings, factors: dict[str, np.ndarray]) -> Settings:
     for name in (LONG, SHORT):
         if name not in factors:
-            raise ValueError(f"rope.scaling.type is longrope, and {name} is missing; give a complete GGUF")
+            raise ValueError(
+                f"{name} is missing: rope.scaling.type longrope is {LONG} and {SHORT}; give a complete GGUF"
+            )
     if float(stated.get("rope.scaling.factor", 0.0)) not in (0.0, 1.0):
         raise ValueError(f"rope.scaling.factor is {stated['rope.scaling.factor']} beside {LONG}, {NOT_HERE}")
     original = int(stated.get("rope.scaling.original_context_length") or settings["max_position_embeddings"])

@@ -57,6 +57,7 @@ def complete(tokenizer: PreTrainedTokenizerFast, metadata: dict[str, Any], where
     begins = False
     if metadata.get("tokenizer.ggml.model") == "gpt2":
         begins = backend.model.ignore_merges = kind in WHOLE_WORDS
+        backend.decoder = decoders.ByteLevel()
         words = _words(kind)
         if words is not None:
             backend.pre_tokenizer = words
@@ -80,7 +81,8 @@ def complete(tokenizer: PreTrainedTokenizerFast, metadata: dict[str, Any], where
     last = [tokens["eos_token"]] if metadata.get("tokenizer.ggml.add_eos_token") and "eos_token" in tokens else []
     special = [(tokens[name], names[name]) for name in names if tokens[name] in first + last]
     backend.post_processor = processors.TemplateProcessing(single=[*first, "$A", *last], special_tokens=special)
-    nothing: dict[str, Any] = {"bos_token": None, "eos_token": None}
+    # transformers 4 would take spaces before commas out of decoded texts.
+    nothing: dict[str, Any] = {"bos_token": None, "eos_token": None, "clean_up_tokenization_spaces": False}
     result = PreTrainedTokenizerFast(tokenizer_object=backend, **nothing | tokens)
     result.chat_template = tokenizer.chat_template
     return result

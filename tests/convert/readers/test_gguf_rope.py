@@ -59,6 +59,18 @@ def test_a_value_of_no_use_is_refused_by_its_key(key, value):
         rope_settings(ARCHITECTURES["llama"], {key: value}, SETTINGS, {})
 
 
+def test_factors_for_long_and_short_texts():
+    long, short = np.full(32, 4, np.float32), np.ones(32, np.float32)
+    factors = {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+    stated = {"rope.scaling.original_context_length": 32, "rope.scaling.attn_factor": 1.25}
+    for keys in (stated, stated | {"rope.scaling.type": "longrope"}):
+        scaling = rope_settings(ARCHITECTURES["phi3"], keys, dict(SETTINGS), factors)["rope_scaling"]
+        assert scaling["rope_type"] == "longrope" and scaling["attention_factor"] == 1.25
+        assert scaling["long_factor"] == long.tolist() and scaling["short_factor"] == short.tolist()
+    with pytest.raises(ValueError, match=r"^rope_factors_short\.weight is missing"):
+        rope_settings(ARCHITECTURES["phi3"], stated, dict(SETTINGS), {"rope_factors_long.weight": long})
+
+
 def test_a_part_of_a_head():
     result = rope_settings(ARCHITECTURES["stablelm"], {"rope.dimension_count": 16}, SETTINGS, {})
     assert result == {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}

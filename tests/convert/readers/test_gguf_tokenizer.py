@@ -6,6 +6,7 @@
 import json
 
 import pytest
+import transformers
 from sources import ROOT
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -21,6 +22,8 @@ REFERENCE = json.loads((ROOT / "bench/results/gguf-llama-cpp.json").read_text())
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_texts_get_the_ids_that_llama_cpp_gives_them(name, tmp_path, recwarn):
+    if transformers.__version__ < "5" and name in {"pre tekken", "no end", "spm without ids"}:
+        pytest.skip("transformers 4 does not know the kind of words, or wants a token at the end")
     wanted = REFERENCE["texts"][name]
     path = write_vocabulary(tmp_path / "tiny.gguf", VOCABULARIES[name])
     (tmp_path / "store").mkdir()
