@@ -170,3 +170,32 @@ def test_only_so_many_keys_are_named(tokenizer, write):
     data = load_data(write("x.jsonl", [{"text": "The cat sat"} | {f"k{n}": 1 for n in range(300)}]), tokenizer, 99)
     assert len(data.report.unused_keys) == 201 and data.report.unused_keys["others"] == 100
     assert data.report.describe().endswith("and 189 more keys")
+
+
+BOTH = {"prompt": QUESTION, "chosen": ANSWER, "rejected": ANSWER}
+PART = {"type": "text", "text": "four."}
+
+
+@pytest.mark.parametrize(
+    "refused, named, mended",
+    [
+        (BOTH, "rename 'chosen' to 'completion' .beside 'prompt'.", {"prompt": QUESTION, "completion": ANSWER}),
+        ({"chosen": TALK, "rejected": TALK}, "or to 'messages'", {"messages": TALK, "rejected": TALK}),
+        ({"messages": TALK} | {"system": "Be long."}, "keep one of them", {"messages": TALK[1:], "system": "Be long."}),
+        ({"messages": QUESTION + ANSWER, "weight": 0.5}, "or remove the key", {"messages": QUESTION + ANSWER}),
+        (
+            {"messages": [*QUESTION, {"role": "assistant", "content": [PART | {"weight": 0}]}, *TALK[3:]]},
+            "say so beside its 'content'",
+            {"messages": [*QUESTION, {"role": "assistant", "content": [PART], "weight": 0}, *TALK[3:]]},
+        ),
+        (
+            {"conversations": [{"from": "critic", "value": "a"}, *SPOKEN]},
+            "use 'role' and 'content'",
+            {"conversations": [{"role": "critic", "content": "a"}, *TALK[1:]]},
+        ),
+    ],
+)
+def test_the_way_out_that_a_message_names(tokenizer, write, refused, named, mended):
+    with pytest.raises(ValueError, match=f"x.jsonl:1: .*{named}"):
+        load_data(write("x.jsonl", [refused]), tokenizer, 999)
+    assert len(load_data(write("y.jsonl", [mended]), tokenizer, 999)) == 1

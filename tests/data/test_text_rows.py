@@ -100,3 +100,11 @@ def test_a_fault_is_one_line_that_says_where(tokenizer, write, name, content, me
     with pytest.raises(ValueError, match=name + message) as error:
         load_data(write(name, content), tokenizer, 99)
     assert type(error.value) is ValueError and "\n" not in str(error.value)
+
+
+def test_what_is_no_json_lines_may_be_named_json(tokenizer, write):
+    """As the message about a broken line says."""
+    content = json.dumps(LINES[0], indent=2)
+    assert rows(load_data(write("x.json", content), tokenizer, 99)) == rows(
+        load_data(write("y.jsonl", LINES[:1]), tokenizer, 99)
+    )
