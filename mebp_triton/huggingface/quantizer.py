@@ -62,6 +62,14 @@ class Int4Quantizer(HfQuantizer):
         self.prefix = ""
         self.layers: dict[str, nn.Module] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for a copy or a pickle of the model, whose quantizer refers to that model."""
+        return vars(self) | {"model": None if self.model is None else self.model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.model = None if self.model is None else weakref.ref(self.model)
+
     # Loading.
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 import sys
 import weakref
@@ -485,3 +486,23 @@ def test_layers_whose_weight_is_read_stay_float(tmp_path, monkeypatch):
         older = AutoModelForCausalLM.from_pretrained(source, quantization_config=Int4Config(group_size=32))
         older.save_pretrained(tmp_path / "older")
     assert mixer(AutoModelForCausalLM.from_pretrained(tmp_path / "older")) == mixer(older) > {"in_proj"}
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_and_pickles_are_models_of_their_own(source: Path, copied: Any) -> None:
+    model = peft.get_peft_model(quantized(source), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    randomize_adapter(model)
+    twin = copied(model)
+    expected = logits(model)
+    assert_same_codes(twin, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(twin), expected)
+    inner = twin.get_base_model()
+    assert inner.hf_quantizer.model() is inner
+    twin(**batch()).loss.backward()
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in model.parameters())
