@@ -284,6 +284,7 @@ def _with_output_elsewhere(lower: Callable[[], None]) -> Callable[[], None]:
             os.close(reading)
             os.dup2(writing, number)
             os.close(writing)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - the old one believes that it can seek
         lower()
 
     return redirect_and_lower
