@@ -57,8 +57,16 @@ def check_targets(config: LoraConfig, linear: list[str], model: Any) -> None:
     for target in [targets] if isinstance(targets, str) else targets:
         alone = dataclasses.replace(config, target_modules=target if target is targets else [target])
         if not any(alone.targets(name) for name in linear):
-            kind = type(model).__name__
-            raise ValueError(f"target_modules {target!r} matches no linear layer (but the head) of {kind}")
+            raise ValueError(f"target_modules {target!r} {_no_match(alone, model)}")
+
+
+def _no_match(config: LoraConfig, model: Any) -> str:
+    """Why no layer that may have an adapter is a target of ``config``."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and config.targets(name):
+            return f"matches only layers that stay float, such as {name}, and get no adapter: leave it out"
+    return f"matches no linear layer (but the head) of {type(model).__name__}"
 
 
 def resolve_targets(config: LoraConfig, model: Any, stored: Stored, blocks: str) -> LoraConfig:

@@ -359,7 +359,7 @@ def test_shapes_by_pefts_names() -> None:
 
 
 # Architectures of which PEFT refuses some layers, or that have parameters of other forms.
-UNUSUAL = ["falcon_mamba", "falcon_h1", "gemma4_text", "granitemoe", "granitemoehybrid", "lfm2", "mamba2", "nemotron_h"]
+UNUSUAL = ["falcon_h1", "gemma4_text", "granitemoe", "mamba2", "nemotron_h"]
 
 
 @pytest.mark.parametrize("architecture", UNUSUAL)

@@ -246,3 +246,12 @@ def test_planning_sees_the_same_layers(shared_store: Any) -> None:
     store = Store(shared_store("mamba"))
     planned = Inventory.of_config(tiny_config("mamba"), group_size=32)
     assert planned.matrices.keys() == store.matrices.keys() and planned.floats.keys() == store.floats.keys()
+
+
+def test_a_target_that_stays_float_is_refused_by_its_name(shared_store: Any) -> None:
+    """Without it, as the message says, the adapter is made."""
+    store = shared_store("mamba2")
+    with pytest.raises(ValueError, match=r"'out_proj' matches only layers that stay float, such as .*mixer\.out_proj"):
+        mebp.load(store, mebp.LoraConfig(target_modules=["in_proj", "out_proj"]))
+    model = mebp.load(store, mebp.LoraConfig(target_modules=["in_proj"]))
+    assert {name.split(".")[-2] for name in our_layers(model)} == {"in_proj"}

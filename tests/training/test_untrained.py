@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import text_data, trainer
+from runs import model_directory, text_data, trainer
 
 from mebp_triton.training import run_directory
 from mebp_triton.training.finetune import finetune
@@ -58,3 +59,17 @@ def test_steps_that_change_nothing_tell_nothing(shared_store: Any, data: Any, tm
         made.model.model.layers[0].self_attn.q_proj.lora_B[0, 0] = 1
     found = untrained(made.model, [{"selected_blocks": [0], "learning_rate": 1.0, "skipped": False}])
     assert len(found.unreached) == 6 and found.waiting == 2 and "model.layers.0.self_attn.k_proj" in found.unreached
+
+
+def test_train_says_it_and_the_way_it_names_works(mebp: Any, tmp_path: Path) -> None:
+    """Gemma 3n of two streams: no gradient comes through the gates of its inputs per layer."""
+    model_directory(tmp_path / "model", "gemma3n_text")
+    put = tmp_path / "text.txt"
+    put.write_text("the cat sees the moon . " * 20)
+    flags = ("--max-steps=2", "--max-length=16", "--lora-r=2", "--learning-rate=1e-2", f"--train-file={put}")
+    code, _, err = mebp("train", tmp_path / "model", *flags, f"--output-dir={tmp_path / 'run'}")
+    assert code == 0 and "no gradient came to model.layers.0.per_layer_input_gate" in err, err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    left_out = f"--exclude-modules={','.join(record['layers_without_gradient'])}"
+    code, _, err = mebp("train", tmp_path / "run-store", *flags, left_out, f"--output-dir={tmp_path / 'again'}")
+    assert code == 0 and "no gradient came" not in err, err
