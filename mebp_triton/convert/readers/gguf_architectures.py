@@ -28,6 +28,12 @@ from .gguf_keys import (
 )
 
 
+def _count(value: Any) -> int:
+    if value < 1:
+        raise ValueError("wanted 1 or more")
+    return int(value)
+
+
 def _plain_scale(value: Any, settings: Settings) -> bool:
     return value == 0 or math.isclose(value, width_of_head(settings) ** -0.5, rel_tol=1e-5)
 
@@ -39,12 +45,12 @@ HEAD_OF_ONE_WIDTH: dict[str, Rule] = {
 # What every model here has, and what none has: a neutral value is let through, any other names a function that the
 # modelling code does not have.
 SHAPE: dict[str, Rule] = {
-    "context_length": Set("max_position_embeddings"),
-    "embedding_length": Set("hidden_size"),
-    "block_count": Set("num_hidden_layers"),
-    "feed_forward_length": Set("intermediate_size"),
-    "attention.head_count": Set("num_attention_heads"),
-    "attention.head_count_kv": Set("num_key_value_heads", same_as("num_attention_heads")),
+    "context_length": Set("max_position_embeddings", read=_count),
+    "embedding_length": Set("hidden_size", read=_count),
+    "block_count": Set("num_hidden_layers", read=_count),
+    "feed_forward_length": Set("intermediate_size", read=_count),
+    "attention.head_count": Set("num_attention_heads", read=_count),
+    "attention.head_count_kv": Set("num_key_value_heads", same_as("num_attention_heads"), _count),
 }
 NEUTRAL: dict[str, Rule] = {
     "attention.value_length": Only(lambda value, s: value == width_of_head(s), "the width of a head"),
@@ -91,7 +97,7 @@ MIXTURE: dict[str, Rule] = {
 def _period(value: Any) -> int:
     """The period of sliding layers: every n-th layer attends to all tokens. A list has it per layer."""
     if not isinstance(value, list):
-        return int(value)
+        return _count(value)
     period = value.index(False) + 1 if False in value else len(value) + 1
     if value != [bool((layer + 1) % period) for layer in range(len(value))]:
         raise ValueError("layers slide without a period")
@@ -214,7 +220,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         | HEAD_OF_ONE_WIDTH
         | {
             "attention.layer_norm_epsilon": Set("layer_norm_eps"),
-            "use_parallel_residual": equal("use_parallel_residual"),
+            "use_parallel_residual": Unused("llama.cpp goes by the norms of a block"),
         }
         | NEUTRAL,
         rope="partial",

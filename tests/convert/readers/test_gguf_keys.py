@@ -37,6 +37,7 @@ def test_settings_of_a_plain_file():
         ({"llama__new_thing": 3}, "x.gguf: llama.new_thing is 3, which the model in transformers does not have"),
         ({"llama__logit_scale": 0.5}, "llama.logit_scale is 0.5, wanted 0 or 1; give the model as safetensors"),
         ({"llama__block_count": "two"}, "llama.block_count is 'two', wanted a number; download it again"),
+        ({"llama__attention__head_count_kv": 0}, "llama.attention.head_count_kv is 0 (wanted 1 or more)"),
         ({"llama__block_count": 1 << 30}, "llama.block_count is 1073741824, more than it has tensors"),
         ({"general__type": "adapter"}, "general.type is 'adapter', wanted model"),
         ({"adapter__type": "lora"}, "adapter.type is 'lora'"),
@@ -68,6 +69,8 @@ def test_sliding_layers_have_a_period():
     assert layers([True] * 4) == "ssss" and layers(1) == layers([False] * 4) == "ffff"
     with pytest.raises(ValueError, match="sliding_window_pattern is .*layers slide without a period"):
         layers([False, True, True, True])
+    with pytest.raises(ValueError, match="sliding_window_pattern is 0"):
+        layers(0)
 
 
 def test_every_rule_says_what_it_is_for():
