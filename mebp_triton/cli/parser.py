@@ -27,6 +27,7 @@ COMMANDS = {
     "doctor": "show what this machine has and what is missing",
     "demo": "quantize, train, evaluate and generate with a real 135M model",
 }
+LISTED = "mebp --help lists the commands"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +44,9 @@ class _Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("the following arguments are required"):
+        if message == "the following arguments are required: COMMAND":
+            message = f"give a command, {LISTED}"
+        elif message.startswith("the following arguments are required"):
             # What is missing may be there, behind a mistyped flag; argparse looks for that one later.
             unknown = [
                 word for word in self._flags_given() if word.partition("=")[0] not in self._option_string_actions
@@ -61,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
 
     def _meant(self, unknown: Sequence[str]) -> str:
         """What was meant by the first flag of ``unknown``, as the end of a message."""
-        mistyped = next((word for word in unknown if word.startswith("--")), "")
+        mistyped = next((word for word in unknown if word.startswith("-")), "")
         positionals = [str(action.metavar) for action in self._actions if not action.option_strings]
         return suggestion(mistyped, self._option_string_actions, positionals)
 
@@ -82,12 +85,13 @@ class _MainParser(_Parser):
         command = next((word for word in words if not word.startswith("-")), None)
         if command is not None and command not in COMMANDS:
             near = near_command(command, COMMANDS)
-            self.error(f"there is no command {command!r}{near or ': mebp --help lists the commands'}")
+            self.error(f"there is no command {command!r}{near or f': {LISTED}'}")
         for word in words[: words.index(command) if command else None]:
             if word.startswith("-") and word not in self._option_string_actions:
                 meant = suggestion(word, self._option_string_actions)
-                behind = f": flags are written behind the command, as in mebp {command or 'COMMAND'} ... {word}"
-                self.error(f"unrecognized arguments: {word}{meant or behind}")
+                behind = f"flags are written behind the command, as in mebp {command or 'COMMAND'} ... {word}"
+                other = behind if word.startswith("--") else LISTED
+                self.error(f"unrecognized arguments: {word}{meant or f': {other}'}")
         return super().parse_known_args(words, namespace)
 
 

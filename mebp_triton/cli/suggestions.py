@@ -14,6 +14,7 @@ ELSEWHERE = {
     "learning-rate": ("lr",),
     "lora-alpha": ("alpha",),
     "lora-r": ("rank", "lora-rank", "r"),
+    "m": ("tokens", "num-tokens", "batch-sizes"),
     "max-length": ("max-seq-length", "max-seq-len", "seq-len", "cutoff-len", "context-length", "ctx-size"),
     "max-new-tokens": ("max-tokens", "n-predict", "n-tokens", "max-length"),
     "max-steps": ("steps", "iters", "num-steps", "max-iters"),
@@ -46,7 +47,7 @@ def suggestion(word: str, flags: Iterable[str], positionals: Iterable[str] = ())
         flags: the flags of the command, of which one is suggested.
         positionals: its arguments that are given without a flag.
     """
-    if not word.startswith("--"):
+    if not word.startswith("-"):
         return ""
     name = word.partition("=")[0].lstrip("-").lower().replace("_", "-")
     for positional in positionals:
@@ -67,5 +68,5 @@ def suggestion(word: str, flags: Iterable[str], positionals: Iterable[str] = ())
 
 def near_command(word: str, commands: Iterable[str]) -> str:
     """The command that was meant by ``word``, as the end of a message; empty where none is near."""
-    near = difflib.get_close_matches(word, commands, n=1)
+    near = difflib.get_close_matches(word.lower(), commands, n=1)
     return f"; did you mean {near[0]}?" if near else ""

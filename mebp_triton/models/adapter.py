@@ -15,7 +15,7 @@ from torch import Tensor
 from mebp_triton.layers.linear import Int4LoRALinear
 from mebp_triton.layers.lora_config import LoraConfig, lora_config_from_file
 from mebp_triton.store.manifest import BaseModel
-from mebp_triton.system import safetensors_file, strict_json
+from mebp_triton.system import atomic, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 
 from .config import read_json_object
@@ -52,7 +52,8 @@ def save_adapter(model: Any, directory: Path | str) -> None:
     A generation config stands beside it where the model was trained to stop at tokens at which its store does not.
 
     Raises:
-        ValueError: the model has no adapter of ours, or one that is not finite; or its embedding was resized.
+        ValueError: the model has no adapter of ours, or one that is not finite; or its embedding was resized; or the
+            directory cannot be made.
     """
     config = _config_of(model)
     if config is None:
@@ -64,6 +65,7 @@ def save_adapter(model: Any, directory: Path | str) -> None:
     if broken is not None:
         raise ValueError(f"{broken} is not finite: the adapter is not written")
     directory = Path(directory)
+    atomic.check_place(directory)
     directory.mkdir(parents=True, exist_ok=True)
     seal = {"crc32": safetensors_file.tensors_checksum(tensors), "scaling": _scaling(config)}
     safetensors_file.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt", SEAL: json.dumps(seal)})

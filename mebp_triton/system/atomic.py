@@ -222,10 +222,23 @@ def existing_parent(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.is_dir())
 
 
+def check_place(path: Path) -> None:
+    """Raises FileError where ``path`` is no directory and cannot become one. Call it before any work for it is done."""
+    whole = path.absolute()
+    above = next(place for place in (whole, *whole.parents) if os.path.lexists(place))
+    if not above.is_dir():
+        what = "a broken link" if above.is_symlink() else "no directory"
+        below = "" if above == whole else f", so that {path} cannot be made in it"
+        raise FileError(f"{path if above == whole else above} is {what}{below}: choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise FileError(f"{path} cannot be made, {above} may not be written into: choose another place")
+
+
 def check_absent(path: Path) -> None:
-    """Raises FileError where ``path`` exists and is not an empty directory."""
+    """Raises FileError where ``path`` exists and is not an empty directory, or cannot be made; see ``check_place``."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileError(f"{path} exists already: choose another place or remove it")
+    check_place(path)
 
 
 def append_line(path: Path, line: str) -> None:

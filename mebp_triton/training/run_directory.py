@@ -39,13 +39,12 @@ class RunDirectory:
         resume: whether it may hold a run already.
 
     Raises:
-        FileError: it holds something, and ``resume`` is false.
+        FileError: it holds something, and ``resume`` is false; or it cannot be made.
     """
 
     def __init__(self, directory: Path | str, resume: bool = False) -> None:
         self.directory = Path(directory)
-        if not resume:
-            atomic.check_absent(self.directory)
+        (atomic.check_place if resume else atomic.check_absent)(self.directory)
         self.checkpoint = self.directory / "checkpoint"
         self.adapter = self.directory / "adapter"
         self.best = self.directory / "adapter_best"

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from commands import adapter, assert_one_line, evaluate, tell_at_call, train, tune_offline
+from commands import adapter, assert_one_line, assert_refused, evaluate, tell_at_call, train, tune_offline
 
 from mebp_triton.cli import main as main_module
 from mebp_triton.cli.main import main
@@ -25,6 +25,23 @@ OUT_OF_MEMORY = "mebp: error: out of memory: end other programs\n"
 
 
 # --- failures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["", "/below/that"])
+@pytest.mark.parametrize("command", ["quantize", "merge", "train", "resume", "demo"])
+def test_an_output_that_cannot_be_a_directory_is_refused_at_once(mebp, world, tmp_path, monkeypatch, command, below):
+    (tmp_path / "file").write_text("mine")
+    out = f"{tmp_path / 'file'}{below}"
+    for work in ("mebp_triton.convert.quantize.open_source", "mebp_triton.convert.merge.MergedStore"):
+        monkeypatch.setattr(work, lambda *arguments: pytest.fail("the work had begun"))
+    arguments = {
+        "quantize": ["quantize", world / "model", out],
+        "merge": ["merge", world / "store", out],
+        "train": [*train(world, tmp_path), "--output-dir", out],
+        "resume": [*train(world, tmp_path), "--output-dir", out, "--resume"],
+        "demo": ["demo", "--output-dir", out],
+    }[command]
+    assert_refused(mebp, arguments, [str(tmp_path / "file"), "choose another place"], tmp_path)
 
 
 @pytest.mark.parametrize(

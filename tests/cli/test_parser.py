@@ -14,7 +14,7 @@ from mebp_triton.cli.parser import COMMANDS, build_parser
 HEAVY = ("torch", "transformers", "numpy", "rich")
 # Arguments, the exit code, and a part of what is printed.
 AT_ONCE = [
-    ([], 2, "the following arguments are required: COMMAND"),
+    ([], 2, "mebp: error: give a command, mebp --help lists the commands"),
     (["--help"], 0, "usage: mebp"),
     (["--version"], 0, f"mebp {__version__}"),
     (["trian", "store"], 2, "mebp: error: there is no command 'trian'; did you mean train?"),
@@ -83,6 +83,12 @@ def test_every_command_has_its_module():
     ("arguments", "line"),
     [
         (["trian"], "there is no command 'trian'; did you mean train?"),
+        (["TRAIN", "store"], "there is no command 'TRAIN'; did you mean train?"),
+        (["--versoin"], "unrecognized arguments: --versoin; did you mean --version?"),
+        (["-x"], "unrecognized arguments: -x: mebp --help lists the commands"),
+        (["--json", "train"], "--json: flags are written behind the command, as in mebp train ... --json"),
+        (["tune", "--tokens", "0"], "unrecognized arguments: --tokens 0; did you mean --m?"),
+        (["train", "store", "-lr", "3"], "unrecognized arguments: -lr 3; did you mean --learning-rate?"),
         (["--debug", "frobnicate"], "there is no command 'frobnicate': mebp --help lists the commands"),
         (["verify", "s", "--lora-r=3"], "unrecognized arguments: --lora-r=3"),  # a flag of another command
         (["verify", "s", "more", "--jso"], "unrecognized arguments: more --jso; did you mean --json?"),

@@ -19,6 +19,7 @@ from mebp_triton.system.atomic import (
     atomic_directory,
     atomic_path,
     check_absent,
+    check_place,
     existing_parent,
     finish_replacing,
     locate_directory,
@@ -257,6 +258,29 @@ def test_check_absent(tmp_path):
         with pytest.raises(FileError, match="exists already"), atomic_directory(used):
             pass
     assert tree(tmp_path) == {"empty": None, "full": None, "full/x": b""}
+
+
+def test_check_place(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    before = tree(tmp_path)
+    check_place(tmp_path)
+    check_place(tmp_path / "new" / "newer")
+    for place, problem in (
+        (tmp_path / "file", "file is no directory"),
+        (tmp_path / "file" / "a" / "b", "file is no directory, so that .*/a/b cannot be made in it"),
+        (tmp_path / "link", "link is a broken link"),
+        (tmp_path / "link" / "a", "link is a broken link, so that"),
+    ):
+        with pytest.raises(FileError, match=problem):
+            check_place(place)
+    for place in (tmp_path / "file" / "a", tmp_path / "link"):
+        with pytest.raises(FileError, match="choose another place"), atomic_directory(place):
+            pass
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(FileError, match="may not be written into"):
+        check_absent(tmp_path / "new" / "newer")
+    assert tree(tmp_path) == before
 
 
 def test_an_atomic_directory_takes_an_empty_ones_place(tmp_path):

@@ -145,10 +145,10 @@ def demonstrate(
     """
     from mebp_triton.system.atomic import check_absent
 
+    check_absent(directory)
     source = find_model()
     if compare and importlib.util.find_spec("peft") is None:
         raise ValueError("--compare needs PEFT: pip install 'mebp-triton[peft]'")
-    check_absent(directory)
     started = time.perf_counter()
     store, run_directory = directory / "store", directory / "run"
 
