@@ -33,8 +33,10 @@ AUTO_CLASS = re.compile(r"\bAuto\w+\.from_(pretrained|config)$")
 PATTERN_CALL = re.compile(r"^(re|regex)\.(compile|match|fullmatch|search|sub|findall|finditer|split)$")
 # Calls that are right although the rule cannot see why.
 ALLOWED = {
-    # Names of this package: its public ones, and its commands, which argparse has compared with its choices.
+    # Names of this package: its public ones, the readers of its table, and its commands, which argparse has compared
+    # with its choices.
     "mebp_triton/__init__.py": {"importlib.import_module(f'.{_HOMES[name]}', __name__)"},
+    "mebp_triton/convert/readers/__init__.py": {"importlib.import_module(f'.{module}', __package__)"},
     "mebp_triton/cli/parser.py": {"importlib.import_module(f'.commands.{self.prog.split()[-1]}', __package__)"},
     # An adapter's expression, which is matched within a time limit.
     "mebp_triton/layers/lora_config.py": {

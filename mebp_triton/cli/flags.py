@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -22,8 +24,11 @@ def at_least_one(text: str) -> int:
     return value
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Adds one flag per field of the dataclass ``settings``. A flag that is not given stays out of the namespace."""
+def add_settings(parser: argparse.ArgumentParser, settings: type, needed: Collection[str] = ()) -> None:
+    """Adds one flag per field of the dataclass ``settings``. A flag that is not given stays out of the namespace.
+
+    ``needed``: fields whose help says that they must be given, here or in the file of ``--config``.
+    """
     kinds = get_type_hints(settings)
     for field in dataclasses.fields(settings):
         flag, kind = "--" + field.name.replace("_", "-"), kinds[field.name]
@@ -31,6 +36,8 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
         if field.default not in (None, ""):
             shown = {False: "off", True: "on"}[field.default] if isinstance(field.default, bool) else field.default
             options["help"] += f" (default: {shown})"
+        if field.name in needed:
+            options["help"] += "; required, here or in --config"
         parts = get_args(kind) if get_origin(kind) not in (None, Literal) else (kind,)
         kind = next(part for part in parts if part is not type(None))
         if kind is bool:
@@ -115,3 +122,18 @@ def plot_path(arguments: argparse.Namespace) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs the package matplotlib: pip install 'mebp-triton[plots]'")
     return path
+
+
+def with_flags(message: str, names: Collection[str]) -> str:
+    """Spells settings in ``message`` as flags: ``max_length`` becomes ``--max-length``.
+
+    What stands in quotes or in a path stays. So does a name of one word, which may be a word of the sentence, unless
+    the message begins with it and says what it must be.
+    """
+
+    def as_flag(match: re.Match[str]) -> str:
+        name = match[0].replace("-", "_")
+        return f"--{name.replace('_', '-')}" if name in names else match[0]
+
+    message = re.sub(r"^[a-z]+(?= must be )", as_flag, message)
+    return re.sub(r"(?<![^\s(])[a-z]+(?:[_-][a-z]+)+(?=[\s,;:)]|$)", as_flag, message)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from mebp_triton.system.signals import interrupting, reporting_lost_pages
 
 from .console import silence_transformers
+from .flags import with_flags
 from .parser import build_parser
 
 # Failures of the system that name a path which the user can mend.
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # every failure becomes one line; --debug shows where it came from
         if arguments.debug:
             raise
-        return report(error, arguments.command)
+        return report(error, arguments)
 
 
 def _print_any_text() -> None:
@@ -79,10 +80,10 @@ def _print_any_text() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def report(error: Exception, command: str = "") -> int:
+def report(error: Exception, arguments: argparse.Namespace) -> int:
     """Prints one line about ``error``; returns the exit code, 2 for the user's mistake and 1 for any other failure.
 
-    ``command``: the one that failed; a way out that the line names is a flag of it.
+    ``arguments``: those of the command that failed; settings and ways out that the line names are flags of it.
     """
     from mebp_triton.system.errors import RunError
     from mebp_triton.system.foreign_errors import is_out_of_memory
@@ -92,11 +93,21 @@ def report(error: Exception, command: str = "") -> int:
     is_clear = is_users or isinstance(error, RunError) or (isinstance(error, OSError) and error.filename is not None)
     line = " ".join(str(error).split())
     if is_out_of_memory(error):
-        is_clear, line = True, f"out of memory: {WITH_LESS_MEMORY.get(command, 'end other programs')}"
+        is_clear, line = True, f"out of memory: {WITH_LESS_MEMORY.get(arguments.command, 'end other programs')}"
     elif not is_clear and not isinstance(error, OSError):
         line = f"{type(error).__name__}: {line}"
+    elif is_users:
+        line = with_flags(line, _settings(arguments))
     print(f"mebp: error: {line}{'' if is_clear else ' (--debug shows where)'}", file=sys.stderr)
     return 2 if is_users else 1
+
+
+def _settings(arguments: argparse.Namespace) -> set[str]:
+    """The settings of a command that are flags of it, and not arguments that are given without one."""
+    from mebp_triton.training.settings import FACTS
+
+    taken = FACTS.keys() if arguments.command in ("train", "plan") else set()
+    return {*taken, *vars(arguments)} - {"run", "command", "store", "source", "output"}
 
 
 def share_cores() -> None:

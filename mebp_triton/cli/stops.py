@@ -80,6 +80,6 @@ def _unlearnt(data: TokenizedData, ends: RowEnds, turn: TurnEnd, stop: int | Non
     elif not rows_that_train(data, turn.tokens):
         yield (
             f"no row trains {ends.names[stop]}, which ends an answer, so the model will not learn to stop: "
-            f"{data.report.truncated_rows:,} rows are cut at max-length, and a template's {{% generation %}} mark must "
-            "take it in"
+            f"{data.report.truncated_rows:,} rows are cut at --max-length, and a template's {{% generation %}} mark "
+            "must take it in"
         )

@@ -43,7 +43,7 @@ from mebp_triton.training.processes import Processes
 from mebp_triton.training.reporting import Reports, check_reporters
 from mebp_triton.training.run_directory import OthersRunDirectory, RunDirectory
 from mebp_triton.training.run_settings import RunSettings, resolve
-from mebp_triton.training.settings import TrainConfig
+from mebp_triton.training.settings import NEEDED, TrainConfig
 from mebp_triton.training.trainer import StepResult, Trainer
 from mebp_triton.training.untrained import describe_unreached
 
@@ -179,9 +179,9 @@ def _start(adapter: str, store: Store) -> dict[str, Any]:
 def _asked(arguments: argparse.Namespace) -> TrainConfig:
     """The settings as the user gave them. ValueError where one that every run needs is missing."""
     asked = settings_of(arguments)
-    for name in ("train_file", "output_dir"):
+    for name in NEEDED:
         if not getattr(asked, name):
-            raise ValueError(f"--{name.replace('_', '-')} is missing")
+            raise ValueError(f"{name} is missing: give it as a flag, or in the file of --config")
     return asked
 
 
@@ -260,8 +260,8 @@ def _quantized(given: Path, arguments: argparse.Namespace, asked: TrainConfig, g
     beside = _store_beside(asked)
     if not (beside / MANIFEST).exists():
         outside = ", outside of the memory budget" if asked.memory_budget is not None else ""
-        say(f"{given} is not a store: quantizing it into {beside}{outside}")
-        quantize_with_progress(str(given), beside, arguments)
+        line = f"{given} is not a store: quantizing it into {beside}{outside}"
+        quantize_with_progress(str(given), beside, arguments, line)
         return Store(beside)
     if not goes_on:
         raise ValueError(

@@ -44,7 +44,7 @@ def load_data(
         ValueError: the file cannot be read, is not what its suffix says, or holds nothing to train on.
     """
     if max_length < 2:
-        raise ValueError(f"max-length must be at least 2, since a row's first token is not predicted; got {max_length}")
+        raise ValueError(f"max_length must be at least 2, since a row's first token is not predicted; got {max_length}")
     path, masking = check_source(path, name), masking or Masking()
     where, writer = f"{name} {path}", RowWriter(max_length, scratch, most_tokens)
     try:
@@ -56,10 +56,19 @@ def load_data(
         raise ValueError(f"{where}: cannot be read ({error.strerror}); give a readable file") from error
     data = writer.finish()
     if not len(data):
-        problem = f"all {writer.dropped:,} rows are too short or fully masked" if writer.dropped else "it is empty"
         what = "train on" if name == "train-file" else "evaluate"
-        raise ValueError(f"{where}: nothing to {what}, {problem}; add text, or raise max-length (now {max_length})")
+        raise ValueError(f"{where}: nothing to {what}, {_emptiness(writer)}")
     return data
+
+
+def _emptiness(writer: RowWriter) -> str:
+    """Why no row is left, and what helps."""
+    if not writer.dropped:
+        return "it is empty; add text"
+    problem = f"all {writer.dropped:,} rows are too short or fully masked"
+    if not writer.cut_away:
+        return f"{problem}; add longer rows, or mask less"
+    return f"{problem}; raise max_length (now {writer.max_length}): what {writer.cut_away:,} would train is cut off"
 
 
 def _add_text(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter, masking: Masking, where: str) -> None:

@@ -86,7 +86,7 @@ def pack(data: TokenizedData, max_length: int) -> PackedData:
     longest = int(np.diff(data.offsets).max())
     if longest > max_length:
         raise ValueError(
-            f"packing into rows of {max_length} tokens, but a row has {longest}: cut the rows to max-length"
+            f"packing into rows of {max_length} tokens, but a row has {longest}: cut the rows to max_length"
         )
     return PackedData(data, max_length)
 

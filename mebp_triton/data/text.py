@@ -36,7 +36,7 @@ def windows(
     waiting, head = array("i"), array("i", opening(tokenizer))
     length -= len(head)
     if length < 1:
-        raise ValueError(f"max-length {length + len(head)} has no room beside the {len(head)} tokens that begin a text")
+        raise ValueError(f"max_length {length + len(head)} has no room beside the {len(head)} tokens that begin a text")
     for piece in pieces(tokenizer, read, piece_chars):
         waiting.extend(encode(tokenizer, piece))
         full = len(waiting) // length * length

@@ -154,6 +154,9 @@ class RowWriter:
         max_length: tokens; longer rows are cut.
         scratch: a directory for a temporary file that takes the arrays; None keeps them in memory.
         most_tokens: how many tokens make it ``full``; None for no such number.
+
+    Attributes:
+        cut_away: dropped rows that are longer, and have all their trained tokens in the part that is cut off.
     """
 
     def __init__(self, max_length: int, scratch: Path | None = None, most_tokens: int | None = None):
@@ -162,6 +165,7 @@ class RowWriter:
         self.trained: bytearray | ScratchArray = bytearray() if scratch is None else ScratchArray(scratch, np.bool_)
         self.offsets = array("q", [0])
         self.trained_tokens = self.masked = self.truncated = self.cut_off = self.dropped = self.converted = 0
+        self.cut_away = 0
         self.split_conversations = self.split_rows = self.masked_messages = self.shortened = 0
         self.unused: Counter[str] = Counter()
 
@@ -183,6 +187,7 @@ class RowWriter:
         entering = trained.count(1, 1, length)
         if entering == 0:
             self.dropped += 1
+            self.cut_away += trained.count(1, 1) > 0
             return False
         self.truncated += length < len(ids)
         self.cut_off += len(ids) - length

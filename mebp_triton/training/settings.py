@@ -28,6 +28,8 @@ from .optimizers.table import OPTIMIZERS, Optim
 OnNan = Literal["stop", "skip"]
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
+NEEDED = ("train_file", "output_dir")  # every run must have these, although a plan needs neither
+
 # The facts that all settings share which say where something lies.
 PLACE: dict[str, Any] = {"on_cpu": "file", "on_gpu": "device", "resume": "free", "chosen": True}
 

@@ -33,6 +33,17 @@ def _parse_yaml(data: bytes) -> Any:
         loader.dispose()
 
 
+def _problem(error: Exception) -> str:
+    """What is wrong, in one line: PyYAML's own message has several, and calls the file a byte string."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"position {error.position}: {error.reason}"
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    parts = [part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {', '.join(parts)}"
+
+
 def read_config_file(path: Path | str) -> dict[str, Any]:
     """Reads a YAML or JSON file of settings, whose keys are the flags' names with dashes or underscores.
 
@@ -49,7 +60,7 @@ def read_config_file(path: Path | str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, errors.FileError):
             raise
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {_problem(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold settings by name, got {type(values).__name__}")
     known = [item.name for item in dataclasses.fields(TrainConfig)]

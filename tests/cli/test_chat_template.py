@@ -101,7 +101,9 @@ def test_a_tokenizer_without_a_template_gets_one_as_the_message_says(mebp, world
     answer(mebp("quantize", model, store, "--group-size=32", "--json"))
     text = [f"--validation-file={chats / 'chats.json'}", *MASKED]
     for given in (["eval", store, *text], ["train", store, *command(world, chats, tmp_path / "run")[2:]]):
-        assert_refused(mebp, given, ["has no chat template; name a file with one by chat_template (of train and eval)"])
+        assert_refused(
+            mebp, given, ["has no chat template; name a file with one by --chat-template (of train and eval)"]
+        )
         assert answer(mebp(*given, f"--chat-template={chats / 'template.jinja'}"))
 
 

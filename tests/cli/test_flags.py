@@ -95,3 +95,20 @@ def test_where_a_plot_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--plot needs the package matplotlib: pip install 'mebp-triton\[plots\]'"):
         path(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("message", "spelled"),
+    [
+        ("max_length must be at least 2", "--max-length must be at least 2"),
+        ("train-file a.txt: no such file", "--train-file a.txt: no such file"),
+        ("a.txt: raise max_length (now 9): cut", "a.txt: raise --max-length (now 9): cut"),
+        ("give eval_steps, or max_length", "give eval_steps, or --max-length"),  # no flag of this command
+        ("runs/max_length: no 'max_length' or \"max_length\"", "runs/max_length: no 'max_length' or \"max_length\""),
+        ("device must be cpu", "--device must be cpu"),
+        ("no device is here", "no device is here"),
+        ("give --max-length, a smaller max_lengths", "give --max-length, a smaller max_lengths"),
+    ],
+)
+def test_settings_in_a_message_are_spelled_as_flags(message, spelled):
+    assert flags.with_flags(message, {"max_length", "train_file", "device"}) == spelled

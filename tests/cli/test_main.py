@@ -189,7 +189,7 @@ def test_in_a_process_of_its_own(world, tmp_path):
     )
     lines = done.stderr.splitlines()
     assert lines[:2] == [
-        "mebp: error: train-file none.txt: no such file; give a .txt, .jsonl, .json, .csv or .parquet file",
+        "mebp: error: --train-file none.txt: no such file; give a .txt, .jsonl, .json, .csv or .parquet file",
         "2",
     ]
     assert lines[-1] == "0" and json.loads(done.stdout)["windows"] == 4

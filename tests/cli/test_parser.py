@@ -86,7 +86,10 @@ def test_every_command_has_its_module():
         (["TRAIN", "store"], "there is no command 'TRAIN'; did you mean train?"),
         (["--versoin"], "unrecognized arguments: --versoin; did you mean --version?"),
         (["-x"], "unrecognized arguments: -x: mebp --help lists the commands"),
-        (["--json", "train"], "--json: flags are written behind the command, as in mebp train ... --json"),
+        (
+            ["--json", "train"],
+            "unrecognized arguments: --json: flags are written behind the command, as in mebp train ... --json",
+        ),
         (["tune", "--tokens", "0"], "unrecognized arguments: --tokens 0; did you mean --m?"),
         (["train", "store", "-lr", "3"], "unrecognized arguments: -lr 3; did you mean --learning-rate?"),
         (["--debug", "frobnicate"], "there is no command 'frobnicate': mebp --help lists the commands"),

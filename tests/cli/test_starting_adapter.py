@@ -110,7 +110,7 @@ def test_an_interrupted_run_resumes_without_the_adapter_it_started_from(mebp, wo
     other = [*without, f"--adapter={tmp_path / 'whole'}", "--resume"]
     assert_refused(mebp, other, ["the run started from", "leave --adapter out to go on"], tmp_path)
     assert_refused(
-        mebp, [*without, "--resume", "--lora-r=4"], ["lora_r 4 contradicts the adapter of the run"], tmp_path
+        mebp, [*without, "--resume", "--lora-r=4"], ["--lora-r 4 contradicts the adapter of the run"], tmp_path
     )
     shutil.rmtree(tmp_path / "start")
     value = answer(mebp(*without, "--resume"))
@@ -123,16 +123,16 @@ def test_a_run_that_cannot_be_made_longer_names_a_way_that_works(mebp, world, tm
     shutil.copytree(world / "run", tmp_path / "run")
     command = [part for part in train(world, tmp_path, "--max-steps=6") if not str(part).startswith("--max-steps=3")]
     result = mebp(*command, "--resume")
-    assert_one_line(result, "max_steps was 3 and now is 6: by the linear schedule, step 1 would have had")
+    assert_one_line(result, "--max-steps was 3 and now is 6: by the linear schedule, step 1 would have had")
     way = result[2].strip().rpartition("start a new run with ")[2].split()
     files = [f"--train-file={world / 'train.txt'}", f"--output-dir={tmp_path / 'more'}"]
     assert answer(mebp("train", world / "store", *files, *FRESH, *way, "--json"))["steps"] == 3
 
 
 MISTAKES = {
-    "another rank": (["--lora-r=4"], ["lora_r 4 contradicts the adapter", "which has 2: leave it out"]),
-    "other targets": (["--target-modules=q_proj"], ["target_modules q_proj contradicts the adapter"]),
-    "another scaling": (["--use-rslora"], ["use_rslora True contradicts the adapter"]),
+    "another rank": (["--lora-r=4"], ["--lora-r 4 contradicts the adapter", "which has 2: leave it out"]),
+    "other targets": (["--target-modules=q_proj"], ["--target-modules q_proj contradicts the adapter"]),
+    "another scaling": (["--use-rslora"], ["--use-rslora True contradicts the adapter"]),
     "no adapter": (["--adapter={}/wide"], ["wide is not an adapter: it has no adapter_config.json"]),
     "another model's": ([], ["does not fit this model"]),
     "a run that did not start so": (["--resume", "--output-dir={}/run"], ["the run did not start from an adapter"]),

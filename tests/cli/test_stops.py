@@ -101,7 +101,7 @@ UNLEARNT = {
         {"assistant_only_loss": True},
         "no row trains </s>, which ends an answer, so the model will not learn to stop: 0 rows are cut",
     ),
-    "rows that are cut": (TEMPLATE.replace("END", "</s>"), CHATS, {"length": 4}, ": 3 rows are cut at max-length"),
+    "rows that are cut": (TEMPLATE.replace("END", "</s>"), CHATS, {"length": 4}, ": 3 rows are cut at --max-length"),
     "plain text": (
         TEMPLATE.replace("END", "moon ."),
         CHATS,

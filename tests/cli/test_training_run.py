@@ -44,7 +44,7 @@ def test_a_budget_chooses_and_is_kept(mebp, world, tmp_path):
 def test_a_budget_that_is_too_small_writes_nothing(mebp, world, tmp_path):
     settled = ["--weights=file", "--checkpoints=file", "--optimizer-state=file", "--recompute-granularity=full"]
     command = train(world, tmp_path, "--memory-budget=10MiB", *settled, "--mlp-chunk-tokens=0", store=world / "model")
-    assert_refused(mebp, command, ["memory_budget 10 MiB is too small: the smallest plan needs"], tmp_path)
+    assert_refused(mebp, command, ["--memory-budget 10MiB is too small: the smallest plan needs"], tmp_path)
 
 
 def test_a_model_that_cannot_be_planned_for_is_trained(mebp, world, tmp_path, monkeypatch):
@@ -75,7 +75,7 @@ def test_a_model_is_quantized_first_into_a_store_beside_the_run(mebp, world, tmp
     assert code == 0 and "was quantized before: using" in err
     assert json.loads(again)["loss_after"] == json.loads(out)["loss_after"]
     code, _, err = mebp(*command, "--validation-file", str(world / "train.txt"), "--resume")
-    assert code == 2 and "has ended, evaluated with validation_file" in err and err.endswith("use `mebp eval`\n")
+    assert code == 2 and "has ended, evaluated with --validation-file" in err and err.endswith("use `mebp eval`\n")
     code, ended, err = mebp(*command, "--resume")
     assert code == 0 and "nothing is left to do" in err and json.loads(ended) == json.loads(again)
 
@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(mebp, world, tmp_path):
     from_there = f"--resume-from-checkpoint={tmp_path / 'cut' / 'checkpoint'}"
     assert answer(mebp(*command, f"--output-dir={tmp_path / 'new'}", from_there))["loss_after"] == whole["loss_after"]
     code, _, err = mebp(*command, f"--output-dir={tmp_path / 'other'}", from_there, "--mlp-chunk-tokens=8")
-    assert code == 2 and "mlp_chunk_tokens was 12 and now is 8" in err
+    assert code == 2 and "--mlp-chunk-tokens was 12 and now is 8" in err
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(mebp, world, tmp_path):
@@ -256,5 +256,5 @@ def test_a_tracker_is_told_and_changes_no_bit(mebp, world, tmp_path):
 
 def test_a_tracker_whose_package_is_missing_is_refused_before_anything_is_read(mebp, world, tmp_path, monkeypatch):
     monkeypatch.setattr("mebp_triton.training.reporting.PACKAGES", {"wandb": ("no_such_package",)})
-    parts = ["report_to wandb needs the package no_such_package: pip install no_such_package"]
+    parts = ["--report-to wandb needs the package no_such_package: pip install no_such_package"]
     assert_refused(mebp, train(world, tmp_path, "--report-to=wandb"), parts, tmp_path)

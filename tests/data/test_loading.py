@@ -35,10 +35,18 @@ GOOD = '{"text": "The cat"}\n'
     [
         ("x.xlsx", "a,b", "unknown suffix '.xlsx'; give a .txt, .jsonl, .json, .csv or .parquet"),
         ("x", "a", "unknown suffix ''"),
-        ("x.txt", "", "nothing to evaluate, it is empty"),
-        ("x.jsonl", "\n\n", "nothing to evaluate, it is empty"),
-        ("x.jsonl", '{"text": ""}\n', "nothing to evaluate, all 1 rows are too short"),
-        ("x.jsonl", [{"prompt": SENTENCES[0] * 9, "completion": "a"}], r"fully masked; .* max-length \(now 99\)"),
+        ("x.txt", "", "nothing to evaluate, it is empty; add text$"),
+        ("x.jsonl", "\n\n", "nothing to evaluate, it is empty; add text$"),
+        (
+            "x.jsonl",
+            '{"text": ""}\n',
+            "nothing to evaluate, all 1 rows are too short or fully masked; add longer rows, or mask less$",
+        ),
+        (
+            "x.jsonl",
+            [{"prompt": SENTENCES[0] * 9, "completion": "a"}],
+            r"fully masked; raise max_length \(now 99\): what 1 would train is cut off$",
+        ),
         ("x.txt", b"caf\xe9 cat", "x.txt: not UTF-8"),
         ("x.jsonl", GOOD.encode() + b'{"text": "caf\xe9"}', "x.jsonl:2: not UTF-8"),
         ("x.jsonl", GOOD + '{"text": "\\ud800 cat"}', "x.jsonl:2: half a surrogate pair is no text"),
@@ -72,7 +80,7 @@ def test_a_bad_file_is_one_line_that_says_where(tokenizer, write, file, content,
 
 
 def test_max_length_below_two(tokenizer, write):
-    with pytest.raises(ValueError, match="max-length must be at least 2.* got 1"):
+    with pytest.raises(ValueError, match="max_length must be at least 2.* got 1"):
         load_data(write("x.txt", "The cat"), tokenizer, 1)
 
 

@@ -62,7 +62,7 @@ def test_windows_with_no_room_beside_the_beginning(write):
     tokenizer = byte_bpe()
     core = tokenizer.backend_tokenizer
     core.post_processor = TemplateProcessing(single="<|pad|> <|pad|> $A", special_tokens=[("<|pad|>", 2)])
-    with pytest.raises(ValueError, match="max-length 2 has no room beside the 2 tokens that begin a text"):
+    with pytest.raises(ValueError, match="max_length 2 has no room beside the 2 tokens that begin a text"):
         load_data(write("x.txt", "the cat"), PreTrainedTokenizerFast(tokenizer_object=core), 2)
 
 

@@ -47,9 +47,9 @@ def test_an_unknown_setting_suggests_the_nearest(write, key, suffix):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.yaml", "max-steps: [1", "is not valid YAML"),
-        ("a.yaml", "a: b: c", "is not valid YAML"),
-        ("a.yaml", b"max-steps: \xff\xfe\xfa", "is not valid YAML"),
+        ("a.yaml", "max-steps: [1", "is not valid YAML: line 1, column 14: while parsing a flow sequence, expected"),
+        ("a.yaml", "x: 1\na: b: c", "is not valid YAML: line 2, column 5: mapping values are not allowed here"),
+        ("a.yaml", b"max-steps: \xff\xfe\xfa", "is not valid YAML: position 11: invalid start byte"),
         ("a.yaml", "!!python/object/apply:os.system ['true']", "is not valid YAML"),
         ("a.yaml", "", "should hold settings by name, got NoneType"),
         ("a.yaml", "- max-steps", "should hold settings by name, got list"),
@@ -66,7 +66,7 @@ def test_a_bad_file_is_one_line_that_names_it(write, name, content, problem):
     path = write(name, content)
     with pytest.raises(ValueError, match=re.escape(problem)) as caught:
         read_config_file(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and "byte string" not in str(caught.value)
 
 
 def test_a_missing_file(tmp_path):

@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.gradients:
         _check_gradients(arguments)
         return
+    if arguments.device is not None or arguments.backend != "auto":
+        raise ValueError("--device and --backend are for --gradients: add that, or leave them out")
     findings = examine(
         Path(arguments.store) if arguments.store else None,
         Path(arguments.scratch_directory) if arguments.scratch_directory else None,

@@ -42,19 +42,31 @@ def run(arguments: argparse.Namespace) -> None:
     answer(arguments, value, _table(arguments.store, report))
 
 
-def quantize_with_progress(source: str, store: Path, arguments: argparse.Namespace) -> QuantizeReport:
-    """Makes ``store`` from ``source`` as the quantization flags say, under a progress bar."""
+def quantize_with_progress(
+    source: str, store: Path, arguments: argparse.Namespace, announcement: str = ""
+) -> QuantizeReport:
+    """Makes ``store`` from ``source`` as the quantization flags say, under a progress bar.
+
+    ``announcement``: a line that is said once the source has turned out to be one.
+    """
     from mebp_triton.convert.quantize import quantize
     from mebp_triton.models.kept_float import describe_kept_float
 
+    left = [announcement] if announcement else []
     with progress_bar("quantizing") as update:
+
+        def progress(done: int, total: int) -> None:
+            if left:
+                say(left.pop())
+            update(done, total)
+
         report = quantize(
             source,
             store,
             scheme=arguments.scheme,
             group_size=arguments.group_size,
             scale_search=arguments.scale_search,
-            progress=update,
+            progress=progress,
         )
     for line in describe_kept_float(report.kept_float, report.int4_bytes + report.float_bytes):
         say(line)

@@ -6,7 +6,7 @@ import argparse
 
 from mebp_triton.cli.console import answer, console, readable, two_columns
 from mebp_triton.cli.flags import add_quantization, add_settings
-from mebp_triton.training.settings import TrainConfig
+from mebp_triton.training.settings import NEEDED, TrainConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of these settings; flags win")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output-dir")
     parser.add_argument("--resume-from-checkpoint", metavar="DIR", help="continue from this checkpoint directory")
-    add_settings(parser, TrainConfig)
+    add_settings(parser, TrainConfig, NEEDED)
     add_quantization(parser)
 
 

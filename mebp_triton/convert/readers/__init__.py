@@ -6,47 +6,40 @@ format is a file in this folder and a line in ``READERS``.
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from .source import Source
+from .source import NativeForm, Source
 
-__all__ = ["Source", "open_source"]
-
-
-def _safetensors() -> Callable[[Path], Source]:
-    from .safetensors_dir import SafetensorsDirectory
-
-    return SafetensorsDirectory
+__all__ = ["NativeForm", "Source", "native_form", "open_source"]
 
 
-def _bitsandbytes() -> Callable[[Path], Source]:
-    from .bitsandbytes import BitsandbytesDirectory
-
-    return BitsandbytesDirectory
-
-
-def _int4() -> Callable[[Path], Source]:
-    from .int4_dir import Int4Directory
-
-    return Int4Directory
-
-
-def _gguf() -> Callable[[Path], Source]:
-    from .gguf import GgufFile
-
-    return GgufFile
-
-
-# Readers by what tells the format: a model directory's ``quant_method`` in config.json, or a file's suffix. Each
-# imports its module when it is needed.
-READERS: dict[tuple[str, str | None], Callable[[], Callable[[Path], Source]]] = {
-    ("directory", None): _safetensors,
-    ("directory", "bitsandbytes"): _bitsandbytes,
-    ("directory", "mebp_int4"): _int4,
-    ("file", ".gguf"): _gguf,
+# Readers, as module and class, by what tells the format: a model directory's ``quant_method`` in config.json, or the
+# suffix of a file. The module is imported when it is needed.
+READERS: dict[tuple[str, str | None], tuple[str, str]] = {
+    ("directory", None): ("safetensors_dir", "SafetensorsDirectory"),
+    ("directory", "bitsandbytes"): ("bitsandbytes", "BitsandbytesDirectory"),
+    ("directory", "mebp_int4"): ("int4_dir", "Int4Directory"),
+    ("file", ".gguf"): ("gguf", "GgufFile"),
 }
+
+
+def reader_of(kind: str, name: str | None) -> Any:
+    """The class that reads a format, see ``READERS``; of an unknown one, the plain reader, which refuses it by name."""
+    plain = {"directory": None, "file": ".gguf"}[kind]
+    module, reader = READERS.get((kind, name), READERS[kind, plain])
+    return getattr(importlib.import_module(f".{module}", __package__), reader)
+
+
+def native_form(config: Any) -> NativeForm | None:
+    """The form of the 4-bit codes that a directory with this config holds; None where its weights are floats."""
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict):
+        return None
+    form: NativeForm | None = reader_of("directory", settings.get("quant_method")).native_form(settings)
+    return form
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -61,11 +54,12 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             raise ValueError(f"{path} is a store already: train it, or decode it first by `mebp merge {path} OUT`")
         from .safetensors_dir import quant_method_of
 
-        # The plain reader refuses a method without a reader, by name.
-        return READERS.get(("directory", quant_method_of(path)), READERS["directory", None])()(path)
+        source: Source = reader_of("directory", quant_method_of(path))(path)
+        return source
     if path.is_file() and path.suffix != ".safetensors":
         # Any other file is taken for a GGUF, whose reader looks at the first bytes.
-        return READERS.get(("file", path.suffix), READERS["file", ".gguf"])()(path)
+        source = reader_of("file", path.suffix)(path)
+        return source
     if path.exists():
         raise ValueError(f"{path} is not a model: give the directory that holds config.json, or a .gguf file")
     raise ValueError(f"{path} does not exist: give a local model directory or .gguf file (hub names are not fetched)")

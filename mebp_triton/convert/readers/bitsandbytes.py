@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mebp_triton.kernels.bitsandbytes import int4_from_bnb, resolve_absmax
@@ -20,6 +21,7 @@ from mebp_triton.system import strict_json
 from mebp_triton.system.foreign_errors import is_out_of_memory
 
 from .safetensors_dir import FLOATS, SafetensorsDirectory
+from .source import NativeForm
 
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
 STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
@@ -42,6 +44,10 @@ class BitsandbytesDirectory(SafetensorsDirectory):
             )
         del self.config.quantization_config
         self.description = f"bitsandbytes directory {path.resolve().name}"
+
+    @staticmethod
+    def native_form(settings: dict[str, Any]) -> NativeForm | None:
+        return NativeForm("codebook", 64, torch.float32)
 
     def _usable(self, key: str) -> bool:
         return self._entries[key].dtype in FLOATS or self._state(key) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mebp_triton.models.names import check_complete
 from mebp_triton.system import strict_json
 
 from .safetensors_dir import SafetensorsDirectory
+from .source import NativeForm
 
 SCALE_DTYPES = {2: torch.float16, 4: torch.float32}  # by the bytes of an element
 
@@ -31,6 +33,14 @@ class Int4Directory(SafetensorsDirectory):
             raise ValueError(f"{path / 'config.json'}: quantization_config: {error}") from None
         del self.config.quantization_config
         self.description = f"int4 directory {path.resolve().name}"
+
+    @staticmethod
+    def native_form(settings: dict[str, Any]) -> NativeForm | None:
+        try:
+            config = Int4Config(**settings)
+        except strict_json.MALFORMED:  # which opening the directory reports
+            return None
+        return NativeForm(config.scheme, config.group_size, torch.float16)
 
     def _usable(self, key: str) -> bool:
         if not self._is_int4(key):

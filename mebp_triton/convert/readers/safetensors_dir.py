@@ -40,6 +40,8 @@ from mebp_triton.models.names import (
 from mebp_triton.system import strict_json
 from mebp_triton.system.foreign_errors import one_line
 
+from .source import NativeForm
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -80,6 +82,11 @@ class SafetensorsDirectory:
         self._keys: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._transposed: set[str] = set()
+
+    @staticmethod
+    def native_form(settings: dict[str, Any]) -> NativeForm | None:
+        """The form of the codes in a directory with this ``quantization_config``; None for float weights."""
+        return None
 
     def bind(self, model: PreTrainedModel) -> None:
         prefix = model.base_model_prefix + "."

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import Scheme
+
+
+class NativeForm(NamedTuple):
+    """The form of 4-bit codes that ``quantize`` takes over as they are."""
+
+    scheme: Scheme
+    group_size: int
+    scale_dtype: torch.dtype
 
 
 class Source(Protocol):

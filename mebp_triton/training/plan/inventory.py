@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
+from mebp_triton.convert.quantize import DEFAULT_FORM
+from mebp_triton.convert.readers import native_form
 from mebp_triton.kernels.layout import Int4Weight, group_count, padded
 from mebp_triton.models.skeleton import build_skeleton, float_names, int4_sites
 from mebp_triton.store.manifest import SHARED, MatrixInfo, block_file
@@ -23,12 +25,6 @@ Shape = tuple[torch.dtype, tuple[int, ...]]
 
 def nbytes(shape: Shape) -> int:
     return shape[0].itemsize * prod(shape[1])
-
-
-def has_bitsandbytes(config: Any) -> bool:
-    """Whether the model's linear layers are bitsandbytes' own 4 bits, which ``quantize`` takes over as they are."""
-    settings = getattr(config, "quantization_config", None)
-    return isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
 
 
 @dataclass(frozen=True)
@@ -59,9 +55,10 @@ class Inventory:
     @classmethod
     def of_config(cls, config: Any, scheme: str | None = None, group_size: int | None = None) -> Inventory:
         """The inventory of the store that ``quantize`` would make of a model with this config."""
-        taken_over = has_bitsandbytes(config) and scheme in (None, "codebook") and group_size in (None, 64)
-        scheme = scheme or ("codebook" if has_bitsandbytes(config) else "symmetric")
-        group_size = group_size or 64
+        native = native_form(config)
+        taken_over = native is not None and scheme in (None, native.scheme) and group_size in (None, native.group_size)
+        scheme = scheme or (native.scheme if native else DEFAULT_FORM[0])
+        group_size = group_size or (native.group_size if native else DEFAULT_FORM[1])
         model = build_skeleton(copy.deepcopy(config), torch.float32)
         path, stack = find_blocks(model)
         sites, tied = int4_sites(model)
@@ -76,7 +73,8 @@ class Inventory:
             shape, file = (site.out_features, site.in_features), file_of(site.name)
             groups = (group_count(site.in_features, group_size), site.out_features)
             files[file][f"{site.name}.packed"] = torch.uint8, (site.out_features, padded(site.in_features) // 2)
-            scale_dtype = torch.float32 if taken_over and site.role == "linear" else torch.float16
+            own = native if taken_over and site.role == "linear" else None
+            scale_dtype = own.scale_dtype if own else torch.float16
             files[file][f"{site.name}.scales"] = scale_dtype, groups
             if scheme == "affine":
                 files[file][f"{site.name}.minimum"] = torch.float16, groups

@@ -200,13 +200,13 @@ class Planner:
             if plans[-1].needed <= budget and kept <= _free_disk(candidate) / 2:
                 return plans[-1]
         least = min(plans, key=lambda plan: plan.needed)
-        raise ValueError(self._refusal(least, budget))
+        raise ValueError(self._refusal(least, asked.memory_budget))
 
     def resolve(self, asked: TrainConfig) -> Plan:
         """The plan of the run: chosen to stay inside the memory budget, or that of the defaults if there is none."""
         return self.predict(self.default(asked)) if asked.memory_budget is None else self.choose(asked)
 
-    def _refusal(self, least: Plan, budget: int) -> str:
+    def _refusal(self, least: Plan, budget: str) -> str:
         top = least.device_peak or least.host_peak
         parts = sorted(top.components.items(), key=lambda part: -part[1])[:4]
         made_of = ", ".join(f"{name} {mib(size)}" for name, size in parts if size)
@@ -224,7 +224,7 @@ class Planner:
                 helps.append(f"{flag} ({mib(needed)})")
         advice = f"; what would help: {', '.join(helps)}" if helps else ""
         return (
-            f"memory_budget {mib(budget)} is too small: the smallest plan needs {mib(least.needed)}, which leaves "
+            f"memory_budget {budget} is too small: the smallest plan needs {mib(least.needed)}, which leaves "
             f"{least.reserve:.0%} in reserve; its peak is {mib(least.peak)} at its {top.name} ({made_of}){advice}"
         )
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from commands import answer
+from commands import answer, assert_one_line
 
 
 def test_findings(mebp, world, tmp_path):
@@ -26,6 +26,11 @@ def test_findings(mebp, world, tmp_path):
 def test_without_a_store(mebp):
     value = answer(mebp("doctor", "--json"))
     assert value["self_test"].startswith("int4 products passed") and "store" not in value
+
+
+@pytest.mark.parametrize("flag", ["--device=cpu", "--backend=panel"])
+def test_what_only_the_gradients_take_is_refused_without_them(mebp, flag):
+    assert_one_line(mebp("doctor", flag), "--device and --backend are for --gradients: add that, or leave them out")
 
 
 @pytest.mark.parametrize("ok", [True, False, None])

@@ -29,7 +29,7 @@ def test_backend_and_dtype_are_taken(mebp, world):
 MISTAKES = {
     "no store": (lambda w, t: evaluate(w, t / "none"), ["none is not a directory"]),
     "a truncated store": (lambda w, t: evaluate(w, truncated(w, t)), ["has 500 bytes and should have"]),
-    "too long": (lambda w, t: evaluate(w, w / "store", "--max-length=65"), ["max_length 65", "64"]),
+    "too long": (lambda w, t: evaluate(w, w / "store", "--max-length=65"), ["--max-length 65", "64"]),
     "no windows": (lambda w, t: evaluate(w, w / "store", "--max-eval-windows=0"), ["--max-eval-windows", "0"]),
     "a missing file": (
         lambda w, t: ["eval", w / "store", f"--validation-file={t / 'none.txt'}"],

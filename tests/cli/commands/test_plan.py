@@ -89,11 +89,12 @@ def test_a_budget_chooses(mebp, world):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory-budget=1MiB"], "memory_budget 1 MiB is too small: the smallest plan needs "),
-        (["--memory-budget=lots"], "memory_budget must be a size such as 900MiB, 1.5GiB or 4GB, got 'lots'"),
-        (["--max-length=100000"], "max_length 100000 is longer than the 64 tokens that the model takes"),
+        (["--memory-budget=1MiB"], "--memory-budget 1MiB is too small: the smallest plan needs "),
+        (["--memory-budget=1KiB"], "--memory-budget 1KiB is too small: the smallest plan needs "),
+        (["--memory-budget=lots"], "--memory-budget must be a size such as 900MiB, 1.5GiB or 4GB, got 'lots'"),
+        (["--max-length=100000"], "--max-length 100000 is longer than the 64 tokens that the model takes"),
         (["--plot=/nowhere/a.png"], "--plot /nowhere/a.png names no file in an existing directory"),
-        (["--target-modules=nothing"], "target_modules"),
+        (["--target-modules=nothing"], "--target-modules 'nothing'"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(mebp, world, tmp_path, arguments, message):

@@ -1,6 +1,7 @@
 """``mebp train``: a run and its directory, and what is refused. ``test_training_run`` has what ends a run early."""
 
 import json
+import re
 
 import pytest
 from commands import (
@@ -99,6 +100,18 @@ def checkpoint(world):
     return f"--resume-from-checkpoint={world / 'run' / 'checkpoint'}"
 
 
+def test_help_says_what_must_be_given(mebp):
+    code, out, _ = mebp("train", "--help")
+    named = re.findall(r"^  (--[a-z-]+) [A-Z]+ ((?:.*\n   )*.*)", out, re.M)
+    needed = [flag for flag, text in named if "required, here or in --config" in " ".join(text.split())]
+    assert (code, needed) == (0, ["--train-file", "--output-dir"])
+
+
+def test_a_file_that_is_no_model_is_not_said_to_be_quantized(mebp, world, tmp_path):
+    command = train(world, tmp_path, store=put(tmp_path, "model.gguf", b"GGUF and no more"))
+    assert_refused(mebp, command, ["model.gguf"], tmp_path)
+
+
 MISTAKES = {
     "no store": (lambda w, t: train(w, t, store=t / "none"), ["none does not exist"]),
     "a truncated store": (lambda w, t: train(w, t, store=truncated(w, t)), ["has 500 bytes and should have"]),
@@ -112,11 +125,17 @@ MISTAKES = {
     ),
     "a missing training file": (lambda w, t: train(w, t, train_file=t / "none.txt"), ["none.txt: no such file"]),
     "no training file": (lambda w, t: ["train", w / "store", f"--output-dir={t / 'run'}"], ["--train-file is missing"]),
-    "no output directory": (lambda w, t: ["train", w / "store", "--train-file=a.txt"], ["--output-dir is missing"]),
-    "an empty file": (lambda w, t: train(w, t, train_file=put(t, "a.txt", "")), ["a.txt: nothing to train on"]),
+    "no output directory": (
+        lambda w, t: ["train", w / "store", "--train-file=a.txt"],
+        ["--output-dir is missing: give"],
+    ),
+    "an empty file": (
+        lambda w, t: train(w, t, train_file=put(t, "a.txt", "")),
+        ["a.txt: nothing to train on, it is empty; add text"],
+    ),
     "an empty validation file": (
         lambda w, t: train(w, t, f"--validation-file={put(t, 'v.txt', '')}"),
-        ["validation-file", "v.txt: nothing to evaluate"],
+        ["--validation-file", "v.txt: nothing to evaluate"],
     ),
     "an unknown suffix": (lambda w, t: train(w, t, train_file=put(t, "a.tsv", "a\tb")), ["unknown suffix '.tsv'"]),
     "broken JSONL": (
@@ -129,19 +148,19 @@ MISTAKES = {
         lambda w, t: train(w, t, store=w / "model", train_file=put(t, "a.txt", "")),
         ["a.txt: nothing to train on"],
     ),
-    "a model too short": (lambda w, t: train(w, t, "--max-length=65"), ["max_length 65", "64 tokens"]),
+    "a model too short": (lambda w, t: train(w, t, "--max-length=65"), ["--max-length 65", "64 tokens"]),
     "a model not quantized yet too short": (
         lambda w, t: train(w, t, "--max-length=65", store=w / "model"),
-        ["max_length 65", "64 tokens"],
+        ["--max-length 65", "64 tokens"],
     ),
-    "rank 0": (lambda w, t: train(w, t, "--lora-r", "0"), ["lora_r must be at least 1, got 0"]),
+    "rank 0": (lambda w, t: train(w, t, "--lora-r", "0"), ["--lora-r must be at least 1, got 0"]),
     "a negative rate": (
         lambda w, t: train(w, t, "--learning-rate=-1"),
-        ["learning_rate must be larger than 0, got -1.0"],
+        ["--learning-rate must be larger than 0, got -1.0"],
     ),
-    "a rate of nan": (lambda w, t: train(w, t, "--learning-rate=nan"), ["learning_rate must be finite, got nan"]),
+    "a rate of nan": (lambda w, t: train(w, t, "--learning-rate=nan"), ["--learning-rate must be finite, got nan"]),
     "a word for a number": (lambda w, t: train(w, t, "--max-steps=many"), ["--max-steps", "'many'"]),
-    "dropout 1": (lambda w, t: train(w, t, "--lora-dropout=1"), ["lora_dropout must be in [0, 1), got 1.0"]),
+    "dropout 1": (lambda w, t: train(w, t, "--lora-dropout=1"), ["--lora-dropout must be in [0, 1), got 1.0"]),
     "an unknown mode": (lambda w, t: train(w, t, "--selection-mode=some"), ["--selection-mode", "'some'", "identity"]),
     "mezo with a selection": (lambda w, t: train(w, t, "--optim=mezo", "--selection-mode=exact"), ["'mezo'"]),
     "modules that are not there": (lambda w, t: train(w, t, "--target-modules=c_attn"), ["c_attn", "matches no"]),
@@ -156,7 +175,7 @@ MISTAKES = {
     "resuming from elsewhere": (lambda w, t: train(w, t, f"--resume-from-checkpoint={t}"), ["there is no checkpoint"]),
     "resuming with another rank": (
         lambda w, t: train(w, w, "--lora-r=4", "--resume"),
-        ["cannot resume: lora_r was 2 and now is 4"],
+        ["cannot resume: --lora-r was 2 and now is 4"],
     ),
     "two ways to resume": (
         lambda w, t: train(w, w, "--resume", checkpoint(w)),
@@ -165,7 +184,7 @@ MISTAKES = {
     "resuming into a used directory": (lambda w, t: train(w, w, checkpoint(w), output="wide"), ["wide exists already"]),
     "resuming elsewhere with another rank": (
         lambda w, t: train(w, t, checkpoint(w), "--lora-r=4"),
-        ["cannot resume: lora_r was 2 and now is 4"],
+        ["cannot resume: --lora-r was 2 and now is 4"],
     ),
     "a missing settings file": (lambda w, t: train(w, t, f"--config={t / 'a.yaml'}"), ["a.yaml does not exist"]),
     "an unknown setting": (

@@ -12,7 +12,7 @@ import torch
 from models import save_tiny_model
 from safetensors.torch import save_file
 
-from mebp_triton.convert.readers import READERS, open_source
+from mebp_triton.convert.readers import READERS, open_source, reader_of
 from mebp_triton.convert.readers.source import Source
 
 METHODS = [name for name, member in vars(Source).items() if inspect.isfunction(member) and not name.startswith("_")]
@@ -20,7 +20,7 @@ METHODS = [name for name, member in vars(Source).items() if inspect.isfunction(m
 
 @pytest.mark.parametrize(("kind", "name"), READERS, ids=str)
 def test_a_reader_in_the_table_follows_the_protocol(kind: str, name: str | None) -> None:
-    reader = READERS[kind, name]()
+    reader = reader_of(kind, name)
     assert METHODS == ["bind", "read", "has", "save_companions"]
     for method in METHODS:
         wanted = list(inspect.signature(getattr(Source, method)).parameters)

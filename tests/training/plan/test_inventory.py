@@ -1,6 +1,8 @@
 """An inventory lists what a store holds."""
 
 import pytest
+import torch
+from int4_models import quantized
 from models import ARCHITECTURES, bnb_directory
 from transformers import AutoConfig
 
@@ -31,4 +33,18 @@ def test_what_is_taken_over_from_bitsandbytes_has_its_dtypes(tmp_path, options):
     quantize(source, tmp_path / "store", **options)
     real = Inventory.of_store(Store(tmp_path / "store"))
     made = Inventory.of_config(AutoConfig.from_pretrained(source), **options)
+    assert made.files == real.files
+
+
+@pytest.mark.parametrize("asked", [{}, {"scheme": "symmetric"}])
+def test_what_is_taken_over_from_int4_layers_has_its_form(shared_store, tmp_path, asked):
+    source = tmp_path / "int4"
+    model = quantized(shared_store("llama").parent / "model", torch.float32, scheme="affine", group_size=32)
+    model.save_pretrained(source)
+    quantize(source, tmp_path / "store", **asked)
+    real = Inventory.of_store(Store(tmp_path / "store"))
+    made = Inventory.of_config(AutoConfig.from_pretrained(source), **asked)
+    assert {name: (info.scheme, info.group_size) for name, info in made.matrices.items()} == {
+        name: (info.scheme, info.group_size) for name, info in real.matrices.items()
+    }
     assert made.files == real.files

@@ -122,7 +122,7 @@ def test_nothing_fits(store):
         plans.resolve(settings)
     message = str(caught.value)
     needs = f"the smallest plan needs {least / MIB:.0f} MiB, which leaves 5% in reserve; its peak is "
-    assert message.startswith(f"memory_budget 200 MiB is too small: {needs}")
+    assert message.startswith(f"memory_budget 200MiB is too small: {needs}")
     assert "framework 334 MiB" in message and "\n" not in message
     assert "what would help: " in message and "--per-device-train-batch-size 1 (" in message
 
