@@ -178,7 +178,7 @@ MISTAKES = {
         lambda w, t: [w / "store", "--prompt=the", "--system=a"],
         ["--system needs --chat"],
     ),
-    "no probability": (lambda w, t: [w / "store", "--prompt=a", "--top-p=0"], ["top_p", "0.0"]),
+    "no probability": (lambda w, t: [w / "store", "--prompt=a", "--top-p=0"], ["--top-p must be in", "0.0"]),
 }
 
 
