@@ -57,8 +57,9 @@ def _printing_to_stderr() -> Iterator[None]:
 
     tokenizers, in Rust, prints warnings there, and a command's standard output is its answer.
     """
-    sys.stdout.flush()
     try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
         kept = os.dup(1)
     except OSError:  # standard output is closed
         yield

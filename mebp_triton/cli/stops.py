@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mebp_triton.data.tokenized import TokenizedData
-from mebp_triton.data.turn_end import TurnEnd, find_turn_end, kind_of_rows, rows_that_train
+from mebp_triton.data.turn_end import TurnEnd, find_turn_end, rows_that_train
 from mebp_triton.models.generation import GENERATION_CONFIG, add_stops, stop_ids
 
 
@@ -17,34 +16,32 @@ class RowEnds:
     """How the rows of a training file end.
 
     Attributes:
-        kind: see ``kind_of_rows``.
         turn: what the chat template writes behind an answer; None if that is not known.
         eos: the tokenizer's end-of-sequence token, which closes rows of strings.
         names: the tokens' texts by id.
     """
 
-    kind: str
     turn: TurnEnd | None
     eos: int | None
     names: dict[int, str]
 
 
-def find_row_ends(path: Path, tokenizer: Any) -> RowEnds:
-    """Finds how the rows of a file that ``load_data`` takes end, under the tokenizer's chat template.
+def find_row_ends(data: TokenizedData, tokenizer: Any) -> RowEnds:
+    """Finds how the rows of ``data`` end, under the tokenizer's chat template.
 
     Raises:
-        ValueError: the rows are chats, and the template leaves answers out.
+        ValueError: there are chats among them, and the template leaves answers out.
     """
-    kind, eos = kind_of_rows(path, tokenizer), tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     try:
         turn = find_turn_end(tokenizer)
     except ValueError:
-        if kind == "chat":
+        if data.report.chat_rows:
             raise
         turn = None  # nothing is trained by this template
     ids = {*(turn.tokens + turn.next_tokens if turn else ()), *([] if eos is None else [eos])}
     names = {token: tokenizer.convert_ids_to_tokens(token) for token in ids}
-    return RowEnds(kind, turn, eos, names)
+    return RowEnds(turn, eos, names)
 
 
 def stop_where_rows_end(model: Any, data: TokenizedData, ends: RowEnds) -> Iterator[str]:
@@ -58,9 +55,9 @@ def stop_where_rows_end(model: Any, data: TokenizedData, ends: RowEnds) -> Itera
                 f"{count:,} rows train {ends.names[token]} (token {token}) as an end, where the model does not stop: "
                 f"the run's and the adapter's {GENERATION_CONFIG} name it too"
             )
-    if ends.kind == "string" and ends.eos is None:
+    if data.report.string_rows and ends.eos is None:
         yield "the tokenizer has no end-of-sequence token, so no row ends, and the model will not learn to stop"
-    if ends.kind == "chat" and ends.turn is not None:
+    if data.report.chat_rows and ends.turn is not None:
         yield from _unlearnt(data, ends, ends.turn, turn_stop)
 
 

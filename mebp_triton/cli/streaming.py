@@ -14,22 +14,26 @@ from transformers.generation.streamers import BaseStreamer
 class TextStream(BaseStreamer):
     """The ``streamer`` of a ``generate`` call: collects the new text, and shows what no later token can change.
 
-    Held back are characters of which not all bytes are there, and what may be the beginning of ``end``.
+    Held back are characters of which not all bytes are there, and what may be the beginning of one of ``ends``.
 
     Args:
         stops: the tokens that end the answer, and are none of its text, special or not.
-        end: a text that ends the answer, and is none of it; empty for none. ``is_ended`` is a stopping criterion.
+        ends: texts that end the answer, and are none of it. ``is_ended`` is a stopping criterion.
         show: given the text in parts; None shows nothing.
 
     Attributes:
         ids: the new tokens. times: when each came, in seconds since this was made.
-        ended: whether ``end`` has come.
+        ended: whether one of ``ends`` has come.
     """
 
     def __init__(
-        self, tokenizer: Any, stops: Collection[int] = (), end: str = "", show: Callable[[str], None] | None = None
+        self,
+        tokenizer: Any,
+        stops: Collection[int] = (),
+        ends: Collection[str] = (),
+        show: Callable[[str], None] | None = None,
     ) -> None:
-        self.tokenizer, self.stops, self.end_text, self.show = tokenizer, stops, end, show
+        self.tokenizer, self.stops, self.ends, self.show = tokenizer, stops, ends, show
         self.ids: list[int] = []
         self.times: list[float] = []
         self.ended = False
@@ -50,14 +54,15 @@ class TextStream(BaseStreamer):
         self._take(last=True)
 
     def is_ended(self, ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
-        """Whether ``end`` has come, for each of the rows ``ids`` ``[1, tokens]``."""
+        """Whether one of ``ends`` has come, for each of the rows ``ids`` ``[1, tokens]``."""
         return torch.full((len(ids),), self.ended, device=ids.device)
 
     def _take(self, last: bool) -> None:
         kept = [token for token in self.ids if token not in self.stops]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        if self.end_text and self.end_text in text:
-            text, self.ended = text.partition(self.end_text)[0], True
+        # Cleaned up, a text would lose spaces that were shown already, and those before punctuation marks.
+        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if places := [text.index(end) for end in self.ends if end in text]:
+            text, self.ended = text[: min(places)], True
         self.text = text
         sure = len(text) if last or self.ended else self._sure(text)
         if self.show is not None and sure > self._shown:
@@ -67,7 +72,10 @@ class TextStream(BaseStreamer):
     def _sure(self, text: str) -> int:
         """How many characters stay as they are, whatever follows."""
         sure = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-        for place in range(max(0, sure - len(self.end_text) + 1), sure):
-            if self.end_text.startswith(text[place:sure]):
-                return place
-        return sure
+        longest = max(map(len, self.ends), default=0)
+        begun = (
+            place
+            for place in range(max(0, sure - longest + 1), sure)
+            if any(end.startswith(text[place:sure]) for end in self.ends)
+        )
+        return next(begun, sure)

@@ -247,7 +247,7 @@ def _load_texts(
     scratch = atomic.existing_parent(Path(asked.output_dir))
     data = tokenized(asked.train_file, "train-file")
     validation = tokenized(asked.validation_file, "validation-file") if asked.validation_file else None
-    ends = find_row_ends(check_source(asked.train_file), tokenizer)
+    ends = find_row_ends(data, tokenizer)
     return pack(data, asked.max_length) if asked.packing else data, validation, ends
 
 

@@ -9,6 +9,7 @@ model sees it when it answers.
 
 from __future__ import annotations
 
+import json
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Tokens = tuple[list[int], bytes]  # ids, and for each 1 if it is trained and 0 if it is masked
 Span = tuple[int, int]
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of what was thought before an answer
 
 
 def chat_rows(
@@ -48,7 +50,7 @@ def chat_rows(
         )
     first, least = (0, 0) if masking.completion_only_loss is False else (len(prompt), given)
     if masking.assistant_only_loss and template.marks_answers:
-        return [_marked_tokens(template, messages, said, whole, whole[:first])], _shortened(messages, [whole])
+        return [_marked_tokens(template, messages, said, whole, whole[:first])], _shortened(template, messages, [whole])
     if masking.assistant_only_loss:
         answers = [place for place in _answers(messages) if place >= least and said.get(place) is not False]
         found = _answer_spans(template, messages, answers, whole)
@@ -59,14 +61,23 @@ def chat_rows(
         _span_tokens(template.tokenizer, text, spans, cuts if text == whole else set())
         for text, spans in found.items()
         if spans or len(found) == 1
-    ], _shortened(messages, list(found))
+    ], _shortened(template, messages, list(found))
 
 
-def _shortened(messages: list[Message], texts: list[str]) -> int:
-    """How many messages have a content that is in none of the texts, but for white space."""
+def _shortened(template: Template, messages: list[Message], texts: list[str]) -> int:
+    """How many messages say something that is in none of the texts, but for white space.
+
+    Thoughts count only if the template knows their key: other keys are counted as without effect.
+    """
     squeezed = ["".join(text.split()) for text in texts]
-    contents = ["".join(m["content"].split()) for m in messages if m["role"] in ("system", "user", "assistant")]
-    return sum(not any(content in text for text in squeezed) for content in contents)
+    keys = ("content", *(key for key in THOUGHTS if key in template.words))
+
+    def is_written(said: str) -> bool:
+        forms = (said, json.dumps(said, ensure_ascii=False)[1:-1])  # Llama 3.1 writes what a tool says as JSON
+        return any("".join(form.split()) in text for form in forms for text in squeezed)
+
+    parts = ([message[key] for key in keys if isinstance(message.get(key), str)] for message in messages)
+    return sum(not all(map(is_written, said)) for said in parts)
 
 
 def _answers(messages: list[Message]) -> list[int]:

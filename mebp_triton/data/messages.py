@@ -19,7 +19,7 @@ MASKED_KEYS = ("masked",)  # the other way round
 # Keys by which a row does. Others of the above are no statement about a row: "train" may be the name of a split.
 ROW_KEYS = ("weight", "loss_weight", "sample_weight")
 TEXT_PARTS = ("text", "input_text", "output_text")
-SWITCH = {"0": False, "false": False, "1": True, "true": True}
+TRUTH = {"false": 0.0, "true": 1.0}
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,8 @@ def switch(keys: dict[str, Any], trained: Iterable[str], masked: Iterable[str], 
         value = keys.get(name)
         if value is None:
             continue
-        told = SWITCH.get(value.strip().lower()) if isinstance(value, str) else value
-        if isinstance(value, str) and told is None:
-            told = _number(value)
-        if not isinstance(told, bool | int | float) or told not in (0, 1):
+        told = _number(value)
+        if told not in (0, 1):
             raise ValueError(
                 f"'{name}' of {what} is {value!r:.60}; only 0 and 1 (false and true) have a meaning here: "
                 "give one of them, or remove the key"
@@ -177,21 +175,20 @@ def switch(keys: dict[str, Any], trained: Iterable[str], masked: Iterable[str], 
     return next(iter(said.values()), None)
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def _number(value: Any) -> float | None:
+    """A number or truth value as a number, also from a string; None for anything else."""
+    if isinstance(value, str):
+        word = value.strip().lower()
+        try:
+            return TRUTH[word] if word in TRUTH else float(word)
+        except ValueError:
+            return None
+    return float(value) if isinstance(value, bool | int | float) else None
 
 
 def row_switch(row: dict[str, Any]) -> bool | None:
     """What a row's own weight says. A value that is no number is some other thing of this name, and says nothing."""
-    numbers = {}
-    for name in ROW_KEYS:
-        value = row.get(name)
-        if isinstance(value, bool | int | float) or isinstance(value, str) and _number(value) is not None:
-            numbers[name] = value
-    return switch(numbers, ROW_KEYS, (), "the row")
+    return switch({name: row[name] for name in ROW_KEYS if _number(row.get(name)) is not None}, ROW_KEYS, (), "the row")
 
 
 def parsed(row: dict[str, Any], key: str) -> Any:
@@ -203,6 +200,20 @@ def parsed(row: dict[str, Any], key: str) -> Any:
         return json.loads(value) if value.strip() else None
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"'{key}' is a string that is not JSON ({error})") from error
+
+
+def with_parsed_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with ``prompt`` and ``completion`` as lists where both are JSON of messages, as in cells of a table."""
+    pair = {key: row[key] for key in ("prompt", "completion")}
+    if not all(isinstance(value, str) and value.lstrip()[:1] == "[" for value in pair.values()):
+        return row
+    try:
+        pair = {key: json.loads(value) for key, value in pair.items()}
+    except (json.JSONDecodeError, RecursionError):
+        return row
+    items = [item for messages in pair.values() for item in messages or [None]]
+    are_messages = all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items)
+    return row | pair if are_messages else row
 
 
 def unknown_keys(messages: list[Message], known: frozenset[str], key: str) -> Counter[str]:

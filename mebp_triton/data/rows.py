@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from .chat import Tokens, chat_rows
 from .foreign_rows import from_alpaca
 from .masking import Masking
-from .messages import ROW_KEYS, Conversation, conversation_of, parsed, row_switch, shown, unknown_keys
+from .messages import (
+    ROW_KEYS,
+    Conversation,
+    conversation_of,
+    parsed,
+    row_switch,
+    shown,
+    unknown_keys,
+    with_parsed_pair,
+)
 from .template import Template
 from .text import encode, split_prompt, with_eos, with_opening
 
@@ -37,6 +46,7 @@ class TokenizedRow:
     Attributes:
         parts: ids, and for each a byte that is 1 if it is trained and 0 if it is masked: of one row, or of several
             where the chat template rewrites earlier answers.
+        chat: whether the chat template wrote it, so that EOS closes it only if the template says so.
         converted: whether it came in another project's form.
         masked_messages: messages that say of themselves that they are not trained.
         shortened_messages: messages that the chat template does not write whole.
@@ -44,6 +54,7 @@ class TokenizedRow:
     """
 
     parts: list[Tokens]
+    chat: bool = False
     converted: bool = False
     masked_messages: int = 0
     shortened_messages: int = 0
@@ -69,6 +80,8 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking,
     if alpaca:
         row = from_alpaca(row, chat=bool(tokenizer.chat_template))
         kind = ("prompt", "completion")
+    if kind == ("prompt", "completion"):
+        row = with_parsed_pair(row)
     if kind == ("text",):
         found = TokenizedRow([_text_tokens(tokenizer, row["text"], masking, head)])
     elif kind == ("prompt", "completion") and not isinstance(row["prompt"], list | dict):
@@ -113,7 +126,7 @@ def _chat_row(
     """Tokenizes messages, or a prompt and a completion of messages."""
     if len(kind) == 1:
         if parsed(row, kind[0]) in ([], None):
-            return TokenizedRow([([], b"")])  # nothing to train on, as an empty text
+            return TokenizedRow([([], b"")], chat=True)  # nothing to train on, as an empty text
         if masking.completion_only_loss:
             raise ValueError(
                 "completion_only_loss needs 'prompt' and 'completion', and this row has messages; "
@@ -132,7 +145,7 @@ def _chat_row(
         roles = [messages[place]["role"] for place, trained in said.items() if trained]
         unused += Counter(f"a weight on a message of {role!r}" for role in roles if role != "assistant")
     converted = kind == ("conversations",) or any(talk.converted for talk in talks)
-    return TokenizedRow(parts, converted, sum(not trained for trained in said.values()), shortened, unused)
+    return TokenizedRow(parts, True, converted, sum(not trained for trained in said.values()), shortened, unused)
 
 
 def _unused(template: Template, talks: Iterable[Conversation], kind: tuple[str, ...]) -> Counter[str]:

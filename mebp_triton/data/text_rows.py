@@ -124,7 +124,9 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
             names, last = _next_cells(table, 1), table.line_num
             if names is None:
                 return
-            if len(set(names)) != len(names) or "" in names:
+            # Tables of pandas and R begin with a column of row numbers that has no name.
+            names = [name or f"column {place}" for place, name in enumerate(names, start=1)]
+            if len(set(names)) != len(names):
                 raise BrokenRow(1, f"the first row must name the columns, each by another name, got {names!r:.200}")
             while (cells := _next_cells(table, last + 1)) is not None:
                 number, last = last + 1, table.line_num

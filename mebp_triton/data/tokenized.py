@@ -54,6 +54,8 @@ class DataReport:
         masked_messages: messages that say of themselves, by ``weight`` or the like, that they are not trained.
         shortened_messages: messages that the chat template does not write whole.
         unused_keys: how often each key of a row or a message had no effect.
+        chat_rows: rows that the chat template wrote.
+        string_rows: rows of strings, which the end-of-sequence token closes. Windows of a text are neither.
         packed_rows: rows that the kept rows were packed into; 0 without packing.
         packed_length: the most tokens that a packed row may have.
     """
@@ -72,6 +74,8 @@ class DataReport:
     split_rows: int = 0
     masked_messages: int = 0
     shortened_messages: int = 0
+    chat_rows: int = 0
+    string_rows: int = 0
     unused_keys: dict[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
@@ -165,12 +169,16 @@ class RowWriter:
         self.trained: bytearray | ScratchArray = bytearray() if scratch is None else ScratchArray(scratch, np.bool_)
         self.offsets = array("q", [0])
         self.trained_tokens = self.masked = self.truncated = self.cut_off = self.dropped = self.converted = 0
-        self.cut_away = 0
+        self.cut_away = self.chat_rows = self.string_rows = 0
         self.split_conversations = self.split_rows = self.masked_messages = self.shortened = 0
         self.unused: Counter[str] = Counter()
 
-    def count(self, kept: int, converted: bool, masked: int, shortened: int, unused: Mapping[str, int]) -> None:
+    def count(
+        self, kept: int, chat: bool, converted: bool, masked: int, shortened: int, unused: Mapping[str, int]
+    ) -> None:
         """Counts what became of a row of the file: ``kept`` rows, and see ``DataReport``."""
+        self.chat_rows += kept if chat else 0
+        self.string_rows += 0 if chat else kept
         self.converted += converted and kept > 0
         self.masked_messages += masked
         self.shortened += shortened
@@ -222,6 +230,8 @@ class RowWriter:
             split_rows=self.split_rows,
             masked_messages=self.masked_messages,
             shortened_messages=self.shortened,
+            chat_rows=self.chat_rows,
+            string_rows=self.string_rows,
             unused_keys=dict(self.unused.most_common()),
         )
         ids = self.ids if isinstance(self.ids, ScratchArray) else np.frombuffer(self.ids, np.int32)

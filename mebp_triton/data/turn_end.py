@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .sources import rows
 from .template import Template
 from .text import encode
 from .tokenized import CHECKSUM_CHUNK, TokenizedData
@@ -70,15 +68,6 @@ def _special(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """The tokens in a text that were added to the vocabulary, as those of turns are, and no pieces of words."""
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     return tuple(token for token in encode(tokenizer, text) if token in added and token != tokenizer.unk_token_id)
-
-
-def kind_of_rows(path: Path, tokenizer: PreTrainedTokenizerBase) -> Literal["chat", "string", "text"]:
-    """How the rows of a file end, by its first one: as the template has it, by EOS, or (a text's windows) nowhere."""
-    if path.suffix.lower() == ".txt":
-        return "text"
-    row: Any = next(rows(path), (1, {}))[1]
-    chat = row.get("messages") or row.get("conversations") or isinstance(row.get("prompt"), list)
-    return "chat" if chat or (row.get("instruction") and tokenizer.chat_template) else "string"
 
 
 def rows_that_train(data: TokenizedData, tokens: Iterable[int]) -> int:

@@ -20,6 +20,11 @@ def stop_ids(model: Any) -> list[int]:
     return _as_list(getattr(getattr(model, "generation_config", None), STOPS, None))
 
 
+def stop_strings(model: Any) -> list[str]:
+    """The texts at which the generation config has ``model.generate`` stop; it needs a tokenizer for them."""
+    return _as_list(getattr(getattr(model, "generation_config", None), "stop_strings", None))
+
+
 def add_stops(model: Any, ids: Iterable[int]) -> None:
     """Has ``model.generate`` of a model of ``load`` stop at these ids too; ``save_adapter`` keeps them."""
     stops = stop_ids(model)
@@ -63,6 +68,6 @@ def write_stops(directory: Path, base: Path, stops: Iterable[int]) -> None:
     strict_json.write_json(directory / GENERATION_CONFIG, values)
 
 
-def _as_list(ids: Any) -> list[Any]:
-    """``eos_token_id`` as a list: it may be absent, one id or several."""
-    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+def _as_list(values: Any) -> list[Any]:
+    """A setting as a list: it may be absent, one value or several."""
+    return [] if values is None else list(values) if isinstance(values, list | tuple) else [values]

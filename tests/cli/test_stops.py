@@ -117,6 +117,18 @@ UNLEARNT = {
     ),
     "an end that is trained": (TEMPLATE.replace("END", "</s>"), CHATS, {}, None),
     "strings": (TEMPLATE, [{"prompt": "the cat", "completion": " sees"}], {}, None),
+    "chats behind other rows": (
+        TEMPLATE.replace("END", ""),
+        [{"messages": []}, {"text": "the cat sees"}, *CHATS],
+        {},
+        "writes nothing behind a last answer: the model will not learn",
+    ),
+    "Alpaca's rows": (
+        TEMPLATE.replace("END", ""),
+        [{"instruction": "the cat", "output": "sees"}],
+        {},
+        "writes nothing behind a last answer: the model will not learn",
+    ),
 }
 
 
@@ -128,7 +140,7 @@ def lines_of(shared_store, tmp_path):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         model = load(shared_store())
         data = load_data(tmp_path / "rows.jsonl", tokenizer, length, masking=Masking(**masking))
-        lines = list(stop_where_rows_end(model, data, find_row_ends(tmp_path / "rows.jsonl", tokenizer)))
+        lines = list(stop_where_rows_end(model, data, find_row_ends(data, tokenizer)))
         return lines, stop_ids(model)
 
     return said

@@ -47,7 +47,23 @@ def test_half_a_character_waits_for_the_rest(tokenizer):
 
 def test_the_end_is_no_part_of_the_text(tokenizer):
     assert streamed(tokenizer, ["a", "<end>"], stops=[6])[0] == ["a"]
-    shown, stream, ended = streamed(tokenizer, ["a", "#", "a", "#", "#", "b", "a"], end="##b")
+    shown, stream, ended = streamed(tokenizer, ["a", "#", "a", "#", "#", "b", "a"], ends=["##b"])
     assert shown == ["a", "#a"] and stream.text == "a#a" and ended == 6
-    shown, stream, ended = streamed(tokenizer, ["a", "#", "#"], end="##b")  # its beginning, and nothing more
+    shown, stream, ended = streamed(tokenizer, ["a", "#", "#"], ends=["##b"])  # its beginning, and nothing more
     assert "".join(shown) == stream.text == "a##" and ended is None
+    for ends in (["##", "##b", "bb"], ["bb", "##b", "##"]):  # the first that comes, in whatever order they are given
+        shown, stream, ended = streamed(tokenizer, ["a", "#", "b", "#", "#", "b"], ends=ends)
+        assert "".join(shown) == stream.text == "a#b" and ended == 5
+
+
+def test_no_space_that_was_shown_is_taken_back(tokenizer):
+    """Some tokenizers clean up, and so remove the spaces before "n't" and punctuation marks."""
+    core = Tokenizer(WordLevel({"a": 0, "\u0120n": 1, "'t": 2, "\u0120.": 3}, unk_token="a"))
+    core.decoder = ByteLevel()
+    cleaning = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=True)
+    shown: list[str] = []
+    stream = TextStream(cleaning, show=shown.append)
+    for ids in ([[0, 0]], [0], [1], [2], [3], [0]):
+        stream.put(torch.tensor(ids))
+    stream.end()
+    assert "".join(shown) == stream.text == "a n't .a"

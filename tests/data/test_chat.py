@@ -245,6 +245,34 @@ def test_what_the_template_leaves_out_is_counted(write):
         assert report.shortened_messages == count and ("does not write whole" in report.describe()) == bool(count)
 
 
+@pytest.mark.parametrize("role", ["prompter", "developer", "function", "tool", "user ", "Critic"])
+def test_roles_that_the_template_passes_over_are_counted(write, role):
+    chosen = CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role in known %}")
+    path = write("x.jsonl", [{"messages": [*TALK[:3], {"role": role, "content": "And?"}, *TALK[4:]]}])
+    for known, count in (("['system', 'user', 'assistant']", 1), (repr([role, *["system", "user", "assistant"]]), 0)):
+        for masking in (Masking(), ASSISTANT):
+            tokenizer = byte_bpe(chosen.replace("known", known))
+            assert load_data(path, tokenizer, 999, masking=masking).report.shortened_messages == count
+
+
+def test_what_a_tool_says_may_be_written_as_json(write):
+    tokenizer = byte_bpe(CHATML.replace("message['content'] +", "(message['content'] | tojson) +"))
+    talk = [*TALK[:2], {"role": "tool", "content": 'é "four"\nand more'}, *ANSWER]
+    assert load_data(write("x.jsonl", [{"messages": talk}]), tokenizer, 999).report.shortened_messages == 0
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_that_the_template_drops_from_earlier_answers_are_counted(write, key):
+    last = f"{{% if loop.last and message.{key} %}}<think>{{{{ message.{key} }}}}</think>{{% endif %}}"
+    template = CHATML.replace("{{ '<|im_start|>'", last + "{{ '<|im_start|>'")
+    talk = [message | ({key: f"hm {place}"} if place in (2, 4) else {}) for place, message in enumerate(TALK)]
+    path = write("x.jsonl", [{"messages": talk}])
+    assert load_data(path, byte_bpe(template), 999).report.shortened_messages == 1
+    assert load_data(path, byte_bpe(template), 999, masking=ASSISTANT).report.shortened_messages == 0  # two rows
+    report = load_data(path, byte_bpe(), 999).report  # a key that the template never mentions is said as such
+    assert report.shortened_messages == 0 and report.unused_keys == {f"messages[].{key}": 2}
+
+
 def test_a_token_across_the_beginning_of_a_turn_is_cut(write):
     """The header ends in a newline, and so begins the answer: as one text they would be one token."""
     core = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "/": 3, "//": 4}, unk_token="[UNK]"))

@@ -141,10 +141,10 @@ def test_a_key_that_cannot_be_followed_is_refused(tokenizer, write, keys, messag
 
 def test_rows_of_weight_0_are_dropped(tokenizer, write):
     kinds = [{"messages": TALK}, {"text": "The cat sat"}, {"prompt": "two", "completion": " four"}]
-    lines = [row | {"weight": weight} for row in kinds for weight in (0, 1, "0.0", "big", None)]
+    lines = [row | {"weight": weight} for row in kinds for weight in (0, "False", 1, "0.0", "big", None)]
     data = load_data(write("x.jsonl", lines), tokenizer, 99)
     assert rows(data) == rows(load_data(write("y.jsonl", [row for row in kinds for _ in range(3)]), tokenizer, 99))
-    assert data.report.dropped_rows == 6 and data.report.unused_keys == {"weight": 3}
+    assert data.report.dropped_rows == 9 and data.report.unused_keys == {"weight": 3}
     with pytest.raises(ValueError, match="x.jsonl:1: 'weight' of the row is 0.3; only 0 and 1"):
         load_data(write("x.jsonl", [kinds[1] | {"weight": 0.3}]), tokenizer, 99)
 

@@ -61,6 +61,25 @@ def test_csv_has_the_rows_of_json_lines(tokenizer, write, options):
     assert data.report.unused_keys == {"source": 3, "weight": 1} and data.report.dropped_rows == 1
 
 
+def test_columns_of_a_table_without_a_name(tokenizer, write):
+    """pandas and R write the rows' numbers as such a column."""
+    data = load_data(write("x.csv", ",text,\n0,a cat,b\n1,two,\n"), tokenizer, 99)
+    assert rows(data) == rows(load_data(write("y.jsonl", [{"text": "a cat"}, {"text": "two"}]), tokenizer, 99))
+    assert data.report.unused_keys == {"column 1": 2, "column 3": 2}
+
+
+def test_messages_in_the_cells_of_prompt_and_completion(tokenizer, write):
+    pair = {"prompt": QUESTION, "completion": ANSWER}
+    wanted = rows(load_data(write("x.jsonl", [pair]), tokenizer, 99))
+    cells = {key: json.dumps(messages) for key, messages in pair.items()}
+    assert rows(load_data(write("x.csv", table([cells])), tokenizer, 99)) == wanted
+    assert rows(load_data(write("y.jsonl", [cells]), tokenizer, 99)) == wanted
+    for no_messages in ("[1]", "[]", "[four", '[{"a": 1}]', "four"):
+        data = load_data(write("z.jsonl", [cells | {"completion": no_messages}]), tokenizer, 999)
+        assert data.report.string_rows == 1 and data.report.chat_rows == 0
+        assert tokenizer.decode(data[0].input_ids).startswith(cells["prompt"] + no_messages)
+
+
 def test_a_long_cell_and_the_limit_of_others(tokenizer, write):
     before = csv.field_size_limit()
     data = load_data(write("x.csv", table([{"text": "a cat " * 50_000}])), tokenizer, 999)
@@ -89,7 +108,6 @@ def test_a_long_cell_and_the_limit_of_others(tokenizer, write):
         ("x.csv", 'text\n"a cat\n', ":2: broken CSV .unexpected end of data"),
         ("x.csv", 'text\n"a" cat\n', ":2: broken CSV"),
         ("x.csv", "text,text\na,b\n", ":1: the first row must name the columns, each by another name"),
-        ("x.csv", "text,\na,b\n", ":1: the first row must name the columns"),
         ("x.csv", "prompt;completion\na;b\n", r":2: unknown row, with the keys \['prompt;completion'\]"),
         ("x.csv", b"text\ncaf\xe9\n", ": ?1?:?.*not UTF-8"),
         ("x.csv", "", ": nothing to train on, it is empty"),

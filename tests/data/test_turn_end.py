@@ -9,7 +9,7 @@ from runs import word_tokenizer
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.masking import Masking
 from mebp_triton.data.packing import pack
-from mebp_triton.data.turn_end import TurnEnd, find_turn_end, kind_of_rows, rows_that_train
+from mebp_triton.data.turn_end import TurnEnd, find_turn_end, rows_that_train
 
 TURNS = "{% for message in messages %}"
 # Templates as the families have them, of the tokenizer's special tokens; <s> is 1, </s> 2, <end> and <call> are new.
@@ -72,29 +72,6 @@ def test_a_template_of_parts(tokenizer):
     part = "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
     end = tokenizer.convert_tokens_to_ids("<end>")
     assert end_of(tokenizer, TURNS + part + "<end>\n{% endfor %}") == TurnEnd((end,), "<end>", (end,))
-
-
-ROWS = {
-    "chat": [
-        {"messages": [{"role": "user", "content": "a dog"}]},
-        {"conversations": [{"from": "human", "value": "a dog"}]},
-        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "dog"}]},
-        {"instruction": "a dog", "output": "nothing"},
-    ],
-    "string": [{"text": "a dog"}, {"prompt": "a", "completion": " dog"}],
-}
-
-
-def test_the_kind_of_a_file(tokenizer, tmp_path):
-    tokenizer.chat_template = TEMPLATES["ChatML"]
-    for kind, rows in ROWS.items():
-        for row in rows:
-            (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-            assert kind_of_rows(tmp_path / "rows.jsonl", tokenizer) == kind, row
-    tokenizer.chat_template = None  # then Alpaca's rows are strings
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS["chat"][-1]) + "\n")
-    assert kind_of_rows(tmp_path / "rows.jsonl", tokenizer) == "string"
-    assert kind_of_rows(tmp_path / "text.txt", tokenizer) == "text"
 
 
 def test_rows_that_train_a_token(tokenizer, tmp_path, monkeypatch):

@@ -15,6 +15,13 @@ from mebp_triton.cli.flags import add_inference, at_least_one
 if TYPE_CHECKING:
     import torch
 
+# Whatever the model's generation config says: a stream shows one text, whose tokens come one by one.
+ONE_TEXT: dict[str, Any] = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1}
+ONE_TEXT |= {"return_dict_in_generate": False, "stop_strings": None}  # the stream itself ends at those
+# What asks for another way to search than sampling, or than the likeliest token.
+ONE_TEXT |= dict.fromkeys(("assistant_early_exit", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers"))
+ONE_TEXT |= dict.fromkeys(("constraints", "force_words_ids"))
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="a store made by mebp quantize")
@@ -150,7 +157,7 @@ def generate(
     import torch
 
     from mebp_triton.cli.streaming import TextStream
-    from mebp_triton.models.generation import stop_ids
+    from mebp_triton.models.generation import stop_ids, stop_strings
 
     if not 0 <= temperature <= 100 or 0 < temperature < 1e-3:
         raise ValueError(f"temperature must be 0 or in [0.001, 100], got {temperature}")
@@ -159,16 +166,16 @@ def generate(
     encoded = _encode(tokenizer, prompt, chat, system)
     encoded = {name: encoded[name].to(model.mebp.device) for name in ("input_ids", "attention_mask")}
     _check_fit(model.config.get_text_config(), encoded["input_ids"], max_new_tokens)
-    stops, end_text = stop_ids(model), ""
+    stops, ends = stop_ids(model), stop_strings(model)
     if chat and (turn := _turn_end(tokenizer)) is not None:
         stop = turn.stop(stops)
         stops += [stop] if stop is not None and stop not in stops else []
-        end_text = turn.text if stop is None else ""
+        ends += [turn.text] if stop is None and turn.text else []
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    stream = TextStream(tokenizer, stops, end_text, show)
+    stream = TextStream(tokenizer, stops, ends, show)
     with torch.no_grad():
         output = model.generate(
             **encoded,
@@ -178,9 +185,10 @@ def generate(
             streamer=stream,
             logits_processor=[_check_finite],
             stopping_criteria=[stream.is_ended],
+            **ONE_TEXT,
             **sampling,
         )
-    ended = stream.ended or int(output[0, -1]) in stops
+    ended = stream.ended or len(stream.ids) < max_new_tokens or int(output[0, -1]) in stops
     return Answer(stream.text, len(stream.ids), ended, stream.times[0], stream.times[-1])
 
 

@@ -116,6 +116,44 @@ def test_an_empty_answer_has_a_hint(mebp, world, tmp_path):
     assert "--chat puts" not in mebp("generate", store, "--prompt=the cat sees", "--chat", "--max-new-tokens=6")[2]
 
 
+# Settings of a generation config that make several texts, or more than one token at a time; and what is written then.
+SEARCHES = [
+    {"num_beams": 4},
+    {"num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    {"num_return_sequences": 2, "do_sample": True},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"prompt_lookup_num_tokens": 3},
+    {"assistant_early_exit": 1},
+    {"penalty_alpha": 0.6, "top_k": 4},
+    {"dola_layers": "high"},
+    {"force_words_ids": [[4]]},
+]
+
+
+def test_the_models_own_settings_of_a_search(loaded, monkeypatch):
+    model, tokenizer = loaded
+    own = model.generation_config
+    expected = generate(model, tokenizer, "the cat sees and", 3).text
+    for settings in SEARCHES:
+        monkeypatch.setattr(model, "generation_config", type(own)(**own.to_dict() | settings))
+        answer = generate(model, tokenizer, "the cat sees and", 3, temperature=0.001 * ("do_sample" in settings))
+        assert answer.text == expected and answer.tokens == 3, settings
+
+
+def test_the_models_own_stop_strings(loaded, monkeypatch):
+    model, tokenizer = loaded
+    own = model.generation_config
+    whole = generate(model, tokenizer, "the cat sees and", 6)
+    word = whole.text.split()[2]
+    for strings in (word, ["never said", word]):
+        monkeypatch.setattr(model, "generation_config", type(own)(**own.to_dict() | {"stop_strings": strings}))
+        answer = generate(model, tokenizer, "the cat sees and", 6)
+        assert answer.text == whole.text.partition(word)[0] and answer.ended and answer.tokens < 6
+    monkeypatch.setattr(model, "generation_config", type(own)(**own.to_dict() | {"max_time": 0.0}))
+    answer = generate(model, tokenizer, "the cat sees", 6)
+    assert answer.tokens == 1 and "cut off" not in answer.describe()
+
+
 def test_a_prompt_that_the_locale_cannot_spell(mebp, command):
     assert answer(mebp(*command, "--prompt=the cat sees \udcc3\udca9", "--json"))["prompt"] == "the cat sees é"
     code, out, err = mebp(*command, "--prompt=the cat \udcff")
