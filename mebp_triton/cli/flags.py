@@ -66,11 +66,27 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
 
 def add_inference(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``inference.load_for_inference`` reads."""
-    parser.add_argument("--adapter", metavar="DIR", help="adapter in PEFT's format")
+    add_adapter(parser)
     add_device(parser)
     parser.add_argument(
         "--dtype", choices=FLOAT_NAMES, help="dtype of activations (default: bfloat16 on a GPU, float32 on a CPU)"
     )
+
+
+def add_adapter(parser: argparse.ArgumentParser, default: str = "none") -> None:
+    """Adds ``--adapter``, whose value is the adapter's own directory; ``default`` says what holds without it."""
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        type=_adapter_directory,
+        help=f"a run directory, or an adapter in PEFT's format (default: {default})",
+    )
+
+
+def _adapter_directory(text: str) -> str:
+    from mebp_triton.models.adapter import find_adapter
+
+    return str(find_adapter(text))
 
 
 def add_device(parser: argparse.ArgumentParser, use: str = "") -> None:

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from mebp_triton.models.adapter import find_adapter
 from mebp_triton.store.manifest import MANIFEST
 from mebp_triton.store.reader import Store
 from mebp_triton.system.units import MIB
@@ -26,6 +27,8 @@ def settings_of(arguments: argparse.Namespace) -> TrainConfig:
     settings = read_config_file(arguments.config) if arguments.config else {}
     known = {item.name for item in dataclasses.fields(TrainConfig)}
     settings |= {name: value for name, value in vars(arguments).items() if name in known}
+    if settings.get("adapter") is not None:
+        settings["adapter"] = str(find_adapter(str(settings["adapter"])))  # YAML reads a directory 5 as a number
     checkpoint = getattr(arguments, "resume_from_checkpoint", None)
     if getattr(arguments, "resume", False):
         checkpoint = Path(str(settings.get("output_dir") or ".")) / "checkpoint"

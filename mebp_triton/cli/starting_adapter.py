@@ -15,6 +15,7 @@ from mebp_triton.models.config import read_json_object
 from mebp_triton.store.reader import Store
 from mebp_triton.system import atomic, safetensors_file, strict_json
 from mebp_triton.training.checkpoint import STATE, store_fingerprint
+from mebp_triton.training.run_directory import run_of
 
 # The settings that an adapter brings with it. Only dropout may be another one, since no tensor depends on it.
 FROM_ADAPTER = (
@@ -29,20 +30,14 @@ FROM_ADAPTER = (
 )
 
 
-def locate(given: str) -> Path:
-    """The adapter's own directory: ``given``, or ``adapter/`` in it if it is a run directory."""
-    inside = Path(given) / "adapter"
-    return inside if (inside / CONFIG).exists() and not (Path(given) / CONFIG).exists() else Path(given)
-
-
 def fill_in(given: dict[str, Any]) -> dict[str, Any]:
     """Adds to settings that name an adapter what the adapter says of its shape.
 
     Raises:
         ValueError: the adapter cannot be used, or one of the settings contradicts it.
     """
-    directory = locate(given["adapter"])
-    return given | _without_contradiction(given, _settings_of(read_adapter_config(directory)), f"adapter {directory}")
+    shape = _settings_of(read_adapter_config(given["adapter"]))
+    return given | _without_contradiction(given, shape, f"adapter {given['adapter']}")
 
 
 def fill_in_from_run(given: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -62,36 +57,32 @@ def fill_in_from_run(given: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         return given
     if not (isinstance(start, dict) and isinstance(config, dict)):
         raise ValueError(f"{state_file} is malformed, or of another version")
-    if given.get("adapter") and locate(given["adapter"]).exists() and _checksum(given) != start.get("crc32"):
+    adapter = given.get("adapter")
+    if adapter and Path(adapter).exists() and start_record(adapter)["crc32"] != start.get("crc32"):
         raise ValueError(
-            f"cannot resume: the run started from {start.get('adapter')}, and {given['adapter']} has other weights "
+            f"cannot resume: the run started from {start.get('adapter')}, and {adapter} has other weights "
             "than that had; leave --adapter out to go on from the run's checkpoint"
         )
     shape = {name: config[name] for name in FROM_ADAPTER if name in config}
     return given | {"adapter": start.get("adapter")} | _without_contradiction(given, shape, "adapter of the run")
 
 
-def _checksum(given: dict[str, Any]) -> int:
-    return safetensors_file.tensors_checksum(read_adapter_tensors(locate(given["adapter"])))
-
-
 def start_record(adapter: str) -> dict[str, Any]:
     """What ``run.json`` and checkpoints say of the adapter: its place, the CRC-32 of its tensors, its base model."""
-    directory = locate(adapter)
-    base = read_json_object(directory / CONFIG, "save the adapter again").get("base_model_name_or_path")
-    crc32 = safetensors_file.tensors_checksum(read_adapter_tensors(directory))
-    return {"adapter": str(directory), "crc32": crc32, "base_model_name_or_path": base}
+    base = read_json_object(Path(adapter) / CONFIG, "save the adapter again").get("base_model_name_or_path")
+    crc32 = safetensors_file.tensors_checksum(read_adapter_tensors(adapter))
+    return {"adapter": adapter, "crc32": crc32, "base_model_name_or_path": base}
 
 
 def doubt(adapter: str, store: Store) -> str | None:
     """Says why the adapter may be another model's, though its layers fit; None if nothing speaks for that."""
-    directory = locate(adapter)
-    state = directory.parent / "checkpoint" / STATE
-    if directory.name.startswith("adapter") and state.exists():
-        if strict_json.read_sealed(state).get("fingerprints", {}).get("model") == store_fingerprint(store):
+    run = run_of(Path(adapter))
+    if run is not None and (run.checkpoint / STATE).exists():
+        trained_on = strict_json.read_sealed(run.checkpoint / STATE).get("fingerprints", {})
+        if trained_on.get("model") == store_fingerprint(store):
             return None
         other = "was trained on other weights than this store's: of another model, or quantized in another way"
-        return f"the adapter {directory} {other}"
+        return f"the adapter {adapter} {other}"
     base = start_record(adapter)["base_model_name_or_path"]
     known = [os.path.basename(os.path.abspath(store.directory)), *re.split(r"[\s,()]+", store.source)]
     if store.base is not None:
@@ -103,7 +94,7 @@ def doubt(adapter: str, store: Store) -> str | None:
     endings = [other.lower().removeprefix(name) for other in known if other.lower().startswith(name)]
     if any(re.fullmatch(r"([-_.](q\d|iq\d|f16|bf16|int4|4bit|nf4|bnb|gguf|store).*)?", ending) for ending in endings):
         return None
-    return f"the adapter {directory} names {base} as its base model, and the store was made of {store.source}"
+    return f"the adapter {adapter} names {base} as its base model, and the store was made of {store.source}"
 
 
 def _settings_of(config: LoraConfig) -> dict[str, Any]:

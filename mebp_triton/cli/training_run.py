@@ -17,8 +17,9 @@ from mebp_triton.cli.commands.quantize import quantize_with_progress
 from mebp_triton.cli.console import progress_bar, say
 from mebp_triton.cli.inference import check_length, load_tokenizer, model_config
 from mebp_triton.cli.planning import describe, planner_of, settings_of
-from mebp_triton.cli.starting_adapter import doubt, locate, start_record
+from mebp_triton.cli.starting_adapter import doubt, start_record
 from mebp_triton.cli.stops import RowEnds, find_row_ends, stop_where_rows_end
+from mebp_triton.convert.quantize import base_model
 from mebp_triton.convert.readers import open_source
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.packing import pack
@@ -98,7 +99,7 @@ def _train_in(
     given = Path(arguments.store)
     store = _open_if_store(given, arguments)
     beside = None if checkpoint is None else checkpoint.parent / run.adapter.name
-    template = template_of_run(asked.chat_template, [beside, locate(asked.adapter) if asked.adapter else None])
+    template = template_of_run(asked.chat_template, [beside, Path(asked.adapter) if asked.adapter else None])
     # A directory has the tokenizer already. Then texts are read first, so that their faults show at once.
     texts = _load_texts(given, asked, template) if given.is_dir() else None
     # A model directory is planned for before it is quantized, so that too small a budget shows at once.
@@ -133,7 +134,7 @@ def _train_in(
         for line in describe_kept_float(kept_float(model, store.float_sizes()), store.nbytes()):
             say(line)
     if checkpoint is None and asked.adapter:
-        load_adapter(model, locate(asked.adapter))
+        load_adapter(model, asked.adapter)
     trainer = Trainer(model, data, settings, run, processes=processes)
     if checkpoint is None:
         run.cut_metrics(0)
@@ -269,11 +270,16 @@ def _quantized(given: Path, arguments: argparse.Namespace, asked: TrainConfig, g
         )
     store, wanted = Store(beside), open_source(given).description
     matrices = store.matrices.values()
-    other = store.source != wanted
+    # Models often have the same directory name. A store of an older version does not know more than that.
+    other = store.source != wanted or store.base not in (None, base_model(given))
     other |= arguments.scheme not in (None, *{info.scheme for info in matrices})
     other |= arguments.group_size not in (None, *{info.group_size for info in matrices})
     if other:
-        raise ValueError(f"{beside} is a store of {store.source} made with other options: remove it, or train in it")
+        known = store.source if store.base is None else f"{store.source} ({store.base.name_or_path})"
+        raise ValueError(
+            f"{beside} is a store of {known}, and {given} is another model, or --scheme or --group-size differ: give "
+            f"{beside} in place of the model to go on with it, or remove it"
+        )
     say(f"{given} was quantized before: using {beside}")
     return store
 

@@ -21,7 +21,7 @@ from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.reader import Store, open_store
 from mebp_triton.system import atomic
 
-from .quantize import QuantizeReport, Recipe, write_store
+from .quantize import Form, QuantizeReport, Recipe, write_store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,17 +80,19 @@ def merge_to_store(
     group_size: int | None = None,
     scale_search: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    form_of_changed: Form | None = None,
 ) -> QuantizeReport:
     """Makes a store of a store, with its adapter merged in.
 
     A matrix that the adapter changes a little keeps its scales, and its new values are rounded to their levels so that
-    changes smaller than a step are not lost (``kernels.rounding``). Where it changes much, or where another scheme or
-    group size is asked for, it is quantized anew. The rest is taken over bit for bit.
+    changes smaller than a step are not lost (``kernels.rounding``). Where it changes much, it is quantized anew. The
+    rest is taken over bit for bit. A scheme or group size that is asked for becomes that of all matrices.
 
     Args:
         store, target, adapter: see ``merge``.
         scheme, group_size, scale_search: see ``quantize``.
         progress: called with (matrices done, matrices in all).
+        form_of_changed: the form in which each matrix that the adapter changes is quantized anew; None for its own.
 
     Raises:
         ValueError: see ``merge``; nothing is left behind.
@@ -101,7 +103,9 @@ def merge_to_store(
 
     # With an adapter in them, the weights are those of no other model.
     base = source.store.base if adapter is None else None
-    return write_store(source, Path(target), recipe, None, source.store.weight, progress, base)
+    weight = source.store.weight
+    form_of = weight if form_of_changed is None else lambda name: form_of_changed
+    return write_store(source, Path(target), recipe, None, form_of, progress, base)
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,13 @@ class Attempt:
     """A merged store in one form.
 
     Attributes:
-        scheme, group_size: what was asked for the matrices that the adapter changes; None for their own scales.
+        form: that of the matrices that the adapter changes; None for what ``merge_to_store`` makes without it.
         report: see ``merge_to_store``.
         nbytes: the bytes of all its files.
         loss: what ``loss_of`` said of it.
     """
 
-    scheme: Scheme | None
-    group_size: int | None
+    form: Form | None
     report: QuantizeReport
     nbytes: int
     loss: float
@@ -126,19 +129,21 @@ def merge_to_measured_store(
     store: Store | Path | str,
     target: Path | str,
     adapter: Path | str | None,
-    forms: Sequence[tuple[Scheme | None, int | None]],
+    forms: Sequence[Form],
     loss_of: Callable[[Path], float],
     highest_loss: float,
+    scheme: Scheme | None = None,
+    group_size: int | None = None,
     scale_search: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Attempt]:
-    """Makes the store of ``merge_to_store`` in one form after another until the loss of one is low enough.
+    """Makes the store of ``merge_to_store``, in one form of the changed matrices after another, till its loss is low.
 
     Args:
-        forms: scheme and group size of each attempt, the narrowest first.
+        forms: what is tried where the usual store loses too much, the narrowest first.
         loss_of: measures a store.
         highest_loss: the loss that is low enough. If none is, the store with the lowest loss is kept.
-        store, target, adapter, scale_search, progress: see ``merge_to_store``.
+        store, target, adapter, scheme, group_size, scale_search, progress: see ``merge_to_store``.
 
     Returns:
         The attempts, the one that ``target`` holds last.
@@ -150,11 +155,11 @@ def merge_to_measured_store(
     attempts: list[Attempt] = []
     with atomic.atomic_directory(Path(target)) as staging:
         best = staging / "best"
-        for scheme, group_size in forms:
+        for form in (None, *forms):
             made = staging / "made"
-            report = merge_to_store(opened, made, adapter, scheme, group_size, scale_search, progress)
+            report = merge_to_store(opened, made, adapter, scheme, group_size, scale_search, progress, form)
             nbytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
-            attempt = Attempt(scheme, group_size, report, nbytes, loss_of(made))
+            attempt = Attempt(form, report, nbytes, loss_of(made))
             if not attempts or attempt.loss < attempts[-1].loss:
                 shutil.rmtree(best, ignore_errors=True)
                 made.rename(best)

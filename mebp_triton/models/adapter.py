@@ -32,6 +32,12 @@ SEAL = "mebp_seal"
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
+def find_adapter(given: Path | str) -> Path:
+    """The adapter's own directory: ``given``, or ``adapter/`` in it if it is a run directory."""
+    inside = Path(given) / "adapter"
+    return inside if (inside / CONFIG).exists() and not (Path(given) / CONFIG).exists() else Path(given)
+
+
 def adapter_layers(model: Any) -> dict[str, Int4LoRALinear]:
     """The layers of ``model`` that have an adapter of ours, by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Int4LoRALinear)}

@@ -241,15 +241,23 @@ class RunDirectory:
         return {name: value for name, value in record.items() if name not in BESIDE_THE_SUMMARY}
 
 
+def run_of(adapter: Path) -> RunDirectory | None:
+    """The directory of the run whose last or best adapter ``adapter`` is by its name; None for another name."""
+    run = RunDirectory(adapter.resolve().parent, resume=True)
+    return run if adapter.resolve() in (run.adapter, run.best) else None
+
+
 def run_settings_beside(adapter: Path) -> TrainConfig | None:
     """The settings of the run that wrote ``adapter``; None where it does not lie in the directory of a run.
 
     Raises:
         ValueError: the run's record is damaged.
     """
-    run = RunDirectory(adapter.resolve().parent, resume=True)
+    run = run_of(adapter)
+    if run is None:
+        return None
     for path, key in ((run.record, "settings"), (run.checkpoint / "state.json", "config")):
-        if adapter.resolve() == run.adapter and path.exists():
+        if path.exists():
             found = strict_json.read_sealed(path).get(key)
             if not isinstance(found, dict):
                 raise errors.FileError(f"{path} is damaged: it has no {key}")

@@ -150,9 +150,11 @@ def test_a_mistake_is_one_line_and_writes_nothing(mebp, world, tmp_path, name):
 
 def test_an_adapter_of_another_base_is_doubted(world, peft_adapter, tmp_path):
     store = Store(world / "store")
-    assert doubt(str(world / "run"), store) is None
+    assert doubt(str(world / "run" / "adapter"), store) is None
     other = shutil.copytree(world / "run", tmp_path / "run")
-    assert doubt(str(other), Store(world / "wide" / "store")).endswith("of another model, or quantized in another way")
+    assert doubt(str(other / "adapter"), Store(world / "wide" / "store")).endswith(
+        "of another model, or quantized in another way"
+    )
     copied = shutil.copytree(peft_adapter, tmp_path / "theirs")
     for base, fits in (("org/model", True), ("/models/model/", True), ("org/model-Instruct", False), (None, True)):
         config = json.loads((copied / "adapter_config.json").read_text())

@@ -1,6 +1,7 @@
 """A training run through the command: its plan, the store beside it, resuming, and signals that end it early."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -81,16 +82,18 @@ def test_a_model_is_quantized_first_into_a_store_beside_the_run(mebp, world, tmp
 
 
 @pytest.mark.parametrize(
-    ("source", "flags"), [("another", []), ("model", ["--scheme=affine"]), ("model", ["--group-size=128"])]
+    ("source", "flags"), [("wide/model", []), ("model", ["--scheme=affine"]), ("model", ["--group-size=128"])]
 )
 def test_a_store_beside_the_run_that_is_another_models_is_not_used(mebp, world, tmp_path, source, flags):
+    """Both models' directories are called ``model``."""
     shutil.copytree(world / "store", tmp_path / "run-store")
-    shutil.copytree(world / ("wide/model" if source == "another" else source), tmp_path / source)
     (tmp_path / "run").mkdir()
     before = tree(tmp_path)
-    code, _, err = mebp(*train(world, tmp_path, *flags, "--resume", store=tmp_path / source))
-    assert code == 2 and "run-store is a store of" in err.splitlines()[-1]
+    code, _, err = mebp(*train(world, tmp_path, *flags, "--resume", store=world / source))
+    assert code == 2 and f"run-store is a store of safetensors directory model ({world / 'model'}), and" in err
     assert tree(tmp_path) == before
+    way = re.search("give (.*) in place of the model to go on", err)[1]
+    assert mebp(*train(world, tmp_path, "--resume", store=way))[0] == 0
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------

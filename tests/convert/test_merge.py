@@ -222,8 +222,8 @@ def test_changes_smaller_than_a_step_are_kept(shared_store, tmp_path, architectu
 
 
 def test_the_form_that_loses_least_is_kept(llama, tmp_path):
-    store, adapter = llama
-    forms, losses = [(None, None), ("affine", 32), ("codebook", 64)], {"symmetric": 3.0, "affine": 1.0, "codebook": 2.0}
+    store, adapter = llama[0], adapter_of(llama[0], tmp_path / "q", target_modules=["q_proj"])
+    forms, losses = [("affine", 32), ("codebook", 64)], {"symmetric": 3.0, "affine": 1.0, "codebook": 2.0}
     seen = []
 
     def loss_of(made):
@@ -233,12 +233,14 @@ def test_the_form_that_loses_least_is_kept(llama, tmp_path):
 
     tried = merge.merge_to_measured_store(store, tmp_path / "out", adapter, forms, loss_of, 0.5)
     assert seen == ["symmetric", "affine", "codebook"] and sorted(made.loss for made in tried) == [1.0, 2.0, 3.0]
-    assert (tried[-1].scheme, tried[-1].group_size, tried[-1].loss) == ("affine", 32, 1.0)
+    assert (tried[-1].form, tried[-1].loss) == (("affine", 32), 1.0)
+    own = {name for name in Store(store).matrices if "q_proj" not in name}
+    assert own == set(tried[-1].report.taken_over), "the adapter changes none of these"
     assert tried[-1].nbytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    merge.merge_to_store(store, tmp_path / "direct", adapter, "affine", 32)
+    merge.merge_to_store(store, tmp_path / "direct", adapter, form_of_changed=("affine", 32))
     for path in (tmp_path / "direct").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["direct", "out"], "nothing else is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["direct", "out", "q"], "nothing else is left"
     seen.clear()
     tried = merge.merge_to_measured_store(store, tmp_path / "first", adapter, forms, loss_of, 3.0)
     assert seen == ["symmetric"] and len(tried) == 1, "the first is good enough"
@@ -249,7 +251,7 @@ def test_a_measurement_that_fails_leaves_nothing(llama, tmp_path):
         raise ValueError("no text")
 
     with pytest.raises(ValueError, match="no text"):
-        merge.merge_to_measured_store(*llama[:1], tmp_path / "out", llama[1], [(None, None)], loss_of, 0.0)
+        merge.merge_to_measured_store(*llama[:1], tmp_path / "out", llama[1], [], loss_of, 0.0)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mebp_triton.cli.console import answer, progress_bar, readable, say, two_columns
-from mebp_triton.cli.flags import add_quantization, add_validation
+from mebp_triton.cli.flags import add_adapter, add_quantization, add_validation
 from mebp_triton.kernels.names import FLOAT_NAMES
 from mebp_triton.system.units import MIB
 
@@ -24,9 +24,7 @@ ENOUGH = 0.9  # the part of what training won that a merge should keep
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="a store made by mebp quantize")
     parser.add_argument("output", metavar="OUT", help="the directory to make")
-    parser.add_argument(
-        "--adapter", metavar="DIR", help="adapter in PEFT's format (default: none, the store's decoded weights)"
-    )
+    add_adapter(parser, "none, the store's decoded weights")
     parser.add_argument("--dtype", choices=FLOAT_NAMES, help="dtype of the model directory (default: the config's)")
     parser.add_argument(
         "--as-store",
@@ -136,7 +134,7 @@ def _into_store(
         if text is None:
             report = merge_to_store(store, output, arguments.adapter, *form, arguments.scale_search, update)
         else:
-            forms, highest = [form], math.inf
+            forms, highest = [], math.inf
             if arguments.adapter is not None and form == (None, None):
                 forms.append(("affine", 32))
                 won = losses["loss_untrained"] - losses["loss_with_adapter"]
@@ -148,13 +146,15 @@ def _into_store(
                 forms,
                 lambda made: text.loss(made, None, "evaluating the merged store", update),
                 highest,
+                *form,
                 arguments.scale_search,
                 update,
             )
             report = attempts[-1].report
             value["loss_merged"] = attempts[-1].loss
             value["tried"] = [
-                {"scheme": made.scheme, "group_size": made.group_size, "bytes": made.nbytes, "loss": made.loss}
+                dict(zip(("scheme", "group_size"), made.form or form, strict=True))
+                | {"bytes": made.nbytes, "loss": made.loss}
                 for made in attempts
             ]
     anew = {name: error for name, error in report.errors.items() if name not in report.taken_over}

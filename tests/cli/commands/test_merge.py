@@ -114,6 +114,17 @@ def test_where_the_adapter_does_not_help_that_is_said(world, mebp, tmp_path):
     assert "the adapter does not lower it, so give another text by --validation-file" in result[2]
 
 
+@pytest.mark.parametrize("directory", ["run", "run/adapter_best"])
+def test_a_run_directory_and_its_best_adapter_are_measured_too(world, mebp, tmp_path, monkeypatch, directory):
+    shutil.copytree(world / "run", tmp_path / "run")
+    shutil.copytree(world / "run" / "adapter", tmp_path / "run" / "adapter_best")
+    monkeypatch.setattr(command, "ENOUGH", 0.75)
+    flags = [f"--adapter={tmp_path / directory}", "--as-store", "--json"]
+    value = answer(mebp("merge", world / "store", tmp_path / "out", *flags))
+    assert value["measured_on"] == str(world / "train.txt") and value["kept"] > 0.75
+    assert value["adapter"] == str(tmp_path / ("run/adapter" if directory == "run" else directory))
+
+
 @pytest.mark.parametrize("what", ["elsewhere", "text gone"])
 def test_a_store_that_cannot_be_measured_says_so(world, mebp, tmp_path, what):
     run = tmp_path / "run"
