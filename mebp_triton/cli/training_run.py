@@ -323,9 +323,10 @@ def _train_with_progress(trainer: Trainer, validation: Any) -> dict[str, Any] | 
             reports.on_step(result)
 
         def on_evaluation(done: int, total: int) -> None:
-            during = trainer.step > 0 and not trainer.finished
+            during = trainer.position.standing.is_due(trainer.config, trainer.step)
+            # At once, since an evaluation can simply be repeated; but during the training, other processes wait for it.
             if (number := noted()) and not (during and trainer.processes.size > 1):
-                raise Interrupted(number)  # at once, since an evaluation can simply be repeated
+                raise Interrupted(number)
             update(done, total, task="evaluating" + ("" if during else " after" if trainer.step else " before"))
 
         def on_evaluated(step: int, found: Evaluation, best: bool) -> None:

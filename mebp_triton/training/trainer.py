@@ -149,7 +149,8 @@ class Trainer:
             should_stop: asked after every step. If any process returns something other than 0, all end there with a
                 checkpoint, and the highest value becomes ``stopped``.
             evaluate: makes an evaluation, after every ``eval_steps`` steps. ``Interrupted`` ends the training like
-                ``should_stop``; when the run is resumed, the evaluation comes first.
+                ``should_stop``; when the run is resumed, the evaluation comes first. One of several processes must
+                not raise it alone.
             on_evaluated: called with (steps taken, what was found, whether it is the best so far).
 
         Returns:

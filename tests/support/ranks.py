@@ -30,6 +30,7 @@ import mebp_triton.cli.training_run
 from mebp_triton.cli import main
 from mebp_triton.data.loading import load_data
 from mebp_triton.models.adapter import adapter_layers, adapter_tensors
+from mebp_triton.training import finetune as finetune_module
 from mebp_triton.training import processes as processes_module
 from mebp_triton.training import run_directory
 from mebp_triton.training.finetune import finetune
@@ -139,8 +140,8 @@ def beside(output: Path, what: str, rank: int) -> Path:
 
 
 def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step: int = 2) -> None:
-    """``mebp``, without a plan; in one process, the passes of step ``at_step`` go wrong."""
-    passes = Passes.forward_and_backward
+    """``mebp``, without a plan; in one process, the passes of step ``at_step`` go wrong, or its evaluation is told."""
+    passes, evaluate = Passes.forward_and_backward, finetune_module._evaluate
 
     def broken(self: Passes, inputs: StepInputs) -> tuple[float, float]:
         if inputs.step == at_step and self.processes.rank == broken_rank:
@@ -158,6 +159,12 @@ def command(arguments: list[str], broken_rank: int = -1, how: str = "", at_step:
                     trained[-1][0, 0] += torch.nan if how == "nan" else 1e-6
         return passes(self, inputs)
 
+    def told(trainer: Trainer, *rest: Any) -> Any:
+        if how == "told evaluating" and trainer.step == at_step and trainer.processes.rank == broken_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(trainer, *rest)
+
+    finetune_module._evaluate = told
     Passes.forward_and_backward = broken  # type: ignore[method-assign]
     mebp_triton.cli.training_run._plan = lambda *_: None
     sys.exit(main.main(arguments))

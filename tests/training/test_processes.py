@@ -179,6 +179,7 @@ def test_a_resumed_run_of_two_ends_at_the_bits_of_an_uninterrupted_one(world, tm
     """With dropout, of which each process draws its own, and a selection that hangs on norms."""
     settings = {"max_steps": 6, "save_steps": 2, "lora_dropout": 0.3, "gradient_accumulation_steps": 2}
     settings |= {"selection_mode": "identity", "selection_schedule": "importance", **SELECTED}
+    settings |= {"validation_file": "held-out.txt", "eval_steps": 1, "save_best": True, "early_stopping_patience": 6}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
     def run(output, *options):
@@ -192,7 +193,10 @@ def test_a_resumed_run_of_two_ends_at_the_bits_of_an_uninterrupted_one(world, tm
     assert_same_tensors(checkpoint_tensors(cut / "checkpoint"), truth)
     states = [truth[f"state/random/cpu{other}"] for other in ("", "-1")]
     assert not torch.equal(*states)  # they drew dropout of their own
-    assert [row["loss"] for row in rows(cut)] == [row["loss"] for row in rows(whole)]
+    numbers = ("step", "loss", "eval_loss", "eval_windows", "best", "not_improved")
+    found, expected = ([[row.get(name) for name in numbers] for row in rows(run)] for run in (cut, whole))
+    assert found == expected and [row[0] for row in found] == [step for step in range(6) for _ in ("step", "eval")]
+    assert list(bytes_in(cut / "adapter_best").values()) == list(bytes_in(whole / "adapter_best").values())
     other = trainer(world / "store", text_data(world), cut, resume=True, **settings)
     with pytest.raises(ValueError, match="cannot resume: the run had 2 processes and now has 1"):
         other.resume(other.run.checkpoint)
@@ -307,6 +311,23 @@ def test_a_process_that_is_told_to_stop_ends_both_after_the_same_step(world, unt
     ended_well(ranks.run_ranks(ranks.command, tmp_path / "log", arguments(world, run, *TOLD, "--resume")))
     assert_same_tensors(checkpoint_tensors(run / "checkpoint"), checkpoint_tensors(untold / "checkpoint"))
     assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(untold)]
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_process_that_is_told_to_stop_while_all_evaluate_leaves_them_together(world, untold, tmp_path, step):
+    """The others wait for its part of the evaluation, also of that after the last step."""
+    command = arguments(world, tmp_path / "run", *TOLD, "--eval-steps=2", "--save-best")
+    ended = ranks.run_ranks(ranks.command, tmp_path / "log", command, 1, "told evaluating", step)
+    if step == 2:
+        assert ended[0].err.splitlines()[-1] == "mebp: interrupted after step 3 of 4; --resume goes on from there"
+        ended = ranks.run_ranks(ranks.command, tmp_path / "log", [*command, "--resume"])
+    ended_well(ended)
+    found, metrics = json.loads((tmp_path / "run" / "run.json").read_text()), rows(tmp_path / "run")
+    assert [row["step"] for row in metrics if "eval_loss" in row] == [1, 3]
+    assert found["loss_after"] == metrics[-1]["eval_loss"] == found["best_eval_loss"]
+    assert found["loss_after"] == json.loads((untold / "run.json").read_text())["loss_after"]
+    kept, last = (tmp_path / "run" / name / "adapter_model.safetensors" for name in ("adapter_best", "adapter"))
+    assert kept.read_bytes() == last.read_bytes()
 
 
 def test_a_users_mistake_is_one_line_and_nothing_is_written(world, tmp_path):
