@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -130,5 +131,9 @@ def _without_contradiction(given: dict[str, Any], shape: dict[str, Any], what: s
 
 
 def _plain(value: Any) -> Any:
-    """The value without what makes no difference: the order of names."""
-    return sorted(name.strip() for name in value.split(",")) if isinstance(value, str) and value[:1] != "{" else value
+    """The value without what makes no difference: the order of names, and the spaces in JSON."""
+    if not isinstance(value, str):
+        return value
+    with contextlib.suppress(ValueError):
+        return json.loads(value)
+    return sorted(name.strip() for name in value.split(","))

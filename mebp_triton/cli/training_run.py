@@ -152,7 +152,8 @@ def _train_in(
     if checkpoint is not None:
         say(f"resuming at step {trainer.step} of {trainer.total_steps}")
         if trainer.finished and (summary := run.summary(trainer.evaluated)) is not None:
-            say("nothing is left to do")
+            early = ", since the run stopped early; --early-stopping-patience left out or higher goes on"
+            say(f"nothing is left to do{early if summary['stopped_early'] else ''}")
             return summary
     return _train_with_progress(trainer, validation)
 
@@ -292,7 +293,7 @@ def _say_what_was_best(trainer: Trainer, summary: dict[str, Any]) -> None:
     if summary["stopped_early"]:
         count = "an evaluation" if standing.not_improved == 1 else f"{standing.not_improved} evaluations in a row"
         say(f"stopped early, after step {trainer.step} of {trainer.total_steps}: {count} did not improve")
-    where = "its adapter was not kept, which --save-best does"
+    where = f"its adapter is not in {run.best}" + ("" if trainer.config.save_best else ", where --save-best keeps it")
     if standing.kept or standing.best_step == trainer.step:
         where = f"its adapter is {run.best if standing.kept else run.adapter}"
     say(f"the best evaluation was after step {standing.best_step}, with loss {standing.best_loss:.4f}: {where}")

@@ -98,7 +98,7 @@ class Checkpoint:
         tensors |= self._random_states()
         if not self.processes.is_first:
             return
-        kept = position.standing.kept and self.run.best.is_dir()  # somebody may have moved it away
+        position.standing.kept &= self.run.best.is_dir()  # somebody may have moved it away
         state = {
             "step": position.step,
             "processes": self.processes.size,
@@ -108,7 +108,7 @@ class Checkpoint:
             "skipped_in_a_row": position.skipped_in_a_row,
             "first_step": position.first_step,
             "start": position.start,
-            "standing": asdict(position.standing) | {"kept": kept},
+            "standing": asdict(position.standing),
         }
 
         def write(directory: Path) -> None:
@@ -117,7 +117,7 @@ class Checkpoint:
                 safetensors_file.write_safetensors(directory / name, self.update.export_group(index))
                 self.update.release_group(index)
             files = [TENSORS, *self.state_files]
-            if kept:
+            if position.standing.kept:
                 shutil.copytree(self.run.best, directory / BEST)
                 files += [f"{BEST}/{entry.name}" for entry in (directory / BEST).iterdir()]
             crc32 = {name: reading.file_checksums(directory / name) for name in files}

@@ -64,7 +64,8 @@ def test_a_run_starts_where_another_ended_and_says_so(mebp, world, tmp_path):
 
 
 def test_an_adapter_of_pefts_keeps_its_shape(mebp, world, peft_adapter, tmp_path):
-    code, _, err = mebp(*going_on(world, tmp_path, adapter=peft_adapter))
+    same = ['--rank-pattern={"v_proj":2}', "--target-modules=v_proj,up_proj,q_proj"]  # written in another way
+    code, _, err = mebp(*going_on(world, tmp_path, *same, adapter=peft_adapter))
     assert code == 0, err
     ours, theirs = read_adapter_config(tmp_path / "more" / "adapter"), read_adapter_config(peft_adapter)
     tensors, before = read_adapter_tensors(tmp_path / "more" / "adapter"), read_adapter_tensors(peft_adapter)

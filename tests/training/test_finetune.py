@@ -248,3 +248,4 @@ def test_a_best_adapter_that_was_not_kept_is_told(store, data, held_out, tmp_pat
     again.position.standing.kept = True
     again.checkpoint.save(again.position)
     assert not json.loads((again.run.checkpoint / "state.json").read_text())["standing"]["kept"]
+    assert finetune(again, held_out)["best_adapter"] is None, "the record names no directory that is not there"
