@@ -69,15 +69,19 @@ def _shortened(template: Template, messages: list[Message], texts: list[str]) ->
 
     Thoughts count only if the template knows their key: other keys are counted as without effect.
     """
-    squeezed = ["".join(text.split()) for text in texts]
     keys = ("content", *(key for key in THOUGHTS if key in template.words))
-
-    def is_written(said: str) -> bool:
-        forms = (said, json.dumps(said, ensure_ascii=False)[1:-1])  # Llama 3.1 writes what a tool says as JSON
-        return any("".join(form.split()) in text for form in forms for text in squeezed)
-
     parts = ([message[key] for key in keys if isinstance(message.get(key), str)] for message in messages)
-    return sum(not all(map(is_written, said)) for said in parts)
+    squeezed = [_squeezed(text) for text in texts]
+    return sum(not all(any(_is_written(part, text) for text in squeezed) for part in said) for said in parts)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _is_written(said: str, squeezed: str) -> bool:
+    """Whether a squeezed text has what a message says, or the same as JSON: so Llama 3.1 writes what a tool says."""
+    return _squeezed(said) in squeezed or _squeezed(json.dumps(said, ensure_ascii=False)[1:-1]) in squeezed
 
 
 def _answers(messages: list[Message]) -> list[int]:
@@ -161,20 +165,34 @@ def _spans_without(
     """
     spans, (first, least) = [], begin
     for place in sorted(place for place, trained in said.items() if not trained and place >= least):
-        own = whole if place + 1 == len(messages) else template.render(messages[: place + 1])
-        before: str | None = ""
-        if place:
-            before = _text_before(template, messages[:place], own) if messages[place]["role"] == "assistant" else None
-            before = template.render(messages[:place]) if before is None else before
-        stop = _end_within(template, messages[place], own, whole)
-        if before is None or not stop or not whole.startswith(before):
+        found = _place_within(template, messages, place, whole)
+        if found is None:
             raise ValueError(
                 f"message {place + 1} says that it is not trained, and the chat template writes it differently when "
-                "others follow, so its tokens cannot be told; train with assistant_only_loss"
+                "others follow, or together with another, so its tokens cannot be told; train with assistant_only_loss"
             )
-        spans.append((first, len(before)))
-        first = max(first, stop)
+        spans.append((first, found[0]))
+        first = found[1]
     return [(start, stop) for start, stop in [*spans, (first, len(whole))] if start < stop]
+
+
+def _place_within(template: Template, messages: list[Message], place: int, whole: str) -> Span | None:
+    """Where a message begins and ends in ``whole``, the text of all; None where that cannot be told."""
+    before: str | None = ""
+    try:
+        own = whole if place + 1 == len(messages) else template.render(messages[: place + 1])
+        if place and messages[place]["role"] == "assistant":
+            before = _text_before(template, messages[:place], own)
+        elif place and (before := template.render(messages[:place])):
+            before = before[: _end_within(template, messages[place - 1], before, whole)] or None
+    except ValueError:  # it refuses a conversation that ends there
+        return None
+    stop = _end_within(template, messages[place], own, whole)
+    if before is None or not stop:
+        return None
+    # Some templates (Gemma's) write what the system says only within the first question.
+    said, piece = messages[place]["content"], _squeezed(whole[len(before) : stop])
+    return None if _is_written(said, _squeezed(whole)) and not _is_written(said, piece) else (len(before), stop)
 
 
 def _marked_tokens(

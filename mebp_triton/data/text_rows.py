@@ -79,10 +79,10 @@ class _Values:
         self.file, self.text, self.place, self.number = file, "", 0, 0
         self.decoder = json.JSONDecoder(object_pairs_hook=strict_json.no_duplicates)
 
-    def more(self, chars: int = PIECE_CHARS) -> bool:
-        """Reads on, and forgets what has been decoded; False at the end."""
+    def more(self, chars: int = 0) -> bool:
+        """Reads on, a piece or ``chars`` if that is more, and forgets what has been decoded; False at the end."""
         try:
-            piece = self.file.read(chars)
+            piece = self.file.read(max(PIECE_CHARS, chars))
         except UnicodeError as error:
             raise BrokenRow(self.number + 1, f"not UTF-8 ({error}), there or soon after; convert the file") from error
         self.text, self.place = self.text[self.place :] + piece, 0
@@ -109,7 +109,7 @@ class _Values:
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - CUT_CHARS
                 # Twice as much each time, so that a long value is not decoded again too often.
-                if not (cut and self.more(max(PIECE_CHARS, len(self.text) - self.place))):
+                if not (cut and self.more(len(self.text) - self.place)):
                     raise BrokenRow(self.number, f"broken JSON ({error.msg})") from error
             except (ValueError, RecursionError) as error:
                 raise BrokenRow(self.number, f"broken JSON ({error})") from error

@@ -172,6 +172,7 @@ def test_every_answer_is_trained_once_as_the_model_sees_it(write, template, eos,
                 found.append((tokenizer.decode(ids[:place]), tokenizer.decode(ids[place:stop])))
     assert sorted(found) == sorted(seen_at_inference(tokenizer, talk))
     assert len(data) == count and data.report.split_rows == (count if count > 1 else 0)
+    assert data.report.dropped_rows == 0  # the whole, where every answer has a row of its own, is none
     assert (f"1 conversations made into {count} rows" in data.report.describe()) == (count > 1)
 
 
@@ -237,6 +238,33 @@ def test_a_message_that_cannot_be_left_out_says_what_can(write):
         load_data(path, joined, 999, masking=ASSISTANT)
 
 
+def test_a_message_before_a_template_closes_the_conversation(write):
+    """As Phi-3's does: what ends the text before a message is not there within the whole."""
+    closing = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    talk = [*TALK[:3], TALK[3] | {"weight": 0}, TALK[4]]
+    tokenizer = byte_bpe(closing, eos_token="<|pad|>")
+    ((_, labels),) = rows(load_data(write("x.jsonl", [{"messages": talk}]), tokenizer, 999))
+    first, second = trained_text(tokenizer, labels)
+    assert first.endswith("four.<|im_end|>\n") and second == "<|im_start|>assistant\nFive.<|im_end|>\n<|pad|>"
+
+
+# Templates under which the tokens of a system's message cannot be told: it is within the question, or no message alone.
+WITHIN = """{{ '<|pad|>' }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + (system if loop.first else '') + m.content }}
+{%- endfor %}"""
+ASKED = "{% if messages | length == 1 %}{{ raise_exception('no question') }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize("template", [WITHIN, ASKED])
+def test_a_systems_message_that_cannot_be_told_apart(write, template):
+    tokenizer = byte_bpe(template, eos_token="<|pad|>")
+    path = write("x.jsonl", [{"messages": [TALK[0] | {"weight": 0}, *TALK[1:3]]}])
+    with pytest.raises(ValueError, match="x.jsonl:1: message 1 says .* train with assistant_only_loss"):
+        load_data(path, tokenizer, 999)
+    ((_, labels),) = rows(load_data(path, tokenizer, 999, masking=ASSISTANT))
+    assert len(trained_text(tokenizer, labels)) == 1 and "Be short." not in trained_text(tokenizer, labels)[0]
+
+
 def test_what_the_template_leaves_out_is_counted(write):
     silent = CHATML.replace("message['content'] +", "message['content'].split('</think>')[-1] +")
     talk = [*TALK[:2], {"role": "assistant", "content": "<think>hm</think>four."}]
@@ -285,6 +313,19 @@ def test_a_token_across_the_beginning_of_a_turn_is_cut(write):
     ((ids, labels),) = rows(load_data(write("x.jsonl", [row]), tokenizer, 99, masking=ASSISTANT))
     assert ids == [2, 3, 0, 3, 3, 2]  # "b/ba/" as at inference, and then "/b"
     assert labels == [-100, -100, -100, -100, 3, 2]
+
+
+def test_marks_in_a_token_across_the_end_of_the_prompt(write):
+    core = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "/": 2, "//": 3}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Punctuation("contiguous")
+    template = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template)
+    row = {"prompt": [QUESTION[0] | {"content": "a/"}], "completion": [ANSWER[0] | {"content": "/a"}]}
+    path = write("x.jsonl", [row])
+    with pytest.raises(ValueError, match="x.jsonl:1: a token lies across the end of 'prompt'; leave out completion_"):
+        load_data(path, tokenizer, 99, masking=ASSISTANT)
+    masking = Masking(completion_only_loss=False, assistant_only_loss=True)
+    assert len(load_data(path, tokenizer, 99, masking=masking)) == 1
 
 
 def test_marks_need_a_fast_tokenizer(write, monkeypatch):

@@ -139,6 +139,15 @@ def test_a_key_that_cannot_be_followed_is_refused(tokenizer, write, keys, messag
         load_data(write("x.jsonl", [{"messages": [ANSWER[0] | keys]}]), tokenizer, 99)
 
 
+def test_a_rows_system_moves_no_weight_to_another_message(tokenizer, write):
+    talk = [*TALK[1:2], TALK[2] | {"weight": 0}, *TALK[3:]]
+    wanted = rows(load_data(write("m.jsonl", [{"messages": [TALK[0], *talk]}]), tokenizer, 999))
+    assert rows(load_data(write("x.jsonl", [{"messages": talk} | SYSTEM]), tokenizer, 999)) == wanted
+    pair = {"prompt": TALK[1:4], "completion": TALK[4:]}  # it comes before the prompt, and not again before the answer
+    wanted = rows(load_data(write("m.jsonl", [pair | {"prompt": TALK[:4]}]), tokenizer, 999))
+    assert rows(load_data(write("x.jsonl", [pair | SYSTEM]), tokenizer, 999)) == wanted
+
+
 def test_rows_of_weight_0_are_dropped(tokenizer, write):
     kinds = [{"messages": TALK}, {"text": "The cat sat"}, {"prompt": "two", "completion": " four"}]
     lines = [row | {"weight": weight} for row in kinds for weight in (0, "False", 1, "0.0", "big", None)]
