@@ -8,6 +8,7 @@ loops on a corrupt length. So is the config: transformers' reader of GGUF leaves
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ class GgufFile:
         check_complete(str(self.path), aliases, self._entries)
         self._check_all_used(placed)
         self._shapes = tensor_shapes(model)
+        for name, stored_as in self._entries.items():
+            self._check_sizes(name, stored_as)
 
     def has(self, name: str) -> bool:
         return name in self._entries
@@ -136,6 +139,17 @@ class GgufFile:
         if unused:
             names = enumerate_names(unused)
             raise ValueError(f"{self.path}: the model that its keys describe has no {names}; {SAFETENSORS}")
+
+    def _check_sizes(self, name: str, entries: list[Entry]) -> None:
+        """Raises ValueError where a parameter's tensors cannot be it, whatever the architecture does to their shapes.
+
+        Shapes are transposed and get sides of 1; tensors of experts are joined.
+        """
+        wanted, shapes = self._shapes[name], [entry.shape for entry in entries]
+        sides = [sorted(side for side in shape if side != 1) for shape in (*shapes, wanted)]
+        same = sides[0] == sides[-1] if len(shapes) == 1 else sum(map(math.prod, shapes)) == math.prod(wanted)
+        if not same:
+            check_shape(str(self.path), name, shapes[0] if len(shapes) == 1 else (len(shapes), *shapes[0]), wanted)
 
     def _float(self, entry: Entry) -> np.ndarray:
         """A tensor's values in float32, as the file has them."""
@@ -241,7 +255,7 @@ class _Outline:
 def _check_supported(path: Path, header: Header) -> None:
     """Raises ValueError where the file cannot be used."""
     arch = header.metadata.get("general.architecture")
-    if arch not in ARCHITECTURES or ARCHITECTURES[arch].model_type not in CONFIG_MAPPING:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES or ARCHITECTURES[arch].model_type not in CONFIG_MAPPING:
         raise ValueError(f"{path}: GGUF architecture {arch!r:.100} is not supported; {SAFETENSORS}")
     parts = header.metadata.get("split.count", 1)
     if parts not in (0, 1):

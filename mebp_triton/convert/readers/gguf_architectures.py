@@ -29,8 +29,8 @@ from .gguf_keys import (
 
 
 def _count(value: Any) -> int:
-    if value < 1:
-        raise ValueError("wanted 1 or more")
+    if value < 1 or value != int(value):
+        raise ValueError("wanted a whole number, 1 or more")
     return int(value)
 
 

@@ -40,11 +40,15 @@ class Entry:
     nbytes: int
 
 
+class Length(int):
+    """The length of an array whose items are not kept. It is no value of a key that wants a number."""
+
+
 @dataclass(frozen=True)
 class Header:
     """The metadata and the tensors by name.
 
-    Of long arrays, and of arrays of texts, the metadata has only the length.
+    Of long arrays, and of arrays of texts, the metadata has only the ``Length``.
     """
 
     metadata: dict[str, Any]
@@ -109,7 +113,7 @@ class _Cursor:
             return self.text()
         return self.array() if kind == ARRAY else self.number(SCALARS[kind])
 
-    def array(self) -> int | list[Any]:
+    def array(self) -> Length | list[Any]:
         """Steps over an array, and returns its numbers, or its length if it is long or holds texts."""
         kind, count = self.number("<I"), self.number("<Q")
         if kind in SCALARS and count <= LONGEST:
@@ -121,7 +125,7 @@ class _Cursor:
                 self.skip(self.number("<Q"))
         else:
             raise ValueError(f"array of type {kind}")
-        return count
+        return Length(count)
 
     def header(self) -> Header:
         version = self.number("<I")

@@ -9,11 +9,12 @@ Absent keys take llama.cpp's defaults, not those of transformers, whose configs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .gguf_header import DOWNLOAD
+from .gguf_header import DOWNLOAD, Length
 
 Settings = dict[str, Any]
 REQUIRED = object()
@@ -122,13 +123,8 @@ ROPE = {
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
 }
-# Keys of no architecture. All others are names, licences, how the file was made, and the tokenizer's, which
-# gguf_tokenizer.py reads.
-GENERAL: dict[str, Rule] = {"general.type": one_of("model")}
 # Namespaces of llama.cpp for functions that no model here has.
 FOREIGN = ("adapter.", "clip.", "diffusion.", "xielu.")
-
-
 NOT_HERE = "which the model in transformers does not have; give the model as safetensors"
 
 
@@ -149,10 +145,10 @@ def settings_of(
         name: (f"blk.0.{tensor.lstrip('!')}" in have) != tensor.startswith("!")
         for name, tensor in known.tensors.items()
     }
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ValueError(f"{path}: general.type is {kind!r:.100}, wanted model; give the model as safetensors")
+    # All other keys that are not the architecture's are names, licences, and the tokenizer's.
     for key, value in metadata.items():
-        general = next((rule for name, rule in GENERAL.items() if key == name), None)
-        if general is not None:
-            _apply(general, key, value, settings, path)
         own = key.removeprefix(arch + ".") if key.startswith(arch + ".") else None
         unknown = own is not None and own not in known.keys and not (known.rope and own in ROPE)
         if unknown or key.startswith(FOREIGN):
@@ -168,21 +164,34 @@ def settings_of(
     return {name: value for name, value in settings.items() if not name.startswith("_")}
 
 
+def is_number(value: Any) -> bool:
+    """Whether a key's value is a finite number, and no array's length."""
+    return isinstance(value, int | float) and not isinstance(value, Length) and math.isfinite(value)
+
+
 def _apply(rule: Rule, key: str, value: Any, settings: Settings, path: str) -> None:
-    if isinstance(value, list) and value and not (isinstance(rule, Set) and rule.each_layer):
-        if any(item != value[0] for item in value):
-            raise ValueError(f"{path}: {key} differs between layers, {NOT_HERE}")
-        value = value[0]
-    if isinstance(rule, Only) and value is not None and not rule.fits(value, settings):
-        raise ValueError(f"{path}: {key} is {value!r:.100}, wanted {rule.wanted}; give the model as safetensors")
-    if not isinstance(rule, Set):
+    if isinstance(rule, Unused):
         return
-    if value is not None and not isinstance(value, int | float | list):
-        raise ValueError(f"{path}: {key} is {value!r:.100}, wanted a number; {DOWNLOAD}")
-    if value is None and rule.absent is REQUIRED:
-        raise ValueError(f"{path} lacks {key}; give a complete GGUF, or the model as safetensors")
     if value is None:
-        settings[rule.name] = rule.absent(settings) if callable(rule.absent) else rule.absent
+        if isinstance(rule, Set):
+            if rule.absent is REQUIRED:
+                raise ValueError(f"{path} lacks {key}; give a complete GGUF, or the model as safetensors")
+            settings[rule.name] = rule.absent(settings) if callable(rule.absent) else rule.absent
+        return
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(map(is_number, items)):
+        raise ValueError(f"{path}: {key} is {value!r:.100}, wanted a number; {DOWNLOAD}")
+    if isinstance(value, list):
+        layers = settings.get("num_hidden_layers", len(value))
+        if len(value) != layers:
+            raise ValueError(f"{path}: {key} has {len(value)} numbers for {layers} layers; {DOWNLOAD}")
+        if not (isinstance(rule, Set) and rule.each_layer):
+            if any(item != value[0] for item in value):
+                raise ValueError(f"{path}: {key} differs between layers, {NOT_HERE}")
+            value = value[0]
+    if isinstance(rule, Only):
+        if not rule.fits(value, settings):
+            raise ValueError(f"{path}: {key} is {value!r:.100}, wanted {rule.wanted}; give the model as safetensors")
         return
     try:
         settings[rule.name] = rule.read(value)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .gguf_header import DOWNLOAD
-from .gguf_keys import NOT_HERE, Architecture, Settings, width_of_head
+from .gguf_keys import NOT_HERE, Architecture, Settings, is_number, width_of_head
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 # YaRN's numbers, which no key may change.
@@ -47,8 +47,10 @@ def rope_settings(
     if known.rope is None:
         return {}
     for key, value in stated.items():
-        if key.startswith("rope.") and key != "rope.scaling.type" and not isinstance(value, int | float):
+        if key.startswith("rope.") and key != "rope.scaling.type" and not is_number(value):
             raise ValueError(f"{key} is {value!r:.100}, wanted a number; {DOWNLOAD}")
+        if key.startswith("rope.freq_base") and value <= 0:
+            raise ValueError(f"{key} is {value}, wanted more than 0; {DOWNLOAD}")
     head = width_of_head(settings)
     rotated = int(stated.get("rope.dimension_count", head))
     result: Settings = {"rope_theta": float(stated.get("rope.freq_base", 10000.0))}
@@ -64,6 +66,8 @@ def rope_settings(
         if values.shape != shape:
             raise ValueError(f"{name} has shape {values.shape}, wanted {shape}; give the model as safetensors")
     if LONG in factors or SHORT in factors or stated.get("rope.scaling.type") == "longrope":
+        if FREQS in factors:
+            raise ValueError(f"{FREQS} stands beside other factors, {NOT_HERE}")
         result["rope_scaling"] = _longrope(stated, settings, factors)
         return result
     if known.rope == "local" and stated.get("rope.scaling.attn_factor", 1.0) != 1.0:  # meant for all layers
@@ -75,8 +79,7 @@ def rope_settings(
             raise ValueError(f"{FREQS} stands beside rope.scaling.type {scaling['rope_type']}, {NOT_HERE}")
         scaling = scaling or found
     elif scaling and not known.scaled:
-        key = next(key for key in ("rope.scaling.factor", "rope.scale_linear") if key in stated)
-        raise ValueError(f"{key} is {stated[key]}, {NOT_HERE}")
+        raise ValueError(f"{_factor_key(stated)} is {_factor(stated)}, {NOT_HERE}")
     if scaling:
         result["rope_scaling"] = scaling
     return result
@@ -91,15 +94,24 @@ def _set_local(known: Architecture, stated: dict[str, Any], settings: Settings, 
         raise ValueError(f"rope.freq_base_swa is {local}, wanted {result['rope_theta']}; give the model as safetensors")
 
 
+def _factor_key(stated: dict[str, Any]) -> str:
+    """The key of the linear factor: the old one counts only without the new one."""
+    return "rope.scaling.factor" if "rope.scaling.factor" in stated else "rope.scale_linear"
+
+
+def _factor(stated: dict[str, Any]) -> float:
+    return float(stated.get(_factor_key(stated), 0.0)) or 1.0
+
+
 def _from_keys(stated: dict[str, Any], settings: Settings) -> Settings | None:
     """The scaling that keys alone describe; None where there is none."""
     kind = stated.get("rope.scaling.type", "linear")
-    factor = float(stated.get("rope.scaling.factor", stated.get("rope.scale_linear", 0.0))) or 1.0
+    factor = _factor(stated)
     attention = float(stated.get("rope.scaling.attn_factor", 1.0))
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(f"rope.scaling.type is {kind!r:.100}, {NOT_HERE}")
     if not 0 < factor < math.inf:
-        raise ValueError(f"rope.scaling.factor is {factor}; {DOWNLOAD}")
+        raise ValueError(f"{_factor_key(stated)} is {factor}; {DOWNLOAD}")
     for key, neutral in YARN.items():
         if float(stated.get(key, neutral)) not in (neutral, -1.0):  # llama.cpp itself reads them for few architectures
             raise ValueError(f"{key} is {stated[key]}, wanted {neutral}; give the model as safetensors")
@@ -125,8 +137,11 @@ def _longrope(stated: dict[str, Any], settings: Settings, factors: dict[str, np.
             raise ValueError(
                 f"{name} is missing: rope.scaling.type longrope is {LONG} and {SHORT}; give a complete GGUF"
             )
-    if float(stated.get("rope.scaling.factor", 0.0)) not in (0.0, 1.0):
-        raise ValueError(f"rope.scaling.factor is {stated['rope.scaling.factor']} beside {LONG}, {NOT_HERE}")
+    kind = stated.get("rope.scaling.type", "longrope")
+    if kind not in ("longrope", "linear", "none"):
+        raise ValueError(f"rope.scaling.type is {kind!r:.100} beside {LONG}, {NOT_HERE}")
+    if (factor := _factor(stated)) != 1.0:
+        raise ValueError(f"{_factor_key(stated)} is {factor} beside {LONG}, {NOT_HERE}")
     original = int(stated.get("rope.scaling.original_context_length") or settings["max_position_embeddings"])
     settings["original_max_position_embeddings"] = original
     return {

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import warnings
 from pathlib import Path
 
@@ -212,10 +213,18 @@ def test_missing_parameters_are_named(tmp_path):
 def test_wrong_shape(tmp_path, name, shape):
     tensors = llama_tensors()
     tensors[name + ".weight"] = (shape, tensors[name + ".weight"][1])
-    source = bound(write(tmp_path / "tiny.gguf", "llama", tensors))
+    path = write(tmp_path / "tiny.gguf", "llama", tensors)
     parameter = "model.embed_tokens.weight" if name == "token_embd" else "model.layers.0.mlp.down_proj.weight"
-    with pytest.raises(ValueError, match=rf"{parameter} has shape \({shape[0]}, {shape[1]}\), the model wants"):
-        source.read(parameter)
+    assert_refused(path, f"{parameter} has shape ({shape[0]}, {shape[1]}), the model wants")
+
+
+def test_a_matrix_on_its_side(tmp_path):
+    """Only reading it tells whether the architecture transposes it."""
+    tensors = llama_tensors()
+    tensors["blk.0.ffn_up.weight"] = ((HIDDEN, FFN), F32)
+    source = bound(write(tmp_path / "tiny.gguf", "llama", tensors))
+    with pytest.raises(ValueError, match=r"up_proj\.weight has shape \(64, 96\), the model wants \(96, 64\)"):
+        source.read("model.layers.0.mlp.up_proj.weight")
 
 
 def test_a_damaged_header_and_a_file_in_place_of_one(llama, tmp_path):
@@ -231,6 +240,15 @@ def test_truncated_after_opening(llama, tmp_path):
     path.write_bytes(llama.read_bytes()[:-64])
     with pytest.raises(ValueError, match=r"ends inside blk.1.ffn_down.weight; download it again"):
         source.read("model.layers.1.mlp.down_proj.weight")
+
+
+def test_an_architecture_that_is_no_text(tmp_path):
+    path = write(tmp_path / "tiny.gguf", "llama", llama_tensors())
+    field = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<I", 8) + struct.pack("<Q", 5) + b"llama"
+    numbers = field[:28] + struct.pack("<IIQB", 9, 0, 1, 7)
+    assert path.read_bytes().count(field) == 1
+    path.write_bytes(path.read_bytes().replace(field, numbers))
+    assert_refused(path, "GGUF architecture [7] is not supported")
 
 
 def test_unsupported_architecture(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
-from mebp_triton.convert.readers.gguf_header import read_header  # noqa: E402
+from mebp_triton.convert.readers.gguf_header import Length, read_header  # noqa: E402
 
 F32, Q4_0 = 0, 2  # ggml's numbers
 
@@ -64,7 +64,7 @@ def test_metadata_and_places(tmp_path: Path) -> None:
         header = read_header(tmp_path / "x")
         numbers = {"u8": 255, "i8": -1, "u16": 65535, "i16": -2, "u32": 1 << 31, "i32": -3, "u64": 1 << 63, "i64": -4}
         others = {"f32": 0.25, "f64": 0.5, "bool": True, "name": "ü", "numbers": [0, 0, 0], "words": 2}
-        assert header.metadata == numbers | others
+        assert header.metadata == numbers | others and isinstance(header.metadata["words"], Length)
         a, b = header.tensors["a"], header.tensors["b"]
         assert (a.kind, a.shape, a.nbytes) == ("F32", (4, 2), 32)
         assert (b.kind, b.shape, b.nbytes) == ("Q4_0", (2, 32), 36) and b.offset == a.offset + 32

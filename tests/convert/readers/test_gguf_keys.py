@@ -1,8 +1,11 @@
 """Every key of a file is set, agrees with the model, has no effect, or is refused by its name."""
 
+import math
+
 import pytest
 
 from mebp_triton.convert.readers.gguf_architectures import ARCHITECTURES
+from mebp_triton.convert.readers.gguf_header import Length
 from mebp_triton.convert.readers.gguf_keys import ROPE, Set, Unused, settings_of
 
 PLAIN = {
@@ -37,7 +40,17 @@ def test_settings_of_a_plain_file():
         ({"llama__new_thing": 3}, "x.gguf: llama.new_thing is 3, which the model in transformers does not have"),
         ({"llama__logit_scale": 0.5}, "llama.logit_scale is 0.5, wanted 0 or 1; give the model as safetensors"),
         ({"llama__block_count": "two"}, "llama.block_count is 'two', wanted a number; download it again"),
-        ({"llama__attention__head_count_kv": 0}, "llama.attention.head_count_kv is 0 (wanted 1 or more)"),
+        (
+            {"llama__attention__head_count_kv": 0},
+            "llama.attention.head_count_kv is 0 (wanted a whole number, 1 or more)",
+        ),
+        ({"llama__attention__head_count": 1.5}, "llama.attention.head_count is 1.5 (wanted a whole number, 1 or more)"),
+        ({"llama__attention__head_count": []}, "llama.attention.head_count is [], wanted a number; download it again"),
+        ({"llama__attention__head_count": [4]}, "llama.attention.head_count has 1 numbers for 2 layers"),
+        ({"llama__attention__head_count": Length(4)}, "llama.attention.head_count is 4, wanted a number"),
+        ({"llama__attention__sliding_window": "x"}, "llama.attention.sliding_window is 'x', wanted a number"),
+        ({"llama__attention__layer_norm_rms_epsilon": math.nan}, "layer_norm_rms_epsilon is nan, wanted a number"),
+        ({"llama__attention__key_length": math.inf}, "llama.attention.key_length is inf, wanted a number"),
         ({"llama__block_count": 1 << 30}, "llama.block_count is 1073741824, more than it has tensors"),
         ({"general__type": "adapter"}, "general.type is 'adapter', wanted model"),
         ({"adapter__type": "lora"}, "adapter.type is 'lora'"),
@@ -69,6 +82,8 @@ def test_sliding_layers_have_a_period():
     assert layers([True] * 4) == "ssss" and layers(1) == layers([False] * 4) == "ffff"
     with pytest.raises(ValueError, match="sliding_window_pattern is .*layers slide without a period"):
         layers([False, True, True, True])
+    with pytest.raises(ValueError, match="sliding_window_pattern has 1 numbers for 4 layers"):
+        layers([True])
     with pytest.raises(ValueError, match="sliding_window_pattern is 0"):
         layers(0)
 

@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mebp_triton.convert.readers.gguf_architectures import ARCHITECTURES
+from mebp_triton.convert.readers.gguf_header import Length
 from mebp_triton.convert.readers.gguf_rope import FREQS, LLAMA3, from_factors, rope_settings
 
 SETTINGS = {"hidden_size": 64, "num_attention_heads": 1, "max_position_embeddings": 128}
@@ -52,7 +53,17 @@ def test_an_unknown_kind_is_refused(kind):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("rope.freq_base", "x"), ("rope.dimension_count", [1]), ("rope.scaling.factor", -2.0)]
+    ("key", "value"),
+    [
+        ("rope.freq_base", "x"),
+        ("rope.freq_base", 0.0),
+        ("rope.freq_base", np.nan),
+        ("rope.freq_base", Length(3)),
+        ("rope.dimension_count", [1]),
+        ("rope.dimension_count", np.inf),
+        ("rope.scaling.factor", -2.0),
+        ("rope.scale_linear", -2.0),
+    ],
 )
 def test_a_value_of_no_use_is_refused_by_its_key(key, value):
     with pytest.raises(ValueError, match=f"^{key} is"):
@@ -67,6 +78,11 @@ def test_factors_for_long_and_short_texts():
         scaling = rope_settings(ARCHITECTURES["phi3"], keys, dict(SETTINGS), factors)["rope_scaling"]
         assert scaling["rope_type"] == "longrope" and scaling["attention_factor"] == 1.25
         assert scaling["long_factor"] == long.tolist() and scaling["short_factor"] == short.tolist()
+    for keys in ({"rope.scale_linear": 4.0}, {"rope.scaling.factor": 4.0}, {"rope.scaling.type": "yarn"}):
+        with pytest.raises(ValueError, match=rf"^{[*keys][0]} is .* beside rope_factors_long"):
+            rope_settings(ARCHITECTURES["phi3"], stated | keys, dict(SETTINGS), factors)
+    with pytest.raises(ValueError, match=rf"^{FREQS} stands beside other factors"):
+        rope_settings(ARCHITECTURES["llama"], stated, dict(SETTINGS), factors | {FREQS: short})
     with pytest.raises(ValueError, match=r"^rope_factors_short\.weight is missing"):
         rope_settings(ARCHITECTURES["phi3"], stated, dict(SETTINGS), {"rope_factors_long.weight": long})
 
