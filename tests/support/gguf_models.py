@@ -301,6 +301,10 @@ OF_ONE: dict[str, dict[str, tuple[Keys, dict[str, Any]]]] = {
             LONGROPE | {"rope.scaling.type": "longrope"},
             {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT},
         ),
+        "longrope beside factors": (
+            LONGROPE | {"rope.scaling.type": "longrope"},
+            {name: LONG for name in ("rope_factors_long.weight", "rope_factors_short.weight", "rope_freqs.weight")},
+        ),
         "longrope without factors": (LONGROPE | {"rope.scaling.type": "longrope"}, {}),
         "biases": (
             {},
@@ -319,6 +323,10 @@ OF_ONE: dict[str, dict[str, tuple[Keys, dict[str, Any]]]] = {
     "phi3": {
         "longrope": (LONGROPE, {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT}),
         "long factors alone": (LONGROPE, {"rope_factors_long.weight": LONG}),
+        "longrope and linear": (
+            LONGROPE | {"rope.scale_linear": 4.0},
+            {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT},
+        ),
     },
     "gemma2": {
         "no caps": ({"attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0}, {}),
@@ -329,7 +337,10 @@ OF_ONE: dict[str, dict[str, tuple[Keys, dict[str, Any]]]] = {
         "no window": ({"attention.sliding_window": None}, {}),
         "its own period": ({"attention.sliding_window_pattern": None}, {}),
     },
-    "stablelm": {"parallel": ({}, without("stablelm", "ffn_norm"))},
+    "stablelm": {
+        "parallel": ({}, without("stablelm", "ffn_norm")),
+        "head norms": ({}, each_block({"attn_q_norm.weight": (HEADS, HEAD), "attn_k_norm.weight": (KV_HEADS, HEAD)})),
+    },
     "nemotron": {
         "biases": (
             {},

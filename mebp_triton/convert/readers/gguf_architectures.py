@@ -85,8 +85,8 @@ RMS: dict[str, Rule] = {"attention.layer_norm_rms_epsilon": Set("rms_norm_eps")}
 LLAMA = SHAPE | HEAD_OF_ANY_WIDTH | RMS | NEUTRAL
 QWEN2 = SHAPE | HEAD_OF_ONE_WIDTH | RMS | NEUTRAL
 MIXTURE: dict[str, Rule] = {
-    "expert_count": Set("num_experts"),
-    "expert_used_count": Set("num_experts_per_tok"),
+    "expert_count": Set("num_experts", read=_count),
+    "expert_used_count": Set("num_experts_per_tok", read=_count),
     "expert_feed_forward_length": Set(
         "moe_intermediate_size", lambda s: s["intermediate_size"] // s["num_experts_per_tok"]
     ),
@@ -282,16 +282,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         "mamba",
         {
             "context_length": Unused("a state has no positions"),
-            "embedding_length": Set("hidden_size"),
-            "block_count": Set("num_hidden_layers"),
+            "embedding_length": Set("hidden_size", read=_count),
+            "block_count": Set("num_hidden_layers", read=_count),
             "feed_forward_length": one_of(0),
             "attention.head_count": one_of(0),
             "attention.head_count_kv": one_of(0),
             "attention.layer_norm_rms_epsilon": Set("layer_norm_epsilon"),
-            "ssm.conv_kernel": Set("conv_kernel"),
-            "ssm.inner_size": Set("intermediate_size"),
-            "ssm.state_size": Set("state_size"),
-            "ssm.time_step_rank": Set("time_step_rank"),
+            "ssm.conv_kernel": Set("conv_kernel", read=_count),
+            "ssm.inner_size": Set("intermediate_size", read=_count),
+            "ssm.state_size": Set("state_size", read=_count),
+            "ssm.time_step_rank": Set("time_step_rank", read=_count),
             "ssm.dt_b_c_rms": one_of(False),
             "vocab_size": NEUTRAL["vocab_size"],
         },
@@ -317,7 +317,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         LLAMA
         | MIXTURE
         | {
-            "expert_count": Set("num_local_experts"),
+            "expert_count": Set("num_local_experts", read=_count),
             "expert_feed_forward_length": equal("intermediate_size"),
             "expert_gating_func": Set("scoring_func", read=_sigmoid),
         },
