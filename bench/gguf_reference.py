@@ -1,4 +1,4 @@
-"""Asks llama.cpp what it computes of tiny GGUF files, for ``tests/convert/readers/test_gguf_llama_cpp.py``.
+"""Asks llama.cpp what it computes of tiny GGUF files, for ``tests/convert/readers/test_gguf_architectures.py``.
 
 The files are those of ``tests/support/gguf_models.py``: each architecture with each key that changes a function, in
 float32; and those of ``gguf_vocabularies.py``. Needs ``pip install xllamacpp gguf``, not torch nor this package.

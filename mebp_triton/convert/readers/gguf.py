@@ -34,7 +34,7 @@ from .gguf_architectures import ARCHITECTURES
 from .gguf_header import DOWNLOAD, Entry, Header, read_header
 from .gguf_keys import settings_of
 from .gguf_rope import FREQS, LONG, SHORT, rope_settings
-from .gguf_tokenizer import complete, generation_config, token_ids
+from .gguf_tokenizer import check_tokens, complete, generation_config, token_ids
 
 BLOCK = 32
 SAFETENSORS = "give the model as safetensors"
@@ -51,6 +51,7 @@ class GgufFile:
         self._arch = str(self._header.metadata.get("general.architecture"))
         self.description = f"GGUF {path.name} ({self._arch})"
         _check_supported(path, self._header)
+        check_tokens(self._header.metadata, str(path))
         self.config = prepare_config(self._config(), str(path))
         check_sizes(str(path), self.config, (entry.shape for entry in self._header.tensors.values()))
         self._names: dict[str, str] = {}

@@ -13,6 +13,9 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from .gguf_header import DOWNLOAD, Length
+from .gguf_keys import is_number
+
 # What llama.cpp takes where a file with this kind of vocabulary does not say.
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
 # Kinds of words whose vocabularies llama.cpp begins with a BOS, and whose whole words need no merges.
@@ -24,15 +27,30 @@ GPT2 = {"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-do
 BLOOM = {"bloom", "poro-chat", "gpt3-finnish"}
 # Tokens that end a turn or a text, by their own text: llama.cpp stops at them whether a key names them or not.
 ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"}
+ENDS |= {"</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>"}
+ENDS |= {"<end_of_utterance>", "<turn|>", "<|tool_response>", "[e~[", "<｜end▁of▁sentence｜>"}
+KEYS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+
+
+def check_tokens(metadata: dict[str, Any], where: str) -> None:
+    """Raises ValueError where a key names a token that the file does not have."""
+    count = metadata.get("tokenizer.ggml.tokens")
+    if count is None:
+        return
+    if not isinstance(count, Length):
+        raise ValueError(f"{where}: tokenizer.ggml.tokens is {count!r:.100}, wanted a list of texts; {DOWNLOAD}")
+    for name in (*KEYS.values(), "unknown", "eot", "eom"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = metadata.get(key, 0)
+        if not is_number(value) or not 0 <= value < max(count, 1):
+            raise ValueError(f"{where}: {key} is {value!r:.100} of {count} tokens; give the model as safetensors")
 
 
 def token_ids(metadata: dict[str, Any]) -> dict[str, int]:
     """The ids of the tokens that begin, end and pad a text, under a config's names; none that the file lacks."""
-    keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
+    keys = {name: f"tokenizer.ggml.{key}_token_id" for name, key in KEYS.items()}
     ids = dict(SENTENCEPIECE_IDS) if metadata.get("tokenizer.ggml.model") == "llama" else {}
-    ids |= {
-        name: metadata[f"tokenizer.ggml.{key}"] for name, key in keys.items() if f"tokenizer.ggml.{key}" in metadata
-    }
+    ids |= {name: metadata[key] for name, key in keys.items() if key in metadata}
     return {f"{name}_token_id": value for name, value in ids.items()}
 
 
@@ -40,7 +58,8 @@ def generation_config(tokenizer: PreTrainedTokenizerFast, metadata: dict[str, An
     """The generation config, which stops at every token that the file says ends a turn or a text."""
     ids: dict[str, Any] = token_ids(metadata)
     stated = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
-    known = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in ENDS]
+    vocabulary = tokenizer.get_vocab()
+    known = [vocabulary[text] for text in ENDS if text in vocabulary]
     ends = [end for end in (ids.get("eos_token_id"), *stated, *sorted(known)) if end is not None]
     if ends:
         ids["eos_token_id"] = list(dict.fromkeys(ends)) if len(set(ends)) > 1 else ends[0]

@@ -11,7 +11,8 @@ from sources import ROOT
 from transformers import AutoTokenizer, GenerationConfig
 
 from mebp_triton.convert.readers import open_source
-from mebp_triton.convert.readers.gguf_tokenizer import token_ids
+from mebp_triton.convert.readers.gguf_header import Length
+from mebp_triton.convert.readers.gguf_tokenizer import check_tokens, token_ids
 
 pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
@@ -44,17 +45,35 @@ def test_texts_get_the_ids_that_llama_cpp_gives_them(name, tmp_path, recwarn):
     ]
 
 
-def test_tokens_that_end_a_turn_by_their_text(tmp_path):
-    """As in llama.cpp, which knows some tokens by their text."""
+@pytest.mark.parametrize(("text", "kind"), [("<|im_end|>", 3), ("<end_of_turn>", 4), ("</s>", 1)])
+def test_tokens_that_end_a_turn_by_their_text(text, kind, tmp_path):
+    """As in llama.cpp, which knows some tokens by their text, whatever the file says of their kind."""
     keys = byte_level()
-    tokens = keys["tokenizer.ggml.tokens"]
-    keys["tokenizer.ggml.tokens"] = [*tokens[:-2], "<|im_end|>", tokens[-1]]
+    tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    keys["tokenizer.ggml.tokens"] = [*tokens[:-2], text, tokens[-1]]
+    keys["tokenizer.ggml.token_type"] = [*kinds[:-2], kind, kinds[-1]]
     write_vocabulary(tmp_path / "tiny.gguf", keys)
     (tmp_path / "store").mkdir()
     open_source(tmp_path / "tiny.gguf").save_companions(tmp_path / "store")
     ends = [keys["tokenizer.ggml.eos_token_id"], len(tokens) - 2]
     assert GenerationConfig.from_pretrained(tmp_path / "store").eos_token_id == ends
     assert AutoTokenizer.from_pretrained(tmp_path / "store").eos_token_id == ends[0]
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "padding", "unknown", "eot", "eom"])
+def test_a_token_that_the_file_does_not_have_is_refused_by_its_key(name):
+    metadata = {"tokenizer.ggml.tokens": Length(4), f"tokenizer.ggml.{name}_token_id": 3}
+    check_tokens(metadata, "x.gguf")
+    for value in (4, -1, 2**32 - 1, "x"):
+        metadata[f"tokenizer.ggml.{name}_token_id"] = value
+        with pytest.raises(ValueError, match=rf"^x.gguf: tokenizer\.ggml\.{name}_token_id is .* of 4 tokens"):
+            check_tokens(metadata, "x.gguf")
+
+
+def test_tokens_are_texts():
+    check_tokens({"tokenizer.ggml.bos_token_id": 7}, "x.gguf")  # no tokenizer
+    with pytest.raises(ValueError, match=r"^x.gguf: tokenizer\.ggml\.tokens is \[1, 2\], wanted a list of texts"):
+        check_tokens({"tokenizer.ggml.tokens": [1, 2]}, "x.gguf")
 
 
 def test_ids_that_a_file_does_not_state():
