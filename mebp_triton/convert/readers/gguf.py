@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,10 @@ class GgufFile:
         self.config.save_pretrained(str(directory))
         if not self._header.metadata.get("tokenizer.ggml.tokens"):
             return
-        with one_line(f"{self.path} gives no tokenizer", SAFETENSORS):
-            folder, name = str(self.path.parent), self.path.name
-            made: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+        # transformers would prefer the tokenizer of another model that lies beside the file.
+        with one_line(f"{self.path} gives no tokenizer", SAFETENSORS), tempfile.TemporaryDirectory() as alone:
+            os.symlink(self.path.resolve(), Path(alone, "model.gguf"))
+            made: Any = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
             tokenizer = complete(made, self._header.metadata, str(self.path))
         tokenizer.save_pretrained(str(directory))
         generation_config(tokenizer, self._header.metadata).save_pretrained(str(directory))

@@ -16,7 +16,7 @@ from mebp_triton.convert.readers.gguf_tokenizer import check_tokens, token_ids
 
 pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
-from gguf_vocabularies import TEXTS, VOCABULARIES, byte_level, write_vocabulary  # noqa: E402
+from gguf_vocabularies import TEXTS, VOCABULARIES, byte_level, sentencepiece, write_vocabulary  # noqa: E402
 
 REFERENCE = json.loads((ROOT / "bench/results/gguf-llama-cpp.json").read_text())
 
@@ -68,6 +68,17 @@ def test_a_token_that_the_file_does_not_have_is_refused_by_its_key(name):
         metadata[f"tokenizer.ggml.{name}_token_id"] = value
         with pytest.raises(ValueError, match=rf"^x.gguf: tokenizer\.ggml\.{name}_token_id is .* of 4 tokens"):
             check_tokens(metadata, "x.gguf")
+
+
+def test_the_tokenizer_is_the_files_own(tmp_path):
+    """Not that of another model in the same directory."""
+    path = write_vocabulary(tmp_path / "tiny.gguf", sentencepiece())
+    (tmp_path / "store").mkdir()
+    open_source(path).save_companions(tmp_path)
+    write_vocabulary(path, byte_level())
+    open_source(path).save_companions(tmp_path / "store")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "store")
+    assert tokenizer.convert_ids_to_tokens(range(296)) == byte_level()["tokenizer.ggml.tokens"]
 
 
 def test_tokens_are_texts():
