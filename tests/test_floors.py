@@ -30,8 +30,8 @@ FLOORS = {
         evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes plan.inventory
         plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint trainer untrained
         finetune gradient_check""",
-    "cli": """console suggestions flags chat_template inference peft_baseline streaming doctor.advice doctor.findings
-        commands.quantize commands.verify commands.eval commands.generate commands.merge starting_adapter planning
+    "cli": """console suggestions flags starting_adapter chat_template inference peft_baseline streaming doctor.advice
+        doctor.findings commands.quantize commands.verify commands.eval commands.generate commands.merge planning
         commands.plan commands.tune stops training_run commands.train commands.doctor commands.demo parser main
         __main__""",
 }

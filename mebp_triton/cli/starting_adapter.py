@@ -1,4 +1,4 @@
-"""The adapter that ``mebp train --adapter`` starts from: its settings, its checksum, and whether it fits the store."""
+"""The adapter of ``--adapter``: the settings and the checksum that a run starts from, and whether it fits the store."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mebp_triton.cli.console import say
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.adapter import CONFIG, read_adapter_config, read_adapter_tensors
 from mebp_triton.models.config import read_json_object
@@ -70,9 +71,12 @@ def fill_in_from_run(given: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 def start_record(adapter: str) -> dict[str, Any]:
     """What ``run.json`` and checkpoints say of the adapter: its place, the CRC-32 of its tensors, its base model."""
-    base = read_json_object(Path(adapter) / CONFIG, "save the adapter again").get("base_model_name_or_path")
     crc32 = safetensors_file.tensors_checksum(read_adapter_tensors(adapter))
-    return {"adapter": adapter, "crc32": crc32, "base_model_name_or_path": base}
+    return {"adapter": adapter, "crc32": crc32, "base_model_name_or_path": _base_of(adapter)}
+
+
+def _base_of(adapter: str) -> Any:
+    return read_json_object(Path(adapter) / CONFIG, "save the adapter again").get("base_model_name_or_path")
 
 
 def doubt(adapter: str, store: Store) -> str | None:
@@ -84,7 +88,7 @@ def doubt(adapter: str, store: Store) -> str | None:
             return None
         other = "was trained on other weights than this store's: of another model, or quantized in another way"
         return f"the adapter {adapter} {other}"
-    base = start_record(adapter)["base_model_name_or_path"]
+    base = _base_of(adapter)
     known = [os.path.basename(os.path.abspath(store.directory)), *re.split(r"[\s,()]+", store.source)]
     if store.base is not None:
         known.append(os.path.basename(store.base.name_or_path))
@@ -96,6 +100,12 @@ def doubt(adapter: str, store: Store) -> str | None:
     if any(re.fullmatch(r"([-_.](q\d|iq\d|f16|bf16|int4|4bit|nf4|bnb|gguf|store).*)?", ending) for ending in endings):
         return None
     return f"the adapter {adapter} names {base} as its base model, and the store was made of {store.source}"
+
+
+def say_doubt(adapter: str | None, store: Store) -> None:
+    """Says in a line where the adapter may be another model's; its answers and losses would be nonsense then."""
+    if adapter is not None and (reason := doubt(adapter, store)):
+        say(f"warning: {reason}")
 
 
 def _settings_of(config: LoraConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from commands import QUICK, adapter_bytes, answer, assert_one_line, assert_refus
 from transformers import AutoModelForCausalLM
 
 from mebp_triton.cli.starting_adapter import doubt, fill_in
+from mebp_triton.convert.quantize import quantize
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.adapter import adapter_tensors, load_adapter, read_adapter_config, read_adapter_tensors
 from mebp_triton.models.load import load
@@ -147,6 +148,21 @@ def test_a_mistake_is_one_line_and_writes_nothing(mebp, world, tmp_path, name):
     if name == "another model's":
         typed[1] = world / "wide" / "store"
     assert_refused(mebp, typed, parts, world, tmp_path)
+
+
+@pytest.mark.parametrize("given", ["eval", "generate", "merge"])
+def test_a_command_says_that_an_adapter_was_trained_on_other_weights(mebp, world, tmp_path, given):
+    """The shapes fit, and the answers would be nonsense without a word."""
+    quantize(world / "model", tmp_path / "other", "affine", 32)
+    flags = {
+        "eval": [HELD_OUT.format(world), "--max-length=24", "--max-eval-windows=1"],
+        "generate": ["--prompt=the cat", "--max-new-tokens=1"],
+        "merge": [tmp_path / "out"],
+    }
+    for store, doubted in ((tmp_path / "other", True), (world / "store", False)):
+        code, _, err = mebp(given, store, *flags[given], f"--adapter={world / 'run'}")
+        assert code == 0 and ("was trained on other weights than this store's" in err) == doubted
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_an_adapter_of_another_base_is_doubted(world, peft_adapter, tmp_path):

@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from mebp_triton.cli.inference import load_for_inference, load_tokenizer
+    from mebp_triton.cli.starting_adapter import say_doubt
     from mebp_triton.store.reader import Store
 
     store = Store(arguments.store)  # refuses what is no store before the tokenizer is sought
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--seed must lie in 0..2**63-1, got {arguments.seed}")
     tokenizer = load_tokenizer(store.directory, arguments.adapter)
     model = load_for_inference(store, arguments.adapter, arguments.device, arguments.dtype, arguments.backend)
+    say_doubt(arguments.adapter, store)
     torch.manual_seed(arguments.seed)
     try:
         answer = generate(

@@ -41,6 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from mebp_triton.cli.starting_adapter import say_doubt
     from mebp_triton.convert.merge import merge
     from mebp_triton.models.adapter import read_adapter_config
     from mebp_triton.store.reader import Store
@@ -66,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
             value["dtype"] = merge(store, output, arguments.adapter, arguments.dtype, update)
         if text is not None:
             value["loss_merged"] = _plain_loss(output, value["dtype"], text)
+    say_doubt(arguments.adapter, store)
     value["bytes"] = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     if text is not None and arguments.adapter is not None:
         value["kept"] = _kept(value)
