@@ -38,6 +38,9 @@ ELSEWHERE = {
     ),
     "warmup-steps": ("warmup", "num-warmup-steps"),
 }
+# The same for arguments without a flag, by what the command's help calls them.
+MODELS = ("model", "store", "model-path", "model-dir", "model-name-or-path", "base-model", "m")
+POSITIONALS = {"STORE": MODELS, "SRC": MODELS, "MODEL": MODELS, "OUT": ("output", "output-dir", "out-dir", "o")}
 
 
 def suggestion(word: str, flags: Iterable[str], positionals: Iterable[str] = ()) -> str:
@@ -51,7 +54,7 @@ def suggestion(word: str, flags: Iterable[str], positionals: Iterable[str] = ())
         return ""
     name = word.partition("=")[0].lstrip("-").lower().replace("_", "-")
     for positional in positionals:
-        if name == positional.lower():
+        if name in (positional.lower(), *POSITIONALS.get(positional, ())):
             return f"; {positional} is given without a flag"
     names = {flag.lstrip("-"): flag for flag in flags if flag.startswith("--")}
     elsewhere = [own for own, others in ELSEWHERE.items() if name in others and own in names]

@@ -28,6 +28,9 @@ FLAGS = [
         ("--rank", "; did you mean --lora-r?"),  # PEFT's name
         ("--lr", ""),  # the name of a flag that this command lacks, and of nothing near
         ("--store", "; STORE is given without a flag"),
+        ("--model", "; STORE is given without a flag"),  # what others call it
+        ("--model_name_or_path=x", "; STORE is given without a flag"),
+        ("--output-dir", "; OUT is given without a flag"),
         ("--stor", ""),
         ("--no-packng", "; did you mean --no-packing?"),
         ("-n", ""),
@@ -35,7 +38,7 @@ FLAGS = [
     ],
 )
 def test_a_flag(word, end):
-    assert suggestion(word, FLAGS, ["STORE"]) == end
+    assert suggestion(word, FLAGS, ["STORE", "OUT"]) == end
 
 
 def test_a_command():

@@ -130,27 +130,34 @@ SEARCHES = [
 ]
 
 
-def test_the_models_own_settings_of_a_search(loaded, monkeypatch):
+@pytest.fixture
+def under(loaded, monkeypatch):
+    """What ``generate`` makes of "the cat sees and" under settings of the model's own generation config."""
     model, tokenizer = loaded
-    own = model.generation_config
-    expected = generate(model, tokenizer, "the cat sees and", 3).text
+
+    def answer(tokens, settings, **options):
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setattr(model.generation_config, name, value, raising=False)
+            return generate(model, tokenizer, "the cat sees and", tokens, **options)
+
+    return answer
+
+
+def test_the_models_own_settings_of_a_search(under):
+    expected = under(3, {}).text
     for settings in SEARCHES:
-        monkeypatch.setattr(model, "generation_config", type(own)(**own.to_dict() | settings))
-        answer = generate(model, tokenizer, "the cat sees and", 3, temperature=0.001 * ("do_sample" in settings))
+        answer = under(3, settings, temperature=0.001 * ("do_sample" in settings))
         assert answer.text == expected and answer.tokens == 3, settings
 
 
-def test_the_models_own_stop_strings(loaded, monkeypatch):
-    model, tokenizer = loaded
-    own = model.generation_config
-    whole = generate(model, tokenizer, "the cat sees and", 6)
-    word = whole.text.split()[2]
+def test_the_models_own_stop_strings(under):
+    whole = under(6, {}).text
+    word = whole.split()[2]
     for strings in (word, ["never said", word]):
-        monkeypatch.setattr(model, "generation_config", type(own)(**own.to_dict() | {"stop_strings": strings}))
-        answer = generate(model, tokenizer, "the cat sees and", 6)
-        assert answer.text == whole.text.partition(word)[0] and answer.ended and answer.tokens < 6
-    monkeypatch.setattr(model, "generation_config", type(own)(**own.to_dict() | {"max_time": 0.0}))
-    answer = generate(model, tokenizer, "the cat sees", 6)
+        answer = under(6, {"stop_strings": strings})
+        assert answer.text == whole.partition(word)[0] and answer.ended and answer.tokens < 6
+    answer = under(6, {"max_time": 0.0})
     assert answer.tokens == 1 and "cut off" not in answer.describe()
 
 
