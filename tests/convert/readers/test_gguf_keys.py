@@ -88,6 +88,36 @@ def test_sliding_layers_have_a_period():
         layers(0)
 
 
+def settings_as(arch, **changed):
+    keys = {key.replace("llama", arch): value for key, value in PLAIN.items()}
+    keys |= {f"{arch}.{key.replace('__', '.')}": value for key, value in changed.items()}
+    return settings_of(ARCHITECTURES[arch], arch, keys, map(str, range(99)), "x")
+
+
+def test_phi3_has_the_window_that_llama_cpp_leaves_out():
+    assert settings_as("phi3", attention__sliding_window=8)["sliding_window"] == 8
+    assert settings_as("phi3", attention__sliding_window=0)["sliding_window"] is None
+    assert settings_as("phi3")["sliding_window"] is None
+
+
+@pytest.mark.parametrize(("arch", "kinds"), [("gemma2", "sfsfsfs"), ("gemma3", "sssssfs")])
+def test_the_period_of_a_file_that_states_none(arch, kinds):
+    sliding = {"attention__sliding_window": 8, "block_count": 7}
+    assert "".join(kind[0] for kind in settings_as(arch, **sliding)["layer_types"]) == kinds
+    own = settings_as(arch, **sliding, attention__sliding_window_pattern=3)["layer_types"]
+    assert "".join(kind[0] for kind in own) == "ssfssfs"
+
+
+@pytest.mark.parametrize(("arch", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_queries_of_the_largest_gemma_are_scaled_by_the_hidden_size(arch, layers):
+    """No key tells; llama.cpp goes by the number of layers."""
+    scalars = [
+        settings_as(arch, attention__key_length=32, block_count=count)["query_pre_attn_scalar"]
+        for count in (layers - 1, layers, layers + 1)
+    ]
+    assert scalars == [32, 16, 32]
+
+
 def test_every_rule_says_what_it_is_for():
     for arch, known in ARCHITECTURES.items():
         for key, rule in known.keys.items():
