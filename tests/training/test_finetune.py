@@ -208,6 +208,32 @@ def test_an_evaluation_that_was_interrupted_comes_first_when_resumed(
     assert metrics(again, *NUMBERS) == metrics(whole, *NUMBERS)
 
 
+def test_the_best_adapter_is_that_of_the_checkpoint(store, data, held_out, tmp_path, no_plots):
+    """One kept after the checkpoint goes; one of the last evaluation is in the last checkpoint, resumed or not."""
+    settings, run = EVALUATING | {"max_steps": 3, "save_steps": 2}, tmp_path / "run"
+
+    def end(step, found, best):
+        if step == 3:
+            raise Crash
+
+    with pytest.raises(Crash):
+        finetune(trainer(store, data, run, **settings), held_out, on_evaluated=end)
+    assert (run / "adapter_best").exists()
+    again = resumed(store, data, run, **settings)
+    assert again.step == 2 and not (run / "adapter_best").exists()
+
+    def interrupt(done, total):
+        if again.step == 3:
+            raise Interrupted(15)
+
+    assert finetune(again, held_out, on_evaluation=interrupt) is None
+    last = resumed(store, data, run, **settings)
+    assert last.finished and finetune(last, held_out)["best_adapter"] == "adapter_best"
+    over = resumed(store, data, run, **settings)
+    assert over.position.standing == last.position.standing and over.position.standing.best_step == 3
+    assert (run / "adapter_best").exists()
+
+
 def test_a_training_that_does_not_improve_ends_early(store, data, held_out, tmp_path, no_plots):
     """Resumed before its end or not; and with more patience it goes on."""
     patient = EVALUATING | {"eval_steps": 1, "early_stopping_threshold": 9.0, "early_stopping_patience": 5}

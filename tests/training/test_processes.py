@@ -11,10 +11,11 @@ import ranks
 import safetensors.torch
 import torch
 from models import peft_gradients, peft_model, randomize_adapter
-from runs import assert_same_tensors, checkpoint_tensors, run_store, sentences, text_data, trainer
+from runs import assert_same_tensors, checkpoint_tensors, run_store, sentences, text_data, trainer, word_tokenizer
 
 from mebp_triton.cli.main import main
 from mebp_triton.data.batching import batches, collate, valid_tokens
+from mebp_triton.data.loading import load_data
 from mebp_triton.training import run_directory
 from mebp_triton.training.processes import ALONE, Processes, joined
 
@@ -196,6 +197,9 @@ def test_a_resumed_run_of_two_ends_at_the_bits_of_an_uninterrupted_one(world, tm
     numbers = ("step", "loss", "eval_loss", "eval_windows", "best", "not_improved")
     found, expected = ([[row.get(name) for name in numbers] for row in rows(run)] for run in (cut, whole))
     assert found == expected and [row[0] for row in found] == [step for step in range(6) for _ in ("step", "eval")]
+    held_out = load_data(world / "held-out.txt", word_tokenizer(), 24)
+    tokens = sum(valid_tokens(collate([held_out[place]], 0)) for place in range(len(held_out)))
+    assert {row.get("eval_tokens") for row in rows(cut)} == {None, tokens}, "each window is evaluated by one process"
     assert list(bytes_in(cut / "adapter_best").values()) == list(bytes_in(whole / "adapter_best").values())
     other = trainer(world / "store", text_data(world), cut, resume=True, **settings)
     with pytest.raises(ValueError, match="cannot resume: the run had 2 processes and now has 1"):
