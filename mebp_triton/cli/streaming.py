@@ -64,7 +64,7 @@ class TextStream(BaseStreamer):
         if places := [text.index(end) for end in self.ends if end in text]:
             text, self.ended = text[: min(places)], True
         self.text = text
-        sure = len(text) if last or self.ended else self._sure(text)
+        sure = len(text) if last else self._sure(text)
         if self.show is not None and sure > self._shown:
             self.show(text[self._shown : sure])
         self._shown = max(self._shown, sure)
