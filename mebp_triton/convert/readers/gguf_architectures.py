@@ -226,7 +226,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope="partial",
         tensors={
             "use_qkv_bias": "attn_q.bias",
-            "qk_layernorm": "attn_q_norm.weight",
             "use_parallel_residual": "!ffn_norm.weight",
         },
     ),
