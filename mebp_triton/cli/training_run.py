@@ -37,6 +37,7 @@ from mebp_triton.system.errors import CannotTrace, Interrupted
 from mebp_triton.system.memory import peak_resident_bytes, return_free_memory, return_large_freed_memory
 from mebp_triton.system.signals import noting
 from mebp_triton.system.units import MIB, parse_size
+from mebp_triton.training.checkpoint import adapted_layers
 from mebp_triton.training.evaluation import Evaluation
 from mebp_triton.training.finetune import finetune
 from mebp_triton.training.plan.planner import Plan
@@ -117,9 +118,11 @@ def _train_in(
     shared = processes.share(dataclasses.asdict(settings)) | {"device": settings.device}
     settings = RunSettings(**shared)
     _prepare_process(settings, plan)
+    # Older versions took more layers for "all-linear": a run keeps those that it began with.
+    layers = None if checkpoint is None else adapted_layers(checkpoint)
     model = load(
         store,
-        settings.lora(),
+        dataclasses.replace(settings.lora(), layers=layers),
         weights=settings.weights,
         checkpoints=settings.checkpoints,
         device=settings.device,

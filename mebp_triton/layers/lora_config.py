@@ -24,15 +24,15 @@ class LoraConfig:
         r: the rank, at least 1.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         lora_dropout: the probability of dropout on the input of the LoRA branch, in training mode.
-        target_modules: "all-linear" (every linear layer except the head and those in ``unreached``), a list of names (a
-            module matches if its path is the name or ends with "." + name), or one regular expression that must match
-            the whole path.
+        target_modules: "all-linear" (every linear layer except the head; see ``layers``), a list of names (a module
+            matches if its path is the name or ends with "." + name), or one regular expression that must match the
+            whole path.
         exclude_modules: modules left out of that choice, written in the same way.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead (arXiv 2312.03732).
         rank_pattern, alpha_pattern: other values of ``r`` and ``lora_alpha`` by regular expression. An expression must
             match the whole path, or the end of it after a dot; the first one that matches counts.
-        unreached: paths of layers that text never reaches, which "all-linear" leaves out. It is no setting of PEFT's:
-            ``load`` finds them in the model.
+        layers: paths of the layers that "all-linear" stands for in a model. It is no setting of PEFT's: ``load`` finds
+            them, and a resumed run has those that it began with.
 
     Raises:
         ValueError: a value is of the wrong type or out of range.
@@ -46,7 +46,7 @@ class LoraConfig:
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    unreached: frozenset[str] = field(default=frozenset(), repr=False)
+    layers: frozenset[str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -86,7 +86,7 @@ class LoraConfig:
         if self.exclude_modules and _matches(self.exclude_modules, path):
             return False
         if self.target_modules == "all-linear":
-            return path not in self.unreached
+            return self.layers is None or path in self.layers
         return _matches(self.target_modules, path)
 
 
@@ -179,7 +179,7 @@ def lora_config_from_dict(values: dict[str, Any]) -> LoraConfig:
 
 def _settings() -> set[str]:
     """The names of PEFT's settings that a ``LoraConfig`` has."""
-    return {item.name for item in fields(LoraConfig)} - {"unreached"}
+    return {item.name for item in fields(LoraConfig)} - {"layers"}
 
 
 def _matches(wanted: str | tuple[str, ...] | list[str], path: str) -> bool:

@@ -70,9 +70,10 @@ def _no_match(config: LoraConfig, model: Any) -> str:
 
 
 def resolve_targets(config: LoraConfig, model: Any, stored: Stored, blocks: str) -> LoraConfig:
-    """Checks the targets of an adapter against a model, and leaves layers out of "all-linear" that text never reaches.
+    """Checks the targets of an adapter against a model, and finds the layers that "all-linear" stands for.
 
-    An adapter that names such layers has them, and a warning says so.
+    It leaves out those that text never reaches, and those whose weight is read directly, which older stores have in
+    int4. An adapter that names such layers has them, and a warning says so. Layers that ``config`` lists are kept.
 
     Args:
         config: the adapter's settings.
@@ -84,24 +85,34 @@ def resolve_targets(config: LoraConfig, model: Any, stored: Stored, blocks: str)
         ValueError: see ``check_targets``.
     """
     linear = linear_names(int4_sites(model, stored)[0])
+    begun_with = config.target_modules == "all-linear" and config.layers is not None and config.layers <= set(linear)
+    if not begun_with:
+        config = dataclasses.replace(config, layers=None)
     check_targets(config, linear, model)
-    unreached = unreached_by_text(model.config, blocks, linear)
-    named = [name for name in linear if name in unreached and config.targets(name)]
-    if not named:
-        return config
-    parts = enumerate_names(sorted({".".join(name.split(".")[:2]) for name in named}))
-    if config.target_modules == "all-linear":
+    read, unreached = directly_read(model), unreached_by_text(model.config, blocks, linear)
+    on_read = [name for name in linear if name in read and config.targets(name)]
+    on_unreached = [name for name in linear if name in unreached and config.targets(name)]
+    parts = enumerate_names(sorted({".".join(name.split(".")[:2]) for name in on_unreached}))
+    if config.target_modules == "all-linear" and not begun_with:
+        if on_unreached:
+            warnings.warn(
+                f"{len(on_unreached)} linear layers that text never reaches get no adapter ({parts}): name them in "
+                f"target_modules to train them on other inputs",
+                stacklevel=3,
+            )
+        return dataclasses.replace(config, layers=frozenset(linear) - unreached - read)
+    if on_read:
         warnings.warn(
-            f"{len(named)} linear layers that text never reaches get no adapter ({parts}): name them in target_modules "
-            f"to train them on other inputs",
+            f"{len(on_read)} adapters lie on layers whose weight the modelling code reads itself "
+            f"({enumerate_names(on_read, 1)}): fused kernels pass such an adapter by, and PEFT may refuse it",
             stacklevel=3,
         )
-        return dataclasses.replace(config, unreached=unreached)
-    warnings.warn(
-        f"target_modules names {len(named)} linear layers that text never reaches ({parts}): trained on text, their "
-        f"adapters stay as they are",
-        stacklevel=3,
-    )
+    if on_unreached:
+        warnings.warn(
+            f"target_modules names {len(on_unreached)} linear layers that text never reaches ({parts}): trained on "
+            f"text, their adapters stay as they are",
+            stacklevel=3,
+        )
     return config
 
 
@@ -171,7 +182,7 @@ class Builder:
     Args:
         store: the weights; a stand-in with shapes alone will do.
         model: a model of ``build_skeleton``.
-        lora: the adapters; None for none.
+        lora: the adapters, as ``resolve_targets`` returns them; None for none.
         numerics: see there.
         seed: draws the initial values of the adapters.
 
@@ -226,9 +237,8 @@ class Builder:
         Stores made before such layers were told apart have them. One that an adapter names stays as it was.
         """
         read = directly_read(self.model)
-        named = self.lora is not None and self.lora.target_modules != "all-linear"
         sites = [site for site in self.sites if site.role == "linear" and site.name in read]
-        sites = [site for site in sites if not (named and self.lora is not None and self.lora.targets(site.name))]
+        sites = [site for site in sites if self.lora is None or not self.lora.targets(site.name)]
         if sites:
             warnings.warn(
                 f"store {self.store.directory}: {len(sites)} matrices are decoded to float, since the modelling code "

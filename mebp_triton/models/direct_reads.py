@@ -11,6 +11,7 @@ import ast
 import inspect
 import operator
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -96,6 +97,11 @@ def _reads_in(method: Any) -> tuple[Read, ...]:
     try:
         definition = ast.parse(textwrap.dedent(inspect.getsource(method))).body[0]
     except (OSError, TypeError, SyntaxError):  # code without a file
+        warnings.warn(
+            f"the source of {method.__module__}.{method.__qualname__} is not there: if it computes with the weight of "
+            f"a layer itself, that layer cannot be int4, and a step fails",
+            stacklevel=2,
+        )
         return ()
     if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
         return ()
@@ -130,20 +136,31 @@ def _is_weight(node: Any) -> bool:
 
 
 def _take_names(node: Any, names: Names) -> None:
-    """Takes note of ``layer = self.a`` and of ``for layer in self.layers``."""
-    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-        path = _path(node.value, names)
-        target = node.targets[0].id
-    elif isinstance(node, ast.For | ast.comprehension) and isinstance(node.target, ast.Name):
-        walked = _path(node.iter, names)
-        path = (*walked, EACH) if walked else None
-        target = node.target.id
+    """Takes note of ``layer = self.a`` and of ``for layer in self.layers``, also in ``enumerate`` and the like."""
+    if isinstance(node, ast.Assign):
+        found = [(node.targets[0], _path(node.value, names))]
+    elif isinstance(node, ast.For | ast.comprehension):
+        found = _walked(node.target, node.iter, names)
     else:
         return
-    if path:
-        names[target] = path
-    else:
-        names.pop(target, None)
+    for target, path in found:
+        if isinstance(target, ast.Name) and path:
+            names[target.id] = path
+        elif isinstance(target, ast.Name):
+            names.pop(target.id, None)
+
+
+def _walked(target: Any, walked: Any, names: Names) -> list[tuple[Any, tuple[str, ...] | None]]:
+    """The targets of a loop over ``walked``, each with the path of what it stands for."""
+    function = getattr(walked.func, "id", "") if isinstance(walked, ast.Call) else ""
+    if function in ("reversed", "list", "tuple") and walked.args:
+        return _walked(target, walked.args[0], names)
+    if function in ("enumerate", "zip") and isinstance(target, ast.Tuple):
+        parts = walked.args if function == "zip" else [ast.Constant(0), *walked.args[:1]]
+        pairs = zip(target.elts, parts, strict=False)
+        return [found for part, inner in pairs for found in _walked(part, inner, names)]
+    path = _path(walked, names)
+    return [(target, (*path, EACH) if path else None)]
 
 
 def _path(node: Any, names: Names) -> tuple[str, ...] | None:
@@ -152,6 +169,8 @@ def _path(node: Any, names: Names) -> tuple[str, ...] | None:
         return names.get(node.id)
     if isinstance(node, ast.Attribute | ast.Subscript):
         path = _path(node.value, names)
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
+            return path  # some of the children: those are told apart when one is taken
         step = node.attr if isinstance(node, ast.Attribute) else EACH
         return None if path is None else (*path, step)
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 from dataclasses import dataclass, field
@@ -121,6 +122,8 @@ def load(
     inputs = block_input_store(checkpoints, scratch, placement.waiting)
     engine = BlockEngine(stack, placement.pages, inputs, recompute_granularity == "selective", placement.waiting)
     watch_training(model, path, engine)
+    # Another model may be loaded with these settings, where "all-linear" stands for other layers.
+    adapters = None if adapters is None else dataclasses.replace(adapters, layers=None)
     model.mebp = Runtime(opened, engine, loss, adapters, numerics.device, backend)
     _adapt_to_trainers(model)
     return model

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.selection import LayerCyclicManager
-from mebp_triton.models.adapter import adapter_tensors, copy_adapter, save_adapter
+from mebp_triton.models.adapter import PREFIX, adapter_tensors, copy_adapter, save_adapter
 from mebp_triton.store.reader import Store
 from mebp_triton.system import atomic, reading, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError, NotFinite, RunError
@@ -254,3 +254,13 @@ def store_fingerprint(store: Store) -> int:
     checksums = {name: file.crc32 for name, file in store.files.items()}
     checksums["config.json"] = store.companions.get("config.json", [])
     return zlib.crc32(json.dumps(checksums, sort_keys=True).encode())
+
+
+def adapted_layers(directory: Path) -> frozenset[str] | None:
+    """The paths of the layers that have an adapter in a checkpoint; None where it is damaged, which resuming tells."""
+    try:
+        names, _ = safetensors_file.read_safetensors_header(directory / TENSORS)
+    except (OSError, FileError):
+        return None
+    start, end = f"adapter/{PREFIX}", ".lora_A.weight"
+    return frozenset(name[len(start) : -len(end)] for name in names if name.startswith(start) and name.endswith(end))

@@ -243,12 +243,11 @@ def test_an_older_pefts_config_lacks_settings():
     assert as_lora_config(old) == LoraConfig(r=4, lora_alpha=8, target_modules=("q",))
 
 
-def test_layers_that_text_never_reaches_are_left_out_of_all_linear_alone():
-    unreached = frozenset({"model.vision.fc1"})
-    assert not LoraConfig(unreached=unreached).targets("model.vision.fc1")
-    assert LoraConfig(unreached=unreached).targets("model.layers.0.fc1")
-    assert LoraConfig(target_modules=["fc1"], unreached=unreached).targets("model.vision.fc1")
-    with pytest.raises(ValueError, match="uses 'unreached', which is not known"):
-        lora_config_from_file(
-            {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["a"], "unreached": ["b"]}
-        )
+def test_the_layers_of_all_linear_can_be_listed():
+    layers = frozenset({"model.layers.0.fc1"})
+    assert not LoraConfig(layers=layers).targets("model.vision.fc1")
+    assert LoraConfig(layers=layers).targets("model.layers.0.fc1")
+    assert LoraConfig().targets("model.vision.fc1")
+    assert LoraConfig(target_modules=["fc1"], layers=layers).targets("model.vision.fc1")
+    with pytest.raises(ValueError, match="uses 'layers', which is not known"):
+        lora_config_from_file({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["a"], "layers": ["b"]})

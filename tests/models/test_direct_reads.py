@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,20 @@ from models import (
     loaded,
     peft_gradients,
     peft_model,
+    save_composite_model,
     save_tiny_model,
     step,
     tiny_config,
     tiny_store,
 )
+from runs import model_directory, word_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import mebp_triton as mebp
 from mebp_triton.convert.merge import merge, merge_to_store
-from mebp_triton.models import direct_reads, skeleton
+from mebp_triton.models import build, direct_reads, skeleton
+from mebp_triton.models.adapter import read_adapter_tensors
 from mebp_triton.models.direct_reads import directly_read
 from mebp_triton.models.kept_float import READ
 from mebp_triton.models.skeleton import build_skeleton
@@ -43,6 +45,7 @@ READS = {
     "falcon_h1": MIXERS,
     "nemotron_h": MIXERS,
     "granitemoehybrid": MIXERS,
+    "rwkv": {"attention.output", "feed_forward.value"},
 }
 
 
@@ -55,13 +58,9 @@ def test_the_layers_that_modelling_code_reads(architecture: str) -> None:
     """Bloom's reads are for shards that its config does not ask for; all others read facts alone, such as a dtype."""
     model = build_skeleton(tiny_config(architecture), torch.float32)
     paths = read_layers(model)
-    assert {path.rpartition(".")[2] for path in paths} == READS.get(architecture, set())
-    wanted = {
-        name
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in READS.get(architecture, ()) and type(module) is nn.Linear
-    }
-    assert paths == wanted
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    ends = {end: {name for name in linear if name.endswith(f".{end}")} for end in READS.get(architecture, ())}
+    assert all(ends.values()) and paths == set().union(*ends.values())
 
 
 def test_a_setting_that_leads_to_a_read_counts() -> None:
@@ -123,6 +122,8 @@ class Reader(nn.Module):
         self.chain, self.called, self.alias, self.shape_only = Inner(), nn.Linear(4, 4), nn.Linear(4, 4), Inner()
         self.walked = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
         self.picked = nn.ModuleList([nn.Linear(4, 4)])
+        self.numbered = nn.ModuleList([Inner()])
+        self.first, self.second = (nn.ModuleList([nn.Linear(4, 4)]) for _ in range(2))
         self.off, self.on, self.training_only, self.unknown = (nn.Linear(4, 4) for _ in range(4))
         self.set_up = nn.Linear(4, 4)
 
@@ -138,6 +139,10 @@ class Reader(nn.Module):
             x = nn.functional.linear(x, part.weight)
         x = x.to(self.shape_only.proj.weight.dtype) + self.shape_only.other.weight.shape[0]
         x = x @ self.picked[0].weight
+        for _, part in enumerate(self.numbered[:1]):
+            x = x @ part.other.weight
+        for _, (one, other) in enumerate(zip(reversed(self.first), self.second, strict=True)):
+            x = one(x) @ other.weight
         if self.shards > 1 and flag:
             x = x @ self.off.weight
         elif not self.exact:
@@ -149,6 +154,7 @@ class Reader(nn.Module):
 
 def test_every_form_of_a_read() -> None:
     wanted = {"chain.proj", "alias", "walked.0", "walked.1", "picked.0", "on", "training_only", "unknown"}
+    wanted |= {"numbered.0.other", "second.0"}
     assert directly_read(Reader()) == wanted
     assert directly_read(nn.Sequential(Reader()).train()) == {f"0.{name}" for name in wanted}
     sharded = Reader()
@@ -156,7 +162,7 @@ def test_every_form_of_a_read() -> None:
     assert directly_read(sharded) == wanted | {"off"}
 
 
-def test_code_without_a_file_has_no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_without_a_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere(_: Any) -> str:
         raise OSError("could not get source code")
 
@@ -164,7 +170,8 @@ def test_code_without_a_file_has_no_reads(monkeypatch: pytest.MonkeyPatch) -> No
     direct_reads._reads_in.cache_clear()
     monkeypatch.setattr(direct_reads.inspect, "getsource", nowhere)
     try:
-        assert directly_read(Reader()) == set()
+        with pytest.warns(UserWarning, match=r"the source of .*test_direct_reads\.Reader\.forward is not there"):
+            assert directly_read(Reader()) == set()
     finally:
         direct_reads._reads_of.cache_clear()
         direct_reads._reads_in.cache_clear()
@@ -186,6 +193,22 @@ def test_a_training_step_gets_the_gradients_of_peft(shared_store: Any, architect
         {name: grad for name, grad in theirs.items() if name not in silent},
         1e-5,
     )
+
+
+def test_weights_that_evaluation_scales_in_place(shared_store: Any) -> None:
+    """RWKV divides the weights of its upper blocks for evaluation, and multiplies them again for training."""
+    store = shared_store("rwkv")
+    before = {path: path.read_bytes() for path in store.iterdir()}
+    model, reference = loaded(store), decoded_model(store)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.zeros_(parameter)
+    for training in (False, True, False):
+        wanted = reference.train(training)(batch()["input_ids"], use_cache=False).logits
+        with torch.no_grad():
+            ours = model.train(training)(batch()["input_ids"], use_cache=False).logits
+        assert torch.allclose(ours, wanted, atol=1e-5), training
+    assert {path: path.read_bytes() for path in store.iterdir()} == before
 
 
 def test_quantizing_counts_them(tmp_path: Path) -> None:
@@ -226,8 +249,7 @@ def our_layers(model: Any) -> list[str]:
 
 def test_an_older_adapter_keeps_its_layers(older: Path) -> None:
     """An adapter on out_proj was trained without fused kernels, and goes on as it was."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match="3 adapters lie on layers whose weight the modelling code reads itself"):
         model = loaded(older, {"target_modules": ["in_proj", "out_proj"]})
     assert {name.split(".")[-2] for name in our_layers(model)} == {"in_proj", "out_proj"}
 
@@ -255,3 +277,31 @@ def test_a_target_that_stays_float_is_refused_by_its_name(shared_store: Any) -> 
         mebp.load(store, mebp.LoraConfig(target_modules=["in_proj", "out_proj"]))
     model = mebp.load(store, mebp.LoraConfig(target_modules=["in_proj"]))
     assert {name.split(".")[-2] for name in our_layers(model)} == {"in_proj"}
+
+
+@pytest.mark.parametrize("architecture", ["mamba2", "gemma3"])
+def test_a_run_keeps_the_layers_that_all_linear_meant_when_it_began(
+    mebp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    """Its checkpoint has adapters that all-linear leaves out by now; the memory plan counts those of now."""
+    if architecture == "gemma3":
+        save_composite_model("gemma3", tmp_path / "model")
+        word_tokenizer().save_pretrained(tmp_path / "model")
+    else:
+        model_directory(tmp_path / "model", architecture)
+    (tmp_path / "text.txt").write_text("the cat sees the moon . " * 20)
+    flags = ("--max-length=16", "--lora-r=2", "--learning-rate=1e-2", "--lr-scheduler-type=constant")
+    flags = (*flags, f"--train-file={tmp_path / 'text.txt'}", f"--output-dir={tmp_path / 'run'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(skeleton, "directly_read", lambda model: set())
+        patch.setattr(build, "directly_read", lambda model: set())
+        patch.setattr(build, "unreached_by_text", lambda *_: frozenset())
+        assert mebp("train", tmp_path / "model", *flags, "--max-steps=1")[0] == 0
+    before = read_adapter_tensors(tmp_path / "run" / "adapter")
+    code, _, err = mebp("train", tmp_path / "run-store", *flags, "--max-steps=2", "--resume")
+    assert code == 0 and "resuming at step 1 of 2" in err and "the model:" not in err, err
+    said = {"mamba2": "3 adapters lie on layers whose weight", "gemma3": "no gradient came to model.vision_tower"}
+    assert said[architecture] in err
+    after = read_adapter_tensors(tmp_path / "run" / "adapter")
+    assert before.keys() == after.keys() and any("out_proj" in name for name in after)
+    assert not torch.equal(*(adapter[next(name for name in after if "lora_B" in name)] for adapter in (before, after)))

@@ -105,6 +105,7 @@ SETTINGS["granitemoehybrid"] = (
         "shared_intermediate_size": 48,
     }
 )
+SETTINGS["rwkv"] = MAMBA | {"attention_hidden_size": 48, "context_length": 64, "rescale_every": 2}
 SETTINGS["lfm2"] = COMMON | {"layer_types": ["conv", "conv", "conv"]}
 
 

@@ -137,7 +137,9 @@ class TracedModel:
         self.results: dict[Any, Traced] = {}
         store: Any = ShapesOnly(inventory, "the model")
         numerics = Numerics(torch.device("cpu"), self.dtype, backend="panel")
-        builder = Builder(store, self.model, lora, numerics, settings.seed)
+        with warnings.catch_warnings():  # as above
+            warnings.simplefilter("ignore")
+            builder = Builder(store, self.model, lora, numerics, settings.seed)
         with traced(self.live):
             builder.fill(lambda modules: self._place_tables(store, modules))
         builder.finish(config)
