@@ -281,7 +281,7 @@ def test_an_int4_table_keeps_its_size(store: Path) -> None:
         mebp.load(store, embedding="float").resize_token_embeddings(100)
     for options in ({"trainable_token_indices": [5]}, {"modules_to_save": ["embed_tokens"]}):
         with pytest.raises((ValueError, RuntimeError), match=way):
-            training_tokens(mebp.load(store), **options)
+            training_tokens(mebp.load(store), **options)(**batch(), use_cache=False)
         with pytest.raises(ValueError, match=f"use PEFT's own functions on {way}"):
             mebp.load(store, peft.LoraConfig(target_modules=["q_proj"], **options))
     with pytest.raises(ValueError, match="embedding must be int4 or float, got 'half'"):
