@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mebp_triton.data.template import Template
+from mebp_triton.data.template import Headers, Template
+from mebp_triton.data.tokenized import DataReport
 from mebp_triton.models.adapter import CHAT_TEMPLATE
 from mebp_triton.system import reading
 
@@ -69,3 +70,45 @@ def use_template_of(tokenizer: Any, adapter: Path | str | None) -> None:
     if text != tokenizer.chat_template:
         use_template(tokenizer, text, f"chat template {path}")
         say(f"chat template: {path}")
+
+
+def _headers(tokenizer: Any) -> Headers:
+    try:
+        return Template.of(tokenizer, {}).headers()
+    except ValueError:  # there is no template for a plain chat
+        return Headers()
+
+
+def describe_training(tokenizer: Any, report: DataReport) -> Iterator[str]:
+    """Where rows open their answers otherwise than the template does when one is wanted, in lines."""
+    headers = _headers(tokenizer)
+    if report.chat_rows and headers.written and not headers.prompt:
+        yield (
+            f"the chat template writes nothing where an answer is wanted: in {report.chat_rows:,} chat rows "
+            f"{headers.written!r:.80}, which it writes before answers, counts as part of the question, and "
+            "`mebp generate --chat` adds it; for other programs, give a template with add_generation_prompt by "
+            "--chat-template FILE"
+        )
+    if report.unopened_rows:
+        ends = f" ({headers.prompt!r:.80})" if headers.prompt else ""
+        yield (
+            f"{report.unopened_rows:,} of {report.chat_rows:,} chat rows have no answer behind what the chat template "
+            f"writes where one is wanted{ends}, so the model is not trained to go on from there; give a template that "
+            "writes it before answers too by --chat-template FILE"
+        )
+
+
+def describe_prompt(tokenizer: Any, adapted: bool) -> Iterator[str]:
+    """Where a chat's prompt ends otherwise than the template would end it, or than an adapter may know it, in lines."""
+    headers = _headers(tokenizer)
+    if headers.written and not headers.prompt:
+        yield (
+            f"the chat template writes nothing where an answer is wanted: {headers.written!r:.80}, which it writes "
+            "before answers, was added"
+        )
+    elif adapted and not headers.agree:
+        yield (
+            f"the chat template ends the prompt by {headers.prompt!r:.80}, and opens answers by "
+            f"{headers.written!r:.80}: an adapter trained on such answers has not learnt to go on from there; "
+            "`mebp train` takes another template by --chat-template FILE"
+        )

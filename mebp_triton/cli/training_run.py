@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mebp_triton.cli.chat_template import template_of_run, use_template
+from mebp_triton.cli.chat_template import describe_training, template_of_run, use_template
 from mebp_triton.cli.commands.quantize import quantize_with_progress
 from mebp_triton.cli.console import progress_bar, say
 from mebp_triton.cli.inference import check_length, load_tokenizer, model_config
@@ -253,6 +253,8 @@ def _load_texts(
     data = tokenized(asked.train_file, "train-file")
     validation = tokenized(asked.validation_file, "validation-file") if asked.validation_file else None
     ends = find_row_ends(data, tokenizer)
+    for line in describe_training(tokenizer, data.report):
+        say(line)
     return pack(data, asked.max_length) if asked.packing else data, validation, ends
 
 

@@ -28,7 +28,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of what was th
 
 def chat_rows(
     template: Template, messages: list[Message], given: int, said: dict[int, bool], masking: Masking
-) -> tuple[list[Tokens], int]:
+) -> tuple[list[Tokens], int, bool]:
     """Tokenizes a conversation.
 
     Args:
@@ -36,8 +36,9 @@ def chat_rows(
         said: by place, whether a message says of itself that it is trained.
 
     Returns:
-        Ids and masks: of one row, or of several where the template rewrites answers. And how many messages the template
-        does not write whole, as some leave out thoughts, or what a system says.
+        Ids and masks: of one row, or of several where the template rewrites answers. How many messages the template
+        does not write whole, as some leave out thoughts, or what a system says. And whether there are answers, but none
+        behind what the template writes where one is wanted.
 
     Raises:
         ValueError: the template refuses the messages, or does not let its turns be told apart.
@@ -50,18 +51,26 @@ def chat_rows(
         )
     first, least = (0, 0) if masking.completion_only_loss is False else (len(prompt), given)
     if masking.assistant_only_loss and template.marks_answers:
-        return [_marked_tokens(template, messages, said, whole, whole[:first])], _shortened(template, messages, [whole])
+        parts = [_marked_tokens(template, messages, said, whole, whole[:first])]
+        return parts, _shortened(template, messages, [whole]), _is_unopened(template, messages, [whole])
     if masking.assistant_only_loss:
         answers = [place for place in _answers(messages) if place >= least and said.get(place) is not False]
         found = _answer_spans(template, messages, answers, whole)
     else:
         found = {whole: _spans_without(template, messages, said, whole, (first, least))}
     cuts = {len(prompt)}
-    return [
+    parts = [
         _span_tokens(template.tokenizer, text, spans, cuts if text == whole else set())
         for text, spans in found.items()
         if spans or len(found) == 1
-    ], _shortened(template, messages, list(found))
+    ]
+    return parts, _shortened(template, messages, list(found)), _is_unopened(template, messages, list(found))
+
+
+def _is_unopened(template: Template, messages: list[Message], texts: list[str]) -> bool:
+    headers = template.headers()
+    opens = not headers.prompt or any(headers.prompt in text for text in texts)
+    return bool(_answers(messages)) and not opens
 
 
 def _shortened(template: Template, messages: list[Message], texts: list[str]) -> int:
@@ -92,13 +101,17 @@ def _answers(messages: list[Message]) -> list[int]:
 def _text_before(template: Template, messages: list[Message], text: str) -> str | None:
     """The part of ``text`` that comes before an answer to ``messages``; None where ``text`` begins otherwise.
 
-    The header that opens an answer counts as part of it: at inference the template writes it, and not the model.
+    The header that opens an answer counts as part of it: at inference the template writes it, and not the model. Some
+    templates end their generation prompt in more than that (R1's opens a thought).
     """
-    for header in (True, False):
-        before = template.render(messages, header)
-        if text.startswith(before):
-            return before
-    return None
+    before = template.render(messages, header=True)
+    if text.startswith(before):
+        return before
+    before = template.render(messages)
+    if not text.startswith(before):
+        return None
+    headed = before + template.headers().written
+    return headed if text.startswith(headed) else before
 
 
 def _answer_spans(template: Template, messages: list[Message], places: list[int], whole: str) -> dict[str, list[Span]]:

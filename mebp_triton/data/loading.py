@@ -100,7 +100,13 @@ def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
             found = tokenize_row(tokenizer, row, masking, head)
             kept = sum([writer.add(*part) for part in found.parts])
             writer.count(
-                kept, found.chat, found.converted, found.masked_messages, found.shortened_messages, found.unused
+                kept,
+                found.chat,
+                found.converted,
+                found.masked_messages,
+                found.shortened_messages,
+                found.unopened,
+                found.unused,
             )
         except UnicodeError as error:  # the file is UTF-8, but JSON's escapes can spell what is no text
             raise ValueError(f"{where}:{number}: half a surrogate pair is no text ({error}); remove it") from error

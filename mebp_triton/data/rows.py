@@ -50,6 +50,7 @@ class TokenizedRow:
         converted: whether it came in another project's form.
         masked_messages: messages that say of themselves that they are not trained.
         shortened_messages: messages that the chat template does not write whole.
+        unopened: whether no answer in it stands behind what the chat template writes where one is wanted.
         unused: how often each key had no effect.
     """
 
@@ -58,6 +59,7 @@ class TokenizedRow:
     converted: bool = False
     masked_messages: int = 0
     shortened_messages: int = 0
+    unopened: bool = False
     unused: Counter[str] = field(default_factory=Counter)
 
 
@@ -139,13 +141,14 @@ def _chat_row(
     given = len(talks[0].messages) if len(talks) == 2 else 0
     messages = [message for talk in talks for message in talk.messages]
     said = talks[0].said | {given + place: trained for place, trained in talks[-1].said.items()}
-    parts, shortened = chat_rows(template, messages, given, said, masking)
+    parts, shortened, unopened = chat_rows(template, messages, given, said, masking)
     unused = _unused(template, talks, kind)
     if masking.assistant_only_loss:
         roles = [messages[place]["role"] for place, trained in said.items() if trained]
         unused += Counter(f"a weight on a message of {role!r}" for role in roles if role != "assistant")
     converted = kind == ("conversations",) or any(talk.converted for talk in talks)
-    return TokenizedRow(parts, True, converted, sum(not trained for trained in said.values()), shortened, unused)
+    masked = sum(not trained for trained in said.values())
+    return TokenizedRow(parts, True, converted, masked, shortened, unopened, unused)
 
 
 def _unused(template: Template, talks: Iterable[Conversation], kind: tuple[str, ...]) -> Counter[str]:

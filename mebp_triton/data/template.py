@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -12,6 +13,8 @@ from .messages import Message, parsed, shown, with_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Words that no template writes itself. Nothing in them can be stripped, split or escaped.
+QUESTION, ANSWER, NEXT = "alphaquestion", "betaanswer", "gammaquestion"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What the package itself says to the template; a row may say anything else.
 OWN_ARGUMENTS = {"messages", "conversation", "tools", "add_generation_prompt", "tokenize", "return_dict"}
@@ -83,8 +86,20 @@ class Template:
         """All words in it: a key that is none of them cannot change what it writes."""
         return _words(self.text)
 
+    def headers(self) -> Headers:
+        """What opens an answer; nothing where the template refuses a plain chat."""
+        # Found once for all rows that give the template the same; ``text`` is only there to tell templates apart.
+        return _headers(self.tokenizer, self.text, json.dumps(self.arguments, default=str), self.takes_parts)
+
     def render(self, messages: list[Message], header: bool = False) -> str:
-        """The text of a conversation; ``header`` adds what opens an answer."""
+        """The text of a conversation; ``header`` adds what opens an answer.
+
+        Where the template has no generation prompt, that is the header which it writes before an answer.
+        """
+        text = self._render(messages, header)
+        return text + self.headers().written if header and not self.headers().prompt else text
+
+    def _render(self, messages: list[Message], header: bool = False) -> str:
         # As a text, which ``encode`` tokenizes: transformers 4 and 5 return ids in different containers.
         text = self.apply(messages, add_generation_prompt=header, tokenize=False, return_dict=False)
         assert isinstance(text, str)
@@ -120,3 +135,37 @@ def _with_strings(message: Message) -> Message:
 @lru_cache(maxsize=4)
 def _words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", text))
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What stands between a question and its answer.
+
+    Attributes:
+        prompt: the generation prompt: what the template writes where an answer is wanted.
+        written: what it writes there in a conversation; "" for white space alone.
+    """
+
+    prompt: str = ""
+    written: str = ""
+
+    @property
+    def agree(self) -> bool:
+        """Whether an answer that is asked for begins as those of a conversation do."""
+        return self.written.startswith(self.prompt.rstrip(" "))
+
+
+@lru_cache(maxsize=4)
+def _headers(tokenizer: PreTrainedTokenizerBase, text: str, arguments: str, takes_parts: bool) -> Headers:
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    render = Template(tokenizer, None, json.loads(arguments), takes_parts)._render
+    try:
+        asked, wanted = render(messages[:1]), render(messages[:1], True)
+        answered = render(messages)
+    except ValueError:  # it may want other messages than these
+        return Headers()
+    prompt = wanted.removeprefix(asked) if wanted.startswith(asked) else ""
+    written, found, _ = answered.removeprefix(asked).partition(ANSWER)
+    if not (found and answered.startswith(asked) and written.strip()):
+        written = ""
+    return Headers(prompt, written.rstrip(" "))  # a space there belongs to the answer's first word

@@ -53,6 +53,7 @@ class DataReport:
         split_rows: the rows that they became.
         masked_messages: messages that say of themselves, by ``weight`` or the like, that they are not trained.
         shortened_messages: messages that the chat template does not write whole.
+        unopened_rows: rows in which no answer stands behind what the chat template writes where one is wanted.
         unused_keys: how often each key of a row or a message had no effect.
         chat_rows: rows that the chat template wrote.
         string_rows: rows of strings, which the end-of-sequence token closes. Windows of a text are neither.
@@ -74,6 +75,7 @@ class DataReport:
     split_rows: int = 0
     masked_messages: int = 0
     shortened_messages: int = 0
+    unopened_rows: int = 0
     chat_rows: int = 0
     string_rows: int = 0
     unused_keys: dict[str, int] = field(default_factory=dict)
@@ -170,11 +172,18 @@ class RowWriter:
         self.offsets = array("q", [0])
         self.trained_tokens = self.masked = self.truncated = self.cut_off = self.dropped = self.converted = 0
         self.cut_away = self.chat_rows = self.string_rows = 0
-        self.split_conversations = self.split_rows = self.masked_messages = self.shortened = 0
+        self.split_conversations = self.split_rows = self.masked_messages = self.shortened = self.unopened = 0
         self.unused: Counter[str] = Counter()
 
     def count(
-        self, kept: int, chat: bool, converted: bool, masked: int, shortened: int, unused: Mapping[str, int]
+        self,
+        kept: int,
+        chat: bool,
+        converted: bool,
+        masked: int,
+        shortened: int,
+        unopened: bool,
+        unused: Mapping[str, int],
     ) -> None:
         """Counts what became of a row of the file: ``kept`` rows, and see ``DataReport``."""
         self.chat_rows += kept if chat else 0
@@ -182,6 +191,7 @@ class RowWriter:
         self.converted += converted and kept > 0
         self.masked_messages += masked
         self.shortened += shortened
+        self.unopened += kept if unopened else 0
         if kept > 1:
             self.split_conversations += 1
             self.split_rows += kept
@@ -230,6 +240,7 @@ class RowWriter:
             split_rows=self.split_rows,
             masked_messages=self.masked_messages,
             shortened_messages=self.shortened,
+            unopened_rows=self.unopened,
             chat_rows=self.chat_rows,
             string_rows=self.string_rows,
             unused_keys=dict(self.unused.most_common()),

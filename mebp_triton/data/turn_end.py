@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .template import Template
+from .template import ANSWER, NEXT, QUESTION, Template
 from .text import encode
 from .tokenized import CHECKSUM_CHUNK, TokenizedData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Words that no template writes itself. Nothing in them can be stripped, split or escaped.
-QUESTION, ANSWER, NEXT = "alphaquestion", "betaanswer", "gammaquestion"
 
 
 @dataclass(frozen=True)

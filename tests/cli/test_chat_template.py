@@ -111,3 +111,29 @@ def test_a_template_that_wants_other_messages_is_left_to_the_rows():
     tokenizer = word_tokenizer(None)
     use_template(tokenizer, "{{ raise_exception('a system message first') }}", "a file")
     assert "raise_exception" in tokenizer.chat_template
+
+
+TURNS = "{% for m in messages %}{{ m.role + ' ' + m.content + ' . ' }}{% endfor %}"
+AGREES = TURNS + "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+THOUGHT = TURNS + "{% if add_generation_prompt %}{{ 'assistant the moon ' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template, at_training, at_generation",
+    [
+        (TURNS, "in 8 chat rows 'assistant', which it writes before answers, counts as", "'assistant', which it"),
+        (THOUGHT, "8 of 8 chat rows have no answer behind what", "ends the prompt by 'assistant the moon '"),
+        (AGREES, None, None),
+    ],
+)
+def test_a_generation_prompt_that_the_answers_do_not_have(
+    mebp, world, chats, tmp_path, template, at_training, at_generation
+):
+    put(tmp_path, "t.jinja", template)
+    code, _, err = mebp(
+        *command(world, chats, tmp_path / "run", f"--chat-template={tmp_path / 't.jinja'}", "--max-steps=1")
+    )
+    assert code == 0 and (at_training in err if at_training else "is wanted" not in err), err
+    prompt = ["generate", world / "store", "--prompt=the cat sees", "--chat", "--max-new-tokens=2"]
+    code, _, err = mebp(*prompt, f"--adapter={tmp_path / 'run'}")
+    assert code == 0 and (at_generation in err if at_generation else "answer" not in err), err

@@ -33,16 +33,47 @@ def test_prompt_and_completion_of_messages(tokenizer, write):
 
 
 def test_template_whose_answer_header_differs(write):
-    """Templates of reasoning models open the answer with a thought that a given answer does not have."""
+    """Templates of reasoning models open the answer with a thought that a given answer does not have.
+
+    What they have in common is masked, and the rows are counted.
+    """
     template = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
     tokenizer = byte_bpe(template, eos_token="<|im_end|>")
-    head = encode(tokenizer, "<|im_start|>user\nWhat is two plus two?<|im_end|>\n")
-    data = load_data(write("x.jsonl", [{"prompt": QUESTION, "completion": ANSWER}]), tokenizer, 99)
-    assert data[0].labels.tolist().count(-100) == len(head)
+    for row, masking in (
+        ({"prompt": QUESTION, "completion": ANSWER}, None),
+        ({"messages": QUESTION + ANSWER}, ASSISTANT),
+    ):
+        data = load_data(write("x.jsonl", [row, row]), tokenizer, 99, masking=masking)
+        assert trained_text(tokenizer, data[0].labels.tolist()) == ["four.<|im_end|>\n"]
+        assert data.report.unopened_rows == data.report.chat_rows == 2
+    opened = {"messages": [*QUESTION, {"role": "assistant", "content": "<think>four."}]}
+    data = load_data(write("x.jsonl", [opened, {"messages": QUESTION + ANSWER}, {"messages": QUESTION}]), tokenizer, 99)
+    assert data.report.unopened_rows == 1
 
     counting = byte_bpe("{{ messages | length }}" + CHATML, eos_token="<|im_end|>")
     with pytest.raises(ValueError, match="x.jsonl:1: the chat template writes 'prompt' differently"):
         load_data(write("x.jsonl", [{"prompt": QUESTION, "completion": ANSWER}]), counting, 99)
+
+
+@pytest.mark.parametrize(
+    "template, trained",
+    [
+        (CHATML.partition("{% if add_generation_prompt")[0], "four.<|im_end|>\n"),
+        (CHATML.replace("{{ '<|im_start|>assistant\n' }}", ""), "four.<|im_end|>\n"),  # it asks, and does nothing
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", " four.\n"),
+        # Nothing but white space is no header: Llama 2's answers begin with a space.
+        ("{% for m in messages %}{{ ('Q' if m.role == 'user' else ' ') + m.content + '\n' }}{% endfor %}", " four.\n"),
+    ],
+)
+def test_a_template_without_a_generation_prompt_has_the_header_that_it_writes(write, template, trained):
+    tokenizer = byte_bpe(template, eos_token="<|im_end|>")
+    talk = [*ANSWER, *QUESTION, *ANSWER]
+    for row, masking in (({"prompt": QUESTION, "completion": ANSWER}, None), ({"messages": talk}, ASSISTANT)):
+        data = load_data(write("x.jsonl", [row]), tokenizer, 99, masking=masking)
+        assert trained_text(tokenizer, data[0].labels.tolist())[-1] == trained
+        assert data.report.unopened_rows == 0
+    whole = load_data(write("x.jsonl", [{"messages": QUESTION + ANSWER}]), tokenizer, 99)
+    assert -100 not in whole[0].labels.tolist()
 
 
 def test_tools_reach_the_template(write):

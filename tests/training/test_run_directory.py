@@ -276,6 +276,7 @@ def test_finishing_writes_everything_that_a_reader_needs(run):
     given = {"rows": 5, "tokens": 50, "trained_tokens": 45, "truncated_rows": 1, "dropped_rows": 0}
     unused = ("converted_rows", "masked_tokens", "packed_length", "packed_rows", "truncated_tokens")
     unused += ("split_conversations", "split_rows", "masked_messages", "shortened_messages", "chat_rows", "string_rows")
+    unused += ("unopened_rows",)
     assert record["data"] == given | dict.fromkeys(unused, 0) | {"unused_keys": {}}
     assert record["environment"]["versions"]["torch"] and record["environment"]["threads"] >= 1
     assert record["plots"] == ["loss.png", "memory.png", "time_per_block.png"]

@@ -51,6 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
+    from mebp_triton.cli.chat_template import describe_prompt
     from mebp_triton.cli.inference import load_for_inference, load_tokenizer
     from mebp_triton.cli.starting_adapter import say_doubt
     from mebp_triton.store.reader import Store
@@ -84,6 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise
     print(json.dumps({"prompt": prompt, "completion": answer.text}) if arguments.json else "", flush=True)
     say(answer.describe())
+    if arguments.chat:
+        for line in describe_prompt(tokenizer, bool(arguments.adapter)):
+            say(line)
     if not answer.text.strip() and not arguments.chat and tokenizer.chat_template:
         say("the answer is empty; this tokenizer has a chat template: --chat puts the prompt into it")
 
