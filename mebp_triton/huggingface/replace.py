@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,8 @@ from .int4_config import METHOD
 from .model_layers import check_names, inner_model, linear_layers
 from .peft_layer import check_wrapper, fuse_lora_layers, peft_wrappers, register_where_installed
 from .quantizer import mark_as_int4
+
+CLASSIFIERS = ("score", "classifier", "qa_outputs")  # heads that PEFT trains by itself, by their names in transformers
 
 
 def replace_linears(
@@ -90,10 +93,23 @@ def replace_linears(
     if config is None:
         register_where_installed()
         return model
+    _warn_of_frozen_heads(model)
     model.mebp_lora = config
     if isinstance(model, PreTrainedModel):
         install_saving(model)
     return model
+
+
+def _warn_of_frozen_heads(model: nn.Module) -> None:
+    """Warns of a classifier, which is random where the model was made of a language model: it stays as it is."""
+    heads = [name for name, _ in model.named_children() if name in CLASSIFIERS]
+    if heads:
+        warnings.warn(
+            f"{heads[0]} of {type(model).__name__} stays frozen, and files of adapters made by lora do not hold it: "
+            "to train it, leave out lora, and use peft.get_peft_model with task_type='SEQ_CLS' (or 'TOKEN_CLS', "
+            "'QUESTION_ANS')",
+            stacklevel=3,
+        )
 
 
 def _layers_to_replace(model: Any, excluded: str | Iterable[str] | None, has_peft: bool) -> dict[str, Any]:

@@ -204,6 +204,12 @@ def _seal(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
 def read_adapter_tensors(directory: Path | str) -> dict[str, Tensor]:
     """Reads the tensors of a saved adapter. FileError where they are damaged."""
     path = Path(directory) / WEIGHTS
+    pickled = path.with_suffix(".bin")
+    if pickled.exists() and not path.exists():
+        raise FileError(
+            f"{pickled} is a pickle, which can run code when opened: load the adapter once by PEFT where you trust it, "
+            "and save it with save_pretrained as safetensors"
+        )
     tensors, metadata = safetensors_file.read_safetensors(path)
     seal = _seal(path, metadata)
     if seal is not None and seal.get("crc32") != safetensors_file.tensors_checksum(tensors):

@@ -125,6 +125,8 @@ def load(
     # Another model may be loaded with these settings, where "all-linear" stands for other layers.
     adapters = None if adapters is None else dataclasses.replace(adapters, layers=None)
     model.mebp = Runtime(opened, engine, loss, adapters, numerics.device, backend)
+    if opened.base is not None:
+        model.name_or_path = opened.base.name_or_path  # which PEFT writes into the configs of its adapters
     _adapt_to_trainers(model)
     return model
 

@@ -36,6 +36,9 @@ def save_pretrained(
     Raises:
         ValueError: there is no adapter, more than the adapter is trained, or the files are to be pushed.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):  # ``model.add_adapter``: transformers saves its own adapters
+        options |= {"is_main_process": is_main_process, "push_to_hub": push_to_hub}
+        return type(model).save_pretrained(model, save_directory, **options)
     if hasattr(model, "mebp") and model.mebp.lora is None:
         raise ValueError(
             f"the model has no adapter to save, and its weights lie in {model.mebp.store.directory} already: "

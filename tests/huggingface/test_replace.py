@@ -122,6 +122,23 @@ def test_an_encoder_decoder_runs_with_its_heads_and_float32_layers() -> None:
     assert torch.isfinite(translator(input_ids=ids, decoder_input_ids=ids).logits).all()
 
 
+def test_a_classifier_is_trained_by_peft_and_its_freezing_is_said(sources: dict[str, Path], tmp_path: Path) -> None:
+    def classifier(seed: int) -> Any:
+        torch.manual_seed(seed)  # of the head, which the files of a language model lack
+        return transformers.AutoModelForSequenceClassification.from_pretrained(sources["llama"], num_labels=3)
+
+    with pytest.warns(UserWarning, match=r"score of Llama.* stays frozen, .* peft\.get_peft_model with task_type"):
+        mebp.replace_linears(classifier(0), LORA)
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(mebp.replace_linears(classifier(1)), config).eval()
+    ids = batch(1, 9, None)["input_ids"]
+    model(input_ids=ids).logits.sum().backward()
+    assert any("score" in name for name, p in model.named_parameters() if p.grad is not None)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(mebp.replace_linears(classifier(2)), tmp_path).eval()
+    assert torch.allclose(again(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("excluded", "kept", "with_peft"),
     [

@@ -179,6 +179,18 @@ def test_damaged_files(model: Any, copied: Path) -> None:
         mebp.read_adapter_config(copied)
 
 
+def test_a_pickled_adapter_is_refused_with_the_way_that_reads_it(model: Any, llama: Path, copied: Path) -> None:
+    weights = load_file(copied / "adapter_model.safetensors")
+    torch.save(weights, copied / "adapter_model.bin")
+    (copied / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle, .* load the adapter once by PEFT"):
+        mebp.load_adapter(model, copied)
+    peft.PeftModel.from_pretrained(decoded_model(llama), copied).save_pretrained(copied / "again")
+    mebp.load_adapter(model, copied / "again")
+    for name, tensor in load_file(copied / "again" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, weights[name])
+
+
 def test_a_model_without_adapter_saves_none(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no adapter of ours to save"):
         mebp.save_adapter(mebp.load(llama), tmp_path / "out")

@@ -348,6 +348,15 @@ def test_a_copy_is_independent_and_has_the_same_gradients(shared_store: Any, opt
     assert names <= set(twin._ddp_params_and_buffers_to_ignore)
 
 
+def test_pefts_adapters_name_the_model_that_the_store_was_made_of(shared_store: Any, tmp_path: Path) -> None:
+    store = shared_store("qwen2")
+    wrapped = peft.get_peft_model(mebp.load(store), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    named = again.peft_config["default"].base_model_name_or_path
+    assert Path(named).resolve() == (store.parent / "model").resolve()
+
+
 def test_a_copy_under_peft(shared_store: Any, tmp_path: Path) -> None:
     model = training_tokens(mebp.load(shared_store("qwen2"), weights="file"))
     twin = copy.deepcopy(model)

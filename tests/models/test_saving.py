@@ -123,6 +123,18 @@ def test_a_model_with_nothing_to_save(store: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_that_transformers_added_are_saved(store: Path, tmp_path: Path) -> None:
+    model = mebp.load(store)
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "own")
+    plain = decoded_model(store)
+    plain.load_adapter(tmp_path / "own")
+    ids = batch(1, 9, None)["input_ids"]
+    with torch.no_grad():
+        assert torch.allclose(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+        assert not torch.allclose(decoded_model(store)(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-3)
+
+
 def test_a_state_of_other_shapes_is_refused(store: Path) -> None:
     model = loaded(store)
     state = {name: p for name, p in model.named_parameters() if p.requires_grad}

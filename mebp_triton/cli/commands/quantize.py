@@ -68,6 +68,13 @@ def quantize_with_progress(
             scale_search=arguments.scale_search,
             progress=progress,
         )
+    rounded = report.errors.keys() - report.taken_over
+    if report.taken_over and rounded:
+        worst = max(report.errors[name] for name in rounded)
+        say(
+            f"{len(rounded)} of {len(report.errors)} matrices are no 4-bit codes in {source} and were rounded to int4: "
+            f"relative error up to {worst:.3f}"
+        )
     for line in describe_kept_float(report.kept_float, report.int4_bytes + report.float_bytes):
         say(line)
     return report

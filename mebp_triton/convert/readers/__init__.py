@@ -52,6 +52,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if path.is_dir():
         if all((path / name).exists() for name in ("manifest.json", "shared.safetensors")):
             raise ValueError(f"{path} is a store already: train it, or decode it first by `mebp merge {path} OUT`")
+        if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
+            raise ValueError(f"{path} is a directory of GGUF files: give one of them, such as {files[0]}")
         from .safetensors_dir import quant_method_of
 
         source: Source = reader_of("directory", quant_method_of(path))(path)

@@ -257,9 +257,13 @@ class _Outline:
 
 def _check_supported(path: Path, header: Header) -> None:
     """Raises ValueError where the file cannot be used."""
+    parts = header.metadata.get("split.count", 1)
+    if parts not in (0, 1):  # only the first part names the architecture
+        number = header.metadata.get("split.no")
+        which = f"part {number + 1} of" if type(number) is int else "one of"
+        raise ValueError(
+            f"{path} is {which} {parts} parts; join them by `llama-gguf-split --merge FIRST_PART OUT.gguf` of llama.cpp"
+        )
     arch = header.metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in ARCHITECTURES or ARCHITECTURES[arch].model_type not in CONFIG_MAPPING:
         raise ValueError(f"{path}: GGUF architecture {arch!r:.100} is not supported; {SAFETENSORS}")
-    parts = header.metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        raise ValueError(f"{path} is one of {parts} parts; join them by llama-gguf-split --merge")

@@ -215,11 +215,15 @@ def _config_json(path: Path, quant_method: str | None) -> dict[str, Any]:
 
 
 def _entries(path: Path) -> dict[str, Entry]:
-    """Every tensor in the directory, each in the shard that the index names."""
+    """Every tensor in the directory: in one file, as transformers prefers, or each in the shard of the index."""
+    if (path / SINGLE).exists():
+        if (path / INDEX).exists():
+            warnings.warn(
+                f"{path}: {SINGLE} is read, as transformers does, and the shards of {INDEX} are not", stacklevel=2
+            )
+        return _header(_shard(path, SINGLE))
     if (path / INDEX).exists():
         return _indexed_entries(path)
-    if (path / SINGLE).exists():
-        return _header(_shard(path, SINGLE))
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickles:
         raise ValueError(

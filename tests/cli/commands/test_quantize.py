@@ -25,6 +25,19 @@ def test_flags_and_table(mebp, world, tmp_path):
     assert {info.scheme for info in infos} == {"affine"} and {info.group_size for info in infos} == {64}
 
 
+def test_layers_that_a_4_bit_source_keeps_in_16_bits_are_counted(mebp, world, tmp_path):
+    from int4_models import with_bitsandbytes
+
+    model_directory(tmp_path / "plain", hidden_size=64, intermediate_size=128)
+    with_bitsandbytes(tmp_path / "plain").save_pretrained(tmp_path / "model")
+    code, _, err = mebp("quantize", tmp_path / "model", tmp_path / "store")
+    opened = Store(tmp_path / "store").matrices.values()
+    rounded = [info.relative_error for info in opened if info.relative_error > 0]
+    assert code == 0 and 0 < len(rounded) < len(opened)
+    assert f"{len(rounded)} of {len(opened)} matrices are no 4-bit codes in" in err
+    assert f"relative error up to {max(rounded):.3f}" in err
+
+
 def test_quantize_and_train_say_it(mebp, tmp_path):
     """``train`` says it of a store that was there before; of one that it makes, ``quantize`` has said it."""
     source, line = model_directory(tmp_path / "model", "granitemoe"), "24 matrices stay float (experts"

@@ -256,7 +256,15 @@ def test_unsupported_architecture(tmp_path):
 
 
 def test_one_of_several_parts(tmp_path):
-    assert_refused(write(tmp_path / "tiny.gguf", "llama", llama_tensors(), split_count=3), "3 parts", "merge")
+    assert_refused(write(tmp_path / "tiny.gguf", "llama", llama_tensors(), split_count=3), "one of 3 parts", "merge")
+    writer = gguf.GGUFWriter(tmp_path / "second.gguf", "llama")
+    writer.kv_data[0].clear()  # parts after the first have no architecture
+    writer.add_uint16("split.no", 1)
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert_refused(tmp_path / "second.gguf", "part 2 of 3 parts", "merge FIRST_PART")
 
 
 def test_encoder_decoder_is_refused(tmp_path):

@@ -73,6 +73,19 @@ def test_single_file_is_returned_in_its_own_dtype(tmp_path, dtype):
     assert_reads(tmp_path, saved(tmp_path, dtype=dtype))
 
 
+def test_one_file_beside_old_shards_is_what_transformers_reads(tmp_path):
+    saved(tmp_path, max_shard_size="20KB")
+    torch.manual_seed(7)
+    other = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA, tie_word_embeddings=False))
+    save_file(other.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(
+        UserWarning, match=r"model\.safetensors is read, as transformers does, and the shards of .* are not"
+    ):
+        assert_reads(tmp_path, other)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(theirs.lm_head.weight, other.lm_head.weight)
+
+
 def test_shards(tmp_path):
     model = saved(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -65,6 +65,9 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
         open_source(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         open_source(tmp_path)
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(ValueError, match=r"is a directory of GGUF files: give one of them, such as .*a\.gguf"):
+        open_source(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="is not a model: give the directory"):
         open_source(tmp_path / "model.safetensors")
