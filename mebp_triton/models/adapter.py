@@ -165,7 +165,7 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
     Raises:
         ValueError: the config is damaged, contradicts the weights, or uses what only PEFT's own layers can do.
     """
-    path, weights = Path(directory) / CONFIG, Path(directory) / WEIGHTS
+    path, weights = Path(directory) / CONFIG, _weights_of(Path(directory))
     if not path.exists():
         raise ValueError(f"{directory} is not an adapter: it has no {CONFIG}")
     values = read_json_object(path, "save the adapter again")
@@ -191,6 +191,18 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
     return config
 
 
+def _weights_of(directory: Path) -> Path:
+    """The file of an adapter's tensors. FileError where there is only a pickle."""
+    path = directory / WEIGHTS
+    pickled = path.with_suffix(".bin")
+    if pickled.exists() and not path.exists():
+        raise FileError(
+            f"{pickled} is a pickle, which can run code when opened: load the adapter once by PEFT where you trust it, "
+            "and save it with save_pretrained as safetensors"
+        )
+    return path
+
+
 def _seal(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The seal that ``save_adapter`` wrote into the metadata of the weights; None in a file of PEFT's."""
     if SEAL not in metadata:
@@ -203,13 +215,7 @@ def _seal(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 def read_adapter_tensors(directory: Path | str) -> dict[str, Tensor]:
     """Reads the tensors of a saved adapter. FileError where they are damaged."""
-    path = Path(directory) / WEIGHTS
-    pickled = path.with_suffix(".bin")
-    if pickled.exists() and not path.exists():
-        raise FileError(
-            f"{pickled} is a pickle, which can run code when opened: load the adapter once by PEFT where you trust it, "
-            "and save it with save_pretrained as safetensors"
-        )
+    path = _weights_of(Path(directory))
     tensors, metadata = safetensors_file.read_safetensors(path)
     seal = _seal(path, metadata)
     if seal is not None and seal.get("crc32") != safetensors_file.tensors_checksum(tensors):
