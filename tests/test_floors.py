@@ -12,7 +12,11 @@ from sources import ROOT, SOURCES, TREES, check, imports, module_name
 FLOORS = {
     "kernels": """names layout decode running_softmax split reference configs softmax_tile bitsandbytes accuracy launch
         quantize rounding tables matmul matmul_dx embedding panel cross_entropy routing ops functions""",
-    "autotune": "sass shapes compile cost_model space timing ceilings log rank measure results tune report",
+    "autotune": """emulator.faults emulator.floats emulator.bit_operations emulator.parser emulator.number_types
+        emulator.operations emulator.global_memory emulator.shared_memory emulator.matrix emulator.counts emulator.state
+        emulator.thread_steps emulator.memory_steps emulator.matrix_steps emulator.group_steps emulator.machine
+        emulator.tensors emulator.driver sass shapes compile cost_model space timing ceilings log rank measure results
+        tune report""",
     "layers": "lora_config lora_function int4_module linear shared_input deferred_logits head loss",
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file
         mapped_file scratch memory machine storage signals""",
@@ -37,7 +41,7 @@ FLOORS = {
 }
 ORDER = [f"mebp_triton.{room}.{file}" for room, files in FLOORS.items() for file in files.split()]
 # What each folder may import besides the standard library and the rooms below.
-OUTSIDE = {"kernels": {"torch", "triton"}, "autotune": {"torch", "triton", "filelock", "matplotlib"}}
+OUTSIDE = {"kernels": {"torch", "triton"}, "autotune": {"torch", "triton", "numpy", "filelock", "matplotlib"}}
 
 # No file of the package may import these: names that are another package's when installed, and what only tests have.
 NEVER = {"kernels", "autotune", "tests", "bench", "pytest", "support", "models", "runs"}

@@ -1,0 +1,201 @@
+"""Takes the place of Triton's launcher: compiles as a launch would, and executes the PTX on CPU tensors.
+
+with Emulator(87) as emulator:
+    y = int4_matmul_triton(x, weight, config=config)
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from .counts import Counts
+from .faults import NotModelled
+from .floats import Array
+from .global_memory import GlobalMemory
+from .machine import Machine
+from .parser import Kernel, parse
+from .state import State, all_blocks
+from .tensors import arguments_of
+
+# Threads that run at a time. More of them cost less each, until their registers outgrow the caches.
+LANES = 8192
+# Parameters that the compiler adds for scratch memory, which these kernels do not use.
+MOST_ADDED = 2
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel: its PTX as text and as instructions, and the bytes of shared memory that a launch asks for."""
+
+    ptx: str
+    kernel: Kernel
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was executed.
+
+    Attributes:
+        name: of the kernel's Python function.
+        executed: instructions that have run, whatever the number of threads.
+        compile_s, run_s: seconds.
+        counts: of all blocks that ran, if counting was asked for.
+    """
+
+    name: str
+    grid: Grid
+    compiled: Compiled
+    executed: int
+    compile_s: float
+    run_s: float
+    counts: Counts | None
+
+
+class Compiler:
+    """Compiles kernels for one target, each specialisation once."""
+
+    def __init__(self, target: int) -> None:
+        self.target = GPUTarget("cuda", target, 32)
+        self.backend = make_backend(self.target)
+        self._binders: dict[JITFunction, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[JITFunction, str], Compiled] = {}
+
+    def compile(
+        self, function: JITFunction, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Compiled, dict[str, Any], list[tuple[str, Any]]]:
+        """Compiles what a launch with these arguments would.
+
+        Returns:
+            The kernel; all arguments by name; and those that are left when constants are gone, tuples taken apart.
+        """
+        if function not in self._binders:
+            self._binders[function] = create_function_from_signature(function.signature, function.params, self.backend)
+        bound, specialization, given = self._binders[function](*args, **kwargs)
+        signature, constants, attributes, passed = self._specialize(bound, specialization)
+        key = (function, f"{specialization} {sorted(given.items())}")
+        if key not in self._compiled:
+            options = self.backend.parse_options(dict(kwargs))
+            unknown = kwargs.keys() - vars(options).keys() - bound.keys()
+            if unknown:
+                raise KeyError(f"{function.__name__} has no parameter or option {sorted(unknown)}")
+            source = ASTSource(function, signature, constants, attributes)
+            made = triton.compile(source, target=self.target, options=vars(options))
+            ptx = made.asm["ptx"]
+            self._compiled[key] = Compiled(ptx, parse(ptx), made.metadata.shared)
+        return self._compiled[key], bound, passed
+
+    def _specialize(self, bound: Mapping[str, Any], specialization: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+        """Signature, constants and attributes as ``ASTSource`` takes them, and the arguments that are passed."""
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+        passed: list[tuple[str, Any]] = []
+
+        def visit(path: tuple[int, ...], name: str, kind: Any, attribute: Any, value: Any) -> None:
+            if isinstance(kind, tuple):
+                for index, part in enumerate(zip(kind, attribute, value, strict=True)):
+                    visit((*path, index), f"{name}[{index}]", *part)
+            elif kind == "constexpr":
+                constants[path] = value
+            else:
+                passed.append((name, value))
+                if isinstance(attribute, str):
+                    attributes[path] = self.backend.parse_attr(attribute)
+
+        for index, ((name, value), (kind, attribute)) in enumerate(zip(bound.items(), specialization, strict=True)):
+            visit((index,), name, kind, attribute, value)
+        signature = {name: kind for name, (kind, _) in zip(bound, specialization, strict=True)}
+        return signature, constants, attributes, passed
+
+
+@functools.cache
+def compiler_for(target: int) -> Compiler:
+    """Returns the process's one compiler for a compute capability, such as 87."""
+    return Compiler(target)
+
+
+class Emulator(AbstractContextManager["Emulator"]):
+    """While active, launches of Triton kernels on CPU tensors are executed here, and appended to ``launches``.
+
+    A launch raises ``faults.Fault`` if the kernel does what it must not do, and ``faults.NotModelled`` if it has an
+    instruction that cannot be executed. Outputs are written back only when a launch has ended well.
+
+    Args:
+        target: compute capability to compile for.
+        count: whether to count instructions and accesses.
+        blocks: the blocks to run of a grid, ``[n, 3]``; all of them by default.
+        check: whether to look for races and uninitialised reads, which takes about half of the time.
+        edit: changes the PTX of a kernel before it is executed: to see whether a planted error is found.
+    """
+
+    def __init__(
+        self,
+        target: int,
+        count: bool = False,
+        blocks: Callable[[Grid], Array] = all_blocks,
+        check: bool = True,
+        edit: Callable[[str], str] | None = None,
+    ) -> None:
+        self.compiler = compiler_for(target)
+        self.count, self.blocks, self.check, self.edit = count, blocks, check, edit
+        self.launches: list[Launch] = []
+
+    def __enter__(self) -> Emulator:
+        self._saved, launch = JITFunction.run, self.launch
+
+        def run(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            launch(function, grid, args, kwargs)
+
+        JITFunction.run = run  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        JITFunction.run = self._saved  # type: ignore[method-assign]
+
+    def launch(self, function: JITFunction, grid: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Executes one launch: ``function[grid](*args, **kwargs)``."""
+        start = time.perf_counter()
+        compiled, bound, passed = self.compiler.compile(function, args, kwargs)
+        if self.edit is not None:
+            ptx = self.edit(compiled.ptx)
+            compiled = Compiled(ptx, parse(ptx), compiled.shared_bytes)
+        compiled_at = time.perf_counter()
+        x, y, z = (*(grid(bound) if callable(grid) else grid), 1, 1)[:3]
+        memory, params = arguments_of(passed)
+        added = len(compiled.kernel.params) - len(params)
+        if not 0 <= added <= MOST_ADDED:
+            raise NotModelled(f"{function.__name__} takes {len(compiled.kernel.params)} parameters, not {len(params)}")
+        executed, counts = self._run(compiled, (x, y, z), params + [0] * added, memory)
+        memory.fetch()
+        times = compiled_at - start, time.perf_counter() - compiled_at
+        self.launches.append(Launch(function.__name__, (x, y, z), compiled, executed, *times, counts))
+
+    def _run(
+        self, compiled: Compiled, grid: Grid, params: Sequence[int], memory: GlobalMemory
+    ) -> tuple[int, Counts | None]:
+        """Runs the blocks, some at a time: each set starts with what the ones before it have written."""
+        kernel, blocks = compiled.kernel, self.blocks(grid)
+        each = max(1, LANES // max(1, kernel.threads))
+        executed, total = 0, None
+        for first in range(0, len(blocks), each):
+            part = blocks[first : first + each]
+            counts = Counts(kernel, len(part)) if self.count else None
+            machine = Machine(State(kernel, grid, params, memory, compiled.shared_bytes, part, counts, self.check))
+            machine.run()
+            executed += machine.executed
+            if total is None:
+                total = counts
+            elif counts is not None:
+                total.add(counts)
+        return executed, total

@@ -1,0 +1,140 @@
+"""Steps of sm_90's matrix instructions: four warps multiply asynchronously, from registers and shared memory.
+
+A sum is in its registers only when its group was waited for; until then, reading one is a fault. The bytes of shared
+memory that an instruction reads may not be written before.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from . import matrix
+from .faults import Fault, NotModelled
+from .floats import U32, Array
+from .matrix_steps import Fragments, across
+from .parser import Instruction, Number, Vector
+from .state import Mask, State, Step
+
+GROUP = 128
+NAME = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2$")
+
+
+class GroupMultiplier:
+    """The ``wgmma`` instructions of an execution, and what is in flight between them."""
+
+    def __init__(self, state: State, fragments: Fragments) -> None:
+        self.state, self.fragments = state, fragments
+        # Sums that have not arrived, by register, each with its group.
+        self.arriving: dict[int, tuple[int, Array]] = {}
+        # Reads of shared memory: group, runs of 16 bytes, mask.
+        self.reading: list[tuple[Array, Array, Mask]] = []
+        self.groups: Array = np.zeros((1, 1), dtype=np.int32)
+
+    def step(self, one: Instruction) -> Step:
+        """Makes a step of any ``wgmma`` instruction."""
+        if one.guard is not None:
+            raise NotModelled(f"{one}: not modelled")
+        if one.name == "wgmma.fence.sync.aligned":
+            return lambda mask: None
+        if one.name == "wgmma.commit_group.sync.aligned":
+            return self._commit
+        if one.name == "wgmma.wait_group.sync.aligned" and isinstance(one.operands[0], Number):
+            pending = one.operands[0].value
+            return lambda mask: self._wait(pending, mask)
+        return self._multiplication(one)
+
+    def _commit(self, mask: Mask) -> None:
+        self.groups = self.groups + (1 if mask is None else mask.any(axis=1, keepdims=True))
+
+    def _multiplication(self, one: Instruction) -> Step:
+        state, found = self.state, NAME.match(one.name)
+        if found is None or state.threads % GROUP or len(one.operands) < 7:
+            raise NotModelled(f"{one}: this matrix instruction is not modelled")
+        columns, kind = int(found[1]), found[2]
+        sums, left, right_operand, keep_operand, *flags = one.operands
+        in_registers = isinstance(left, Vector)
+        values = [flag.value if isinstance(flag, Number) else None for flag in flags]
+        # Signs of A and B, which must be plus; then whether each operand in shared memory is transposed.
+        if values[:2] != [1, 1] or len(values) != (3 if in_registers else 4) or len(sums.items) != columns // 2:
+            raise NotModelled(f"{one}: not modelled")
+        places = [state.source(item, 32, one) for item in left.items] if in_registers else []
+        left_place = -1 if in_registers else state.source(left, 64, one)
+        right, keep = state.source(right_operand, 64, one), state.source(keep_operand, 1, one)
+        groups = state.threads // GROUP
+
+        def step(mask: Mask) -> None:
+            mask = state.whole_blocks(mask)
+            if in_registers:
+                a = self.fragments.matrix(places, matrix.left_operand, kind)
+                a = a.reshape(state.shape[0], groups, 64, 16)
+            else:
+                a = self._operand(left_place, 64, bool(values[2]), kind, mask)
+            b = self._operand(right, columns, bool(values[-1]), kind, mask)
+            products = matrix.group_multiply(a, b, state.shape)
+            for target, product in zip(sums.items, products, strict=True):
+                self._add(target, product, state.registers[keep], mask)
+
+        return step
+
+    def _operand(self, place: int, rows: int, transposed: bool, kind: str, mask: Mask) -> Array:
+        """An operand in shared memory, float32 ``[blocks, groups, rows, 16]``; ``place``: of its descriptor."""
+        state, groups = self.state, self.state.threads // GROUP
+        descriptors = state.registers[place]
+        descriptors = np.broadcast_to(descriptors, (descriptors.shape[0], state.threads))[:, ::GROUP]
+        if mask is not None:
+            # The register of a block that is not here means nothing.
+            here = np.broadcast_to(mask, (state.shape[0], groups))
+            descriptors = np.broadcast_to(descriptors, here.shape)
+            descriptors = np.where(here, descriptors, descriptors[here].flat[0])
+        addresses = matrix.described(descriptors, rows, transposed)
+        runs = addresses[..., ::8, :] if transposed else addresses[..., ::8]
+        runs = runs.reshape(len(addresses), -1)
+        state.shared.place(runs, 16, None)
+        if state.check:
+            who = np.repeat(np.arange(groups, dtype=U32) * U32(GROUP), runs.shape[1] // groups)[None]
+            state.shared.start_read(runs, 16, who, across(mask, runs.shape[1]))
+            self.reading.append((self.groups.copy(), runs, mask))
+        (words,) = state.shared.load(addresses.reshape(len(addresses), -1), 2, 1)
+        return matrix.numbers_of(words, kind).reshape(state.shape[0], groups, rows, 16)
+
+    def _add(self, target: Any, product: Array, keep: Array, mask: Mask) -> None:
+        """Adds a product to the sums of a register, or sets them, where ``keep`` is false."""
+        index = target.index
+        old = self.arriving[index][1] if index in self.arriving else self.state.registers[index]
+        if old is not None:
+            product = np.where(keep, product + old.view(np.float32), product)
+        elif keep.any():
+            raise Fault("undefined register", "sums that nobody set")
+        if mask is None:
+            self.arriving[index] = (int(self.groups.max()), product.view(U32))
+            self.state.registers[index] = None
+        else:
+            self.state.put(target, product.view(U32), mask)
+
+    def _wait(self, pending: int, mask: Mask) -> None:
+        last = int(self.groups.max()) - pending
+        for index in [index for index, (group, _) in self.arriving.items() if group < last]:
+            self.state.registers[index] = self.arriving.pop(index)[1]
+        left: list[tuple[Array, Array, Mask]] = []
+        for group, runs, who in self.reading:
+            done = group < self.groups - pending
+            if mask is not None:
+                done = done & mask.any(axis=1, keepdims=True)
+            if done.any():
+                ended = who if done.all() else done if who is None else done & who
+                self.state.shared.end_read(runs, 16, across(ended, runs.shape[1]))
+            if not done.all():
+                left.append((group, runs, who if not done.any() else ~done if who is None else ~done & who))
+        for _, runs, who in left:
+            # Another instruction that has ended may have read the same bytes.
+            self.state.shared.keep_read(runs, 16, across(who, runs.shape[1]))
+        self.reading = left
+
+    def settle(self) -> None:
+        """Lets all sums arrive, when blocks part: who reads them too early is not noticed there."""
+        for index, (_, value) in self.arriving.items():
+            self.state.registers[index] = value
+        self.arriving.clear()
