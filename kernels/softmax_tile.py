@@ -101,5 +101,8 @@ def update_softmax(softmax: RunningSoftmax, z: Tensor, slope: Tensor | None, sta
             HAS_SLOPE=slope is not None,
             BLOCK_V=BLOCK_V,
             num_warps=4,
+            # Named because the default is not the same in all versions of Triton. This is the older ones', under which
+            # all results so far were computed.
+            enable_fp_fusion=True,
         )
     return z, shrink

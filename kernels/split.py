@@ -52,5 +52,12 @@ def sum_parts(parts: Sequence[Tensor], outs: Sequence[Tensor], split: int) -> No
         if size:
             with torch.cuda.device_of(out):
                 _sum_parts_kernel[(triton.cdiv(size, BLOCK),)](
-                    part, out, size, stride_part, SPLIT=split, BLOCK_SIZE=BLOCK, num_warps=4
+                    part,
+                    out,
+                    size,
+                    stride_part,
+                    SPLIT=split,
+                    BLOCK_SIZE=BLOCK,
+                    num_warps=4,
+                    enable_fp_fusion=False,
                 )

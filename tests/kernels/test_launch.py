@@ -1,7 +1,10 @@
 """Parts of a launch: which weights can share one, their arguments, and the checks of operands."""
 
+import ast
+
 import pytest
 import torch
+from sources import TREES
 
 from mebp_triton.kernels import split
 from mebp_triton.kernels.launch import can_group, check_operand, runs_compiled, weight_arguments
@@ -14,6 +17,25 @@ def meta_weight(n, scheme):
     scales = torch.empty(4, n, dtype=torch.float16, device="meta")
     packed = torch.empty(n, 64, dtype=torch.uint8, device="meta")
     return Int4Weight(packed, scales, 100, 32, torch.empty_like(scales) if scheme == "affine" else None)
+
+
+def launches_without_fusion_named(tree):
+    """Launches, ``kernel[grid](...)``, that leave it to Triton's version whether multiply-adds are fused."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            given = {keyword.arg or ast.unparse(keyword.value) for keyword in node.keywords}
+            if ast.unparse(node.func.value).endswith("_kernel") and not given & {
+                "enable_fp_fusion",
+                "config.launch_options()",
+            }:
+                yield ast.unparse(node.func)
+
+
+def test_every_launch_says_whether_multiply_adds_are_fused():
+    kernels = [tree for path, tree in TREES.items() if path.parts[0] == "kernels"]
+    assert not [name for tree in kernels for name in launches_without_fusion_named(tree)]
+    planted = ast.parse("_a_kernel[(1,)](x, num_warps=4)\n_b_kernel[grid](x, enable_fp_fusion=True)")
+    assert list(launches_without_fusion_named(planted)) == ["_a_kernel[1,]"]
 
 
 def test_what_cannot_share_a_launch(make_weight, normal):
