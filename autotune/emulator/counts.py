@@ -92,7 +92,6 @@ class Counts:
     Attributes:
         executed: how many blocks have executed each instruction, by its place in the kernel's code.
         to_global, to_shared: an ``Access`` for each instruction that was executed, by its place in the kernel's code.
-        stored_again: words of global memory that a second thread has written, with the same value.
     """
 
     kernel: Kernel
@@ -100,7 +99,6 @@ class Counts:
     executed: Array = field(init=False)
     to_global: dict[int, Access] = field(default_factory=dict)
     to_shared: dict[int, Access] = field(default_factory=dict)
-    stored_again: int = 0
 
     def __post_init__(self) -> None:
         self.executed = np.zeros(len(self.kernel.code), dtype=np.int64)
@@ -162,7 +160,6 @@ class Counts:
         """Adds the counts of other blocks of the same launch."""
         self.blocks += other.blocks
         self.executed += other.executed
-        self.stored_again += other.stored_again
         for mine, others in ((self.to_global, other.to_global), (self.to_shared, other.to_shared)):
             for place, access in others.items():
                 mine.setdefault(place, Access(access.instruction)).add(access)

@@ -79,13 +79,17 @@ class GlobalMemory:
         self.views = {width: self.bytes.view(kind) for width, kind in WORDS.items()}
         # The thread that wrote each unit, counted from 1; empty until the first store.
         self.writers = np.zeros(0, dtype=np.int32)
-        apart = sorted((one.address - GAP // 2, one.address - one.offset) for one in self._placed_apart())
-        if apart:
-            starts, shifts = zip(*apart, strict=True)
-            self._pieces = np.array([0, *starts], dtype=U64), np.array([BASE, *shifts], dtype=U64)
+        self._note_pieces([one for one in self.buffers if one.address != BASE + one.offset])
 
-    def _placed_apart(self) -> list[Buffer]:
-        return [one for one in self.buffers if one.address != BASE + one.offset]
+    def _note_pieces(self, apart: list[Buffer]) -> None:
+        """Notes where addresses of their own begin: some bytes before each piece, which are then out of its bounds."""
+        starts, shifts, end = [0], [BASE], 0
+        for one in sorted(apart, key=lambda one: one.address):
+            starts.append(max(end, one.address - GAP // 2))
+            shifts.append(one.address - one.offset)
+            end = one.address + len(one.data)
+        if apart:
+            self._pieces = np.array(starts, dtype=U64), np.array(shifts, dtype=U64)
 
     def fetch(self) -> None:
         """Copies every buffer back to where it came from."""
@@ -146,11 +150,8 @@ class GlobalMemory:
             addresses = (offsets + BASE).astype(U64)
             self._complain("global race", addresses, bad, mask, width, ", written by another thread")
 
-    def store(self, offsets: Array, values: list[Array], width: int, who: Array, mask: Mask) -> int:
-        """Writes words of ``width`` bytes; ``who`` numbers the threads of all blocks.
-
-        Returns how many of them another thread had written before, with the same value.
-        """
+    def store(self, offsets: Array, values: list[Array], width: int, who: Array, mask: Mask) -> None:
+        """Writes words of ``width`` bytes; ``who`` numbers the threads of all blocks."""
         if width < UNIT:
             raise NotModelled("stores of single bytes to global memory are not modelled")
         if not len(self.writers):
@@ -159,23 +160,15 @@ class GlobalMemory:
         chosen = slice(None) if mask is None else np.broadcast_to(mask, shape)
         at = np.broadcast_to(offsets, shape)[chosen].ravel()
         threads = np.broadcast_to(who, shape)[chosen].ravel().astype(np.int32) + 1
-        again = 0
         for part, value in enumerate(values):
             data = np.broadcast_to(value, shape)[chosen].ravel().astype(WORDS[width])
             place = at + part * width
-            again += self._check_written_again(place, data, width, threads)
+            old = self.writers[place // UNIT]
+            different = (old != 0) & (old != threads) & (self.views[width][place // width] != data)
+            if different.any():
+                raise Fault("global race", f"{int(different.sum())} words written differently by two threads")
             self.views[width][place // width] = data
             if (self.views[width][place // width] != data).any():
                 raise Fault("global race", "one instruction writes different values to one word")
             for unit in range(width // UNIT):
                 self.writers[place // UNIT + unit] = threads
-        return again
-
-    def _check_written_again(self, place: Array, data: Array, width: int, threads: Array) -> int:
-        """Counts words that other threads have written already; raises if the values differ."""
-        old = self.writers[place // UNIT]
-        other = (old != 0) & (old != threads)
-        different = int((self.views[width][place[other] // width] != data[other]).sum())
-        if different:
-            raise Fault("global race", f"{different} words written differently by two threads")
-        return int(other.sum())

@@ -117,10 +117,9 @@ def store(state: State, one: Instruction) -> Step:
     def to_global(values: list[Array], mask: Mask) -> None:
         addresses = address()
         offsets = state.memory.place(addresses, size, mask)
-        again = state.memory.store(offsets, values, width, state.who, mask)
+        state.memory.store(offsets, values, width, state.who, mask)
         if state.counts is not None:
             state.counts.global_access(one, addresses, size, mask)
-            state.counts.stored_again += again
 
     def to_shared(values: list[Array], mask: Mask) -> None:
         offsets = state.shared.place(address(), size, mask)

@@ -3,8 +3,8 @@
 Blocks run in lockstep here, so a missing barrier would never change a result. Races are found by stamps instead. Every
 byte keeps who wrote it last, who has read it, and when; the time goes on at every barrier. A thread may read what it
 wrote itself, what was written before the block's last barrier, and what its own warp wrote before the warp's last
-barrier. It may overwrite on the same terms. The target of an asynchronous copy may be touched by the copying thread once
-it has waited for the copy, and by others after a barrier behind that.
+barrier. It may overwrite on the same terms. The target of an asynchronous copy may be touched by the copying thread
+once it has waited for the copy, and by others after a barrier behind that.
 """
 
 from __future__ import annotations

@@ -49,9 +49,12 @@ def run(
     threads: int = 64,
     shared: int = 1024,
     given: np.ndarray | None = None,
-    counts: Counts | None = None,
+    counts: list[Counts] | None = None,
 ) -> np.ndarray:
-    """Executes a body. Returns the buffer, uint32 ``[blocks, words]``, which starts as ``given`` or as zeros."""
+    """Executes a body; what it costs is appended to ``counts``.
+
+    Returns the buffer, uint32 ``[blocks, words]``, which starts as ``given`` or as zeros.
+    """
     data = np.zeros((blocks, threads), dtype=np.uint32) if given is None else given.copy()
     flat = data.reshape(-1).view(np.uint8)
     memory = GlobalMemory()
@@ -59,8 +62,9 @@ def run(
     memory.ready()
     kernel = kernel_of(body, threads)
     if counts is not None:
-        counts.__init__(kernel, blocks)
-    Machine(State(kernel, (blocks, 1, 1), [buffer.address], memory, shared, counts=counts)).run()
+        counts.append(Counts(kernel, blocks))
+    state = State(kernel, (blocks, 1, 1), [buffer.address], memory, shared, counts=counts[-1] if counts else None)
+    Machine(state).run()
     memory.fetch()
     return data
 

@@ -151,7 +151,15 @@ def test_products_of_integers():
 
 @pytest.mark.parametrize(
     "name",
-    ["add.rz.f32", "add.sat.f32", "add.f64", "fma.rm.f32", "cvt.rz.f16.f32", "cvt.rn.satfinite.e4m3x2.f32", "mul.sat.f32"]
+    [
+        "add.rz.f32",
+        "add.sat.f32",
+        "add.f64",
+        "fma.rm.f32",
+        "cvt.rz.f16.f32",
+        "cvt.rn.satfinite.e4m3x2.f32",
+        "mul.sat.f32",
+    ]
     + ["mul.hi.s64", "prmt.b32.f4e", "mul24.lo.s32", "popc.b32", "atom.global.add.f32", "sin.approx.f32", "add.cc.u32"]
     + ["setp.lt.ftz.f16", "setp.lt.and.bf16x2", "tcgen05.mma.cta_group::1.kind::f16", "elect.sync", "shf.l.b32"],
 )
