@@ -5,7 +5,6 @@ CPU tensors: bfloat16, inline assembly, matrix instructions, swizzled shared mem
 Wrong accesses and races are faults that name the instruction. An instruction that is not modelled is an error as well.
 
 Not modelled: timing, the machine code that ptxas makes of the PTX, how a tensor core rounds its sums, TMA, mbarriers,
-clusters, tensor memory (sm_100), atomics, local memory and device functions, and writes to the register operands of a
-``wgmma`` in flight. ``ex2``, ``lg2``, ``rcp`` and ``div`` give numpy's results, where a GPU may be off by a unit or two
-in the last place.
+clusters, tensor memory (sm_100), atomics, local memory and device functions. ``ex2``, ``lg2``, ``rcp`` and ``div`` give
+numpy's results, where a GPU may be off by a unit or two in the last place.
 """

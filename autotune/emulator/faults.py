@@ -13,8 +13,8 @@ class Fault(Exception):
     """Something that a kernel must not do.
 
     Attributes:
-        kind: "out of bounds", "misaligned", "uninitialised", "shared race", "global race", "divergence",
-            "undefined register" or "endless".
+        kind: "out of bounds", "misaligned", "uninitialised", "shared race", "global race", "register race",
+            "divergence", "undefined register" or "endless".
         instruction: the ``parser.Instruction`` that did it; None until the machine adds it.
     """
 

@@ -1,7 +1,7 @@
 """Steps of sm_90's matrix instructions: four warps multiply asynchronously, from registers and shared memory.
 
-A sum is in its registers only when its group was waited for; until then, reading one is a fault. The bytes of shared
-memory that an instruction reads may not be written before.
+A sum is in its registers only when its group was waited for; until then, reading or writing one is a fault. What an
+instruction reads, in registers or in shared memory, may not be written before.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class GroupMultiplier:
         self.state, self.fragments = state, fragments
         # Sums that have not arrived, by register, each with its group.
         self.arriving: dict[int, tuple[int, Array]] = {}
+        # Operands in registers: group, places, and what was in them.
+        self.operands: list[tuple[int, list[int], list[Array]]] = []
         # Reads of shared memory: group, runs of 16 bytes, mask.
         self.reading: list[tuple[Array, Array, Mask]] = []
         self.groups: Array = np.zeros((1, 1), dtype=np.int32)
@@ -70,6 +72,8 @@ class GroupMultiplier:
             if in_registers:
                 a = self.fragments.matrix(places, matrix.left_operand, kind)
                 a = a.reshape(state.shape[0], groups, 64, 16)
+                if mask is None:
+                    self.operands.append((int(self.groups.max()), places, [state.registers[one] for one in places]))
             else:
                 a = self._operand(left_place, 64, bool(values[2]), kind, mask)
             b = self._operand(right, columns, bool(values[-1]), kind, mask)
@@ -117,7 +121,14 @@ class GroupMultiplier:
     def _wait(self, pending: int, mask: Mask) -> None:
         last = int(self.groups.max()) - pending
         for index in [index for index, (group, _) in self.arriving.items() if group < last]:
+            if self.state.registers[index] is not None:
+                self._complain(index)
             self.state.registers[index] = self.arriving.pop(index)[1]
+        for group, places, values in self.operands:
+            for place, value in zip(places, values, strict=True):
+                if group < last and self.state.registers[place] is not value:
+                    self._complain(place)
+        self.operands = [one for one in self.operands if one[0] >= last]
         left: list[tuple[Array, Array, Mask]] = []
         for group, runs, who in self.reading:
             done = group < self.groups - pending
@@ -133,8 +144,13 @@ class GroupMultiplier:
             self.state.shared.keep_read(runs, 16, across(who, runs.shape[1]))
         self.reading = left
 
+    def _complain(self, index: int) -> None:
+        name = self.state.kernel.registers[index] if index < len(self.state.kernel.registers) else "a number"
+        raise Fault("register race", f"{name} was written while an asynchronous product was using it")
+
     def settle(self) -> None:
-        """Lets all sums arrive, when blocks part: who reads them too early is not noticed there."""
+        """Lets all sums arrive, when blocks part: who uses their registers too early is not noticed there."""
         for index, (_, value) in self.arriving.items():
             self.state.registers[index] = value
         self.arriving.clear()
+        self.operands.clear()

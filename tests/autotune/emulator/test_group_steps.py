@@ -69,6 +69,8 @@ WAIT_FOR_FIRST = WAIT.replace("0", "1")
     ("kind", "body"),
     [
         ("undefined register", WRITE + FENCE + PRODUCT + STORE + WAIT),
+        ("register race", WRITE + FENCE + PRODUCT + "mov.b32 %r41, 0;\n" + WAIT + STORE),
+        ("register race", WRITE + FENCE + PRODUCT + "mov.b32 %r30, 0;\n" + WAIT + STORE),
         ("shared race", WRITE + "bar.sync 0;\n" + PRODUCT + WAIT + STORE),
         ("shared race", WRITE + "fence.proxy.async.shared::cta;\n" + PRODUCT + WAIT + STORE),
         ("shared race", WRITE + FENCE + PRODUCT + WRITE + WAIT + STORE),
