@@ -124,9 +124,9 @@ class GroupMultiplier:
             if self.state.registers[index] is not None:
                 self._complain(index)
             self.state.registers[index] = self.arriving.pop(index)[1]
-        for group, places, values in self.operands:
+        for _, places, values in (one for one in self.operands if one[0] < last):
             for place, value in zip(places, values, strict=True):
-                if group < last and self.state.registers[place] is not value:
+                if self.state.registers[place] is not value:
                     self._complain(place)
         self.operands = [one for one in self.operands if one[0] >= last]
         left: list[tuple[Array, Array, Mask]] = []
@@ -134,11 +134,13 @@ class GroupMultiplier:
             done = group < self.groups - pending
             if mask is not None:
                 done = done & mask.any(axis=1, keepdims=True)
+            if done.all():
+                self.state.shared.end_read(runs, 16, across(who, runs.shape[1]))
+                continue
             if done.any():
-                ended = who if done.all() else done if who is None else done & who
-                self.state.shared.end_read(runs, 16, across(ended, runs.shape[1]))
-            if not done.all():
-                left.append((group, runs, who if not done.any() else ~done if who is None else ~done & who))
+                self.state.shared.end_read(runs, 16, across(_both(who, done), runs.shape[1]))
+                who = _both(who, ~done)
+            left.append((group, runs, who))
         for _, runs, who in left:
             # Another instruction that has ended may have read the same bytes.
             self.state.shared.keep_read(runs, 16, across(who, runs.shape[1]))
@@ -154,3 +156,7 @@ class GroupMultiplier:
             self.state.registers[index] = value
         self.arriving.clear()
         self.operands.clear()
+
+
+def _both(mask: Mask, other: Array) -> Array:
+    return other if mask is None else mask & other

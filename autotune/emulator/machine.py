@@ -177,7 +177,7 @@ def _by_block(mask: np.ndarray) -> np.ndarray:
     """Makes a mask ``[blocks, 1]`` if it cuts no block."""
     if mask.shape[1] == 1:
         return mask
-    whole = mask.all(axis=1, keepdims=True)
+    whole = np.all(mask, axis=1, keepdims=True)
     return whole if (whole == mask.any(axis=1, keepdims=True)).all() else mask
 
 

@@ -204,7 +204,7 @@ class SharedMemory:
     def start_copy(self, offsets: Array, width: int, who: Array, mask: Mask) -> None:
         """Notes the start of a copy to shared memory; its target is nobody's until the copy has arrived."""
         self.write(offsets, width, who, mask, IN_FLIGHT)
-        alive = np.ones((1, 1), dtype=bool) if mask is None else mask.any(axis=1, keepdims=True)
+        alive = np.ones((1, 1), dtype=bool) if mask is None else np.any(mask, axis=1, keepdims=True)
         self.copies.append(Copy(offsets, width, who, mask, self.groups.copy(), alive))
 
     def commit(self, mask: Mask) -> None:
@@ -266,7 +266,7 @@ class SharedMemory:
 
     def load(self, offsets: Array, width: int, count: int) -> list[Array]:
         """Reads ``count`` words of ``width`` bytes from each offset."""
-        view = self.views[width]
+        view: Array = self.views[width]
         if count > 1:
             view = view.reshape(self.blocks, -1, count)
         places = offsets // (width * count)

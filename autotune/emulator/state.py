@@ -146,7 +146,7 @@ class State:
         """Makes a mask ``[blocks, 1]``; a fault if it cuts a block, for instructions that all threads must reach."""
         if mask is None or mask.shape[1] == 1:
             return mask
-        whole = mask.all(axis=1, keepdims=True)
+        whole = np.all(mask, axis=1, keepdims=True)
         if not (whole == mask.any(axis=1, keepdims=True)).all():
             raise Fault("divergence", "not all threads of a block get here")
         return whole
