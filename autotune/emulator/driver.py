@@ -27,6 +27,8 @@ from .parser import Kernel, parse
 from .state import State, all_blocks
 from .tensors import arguments_of
 
+# The least compute capability that Triton compiles for.
+LEAST_TARGET = 75
 # Threads that run at a time. More of them cost less each, until their registers outgrow the caches.
 LANES = 8192
 # Parameters that the compiler adds for scratch memory, which these kernels do not use.
@@ -67,6 +69,8 @@ class Compiler:
     """Compiles kernels for one target, each specialisation once."""
 
     def __init__(self, target: int) -> None:
+        if target < LEAST_TARGET:
+            raise ValueError(f"target must be a compute capability from {LEAST_TARGET} on, such as 87, got {target}")
         self.target = GPUTarget("cuda", target, 32)
         self.backend = make_backend(self.target)
         self._binders: dict[JITFunction, Callable[..., Any]] = {}
@@ -132,7 +136,7 @@ class Emulator(AbstractContextManager["Emulator"]):
     instruction that cannot be executed. Outputs are written back only when a launch has ended well.
 
     Args:
-        target: compute capability to compile for.
+        target: compute capability to compile for, such as 87.
         count: whether to count instructions and accesses.
         blocks: the blocks to run of a grid, ``[n, 3]``; all of them by default.
         check: whether to look for races and uninitialised reads, which takes about half of the time.
@@ -152,6 +156,8 @@ class Emulator(AbstractContextManager["Emulator"]):
         self.launches: list[Launch] = []
 
     def __enter__(self) -> Emulator:
+        if triton.knobs.runtime.interpret:
+            raise ValueError("kernels of Triton's interpreter are not compiled: unset TRITON_INTERPRET")
         self._saved, launch = JITFunction.run, self.launch
 
         def run(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -28,6 +28,8 @@ def arguments_of(values: Sequence[tuple[str, Any]]) -> tuple[GlobalMemory, list[
     storages: dict[int, list[tuple[str, Tensor]]] = {}
     for name, value in values:
         if isinstance(value, Tensor):
+            if value.device.type != "cpu":
+                raise NotModelled(f"argument {name} is on {value.device}; only tensors on the CPU can be used here")
             storages.setdefault(value.untyped_storage().data_ptr(), []).append((name, value))
     for number, (pointer, views) in enumerate(storages.items()):
         storage = views[0][1].untyped_storage()

@@ -140,6 +140,17 @@ def test_a_kernel_is_compiled_once_in_a_process():
     assert compiler_for(80) is Emulator(80).compiler
 
 
+def test_what_cannot_be_compiled_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="from 75 on, such as 87, got 70"):
+        Emulator(70)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="unset TRITON_INTERPRET"), Emulator(80):
+        pass
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with Emulator(80):
+        pass
+
+
 def test_an_unknown_option_is_refused_as_by_a_launch():
     kernel = importlib.import_module("mebp_triton.kernels.split")._sum_parts_kernel
     with Emulator(80), pytest.raises(KeyError, match="num_wraps"):

@@ -76,3 +76,5 @@ def test_tensors_without_elements():
 def test_other_arguments_are_refused():
     with pytest.raises(NotModelled, match="argument p is 0.5"):
         arguments_of([("p", 0.5)])
+    with pytest.raises(NotModelled, match="argument x is on meta; only tensors on the CPU"):
+        arguments_of([("x", torch.empty(3, device="meta"))])
