@@ -1,7 +1,7 @@
 """What is counted: instructions, sectors of global memory, wavefronts of shared memory."""
 
 import pytest
-from ptx import run
+from ptx_kernels import run
 
 from mebp_triton.autotune.emulator.counts import Counts, class_of
 

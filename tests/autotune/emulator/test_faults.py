@@ -1,6 +1,6 @@
 """Errors name the instruction, once it is known."""
 
-from ptx import instruction
+from ptx_kernels import instruction
 
 from mebp_triton.autotune.emulator.faults import Fault, NotModelled
 

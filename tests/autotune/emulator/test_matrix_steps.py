@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from ptx import run
+from ptx_kernels import run
 
 from mebp_triton.autotune.emulator.faults import Fault, NotModelled
 

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from ptx import instruction
+from ptx_kernels import instruction
 
 from mebp_triton.autotune.emulator.faults import NotModelled
 from mebp_triton.autotune.emulator.floats import as_f32, bf16_to_f32, f16_to_f32, f32_to_bf16, packed, to_f16, to_f32

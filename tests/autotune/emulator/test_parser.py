@@ -1,7 +1,7 @@
 """PTX as text becomes instructions; what is not understood is refused with its line."""
 
 import pytest
-from ptx import kernel_of
+from ptx_kernels import kernel_of
 
 from mebp_triton.autotune.emulator.faults import NotModelled
 from mebp_triton.autotune.emulator.parser import Address, Label, Number, Pair, Register, Special, Symbol, Vector, parse

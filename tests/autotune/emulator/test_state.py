@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from ptx import instruction, kernel_of
+from ptx_kernels import instruction, kernel_of
 
 from mebp_triton.autotune.emulator.faults import Fault, NotModelled
 from mebp_triton.autotune.emulator.global_memory import GlobalMemory
