@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,22 @@ def use_template_of(tokenizer: Any, adapter: Path | str | None) -> None:
         say(f"chat template: {path}")
 
 
-def _headers(tokenizer: Any) -> Headers:
+def _template(tokenizer: Any) -> Template | None:
     try:
-        return Template.of(tokenizer, {}).headers()
-    except ValueError:  # there is no template for a plain chat
-        return Headers()
+        return Template.of(tokenizer, {})
+    except ValueError:  # there is none for a plain chat
+        return None
 
 
-def describe_training(tokenizer: Any, report: DataReport) -> Iterator[str]:
-    """Where rows open their answers otherwise than the template does when one is wanted, in lines."""
-    headers = _headers(tokenizer)
+def describe_training(tokenizer: Any, report: DataReport, date: datetime) -> Iterator[str]:
+    """What a user must know of the rows that the template wrote, in lines.
+
+    That it wrote ``date``; where rows open their answers otherwise than the template does when one is wanted.
+    """
+    template = _template(tokenizer)
+    headers = Headers() if template is None else template.headers()
+    if template is not None and report.chat_rows and template.writes_date():
+        yield f"the chat template writes the date: {date:%Y-%m-%d}, when the run began, also where it is resumed later"
     if report.chat_rows and headers.written and not headers.prompt:
         yield (
             f"the chat template writes nothing where an answer is wanted: in {report.chat_rows:,} chat rows "
@@ -100,7 +107,8 @@ def describe_training(tokenizer: Any, report: DataReport) -> Iterator[str]:
 
 def describe_prompt(tokenizer: Any, adapted: bool) -> Iterator[str]:
     """Where a chat's prompt ends otherwise than the template would end it, or than an adapter may know it, in lines."""
-    headers = _headers(tokenizer)
+    template = _template(tokenizer)
+    headers = Headers() if template is None else template.headers()
     if headers.written and not headers.prompt:
         yield (
             f"the chat template writes nothing where an answer is wanted: {headers.written!r:.80}, which it writes "

@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 
-from mebp_triton.cli.chat_template import describe_training, template_of_run, use_template
+from mebp_triton.cli.chat_template import template_of_run
 from mebp_triton.cli.commands.quantize import quantize_with_progress
 from mebp_triton.cli.console import progress_bar, say
-from mebp_triton.cli.inference import check_length, load_tokenizer, model_config
+from mebp_triton.cli.inference import model_config
 from mebp_triton.cli.planning import describe, planner_of, settings_of
 from mebp_triton.cli.starting_adapter import doubt, start_record
-from mebp_triton.cli.stops import RowEnds, find_row_ends, stop_where_rows_end
+from mebp_triton.cli.stops import RowEnds, stop_where_rows_end
+from mebp_triton.cli.training_texts import begun_at, chunks_begun_with, load_texts
 from mebp_triton.convert.quantize import base_model
 from mebp_triton.convert.readers import open_source
-from mebp_triton.data.loading import load_data
-from mebp_triton.data.packing import pack
 from mebp_triton.data.sources import check_source
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.routing import resolve_backend
@@ -32,7 +31,7 @@ from mebp_triton.models.kept_float import describe_kept_float, kept_float
 from mebp_triton.models.load import load
 from mebp_triton.store.manifest import MANIFEST
 from mebp_triton.store.reader import Store
-from mebp_triton.system import atomic, strict_json
+from mebp_triton.system import atomic
 from mebp_triton.system.errors import CannotTrace, Interrupted
 from mebp_triton.system.memory import peak_resident_bytes, return_free_memory, return_large_freed_memory
 from mebp_triton.system.signals import noting
@@ -93,7 +92,7 @@ def _train_in(
     processes: Processes,
 ) -> dict[str, Any] | Interrupted:
     if checkpoint is not None and asked.mlp_chunk_tokens is None:
-        asked = dataclasses.replace(asked, mlp_chunk_tokens=_chunks_begun_with(checkpoint))
+        asked = dataclasses.replace(asked, mlp_chunk_tokens=chunks_begun_with(checkpoint))
     check_source(asked.train_file)
     if asked.validation_file:
         check_source(asked.validation_file, "validation-file")
@@ -101,14 +100,15 @@ def _train_in(
     store = _open_if_store(given, arguments)
     beside = None if checkpoint is None else checkpoint.parent / run.adapter.name
     template = template_of_run(asked.chat_template, [beside, Path(asked.adapter) if asked.adapter else None])
+    began = processes.share({"began": begun_at(checkpoint)})["began"]
     # A directory has the tokenizer already. Then texts are read first, so that their faults show at once.
-    texts = _load_texts(given, asked, template) if given.is_dir() else None
+    texts = load_texts(given, asked, template, began) if given.is_dir() else None
     # A model directory is planned for before it is quantized, so that too small a budget shows at once.
     plan = _plan(store or given, arguments, asked) if given.is_dir() else None
     # The other processes find the store that the first one has just made, as a resumed run finds its own.
     goes_on = arguments.resume or checkpoint is not None or not processes.is_first
     store = store or processes.first(lambda: _quantized(given, arguments, asked, goes_on))
-    data, validation, ends = texts or _load_texts(store.directory, asked, template)
+    data, validation, ends = texts or load_texts(store.directory, asked, template, began)
     if not given.is_dir():
         plan = _plan(store, arguments, asked)
     settings = resolve(asked) if plan is None else plan.settings
@@ -144,6 +144,7 @@ def _train_in(
         trainer.position.start = _start(asked.adapter, store) if asked.adapter else None
     else:
         trainer.resume(checkpoint)
+    trainer.position.began = began
     if template is not None and processes.is_first:
         run.adapter.mkdir(exist_ok=True)
         atomic.write_bytes(run.adapter / CHAT_TEMPLATE, template.encode())
@@ -190,12 +191,6 @@ def _asked(arguments: argparse.Namespace) -> TrainConfig:
     return asked
 
 
-def _chunks_begun_with(checkpoint: Path) -> int | None:
-    """The chunks that a run was begun with, by choice or by its plan: others would change the order of its sums."""
-    settings = strict_json.read_sealed(checkpoint / "state.json").get("config")
-    return settings.get("mlp_chunk_tokens") if isinstance(settings, dict) else None
-
-
 def _plan(given: Store | Path, arguments: argparse.Namespace, asked: TrainConfig) -> Plan | None:
     """The plan. A model that cannot be traced has none, which one line says; with a budget that is an error."""
     directory = given.directory if isinstance(given, Store) else given
@@ -232,30 +227,6 @@ def _open_if_store(given: Path, arguments: argparse.Namespace) -> Store | None:
     if arguments.scheme or arguments.group_size:
         raise ValueError(f"--scheme and --group-size are for models that are quantized first; {given} is a store")
     return store
-
-
-def _load_texts(
-    directory: Path, asked: TrainConfig, template: str | None
-) -> tuple[TokenizedData, TokenizedData | None, RowEnds]:
-    """The training and the validation file as tokens, by the tokenizer in ``directory``, with another chat template.
-
-    Returns also how the training file's rows end.
-    """
-    tokenizer = load_tokenizer(directory)
-    if template is not None:
-        use_template(tokenizer, template, f"chat-template {asked.chat_template or 'of the adapter'}")
-    check_length(directory, asked.max_length)
-
-    def tokenized(path: str, name: str) -> TokenizedData:
-        return load_data(path, tokenizer, asked.max_length, name=name, masking=asked.masking(), scratch=scratch)
-
-    scratch = atomic.existing_parent(Path(asked.output_dir))
-    data = tokenized(asked.train_file, "train-file")
-    validation = tokenized(asked.validation_file, "validation-file") if asked.validation_file else None
-    ends = find_row_ends(data, tokenizer)
-    for line in describe_training(tokenizer, data.report):
-        say(line)
-    return pack(data, asked.max_length) if asked.packing else data, validation, ends
 
 
 def _store_beside(asked: TrainConfig) -> Path:

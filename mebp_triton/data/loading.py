@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ def load_data(
     masking: Masking | None = None,
     scratch: Path | None = None,
     most_tokens: int | None = None,
+    date: datetime | None = None,
 ) -> TokenizedData:
     """Tokenizes a file, row by row.
 
@@ -39,6 +41,7 @@ def load_data(
         scratch: a directory for a temporary file that takes the tokens, so that they are no resident memory. It has no
             name, and the system removes it with the process. None keeps them in memory. The rows are the same.
         most_tokens: the rows after the one that reaches so many tokens are not read; None for all rows.
+        date: what a chat template that writes the date takes for now; None for the time of this call.
 
     Raises:
         ValueError: the file cannot be read, is not what its suffix says, or holds nothing to train on.
@@ -51,7 +54,7 @@ def load_data(
         if path.suffix.lower() == ".txt":
             _add_text(path, tokenizer, writer, masking, where)
         else:
-            _add_rows(path, tokenizer, writer, masking, where)
+            _add_rows(path, tokenizer, writer, masking, where, date or datetime.now())
     except OSError as error:
         raise ValueError(f"{where}: cannot be read ({error.strerror}); give a readable file") from error
     data = writer.finish()
@@ -85,7 +88,9 @@ def _add_text(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
         raise ValueError(f"{where}: {error}") from error
 
 
-def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter, masking: Masking, where: str) -> None:
+def _add_rows(
+    path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter, masking: Masking, where: str, date: datetime
+) -> None:
     numbered, head = rows(path), opening(tokenizer)
     while not writer.full:
         try:
@@ -97,7 +102,7 @@ def _add_rows(path: Path, tokenizer: PreTrainedTokenizerBase, writer: RowWriter,
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         try:
-            found = tokenize_row(tokenizer, row, masking, head)
+            found = tokenize_row(tokenizer, row, masking, head, date)
             kept = sum([writer.add(*part) for part in found.parts])
             writer.count(
                 kept,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from .chat import Tokens, chat_rows
@@ -63,11 +64,14 @@ class TokenizedRow:
     unused: Counter[str] = field(default_factory=Counter)
 
 
-def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking, head: list[int]) -> TokenizedRow:
+def tokenize_row(
+    tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking, head: list[int], date: datetime | None = None
+) -> TokenizedRow:
     """Tokenizes a row.
 
     Args:
         head: the tokenizer's ``opening``, the same for all rows.
+        date: see ``Template``.
 
     Raises:
         ValueError: the row is of no kind, or of one that cannot be masked as wanted.
@@ -89,7 +93,7 @@ def tokenize_row(tokenizer: PreTrainedTokenizerBase, row: Any, masking: Masking,
     elif kind == ("prompt", "completion") and not isinstance(row["prompt"], list | dict):
         found = TokenizedRow([_prompt_tokens(tokenizer, row, masking, head)])
     else:
-        found = _chat_row(tokenizer, row, kind, masking)
+        found = _chat_row(tokenizer, row, kind, masking, date)
         unused -= Counter(dict.fromkeys(CHAT_KEYS, 1))
     if alpaca:
         unused -= Counter(dict.fromkeys(("input", "history", "system"), 1))
@@ -123,7 +127,11 @@ def _text_tokens(tokenizer: PreTrainedTokenizerBase, text: Any, masking: Masking
 
 
 def _chat_row(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], kind: tuple[str, ...], masking: Masking
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, Any],
+    kind: tuple[str, ...],
+    masking: Masking,
+    date: datetime | None,
 ) -> TokenizedRow:
     """Tokenizes messages, or a prompt and a completion of messages."""
     if len(kind) == 1:
@@ -136,7 +144,7 @@ def _chat_row(
             )
     elif not (isinstance(row["prompt"], list) and isinstance(row["completion"], list)):
         raise ValueError(_two_alike(row))
-    template = Template.of(tokenizer, row)
+    template = Template.of(tokenizer, row, date)
     talks = [conversation_of(row | ({} if key == kind[0] else {"system": None}), key) for key in kind]
     given = len(talks[0].messages) if len(talks) == 2 else 0
     messages = [message for talk in talks for message in talk.messages]

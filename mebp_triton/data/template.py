@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +30,17 @@ class Template:
         tools: for templates that describe them.
         arguments: further variables of the template, such as ``enable_thinking``.
         takes_parts: whether it takes contents as lists of parts alone, as some models of images have it.
+        date: what the template takes for now, by ``strftime_now``; None for the true time.
     """
 
     tokenizer: PreTrainedTokenizerBase
     tools: Any = None
     arguments: dict[str, Any] = field(default_factory=dict)
     takes_parts: bool = False
+    date: datetime | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Template:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], date: datetime | None = None) -> Template:
         """Takes ``tools`` and ``chat_template_kwargs`` of a row.
 
         Raises:
@@ -53,7 +56,7 @@ class Template:
             raise ValueError(f"'chat_template_kwargs' must be an object, got {shown(arguments)}")
         if taken := OWN_ARGUMENTS & set(arguments):
             raise ValueError(f"'chat_template_kwargs' has {min(taken)!r}, which is set by the training; remove it")
-        template = cls(tokenizer, parsed(row, "tools"), arguments)
+        template = cls(tokenizer, parsed(row, "tools"), arguments, date=date)
         return replace(template, takes_parts=True) if template._loses_strings() else template
 
     def _loses_strings(self) -> bool:
@@ -86,6 +89,18 @@ class Template:
         """All words in it: a key that is none of them cannot change what it writes."""
         return _words(self.text)
 
+    def writes_date(self) -> bool:
+        """Whether it writes today's date, as those of Llama 3.1 and Granite do."""
+        if "strftime_now" not in self.words:
+            return False
+        messages = [{"role": "user", "content": QUESTION}]
+        try:
+            dates = datetime(2000, 1, 1), datetime(2001, 12, 31, 23, 59, 59)
+            dated = [replace(self, date=date)._render(messages) for date in dates]
+        except ValueError:  # it may want other messages than these
+            return True
+        return dated[0] != dated[1]
+
     def headers(self) -> Headers:
         """What opens an answer; nothing where the template refuses a plain chat."""
         # Found once for all rows that give the template the same; ``text`` is only there to tell templates apart.
@@ -111,8 +126,11 @@ class Template:
 
         if self.takes_parts:
             messages = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        if self.date is not None and "strftime_now" in self.words:
+            options["chat_template"] = _dated(self.text, self.date)
+        options |= self.arguments
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=self.tools, **options, **self.arguments)
+            return self.tokenizer.apply_chat_template(messages, tools=self.tools, **options)
         except Exception as error:  # a template is a program, and may raise anything
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
             reason = " ".join(str(error).split())
@@ -122,7 +140,7 @@ class Template:
         if strings == messages:
             raise refused
         try:  # DeepSeek's takes the arguments of tool calls as strings alone
-            return self.tokenizer.apply_chat_template(strings, tools=self.tools, **options, **self.arguments)
+            return self.tokenizer.apply_chat_template(strings, tools=self.tools, **options)
         except Exception:
             raise refused from refused.__cause__
 
@@ -130,6 +148,18 @@ class Template:
 def _with_strings(message: Message) -> Message:
     calls = message.get("tool_calls")
     return message | {"tool_calls": with_arguments(calls, str)} if isinstance(calls, list) else message
+
+
+@lru_cache(maxsize=4)
+def _dated(text: str, date: datetime) -> str:
+    """A template in which it is always ``date``.
+
+    A macro takes the place of transformers' own ``strftime_now``: functions cannot be given to a template.
+    """
+    codes = sorted(set(re.findall(r"%[-_0^#]?[A-Za-z]", text)))
+    replaced = "".join(f".replace({code!r}, {date.strftime(code)!r})" for code in [*codes, "%%"])
+    # The newline is dropped, like any behind a tag; one that the template begins with would be dropped instead.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{text}"
 
 
 @lru_cache(maxsize=4)
@@ -158,7 +188,7 @@ class Headers:
 @lru_cache(maxsize=4)
 def _headers(tokenizer: PreTrainedTokenizerBase, text: str, arguments: str, takes_parts: bool) -> Headers:
     messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-    render = Template(tokenizer, None, json.loads(arguments), takes_parts)._render
+    render = Template(tokenizer, None, json.loads(arguments), takes_parts, datetime(2000, 1, 1))._render
     try:
         asked, wanted = render(messages[:1]), render(messages[:1], True)
         answered = render(messages)

@@ -48,6 +48,7 @@ class Position:
         skipped_in_a_row: how many steps before this one were skipped, since something in them was not finite.
         start: the adapter that the run began from, as ``run.json`` names it; None where it began from a new one.
         standing: what the evaluations during the training have shown so far.
+        began: when the run began, in ISO's form: chat templates that write the date go on with it.
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class Position:
     skipped_in_a_row: int = 0
     start: dict[str, Any] | None = None
     standing: Standing = field(default_factory=Standing)
+    began: str | None = None
 
 
 class Checkpoint:
@@ -109,6 +111,7 @@ class Checkpoint:
             "first_step": position.first_step,
             "start": position.start,
             "standing": asdict(position.standing),
+            "began": position.began,
         }
 
         def write(directory: Path) -> None:

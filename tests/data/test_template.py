@@ -1,11 +1,13 @@
 """What a row gives to the chat template beside its messages, and templates that take contents as parts."""
 
 import json
+from datetime import datetime
 
 import pytest
 from texts import ANSWER, CHATML, QUESTION, byte_bpe, rows
 
 from mebp_triton.data.loading import load_data
+from mebp_triton.data.template import Template
 
 
 def test_tools_may_be_json_in_a_string(write):
@@ -44,3 +46,28 @@ def test_a_template_of_parts_gets_parts(write, template):
 def test_a_template_that_takes_neither_form_says_why(write):
     with pytest.raises(ValueError, match="x.jsonl:1: the chat template refuses the messages .no type of text."):
         load_data(write("x.jsonl", [{"messages": QUESTION}]), byte_bpe("{{ raise_exception('no type of text') }}"), 99)
+
+
+@pytest.mark.parametrize("defined", ["", "{% if strftime_now is defined %}"])
+def test_the_date_that_a_template_writes_is_the_one_that_is_given(write, defined):
+    dated = "{{ strftime_now('%d %b %Y') + ': ' }}" + CHATML
+    if defined:
+        dated = defined + "{% set day = strftime_now('%d %b %Y') %}{% endif %}{{ day + ': ' }}" + CHATML
+    tokenizer, path = byte_bpe(dated), write("x.jsonl", [{"messages": QUESTION + ANSWER}])
+    ((ids, _),) = rows(load_data(path, tokenizer, 99, date=datetime(2024, 2, 29)))
+    assert tokenizer.decode(ids).startswith("29 Feb 2024: <|im_start|>")
+    ((ids, _),) = rows(load_data(path, tokenizer, 99))
+    assert datetime.now().strftime(" %Y: ") in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "template, writes",
+    [
+        (CHATML, False),
+        ("{{ strftime_now('%d %b %Y') }}", True),
+        ("{% if tools %}{{ strftime_now('%d') }}{% endif %}", False),
+        ("{{ strftime_now('%d %b %Y') }}{{ raise_exception('no') }}", True),
+    ],
+)
+def test_whether_a_template_writes_the_date(template, writes):
+    assert Template.of(byte_bpe(template), {}).writes_date() == writes

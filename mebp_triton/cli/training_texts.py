@@ -1,0 +1,59 @@
+"""The texts of a training run as tokens, and what a resumed run takes over before it has read its checkpoint."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from mebp_triton.data.loading import load_data
+from mebp_triton.data.packing import pack
+from mebp_triton.data.tokenized import TokenizedData
+from mebp_triton.system import atomic, strict_json
+from mebp_triton.training.settings import TrainConfig
+
+from .chat_template import describe_training, use_template
+from .console import say
+from .inference import check_length, load_tokenizer
+from .stops import RowEnds, find_row_ends
+
+
+def begun_at(checkpoint: Path | None) -> str:
+    """When the run of a checkpoint began, in ISO's form; now for a run without one, or with one that does not know."""
+    began = None if checkpoint is None else strict_json.read_sealed(checkpoint / "state.json").get("began")
+    return began if isinstance(began, str) else datetime.now().isoformat()
+
+
+def chunks_begun_with(checkpoint: Path) -> int | None:
+    """The chunks that a run was begun with, by choice or by its plan: others would change the order of its sums."""
+    settings = strict_json.read_sealed(checkpoint / "state.json").get("config")
+    return settings.get("mlp_chunk_tokens") if isinstance(settings, dict) else None
+
+
+def load_texts(
+    directory: Path, asked: TrainConfig, template: str | None, began: str
+) -> tuple[TokenizedData, TokenizedData | None, RowEnds]:
+    """The training and the validation file as tokens, by the tokenizer in ``directory``, with another chat template.
+
+    Says what the template makes of rows that a user would not expect. Returns also how the training file's rows end.
+
+    Args:
+        began: when the run began, in ISO's form.
+    """
+    tokenizer = load_tokenizer(directory)
+    if template is not None:
+        use_template(tokenizer, template, f"chat-template {asked.chat_template or 'of the adapter'}")
+    check_length(directory, asked.max_length)
+
+    def tokenized(path: str, name: str) -> TokenizedData:
+        return load_data(
+            path, tokenizer, asked.max_length, name=name, masking=asked.masking(), scratch=scratch, date=date
+        )
+
+    date = datetime.fromisoformat(began)
+    scratch = atomic.existing_parent(Path(asked.output_dir))
+    data = tokenized(asked.train_file, "train-file")
+    validation = tokenized(asked.validation_file, "validation-file") if asked.validation_file else None
+    ends = find_row_ends(data, tokenizer)
+    for line in describe_training(tokenizer, data.report, date):
+        say(line)
+    return pack(data, asked.max_length) if asked.packing else data, validation, ends
