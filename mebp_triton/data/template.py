@@ -51,12 +51,18 @@ class Template:
                 "chat messages, but the tokenizer has no chat template; "
                 "name a file with one by chat_template (of train and eval), or give strings"
             )
+        tools, named = parsed(row, "tools"), tokenizer.chat_template
+        if isinstance(named, dict) and "default" not in named and not (tools is not None and "tool_use" in named):
+            raise ValueError(
+                f"the tokenizer has chat templates named {', '.join(sorted(named))}, and none named default: write the "
+                "one that is meant into a file, and give it to train (or eval) by --chat-template FILE"
+            )
         arguments = parsed(row, "chat_template_kwargs") or {}
         if not isinstance(arguments, dict):
             raise ValueError(f"'chat_template_kwargs' must be an object, got {shown(arguments)}")
         if taken := OWN_ARGUMENTS & set(arguments):
             raise ValueError(f"'chat_template_kwargs' has {min(taken)!r}, which is set by the training; remove it")
-        template = cls(tokenizer, parsed(row, "tools"), arguments, date=date)
+        template = cls(tokenizer, tools, arguments, date=date)
         return replace(template, takes_parts=True) if template._loses_strings() else template
 
     def _loses_strings(self) -> bool:

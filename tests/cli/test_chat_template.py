@@ -1,11 +1,13 @@
 """``train --chat-template``: a run with another template than the tokenizer's, and what is done with its adapter."""
 
 import json
+import shutil
 import signal
 
 import pytest
 from commands import QUICK, answer, assert_refused, before_step, put, record, tell, without
 from runs import sentences, word_tokenizer
+from transformers import AutoTokenizer
 
 from mebp_triton.cli.chat_template import use_template
 from mebp_triton.cli.inference import load_tokenizer
@@ -137,3 +139,20 @@ def test_a_generation_prompt_that_the_answers_do_not_have(
     prompt = ["generate", world / "store", "--prompt=the cat sees", "--chat", "--max-new-tokens=2"]
     code, _, err = mebp(*prompt, f"--adapter={tmp_path / 'run'}")
     assert code == 0 and (at_generation in err if at_generation else "answer" not in err), err
+
+
+def test_named_templates_without_a_default(mebp, world, chats, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(world / "store", store)
+    tokenizer = AutoTokenizer.from_pretrained(store)
+    tokenizer.chat_template = {"rag": TEMPLATE, "other": TURNS}
+    (store / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(store)
+    answer(mebp("verify", store, "--accept-changes", "--json"))
+    files = [f"--train-file={chats / 'chats.json'}", f"--output-dir={tmp_path / 'run'}", *QUICK]
+    assert_refused(mebp, ["train", store, *files], ["none named default", "--chat-template FILE"], tmp_path / "run")
+    ask = ["generate", store, "--chat", "--prompt=the cat", "--max-new-tokens=2"]
+    assert_refused(mebp, ask, ["none named default", "--chat-template FILE"])
+    code, _, err = mebp("train", store, *files, f"--chat-template={chats / 'template.jinja'}")  # the way that it names
+    assert code == 0, err
+    assert mebp(*ask, f"--adapter={tmp_path / 'run'}")[0] == 0

@@ -71,3 +71,11 @@ def test_the_date_that_a_template_writes_is_the_one_that_is_given(write, defined
 )
 def test_whether_a_template_writes_the_date(template, writes):
     assert Template.of(byte_bpe(template), {}).writes_date() == writes
+
+
+def test_named_templates_without_a_default(write):
+    tokenizer = byte_bpe({"rag": CHATML, "tool_use": "{{ tools[0].name }}" + CHATML})
+    tools = [{"name": "plus", "parameters": {}}]
+    assert len(load_data(write("x.jsonl", [{"messages": QUESTION, "tools": tools}]), tokenizer, 99)) == 1
+    with pytest.raises(ValueError, match="x.jsonl:1: the tokenizer has chat templates named rag, tool_use, and none"):
+        load_data(write("x.jsonl", [{"messages": QUESTION}]), tokenizer, 99)
