@@ -48,15 +48,18 @@ def load_data(
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, since a row's first token is not predicted; got {max_length}")
-    path, masking = check_source(path, name), masking or Masking()
-    where, writer = f"{name} {path}", RowWriter(max_length, scratch, most_tokens)
-    try:
-        if path.suffix.lower() == ".txt":
-            _add_text(path, tokenizer, writer, masking, where)
-        else:
-            _add_rows(path, tokenizer, writer, masking, where, date or datetime.now())
-    except OSError as error:
-        raise ValueError(f"{where}: cannot be read ({error.strerror}); give a readable file") from error
+    paths, masking, date = check_source(path, name), masking or Masking(), date or datetime.now()
+    writer = RowWriter(max_length, scratch, most_tokens)
+    for part in paths:
+        where = f"{name} {part}"
+        try:
+            if part.suffix.lower() == ".txt":
+                _add_text(part, tokenizer, writer, masking, where)
+            else:
+                _add_rows(part, tokenizer, writer, masking, where, date)
+        except OSError as error:
+            raise ValueError(f"{where}: cannot be read ({error.strerror}); give a readable file") from error
+    where = f"{name} {paths[0] if len(paths) == 1 else path}"
     data = writer.finish()
     if not len(data):
         what = "train on" if name == "train-file" else "evaluate"

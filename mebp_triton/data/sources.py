@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,18 @@ SPLITS = {"train-file": ("train",), "validation-file": ("validation", "valid")}
 # What datasets' save_to_disk writes beside one dataset, and beside several splits.
 DATASET, DATASETS = "dataset_info.json", "dataset_dict.json"
 BATCH_ROWS = 256
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+# Behind the split's name, in a file of a dataset of the hub: its number, how many there are, and perhaps a checksum.
+SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?")
 
 
-def check_source(path: str | Path, name: str = "train-file") -> Path:
-    """Finds the file, or the directory of a saved dataset, that ``path`` means.
+def check_source(path: str | Path, name: str = "train-file") -> list[Path]:
+    """Finds the file, the directory of a saved dataset, or the shards in their order, that ``path`` means.
 
     Args:
         path: a file (``SUFFIXES``); a directory that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote; or
-            a directory with ``train.jsonl`` and ``valid.jsonl`` (or of the other suffixes, or ``validation``).
+            a directory with ``train.jsonl`` and ``valid.jsonl`` (or of the other suffixes, or ``validation``), or with
+            shards, ``train-00000-of-00002.parquet``, there or in its ``data``, as a dataset of the hub has them.
         name: "train-file" or "validation-file": the split of a directory that is meant, and the name in errors.
 
     Raises:
@@ -34,29 +39,67 @@ def check_source(path: str | Path, name: str = "train-file") -> Path:
     path = Path(path)
     where = f"{name} {path}"
     if path.is_dir() and not (path / DATASET).is_file():
-        path = _split(path, SPLITS.get(name, (name,)), where)
+        found = _split(path, SPLITS.get(name, (name,)), where)
+        if len(found) > 1:
+            return found
+        path, where = found[0], f"{name} {found[0]}"
     if path.is_dir() and (path / DATASET).is_file():
-        return path
+        return [path]
     if not path.is_file():
         problem = "is a special file" if path.exists() else "no such file"
         raise ValueError(f"{where}: {problem}; give {WANTED}")
+    if path.suffix.lower() in COMPRESSED:
+        raise ValueError(f"{where}: is compressed; unpack it, and give {WANTED}")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{where}: unknown suffix {path.suffix!r}; give {WANTED}")
-    return path
+    return [path]
 
 
-def _split(directory: Path, names: tuple[str, ...], where: str) -> Path:
-    """The one entry of ``directory`` that has one of ``names``, without its suffix."""
+def _split(directory: Path, names: tuple[str, ...], where: str) -> list[Path]:
+    """The one entry of ``directory`` that has one of ``names``, without its suffix; or the shards of that name."""
     saved = (directory / DATASETS).is_file()
     entries = [name if saved else f"{name}{suffix}" for name in names for suffix in SUFFIXES[: 1 if saved else None]]
-    paths = [directory / entry for entry in entries if (directory / entry).exists()]
-    if len(paths) == 1:
-        return paths[0]
-    if paths:
-        both = " and ".join(path.name for path in paths)
-        raise ValueError(f"{where}: is a directory with {both}; name the one that is meant")
+    folders = [folder for folder in (directory, directory / "data") if folder.is_dir()][: 1 if saved else None]
+    for folder in folders:
+        paths = [folder / entry for entry in entries if (folder / entry).exists()]
+        if len(paths) > 1:
+            both = " and ".join(path.name for path in paths)
+            raise ValueError(f"{where}: is a directory with {both}; name the one that is meant")
+        if found := paths or _shards(folder, names, where):
+            return found
+    for path in sorted(path for folder in folders for path in folder.iterdir()):
+        if path.suffix.lower() in COMPRESSED and path.name.startswith(names):
+            raise ValueError(
+                f"{where}: is a directory with {path.relative_to(directory)}, which is compressed; unpack it"
+            )
     kind = "with saved datasets" if saved else "and no saved dataset"
     raise ValueError(f"{where}: is a directory {kind}, without {' or '.join(entries)}; give {WANTED}")
+
+
+def _shards(directory: Path, names: tuple[str, ...], where: str) -> list[Path]:
+    """The files of a split that is cut into shards, in their order; none where there are no shards."""
+    found: dict[tuple[str, str, str], dict[int, Path]] = {}
+    for path in sorted(directory.iterdir()):
+        for name in names:
+            shard = SHARD.fullmatch(path.stem[len(name) :]) if path.stem.startswith(name) else None
+            if shard and path.suffix in SUFFIXES[1:]:  # a text would be cut between two words
+                same = found.setdefault((name, shard[2], path.suffix), {}).setdefault(int(shard[1]), path)
+                if same != path:
+                    raise ValueError(
+                        f"{where}: has {same.name} and {path.name} in {directory}; leave one of them there"
+                    )
+    if len(found) > 1:
+        both = " and ".join(f"{name}-*-of-{count}{suffix}" for name, count, suffix in found)
+        raise ValueError(f"{where}: has {both} in {directory}; leave one of them there")
+    for (name, count, suffix), shards in found.items():
+        missing = next((number for number in range(int(count)) if number not in shards), None)
+        if missing is not None:
+            raise ValueError(
+                f"{where}: has {len(shards)} of the {int(count)} files {name}-*-of-{count}{suffix} in {directory}; "
+                f"the one of number {missing} is missing: put it there"
+            )
+        return [shards[number] for number in range(int(count))]
+    return []
 
 
 def rows(path: Path) -> Iterator[tuple[int, Any]]:

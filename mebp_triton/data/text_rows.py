@@ -117,6 +117,7 @@ class _Values:
 
 def csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Yields the number of the line on which a row begins, and its cells by the names in the first row, as strings."""
+    _check_separator(path)
     limit = csv.field_size_limit(MOST_CELL_CHARS)  # Python's own, 131,072, is less than some texts
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -141,6 +142,17 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, dict(zip(names, cells, strict=True))
     finally:
         csv.field_size_limit(limit)
+
+
+def _check_separator(path: Path) -> None:
+    """Raises BrokenRow where the names of the columns stand between other signs than commas."""
+    with path.open("rb") as file:
+        names = file.readline(PIECE_CHARS)
+    for sign, shown in ((b";", "semicolons"), (b"\t", "tabs"), (b"|", "bars (|)")):
+        if sign in names and b"," not in names and b"\0" not in names:  # as bytes, since it may be no UTF-8
+            raise BrokenRow(
+                1, f"the columns are separated by {shown}: save it with commas, and cells with commas between quotes"
+            )
 
 
 def _next_cells(table: Any, number: int) -> list[str] | None:

@@ -1,5 +1,6 @@
 """Where rows come from: files, directories of splits, saved datasets. All give the same rows."""
 
+import gzip
 import json
 import os
 import sys
@@ -64,11 +65,56 @@ def test_saved_datasets_have_the_rows_of_jsonl(tokenizer, tmp_path, wanted):
 def test_a_directory_with_a_file_per_split(tmp_path):
     for name in ("train.jsonl", "valid.jsonl", "test.jsonl"):
         (tmp_path / name).write_text(json.dumps({"text": name}))
-    assert check_source(tmp_path) == tmp_path / "train.jsonl"
-    assert check_source(tmp_path, "validation-file") == tmp_path / "valid.jsonl"
+    assert check_source(tmp_path) == [tmp_path / "train.jsonl"]
+    assert check_source(tmp_path, "validation-file") == [tmp_path / "valid.jsonl"]
     (tmp_path / "validation.parquet").touch()
     with pytest.raises(ValueError, match="is a directory with validation.parquet and valid.jsonl; name the one"):
         check_source(tmp_path, "validation-file")
+
+
+@pytest.mark.parametrize("place, end", [("data", ""), (".", "-0123456789abcdef")])
+def test_shards_as_a_dataset_of_the_hub_has_them(tokenizer, tmp_path, wanted, place, end):
+    folder = tmp_path / place
+    folder.mkdir(exist_ok=True)
+    (tmp_path / "README.md").touch()
+    for number, part in enumerate((slice(300), slice(300, 301), slice(301, None))):
+        table = pyarrow.Table.from_pylist((MIXED * 200)[part], schema=_schema())
+        pyarrow.parquet.write_table(table, folder / f"train-0000{number}-of-00003{end}.parquet")
+    (folder / "validation-00000-of-00001.jsonl").write_text(json.dumps(MIXED[0]))
+    assert rows(load_data(tmp_path, tokenizer, 99)) == rows(load_data(folder, tokenizer, 99)) == wanted
+    assert rows(load_data(tmp_path, tokenizer, 99, name="validation-file")) == wanted[:1]
+    first = folder / f"train-00000-of-00003{end}.parquet"
+    assert rows(load_data(first, tokenizer, 99)) == wanted[:300]  # a shard that is named is meant alone
+    (folder / "valid-00000-of-00001.jsonl").touch()
+    with pytest.raises(ValueError, match=r"has valid-\*-of-00001.jsonl and validation-\*-of-00001.jsonl in"):
+        check_source(tmp_path, "validation-file")
+    (folder / f"train-00001-of-00003{end}.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="train-file .*train-00001-of-00003.*: cannot be read as parquet"):
+        load_data(tmp_path, tokenizer, 99)
+    (folder / "train-00002-of-00003-ff.parquet").touch()
+    with pytest.raises(ValueError, match="has train-00002-of-00003.*parquet and train-00002-of-00003.*; leave one"):
+        check_source(tmp_path)
+    (folder / "train-00002-of-00003-ff.parquet").unlink()
+    (folder / "train-00000-of-99999999999999.json").touch()  # no number is counted up to
+    with pytest.raises(ValueError, match=r"and train-\*-of-99999999999999.json|train-\*-of-99999999999999.json and"):
+        check_source(tmp_path)
+    (folder / "train-00000-of-99999999999999.json").unlink()
+    first.unlink()
+    with pytest.raises(ValueError, match=r"has 2 of the 3 files train-\*-of-00003.parquet in .* of number 0 is miss"):
+        check_source(tmp_path)
+
+
+def test_compressed_files(tokenizer, tmp_path):
+    content = json.dumps({"text": "a cat"})
+    packed = tmp_path / "data" / "train.jsonl.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(content.encode()))
+    with pytest.raises(ValueError, match="train.jsonl.gz: is compressed; unpack it, and give a .txt,"):
+        check_source(packed)
+    with pytest.raises(ValueError, match="is a directory with data/train.jsonl.gz, which is compressed; unpack it"):
+        check_source(tmp_path)
+    (packed.parent / "train.jsonl").write_bytes(gzip.decompress(packed.read_bytes()))
+    assert len(load_data(tmp_path, tokenizer, 99)) == 1
 
 
 def test_missing_file_and_directory(tokenizer, tmp_path):
