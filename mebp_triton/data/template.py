@@ -96,7 +96,7 @@ class Template:
         return _words(self.text)
 
     def writes_date(self) -> bool:
-        """Whether it writes today's date, as those of Llama 3.1 and Granite do."""
+        """Whether it writes today's date, as those of Llama 3.2 and gpt-oss do."""
         if "strftime_now" not in self.words:
             return False
         messages = [{"role": "user", "content": QUESTION}]
@@ -200,7 +200,11 @@ def _headers(tokenizer: PreTrainedTokenizerBase, text: str, arguments: str, take
         answered = render(messages)
     except ValueError:  # it may want other messages than these
         return Headers()
-    prompt = wanted.removeprefix(asked) if wanted.startswith(asked) else ""
+    if not wanted.startswith(asked):  # Phi-3's closes what asks for no answer by the end-of-sequence token
+        asked = asked.removesuffix(tokenizer.eos_token or "")
+    if not wanted.startswith(asked):
+        return Headers()
+    prompt = wanted.removeprefix(asked)
     written, found, _ = answered.removeprefix(asked).partition(ANSWER)
     if not (found and answered.startswith(asked) and written.strip()):
         written = ""

@@ -7,7 +7,7 @@ import pytest
 from texts import ANSWER, CHATML, QUESTION, byte_bpe, rows
 
 from mebp_triton.data.loading import load_data
-from mebp_triton.data.template import Template
+from mebp_triton.data.template import Headers, Template
 
 
 def test_tools_may_be_json_in_a_string(write):
@@ -79,3 +79,25 @@ def test_named_templates_without_a_default(write):
     assert len(load_data(write("x.jsonl", [{"messages": QUESTION, "tools": tools}]), tokenizer, 99)) == 1
     with pytest.raises(ValueError, match="x.jsonl:1: the tokenizer has chat templates named rag, tool_use, and none"):
         load_data(write("x.jsonl", [{"messages": QUESTION}]), tokenizer, 99)
+
+
+CLOSED = "{% for m in messages %}{{ m.role + ' ' + m.content + '<|end|>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, prompt, written",
+    [
+        (CHATML, "<|im_start|>assistant\n", "<|im_start|>assistant\n"),
+        (CLOSED, "", "assistant"),
+        (CLOSED + "{{ 'assistant ' if add_generation_prompt else '<|im_end|>' }}", "assistant ", "assistant"),  # Phi-3
+        # A text that begins otherwise where an answer is wanted has no known header.
+        ("{{ 'go' if add_generation_prompt }}" + CLOSED, "", ""),
+        ("{{ raise_exception('no') }}", "", ""),
+    ],
+)
+def test_what_opens_an_answer(template, prompt, written):
+    tokenizer = byte_bpe(template, eos_token="<|im_end|>")
+    assert Template.of(tokenizer, {}).headers() == Headers(prompt, written)
+    if prompt or written:
+        asked = Template.of(tokenizer, {}).render(QUESTION, header=True)
+        assert asked.endswith(prompt or written) and asked.count("assistant") == 1
