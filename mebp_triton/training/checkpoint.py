@@ -192,7 +192,11 @@ class Checkpoint:
                 raise ValueError(f"cannot resume: {name} was {value!r:.200} and now is {ours[name]!r:.200}")
         for what, checksum in self.fingerprints.items():
             if fingerprints[what] != checksum:
-                raise ValueError(f"cannot resume: the {what} changed since the checkpoint was written")
+                other = "; or another version made other tokens of it: a new run goes on by --adapter"
+                raise ValueError(
+                    f"cannot resume: the {what} changed since the checkpoint was written"
+                    + (other if what == "training data" else "")
+                )
 
     def _check_length(self, settings: dict[str, Any], step: Any, course: Course, run: Path) -> None:
         """Raises ValueError where the run is longer or shorter than planned, and its first steps would be others."""

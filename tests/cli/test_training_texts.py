@@ -5,7 +5,10 @@ import signal
 import time
 
 import pytest
-from commands import QUICK, before_step, put, record, tell
+from commands import QUICK, answer, before_step, put, record, tell
+
+from mebp_triton.cli import training_run
+from mebp_triton.cli.training_texts import begun_at
 
 # As many words as the day of the month: the tokenizer knows no numbers.
 DATED = "{{ 'moon ' * strftime_now('%d') | int }}{% for m in messages %}{{ m.content + ' . ' }}{% endfor %}"
@@ -40,6 +43,12 @@ def test_a_run_resumed_on_another_day(mebp, world, tmp_path, zone, monkeypatch):
     began = json.loads((run / "checkpoint/state.json").read_text())["began"]
     zone("Etc/GMT-14")
     assert time.strftime("%Y-%m-%d") != began[:10]
+    with monkeypatch.context() as patch:  # a checkpoint of an older version does not know when its run began
+        patch.setattr(training_run, "begun_at", lambda checkpoint: begun_at(None))
+        code, _, err = mebp(*command, "--resume")
+        assert code == 2 and "training data changed" in err and "a new run goes on by --adapter" in err, err
+    others = [files[0], f"--output-dir={tmp_path / 'other'}", f"--adapter={run}", *flags]
+    answer(mebp("train", world / "store", *others))
     code, _, err = mebp(*command, "--resume")
     assert code == 0 and line in err, err
     assert json.loads((run / "checkpoint/state.json").read_text())["began"] == began
