@@ -32,8 +32,8 @@ FLOORS = {
         quantize merge""",
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw optimizers.table
         evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes plan.inventory
-        plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint trainer untrained
-        finetune gradient_check""",
+        plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint interim trainer
+        untrained finetune gradient_check""",
     "cli": """console suggestions flags starting_adapter chat_template inference peft_baseline streaming doctor.advice
         doctor.findings commands.quantize commands.verify commands.eval commands.generate commands.merge planning
         commands.plan commands.tune stops training_texts training_run commands.train commands.doctor commands.demo

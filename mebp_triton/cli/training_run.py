@@ -155,7 +155,7 @@ def _train_in(
     _stop_where_rows_end(model, data, ends, run, processes)
     if checkpoint is not None:
         say(f"resuming at step {trainer.step} of {trainer.total_steps}")
-        if trainer.finished and (summary := run.summary(trainer.evaluated)) is not None:
+        if trainer.finished and (summary := run.summary(trainer.interim.identity)) is not None:
             early = ", since the run stopped early; --early-stopping-patience left out or higher goes on"
             say(f"nothing is left to do{early if summary['stopped_early'] else ''}")
             return summary

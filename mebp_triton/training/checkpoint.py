@@ -150,6 +150,20 @@ class Checkpoint:
             for rank, state in enumerate(self.processes.gather(own))
         }
 
+    def keep_before_step(self, position: Position, random_state: RandomState) -> str:
+        """Writes the state before a step that failed, unless the step has changed it. Says what is kept.
+
+        Args:
+            position: of the run before the step.
+            random_state: the random state before the step.
+        """
+        broken = any(self.processes.highest(broken_parameter(self.model) is not None))
+        if position.step == 0 or not self.update.undone or broken:
+            return self.kept()
+        random_state.put_back()
+        self.save(position)
+        return f"the state before this step is in {self.run.checkpoint}"
+
     def resume(self, directory: Path, course: Course) -> Position:
         """Puts the run into the state in which ``directory`` was written, and returns its position.
 

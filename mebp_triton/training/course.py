@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+from torch import Tensor
+
+from mebp_triton.data.batching import batches, collate
+from mebp_triton.data.tokenized import TokenizedData
+
 from .optimizers.schedules import learning_rate
+from .processes import Processes
 from .settings import TrainConfig
 
 LENGTHS = ("max_steps", "num_train_epochs")  # the settings that say how long a run is
@@ -32,6 +40,17 @@ class Course:
         """Returns the learning rate of ``step``, from 0."""
         kind, warmup = settings.lr_scheduler_type, settings.warmup_steps
         return learning_rate(step, settings.learning_rate, kind, warmup, self.total_steps(settings))
+
+    def micro_batches(
+        self, data: TokenizedData, settings: TrainConfig, step: int, processes: Processes, pad_token_id: int
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        """Yields the micro-batches of ``step`` and of each later one: this process's, every ``size``-th of all."""
+        epochs = None if settings.max_steps else settings.num_train_epochs
+        size = settings.per_device_train_batch_size
+        stream = batches(data, size, settings.seed, start_batch=step * self.per_step, epochs=epochs)
+        while True:
+            own = islice(islice(stream, self.per_step), processes.rank, None, processes.size)
+            yield [collate(examples, pad_token_id) for examples in own]
 
     def check_same_steps(self, before: TrainConfig, now: TrainConfig, step: int, run: Path) -> None:
         """Checks that the first ``step`` steps are the same ones by both settings, which differ in length alone.

@@ -39,9 +39,9 @@ def finetune(
     config, run = trainer.config, trainer.run
     resumed_at = trainer.step
     evaluated = None if validation is None else lambda: _evaluate(trainer, validation, on_evaluation)
-    before = run.saved_evaluation(trainer.evaluated) if resumed_at else evaluated and evaluated()
+    before = run.saved_evaluation(trainer.interim.identity) if resumed_at else evaluated and evaluated()
     if not resumed_at:
-        run.save_evaluation(before, trainer.evaluated)
+        run.save_evaluation(before, trainer.interim.identity)
         if before is not None:
             on_evaluated(0, before, False)
     if not trainer.finished:
@@ -50,8 +50,8 @@ def finetune(
     results = trainer.train(on_step, should_stop, evaluated, on_evaluated)
     if trainer.stopped:
         return None
-    train_seconds = time.perf_counter() - started - trainer.evaluation_seconds
-    standing, after = trainer.position.standing, trainer.last_evaluation
+    train_seconds = time.perf_counter() - started - trainer.interim.seconds
+    standing, after = trainer.position.standing, trainer.interim.last
     if after is None or standing.evaluated_at != trainer.step:
         after = evaluated and evaluated()
         if after is not None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,9 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.selection import LayerCyclicManager
-from mebp_triton.data.batching import batches, batches_per_epoch, collate, valid_tokens
+from mebp_triton.data.batching import batches_per_epoch, valid_tokens
 from mebp_triton.data.packing import PackedData, check_packing
 from mebp_triton.data.tokenized import TokenizedData
-from mebp_triton.models.adapter import save_adapter
 from mebp_triton.system.errors import Interrupted, NotFinite
 from mebp_triton.system.memory import MemoryWatch, peak_resident_bytes
 from mebp_triton.system.random_state import RandomState
@@ -25,12 +22,10 @@ from mebp_triton.system.random_state import RandomState
 from .checkpoint import Checkpoint, Position, store_fingerprint
 from .course import Course
 from .evaluation import Evaluation, check_vocabulary
-from .nonfinite import broken_parameter
+from .interim import InterimEvaluations
 from .processes import ALONE, Processes
 from .run_directory import RunDirectory
 from .run_settings import RunSettings
-from .settings import EVALUATED
-from .standing import Standing
 from .step import StepInputs, StepResult
 from .updates import make_update
 
@@ -51,10 +46,8 @@ class Trainer:
     Attributes:
         course, total_steps: the batches of a step, and the optimizer steps of the whole run.
         parameters: those that are trained.
-        evaluated: settings that identify the evaluated data; stored in ``run.json``.
+        interim: the evaluations during the training.
         stopped: what ``should_stop`` returned when it ended ``train``; else 0.
-        last_evaluation: the last one of the evaluations during the training, if this process made one.
-        evaluation_seconds: what these evaluations took.
         planned_peak_bytes: the plan's prediction, for ``run.json``.
 
     Raises:
@@ -93,16 +86,13 @@ class Trainer:
         self.update, self.parameters = make_update(config, model, self.selection, processes, run.directory)
         self.watch = MemoryWatch(self.device)
         model.mebp.engine.observer = self.watch
-        self.micro_batches_per_step = config.gradient_accumulation_steps * processes.size
         per_epoch = batches_per_epoch(len(data), config.per_device_train_batch_size)
-        self.course = Course(per_epoch, self.micro_batches_per_step)
+        self.course = Course(per_epoch, config.gradient_accumulation_steps * processes.size)
         self.total_steps = self.course.total_steps(config)
         self.position = Position()
         self.stopped = 0
         self.planned_peak_bytes: int | None = None
-        self.last_evaluation: Evaluation | None = None
-        self.evaluation_seconds = 0.0
-        self.evaluated = {name: getattr(config, name) for name in EVALUATED}
+        self.interim = InterimEvaluations(model, config, run, processes)
         fingerprints = {"training data": data.checksum(), "model": store_fingerprint(model.mebp.store)}
         for what, checksum in fingerprints.items():
             if not processes.same(checksum):
@@ -117,18 +107,7 @@ class Trainer:
     def resume(self, directory: Path) -> None:
         """Goes on from a checkpoint, to the same numbers as an uninterrupted run. See ``Checkpoint.resume``."""
         self.position = self.checkpoint.resume(directory, self.course)
-        standing = self.position.standing
-        if standing.best_step is not None and standing.of != self.evaluated:
-            warnings.warn(
-                "other data is evaluated than before, so the best evaluation so far is forgotten", stacklevel=2
-            )
-            self.position.standing = Standing(standing.evaluated_at)
-        elif self.config.save_best and standing.best_step is not None and not standing.kept:
-            warnings.warn(
-                f"the adapter of the best evaluation so far, after step {standing.best_step}, was not kept: only that "
-                "of a better one will be",
-                stacklevel=2,
-            )
+        self.position.standing = self.interim.resume(self.position.standing)
 
     @property
     def finished(self) -> bool:
@@ -161,7 +140,7 @@ class Trainer:
             NotFinite: a loss or a gradient is not finite, and the step may not be skipped.
         """
         self.stopped = 0
-        self._evaluate, self._on_evaluated = evaluate, on_evaluated
+        self.interim.evaluate, self.interim.on_evaluated = evaluate, on_evaluated
         with self.run.writing():
             if self.step == 0:
                 torch.manual_seed(self.processes.seed(self.config.seed))
@@ -171,13 +150,13 @@ class Trainer:
             return results
 
     def _steps(self, on_step: Callable[[StepResult], None], should_stop: Callable[[], int]) -> Iterator[StepResult]:
-        stream = self._batches()
+        stream = self.course.micro_batches(self.data, self.config, self.step, self.processes, self.pad_token_id)
         if self._evaluate_if_due() and (self.finished or self.stopped):
             self.checkpoint.save(self.position)
         self._forget_measurements()
         recorded = min(self.step + 1, self.total_steps - 1)  # the second step: the first one warms up
         while not self.finished and not self.stopped:
-            micro_batches = self._micro_batches(stream)
+            micro_batches = [{name: x.to(self.device) for name, x in batch.items()} for batch in next(stream)]
             self.watch.recording = self.step == recorded
             result = self._one_step(micro_batches)
             self.watch.recording = False
@@ -193,55 +172,21 @@ class Trainer:
             yield result
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluates after every ``eval_steps`` steps, and keeps the adapter if it is the best; says whether it did."""
-        standing, config = self.position.standing, self.config
-        if self._evaluate is None or not standing.is_due(config, self.step):
-            return False
-        started = time.perf_counter()
+        """Makes the evaluation that is due after this step, if any; says whether it did."""
         try:
-            self.last_evaluation = found = self._evaluate()
+            made = self.interim.run_if_due(self.position.standing, self.step)
         except Interrupted as interruption:
             self.stopped = interruption.number
             return False
-        best = standing.take_in(self.step, found.loss, config.early_stopping_threshold)
-        standing.of = self.evaluated
-        if best:
-            standing.kept = config.save_best
-            if config.save_best and self.processes.is_first:
-                save_adapter(self.model, self.run.best)
-                self.run.complete_best()
-        row = {f"eval_{name}": value for name, value in asdict(found).items()}
-        row["eval_seconds"] = seconds = time.perf_counter() - started
-        self.evaluation_seconds += seconds
-        about = {"best": best, "not_improved": standing.not_improved}
-        self.run.append_metrics({"step": self.step - 1} | row | about)
-        self._on_evaluated(self.step, found, best)
-        self._forget_measurements()
-        return True
+        if made:
+            self._forget_measurements()
+        return made
 
     def _forget_measurements(self) -> None:
         """Resets waiting times and block counts: those of an evaluation must not count for the next step."""
         engine = self.model.mebp.engine
         engine.waiting.pop_seconds()
         engine.counters.pop_counts()
-
-    def _batches(self) -> Iterator[list[Any]]:
-        """Returns the batches of all processes, from the run's position on."""
-        config = self.config
-        return batches(
-            self.data,
-            config.per_device_train_batch_size,
-            config.seed,
-            start_batch=self.step * self.micro_batches_per_step,
-            epochs=None if config.max_steps else config.num_train_epochs,
-        )
-
-    def _micro_batches(self, stream: Iterator[list[Any]]) -> list[dict[str, Tensor]]:
-        """Returns this process's micro-batches of the next step, on the device: every ``size``-th of them."""
-        of_all = islice(stream, self.micro_batches_per_step)
-        own = islice(of_all, self.processes.rank, None, self.processes.size)
-        collated = [collate(examples, self.pad_token_id) for examples in own]
-        return [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in collated]
 
     def _measured(self) -> dict[str, Any]:
         """Returns what the step took, for its line in ``metrics.jsonl``."""
@@ -281,17 +226,8 @@ class Trainer:
         stops = self.config.on_nan == "stop"
         if not stops and self.position.skipped_in_a_row <= MOST_SKIPPED:
             return
-        kept = self._keep_state_before_step(random_state)
+        kept = self.checkpoint.keep_before_step(self.position, random_state)
         way = "lower the learning rate, or compute in float32, in a new run"
         if stops and self.update.undone:
             way += ", or resume with on_nan 'skip'"
         raise NotFinite(f"{error}: {way}; {kept}") from None
-
-    def _keep_state_before_step(self, random_state: RandomState) -> str:
-        """Writes a checkpoint of the state before this step, if the step has not changed it. Says what is kept."""
-        broken = any(self.processes.highest(broken_parameter(self.model) is not None))
-        if self.step == 0 or not self.update.undone or broken:
-            return self.checkpoint.kept()
-        random_state.put_back()
-        self.checkpoint.save(self.position)
-        return f"the state before this step is in {self.run.checkpoint}"
