@@ -108,7 +108,7 @@ def _train_in(
     # The other processes find the store that the first one has just made, as a resumed run finds its own.
     goes_on = arguments.resume or checkpoint is not None or not processes.is_first
     store = store or processes.first(lambda: _quantized(given, arguments, asked, goes_on))
-    data, validation, ends = texts or load_texts(store.directory, asked, template, began)
+    data, validation, ends, dated = texts or load_texts(store.directory, asked, template, began)
     if not given.is_dir():
         plan = _plan(store, arguments, asked)
     settings = resolve(asked) if plan is None else plan.settings
@@ -144,7 +144,7 @@ def _train_in(
         trainer.position.start = _start(asked.adapter, store) if asked.adapter else None
     else:
         trainer.resume(checkpoint)
-    trainer.position.began = began
+    trainer.position.began = dated
     if template is not None and processes.is_first:
         run.adapter.mkdir(exist_ok=True)
         atomic.write_bytes(run.adapter / CHAT_TEMPLATE, template.encode())

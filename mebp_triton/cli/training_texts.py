@@ -31,10 +31,11 @@ def chunks_begun_with(checkpoint: Path) -> int | None:
 
 def load_texts(
     directory: Path, asked: TrainConfig, template: str | None, began: str
-) -> tuple[TokenizedData, TokenizedData | None, RowEnds]:
+) -> tuple[TokenizedData, TokenizedData | None, RowEnds, str | None]:
     """The training and the validation file as tokens, by the tokenizer in ``directory``, with another chat template.
 
-    Says what the template makes of rows that a user would not expect. Returns also how the training file's rows end.
+    Says what the template makes of rows that a user would not expect. Returns also how the training file's rows end,
+    and ``began`` where a template may have written that date.
 
     Args:
         began: when the run began, in ISO's form.
@@ -56,4 +57,7 @@ def load_texts(
     ends = find_row_ends(data, tokenizer)
     for line in describe_training(tokenizer, data.report, date):
         say(line)
-    return pack(data, asked.max_length) if asked.packing else data, validation, ends
+    templates = tokenizer.chat_template or ""
+    dated = any("strftime_now" in text for text in (templates.values() if isinstance(templates, dict) else [templates]))
+    data = pack(data, asked.max_length) if asked.packing else data
+    return data, validation, ends, began if dated else None

@@ -48,7 +48,7 @@ class Position:
         skipped_in_a_row: how many steps before this one were skipped, since something in them was not finite.
         start: the adapter that the run began from, as ``run.json`` names it; None where it began from a new one.
         standing: what the evaluations during the training have shown so far.
-        began: when the run began, in ISO's form: chat templates that write the date go on with it.
+        began: when the run began, in ISO's form, where its chat template writes the date; else None.
     """
 
     step: int = 0

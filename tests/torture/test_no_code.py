@@ -101,7 +101,7 @@ def test_a_pickled_adapter_and_one_that_names_a_library(mebp, world, canary, tmp
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / name).write_bytes(pickle.dumps(Payload(canary)))
     code, _, err = mebp("merge", world / "store", tmp_path / "out", f"--adapter={adapter}")
-    assert code == 2 and name.replace(".bin", ".safetensors") in err, err
+    assert code == 2 and name in err, err
 
 
 def test_a_dataset_with_a_loading_script(mebp, world, canary, tmp_path):

@@ -338,7 +338,7 @@ def test_a_users_mistake_is_one_line_and_nothing_is_written(world, tmp_path):
     """One that every process sees, and one that the first sees alone."""
     run = tmp_path / "run"
     given = arguments(world, run, "--target-modules=nothing")
-    line = "target_modules 'nothing' matches no linear layer"
+    line = "--target-modules 'nothing' matches no linear layer"
     ended_with(ranks.run_ranks(ranks.command, tmp_path / "log", given), 2, line)
     assert not run.exists()
     run.mkdir()
@@ -358,7 +358,7 @@ def test_processes_with_different_files_do_not_start(world, tmp_path):
 def test_torchrun_ends_with_the_error_of_the_process_that_failed(world, tmp_path):
     ended = torchrun(tmp_path, "-m", "mebp_triton.cli", *arguments(world, tmp_path / "run", "--lora-r=5000"))
     lines = [line for line in ended.stderr.splitlines() if line.startswith("mebp:")]
-    assert ended.returncode and lines == ["mebp: error: lora_r must be at most 4096, got 5000"]
+    assert ended.returncode and lines == ["mebp: error: --lora-r must be at most 4096, got 5000"]
 
 
 # --- what they tell each other --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from mutations import mutations
+from ptx_mutations import mutations
 from triton.runtime.jit import JITFunction
 
 from mebp_triton.autotune.emulator.driver import Emulator, compiler_for

@@ -214,6 +214,7 @@ def test_index_must_name_plain_files(tmp_path, name):
     (tmp_path / "inside" / "a").mkdir()
     for place in (tmp_path, tmp_path / "inside" / "a"):
         save_file({"model.norm.weight": torch.ones(32)}, place / "model.safetensors")
+    (tmp_path / "inside" / "model.safetensors").unlink()
     index = tmp_path / "inside" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     assert_refused(tmp_path / "inside", repr(name), "plain")
@@ -222,13 +223,15 @@ def test_index_must_name_plain_files(tmp_path, name):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000])
 def test_broken_index(tmp_path, content):
     saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(content)
     assert_refused(tmp_path, "model.safetensors.index.json")
 
 
 def test_index_that_promises_too_much(tmp_path):
     saved(tmp_path)
-    weight_map = {"model.norm.weight": "model.safetensors", "model.ghost": "model.safetensors"}
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    weight_map = {"model.norm.weight": "part.safetensors", "model.ghost": "part.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert_refused(tmp_path, "model.ghost")
 
