@@ -52,7 +52,7 @@ TENSOR_MEMORY_LIMIT = 512
 
 @dataclass(frozen=True)
 class StaticReport:
-    """What is known of one kernel, compiled for one target.
+    """Facts about one kernel, compiled for one target.
 
     Attributes:
         kernel: the kernel's name.

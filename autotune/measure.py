@@ -193,7 +193,7 @@ class Bench:
         return self._wrong(result)
 
     def _wrong(self, result: Tensor) -> str | None:
-        """What is wrong with a result, by the rule that the tests use; None if nothing is."""
+        """Returns the fault of a result, by the rule that the tests use; None if nothing is."""
         if tuple(result.shape) != (self.problem.m, self.out_features) or result.dtype != self.problem.dtype:
             return f"wrong: a result of shape {tuple(result.shape)} in {result.dtype}"
         if not bool(result.isfinite().all()):

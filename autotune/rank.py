@@ -160,7 +160,7 @@ def _kind(problem: Problem, target_sm: int) -> Problem:
 
 
 def _predictions(problems: Sequence[Problem], target_sm: int, progress: Progress | None) -> list[dict[Route, float]]:
-    """For each problem, the predicted microseconds of every route that is fit for it."""
+    """Returns, for each problem, the predicted microseconds of every route that is fit for it."""
     device = NOMINAL[target_sm]
     spaces = [candidates(problem, target_sm) for problem in problems]
     total = len({_representative(config) for space in spaces for config in space})
@@ -242,7 +242,7 @@ def is_clean(problem: Problem, config: TileConfig, target_sm: int) -> bool:
 
 
 def variants(problem: Problem, target_sm: int) -> list[tuple[Problem, int, bool]]:
-    """What a shipped configuration must be clean for, hardest first: (problem, LoRA rank, whether with bias)."""
+    """Returns the problems that a shipped configuration must fit, hardest first: (problem, LoRA rank, with bias)."""
     bias = problem.kernel == "matmul"
     dtypes = _dtypes(target_sm)
     kinds = [

@@ -30,7 +30,7 @@ def _sum_parts_kernel(parts_ptr, out_ptr, SIZE, stride_part, SPLIT: tl.constexpr
 
 
 def parts_of(outs: Sequence[Tensor], split: int) -> list[Tensor]:
-    """What a kernel writes to: ``outs`` themselves or, with a split, the first part of each in one float32 buffer.
+    """The outputs of a kernel: ``outs`` themselves or, with a split, the first part of each in one float32 buffer.
 
     The buffer holds the first parts of all outputs, then all second parts, and so on. So the distance between two parts
     is the same for each output, and a kernel adds it to whichever output it writes.

@@ -1,4 +1,4 @@
-"""What an execution costs: instructions by class, sectors of global memory, wavefronts of shared memory.
+"""Counts of an execution: instructions by class, sectors of global memory, wavefronts of shared memory.
 
 Numbers are those of warps, as the hardware issues them. PTX is not machine code, which moves registers, computes
 addresses and loads constants in fewer or more instructions than are counted here. Memory accesses, barriers and matrix

@@ -128,7 +128,7 @@ class Machine:
                 counts.execute(at, mask)
             try:
                 went = steps[at](mask)
-            except Exception as error:
+            except Exception as error:  # whatever a step raises gets its instruction, and goes on
                 self._explain(error, self.state.kernel.code[at])
                 raise
             if went is None:

@@ -40,7 +40,7 @@ class Call:
         self._before = [_entries(container) for container in containers]
 
     def written(self) -> list[dict[Any, Any]]:
-        """For each container, the entries that were added or replaced since this object was made."""
+        """Returns, for each container, the entries that were added or replaced since this object was made."""
         return [
             {key: value for key, value in _entries(container).items() if key not in before or before[key] is not value}
             for container, before in zip(self.containers, self._before, strict=True)

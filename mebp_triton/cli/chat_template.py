@@ -81,7 +81,7 @@ def _template(tokenizer: Any) -> Template | None:
 
 
 def describe_training(tokenizer: Any, report: DataReport, date: datetime) -> Iterator[str]:
-    """What a user must know of the rows that the template wrote, in lines.
+    """Yields lines about the rows that the template wrote, which a user must know.
 
     That it wrote ``date``; where rows open their answers otherwise than the template does when one is wanted.
     """
@@ -106,7 +106,7 @@ def describe_training(tokenizer: Any, report: DataReport, date: datetime) -> Ite
 
 
 def describe_prompt(tokenizer: Any, adapted: bool) -> Iterator[str]:
-    """Where a chat's prompt ends otherwise than the template would end it, or than an adapter may know it, in lines."""
+    """Yields a line where a chat's prompt ends otherwise than the template would end it, or an adapter may know it."""
     template = _template(tokenizer)
     headers = Headers() if template is None else template.headers()
     if headers.written and not headers.prompt:

@@ -63,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
         return [word for word in self.words if word.startswith("--") and len(word) > 2]
 
     def _meant(self, unknown: Sequence[str]) -> str:
-        """What was meant by the first flag of ``unknown``, as the end of a message."""
+        """Returns a suggestion for the first flag of ``unknown``, as the end of a message."""
         mistyped = next((word for word in unknown if word.startswith("-")), "")
         positionals = [str(action.metavar) for action in self._actions if not action.option_strings]
         return suggestion(mistyped, self._option_string_actions, positionals)

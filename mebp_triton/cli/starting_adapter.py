@@ -70,7 +70,7 @@ def fill_in_from_run(given: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 
 def start_record(adapter: str) -> dict[str, Any]:
-    """What ``run.json`` and checkpoints say of the adapter: its place, the CRC-32 of its tensors, its base model."""
+    """Returns the adapter's record for ``run.json`` and checkpoints: its place, its tensors' CRC-32, its base model."""
     crc32 = safetensors_file.tensors_checksum(read_adapter_tensors(adapter))
     return {"adapter": adapter, "crc32": crc32, "base_model_name_or_path": _base_of(adapter)}
 

@@ -44,7 +44,7 @@ POSITIONALS = {"STORE": MODELS, "SRC": MODELS, "MODEL": MODELS, "OUT": ("output"
 
 
 def suggestion(word: str, flags: Iterable[str], positionals: Iterable[str] = ()) -> str:
-    """What was meant by the flag ``word``, as the end of a message; empty where nothing is near.
+    """Returns a suggestion for the flag ``word``, as the end of a message; empty where nothing is near.
 
     Args:
         flags: the flags of the command, of which one is suggested.

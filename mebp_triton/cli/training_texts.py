@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.packing import pack
+from mebp_triton.data.template import may_write_date
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.system import atomic, strict_json
 from mebp_triton.training.settings import TrainConfig
@@ -58,6 +59,6 @@ def load_texts(
     for line in describe_training(tokenizer, data.report, date):
         say(line)
     templates = tokenizer.chat_template or ""
-    dated = any("strftime_now" in text for text in (templates.values() if isinstance(templates, dict) else [templates]))
+    dated = any(map(may_write_date, templates.values() if isinstance(templates, dict) else [templates]))
     data = pack(data, asked.max_length) if asked.packing else data
     return data, validation, ends, began if dated else None

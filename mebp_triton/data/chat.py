@@ -171,7 +171,7 @@ def _text_before_first(template: Template, messages: list[Message], turn: str) -
 def _spans_without(
     template: Template, messages: list[Message], said: dict[int, bool], whole: str, begin: tuple[int, int]
 ) -> list[Span]:
-    """What is trained of ``whole``: all but the messages that say they are not.
+    """Returns the trained part of ``whole``: all but the messages that say they are not.
 
     Args:
         begin: the character, and the message, from which on anything is trained.

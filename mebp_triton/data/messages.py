@@ -153,7 +153,7 @@ def _with_system(conversation: Conversation, system: Any) -> Conversation:
 
 
 def switch(keys: dict[str, Any], trained: Iterable[str], masked: Iterable[str], what: str) -> bool | None:
-    """What the keys of ``what``, a message or a row, say: True for trained, False for masked, None for nothing.
+    """Returns what the keys of ``what``, a message or a row, say: True for trained, False for masked, else None.
 
     Raises:
         ValueError: a value is something between, or two keys contradict each other.
@@ -187,7 +187,7 @@ def _number(value: Any) -> float | None:
 
 
 def row_switch(row: dict[str, Any]) -> bool | None:
-    """What a row's own weight says. A value that is no number is some other thing of this name, and says nothing."""
+    """Returns what a row's own weight says; None where the value is no number, and so another thing of this name."""
     return switch({name: row[name] for name in ROW_KEYS if _number(row.get(name)) is not None}, ROW_KEYS, (), "the row")
 
 

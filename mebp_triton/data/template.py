@@ -97,7 +97,7 @@ class Template:
 
     def writes_date(self) -> bool:
         """Whether it writes today's date, as those of Llama 3.2 and gpt-oss do."""
-        if "strftime_now" not in self.words:
+        if not may_write_date(self.text):
             return False
         messages = [{"role": "user", "content": QUESTION}]
         try:
@@ -108,7 +108,7 @@ class Template:
         return dated[0] != dated[1]
 
     def headers(self) -> Headers:
-        """What opens an answer; nothing where the template refuses a plain chat."""
+        """Returns the text that opens an answer; nothing where the template refuses a plain chat."""
         # Found once for all rows that give the template the same; ``text`` is only there to tell templates apart.
         return _headers(self.tokenizer, self.text, json.dumps(self.arguments, default=str), self.takes_parts)
 
@@ -127,12 +127,12 @@ class Template:
         return text
 
     def apply(self, messages: list[Message], **options: Any) -> Any:
-        """What ``apply_chat_template`` returns. ValueError of one line where the template refuses the messages."""
+        """Calls ``apply_chat_template``. Raises ValueError of one line where the template refuses the messages."""
         from jinja2 import TemplateError
 
         if self.takes_parts:
             messages = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        if self.date is not None and "strftime_now" in self.words:
+        if self.date is not None and may_write_date(self.text):
             options["chat_template"] = _dated(self.text, self.date)
         options |= self.arguments
         try:
@@ -147,8 +147,13 @@ class Template:
             raise refused
         try:  # DeepSeek's takes the arguments of tool calls as strings alone
             return self.tokenizer.apply_chat_template(strings, tools=self.tools, **options)
-        except Exception:
+        except Exception:  # as above; the first reason is the one about the row as it is
             raise refused from refused.__cause__
+
+
+def may_write_date(text: str) -> bool:
+    """Whether a template asks for today's date; ``Template.writes_date`` tells whether it then writes it."""
+    return "strftime_now" in _words(text)
 
 
 def _with_strings(message: Message) -> Message:
@@ -175,7 +180,7 @@ def _words(text: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Headers:
-    """What stands between a question and its answer.
+    """The text between a question and its answer.
 
     Attributes:
         prompt: the generation prompt: what the template writes where an answer is wanted.

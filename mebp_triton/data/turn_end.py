@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """What follows an answer in a chat template.
+    """The text and tokens that follow an answer in a chat template.
 
     Attributes:
         tokens: the special tokens behind a conversation's last answer, in order.
@@ -41,7 +41,7 @@ class TurnEnd:
 
 
 def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd | None:
-    """What the tokenizer's chat template writes behind an answer; None without a template that takes a plain chat.
+    """Returns what the tokenizer's chat template writes behind an answer; None where none takes a plain chat.
 
     Raises:
         ValueError: the template leaves answers out.

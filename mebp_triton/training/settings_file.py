@@ -34,7 +34,7 @@ def _parse_yaml(data: bytes) -> Any:
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong, in one line: PyYAML's own message has several, and calls the file a byte string."""
+    """Returns the fault in one line: PyYAML's own message has several, and calls the file a byte string."""
     if isinstance(error, yaml.reader.ReaderError):
         return f"position {error.position}: {error.reason}"
     mark = getattr(error, "problem_mark", None)

@@ -15,6 +15,12 @@ from gguf_files import TOKENS
 VOCAB, HIDDEN, FFN, HEADS, KV_HEADS, HEAD, LAYERS, CONTEXT, WINDOW = len(TOKENS), 64, 96, 4, 2, 16, 2, 128, 8
 EXPERTS, EXPERT_FFN, SHARED_FFN = 4, 32, 40
 QUERIES, KEYS = HEADS * HEAD, KV_HEADS * HEAD
+ATTENTION_BIASES = {
+    "attn_q.bias": (QUERIES,),
+    "attn_k.bias": (KEYS,),
+    "attn_v.bias": (KEYS,),
+    "attn_output.bias": (HIDDEN,),
+}
 # Ids of a prompt; the next token's probabilities are compared after 6 and after all of them.
 PROMPT = [int(token) for token in np.random.default_rng(7).integers(0, 256, 48)]
 LENGTHS = (6, len(PROMPT))
@@ -308,15 +314,7 @@ OF_ONE: dict[str, dict[str, tuple[Keys, dict[str, Any]]]] = {
         "longrope without factors": (LONGROPE | {"rope.scaling.type": "longrope"}, {}),
         "biases": (
             {},
-            each_block(
-                {
-                    "attn_q.bias": (QUERIES,),
-                    "attn_k.bias": (KEYS,),
-                    "attn_v.bias": (KEYS,),
-                    "attn_output.bias": (HIDDEN,),
-                }
-                | {"ffn_gate.bias": (FFN,), "ffn_up.bias": (FFN,), "ffn_down.bias": (HIDDEN,)}
-            ),
+            each_block(ATTENTION_BIASES | {"ffn_gate.bias": (FFN,), "ffn_up.bias": (FFN,), "ffn_down.bias": (HIDDEN,)}),
         ),
         "queries' biases alone": ({}, each_block({"attn_q.bias": (QUERIES,)})),
     },
@@ -344,15 +342,7 @@ OF_ONE: dict[str, dict[str, tuple[Keys, dict[str, Any]]]] = {
     "nemotron": {
         "biases": (
             {},
-            each_block(
-                {
-                    "attn_q.bias": (QUERIES,),
-                    "attn_k.bias": (KEYS,),
-                    "attn_v.bias": (KEYS,),
-                    "attn_output.bias": (HIDDEN,),
-                }
-                | {"ffn_up.bias": (FFN,), "ffn_down.bias": (HIDDEN,)}
-            ),
+            each_block(ATTENTION_BIASES | {"ffn_up.bias": (FFN,), "ffn_down.bias": (HIDDEN,)}),
         )
     },
     "qwen3": {"biases": ({}, each_block({"attn_q.bias": (QUERIES,), "attn_output.bias": (HIDDEN,)}))},

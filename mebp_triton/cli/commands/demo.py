@@ -109,7 +109,7 @@ def run_process(command: list[str]) -> dict[str, Any]:
 
 
 def generate_samples(store: Path, adapter: Path) -> tuple[str, str]:
-    """What the model makes of ``PROMPT``, without and with the adapter."""
+    """Returns the continuations of ``PROMPT``, without and with the adapter."""
     from mebp_triton.cli.commands.generate import generate_text
     from mebp_triton.cli.inference import load_for_inference, load_tokenizer
 
@@ -197,7 +197,7 @@ ROWS = {
 
 
 def table(value: dict[str, Any]) -> Table:
-    """What ``demonstrate`` returned, with a column for transformers + PEFT where they were compared."""
+    """Returns a table of what ``demonstrate`` returned, with a column for transformers + PEFT if they were compared."""
     from rich.table import Table
 
     columns = {"mebp": value} | ({"transformers + PEFT": value["peer"]} if "peer" in value else {})

@@ -106,7 +106,7 @@ def _print_now(text: str) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote.
+    """The text that a model wrote.
 
     Attributes:
         text: the text behind the prompt.

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class _Text:
-    """What a merge is measured on: the windows of a file, and how many of them are evaluated."""
+    """The text that a merge is measured on: the windows of a file, and how many of them are evaluated."""
 
     name: str
     data: TokenizedData
@@ -170,7 +170,7 @@ def _kept(value: dict[str, Any]) -> float | None:
 
 
 def _verdict(value: dict[str, Any], arguments: argparse.Namespace, as_store: bool) -> str:
-    """What the merge did to the model, in one line."""
+    """Returns a line about the effect of the merge on the loss."""
     measured = (
         f"loss on {value['measured_on']}: {value['loss_untrained']:.4g} untrained, {value['loss_with_adapter']:.4g} "
         f"with the adapter, {value['loss_merged']:.4g} merged"

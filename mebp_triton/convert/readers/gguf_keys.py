@@ -61,7 +61,7 @@ Rule = Set | Only | Unused
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of one architecture.
+    """The rules of one architecture.
 
     Attributes:
         model_type: its name in transformers.

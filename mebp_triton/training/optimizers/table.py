@@ -1,4 +1,4 @@
-"""What settings and the memory plan must know about each optimizer. Imports no torch, so that parsing is quick."""
+"""Facts about each optimizer, for settings and the memory plan. Imports no torch, so that parsing is quick."""
 
 from __future__ import annotations
 
