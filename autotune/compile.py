@@ -13,10 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mebp_triton.kernels import embedding, matmul, matmul_dx
@@ -24,6 +21,7 @@ from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig
 from mebp_triton.kernels.layout import Int4Weight, group_count, padded
 from mebp_triton.kernels.names import Scheme
 
+from .emulator.driver import compiler_for
 from .sass import LoopCounts, count, cuobjdump, disassemble, main_loops
 
 # Bytes of shared memory that one block may ask for (CUDA C++ Programming Guide, technical specifications).
@@ -38,14 +36,6 @@ SHARED_LIMITS = {
     120: 101_376,
 }
 
-POINTER_TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.uint8: "*u8",
-    torch.int64: "*i64",
-}
-DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 # Columns of sm_100's tensor memory, in which its matrix instructions keep sums.
 TENSOR_MEMORY_LIMIT = 512
 
@@ -94,36 +84,6 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return usage
 
 
-def specialize(kernel: JITFunction, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict, dict]:
-    """Signature, constants and attributes of a launch with these arguments, as Triton derives them for a launch.
-
-    A tensor stands for a pointer aligned to 16 bytes. An integer 1 and None become constants; an integer that is a
-    multiple of 16 is known to be one. Constants and attributes are named by their path: the parameter's index, and
-    within a tuple the element's.
-    """
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def kind(path: tuple[int, ...], value: Any, is_constant: bool) -> Any:
-        if isinstance(value, tuple) and not is_constant:
-            return tuple(kind((*path, index), item, False) for index, item in enumerate(value))
-        if is_constant or value is None or (type(value) is int and value == 1):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor):
-            attributes[path] = DIVISIBLE_BY_16
-            return POINTER_TYPES[value.dtype]
-        if value % 16 == 0:
-            attributes[path] = DIVISIBLE_BY_16
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-    signature = {
-        parameter.name: kind((index,), arguments[parameter.name], parameter.is_constexpr)
-        for index, parameter in enumerate(kernel.params)
-    }
-    return signature, constants, attributes
-
-
 def compile_for(
     kernel: JITFunction, arguments: Mapping[str, Any], target_sm: int, options: Mapping[str, Any]
 ) -> StaticReport:
@@ -142,23 +102,17 @@ def compile_for(
         raise ValueError(f"target_sm must be one of {sorted(SHARED_LIMITS)}, got {target_sm}")
     if not isinstance(kernel, JITFunction):
         raise ValueError(f"kernel must be a JIT function, got {type(kernel).__name__}; unset TRITON_INTERPRET")
-    signature, constants, attributes = specialize(kernel, arguments)
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", target_sm, 32),
-        options=dict(options),
-    )
-    cubin = compiled.asm["cubin"]
-    usage = resource_usage(cubin)
-    loops = [count(loop) for loop in main_loops(disassemble(cubin))]
+    compiled, _, _ = compiler_for(target_sm).compile(kernel, (), {**arguments, **options})
+    usage = resource_usage(compiled.cubin)
+    loops = [count(loop) for loop in main_loops(disassemble(compiled.cubin))]
     return StaticReport(
         kernel=kernel.__name__,
         target_sm=target_sm,
         registers=usage["REG"],
         spill_bytes=usage["STACK"],
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=compiled.shared_bytes,
         shared_limit=SHARED_LIMITS[target_sm],
-        tensor_memory=getattr(compiled.metadata, "tmem_size", 0),
+        tensor_memory=compiled.tensor_memory,
         loop=max(loops, key=lambda loop: loop.issue_slots, default=None),
         conversions=sum(loop.conversions for loop in loops),
     )

@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -31,6 +31,8 @@ from .tensors import arguments_of
 LEAST_TARGET = 75
 # Threads that run at a time. More of them cost less each, until their registers outgrow the caches.
 LANES = 8192
+# Compiled kernels that a process keeps; with its instructions, one takes some MiB.
+MOST_KEPT = 64
 # Parameters that the compiler adds for scratch memory, which these kernels do not use.
 MOST_ADDED = 2
 Grid = tuple[int, int, int]
@@ -38,11 +40,23 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel: its PTX as text and as instructions, and the bytes of shared memory that a launch asks for."""
+    """A compiled kernel.
+
+    Attributes:
+        ptx: as text; ``kernel`` has its instructions.
+        cubin: the machine code that ptxas made of it.
+        shared_bytes: of shared memory, which a launch asks for.
+        tensor_memory: columns of tensor memory per block (sm_100 only).
+    """
 
     ptx: str
-    kernel: Kernel
+    cubin: bytes
     shared_bytes: int
+    tensor_memory: int
+
+    @functools.cached_property
+    def kernel(self) -> Kernel:
+        return parse(self.ptx)
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,11 @@ class Launch:
 
 
 class Compiler:
-    """Compiles kernels for one target, each specialisation once."""
+    """Compiles kernels for one target, as launches would. A specialisation that was used lately is not compiled again.
+
+    Raises:
+        ValueError: there is no such target, or it is too old.
+    """
 
     def __init__(self, target: int) -> None:
         if target < LEAST_TARGET:
@@ -74,12 +92,13 @@ class Compiler:
         self.target = GPUTarget("cuda", target, 32)
         self.backend = make_backend(self.target)
         self._binders: dict[JITFunction, Callable[..., Any]] = {}
+        # The kernel that was used last comes last.
         self._compiled: dict[tuple[JITFunction, str], Compiled] = {}
 
     def compile(
         self, function: JITFunction, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Compiled, dict[str, Any], list[tuple[str, Any]]]:
-        """Compiles what a launch with these arguments would.
+        """Compiles what a launch with these arguments would. Tensors may be on the meta device.
 
         Returns:
             The kernel; all arguments by name; and those that are left when constants are gone, tuples taken apart.
@@ -89,16 +108,20 @@ class Compiler:
         bound, specialization, given = self._binders[function](*args, **kwargs)
         signature, constants, attributes, passed = self._specialize(bound, specialization)
         key = (function, f"{specialization} {sorted(given.items())}")
-        if key not in self._compiled:
+        compiled = self._compiled.pop(key, None)
+        if compiled is None:
             options = self.backend.parse_options(dict(kwargs))
             unknown = kwargs.keys() - vars(options).keys() - bound.keys()
             if unknown:
                 raise KeyError(f"{function.__name__} has no parameter or option {sorted(unknown)}")
             source = ASTSource(function, signature, constants, attributes)
             made = triton.compile(source, target=self.target, options=vars(options))
-            ptx = made.asm["ptx"]
-            self._compiled[key] = Compiled(ptx, parse(ptx), made.metadata.shared)
-        return self._compiled[key], bound, passed
+            tensor_memory = getattr(made.metadata, "tmem_size", 0)
+            compiled = Compiled(made.asm["ptx"], made.asm["cubin"], made.metadata.shared, tensor_memory)
+        self._compiled[key] = compiled
+        while len(self._compiled) > MOST_KEPT:
+            del self._compiled[next(iter(self._compiled))]
+        return compiled, bound, passed
 
     def _specialize(self, bound: Mapping[str, Any], specialization: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
         """Signature, constants and attributes as ``ASTSource`` takes them, and the arguments that are passed."""
@@ -174,8 +197,7 @@ class Emulator(AbstractContextManager["Emulator"]):
         start = time.perf_counter()
         compiled, bound, passed = self.compiler.compile(function, args, kwargs)
         if self.edit is not None:
-            ptx = self.edit(compiled.ptx)
-            compiled = Compiled(ptx, parse(ptx), compiled.shared_bytes)
+            compiled = replace(compiled, ptx=self.edit(compiled.ptx))
         compiled_at = time.perf_counter()
         x, y, z = (*(grid(bound) if callable(grid) else grid), 1, 1)[:3]
         memory, params = arguments_of(passed)

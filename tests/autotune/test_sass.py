@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from mebp_triton.autotune.compile import meta_weight, specialize
+from mebp_triton.autotune.compile import meta_weight
+from mebp_triton.autotune.emulator.driver import compiler_for
 from mebp_triton.autotune.sass import LoopCounts, count, cuobjdump, disassemble, main_loops, parse
 from mebp_triton.kernels import matmul
 from mebp_triton.kernels.configs import TileConfig
@@ -99,15 +97,12 @@ def test_compiled(target_sm, tensor):
     arguments = matmul.matmul_arguments(
         meta(64, 512), [weight], None, meta(64, 16), meta(512, 16), meta(64, 512), config
     )
-    made = triton.compile(
-        ASTSource(matmul._matmul_kernel, *specialize(matmul._matmul_kernel, arguments)),
-        target=GPUTarget("cuda", target_sm, 32),
-        options=config.launch_options(),
-    )
-    loops = sorted(map(count, main_loops(disassemble(made.asm["cubin"]))), key=lambda loop: loop.issue_slots)
+    options = {**arguments, **config.launch_options()}
+    cubin = compiler_for(target_sm).compile(matmul._matmul_kernel, (), options)[0].cubin
+    loops = sorted(map(count, main_loops(disassemble(cubin))), key=lambda loop: loop.issue_slots)
     assert len(loops) == 2 and {loop.tensor for loop in loops} == {tensor}
     lora, main = loops
     decoded = config.block_n * config.block_k / (32 * config.num_warps)
     assert main.unpacking >= 0.7 * decoded > lora.unpacking
     assert lora.matrix < main.matrix
-    assert "REG:" in cuobjdump(made.asm["cubin"], "--dump-resource-usage")
+    assert "REG:" in cuobjdump(cubin, "--dump-resource-usage")
