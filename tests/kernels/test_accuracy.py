@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from mebp_triton.kernels.accuracy import judge, normal, random_weight
+from mebp_triton.kernels.accuracy import judge, normal, random_weight, sequential_product
 from mebp_triton.kernels.layout import group_count
 from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.reference import decode
@@ -73,6 +73,8 @@ def test_twice_torchs_error_and_half_a_rounding_is_the_limit():
         same = (truth + torch_error).float()
         assert judge((truth + 2 * torch_error).float(), same, truth)["ok"]
         assert not judge((truth + 2 * torch_error + 2.0**-24).float(), same, truth)["ok"]
+        share = judge((truth + torch_error + 2.0**-26).float(), same, truth)["share"]
+        assert share == pytest.approx(0.5 if torch_error else 0, abs=0.01)
     exact = judge(truth.float(), truth.float(), truth)
     assert exact["ok"] and exact["torch_max"] == 0
 
@@ -92,17 +94,27 @@ def test_a_product_has_a_limit_of_its_own():
     assert judge(same, same, truth)["ok"]
     verdict = judge(same, same, truth, product=True)
     assert not verdict["ok"] and "relative error" in verdict["reason"]
+    assert verdict["share"] == pytest.approx(2, abs=0.01)
 
 
 def test_nothing_is_right_and_so_is_exactly_zero():
     assert judge(torch.empty(0, 3), torch.empty(0, 3), torch.empty(0, 3, dtype=torch.float64)) == {
         "ok": True,
         "narrow": True,
+        "share": 0.0,
     }
     zeros = torch.zeros(4, 3)
     verdict = judge(zeros, zeros, zeros.double(), product=True)
     assert verdict["ok"] and verdict["relative"] is None
     assert not judge(zeros + 1e-30, zeros, zeros.double(), product=True)["ok"]
+
+
+def test_a_product_of_ones_added_one_after_another_stops_growing():
+    """Beyond 2^24, float32 does not see another 1."""
+    left = torch.cat((torch.full((2, 1), 2.0**24), torch.ones(2, 50)), 1)
+    assert torch.equal(sequential_product(left, torch.ones(51, 3)), torch.full((2, 3), 2.0**24))
+    left, right = (torch.randn(5, 7, dtype=torch.float64).float() for _ in range(2))
+    assert torch.allclose(sequential_product(left, right.t()), left @ right.t(), atol=1e-5)
 
 
 def test_the_truth_is_float64():

@@ -1,0 +1,149 @@
+"""Problems of every kernel as data: ``Case`` says all about one launch, ``Operands`` draws its random operands."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mebp_triton.kernels.accuracy import normal, random_weight
+from mebp_triton.kernels.configs import MOST_MEMBERS, Problem, TileConfig
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import Scheme
+
+CaseKernel = Literal["matmul", "matmul_dx", "embedding", "decode", "softmax_tile", "split_sums"]
+CASE_KERNELS: tuple[CaseKernel, ...] = get_args(CaseKernel)
+Layout = Literal["contiguous", "padded", "offset", "transposed", "expanded"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem and how it is launched.
+
+    Attributes:
+        kernel: a kernel, or "decode" for the embedding's kernel on all rows (a panel).
+        config: tile sizes; the default if None. "decode", "softmax_tile" and "split_sums" have no choice.
+        m: tokens, or rows. Of no use to "decode" and "split_sums".
+        sizes: out-features of each member of a group; of "embedding" and "decode", the table's rows; of
+            "softmax_tile", the columns of one tile after the other; of "split_sums", the elements of each output.
+        k: in-features.
+        scheme, group_size, scale_dtype: the weights'.
+        dtype: the activations', the result's, or the logits'.
+        rank: LoRA's rank; 0 for none.
+        bias: whether ``matmul`` adds a bias; whether the logits of "softmax_tile" come with slopes.
+        split: parts of "split_sums". Products have theirs in ``config``.
+        layout: how activations lie in memory: in one piece; as rows of a wider matrix, which are aligned ("padded") or
+            not ("offset"); as columns; or as one row for all tokens. Weights are rows of a larger one where
+            activations are "padded" or "offset".
+        seed: the random numbers'.
+
+    Raises:
+        ValueError: the kernel or the layout is unknown, or the configuration does not suit the problem.
+    """
+
+    kernel: CaseKernel
+    config: TileConfig | None = None
+    m: int = 17
+    sizes: tuple[int, ...] = (70,)
+    k: int = 200
+    scheme: Scheme = "symmetric"
+    group_size: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    scale_dtype: torch.dtype = torch.float16
+    rank: int = 0
+    bias: bool = False
+    split: int = 1
+    layout: Layout = "contiguous"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kernel not in CASE_KERNELS:
+            raise ValueError(f"kernel must be one of {CASE_KERNELS}, got {self.kernel!r}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
+        if self.kernel in ("matmul", "matmul_dx"):
+            if not 1 <= len(self.sizes) <= MOST_MEMBERS:
+                raise ValueError(f"a launch takes 1 to {MOST_MEMBERS} weights, got {len(self.sizes)}")
+            if self.config is not None and not self.config.suits(self.problem):
+                raise ValueError(f"config must suit the problem, got {self.config} for {self.problem}")
+
+    @property
+    def problem(self) -> Problem:
+        """The problem that a configuration of a product is chosen for."""
+        assert self.kernel in ("matmul", "matmul_dx", "embedding")
+        return Problem(self.kernel, self.m, sum(self.sizes), self.k, self.scheme, self.group_size, self.dtype)
+
+    def __str__(self) -> str:
+        """All that differs from the defaults' kind, in one line."""
+        parts = [self.kernel, SHORT[self.dtype], f"M{self.m}", "N" + "+".join(map(str, self.sizes)), f"K{self.k}"]
+        parts += [self.scheme, f"G{self.group_size}"]
+        parts += [f"r{self.rank}"] if self.rank else []
+        parts += ["bias"] if self.bias else []
+        parts += [f"split{self.split}"] if self.split > 1 else []
+        parts += ["scales32"] if self.scale_dtype == torch.float32 else []
+        parts += [self.layout] if self.layout != "contiguous" else []
+        if self.config is not None:
+            c = self.config
+            parts += [f"[{c.block_m}x{c.block_n}x{c.block_k} w{c.num_warps} s{c.num_stages}"]
+            parts += [f"split{c.split}"] if c.split > 1 else []
+            parts += ["sums"] if c.scale_sums else []
+            parts[-1] += "]" if c.weight_left else " right]"
+        return " ".join(parts)
+
+
+class Operands:
+    """Draws the random operands of a case, on the CPU, so that they are the same on every device."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.generator = torch.Generator().manual_seed(case.seed)
+
+    def numbers(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers that lie in one piece."""
+        cpu = torch.device("cpu")
+        drawn = normal(*shape, dtype=dtype or self.case.dtype, device=cpu, generator=self.generator)
+        return drawn.to(self.device)
+
+    def activations(self, rows: int, columns: int) -> Tensor:
+        """Normal numbers ``[rows, columns]`` that lie as the case says."""
+        layout = self.case.layout
+        if layout == "expanded":
+            return self.numbers(1, columns).expand(rows, columns)
+        return laid_out(self.numbers(rows, columns), layout)
+
+    def weight(self, rows: int) -> Int4Weight:
+        """A weight of so many rows. What lies behind its last column decodes to NaN, or to anything."""
+        case = self.case
+        before = {"padded": 16, "offset": 7}.get(case.layout, 0)
+        weight = random_weight(
+            rows + 2 * before,
+            case.k,
+            torch.device("cpu"),
+            case.scheme,
+            case.group_size,
+            case.scale_dtype,
+            self.generator,
+        )
+        unread = -(-case.k // case.group_size)
+        for tensor in (weight.scales, weight.minimum):
+            if tensor is not None:
+                tensor[unread:] = math.nan
+        return weight.to(self.device).rows(before, before + rows)
+
+
+def laid_out(values: Tensor, layout: Layout) -> Tensor:
+    """The same matrix, lying in memory as ``Case.layout`` says, among NaN."""
+    rows, columns = values.shape
+    if layout == "transposed":
+        return values.t().contiguous().t()
+    if layout not in ("padded", "offset"):
+        return values
+    above, left = (1, 16) if layout == "padded" else (2, 3)
+    wide = torch.full((rows + above, columns + 16 + left), math.nan, dtype=values.dtype, device=values.device)
+    inner = wide[above:, left : left + columns]
+    return inner.copy_(values)
