@@ -142,6 +142,20 @@ def test_a_kernel_is_compiled_once_in_a_process():
     assert compiler_for(80) is Emulator(80).compiler
 
 
+def test_machine_code_is_made_when_it_is_asked_for(monkeypatch):
+    """Executing PTX needs none."""
+    made = []
+    backend = type(compiler_for(80).backend)
+    make = backend.make_cubin
+    monkeypatch.setattr(backend, "make_cubin", lambda self, *args: made.append(args) or make(self, *args))
+    with Emulator(80) as emulator:
+        forward(TileConfig(16, 32, 64, num_warps=2, num_stages=2))
+    compiled = emulator.launches[0].compiled
+    assert not made
+    assert compiled.cubin.startswith(b"\x7fELF") and compiled.cubin is compiled.cubin
+    assert len(made) == 1
+
+
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="from 75 on, such as 87, got 70"):
         Emulator(70)
