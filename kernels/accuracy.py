@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Int4Weight, group_count, padded
+from .layout import Int4Weight, group_count, middle_code, packed_columns
 from .names import Scheme
 
 # Limits of one product's error, relative to the norm of the truth. Correct kernels stay far below them.
@@ -100,6 +100,7 @@ def random_weight(
     group_size: int = 64,
     scale_dtype: torch.dtype = torch.float16,
     generator: torch.Generator | None = None,
+    bits: int = 4,
 ) -> Int4Weight:
     """A random ``W[n, k]``, drawn in packed form: scales of both signs, decoded entries of a real weight's size.
 
@@ -111,8 +112,10 @@ def random_weight(
         return normal(*shape, dtype=dtype, device=device, generator=generator)
 
     return Int4Weight(
-        packed=torch.randint(0, 256, (n, padded(k) // 2), dtype=torch.uint8, device=device, generator=generator),
-        scales=numbers(groups, n).mul_(0.02),
+        packed=torch.randint(
+            0, 256, (n, packed_columns(k, bits)), dtype=torch.uint8, device=device, generator=generator
+        ),
+        scales=numbers(groups, n).mul_(0.16 / middle_code(bits)),
         in_features=k,
         group_size=group_size,
         minimum=numbers(groups, n).mul_(0.1) if scheme == "affine" else None,

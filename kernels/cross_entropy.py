@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import CHUNK, RUN, Int4Weight
+from .layout import CHUNK, Int4Weight
 from .panel import PanelDecoder, from_planes, int4_embedding_panel, spans, workspace
 from .running_softmax import RunningSoftmax, apply_chain
 
@@ -62,7 +62,7 @@ class OnePass:
         rows, (vocabulary, _) = self.valid_hidden.shape[0], weight.shape
         if rows == 0:
             return
-        chunks, panel = weight.packed.shape[1] // RUN, workspace().elements(self.hidden.device)
+        chunks, panel = weight.chunks, workspace().elements(self.hidden.device)
         if self.by_kernel:
             tile = min(vocabulary, max(1, panel // (chunks * CHUNK)), max(VOCABULARY_TILE, LOGITS // rows))
         else:

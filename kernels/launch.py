@@ -41,7 +41,13 @@ def weight_arguments(weights: Sequence[Int4Weight]) -> dict[str, Any]:
 
 
 def scheme_arguments(weight: Int4Weight) -> dict[str, Any]:
-    """Arguments that are the same for all weights of a launch, as ``can_group`` makes sure."""
+    """Arguments that are the same for all weights of a launch, as ``can_group`` makes sure.
+
+    Raises:
+        ValueError: the codes have 8 bits, which no kernel decodes yet.
+    """
+    if weight.bits != 4:
+        raise ValueError(f"kernels decode codes of 4 bits, these have {weight.bits}: use the backend 'panel'")
     return {
         "stride_pn": weight.packed.stride(0),
         "stride_pj": weight.packed.stride(1),
@@ -77,6 +83,7 @@ def can_group(weights: Sequence[Int4Weight]) -> bool:
             weight.in_features,
             weight.group_size,
             weight.scheme,
+            weight.bits,
             weight.scales.dtype,
             weight.device,
             weight.packed.stride(),

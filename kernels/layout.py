@@ -1,9 +1,14 @@
-"""The only place that knows where a nibble lies: ``Int4Weight``, ``pack``, ``unpack``.
+"""The only place that knows where a code lies: ``Int4Weight``, ``pack``, ``unpack``.
 
-Planar packing, one copy for both directions. K is cut into chunks of 64. Byte ``j`` (0..31) of a chunk holds
-``code[k0 + j]`` in its low nibble and ``code[k0 + 32 + j]`` in its high nibble, so a run of 32 bytes decodes
-into two runs of 32 neighbouring columns. A run lies within one group for every group size (32, 64, 128), so it has one
-scale. A K that is no multiple of 64 is padded.
+One copy serves both directions. K is cut into chunks of 64, and a K that is no multiple of 64 is padded. A chunk's
+first 32 columns are its low plane, the others its high plane, and kernels decode it plane by plane.
+
+With 4 bits a chunk takes 32 bytes. Byte ``j`` holds ``code[k0 + j]`` in its low nibble and ``code[k0 + 32 + j]`` in its
+high nibble, so a run of 32 bytes decodes into two runs of 32 neighbouring columns. With 8 bits a chunk takes 64 bytes,
+a byte for each column, in order. The width of the packed rows tells which it is.
+
+A run of 32 columns lies within one group for group sizes of 32, 64 and 128, so it has one scale. Codes of 8 bits may
+also have groups of 16.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .names import GROUP_SIZES, Scheme
+from .names import GROUP_SIZES_OF_BITS, Scheme
 
 LAYOUT = "planar64-v1"
 CHUNK = 64
@@ -31,52 +36,73 @@ def group_count(in_features: int, group_size: int) -> int:
     return -(-padded(in_features) // group_size)
 
 
-def pack(codes: Tensor, pad_code: int = 0) -> Tensor:
-    """Packs one code per byte into two codes per byte.
+def packed_columns(in_features: int, bits: int = 4) -> int:
+    """Bytes of a packed row of K codes."""
+    return padded(in_features) * bits // 8
+
+
+def pack(codes: Tensor, pad_code: int = 0, bits: int = 4) -> Tensor:
+    """Packs codes, one per byte, into rows of bytes.
 
     Args:
-        codes: ``[N, K]`` uint8, values 0..15.
+        codes: ``[N, K]`` uint8, values 0..15, or 0..255 with 8 bits.
         pad_code: the code that fills K up to a multiple of 64.
+        bits: 4 or 8.
 
     Returns:
-        ``[N, padded(K) // 2]`` uint8.
+        ``[N, packed_columns(K, bits)]`` uint8.
 
     Raises:
-        ValueError: codes are no uint8 matrix, or one is above 15.
+        ValueError: codes are no uint8 matrix, or one is above 15 with 4 bits.
     """
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise ValueError(f"codes must be a 2-D uint8 tensor, got {codes.dim()}-D {codes.dtype}")
-    if codes.numel() and int(codes.max()) > 15:
+    if bits == 4 and codes.numel() and int(codes.max()) > 15:
         raise ValueError(f"codes must lie in 0..15, got {int(codes.max())}")
     columns = codes.shape[1]
     codes = torch.nn.functional.pad(codes, (0, padded(columns) - columns), value=pad_code)
+    if bits == 8:
+        return codes.contiguous()
     low, high = codes.unflatten(1, (-1, 2, RUN)).unbind(2)
     return (low | (high << 4)).flatten(1)
 
 
 def unpack(packed: Tensor, in_features: int) -> Tensor:
-    """Inverts ``pack``: ``[N, padded(K) // 2]`` uint8 -> ``[N, K]`` uint8 codes 0..15."""
+    """Inverts ``pack``: ``[N, packed_columns(K, bits)]`` uint8 -> ``[N, K]`` uint8, one code per byte."""
+    if packed.shape[1] == packed_columns(in_features, 8):
+        return packed[:, :in_features]
     runs = packed.unflatten(1, (-1, RUN))
     return torch.stack((runs & 15, runs >> 4), dim=2).flatten(1)[:, :in_features]
 
 
+def middle_code(bits: int) -> int:
+    """The code that is 0 in the symmetric scheme: 8, or 128 with 8 bits."""
+    return 1 << (bits - 1)
+
+
+def _check_group_size(group_size: int, bits: int) -> None:
+    allowed = GROUP_SIZES_OF_BITS[bits]
+    if group_size not in allowed:
+        raise ValueError(f"group_size must be one of {allowed}, got {group_size} for codes of {bits} bits")
+
+
 @dataclass(frozen=True, eq=False)
 class Int4Weight:
-    """A logical matrix ``W[N, K]`` (out, in) of 4-bit codes.
+    """A logical matrix ``W[N, K]`` (out, in) of codes of 4 bits, or of 8.
 
     ========== =============================================
     scheme     decoded weight
     ========== =============================================
-    symmetric  ``(code - 8) * scales[k // G, n]``
+    symmetric  ``(code - 8) * scales[k // G, n]``, with 8 bits ``(code - 128) * ...``
     affine     ``code * scales[k // G, n] + minimum[k // G, n]``
-    codebook   ``codebook[code] * scales[k // G, n]``
+    codebook   ``codebook[code] * scales[k // G, n]``, of 4 bits only
     ========== =============================================
 
     Attributes:
-        packed: ``[N, padded(K) // 2]`` uint8, in the order that the module's docstring gives.
+        packed: ``[N, packed_columns(K, bits)]`` uint8, in the order that the module's docstring gives.
         scales: ``[ceil(padded(K) / G), N]`` float16 or float32; may be negative.
         in_features: K.
-        group_size: G, one of 32, 64, 128.
+        group_size: G, one of 32, 64, 128; with 8 bits also 16.
         minimum: of the shape and dtypes of ``scales``; present for the affine scheme only.
         codebook: ``[16]`` float32; present for the codebook scheme only.
 
@@ -92,15 +118,15 @@ class Int4Weight:
     codebook: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {self.group_size}")
         if self.packed.dtype != torch.uint8 or self.packed.dim() != 2:
             raise ValueError(f"packed must be 2-D uint8, got {self.packed.dim()}-D {self.packed.dtype}")
-        if self.packed.shape[1] != padded(self.in_features) // 2:
+        widths = {bits: packed_columns(self.in_features, bits) for bits in GROUP_SIZES_OF_BITS}
+        if self.packed.shape[1] not in widths.values():
             raise ValueError(
-                f"packed must have {padded(self.in_features) // 2} columns for in_features={self.in_features}, "
-                f"got {self.packed.shape[1]}"
+                f"packed must have {widths[4]} columns (4 bits) or {widths[8]} (8 bits) for "
+                f"in_features={self.in_features}, got {self.packed.shape[1]}"
             )
+        _check_group_size(self.group_size, self.bits)
         if self.minimum is not None and self.codebook is not None:
             raise ValueError("a weight has a minimum (affine) or a codebook, not both")
         shape = (group_count(self.in_features, self.group_size), self.packed.shape[0])
@@ -111,6 +137,8 @@ class Int4Weight:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
             if tensor.dtype not in SCALE_DTYPES:
                 raise ValueError(f"{name} must be float16 or float32, got {tensor.dtype}")
+        if self.codebook is not None and self.bits != 4:
+            raise ValueError(f"a codebook is for codes of 4 bits, these have {self.bits}")
         if self.codebook is not None and (self.codebook.shape != (16,) or self.codebook.dtype != torch.float32):
             raise ValueError(
                 f"codebook must be float32 of shape (16,), got {self.codebook.dtype} {self.codebook.shape}"
@@ -124,14 +152,14 @@ class Int4Weight:
         group_size: int,
         minimum: Tensor | None = None,
         codebook: Tensor | None = None,
+        bits: int = 4,
     ) -> Int4Weight:
-        """Packs ``codes`` ``[N, K]`` with ``scales`` (and ``minimum``) of shape ``[ceil(K / G), N]``.
+        """Packs ``codes`` ``[N, K]`` of 4 or 8 bits with ``scales`` (and ``minimum``) of shape ``[ceil(K / G), N]``.
 
         Padded columns decode to zero in the symmetric scheme. In the other schemes their value has no meaning, and no
         operation reads it.
         """
-        if group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size}")
+        _check_group_size(group_size, bits)
         # Checked before padding, which would hide missing or surplus groups.
         groups = -(-codes.shape[1] // group_size)
         for name, tensor in (("scales", scales), ("minimum", minimum)):
@@ -139,13 +167,23 @@ class Int4Weight:
                 raise ValueError(f"{name} must have shape {(groups, codes.shape[0])}, got {tuple(tensor.shape)}")
         pad = (0, 0, 0, group_count(codes.shape[1], group_size) - groups)
         return cls(
-            packed=pack(codes, pad_code=0 if minimum is not None or codebook is not None else 8),
+            packed=pack(codes, 0 if minimum is not None or codebook is not None else middle_code(bits), bits),
             scales=torch.nn.functional.pad(scales, pad).contiguous(),
             in_features=codes.shape[1],
             group_size=group_size,
             minimum=None if minimum is None else torch.nn.functional.pad(minimum, pad).contiguous(),
             codebook=codebook,
         )
+
+    @property
+    def bits(self) -> int:
+        """The width of a code: 4 or 8."""
+        return 8 if self.packed.shape[1] == packed_columns(self.in_features, 8) else 4
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 64 columns, padding included."""
+        return padded(self.in_features) // CHUNK
 
     @property
     def scheme(self) -> Scheme:
@@ -206,7 +244,7 @@ class Int4Weight:
         groups = slice(start // self.group_size, start // self.group_size + group_count(stop - start, self.group_size))
         return replace(
             self,
-            packed=self.packed[:, start // 2 : start // 2 + padded(stop - start) // 2],
+            packed=self.packed.narrow(1, start * self.bits // 8, packed_columns(stop - start, self.bits)),
             scales=self.scales[groups],
             in_features=stop - start,
             minimum=None if self.minimum is None else self.minimum[groups],

@@ -1,8 +1,8 @@
 """The operations by panels, with torch's own products: for devices without Triton, and for large M.
 
 A panel is a slice of the weight, decoded into a small reused buffer, so no full weight ever exists. Panels are in
-*plane order*: the columns of all low nibbles first, then those of all high nibbles. Unpacking is then two contiguous
-byte operations, and only the activations, which are much smaller, are permuted.
+*plane order*: the columns of all low planes first, then those of all high planes. Unpacking 4 bits is then two
+contiguous byte operations, and only the activations, which are much smaller, are permuted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .layout import CHUNK, RUN, Int4Weight
+from .layout import CHUNK, RUN, Int4Weight, middle_code
 
 # Elements of one panel: on a CPU 4 MiB of float32; on a GPU 16 MiB of 16-bit weights, which stay in a large L2.
 CPU_ELEMENTS = 1 << 20
@@ -103,6 +103,11 @@ class PanelDecoder:
             self.values = memory.buffer("values", size, self.wide, device)
         self._groups: dict[tuple[int, int], Tensor] = {}
 
+    @property
+    def piece(self) -> int:
+        """The most columns of a run that have one scale."""
+        return min(RUN, self.weight.group_size)
+
     def with_weight(self, weight: Int4Weight) -> PanelDecoder:
         """A decoder of another weight that uses the same buffers."""
         other = copy.copy(self)
@@ -117,15 +122,16 @@ class PanelDecoder:
         """Inverts ``arrange``: ``[M, width]`` -> ``[M, columns]`` in logical order."""
         return (x if self.by_kernel else from_planes(x))[:, :columns]
 
-    def _run_groups(self, first_chunk: int, last_chunk: int) -> Tensor:
-        """The group of every run of 32 columns, in plane order."""
+    def _piece_groups(self, first_chunk: int, last_chunk: int) -> Tensor:
+        """The group of every piece of columns, in plane order: of a run, or of its halves where a group is one."""
         if (first_chunk, last_chunk) not in self._groups:
-            low = torch.arange(first_chunk, last_chunk, device=self.weight.device) * CHUNK
-            self._groups[first_chunk, last_chunk] = torch.cat((low, low + RUN)) // self.weight.group_size
+            first = torch.arange(first_chunk * CHUNK, last_chunk * CHUNK, self.piece, device=self.weight.device)
+            planes = first.view(-1, 2, RUN // self.piece).transpose(0, 1)
+            self._groups[first_chunk, last_chunk] = planes.flatten() // self.weight.group_size
         return self._groups[first_chunk, last_chunk]
 
-    def _per_run(self, values: Tensor, groups: Tensor, start: int, stop: int) -> Tensor:
-        """Scales or minima of the rows ``start:stop``, one for each run, as ``[rows, runs, 1]``."""
+    def _per_piece(self, values: Tensor, groups: Tensor, start: int, stop: int) -> Tensor:
+        """Scales or minima of the rows ``start:stop``, one for each piece, as ``[rows, pieces, 1]``."""
         chosen = values[:, start:stop].index_select(0, groups).t()
         return torch.empty(chosen.shape, dtype=self.wide, device=values.device).copy_(chosen).unsqueeze(-1)
 
@@ -135,21 +141,25 @@ class PanelDecoder:
             return self._decode_by_kernel(start, stop, first_chunk * CHUNK, last_chunk * CHUNK)
         rows, half = stop - start, (last_chunk - first_chunk) * RUN
         wide = self.values[: rows * 2 * half].view(rows, -1)
-        packed = self.weight.packed[start:stop, first_chunk * RUN : last_chunk * RUN]
         codes = self.codes[: wide.numel()].view(rows, -1)
-        torch.bitwise_and(packed, 15, out=codes[:, :half])
-        torch.bitwise_right_shift(packed, 4, out=codes[:, half:])
+        if self.weight.bits == 4:
+            packed = self.weight.packed[start:stop, first_chunk * RUN : last_chunk * RUN]
+            torch.bitwise_and(packed, 15, out=codes[:, :half])
+            torch.bitwise_right_shift(packed, 4, out=codes[:, half:])
+        else:
+            chunks = self.weight.packed[start:stop, first_chunk * CHUNK : last_chunk * CHUNK].unflatten(1, (-1, 2, RUN))
+            codes.unflatten(1, (2, -1, RUN)).copy_(chunks.transpose(1, 2))
         if self.weight.codebook is not None:
             wide.copy_(self.weight.codebook.to(self.wide).index_select(0, codes.view(-1).int()).view(rows, -1))
         elif self.weight.minimum is not None:
             wide.copy_(codes)
         else:
-            wide.copy_(codes.view(torch.int8).sub_(8))
-        groups = self._run_groups(first_chunk, last_chunk)
-        runs = wide.unflatten(1, (-1, RUN))
-        runs.mul_(self._per_run(self.weight.scales, groups, start, stop))
+            wide.copy_(codes.sub_(middle_code(self.weight.bits)).view(torch.int8))  # a byte below 0 wraps as int8 does
+        groups = self._piece_groups(first_chunk, last_chunk)
+        pieces = wide.unflatten(1, (-1, self.piece))
+        pieces.mul_(self._per_piece(self.weight.scales, groups, start, stop))
         if self.weight.minimum is not None:
-            runs.add_(self._per_run(self.weight.minimum, groups, start, stop))
+            pieces.add_(self._per_piece(self.weight.minimum, groups, start, stop))
         return wide if self.rounded is None else self.rounded[: wide.numel()].view(rows, -1).copy_(wide)
 
     def _decode_by_kernel(self, start: int, stop: int, first: int, last: int) -> Tensor:
@@ -184,7 +194,7 @@ def int4_matmul_panel(
 
     With ``by_kernel`` a Triton kernel decodes the panels.
     """
-    rows, chunks = weight.out_features, weight.packed.shape[1] // RUN
+    rows, chunks = weight.out_features, weight.chunks
     y = x.new_empty(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
     if y.numel() == 0:
         return y
@@ -221,7 +231,7 @@ def int4_matmul_dx_group_panel(
     rows is larger than a panel, N is cut too, and the sums are kept in float32 or wider.
     """
     head, dtype = weights[0], dys[0].dtype
-    width, chunks = head.in_features, head.packed.shape[1] // RUN
+    width, chunks = head.in_features, head.chunks
     dx = dys[0].new_empty(dys[0].shape[0], width)
     if dx.numel() == 0 or not any(weight.out_features for weight in weights):
         return dx.zero_()
@@ -257,7 +267,7 @@ def int4_embedding_panel(ids: Tensor, weight: Int4Weight, dtype: torch.dtype) ->
     flat = ids.reshape(-1)
     picked = weight.gather(flat)
     out = torch.empty(flat.shape[0], weight.in_features, dtype=dtype, device=weight.device)
-    chunks = weight.packed.shape[1] // RUN
+    chunks = weight.chunks
     step = max(1, workspace().elements(weight.device) // max(1, chunks * CHUNK))
     decoder = PanelDecoder(picked, dtype, min(step, flat.shape[0]), chunks)
     for start, stop in spans(flat.shape[0], step):

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import SCALE_DTYPES, Int4Weight, group_count, padded
-from .names import GROUP_SIZES, SCHEMES, Scheme
+from .layout import SCALE_DTYPES, Int4Weight, group_count, middle_code, packed_columns
+from .names import BITS, GROUP_SIZES_OF_BITS, SCHEMES, Scheme
 from .reference import decode
 
 # NF4 of QLoRA (arXiv 2305.14314), the float32 values of bitsandbytes.
@@ -38,9 +38,12 @@ EXTREME_WEIGHT = 4.0
 REFITS = 2
 
 # Starts of the search. Symmetric: the level, of either sign, that the group's largest magnitude is mapped to.
-PEAK_LEVELS = (-6.2, -6.6, -7.0, -7.4, -7.8, -8.0, -8.4, -9.0, 5.8, 6.2, 6.6, 7.0, 7.4, 8.0)
-# Affine: the share that is cut off each end of the group's range.
-RANGE_CUTS = (0.0, 0.03, 0.06, 0.09, 0.12)
+PEAK_LEVELS = {
+    4: (-6.2, -6.6, -7.0, -7.4, -7.8, -8.0, -8.4, -9.0, 5.8, 6.2, 6.6, 7.0, 7.4, 8.0),
+    8: (-128.0, 127.0),
+}
+# Affine: the share that is cut off each end of the group's range. With 8 bits, clipping gains nothing.
+RANGE_CUTS = {4: (0.0, 0.03, 0.06, 0.09, 0.12), 8: (0.0,)}
 # Codebook: the scale as a multiple of the largest magnitude, which then meets the outermost level or, from 1.3 on, the
 # second one. NF4 is not symmetric, so both signs are tried.
 PEAK_MULTIPLES = tuple(sign * x for sign in (1.0, -1.0) for x in (0.86, 0.93, 1.0, 1.07, 1.3, 1.38, 1.44))
@@ -60,15 +63,18 @@ def quantize_matrix(
     group_size: int = 64,
     scale_search: bool = True,
     scale_dtype: torch.dtype = torch.float16,
+    bits: int = 4,
 ) -> tuple[Int4Weight, float]:
     """Quantizes ``weight`` ``[N, K]``, a chunk of rows at a time.
 
     Args:
         weight: float16, bfloat16 or float32.
         scheme: "symmetric", "affine" or "codebook" (NF4).
-        group_size: 32, 64 or 128.
-        scale_search: if false, the scale is absmax / 7 (symmetric), the range / 15 (affine) or absmax (codebook).
+        group_size: 32, 64 or 128; with 8 bits also 16.
+        scale_search: if false, the scale is absmax / 7 (symmetric; 127 with 8 bits), the range / 15 (affine; 255) or
+            absmax (codebook).
         scale_dtype: float16 or float32. A matrix whose scales float16 cannot hold takes float32.
+        bits: the width of a code, 4 or 8. The codebook scheme has 4.
 
     Returns:
         The packed weight, and its error ``||decoded - weight|| / ||weight||`` (0 for a matrix of zeros).
@@ -76,14 +82,14 @@ def quantize_matrix(
     Raises:
         ValueError: an argument does not fit, or a weight is not finite.
     """
-    _check(weight, scheme, group_size, scale_dtype)
+    _check(weight, scheme, group_size, scale_dtype, bits)
     scale_dtype = _holding_dtype(_row_peaks(weight), scale_dtype)
-    whole = _empty(weight, scheme, group_size, scale_dtype)
+    whole = _empty(weight, scheme, group_size, scale_dtype, bits)
     error = total = 0.0
     step = max(1, CHUNK_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step].to(torch.float32)
-        part = _quantize_rows(rows, scheme, group_size, scale_search, scale_dtype)
+        part = _quantize_rows(rows, scheme, group_size, scale_search, scale_dtype, bits)
         target = whole.rows(start, start + step).tensors()
         for name in target.keys() - {"codebook"}:
             target[name].copy_(part.tensors()[name])
@@ -93,16 +99,23 @@ def quantize_matrix(
     return whole, (error / total) ** 0.5 if total else 0.0
 
 
-def check_form(scheme: object, group_size: object) -> None:
-    """Raises ValueError where there is no such scheme or group size."""
+def check_form(scheme: object, group_size: object, bits: object = 4) -> None:
+    """Raises ValueError where there is no such scheme, group size or width of codes, or they do not go together."""
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
-    if type(group_size) is not int or group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
+    if type(bits) is not int or bits not in BITS:
+        raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
+    if bits == 8 and scheme == "codebook":
+        raise ValueError("the codebook scheme has 4 bits: choose symmetric or affine for 8")
+    sizes = GROUP_SIZES_OF_BITS[bits]
+    if type(group_size) is not int or group_size not in sizes:
+        raise ValueError(
+            f"group_size must be one of {', '.join(map(str, sizes))}, got {group_size!r} for codes of {bits} bits"
+        )
 
 
-def _check(weight: Tensor, scheme: str, group_size: int, scale_dtype: torch.dtype) -> None:
-    check_form(scheme, group_size)
+def _check(weight: Tensor, scheme: str, group_size: int, scale_dtype: torch.dtype, bits: int) -> None:
+    check_form(scheme, group_size, bits)
     if scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype must be one of {SCALE_DTYPES}, got {scale_dtype}")
     if weight.dtype not in WEIGHT_DTYPES:
@@ -130,11 +143,11 @@ def _holding_dtype(row_peaks: Tensor, scale_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if bool(too_small.any() | (row_peaks > 2.0**15).any()) else scale_dtype
 
 
-def _empty(weight: Tensor, scheme: Scheme, group_size: int, scale_dtype: torch.dtype) -> Int4Weight:
+def _empty(weight: Tensor, scheme: Scheme, group_size: int, scale_dtype: torch.dtype, bits: int) -> Int4Weight:
     rows, columns = weight.shape
     scales = weight.new_empty((group_count(columns, group_size), rows), dtype=scale_dtype)
     return Int4Weight(
-        packed=weight.new_empty((rows, padded(columns) // 2), dtype=torch.uint8),
+        packed=weight.new_empty((rows, packed_columns(columns, bits)), dtype=torch.uint8),
         scales=scales,
         in_features=columns,
         group_size=group_size,
@@ -144,14 +157,14 @@ def _empty(weight: Tensor, scheme: Scheme, group_size: int, scale_dtype: torch.d
 
 
 def _quantize_rows(
-    rows: Tensor, scheme: Scheme, group_size: int, scale_search: bool, scale_dtype: torch.dtype
+    rows: Tensor, scheme: Scheme, group_size: int, scale_search: bool, scale_dtype: torch.dtype, bits: int
 ) -> Int4Weight:
     full = rows.shape[1] // group_size * group_size
     codes, scales, minima = [], [], []
     # A partial last group is fitted at its own size, because padding would take part in the fit.
     for columns, size in ((rows[:, :full], group_size), (rows[:, full:], rows.shape[1] - full)):
         if columns.numel():
-            groups = _Groups(columns.unflatten(1, (-1, size)), scheme, scale_dtype)
+            groups = _Groups(columns.unflatten(1, (-1, size)), scheme, scale_dtype, bits)
             fit = groups.search() if scale_search else groups.plain()
             codes.append(groups.codes(fit).flatten(1))
             scale, minimum = groups.stored(fit)
@@ -163,6 +176,7 @@ def _quantize_rows(
         group_size,
         minimum=torch.cat(minima) if scheme == "affine" else None,
         codebook=NF4.to(rows.device) if scheme == "codebook" else None,
+        bits=bits,
     )
 
 
@@ -182,9 +196,9 @@ class _Groups:
     to what will be stored.
     """
 
-    def __init__(self, exact: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> None:
-        self.scheme = scheme
-        self.dtype = scale_dtype
+    def __init__(self, exact: Tensor, scheme: Scheme, scale_dtype: torch.dtype, bits: int) -> None:
+        self.scheme, self.dtype, self.bits = scheme, scale_dtype, bits
+        self.middle, self.top = middle_code(bits), 2**bits - 1
         low, high = exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True)
         self.centre = low / 2 + high / 2 if scheme == "affine" else torch.zeros_like(low)
         spread = high / 2 - low / 2 if scheme == "affine" else torch.maximum(high, -low)
@@ -197,8 +211,8 @@ class _Groups:
 
     def plain(self) -> _Fit:
         if self.scheme == "affine":
-            return self._rounded((self.high - self.low) / 15, self.low)
-        return self._rounded(self.peak.abs() / (7 if self.scheme == "symmetric" else 1))
+            return self._rounded((self.high - self.low) / self.top, self.low)
+        return self._rounded(self.peak.abs() / (self.middle - 1 if self.scheme == "symmetric" else 1))
 
     def search(self) -> _Fit:
         best = None
@@ -215,7 +229,7 @@ class _Groups:
             bounds = NF4_BOUNDS.to(fit.scale.device)
             return torch.bucketize(self.values * _inverse(fit.scale), bounds, out_int32=True).to(torch.uint8)
         levels = self._levels(fit)
-        return (levels + 8 if self.scheme == "symmetric" else levels).to(torch.uint8)
+        return (levels + self.middle if self.scheme == "symmetric" else levels).to(torch.uint8)
 
     def stored(self, fit: _Fit) -> tuple[Tensor, Tensor]:
         """Scale and minimum as ``[groups, rows]`` in the matrix's own units, where the dtype holds them exactly."""
@@ -224,16 +238,16 @@ class _Groups:
 
     def _starts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         if self.scheme == "symmetric":
-            for level in PEAK_LEVELS:
+            for level in PEAK_LEVELS[self.bits]:
                 yield self.peak / level, None
         elif self.scheme == "codebook":
             for multiple in PEAK_MULTIPLES:
                 yield self.peak.abs() * multiple, None
         else:
             span = self.high - self.low
-            for below in RANGE_CUTS:
-                for above in RANGE_CUTS:
-                    yield span * ((1 - below - above) / 15), self.low + span * below
+            for below in RANGE_CUTS[self.bits]:
+                for above in RANGE_CUTS[self.bits]:
+                    yield span * ((1 - below - above) / self.top), self.low + span * below
 
     def _rounded(self, scale: Tensor, minimum: Tensor | None = None) -> _Fit:
         scale = (scale * self.unit).to(self.dtype).float() / self.unit
@@ -243,12 +257,12 @@ class _Groups:
         return _Fit(scale, minimum, torch.full_like(scale, torch.inf))
 
     def _levels(self, fit: _Fit) -> Tensor:
-        """The numbers that the scale is multiplied by: -8..7, 0..15, or the codebook's levels."""
+        """The numbers that the scale is multiplied by: codes, from a negative one on if symmetric, or a codebook's."""
         ratio = (self.values - fit.minimum).mul_(_inverse(fit.scale))
         if self.scheme == "symmetric":
-            return ratio.round_().clamp_(-8, 7)
+            return ratio.round_().clamp_(-self.middle, self.middle - 1)
         if self.scheme == "affine":
-            return ratio.round_().clamp_(0, 15)
+            return ratio.round_().clamp_(0, self.top)
         # Truncating a positive number plus a half rounds it.
         half = (NF4_BINS - 1) / 2
         bins = ratio.clamp_(-1, 1).mul_(half).add_(half + 0.5).to(torch.int32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import Int4Weight, unpack
+from .layout import Int4Weight, middle_code, unpack
 
 
 def decode(weight: Int4Weight, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -25,7 +25,7 @@ def decode(weight: Int4Weight, dtype: torch.dtype = torch.float64) -> Tensor:
     elif weight.minimum is not None:
         decoded = codes.to(wide) * scales + weight.minimum.to(wide).t()[:, group]
     else:
-        decoded = (codes.to(wide) - 8) * scales
+        decoded = (codes.to(wide) - middle_code(weight.bits)) * scales
     return decoded.to(dtype)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Int4Weight, pack
+from .layout import Int4Weight, middle_code, pack
 from .reference import decode
 
 CHUNK_ELEMENTS = 1 << 18
@@ -51,13 +51,13 @@ def round_to_grid(matrix: Tensor, grid: Int4Weight) -> Rounded:
         raise ValueError("weight must be finite, got NaN or infinity")
     generator = torch.Generator().manual_seed(zlib.crc32(grid.packed[0].cpu().numpy().tobytes()))
     packed = torch.empty_like(grid.packed)
-    whole = replace(grid, packed=packed)
+    whole, middle = replace(grid, packed=packed), middle_code(grid.bits)
     error = total = outside = changed = 0.0
     step = max(1, CHUNK_ELEMENTS // grid.in_features)
     for start in range(0, len(matrix), step):
         exact, rows = matrix[start : start + step].float(), grid.rows(start, start + step)
         codes, excess = _round_rows(exact, rows, generator)
-        packed[start : start + step] = pack(codes, 8 if grid.scheme == "symmetric" else 0)
+        packed[start : start + step] = pack(codes, middle if grid.scheme == "symmetric" else 0, grid.bits)
         error += float((decode(whole.rows(start, start + step)) - exact).square_().sum())
         total += float(exact.double().square_().sum())
         outside += float(excess.double().square_().sum())
@@ -71,13 +71,13 @@ def _round_rows(exact: Tensor, grid: Int4Weight, generator: torch.Generator) -> 
     scale = grid.scales.float().t()[:, group]
     if grid.minimum is not None:
         exact = exact - grid.minimum.float().t()[:, group]
-    levels = torch.arange(16.0, device=exact.device) if grid.codebook is None else grid.codebook
+    levels = torch.arange(2.0**grid.bits, device=exact.device) if grid.codebook is None else grid.codebook
     if grid.scheme == "symmetric":
-        levels = levels - 8
+        levels = levels - middle_code(grid.bits)
     levels, code_of = levels.sort()  # the codebook of FP4 is in another order
     # A group with scale 0 has one level, and any code will do.
     value = torch.where(scale == 0, 0.0, exact / torch.where(scale == 0, 1.0, scale))
-    below = (torch.searchsorted(levels, value, right=True) - 1).clamp_(0, 14)
+    below = (torch.searchsorted(levels, value, right=True) - 1).clamp_(0, len(levels) - 2)
     share = (value - levels[below]) / (levels[below + 1] - levels[below])
     # A value that is a level but for rounding errors is that level.
     share = torch.where((share - share.round()).abs() < EXACT, share.round(), share)

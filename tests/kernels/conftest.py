@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mebp_triton.kernels import accuracy
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES, Scheme
+from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES, Form, Scheme
 
 GUARD = 64
 
@@ -35,6 +35,12 @@ def scheme(request: pytest.FixtureRequest) -> Scheme:
     return request.param
 
 
+@pytest.fixture(params=[form for form in FORMS if form.group_size == 32], ids=str)
+def kind(request: pytest.FixtureRequest) -> Form:
+    """Every scheme with every width of its codes."""
+    return request.param
+
+
 @pytest.fixture(params=GROUP_SIZES)
 def group_size(request: pytest.FixtureRequest) -> int:
     return request.param
@@ -51,23 +57,27 @@ def make_weight() -> Callable[..., Int4Weight]:
         scheme: Scheme = "symmetric",
         scale_dtype: torch.dtype = torch.float16,
         seed: int = 0,
+        bits: int = 4,
     ) -> Int4Weight:
         generator = torch.Generator().manual_seed(seed)
         cpu = torch.device("cpu")
-        return accuracy.random_weight(n, k, cpu, scheme, group_size, scale_dtype, generator).to(DEVICE)
+        return accuracy.random_weight(n, k, cpu, scheme, group_size, scale_dtype, generator, bits).to(DEVICE)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def every_byte() -> Callable[..., Int4Weight]:
-    """``every_byte(group_size, scheme, scale_dtype)``: ``W[8, 64]`` whose packed form holds each byte once."""
+    """``every_byte(group_size, scheme, scale_dtype, bits)``: ``W[8, 64]`` whose packed form holds each byte.
 
-    def make(group_size: int, scheme: Scheme, scale_dtype: torch.dtype) -> Int4Weight:
-        groups = 2 if group_size == 32 else 1
+    Codes of 8 bits have each byte in both planes.
+    """
+
+    def make(group_size: int, scheme: Scheme, scale_dtype: torch.dtype, bits: int = 4) -> Int4Weight:
+        groups = max(1, 64 // group_size)
         scales = torch.linspace(-0.7, 0.9, 8 * groups).view(groups, 8).to(scale_dtype)
         return Int4Weight(
-            packed=torch.arange(256, dtype=torch.uint8).view(8, 32),
+            packed=torch.arange(256, dtype=torch.uint8).view(8, 32).repeat(1, bits // 4),
             scales=scales,
             in_features=64,
             group_size=group_size,

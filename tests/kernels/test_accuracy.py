@@ -8,7 +8,7 @@ import torch
 
 from mebp_triton.kernels.accuracy import judge, normal, random_weight, sequential_product
 from mebp_triton.kernels.layout import group_count
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS, Form
 from mebp_triton.kernels.reference import decode
 
 CPU = torch.device("cpu")
@@ -122,17 +122,18 @@ def test_the_truth_is_float64():
         judge(torch.zeros(3), torch.zeros(3), torch.zeros(3))
 
 
-@pytest.mark.parametrize(("scheme", "group_size"), list(zip(SCHEMES, GROUP_SIZES, strict=True)))
-def test_random_weights(scheme, group_size):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_random_weights(form):
     """Packed data hold every byte, padding included. Scales have both signs. A seed determines the weight."""
 
     def draw(seed):
-        return random_weight(64, 200, CPU, scheme, group_size, torch.float32, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return random_weight(64, 200, CPU, form.scheme, form.group_size, torch.float32, generator, form.bits)
 
     weight = draw(1)
-    assert (weight.shape, weight.scheme, weight.group_size) == ((64, 200), scheme, group_size)
-    assert weight.scales.shape == (group_count(200, group_size), 64) and weight.scales.dtype == torch.float32
-    assert weight.packed.unique().numel() == 256 and weight.packed[:, 104:].unique().numel() > 200
+    assert weight.shape == (64, 200) and Form(weight.scheme, weight.group_size, weight.bits) == form
+    assert weight.scales.shape == (group_count(200, form.group_size), 64) and weight.scales.dtype == torch.float32
+    assert weight.packed.unique().numel() == 256 and weight.packed[:, 26 * form.bits :].unique().numel() > 200
     assert (weight.scales < 0).any() and (weight.scales > 0).any()
     assert 0.005 < float(decode(weight).square().mean().sqrt()) < 0.5
     for same, other in zip(draw(1).tensors().values(), draw(2).tensors().values(), strict=True):

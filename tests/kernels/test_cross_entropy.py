@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from mebp_triton.kernels import cross_entropy, panel, reference
 from mebp_triton.kernels.cross_entropy import int4_cross_entropy_panel
-from mebp_triton.kernels.names import SCHEMES
+from mebp_triton.kernels.names import FORMS
 from mebp_triton.kernels.panel import Workspace, use_workspace
 
 CHAINS = {
@@ -50,14 +50,14 @@ def some_targets(count, vocabulary, device, every=4):
 
 
 @pytest.mark.parametrize(
-    ("chain", "with_bias", "scheme", "tile"),
-    pairs(list(CHAINS), [False, True], SCHEMES, TILES),
+    ("chain", "with_bias", "form", "tile"),
+    pairs(list(CHAINS), [False, True], [form for form in FORMS if form.group_size in (16, 32)], TILES),
     indirect=["tile"],
     ids=str,
 )
-def test_float64(make_weight, normal, device, scheme, tile, chain, with_bias):
+def test_float64(make_weight, normal, device, form, tile, chain, with_bias):
     factors = CHAINS[chain]
-    weight = make_weight(37, 70, 32, scheme)
+    weight = make_weight(37, 70, form.group_size, form.scheme, bits=form.bits)
     hidden, targets = normal(11, 70, dtype=torch.float64), some_targets(11, 37, device)
     bias = normal(37, dtype=torch.float64) if with_bias else None
     losses, grad, argmax = int4_cross_entropy_panel(hidden, weight, targets, bias, factors=factors)

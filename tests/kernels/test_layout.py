@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from mebp_triton.kernels.layout import LAYOUT, Int4Weight, group_count, pack, padded, unpack
-from mebp_triton.kernels.names import GROUP_SIZES
+from mebp_triton.kernels.layout import LAYOUT, Int4Weight, group_count, pack, packed_columns, padded, unpack
+from mebp_triton.kernels.names import FORMS
 from mebp_triton.kernels.reference import decode
 
 WIDTHS = (1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 449)
 
 
-def random_codes(rows, columns, seed=0):
-    return torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def random_codes(rows, columns, seed=0, bits=4):
+    return torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def test_golden_bytes():
@@ -45,13 +45,29 @@ def test_every_byte_value():
     assert torch.equal(pack(codes), packed)
 
 
+@pytest.mark.parametrize("columns", [1, 31, 64, 65, 127, 160])
+def test_codes_of_8_bits_lie_in_order(columns):
+    codes = random_codes(3, columns, bits=8)
+    packed = pack(codes, 128, bits=8)
+    assert torch.equal(packed[:, :columns], codes)
+    assert packed.shape == (3, padded(columns)) and (packed[:, columns:] == 128).all()
+    codes[:] = 0
+    assert packed.any(), "packed codes share no memory with what they were made of"
+
+
 @pytest.mark.parametrize("columns", WIDTHS)
-@pytest.mark.parametrize("rows", [0, 3])
-def test_round_trip(rows, columns):
-    codes = random_codes(rows, columns)
-    packed = pack(codes)
-    assert packed.shape == (rows, padded(columns) // 2) and packed.dtype == torch.uint8 and packed.is_contiguous()
+@pytest.mark.parametrize(("rows", "bits"), [(0, 4), (3, 4), (0, 8), (3, 8)])
+def test_round_trip(rows, columns, bits):
+    codes = random_codes(rows, columns, bits=bits)
+    packed = pack(codes, bits=bits)
+    assert packed.shape == (rows, packed_columns(columns, bits))
+    assert packed.dtype == torch.uint8 and packed.is_contiguous()
     assert torch.equal(unpack(packed, columns), codes)
+
+
+def test_bytes_of_a_packed_row():
+    assert [packed_columns(k) for k in (1, 64, 65, 200)] == [32, 32, 64, 128]
+    assert [packed_columns(k, 8) for k in (1, 64, 65, 200)] == [64, 64, 128, 256]
 
 
 @pytest.mark.parametrize("pad_code", [0, 8, 15])
@@ -60,14 +76,16 @@ def test_padding_is_the_pad_code(pad_code):
     assert (codes[:, 33:] == pad_code).all()
 
 
-def test_padding_is_code_0_but_for_the_symmetric_scheme(scheme):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_padding_is_code_0_but_for_the_symmetric_scheme(form):
     """The bytes of a store do not depend on who packed it."""
-    scales, extra = (
-        torch.ones(2, 3),
-        {"affine": {"minimum": torch.ones(2, 3)}, "codebook": {"codebook": torch.ones(16)}},
-    )
-    weight = Int4Weight.from_codes(random_codes(3, 33), scales, 32, **extra.get(scheme, {}))
-    assert (unpack(weight.packed, 64)[:, 33:] == (8 if scheme == "symmetric" else 0)).all()
+    scheme, size, bits = form
+    scales = torch.ones(-(-33 // size), 3)
+    extra = {"affine": {"minimum": scales}, "codebook": {"codebook": torch.ones(16)}}
+    weight = Int4Weight.from_codes(random_codes(3, 33, bits=bits), scales, size, **extra.get(scheme, {}), bits=bits)
+    assert (weight.scheme, weight.group_size, weight.bits, weight.chunks) == (*form, 1)
+    middle = {4: 8, 8: 128}[bits]
+    assert (unpack(weight.packed, 64)[:, 33:] == (middle if scheme == "symmetric" else 0)).all()
     assert torch.equal(pack(random_codes(3, 33)), pack(random_codes(3, 33), pad_code=0))
 
 
@@ -94,32 +112,39 @@ def test_group_count_covers_the_padded_width(in_features, group_size, expected):
 
 
 def test_code_zero_is_minus_eight():
-    weight = Int4Weight.from_codes(torch.zeros(1, 64, dtype=torch.uint8), torch.full((1, 1), 0.5).half(), 64)
-    assert (decode(weight) == -4).all()
+    codes, scales = torch.zeros(1, 64, dtype=torch.uint8), torch.full((1, 1), 0.5).half()
+    assert (decode(Int4Weight.from_codes(codes, scales, 64)) == -4).all()
+    assert (decode(Int4Weight.from_codes(codes, scales, 64, bits=8)) == -64).all()
 
 
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(("group_size", "bits"), [(size, bits) for scheme, size, bits in FORMS if scheme == "affine"])
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_symmetric_padding_decodes_to_zero(columns, group_size):
+def test_symmetric_padding_decodes_to_zero(columns, group_size, bits):
     scales = torch.full((-(-columns // group_size), 2), 0.5).half()
-    weight = Int4Weight.from_codes(random_codes(2, columns), scales, group_size)
+    weight = Int4Weight.from_codes(random_codes(2, columns, bits=bits), scales, group_size, bits=bits)
     assert weight.scales.shape == (group_count(columns, group_size), 2)
     whole = decode(dataclasses.replace(weight, in_features=padded(columns)))
     assert torch.equal(whole[:, :columns], decode(weight))
     assert (whole[:, columns:] == 0).all()
 
 
+@pytest.fixture(params=FORMS, ids=str)
+def form(request):
+    return request.param
+
+
 @pytest.fixture
-def weight(make_weight, scheme, group_size):
-    return make_weight(11, 200, group_size, scheme)
+def weight(make_weight, form):
+    return make_weight(11, 200, form.group_size, form.scheme, bits=form.bits)
 
 
-def test_properties(weight, scheme, group_size):
-    assert weight.scheme == scheme
+def test_properties(weight, form):
+    scheme, group_size, bits = form
+    assert weight.scheme == scheme and weight.bits == bits and weight.chunks == 4
     assert weight.shape == (11, 200) and weight.out_features == 11 and weight.device == weight.packed.device
     groups = group_count(200, group_size)
     extra = {"symmetric": 0, "affine": 2 * groups * 11, "codebook": 64}[scheme]
-    assert weight.nbytes == 11 * 128 + 2 * groups * 11 + extra
+    assert weight.nbytes == 11 * 32 * bits + 2 * groups * 11 + extra
     names = {"packed", "scales"} | {"symmetric": set(), "affine": {"minimum"}, "codebook": {"codebook"}}[scheme]
     assert set(weight.tensors()) == names
 
@@ -184,7 +209,10 @@ PACKED = torch.zeros(3, 64, dtype=torch.uint8)
         ({"group_size": 48}, "one of .32, 64, 128., got 48"),
         ({"packed": PACKED.to(torch.int8)}, "packed must be 2-D uint8"),
         ({"packed": PACKED[0]}, "packed must be 2-D uint8"),
-        ({"packed": PACKED[:, :32]}, "64 columns for in_features=100, got 32"),
+        ({"group_size": 16}, "one of .32, 64, 128., got 16 for codes of 4 bits"),
+        ({"packed": PACKED[:, :32]}, r"64 columns \(4 bits\) or 128 \(8 bits\) for in_features=100, got 32"),
+        ({"packed": PACKED.repeat(1, 2), "codebook": torch.zeros(16)}, "a codebook is for codes of 4 bits"),
+        ({"packed": PACKED.repeat(1, 2), "group_size": 8}, "one of .16, 32, 64, 128., got 8 for codes of 8 bits"),
         ({"in_features": 129}, "96 columns"),
         ({"scales": ZEROS.t()}, "scales must have shape .2, 3., got .3, 2."),
         ({"scales": ZEROS[:1]}, "scales must have shape"),
@@ -217,11 +245,10 @@ def test_from_codes_refuses_missing_and_surplus_groups(groups):
         Int4Weight.from_codes(random_codes(3, 65), torch.ones(4, 3), 32)  # as many as after padding
 
 
-@pytest.mark.parametrize(("group_size", "start", "stop"), [(32, 0, 64), (64, 64, 192), (128, 128, 200), (32, 192, 400)])
-def test_columns_are_views(make_weight, scheme, group_size, start, stop):
-    weight = make_weight(5, 200, group_size, scheme)
+@pytest.mark.parametrize(("start", "stop"), [(0, 64), (0, 128), (128, 200), (128, 400)])
+def test_columns_are_views(weight, form, start, stop):
     part = weight.columns(start, stop)
-    assert part.packed.data_ptr() == weight.packed.data_ptr() + start // 2
+    assert part.packed.data_ptr() == weight.packed.data_ptr() + start * form.bits // 8 and part.bits == form.bits
     assert torch.equal(decode(part), decode(weight)[:, start:stop])
 
 

@@ -6,9 +6,10 @@ from pairs import pairs
 
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.functions import int4_cross_entropy, int4_embedding, int4_matmul, int4_matmul_dx
-from mebp_triton.kernels.names import SCHEMES
+from mebp_triton.kernels.names import FORMS
 
 PANEL = "panel"
+KINDS = [form for form in FORMS if form.group_size == 32]
 
 
 def fields(weight):
@@ -16,38 +17,53 @@ def fields(weight):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "dtype", "with_bias", "with_lora"),
-    pairs(SCHEMES, [torch.float32, torch.bfloat16], [False, True], [False, True]),
+    ("kind", "dtype", "with_bias", "with_lora"),
+    pairs(KINDS, [torch.float32, torch.bfloat16], [False, True], [False, True]),
     ids=str,
 )
-def test_opcheck_matmul(make_weight, normal, scheme, dtype, with_bias, with_lora):
+def test_opcheck_matmul(make_weight, normal, kind, dtype, with_bias, with_lora):
     bias = normal(7, dtype=dtype).requires_grad_(True) if with_bias else None
     t, b = (normal(*s, dtype=dtype).requires_grad_(True) if with_lora else None for s in ((3, 4), (7, 4)))
     x = normal(3, 70, dtype=dtype).requires_grad_(True)
-    args = (x, *fields(make_weight(7, 70, 32, scheme)), bias, t, b, PANEL)
+    args = (x, *fields(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)), bias, t, b, PANEL)
     torch.library.opcheck(torch.ops.mebp_triton.int4_matmul.default, args)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
-def test_opcheck_matmul_dx(make_weight, normal, scheme, with_lora):
+def test_opcheck_matmul_dx(make_weight, normal, kind, with_lora):
     g, a = (normal(*shape).requires_grad_(True) if with_lora else None for shape in ((3, 4), (4, 70)))
-    args = (normal(3, 7).requires_grad_(True), *fields(make_weight(7, 70, 32, scheme)), g, a, PANEL)
+    args = (
+        normal(3, 7).requires_grad_(True),
+        *fields(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)),
+        g,
+        a,
+        PANEL,
+    )
     torch.library.opcheck(torch.ops.mebp_triton.int4_matmul_dx.default, args)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3)])
-def test_opcheck_embedding(make_weight, scheme, device, shape):
+def test_opcheck_embedding(make_weight, kind, device, shape):
     ids = torch.randint(0, 7, shape, device=device)
-    args = (ids, *fields(make_weight(7, 70, 32, scheme)), torch.bfloat16, PANEL)
+    args = (ids, *fields(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)), torch.bfloat16, PANEL)
     torch.library.opcheck(torch.ops.mebp_triton.int4_embedding.default, args)
 
 
-@pytest.mark.parametrize(("scheme", "need_grad", "with_bias"), pairs(SCHEMES, [False, True], [False, True]), ids=str)
-def test_opcheck_cross_entropy(make_weight, normal, scheme, device, need_grad, with_bias):
+@pytest.mark.parametrize(("kind", "need_grad", "with_bias"), pairs(KINDS, [False, True], [False, True]), ids=str)
+def test_opcheck_cross_entropy(make_weight, normal, kind, device, need_grad, with_bias):
     targets = torch.tensor([1, -100, 6, 0], device=device)
     bias = normal(7) if with_bias else None
     hidden = normal(4, 70).requires_grad_(need_grad)
-    args = (hidden, *fields(make_weight(7, 70, 32, scheme)), targets, bias, -100, [0.2, 5.0], PANEL, need_grad)
+    args = (
+        hidden,
+        *fields(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)),
+        targets,
+        bias,
+        -100,
+        [0.2, 5.0],
+        PANEL,
+        need_grad,
+    )
     torch.library.opcheck(torch.ops.mebp_triton.int4_cross_entropy.default, args)
 
 
@@ -71,8 +87,8 @@ def wide(normal, *shape, seed=1):
     return normal(*shape, dtype=torch.float64, seed=seed).requires_grad_(True)
 
 
-def test_gradcheck_matmul(make_weight, normal, scheme):
-    weight = make_weight(5, 70, 32, scheme)
+def test_gradcheck_matmul(make_weight, normal, kind):
+    weight = make_weight(5, 70, 32, kind.scheme, bits=kind.bits)
 
     def function(x, bias, t, b):
         return int4_matmul(x, weight, bias, t, b, PANEL)
@@ -81,8 +97,8 @@ def test_gradcheck_matmul(make_weight, normal, scheme):
     assert torch.autograd.gradcheck(function, inputs, atol=1e-7, rtol=1e-6)
 
 
-def test_gradcheck_matmul_dx(make_weight, normal, scheme):
-    weight = make_weight(5, 70, 32, scheme)
+def test_gradcheck_matmul_dx(make_weight, normal, kind):
+    weight = make_weight(5, 70, 32, kind.scheme, bits=kind.bits)
 
     def function(dy, g, a):
         return int4_matmul_dx(dy, weight, g, a, PANEL)
@@ -101,9 +117,9 @@ def test_second_derivatives(make_weight, normal):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize(("scheme", "factors"), list(zip(SCHEMES, [(1.0,), (0.3,), (0.2, 5.0)], strict=True)), ids=str)
-def test_gradcheck_cross_entropy(make_weight, normal, scheme, device, factors):
-    weight, targets = make_weight(7, 33, 32, scheme), torch.tensor([1, -100, 6, 0], device=device)
+@pytest.mark.parametrize("factors", [(1.0,), (0.3,), (0.2, 5.0)], ids=str)
+def test_gradcheck_cross_entropy(make_weight, normal, kind, device, factors):
+    weight, targets = make_weight(7, 33, 32, kind.scheme, bits=kind.bits), torch.tensor([1, -100, 6, 0], device=device)
     bias = normal(7, dtype=torch.float64)
 
     def function(hidden):

@@ -10,7 +10,7 @@ from pairs import pairs
 
 from mebp_triton.kernels import panel, reference
 from mebp_triton.kernels.layout import CHUNK, Int4Weight, unpack
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.panel import (
     CPU_ELEMENTS,
     GPU_ELEMENTS,
@@ -71,14 +71,14 @@ def check_dx(assert_accurate, dy, weight, g=None, a=None):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "scheme", "group_size", "panel_size"),
-    pairs(ALL_DTYPES, SCHEMES, GROUP_SIZES, PANEL_SIZES),
+    ("dtype", "form", "panel_size"),
+    pairs(ALL_DTYPES, FORMS, PANEL_SIZES),
     indirect=["panel_size"],
     ids=str,
 )
-def test_schemes_and_groups(assert_accurate, make_weight, normal, dtype, scheme, group_size, panel_size):
+def test_every_form(assert_accurate, make_weight, normal, dtype, form, panel_size):
     m, n, k, r = 9, 23, 200, 5
-    weight = make_weight(n, k, group_size, scheme)
+    weight = make_weight(n, k, form.group_size, form.scheme, bits=form.bits)
     shapes = [(n,), (m, r), (n, r), (m, n), (m, r), (r, k)]
     bias, t, b, dy, g, a = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
     check_matmul(assert_accurate, normal(m, k, dtype=dtype), weight, bias, t, b)
@@ -143,14 +143,14 @@ def test_operands_of_other_dtypes_are_rounded_to_that_of_x(make_weight, normal, 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "scheme", "group_size", "any_panel_size"),
-    pairs(ALL_DTYPES, SCHEMES, GROUP_SIZES, [1, *PANEL_SIZES]),
+    ("dtype", "form", "any_panel_size"),
+    pairs(ALL_DTYPES, FORMS, [1, *PANEL_SIZES]),
     indirect=["any_panel_size"],
     ids=str,
 )
-def test_identity_gives_the_decoded_weight_bit_for_bit(make_weight, dtype, scheme, group_size, any_panel_size):
-    scale_dtype = torch.float32 if group_size == 32 else torch.float16
-    weight = make_weight(40, 150, group_size, scheme, scale_dtype)
+def test_identity_gives_the_decoded_weight_bit_for_bit(make_weight, dtype, form, any_panel_size):
+    scale_dtype = torch.float32 if form.group_size == 32 else torch.float16
+    weight = make_weight(40, 150, form.group_size, form.scheme, scale_dtype, bits=form.bits)
     decoded = reference.decode(weight, dtype)
     assert torch.equal(int4_matmul_panel(torch.eye(150, dtype=dtype, device=decoded.device), weight).t(), decoded)
     assert torch.equal(int4_matmul_dx_panel(torch.eye(40, dtype=dtype, device=decoded.device), weight), decoded)
@@ -204,15 +204,15 @@ def test_operands_are_left_as_they_are(make_weight, normal, dtype):
         assert torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.parametrize("k", [65, 100])
-def test_what_lies_in_the_padding_of_k_has_no_influence(make_weight, normal, any_panel_size, k):
-    weight = make_weight(11, k, 32, "affine")
-    codes = torch.full((11, 128), 15, dtype=torch.uint8, device=weight.device)
+@pytest.mark.parametrize(("k", "bits"), [(65, 4), (100, 4), (65, 8), (100, 8)])
+def test_what_lies_in_the_padding_of_k_has_no_influence(make_weight, normal, any_panel_size, k, bits):
+    weight = make_weight(11, k, 32, "affine", bits=bits)
+    codes = torch.full((11, 128), 2**bits - 1, dtype=torch.uint8, device=weight.device)
     codes[:, :k] = unpack(weight.packed, k)
     scales, minimum = torch.full_like(weight.scales, 9e3), torch.full_like(weight.minimum, -5e4)
     groups = -(-k // 32)
     scales[:groups], minimum[:groups] = weight.scales[:groups], weight.minimum[:groups]
-    dirty = Int4Weight(Int4Weight.from_codes(codes, scales, 32, minimum).packed, scales, k, 32, minimum)
+    dirty = Int4Weight(Int4Weight.from_codes(codes, scales, 32, minimum, bits=bits).packed, scales, k, 32, minimum)
     x, dy = normal(5, k), normal(5, 11)
     assert torch.equal(int4_matmul_panel(x, dirty), int4_matmul_panel(x, weight))
     assert torch.equal(int4_matmul_dx_panel(dy, dirty), int4_matmul_dx_panel(dy, weight))
@@ -312,8 +312,9 @@ def test_group_dx(assert_accurate, make_weight, normal, dtype, scheme, panel_siz
 
 
 def test_group_dx_of_weights_that_are_not_alike(make_weight, normal):
-    """Only K must be the same. Each weight is decoded with its own groups and scheme."""
+    """Only K must be the same. Each weight is decoded with its own groups, scheme and width."""
     weights = [make_weight(20, 200, 32, "affine"), make_weight(9, 200, 128), make_weight(1, 200, 64, "codebook")]
+    weights += [make_weight(7, 200, 16, bits=8), make_weight(3, 200, 64, "affine", bits=8)]
     dys = [normal(4, weight.out_features, dtype=torch.float64, seed=i) for i, weight in enumerate(weights)]
     truth = sum(reference.matmul_dx(dy, weight) for dy, weight in zip(dys, weights, strict=True))
     torch.testing.assert_close(int4_matmul_dx_group_panel(dys, weights), truth, rtol=1e-12, atol=1e-12)

@@ -6,7 +6,7 @@ from pairs import pairs
 
 from mebp_triton.kernels import quantize
 from mebp_triton.kernels.layout import Int4Weight, unpack
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES, Form
 from mebp_triton.kernels.quantize import NF4, quantize_matrix
 from mebp_triton.kernels.reference import decode
 
@@ -24,6 +24,17 @@ BOUNDS = {
     ("codebook", 64): (0.086, 0.093),
     ("codebook", 128): (0.091, 0.097),
 }
+BOUNDS_OF_8_BITS = {
+    ("symmetric", 16): (0.0043, 0.0048),
+    ("symmetric", 32): (0.0051, 0.0054),
+    ("symmetric", 64): (0.0057, 0.0060),
+    ("symmetric", 128): (0.0064, 0.0066),
+    ("affine", 16): (0.0037, 0.0039),
+    ("affine", 32): (0.0045, 0.0047),
+    ("affine", 64): (0.0052, 0.0053),
+    ("affine", 128): (0.0059, 0.0060),
+}
+EIGHT_BITS = [form for form in FORMS if form.bits == 8]
 
 
 def normal(*shape, seed=0):
@@ -63,11 +74,21 @@ def test_error_bounds(scheme, group_size, scale):
     assert searched < 0.96 * plain
 
 
-def test_reported_error_is_that_of_the_decoded_weight(scheme, group_size, search):
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+@pytest.mark.parametrize("form", EIGHT_BITS, ids=str)
+def test_error_bounds_of_8_bits(form, scale):
+    weight = normal(ROWS, COLUMNS) * scale
+    searched, plain = (quantize_matrix(weight, *form[:2], search, bits=8)[1] for search in (True, False))
+    bounds = BOUNDS_OF_8_BITS[form[:2]]
+    assert searched <= bounds[0] and plain <= bounds[1] and searched < plain
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_reported_error_is_that_of_the_decoded_weight(form, search):
     weight = normal(7, 300)
-    quantized, error = quantize_matrix(weight, scheme, group_size, search)
+    quantized, error = quantize_matrix(weight, *form[:2], search, bits=form.bits)
     assert error == pytest.approx(relative_error(quantized, weight), rel=1e-9)
-    assert quantized.scheme == scheme and quantized.group_size == group_size and quantized.shape == (7, 300)
+    assert Form(quantized.scheme, quantized.group_size, quantized.bits) == form and quantized.shape == (7, 300)
     assert quantized.scales.dtype == torch.float16
 
 
@@ -76,13 +97,14 @@ def test_defaults():
     assert equal(quantize_matrix(weight)[0], quantize_matrix(weight, "symmetric", 64, True, torch.float16)[0])
 
 
-def test_codes_are_the_nearest(scheme, search):
+@pytest.mark.parametrize("form", [form for form in FORMS if form.group_size == 64], ids=str)
+def test_codes_are_the_nearest(form, search):
     """With the stored scale, no other code of any element is nearer."""
     weight = normal(9, 200)
-    quantized, _ = quantize_matrix(weight, scheme, 64, search)
+    quantized, _ = quantize_matrix(weight, form.scheme, 64, search, bits=form.bits)
     distance = (decode(quantized) - weight.double()).abs()
-    for code in range(16):
-        byte = torch.full_like(quantized.packed, code * 17)
+    for code in range(2**form.bits):
+        byte = torch.full_like(quantized.packed, code * 17 if form.bits == 4 else code)
         other = decode(Int4Weight(**{**vars(quantized), "packed": byte}))
         assert (distance <= (other - weight.double()).abs() + 1e-6).all()
 
@@ -126,23 +148,25 @@ def test_search_keeps_the_extremes():
     assert ours < 0.65 * plain
 
 
-def test_plain_symmetric_is_absmax_over_seven():
+@pytest.mark.parametrize(("bits", "top"), [(4, 7), (8, 127)])
+def test_plain_symmetric_is_absmax_over_the_largest_level(bits, top):
     weight = normal(5, 128)
-    quantized, _ = quantize_matrix(weight, scale_search=False)
-    expected = (weight.view(5, 2, 64).abs().amax(2) / 7).half().t()
+    quantized, _ = quantize_matrix(weight, scale_search=False, bits=bits)
+    expected = (weight.view(5, 2, 64).abs().amax(2) / top).half().t()
     assert torch.equal(quantized.scales, expected)
-    codes = (weight.view(5, 2, 64) / expected.t().float()[:, :, None]).round().clamp(-8, 7).view(5, 128) + 8
-    assert torch.equal(unpack(quantized.packed, 128), codes.to(torch.uint8))
+    levels = (weight.view(5, 2, 64) / expected.t().float()[:, :, None]).round().clamp(-top - 1, top).view(5, 128)
+    assert torch.equal(unpack(quantized.packed, 128), (levels + top + 1).to(torch.uint8))
 
 
-def test_plain_affine_is_minimum_to_maximum():
+@pytest.mark.parametrize(("bits", "top"), [(4, 15), (8, 255)])
+def test_plain_affine_is_minimum_to_maximum(bits, top):
     weight = normal(5, 64)
-    quantized, _ = quantize_matrix(weight, "affine", 64, scale_search=False)
+    quantized, _ = quantize_matrix(weight, "affine", 64, scale_search=False, bits=bits)
     low, high = weight.aminmax(dim=1)
     assert torch.equal(quantized.minimum[0], low.half())
-    torch.testing.assert_close(quantized.scales[0].float(), (high - low) / 15, rtol=1e-3, atol=0)
+    torch.testing.assert_close(quantized.scales[0].float(), (high - low) / top, rtol=1e-3, atol=0)
     codes = unpack(quantized.packed, 64)
-    assert (codes.amin(1) == 0).all() and (codes.amax(1) == 15).all()
+    assert (codes.amin(1) <= bits // 8).all() and (codes.amax(1) >= top - bits // 8).all()
 
 
 def test_plain_codebook_is_absmax():
@@ -159,6 +183,20 @@ def test_symmetric_peak_may_be_code_zero():
     quantized, _ = quantize_matrix(weight, "symmetric", 64)
     assert (quantized.scales < 0).any()
     assert (unpack(quantized.packed, 64)[:, 5] == 0).any()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", EIGHT_BITS, ids=str)
+def test_decoded_weights_of_8_bits_come_back(form, scale_dtype):
+    """Both ends of the levels are in use, so the search finds the grid."""
+    scheme, size, bits = form
+    codes = torch.randint(0, 256, (24, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes[:, ::16], codes[:, 1::16] = 0, 255
+    scales = (normal(256 // size, 24).abs() * 0.005 + 0.001).to(scale_dtype)
+    minimum = (-100 * scales.float()).to(scale_dtype) if scheme == "affine" else None
+    weight = decode(Int4Weight.from_codes(codes, scales, size, minimum, bits=bits), torch.float32)
+    again, error = quantize_matrix(weight, scheme, size, scale_dtype=scale_dtype, bits=bits)
+    assert error < (2e-3 if scheme == "affine" else 1e-6)
 
 
 @pytest.mark.parametrize("own", SCHEMES)
@@ -185,17 +223,19 @@ def test_decoded_weights_come_back(own, group_size):
 
 
 @pytest.mark.parametrize(
-    ("columns", "scheme", "group_size", "search"),
-    pairs([1, 31, 32, 33, 63, 65, 96, 100, 127, 129, 200], SCHEMES, GROUP_SIZES, [True, False]),
+    ("columns", "form", "search"),
+    pairs([1, 31, 32, 33, 63, 65, 96, 100, 127, 129, 200], FORMS, [True, False]),
+    ids=str,
 )
-def test_partial_groups(scheme, group_size, search, columns):
+def test_partial_groups(form, search, columns):
     """Full groups are those of the matrix without its remainder, which is fitted to its own values only."""
+    scheme, group_size, bits = form
     weight = normal(5, columns, seed=columns) + 6.0
-    quantized, error = quantize_matrix(weight, scheme, group_size, search)
+    quantized, error = quantize_matrix(weight, scheme, group_size, search, bits=bits)
     assert error == pytest.approx(relative_error(quantized, weight), rel=1e-9) and error < 0.12
     full = columns // group_size * group_size
     if full:
-        whole, _ = quantize_matrix(weight[:, :full].contiguous(), scheme, group_size, search)
+        whole, _ = quantize_matrix(weight[:, :full].contiguous(), scheme, group_size, search, bits=bits)
         assert torch.equal(decode(quantized)[:, :full], decode(whole))
     if full < columns and scheme == "affine":
         # Zeros as padding would stretch the range from 6 down to 0.
@@ -233,13 +273,14 @@ def test_float32_scales(scheme, search):
     assert error == pytest.approx(quantize_matrix(weight, scheme, 64, search)[1], rel=0.01)
 
 
-def test_zeros(scheme, group_size, search):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_zeros(form, search):
     weight = torch.zeros(3, 100)
-    quantized, error = quantize_matrix(weight, scheme, group_size, search)
+    quantized, error = quantize_matrix(weight, *form[:2], search, bits=form.bits)
     assert error == 0.0 and torch.equal(decode(quantized), weight.double())
     assert all(tensor.isfinite().all() for tensor in quantized.tensors().values())
     weight[1, 70] = 1.0
-    quantized, error = quantize_matrix(weight, scheme, group_size, search)
+    quantized, error = quantize_matrix(weight, *form[:2], search, bits=form.bits)
     decoded = decode(quantized)
     assert (decoded[0] == 0).all() and (decoded[2] == 0).all()
     assert decoded[1, 70] == pytest.approx(1.0, abs=2e-3)
@@ -297,6 +338,11 @@ def test_refuses_non_finite_weights(bad, dtype):
     [
         ({"scheme": "nf4"}, "symmetric.*affine.*codebook.*got 'nf4'"),
         ({"group_size": 48}, "32, 64, 128.*got 48"),
+        ({"group_size": 16}, "32, 64, 128, got 16 for codes of 4 bits"),
+        ({"group_size": 8, "bits": 8}, "16, 32, 64, 128, got 8 for codes of 8 bits"),
+        ({"bits": 6}, "bits must be one of 4, 8, got 6"),
+        ({"bits": 8.0}, "bits must be one of 4, 8, got 8.0"),
+        ({"bits": 8, "scheme": "codebook"}, "the codebook scheme has 4 bits"),
         ({"scale_dtype": torch.bfloat16}, "float16.*float32.*got torch.bfloat16"),
         ({"weight": normal(4, 64).to(torch.int32)}, "bfloat16.*got torch.int32"),
         ({"weight": normal(64)}, "matrix .N, K. .*64"),

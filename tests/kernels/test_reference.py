@@ -8,7 +8,7 @@ from pairs import pairs
 
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.layout import Int4Weight, unpack
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS
 
 SIZES = ((1, 1), (3, 31), (2, 65), (5, 96), (4, 130), (3, 256))
 
@@ -22,31 +22,31 @@ def naive_decode(weight: Int4Weight) -> torch.Tensor:
     decoded = torch.empty(rows, columns, dtype=torch.float64)
     for n in range(rows):
         for k in range(columns):
-            byte = packed[n][k // 64 * 32 + k % 32]
-            code = byte % 16 if k % 64 < 32 else byte // 16
+            if weight.bits == 8:
+                code, middle = packed[n][k], 128
+            else:
+                byte, middle = packed[n][k // 64 * 32 + k % 32], 8
+                code = byte % 16 if k % 64 < 32 else byte // 16
             scale = scales[k // weight.group_size][n]
             if codebook is not None:
                 decoded[n, k] = codebook[code] * scale
             elif minimum is not None:
                 decoded[n, k] = code * scale + minimum[k // weight.group_size][n]
             else:
-                decoded[n, k] = (code - 8) * scale
+                decoded[n, k] = (code - middle) * scale
     return decoded.to(weight.device)
 
 
-@pytest.mark.parametrize(
-    ("size", "scheme", "group_size", "scale_dtype"),
-    pairs(SIZES, SCHEMES, GROUP_SIZES, [torch.float16, torch.float32]),
-    ids=str,
-)
-def test_decode(make_weight, scheme, group_size, scale_dtype, size):
-    weight = make_weight(*size, group_size, scheme, scale_dtype)
+@pytest.mark.parametrize(("size", "form", "scale_dtype"), pairs(SIZES, FORMS, [torch.float16, torch.float32]), ids=str)
+def test_decode(make_weight, form, scale_dtype, size):
+    weight = make_weight(*size, form.group_size, form.scheme, scale_dtype, bits=form.bits)
     assert torch.equal(reference.decode(weight), naive_decode(weight))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_decode_rounds_once(make_weight, dtype):
-    weight = make_weight(7, 200, 64)
+def test_decode_rounds_once(make_weight, dtype, bits):
+    weight = make_weight(7, 200, 64, bits=bits)
     assert torch.equal(reference.decode(weight, dtype), naive_decode(weight).float().to(dtype))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mebp_triton.kernels.layout import Int4Weight, unpack
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.rounding import round_to_grid
@@ -17,9 +17,10 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=[(scheme, size) for scheme in SCHEMES for size in GROUP_SIZES], ids=str)
+@pytest.fixture(params=FORMS, ids=str)
 def grid(request):
-    return quantize_matrix(normal(64, 200), *request.param)[0]
+    scheme, size, bits = request.param
+    return quantize_matrix(normal(64, 200), scheme, size, bits=bits)[0]
 
 
 def low_rank(rows, columns, size):
@@ -32,17 +33,20 @@ def kept(weight, grid, change):
     return float((found * change).sum() / change.double().square().sum())
 
 
-@pytest.mark.parametrize("form", [(scheme, size) for scheme in SCHEMES for size in GROUP_SIZES], ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_small_changes_are_kept_where_the_nearest_code_loses_them(form):
-    grid = quantize_matrix(normal(384, 500), *form)[0]
-    change = low_rank(384, 500, 0.01)
+    """A step of 8 bits is a sixteenth of one of 4 bits."""
+    grid = quantize_matrix(normal(384, 500), form.scheme, form.group_size, bits=form.bits)[0]
+    part = 1 if form.bits == 4 else 1 / 16
+    change = low_rank(384, 500, 0.01 * part)
     merged = decode(grid, torch.float32) + change
     rounded, error, outside = round_to_grid(merged, grid)
     assert 0.9 < kept(rounded, grid, change) < 1.1, "some lie at the ends of their group's levels"
-    assert 0 < outside < 0.05 < 0.2 < round_to_grid(merged + 400 * change, grid).outside < 1
-    assert kept(quantize_matrix(merged, grid.scheme, grid.group_size)[0], grid, change) < 0.1
+    assert 0 < outside < 0.07 < 0.2 < round_to_grid(merged + 400 / part * change, grid).outside < 1
+    nearest, _ = quantize_matrix(merged, grid.scheme, grid.group_size, bits=grid.bits)
+    assert kept(nearest, grid, change) < 0.1
     distance = (decode(rounded) - merged).norm() / merged.norm()
-    assert error == pytest.approx(float(distance), rel=1e-5) and 0 < error < 0.06
+    assert error == pytest.approx(float(distance), rel=1e-5) and 0 < error < 0.06 * part
 
 
 def test_nothing_else_changes(grid):
@@ -54,10 +58,10 @@ def test_nothing_else_changes(grid):
 
 
 def test_a_value_becomes_one_of_the_two_levels_beside_it(grid):
-    merged = decode(grid, torch.float32) + low_rank(64, 200, 0.05)
+    merged = decode(grid, torch.float32) + low_rank(64, 200, 0.8 / 2**grid.bits)
     rounded = decode(round_to_grid(merged, grid)[0], torch.float32)
     group = torch.arange(200) // grid.group_size
-    levels = torch.arange(16).repeat(64 * 200, 1).view(64, 200, 16)
+    levels = torch.arange(2**grid.bits).repeat(64 * 200, 1).view(64, 200, -1)
     tables = torch.stack(
         [
             decode(
@@ -67,10 +71,11 @@ def test_a_value_becomes_one_of_the_two_levels_beside_it(grid):
                     grid.group_size,
                     None if grid.minimum is None else grid.minimum[: int(group[-1]) + 1],
                     grid.codebook,
+                    grid.bits,
                 ),
                 torch.float32,
             )
-            for code in range(16)
+            for code in range(2**grid.bits)
         ],
         -1,
     )
