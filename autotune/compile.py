@@ -118,17 +118,59 @@ def compile_for(
     )
 
 
-def meta_weight(n: int, k: int, group_size: int, scheme: Scheme, scale_dtype: torch.dtype) -> Int4Weight:
-    """A weight of these shapes on the meta device, which takes no memory."""
-    scales = torch.empty(group_count(k, group_size), n, dtype=scale_dtype, device="meta")
+def blank_weight(
+    n: int, k: int, group_size: int, scheme: Scheme, scale_dtype: torch.dtype, device: str = "meta"
+) -> Int4Weight:
+    """A weight of these shapes, all zeros; on the meta device it takes no memory."""
+    scales = torch.zeros(group_count(k, group_size), n, dtype=scale_dtype, device=device)
     return Int4Weight(
-        packed=torch.empty(n, padded(k) // 2, dtype=torch.uint8, device="meta"),
+        packed=torch.zeros(n, padded(k) // 2, dtype=torch.uint8, device=device),
         scales=scales,
         in_features=k,
         group_size=group_size,
-        minimum=torch.empty_like(scales) if scheme == "affine" else None,
-        codebook=torch.empty(16, device="meta") if scheme == "codebook" else None,
+        minimum=torch.zeros_like(scales) if scheme == "affine" else None,
+        codebook=torch.zeros(16, device=device) if scheme == "codebook" else None,
     )
+
+
+def blank_launch(
+    problem: Problem,
+    config: TileConfig,
+    rank: int = 16,
+    bias: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
+    members: int = 1,
+    device: str = "meta",
+) -> tuple[JITFunction, dict[str, Any]]:
+    """A kernel, and all arguments of a launch of it by name; the tensors are zeros.
+
+    Args and errors are those of ``report``; ``device`` is the tensors'.
+    """
+    m, n, k = problem.m, problem.n, problem.k
+    if problem.kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {KERNELS}, got {problem.kernel!r}")
+    if not config.suits(problem):
+        raise ValueError(f"config must suit the problem, got {config} for {problem}")
+    weight = blank_weight(n, k, problem.group_size, problem.scheme, scale_dtype, device)
+    weights = [weight] * members
+
+    def zeros(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    out_dtype = problem.dtype if config.split == 1 else torch.float32
+    parts = config.split
+    if problem.kernel == "matmul":
+        outs = n * members
+        t, b = (zeros(m, rank * members), zeros(outs, rank)) if rank else (None, None)
+        x, ys = zeros(m, k), [zeros(parts * m, n, dtype=out_dtype)] * members
+        biases = zeros(outs) if bias else None
+        return matmul._matmul_kernel, matmul.matmul_arguments(x, weights, biases, t, b, ys, config)
+    if problem.kernel == "matmul_dx":
+        g, a = (zeros(m, rank * members), zeros(rank * members, k)) if rank else (None, None)
+        dys, dx = [zeros(m, n)] * members, zeros(parts * m, k, dtype=out_dtype)
+        return matmul_dx._matmul_dx_kernel, matmul_dx.matmul_dx_arguments(dys, weights, g, a, dx, config)
+    ids = torch.zeros(m, dtype=torch.int64, device=device)
+    return embedding._embedding_kernel, embedding.embedding_arguments(ids, weight, zeros(m, k), config)
 
 
 def report(
@@ -155,30 +197,7 @@ def report(
     Raises:
         ValueError: the kernel or the target is unknown, or the configuration does not suit the problem.
     """
-    m, n, k = problem.m, problem.n, problem.k
-    if problem.kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {KERNELS}, got {problem.kernel!r}")
-    if not config.suits(problem):
-        raise ValueError(f"config must suit the problem, got {config} for {problem}")
-    weight = meta_weight(n, k, problem.group_size, problem.scheme, scale_dtype)
-    weights = [weight] * members
-
-    def meta(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    out_dtype = problem.dtype if config.split == 1 else torch.float32
-    if problem.kernel == "matmul":
-        outs = n * members
-        t, b = (meta(m, rank * members), meta(outs, rank)) if rank else (None, None)
-        function, x, ys = matmul._matmul_kernel, meta(m, k), [meta(m, n, dtype=out_dtype)] * members
-        arguments = matmul.matmul_arguments(x, weights, meta(outs) if bias else None, t, b, ys, config)
-    elif problem.kernel == "matmul_dx":
-        g, a = (meta(m, rank * members), meta(rank * members, k)) if rank else (None, None)
-        function, dx = matmul_dx._matmul_dx_kernel, meta(m, k, dtype=out_dtype)
-        arguments = matmul_dx.matmul_dx_arguments([meta(m, n)] * members, weights, g, a, dx, config)
-    else:
-        function, ids = embedding._embedding_kernel, torch.empty(m, dtype=torch.int64, device="meta")
-        arguments = embedding.embedding_arguments(ids, weight, meta(m, k), config)
+    function, arguments = blank_launch(problem, config, rank, bias, scale_dtype, members)
     static = compile_for(function, arguments, target_sm, config.launch_options())
     if static.loop is None:
         return static

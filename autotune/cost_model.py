@@ -1,17 +1,25 @@
 """An analytic model of how long a compiled kernel takes, which ranks candidates without a GPU.
 
-It counts what one program does (instructions of the main loop, matrix products, bytes) and how many programs a
-multiprocessor (SM) holds. Its microseconds order the candidates of one problem on one device. They are no measurement,
-and no launch depends on the nominal figures below.
+It counts what one program does (instructions of the main loop, matrix products, wavefronts of shared memory, bytes)
+and how many programs a multiprocessor (SM) holds. Its microseconds order the candidates of one problem on one device.
+They are no measurement, and no launch depends on the nominal figures below.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from mebp_triton.kernels.configs import Problem, TileConfig
 
 from .compile import StaticReport
+from .emulator.counts import SECTOR
+from .execute import TripCounts
+
+# What can bound a launch.
+Limit = Literal["tensor cores", "shared memory", "issue", "memory", "latency"]
+LIMITS: tuple[Limit, ...] = get_args(Limit)
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,9 @@ REGISTER_UNIT = 8
 MAX_PROGRAMS = 24
 SHARED_RESERVED = 1024
 # Shares of the nominal rates that good code reaches: large products of the vendor's library, and plain copies. Our own
-# products are taken to reach the same share where only the tensor cores limit them.
+# products are taken to reach the same share where only the tensor cores, or only shared memory, limit them.
 TENSOR_SHARE = 0.85
+SHARED_SHARE = 0.85
 MEMORY_SHARE = 0.85
 # On devices with newer instructions, the warp-wide HMMA reaches only a part of the rate.
 HMMA_SHARE = {90: 0.62, 100: 0.25}
@@ -114,34 +123,125 @@ def grid(problem: Problem, config: TileConfig) -> tuple[int, int]:
     return (blocks_m * blocks_n, blocks_k) if problem.kernel == "matmul" else (blocks_m * blocks_k, blocks_n)
 
 
-def predicted_us(problem: Problem, config: TileConfig, report: StaticReport, device: Device) -> float:
-    """Predicted microseconds of a launch with this configuration, with the second pass of a split reduction."""
+@dataclass(frozen=True)
+class Prediction:
+    """What a launch is predicted to take.
+
+    Attributes:
+        time_us: microseconds.
+        clocks: for each of ``LIMITS``, the clocks that the launch would take if nothing else took any: of the tensor
+            cores, shared memory and schedulers of the SM that has the most to do, of the way to its data, and of the
+            waiting that no pipeline shortens.
+    """
+
+    time_us: float
+    clocks: Mapping[Limit, float]
+
+    @property
+    def bound(self) -> Limit:
+        """What takes the most clocks."""
+        return max(self.clocks, key=lambda limit: self.clocks[limit])
+
+
+@dataclass(frozen=True)
+class TripClocks:
+    """Clocks that an SM needs for one trip of one program at its nominal rates, by what is busy.
+
+    Attributes:
+        tensor: the tensor cores.
+        wavefronts: shared memory, for the accesses of warps; 0 if nobody has counted them.
+        operands: shared memory, for the operands that tensor cores read themselves.
+        issue: the schedulers.
+    """
+
+    tensor: float
+    wavefronts: float
+    operands: float
+    issue: float
+
+    @property
+    def bound(self) -> float:
+        """The most clocks of any of them: no trip takes fewer."""
+        return max(self.tensor, self.wavefronts + self.operands, self.issue)
+
+
+def trip_clocks(
+    config: TileConfig, report: StaticReport, device: Device, counts: TripCounts | None = None
+) -> TripClocks:
+    """The clocks of one trip.
+
+    Args:
+        config: tile sizes.
+        report: of the compiled kernel, which must have a main loop.
+        device: the device to predict for.
+        counts: of a trip; None if the kernel could not be executed.
+    """
+    tensor, operands = _tensor_clocks(config, report, device)
+    issue = _issue_slots(report) * config.num_warps / SCHEDULERS
+    return TripClocks(tensor, 0.0 if counts is None else counts.wavefronts, operands, issue)
+
+
+def predict(
+    problem: Problem, config: TileConfig, report: StaticReport, device: Device, counts: TripCounts | None = None
+) -> Prediction:
+    """Predicts a launch with this configuration, with the second pass of a split reduction.
+
+    The tensor cores, shared memory (one wavefront per clock) and the schedulers of an SM work side by side for different
+    warps, and one after another for the same warp. So with W warps per scheduler, a trip takes the clocks of the busiest
+    of the three, and one W-th of the others'. What tensor cores read in shared memory themselves adds to its work, but
+    waits for nobody. A trip lasts no less than the way of its data from the second-level cache, and than its chain of
+    dependent steps; the launch no less than the way of all data from memory.
+
+    Args:
+        problem, config: what is launched.
+        report: of the compiled kernel, which must have a main loop.
+        device: the device to predict for.
+        counts: of a trip; None if the kernel could not be executed. Shared memory is then taken to cost nothing but the
+            instructions.
+    """
     tiles, steps = grid(problem, config)
     per_sm = ceil_div(tiles * config.split, device.sms)
     trips = ceil_div(steps, config.split)
-    # Clocks that an SM needs for one trip of one program: to issue its instructions, and to multiply.
-    issue = _issue_slots(report) * config.num_warps / SCHEDULERS
-    tensor = _tensor_clocks(config, report, device)
+    trip = trip_clocks(config, report, device, counts)
+    tensor, wavefronts = trip.tensor / TENSOR_SHARE, trip.wavefronts / SHARED_SHARE
+    shared, serial = wavefronts + trip.operands / SHARED_SHARE, trip.issue + tensor + wavefronts
+    busiest = max(trip.issue, tensor, shared)
     step = config.block_k if problem.kernel == "matmul" else config.block_n
     loaded = config.block_n * config.block_k * WEIGHT_BYTES + config.block_m * step * problem.dtype.itemsize
-    latency = max(MEMORY_LATENCY / max(config.num_stages - 1, 1), TRIP_LATENCY) + issue / config.num_warps
+    if counts is not None:
+        loaded += SECTOR * (counts.sectors - counts.least_sectors)
+    latency = max(MEMORY_LATENCY / max(config.num_stages - 1, 1), TRIP_LATENCY) + trip.issue / config.num_warps
 
     def clocks(side_by_side: int) -> float:
-        """Clocks of so many programs on one SM. Unpacking and products overlap between warps, not within one."""
+        """Clocks of so many programs on one SM."""
         warps = max(side_by_side * config.num_warps / SCHEDULERS, 1)
-        compute = max(issue, tensor) + min(issue, tensor) / warps
+        compute = busiest + max(serial - busiest, 0) / warps
         return trips * max(side_by_side * max(compute, loaded / L2_BYTES), latency) + EDGE_LATENCY
 
-    resident = min(resident_programs(config, report, device), per_sm)
-    rounds, rest = divmod(per_sm, resident)
-    total = rounds * clocks(resident) + (clocks(rest) if rest else 0.0)
+    def in_rounds(clocks: Callable[[int], float]) -> float:
+        """Sums up the rounds in which an SM runs its programs, as many at a time as it holds."""
+        resident = min(resident_programs(config, report, device), per_sm)
+        rounds, rest = divmod(per_sm, resident)
+        return rounds * clocks(resident) + (clocks(rest) if rest else 0.0)
+
+    per_us = device.clock_ghz * 1e3
     elements = problem.n * problem.k * WEIGHT_BYTES + (problem.n + problem.k) * problem.m * problem.dtype.itemsize
-    time = max(total / (device.clock_ghz * 1e3), _memory_us(elements, device)) + LAUNCH_US
-    return time if config.split == 1 else time + _second_pass_us(problem, config, device)
+    memory_us = _memory_us(elements, device)
+    second_us = _second_pass_us(problem, config, device)
+    limits: dict[Limit, float] = {
+        "tensor cores": per_sm * trips * tensor,
+        "shared memory": per_sm * trips * shared,
+        "issue": per_sm * trips * trip.issue,
+        "memory": max(per_sm * trips * loaded / L2_BYTES, memory_us * per_us),
+        "latency": in_rounds(lambda _: trips * latency + EDGE_LATENCY) + LAUNCH_US * per_us,
+    }
+    return Prediction(max(in_rounds(clocks) / per_us, memory_us) + LAUNCH_US + second_us, limits)
 
 
 def _second_pass_us(problem: Problem, config: TileConfig, device: Device) -> float:
     """Microseconds of writing float32 parts and adding them, in the cache if half of it holds them, else in memory."""
+    if config.split == 1:
+        return 0.0
     parts = config.split * problem.m * (problem.n if problem.kernel == "matmul" else problem.k) * 4
     if parts <= device.l2_mib * 2**20 / 2:
         return LAUNCH_US + _cache_us(2 * parts, device)
@@ -155,20 +255,20 @@ def _issue_slots(report: StaticReport) -> float:
     return report.loop.issue_slots + slow + report.loop.conversions * (CONVERSION_SLOTS - 1)
 
 
-def _tensor_clocks(config: TileConfig, report: StaticReport, device: Device) -> float:
-    """Clocks of an SM's tensor cores for one trip of one program."""
+def _tensor_clocks(config: TileConfig, report: StaticReport, device: Device) -> tuple[float, float]:
+    """Clocks of an SM for one trip of one program: its tensor cores', and shared memory's for what these read there."""
     assert report.loop is not None, "a kernel without a main loop"
     tensor = report.loop.tensor
     if tensor.startswith("FFMA"):
-        return 0.0
-    clocks = config.block_m * config.block_n * config.block_k / (device.tensor_fma * TENSOR_SHARE)
+        return 0.0, 0.0
+    clocks = config.block_m * config.block_n * config.block_k / device.tensor_fma
     if tensor == "HMMA":
-        return clocks / HMMA_SHARE.get(device.compute_capability, 1.0)
-    if not config.weight_left:
-        # Both operands come from shared memory at 128 bytes per clock: 64 x 16 values, and 16 x a plane's columns.
-        columns = config.block_k // 2
-        clocks *= max(1.0, (16 + columns / 4) / (columns / 2))
-    return clocks
+        return clocks / HMMA_SHARE.get(device.compute_capability, 1.0), 0.0
+    # The right operand comes from shared memory at 128 bytes per clock, 16 values of each column for 64 rows of the
+    # result. So does the left one, 64 x 16 values, if the weight is not it: weights come from registers. A plane has
+    # half of the tile's columns.
+    columns = config.block_m if config.weight_left else config.block_k // 2
+    return clocks, clocks * ((0 if config.weight_left else 16) + columns / 4) / (columns / 2)
 
 
 def _memory_us(moved: float, device: Device) -> float:
@@ -179,25 +279,26 @@ def _cache_us(moved: float, device: Device) -> float:
     return moved / (L2_BYTES * device.sms * device.clock_ghz * 1e3)
 
 
-def predicted_panel_us(problem: Problem, device: Device) -> float:
-    """Predicted microseconds of the panel route, which decodes each panel and multiplies it by the vendor's library."""
+def predict_panel(problem: Problem, device: Device) -> Prediction:
+    """Predicts the panel route, which decodes each panel and multiplies it by the vendor's library."""
     weights = problem.n * problem.k
     panels = ceil_div(weights, PANEL_WEIGHTS)
     # A panel that the cache does not hold is written to memory and read again.
     kept = min(weights, PANEL_WEIGHTS) * 2 <= device.l2_mib * 2**20 / 2
     out = 0 if kept else weights * 2
-    per_us = device.sms * device.clock_ghz * 1e3
-    decode = max(
-        weights * DECODE_SLOTS / 32 / (SCHEDULERS * per_us),
-        _cache_us(weights * 2, device),
-        _memory_us(weights * WEIGHT_BYTES + out, device),
-    )
+    per_us = device.clock_ghz * 1e3
+    decode = weights * DECODE_SLOTS / 32 / (SCHEDULERS * device.sms * per_us)
     tokens = ceil_div(problem.m, VENDOR_TILE_M) * VENDOR_TILE_M
-    multiply = max(
-        tokens * weights / (device.tensor_fma * TENSOR_SHARE * per_us),
-        _cache_us(weights * 2, device),
-        _memory_us(out + (problem.n + problem.k) * problem.m * problem.dtype.itemsize, device),
-    )
+    multiply = tokens * weights / (device.tensor_fma * TENSOR_SHARE * device.sms * per_us)
+    activations = (problem.n + problem.k) * problem.m * problem.dtype.itemsize
+    moves = (weights * WEIGHT_BYTES + out, out + activations)
+    written, read = (max(_cache_us(weights * 2, device), _memory_us(moved, device)) for moved in moves)
     # LoRA's term and the bias are one launch, and each panel is two.
-    launches = 1 + 2 * panels
-    return decode + multiply + launches * (LAUNCH_US + EDGE_LATENCY / (device.clock_ghz * 1e3))
+    launches = (1 + 2 * panels) * (LAUNCH_US + EDGE_LATENCY / per_us)
+    limits: dict[Limit, float] = {
+        "tensor cores": multiply * per_us,
+        "issue": decode * per_us,
+        "memory": (written + read) * per_us,
+        "latency": launches * per_us,
+    }
+    return Prediction(max(decode, written) + max(multiply, read) + launches, limits)

@@ -18,7 +18,9 @@ from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.tables import Entry, Route
 
 from .compile import TENSOR_MEMORY_LIMIT, StaticReport, report
-from .cost_model import NOMINAL, predicted_panel_us, predicted_us
+from .cost_model import NOMINAL, Prediction, predict, predict_panel
+from .emulator.faults import NotModelled
+from .execute import TripCounts, trip_counts
 from .space import candidates
 
 # Called with the number of compilations that are done, and that of all.
@@ -34,11 +36,12 @@ EVEN_SIZE = 4096
 
 @dataclass(frozen=True)
 class Candidate:
-    """A route, its static report (None for the panel route), and its predicted time."""
+    """A route, its prediction, its static report (None for the panel route), and why it was not executed (or None)."""
 
     route: Route
-    report: StaticReport | None
-    predicted_us: float
+    prediction: Prediction
+    report: StaticReport | None = None
+    not_executed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def unfit(problem: Problem, static: StaticReport) -> str | None:
 
 
 def rank(problem: Problem, target_sm: int, limit: int | None = None, progress: Progress | None = None) -> Ranking:
-    """Compiles and ranks all candidates of a problem. The panel route is always one of them.
+    """Compiles, counts and ranks all candidates of a problem. The panel route is always one of them.
 
     Configurations that differ in nothing but their split share the report of the one that is not split.
 
@@ -87,30 +90,64 @@ def rank(problem: Problem, target_sm: int, limit: int | None = None, progress: P
         limit: how many candidates to keep, besides the panel route; all if not given.
         progress: called after each candidate.
     """
-    device = NOMINAL[target_sm]
-    kept: list[Candidate] = []
+    fit: list[Fit] = []
     dropped = []
     configs = candidates(problem, target_sm)
     for done, config in enumerate(configs, 1):
-        static = compiled(problem, _representative(config), target_sm)
+        plain = _representative(config)
+        static = compiled(problem, plain, target_sm)
         reason = static if isinstance(static, str) else unfit(problem, static)
         if isinstance(static, str) or reason is not None:
             dropped.append(Dropped(config, None if isinstance(static, str) else static, str(reason)))
         else:
-            kept.append(Candidate(config, static, predicted_us(problem, config, static, device)))
+            fit.append(Fit(config, static, counted(problem, plain, target_sm)))
         if progress is not None:
             progress(done, len(configs))
-    kept.sort(key=lambda candidate: candidate.predicted_us)
-    kept = [*kept[:limit], Candidate(None, None, predicted_panel_us(problem, device))]
-    return Ranking(sorted(kept, key=lambda candidate: candidate.predicted_us), dropped)
+    kept = [
+        Candidate(one.config, prediction, one.report, one.counts if isinstance(one.counts, str) else None)
+        for one, prediction in zip(fit, predict_alike(problem, fit, target_sm), strict=True)
+    ]
+    kept.sort(key=lambda candidate: candidate.prediction.time_us)
+    kept = [*kept[:limit], Candidate(None, predict_panel(problem, NOMINAL[target_sm]))]
+    return Ranking(sorted(kept, key=lambda candidate: candidate.prediction.time_us), dropped)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A configuration that can be launched, its static report, and the counts of a trip, or why there are none."""
+
+    config: TileConfig
+    report: StaticReport
+    counts: TripCounts | str
+
+
+def predict_alike(problem: Problem, fit: Sequence[Fit], target_sm: int) -> list[Prediction]:
+    """Predicts launches of a problem that can be compared.
+
+    Where nobody counted, shared memory would look free. So counts are used if there are counts of all.
+    """
+    counts = [None if isinstance(one.counts, str) else one.counts for one in fit]
+    if None in counts:
+        counts = [None] * len(fit)
+    device = NOMINAL[target_sm]
+    return [predict(problem, one.config, one.report, device, found) for one, found in zip(fit, counts, strict=True)]
 
 
 def compiled(
     problem: Problem, config: TileConfig, target_sm: int, rank: int = 16, bias: bool = False
 ) -> StaticReport | str:
     """The static report, shared by all problems that compile to the same code; or the compiler's objection."""
-    like = replace(problem, m=EVEN_SIZE, n=_alike(problem.n, config.block_n), k=_alike(problem.k, config.block_k))
-    return _compiled(like, config, target_sm, rank, bias)
+    return _compiled(_of_same_code(problem, config), config, target_sm, rank, bias)
+
+
+def counted(problem: Problem, config: TileConfig, target_sm: int) -> TripCounts | str:
+    """The counts of one trip, shared like the report; or in words why the code could not be executed."""
+    return _counted(_of_same_code(problem, config), config, target_sm)
+
+
+def _of_same_code(problem: Problem, config: TileConfig) -> Problem:
+    """One problem for all that compile to the same code."""
+    return replace(problem, m=EVEN_SIZE, n=_alike(problem.n, config.block_n), k=_alike(problem.k, config.block_k))
 
 
 def _alike(size: int, block: int) -> int:
@@ -124,6 +161,14 @@ def _compiled(problem: Problem, config: TileConfig, target_sm: int, rank: int, b
         return report(problem, config, target_sm, rank, bias)
     except (triton.TritonError, RuntimeError) as error:
         return f"does not compile: {(str(error).splitlines() or [''])[-1].strip()}"
+
+
+@cache
+def _counted(problem: Problem, config: TileConfig, target_sm: int) -> TripCounts | str:
+    try:
+        return trip_counts(problem, config, target_sm)
+    except NotModelled as error:
+        return f"not executed: {error}"
 
 
 def static_table(problems: Sequence[Problem], target_sm: int, progress: Progress | None = None) -> list[Entry]:
@@ -161,21 +206,24 @@ def _kind(problem: Problem, target_sm: int) -> Problem:
 
 def _predictions(problems: Sequence[Problem], target_sm: int, progress: Progress | None) -> list[dict[Route, float]]:
     """Returns, for each problem, the predicted microseconds of every route that is fit for it."""
-    device = NOMINAL[target_sm]
     spaces = [candidates(problem, target_sm) for problem in problems]
     total = len({_representative(config) for space in spaces for config in space})
     done: set[TileConfig] = set()
     times: list[dict[Route, float]] = []
     for problem, space in zip(problems, spaces, strict=True):
-        routes: dict[Route, float] = {None: predicted_panel_us(problem, device)}
+        fit: list[Fit] = []
         for config in space:
             plain = _representative(config)
-            static = compiled(_plain_problem(problem, config, target_sm), plain, target_sm)
+            stands = _plain_problem(problem, config, target_sm)
+            static = compiled(stands, plain, target_sm)
             if progress is not None and plain not in done:
                 done.add(plain)
                 progress(len(done), total)
             if not isinstance(static, str) and unfit(problem, static) is None:
-                routes[config] = predicted_us(problem, config, static, device)
+                fit.append(Fit(config, static, counted(stands, plain, target_sm)))
+        routes: dict[Route, float] = {None: predict_panel(problem, NOMINAL[target_sm]).time_us}
+        for one, prediction in zip(fit, predict_alike(problem, fit, target_sm), strict=True):
+            routes[one.config] = prediction.time_us
         times.append(routes)
     return times
 

@@ -55,7 +55,7 @@ def model_rank(architecture: str, limit: int | None = None, progress: Callable[[
 
     def ranked(problem: Problem) -> list[Trial]:
         ranking = rank_by_model(problem, target, limit, progress)
-        kept = [Trial(candidate.route, round(candidate.predicted_us, 3)) for candidate in ranking.kept]
+        kept = [Trial(candidate.route, round(candidate.prediction.time_us, 3)) for candidate in ranking.kept]
         return kept + [Trial(dropped.config, reason=dropped.reason[:160]) for dropped in ranking.dropped]
 
     return ranked

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport
-from mebp_triton.autotune.cost_model import NOMINAL, ceil_div, grid, predicted_panel_us, predicted_us, resident_programs
+from mebp_triton.autotune.cost_model import (
+    LIMITS,
+    NOMINAL,
+    ceil_div,
+    grid,
+    predict,
+    predict_panel,
+    resident_programs,
+    trip_clocks,
+)
+from mebp_triton.autotune.execute import TripCounts
 from mebp_triton.autotune.sass import LoopCounts
 from mebp_triton.kernels.configs import Problem, TileConfig
 
@@ -15,6 +25,14 @@ def made(slots=250, matrix=32, registers=100, shared=24_576, tensor="HMMA", targ
     loop = LoopCounts(slots, matrix, slots // 2, slots // 6, conversions, tensor)
     limit = SHARED_LIMITS[target_sm]
     return StaticReport("_matmul_kernel", target_sm, registers, 0, shared, limit, loop=loop, conversions=conversions)
+
+
+def predicted_us(*arguments):
+    return predict(*arguments).time_us
+
+
+def predicted_panel_us(*arguments):
+    return predict_panel(*arguments).time_us
 
 
 TILE = TileConfig(64, 128, 64, num_warps=8, num_stages=3)
@@ -62,6 +80,50 @@ def test_residency_is_bound_by_the_scarcest():
 def test_what_costs_time(worse):
     problem = Problem("matmul", 512, 4096, 4096)
     assert predicted_us(problem, TILE, made(**worse), NOMINAL[87]) > predicted_us(problem, TILE, made(), NOMINAL[87])
+
+
+def counts(wavefronts=500, sectors=300, least_sectors=300):
+    return TripCounts(wavefronts, wavefronts, sectors, least_sectors)
+
+
+def test_shared_memory_bounds_a_launch():
+    """One wavefront takes one clock of the SM. More of them do not matter until they are what takes longest."""
+    problem, device = Problem("matmul_dx", 512, 4096, 4096), NOMINAL[80]
+    config = TileConfig(64, 64, 64, num_warps=8)
+    found = [predict(problem, config, made(), device, counts(waves)) for waves in (256, 1216, 2432)]
+    assert [one.bound for one in found] == ["issue", "shared memory", "shared memory"]
+    assert found[0].time_us < found[1].time_us < found[2].time_us
+    assert found[2].clocks["shared memory"] == 2 * found[1].clocks["shared memory"]
+    assert found[2].time_us * device.clock_ghz * 1e3 > max(found[2].clocks.values())
+    trip = trip_clocks(config, made(slots=250), device, counts(1216))
+    assert (trip.tensor, trip.wavefronts, trip.operands, trip.issue, trip.bound) == (256, 1216, 0, 500, 1216)
+
+
+def test_what_tensor_cores_read_themselves_takes_shared_memory_too():
+    """Of 64 x N x 16 products, the right operand is 16 x N values, and the left one 64 x 16."""
+    device = NOMINAL[90]
+    for config, rows, columns, from_shared in (
+        (TileConfig(128, 64, 64), 64, 128, 16 * 128),
+        (TileConfig(64, 64, 128, weight_left=False), 64, 64, 16 * 64 + 64 * 16),
+    ):
+        trip = trip_clocks(config, made(tensor="HGMMA"), device, counts(100))
+        assert trip.operands / trip.tensor == (2 * from_shared / 128) / (rows * columns * 16 / device.tensor_fma)
+
+
+def test_sectors_that_are_loaded_for_nothing_cost_time():
+    problem = Problem("matmul", 512, 4096, 4096)
+    fine, wasteful = (predict(problem, TILE, made(), NOMINAL[87], counts(100, sectors)) for sectors in (300, 3000))
+    assert wasteful.time_us > fine.time_us and wasteful.bound == "memory" != fine.bound
+
+
+def test_bounds_of_launches():
+    large, small = Problem("matmul", 4096, 4096, 4096), Problem("matmul", 16, 256, 512)
+    assert predict(large, TILE, made(slots=50), NOMINAL[87], counts(100)).bound == "tensor cores"
+    assert predict(large, TILE, made(slots=900), NOMINAL[87], counts(100)).bound == "issue"
+    assert predict(small, SMALL, made(), NOMINAL[90], counts(100)).bound == "latency"
+    assert predict(Problem("matmul", 16, 65536, 8192), SMALL, made(slots=1), NOMINAL[90], counts(1)).bound == "memory"
+    assert predict_panel(large, NOMINAL[87]).bound == "tensor cores"
+    assert set(predict(large, TILE, made(), NOMINAL[87]).clocks) == set(LIMITS)
 
 
 def test_older_instructions_are_slower_where_there_are_newer_ones():

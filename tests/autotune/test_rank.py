@@ -7,6 +7,8 @@ import torch
 
 from mebp_triton.autotune import rank as ranking
 from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport
+from mebp_triton.autotune.emulator.faults import NotModelled
+from mebp_triton.autotune.execute import TripCounts
 from mebp_triton.autotune.rank import MOST_CONFIGS, TOLERANCE, compiled, rank, static_table, unfit, variants
 from mebp_triton.autotune.sass import LoopCounts
 from mebp_triton.kernels.configs import Problem, TileConfig
@@ -61,7 +63,7 @@ def test_rank(small_space):
     found = rank(PROBLEM, 87, progress=lambda *state: done.append(state))
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert {candidate.route for candidate in found.kept} == {None, *SPACE}
-    times = [candidate.predicted_us for candidate in found.kept]
+    times = [candidate.prediction.time_us for candidate in found.kept]
     assert times == sorted(times) and times[0] > 0
     for candidate in found.kept:
         assert (candidate.report is None) == (candidate.route is None)
@@ -72,6 +74,33 @@ def test_rank(small_space):
     assert len(limited.kept) == 2 and None in [candidate.route for candidate in limited.kept]
     tiles = [candidate for candidate in found.kept if candidate.route]
     assert tiles[0] in limited.kept
+
+
+def test_shared_memory_is_counted(small_space):
+    found = rank(PROBLEM, 87)
+    for candidate in found.kept:
+        assert candidate.not_executed is None
+        assert (candidate.prediction.clocks.get("shared memory", 0) > 0) == (candidate.route is not None)
+
+
+def test_what_cannot_be_executed_stays_and_says_so(small_space, monkeypatch):
+    """If one of them is not counted, all are ranked without counts: none looks better for that."""
+    known = ranking.trip_counts
+
+    def counts(problem, config, target_sm):
+        if config == SPACE[2]:
+            raise NotModelled("line 7: tcgen05.alloc: this instruction is not modelled")
+        return known(problem, config, target_sm)
+
+    monkeypatch.setattr(ranking, "trip_counts", counts)
+    ranking._counted.cache_clear()
+    found = rank(PROBLEM, 87)
+    ranking._counted.cache_clear()
+    tiles = {candidate.route: candidate for candidate in found.kept if candidate.route}
+    assert tiles.keys() == set(SPACE)
+    assert tiles[SPACE[2]].not_executed == "not executed: line 7: tcgen05.alloc: this instruction is not modelled"
+    assert tiles[SPACE[0]].not_executed is None
+    assert {candidate.prediction.clocks["shared memory"] for candidate in tiles.values()} == {0.0}
 
 
 def test_problems_of_the_same_code_share_a_report(monkeypatch):
@@ -113,10 +142,13 @@ def table_problems():
 
 def test_static_table(small_space, monkeypatch):
     monkeypatch.setattr(ranking, "report", lambda *arguments: made(87, "HMMA"))
+    monkeypatch.setattr(ranking, "trip_counts", lambda *arguments: TripCounts(300, 300, 300, 300))
     ranking._compiled.cache_clear()
+    ranking._counted.cache_clear()
     problems = table_problems()
     entries = static_table(problems, 87)
     ranking._compiled.cache_clear()
+    ranking._counted.cache_clear()
     assert sorted(map(str, (entry.problem for entry in entries))) == sorted(map(str, problems))
     assert {(entry.provenance, entry.device) for entry in entries} == {("static", None)}
     assert {entry.versions.keys() == {"triton", "torch"} for entry in entries} == {True}

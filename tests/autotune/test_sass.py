@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from mebp_triton.autotune.compile import meta_weight
+from mebp_triton.autotune.compile import blank_launch
 from mebp_triton.autotune.emulator.driver import compiler_for
 from mebp_triton.autotune.sass import LoopCounts, count, cuobjdump, disassemble, main_loops, parse
-from mebp_triton.kernels import matmul
-from mebp_triton.kernels.configs import TileConfig
+from mebp_triton.kernels.configs import Problem, TileConfig
 
 
 def sass(*instructions):
@@ -89,16 +88,9 @@ def test_compiled(target_sm, tensor):
     """Of the main loop and the LoRA loop of a real kernel, only the first one unpacks."""
     config = TileConfig(64, 64, 64, num_warps=4, num_stages=2)
     dtype = torch.bfloat16 if target_sm >= 80 else torch.float16
-
-    def meta(*shape):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    weight = meta_weight(512, 512, 64, "symmetric", torch.float16)
-    arguments = matmul.matmul_arguments(
-        meta(64, 512), [weight], None, meta(64, 16), meta(512, 16), meta(64, 512), config
-    )
+    kernel, arguments = blank_launch(Problem("matmul", 64, 512, 512, dtype=dtype), config)
     options = {**arguments, **config.launch_options()}
-    cubin = compiler_for(target_sm).compile(matmul._matmul_kernel, (), options)[0].cubin
+    cubin = compiler_for(target_sm).compile(kernel, (), options)[0].cubin
     loops = sorted(map(count, main_loops(disassemble(cubin))), key=lambda loop: loop.issue_slots)
     assert len(loops) == 2 and {loop.tensor for loop in loops} == {tensor}
     lora, main = loops
