@@ -186,11 +186,11 @@ def predict(
 ) -> Prediction:
     """Predicts a launch with this configuration, with the second pass of a split reduction.
 
-    The tensor cores, shared memory (one wavefront per clock) and the schedulers of an SM work side by side for different
-    warps, and one after another for the same warp. So with W warps per scheduler, a trip takes the clocks of the busiest
-    of the three, and one W-th of the others'. What tensor cores read in shared memory themselves adds to its work, but
-    waits for nobody. A trip lasts no less than the way of its data from the second-level cache, and than its chain of
-    dependent steps; the launch no less than the way of all data from memory.
+    The tensor cores, shared memory (one wavefront per clock) and the schedulers of an SM work side by side for
+    different warps, and one after another for the same warp. So with W warps per scheduler, a trip takes the clocks of
+    the busiest of the three, and one W-th of the others'. What tensor cores read in shared memory themselves keeps that
+    memory busy, but no warp waits for it. A trip lasts no less than the way of its data from the second-level cache,
+    and than its chain of dependent steps; the launch no less than the way of all data from memory.
 
     Args:
         problem, config: what is launched.

@@ -1,10 +1,8 @@
-"""Executes configurations on the emulator before a device ever launches them, and counts what one trip of a loop does."""
+"""Executes a configuration on the emulator, without a device, and counts what one trip of its main loop does."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from mebp_triton.kernels.configs import Problem, TileConfig
 
