@@ -32,6 +32,7 @@ class QuantizeReport:
     Attributes:
         errors: relative RMS error by module; 0.0 for codes taken over as they were.
         taken_over: modules whose 4-bit codes were taken over bit for bit.
+        decoded: modules whose codes could not be taken over and were decoded exactly, with what the codes are.
         schemes: scheme by module.
         float_bytes, int4_bytes: the bytes of what stayed float and of what became int4.
         kept_float: the matrices that stayed float, by the reason; see ``models/kept_float.py``.
@@ -39,6 +40,7 @@ class QuantizeReport:
 
     errors: dict[str, float] = field(default_factory=dict)
     taken_over: list[str] = field(default_factory=list)
+    decoded: dict[str, str] = field(default_factory=dict)
     schemes: dict[str, str] = field(default_factory=dict)
     float_bytes: int = 0
     int4_bytes: int = 0
@@ -220,6 +222,8 @@ class _Job:
         except ValueError as problem:
             raise ValueError(f"{site.name}: {problem}") from None
         self.report.errors[site.name], self.report.schemes[site.name] = error, weight.scheme
+        if (codes := self.source.decoded.get(f"{site.name}.weight")) is not None:
+            self.report.decoded[site.name] = codes
         if weight is value:
             self.report.taken_over.append(site.name)
         self.progress(len(self.report.errors), self.total)

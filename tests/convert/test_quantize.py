@@ -247,7 +247,7 @@ class Native:
         self.inner = open_source(path)
         self.config, self.description = self.inner.config, "a GGUF file"
         self.bind, self.has, self.save_companions = self.inner.bind, self.inner.has, self.inner.save_companions
-        self.coded = {}
+        self.coded, self.decoded = {}, {}
 
     def read(self, name):
         value = self.coded.get(name, self.inner.read(name))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
         "store": arguments.store,
         "matrices": len(report.errors),
         "taken_over": len(report.taken_over),
+        "decoded": Counter(report.decoded.values()),
         "schemes": sorted(set(report.schemes.values())),
         "int4_bytes": report.int4_bytes,
         "float_bytes": report.float_bytes,
@@ -68,16 +71,24 @@ def quantize_with_progress(
             scale_search=arguments.scale_search,
             progress=progress,
         )
-    rounded = report.errors.keys() - report.taken_over
-    if report.taken_over and rounded:
-        worst = max(report.errors[name] for name in rounded)
-        say(
-            f"{len(rounded)} of {len(report.errors)} matrices are no 4-bit codes in {source} and were rounded to int4: "
-            f"relative error up to {worst:.3f}"
-        )
+    floats = report.errors.keys() - report.taken_over - report.decoded.keys()
+    if floats and (report.taken_over or report.decoded):
+        count, worst = _count(report, floats), _worst(report, floats)
+        say(f"{count} are no 4-bit codes in {source} and were rounded to int4: {worst}")
+    for codes in sorted(set(report.decoded.values())):
+        names = {name for name, kind in report.decoded.items() if kind == codes}
+        say(f"{_count(report, names)} are {codes} in {source}, decoded and rounded to int4: {_worst(report, names)}")
     for line in describe_kept_float(report.kept_float, report.int4_bytes + report.float_bytes):
         say(line)
     return report
+
+
+def _count(report: QuantizeReport, names: Collection[str]) -> str:
+    return f"{len(names)} of {len(report.errors)} matrices"
+
+
+def _worst(report: QuantizeReport, names: Collection[str]) -> str:
+    return f"relative error up to {max(report.errors[name] for name in names):.3f}"
 
 
 def _table(store: str, report: QuantizeReport) -> Table:

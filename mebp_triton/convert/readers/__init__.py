@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .quantization import quant_method_of, quantization_in
 from .source import NativeForm, Source
 
 __all__ = ["NativeForm", "Source", "native_form", "open_source"]
@@ -22,6 +23,7 @@ READERS: dict[tuple[str, str | None], tuple[str, str]] = {
     ("directory", None): ("safetensors_dir", "SafetensorsDirectory"),
     ("directory", "bitsandbytes"): ("bitsandbytes", "BitsandbytesDirectory"),
     ("directory", "mebp_int4"): ("int4_dir", "Int4Directory"),
+    ("directory", "gptq"): ("gptq", "GptqDirectory"),
     ("file", ".gguf"): ("gguf", "GgufFile"),
 }
 
@@ -35,10 +37,10 @@ def reader_of(kind: str, name: str | None) -> Any:
 
 def native_form(config: Any) -> NativeForm | None:
     """The form of the 4-bit codes that a directory with this config holds; None where its weights are floats."""
-    settings = getattr(config, "quantization_config", None)
-    if not isinstance(settings, dict):
+    found = quantization_in(vars(config))
+    if found is None:
         return None
-    form: NativeForm | None = reader_of("directory", settings.get("quant_method")).native_form(settings)
+    form: NativeForm | None = reader_of("directory", found.method).native_form(found.settings)
     return form
 
 
@@ -54,8 +56,6 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             raise ValueError(f"{path} is a store already: train it, or decode it first by `mebp merge {path} OUT`")
         if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
             raise ValueError(f"{path} is a directory of GGUF files: give one of them, such as {files[0]}")
-        from .safetensors_dir import quant_method_of
-
         source: Source = reader_of("directory", quant_method_of(path))(path)
         return source
     if path.is_file() and path.suffix != ".safetensors":

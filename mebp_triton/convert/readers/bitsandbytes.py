@@ -36,13 +36,12 @@ class BitsandbytesDirectory(SafetensorsDirectory):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        settings = self._config_json.pop("quantization_config")
+        settings = self.quantization.settings if self.quantization else {}
         if settings.get("load_in_4bit") is not True:
             raise ValueError(
                 f"{path / 'config.json'}: bitsandbytes with {8 if settings.get('load_in_8bit') else 'no stated'} bits "
                 f"is not supported, only load_in_4bit: give a 4-bit or the unquantised model"
             )
-        del self.config.quantization_config
         self.description = f"bitsandbytes directory {path.resolve().name}"
 
     @staticmethod

@@ -55,6 +55,7 @@ class GgufFile:
         check_tokens(self._header.metadata, str(path))
         self.config = prepare_config(self._config(), str(path))
         check_sizes(str(path), self.config, (entry.shape for entry in self._header.tensors.values()))
+        self.decoded: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._entries: dict[str, list[Entry]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}

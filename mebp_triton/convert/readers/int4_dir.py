@@ -28,10 +28,9 @@ class Int4Directory(SafetensorsDirectory):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            self._int4 = Int4Config(**self._config_json.pop("quantization_config"))
+            self._int4 = Int4Config(**(self.quantization.settings if self.quantization else {}))
         except strict_json.MALFORMED as error:
             raise ValueError(f"{path / 'config.json'}: quantization_config: {error}") from None
-        del self.config.quantization_config
         self.description = f"int4 directory {path.resolve().name}"
 
     @staticmethod

@@ -55,6 +55,7 @@ class MergedStore:
         self._config_json = strict_json.read_json(self.directory / "config.json")
         self.config = prepare_config(read_store_config(self.store), str(self.directory))
         self.description = self.store.source
+        self.decoded: dict[str, str] = {}
         self._lora = None if adapter is None else read_adapter_config(adapter)
         self._tensors = {} if adapter is None else read_adapter_tensors(adapter)
         self._stops = [] if adapter is None else saved_stops(adapter)

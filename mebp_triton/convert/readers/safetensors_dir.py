@@ -5,7 +5,6 @@ Opening it checks everything that shows without the weights: the config, the ind
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -40,6 +39,7 @@ from mebp_triton.models.names import (
 from mebp_triton.system import strict_json
 from mebp_triton.system.foreign_errors import one_line
 
+from .quantization import KEYS, Quantization, find_quantization
 from .source import NativeForm
 
 SINGLE = "model.safetensors"
@@ -71,12 +71,18 @@ class SafetensorsDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.description = f"safetensors directory {path.resolve().name}"
-        self._config_json = _config_json(path, self.quant_method)
+        self._config_json, self.quantization = _config_json(path, self.quant_method)
         whole = read_config(path, "compare it with the model's original")
         self.config = prepare_config(whole, str(path))
         self._is_part = self.config is not whole  # the language model of a larger one
         if self._is_part:
             self._config_json = json.loads(self.config.to_json_string(use_diff=False))
+        if self.quantization is not None:
+            # What is made of the directory is not quantised in this way any more.
+            for key in KEYS:
+                self._config_json.pop(key, None)
+                vars(self.config).pop(key, None)
+        self.decoded: dict[str, str] = {}
         self._entries = _entries(path)
         check_sizes(str(path), self.config, (entry.shape for entry in self._entries.values()))
         self._keys: dict[str, str] = {}
@@ -191,27 +197,16 @@ class SafetensorsDirectory:
         write_companions(config, self.path, Path(directory))
 
 
-def quant_method_of(path: Path) -> str | None:
-    """The method that ``config.json`` says the weights were quantised by; None if it cannot be read or says none."""
-    with contextlib.suppress(ValueError, OSError):
-        settings = read_json_object(path / "config.json", "").get("quantization_config")
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        return method if isinstance(method, str) else None
-    return None
-
-
-def _config_json(path: Path, quant_method: str | None) -> dict[str, Any]:
-    """The content of ``config.json``. ValueError where it names another quantisation than ``quant_method``."""
+def _config_json(path: Path, quant_method: str | None) -> tuple[dict[str, Any], Quantization | None]:
+    """The content of ``config.json``, and the quantisation. ValueError where that is another than ``quant_method``."""
     content = read_json_object(path / "config.json", "give a transformers model directory")
-    for key in ("quantization_config", "compression_config"):
-        if content.get(key):
-            method = content[key].get("quant_method") if isinstance(content[key], dict) else None
-            if method is None or method != quant_method:
-                raise ValueError(
-                    f"{path / 'config.json'} has a {key} ({method or 'unnamed'}), "
-                    f"which is not supported yet: give the unquantised model"
-                )
-    return content
+    found = find_quantization(path, content)
+    if found is not None and (found.method is None or found.method != quant_method):
+        where = f"config.json has a {found.where}" if found.where in KEYS else f"{found.where} states a quantisation"
+        raise ValueError(
+            f"{path}: {where} ({found.method or 'unnamed'}), which is not supported yet: give the unquantised model"
+        )
+    return content, found
 
 
 def _entries(path: Path) -> dict[str, Entry]:

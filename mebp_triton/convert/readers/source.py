@@ -28,10 +28,12 @@ class Source(Protocol):
         config: the config that ``AutoModelForCausalLM.from_config`` takes. It names the causal language model in
             ``architectures``, and no quantisation.
         description: the format and the name of the file or directory; the store's manifest has it as ``source``.
+        decoded: what the parameters were that ``read`` had to decode from codes that no scheme of ours holds, by name.
     """
 
     config: PretrainedConfig
     description: str
+    decoded: dict[str, str]
 
     def bind(self, model: PreTrainedModel) -> None:
         """Finds every parameter of ``model`` (on the meta device is enough) in the files.

@@ -77,7 +77,7 @@ class Inventory:
             scale_dtype = own.scale_dtype if own else torch.float16
             files[file][f"{site.name}.scales"] = scale_dtype, groups
             if scheme == "affine":
-                files[file][f"{site.name}.minimum"] = torch.float16, groups
+                files[file][f"{site.name}.minimum"] = scale_dtype, groups
             if scheme == "codebook":
                 files[file][f"{site.name}.codebook"] = torch.float32, (16,)
             scale_name = "F32" if scale_dtype == torch.float32 else "F16"

@@ -186,7 +186,7 @@ def test_another_shape_than_the_config_says(nf4, tmp_path):
     [
         ({"load_in_4bit": False, "load_in_8bit": True}, ("8 bits", "load_in_4bit")),
         ({"load_in_4bit": None}, ("no stated bits", "load_in_4bit")),
-        ({"quant_method": "gptq"}, ("gptq", "not supported yet")),
+        ({"quant_method": "torchao"}, ("torchao", "not supported yet")),
     ],
 )
 def test_other_quantisations(nf4, tmp_path, change, words):

@@ -108,7 +108,7 @@ def test_what_was_tampered_with(llama: Path, tmp_path: Path) -> None:
             ({}, {"layout": "other"}, "layout 'other' cannot be read"),
             ({}, {"group_size": 31}, "group_size must be one of"),
             ({}, {"modules_to_not_convert": 3}, r"config\.json: quantization_config: "),
-            ({}, {"quant_method": "gptq"}, "gptq"),
+            ({}, {"quant_method": "torchao"}, "torchao"),
         ]
     ):
         broken = edited(tmp_path / "int4", tmp_path / str(number), tensors, **config)

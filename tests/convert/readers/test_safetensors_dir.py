@@ -325,7 +325,7 @@ def test_an_attention_of_transformers_own_is_none(tmp_path):
         ({"num_hidden_layers": 4000}, ("num_hidden_layers is 4000", "more than the weights have")),
         ({"vocab_size": 10**12}, ("vocab_size", "more than any model has", "compare it with the model's original")),
         ({"architectures": ["LlamaForSequenceClassification"]}, ("decoder-only",)),
-        ({"quantization_config": {"quant_method": "awq"}}, ("awq", "not supported yet", "unquantised")),
+        ({"quantization_config": {"quant_method": "torchao"}}, ("torchao", "not supported yet", "unquantised")),
         ({"compression_config": {"format": "dense"}}, ("compression_config (unnamed)", "unquantised")),
     ],
     ids=str,

@@ -1,0 +1,131 @@
+"""A matrix of integer codes as a foreign checkpoint has it, and what becomes of it here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import GROUP_SIZES
+
+# The 16 values of E2M1, the 4-bit float of MXFP4 (OCP Microscaling Formats, version 1.0), by their codes.
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+DECODED_ELEMENTS = 1 << 22  # how much is decoded at a time
+
+
+@dataclass(frozen=True)
+class CodedMatrix:
+    """A matrix ``[N, K]`` of codes in groups of columns that share a scale.
+
+    A weight is ``levels[code] * scale`` with levels, ``code * scale + minimum`` with a minimum, and otherwise
+    ``(code - 2 ** (bits - 1)) * scale``, all in float32.
+
+    Attributes:
+        codes: ``[N, K]`` uint8.
+        bits: the width of a code.
+        scales: ``[groups, N]``, of a float dtype.
+        groups: ``[K]`` int64, the group of each column.
+        group_size: the number of columns in a group.
+        minimum: ``[groups, N]`` of a float dtype, or None.
+        levels: ``[2 ** bits]`` float32, or None.
+    """
+
+    codes: Tensor
+    bits: int
+    scales: Tensor
+    groups: Tensor
+    group_size: int
+    minimum: Tensor | None = None
+    levels: Tensor | None = None
+
+    @property
+    def _middle(self) -> int:
+        """The code that is 0 where there is neither a minimum nor levels."""
+        return 1 << (self.bits - 1)
+
+    def with_zeros(self, zeros: Tensor) -> CodedMatrix:
+        """The matrix of ``(code - zero) * scale``, by the zero of each group, ``[groups, N]``.
+
+        It has no minimum where every zero is the middle code. A scale of 16 bits times a zero is exact in float32.
+        """
+        if bool((zeros == self._middle).all()):
+            return self
+        return replace(self, minimum=-(zeros.float() * self.scales.float()))
+
+    def to_int4(self) -> Int4Weight | None:
+        """The same weights in our layout; None where it cannot hold them. Narrower codes become codes of 4 bits."""
+        size = self._our_group_size()
+        if self.bits > 4 or size is None:
+            return None
+        starts = self.groups[::size]
+        numbers = [self.scales] if self.minimum is None else [self.scales, self.minimum]
+        dtype = torch.float16 if all(map(_is_held_by_half, numbers)) else torch.float32
+        parts = [tensor.index_select(0, starts).to(dtype) for tensor in numbers]
+        symmetric = self.minimum is None and self.levels is None
+        codes = self.codes + (8 - self._middle) if symmetric else self.codes
+        return Int4Weight.from_codes(codes, parts[0], size, *parts[1:], codebook=self.levels)
+
+    def why_not(self) -> str:
+        """Says, where ``to_int4`` gives None, what the matrix is."""
+        if self.bits > 4:
+            return f"{self.bits}-bit codes"
+        if bool((self.groups[1:] < self.groups[:-1]).any()):
+            return "codes in act-order, which desc_act=False or static groups would avoid"
+        return f"codes in groups of {self.group_size}"
+
+    def decode(self) -> Tensor:
+        """The weights ``[N, K]`` in float32."""
+        rows, columns = self.codes.shape
+        decoded = torch.empty(rows, columns)
+        step = max(1, DECODED_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            codes, scales = self.codes[part], self.scales[:, part].float().t()[:, self.groups]
+            levels = codes.float() if self.levels is None else self.levels[codes.long()]
+            if self.minimum is not None:
+                decoded[part] = levels * scales + self.minimum[:, part].float().t()[:, self.groups]
+            else:
+                decoded[part] = (levels - self._middle if self.levels is None else levels) * scales
+        return decoded
+
+    def _our_group_size(self) -> int | None:
+        """The matrix's own group size, or else the largest of ours whose groups each lie in one of the matrix's."""
+        for size in sorted(GROUP_SIZES, key=lambda size: (size != self.group_size, -size)):
+            if torch.equal(self.groups[::size].repeat_interleave(size)[: len(self.groups)], self.groups):
+                return size
+        return None
+
+
+def _is_held_by_half(numbers: Tensor) -> bool:
+    return torch.equal(numbers.float(), numbers.to(torch.float16).float())
+
+
+def even_groups(columns: int, group_size: int) -> Tensor:
+    """The group of each of ``columns`` columns, int64."""
+    return torch.arange(columns) // group_size
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """Unpacks fields of ``bits`` bits that follow each other from the lowest bit of the first byte on.
+
+    Args:
+        packed: ``[..., W]`` of an integer dtype.
+        bits: 1 to 8.
+
+    Returns:
+        ``[..., F]`` uint8, with every field that begins in a row of ``packed``; the last may be no whole one.
+    """
+    data = packed.contiguous().view(torch.uint8)
+    if bits == 4:
+        return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
+    runs = torch.nn.functional.pad(data, (0, -data.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    fields = torch.empty(*runs.shape[:-1], 8, dtype=torch.uint8)
+    for index in range(8):
+        byte, shift = divmod(index * bits, 8)
+        field = runs[..., byte] >> shift
+        if shift + bits > 8:
+            field |= runs[..., byte + 1] << (8 - shift)
+        fields[..., index] = field & (1 << bits) - 1
+    return fields.flatten(-2)
