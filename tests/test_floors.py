@@ -26,10 +26,10 @@ FLOORS = {
     "blocks": "options runner call leaks replay recompute backward mlp_chunks hooks selection engine",
     "models": "direct_reads skeleton kept_float config names generation adapter saving discover build load",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
-    "convert": """companions readers.source readers.gguf_header readers.gguf_keys
-        readers.gguf_architectures readers.gguf_rope readers.gguf_tokenizer readers.gguf readers.quantization
-        readers.safetensors_dir readers.bitsandbytes readers.int4_dir readers.coded_matrix readers.packed_dir
-        readers.gptq readers.merged_store readers writers.store writers.model_directory
+    "convert": """companions readers.source readers.coded_matrix readers.gguf_header readers.gguf_parts
+        readers.gguf_keys readers.gguf_architectures readers.gguf_rope readers.gguf_tokenizer readers.gguf_blocks
+        readers.gguf readers.quantization readers.safetensors_dir readers.bitsandbytes readers.int4_dir
+        readers.packed_dir readers.gptq readers.merged_store readers writers.store writers.model_directory
         quantize merge""",
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw optimizers.table
         evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes plan.inventory

@@ -10,6 +10,8 @@ import numpy as np
 Q4_0, Q4_1, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0"))
 F16, F32, BF16 = (gguf.GGMLQuantizationType[name] for name in ("F16", "F32", "BF16"))
 HIDDEN, FFN, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
+# Where the float16 numbers of a block lie, for the types that the gguf package reads and does not write.
+HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
 
 
 def alphabet() -> list[str]:
@@ -20,6 +22,20 @@ def alphabet() -> list[str]:
 
 
 TOKENS = [*alphabet(), "th", "the", "<|end|>", "<|pad|>"]
+
+
+def llama_of(kind: object, hidden: int, ffn: int, tied: bool) -> dict[str, tuple[tuple[int, ...], object]]:
+    """The tensors of a llama whose matrices are all of one type."""
+    tensors = {"token_embd.weight": ((len(TOKENS), hidden), kind), "output_norm.weight": ((hidden,), F32)}
+    if not tied:
+        tensors["output.weight"] = ((len(TOKENS), hidden), kind)
+    kv = hidden // HEADS * KV_HEADS
+    rows = {"attn_q": hidden, "attn_k": kv, "attn_v": kv, "attn_output": hidden, "ffn_gate": ffn, "ffn_up": ffn}
+    for layer in range(LAYERS):
+        tensors |= {f"blk.{layer}.{name}.weight": ((count, hidden), kind) for name, count in rows.items()}
+        tensors[f"blk.{layer}.ffn_down.weight"] = ((hidden, ffn), kind)
+        tensors |= {f"blk.{layer}.{name}_norm.weight": ((hidden,), F32) for name in ("attn", "ffn")}
+    return tensors
 
 
 def llama_tensors() -> dict[str, tuple[tuple[int, ...], object]]:
@@ -60,14 +76,39 @@ def gpt2_tensors() -> dict[str, tuple[tuple[int, ...], object]]:
     return tensors
 
 
-def write(path: Path, arch: str, tensors: dict, tokenizer: bool = True, context: int = 32, **numbers: int) -> Path:
-    """A GGUF file of random weights, each quantised by the gguf package."""
-    writer = gguf.GGUFWriter(path, arch)
+def random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    """Bytes ``[..., row]`` of a tensor of ``kind``: any bytes are a block, if its scales are finite."""
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // weights, size), dtype=np.uint8)
+    for place in HALVES.get(kind.name, ()):
+        scales = random.normal(size=(*blocks.shape[:-1], 1)).astype(np.float16)
+        blocks[..., place : place + 2] = scales.view(np.uint8)
+    if kind.name == "MXFP4":
+        blocks[..., 0] = random.integers(120, 130, blocks.shape[:-1])
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def write(
+    path: Path,
+    arch: str,
+    tensors: dict,
+    tokenizer: bool = True,
+    context: int = 32,
+    hidden: int = HIDDEN,
+    ffn: int = FFN,
+    tensors_each: int = 0,
+    **numbers: int,
+) -> Path:
+    """A GGUF file of random weights, most of them quantised by the gguf package.
+
+    With ``tensors_each`` it becomes parts of so many tensors each, and ``path`` is the start of their names.
+    """
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_each)
     writer.add_name("tiny")
     writer.add_context_length(1024 if arch == "gpt2" else context)
-    writer.add_embedding_length(HIDDEN)
+    writer.add_embedding_length(hidden)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(4 * HIDDEN if arch == "gpt2" else FFN)
+    writer.add_feed_forward_length(4 * hidden if arch == "gpt2" else ffn)
     writer.add_head_count(HEADS)
     if arch == "gpt2":
         writer.add_layer_norm_eps(1e-5)
@@ -88,9 +129,11 @@ def write(path: Path, arch: str, tensors: dict, tokenizer: bool = True, context:
         writer.add_uint32(key.replace("_", "."), value)
     random = np.random.default_rng(0)
     for name, (shape, kind) in tensors.items():
-        values = random.normal(size=shape).astype(np.float32)
-        plain = kind in (F16, F32)
-        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=None if plain else kind)
+        if kind.name in HALVES or kind.name == "MXFP4":
+            data = random_blocks(kind, shape, random)
+        else:
+            data = gguf.quantize(random.normal(size=shape).astype(np.float32), kind)
+        writer.add_tensor(name, data, raw_dtype=None if kind in (F16, F32) else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,4 +1,4 @@
-"""Reads GGUF files. Q4_0 and Q4_1 matrices are taken over bit for bit; every other type is decoded to float32.
+"""Reads GGUF files. Matrices whose type an ``Int4Weight`` holds are taken over bit for bit; others become float32.
 
 Names, tokenizers and what an architecture does to its matrices come from transformers and the ``gguf`` package. The
 header is read by our own code: ``gguf.GGUFReader`` makes an array of every vocabulary entry, which takes seconds, and
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.config import check_sizes, prepare_config
@@ -31,26 +31,27 @@ from mebp_triton.models.names import (
 )
 from mebp_triton.system.foreign_errors import one_line
 
+from .coded_matrix import CodedMatrix
 from .gguf_architectures import ARCHITECTURES
-from .gguf_header import DOWNLOAD, Entry, Header, read_header
+from .gguf_blocks import TYPES, read_blocks
+from .gguf_header import DOWNLOAD, Entry, Header
 from .gguf_keys import settings_of
+from .gguf_parts import read_model
 from .gguf_rope import FREQS, LONG, SHORT, rope_settings
 from .gguf_tokenizer import check_tokens, complete, generation_config, token_ids
 
-BLOCK = 32
 SAFETENSORS = "give the model as safetensors"
-# The bytes of float16 numbers before a block's 16 bytes of nibbles: its scale, and for Q4_1 its minimum.
-FLOAT_BYTES = {"Q4_0": 2, "Q4_1": 4}
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class GgufFile:
-    """The ``Source`` of one GGUF file."""
+    """The ``Source`` of a GGUF file, or of all parts of a model if the file is one of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._header = read_header(path)
+        self._header = read_model(path)
         self._arch = str(self._header.metadata.get("general.architecture"))
-        self.description = f"GGUF {path.name} ({self._arch})"
+        self.description = f"GGUF {self._header.path.name} ({self._arch})"
         _check_supported(path, self._header)
         check_tokens(self._header.metadata, str(path))
         self.config = prepare_config(self._config(), str(path))
@@ -97,7 +98,10 @@ class GgufFile:
     def read(self, name: str) -> Tensor | Int4Weight:
         entries = self._entries[name]
         order = self._row_order(entries[0]) if len(entries) == 1 else None
-        value = self._decode(entries) if order is None else self._codes(entries[0], order)
+        value = self._decode(entries) if order is None else self._rows(entries[0], order)
+        if not isinstance(value, Int4Weight) and entries[0].kind not in FLOATS:
+            turned = value.shape == entries[0].shape[::-1] and order is None
+            self.decoded[name] = f"transposed {entries[0].kind}" if turned else entries[0].kind
         check_shape(str(self.path), name, value.shape, self._shapes[name])
         return value
 
@@ -107,8 +111,9 @@ class GgufFile:
             return
         # transformers would prefer the tokenizer of another model that lies beside the file.
         with one_line(f"{self.path} gives no tokenizer", SAFETENSORS), tempfile.TemporaryDirectory() as alone:
-            os.symlink(self.path.resolve(), Path(alone, "model.gguf"))
-            made: Any = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
+            os.symlink(self._header.path.resolve(), Path(alone, "model.gguf"))
+            # AutoTokenizer would read the whole header once more, for a class that makes the same of it.
+            made = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="model.gguf")
             tokenizer = complete(made, self._header.metadata, str(self.path))
         tokenizer.save_pretrained(str(directory))
         generation_config(tokenizer, self._header.metadata).save_pretrained(str(directory))
@@ -159,19 +164,21 @@ class GgufFile:
         """A tensor's values in float32, as the file has them."""
         from gguf import GGMLQuantizationType, dequantize
 
-        return dequantize(self._bytes(entry), GGMLQuantizationType[entry.kind])
+        if entry.kind in TYPES:
+            return self._matrix(entry).decode().view(entry.shape).numpy()
+        return dequantize(self._bytes(entry).reshape(*entry.shape[:-1], -1), GGMLQuantizationType[entry.kind])
 
     def _bytes(self, entry: Entry) -> np.ndarray:
-        """The bytes of a tensor, ``[..., row]``.
+        """The bytes of a tensor, ``[rows, bytes of a row]``.
 
         They are read, not mapped: if the file has been cut short since, that is an error here and a SIGBUS in a map.
         """
         data = np.empty(entry.nbytes, np.uint8)
-        with open(self.path, "rb") as file:
+        with open(entry.path, "rb") as file:
             file.seek(entry.offset)
             if file.readinto(data.data) != entry.nbytes:
-                raise ValueError(f"{self.path} ends inside {entry.name}; {DOWNLOAD}")
-        return data.reshape(*entry.shape[:-1], -1)
+                raise ValueError(f"{entry.path} ends inside {entry.name}; {DOWNLOAD}")
+        return data.reshape(math.prod(entry.shape[:-1]), -1)
 
     def _process(self, entry: Entry, values: np.ndarray, made: dict[str, Tensor]) -> np.ndarray | None:
         """Undoes what the converter to GGUF did to a tensor, by transformers' code for the architecture.
@@ -202,7 +209,7 @@ class GgufFile:
         one that holds its column numbers, go through transformers' code for undoing it. Codes can be kept if rows only
         changed places and columns stayed, because a group of codes with one scale lies along a row.
         """
-        if entry.kind not in FLOAT_BYTES or len(entry.shape) != 2:
+        if entry.kind not in TYPES or len(entry.shape) != 2:
             return None
         rows, columns = (np.arange(size, dtype=np.float32) for size in entry.shape)
         row_numbers = np.broadcast_to(rows[:, None], entry.shape)
@@ -218,24 +225,18 @@ class GgufFile:
             return None
         return torch.from_numpy(order.astype(np.int64))
 
-    def _codes(self, entry: Entry, order: Tensor) -> Int4Weight:
-        """The int4 weight of a Q4_0 or Q4_1 matrix, its rows taken in ``order``.
+    def _matrix(self, entry: Entry) -> CodedMatrix:
+        """The codes and scales of a tensor of one of ``TYPES``, ``[rows, row]``."""
+        return read_blocks(entry.kind, torch.from_numpy(self._bytes(entry)))
 
-        A block holds 32 weights: byte j has element j in its low nibble and element j + 16 in its high nibble. Q4_0 is
-        ``(code - 8) * d``, our symmetric scheme; Q4_1 is ``code * d + m``, our affine one.
-        """
-        rows, columns = entry.shape
-        split = FLOAT_BYTES[entry.kind]
-        blocks = torch.from_numpy(self._bytes(entry)).view(rows, columns // BLOCK, split + BLOCK // 2)  # [N, K/32, B]
-        halves = blocks[..., :split].contiguous().view(torch.float16)  # [N, K/32, 1 or 2]
-        nibbles = blocks[..., split:]  # [N, K/32, 16]
-        codes = torch.empty(rows, columns // BLOCK, 2, BLOCK // 2, dtype=torch.uint8)
-        torch.bitwise_and(nibbles, 15, out=codes[:, :, 0])
-        torch.bitwise_right_shift(nibbles, 4, out=codes[:, :, 1])
-        minimum = halves[..., 1].t() if entry.kind == "Q4_1" else None
-        weight = Int4Weight.from_codes(codes.view(rows, columns), halves[..., 0].t(), BLOCK, minimum)
-        moved = bool((order[1:] < order[:-1]).any())
-        return weight.permute_rows(order) if moved else weight
+    def _rows(self, entry: Entry, order: Tensor) -> Tensor | Int4Weight:
+        """A matrix of one of ``TYPES``, its rows taken in ``order``; in float32 where our layout cannot hold it."""
+        matrix = self._matrix(entry)
+        weight = matrix.to_int4()
+        value = matrix.decode() if weight is None else weight
+        if not bool((order[1:] < order[:-1]).any()):
+            return value
+        return value.permute_rows(order) if isinstance(value, Int4Weight) else value[order]
 
 
 class _Outline:
@@ -258,13 +259,6 @@ class _Outline:
 
 def _check_supported(path: Path, header: Header) -> None:
     """Raises ValueError where the file cannot be used."""
-    parts = header.metadata.get("split.count", 1)
-    if parts not in (0, 1):  # only the first part names the architecture
-        number = header.metadata.get("split.no")
-        which = f"part {number + 1} of" if type(number) is int else "one of"
-        raise ValueError(
-            f"{path} is {which} {parts} parts; join them by `llama-gguf-split --merge FIRST_PART OUT.gguf` of llama.cpp"
-        )
     arch = header.metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in ARCHITECTURES or ARCHITECTURES[arch].model_type not in CONFIG_MAPPING:
         raise ValueError(f"{path}: GGUF architecture {arch!r:.100} is not supported; {SAFETENSORS}")

@@ -25,14 +25,16 @@ LONGEST = 1024
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor's place in the file.
+    """A tensor's place in a file.
 
     Attributes:
+        path: the file.
         kind: ggml's name of its type.
-        shape: its shape in torch's order.
+        shape: its shape in torch's order; it has at least one number.
         offset, nbytes: where its data lies in the file.
     """
 
+    path: Path
     name: str
     kind: str
     shape: tuple[int, ...]
@@ -46,11 +48,12 @@ class Length(int):
 
 @dataclass(frozen=True)
 class Header:
-    """The metadata and the tensors by name.
+    """The metadata of a file, and the tensors by name.
 
     Of long arrays, and of arrays of texts, the metadata has only the ``Length``.
     """
 
+    path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Entry]
 
@@ -72,8 +75,7 @@ def read_header(path: Path) -> Header:
             one_line(f"{path} has a damaged GGUF header", DOWNLOAD),
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            cursor = _Cursor(data, len(MAGIC))
-            header = cursor.header()
+            header = _Cursor(data, len(MAGIC)).header(path)
             size = len(data)
     for entry in header.tensors.values():
         if entry.offset + entry.nbytes > size:
@@ -127,7 +129,7 @@ class _Cursor:
             raise ValueError(f"array of type {kind}")
         return Length(count)
 
-    def header(self) -> Header:
+    def header(self, path: Path) -> Header:
         version = self.number("<I")
         if version not in VERSIONS:
             raise ValueError(f"version {version}, wanted one of {VERSIONS}, little-endian")
@@ -143,19 +145,21 @@ class _Cursor:
         if alignment < 1:
             raise ValueError(f"alignment {alignment}")
         start = -(-self.at // alignment) * alignment
-        tensors = {name: Entry(name, kind, shape, start + at, nbytes) for name, kind, shape, at, nbytes in entries}
+        tensors = {
+            name: Entry(path, name, kind, shape, start + at, nbytes) for name, kind, shape, at, nbytes in entries
+        }
         if len(tensors) != tensor_count:
             raise ValueError("a tensor's name appears twice")
-        return Header(metadata, tensors)
+        return Header(path, metadata, tensors)
 
     def entry(self) -> tuple[str, str, tuple[int, ...], int, int]:
-        """A row of the tensor table: the fields of ``Entry``, but with the offset from the start of the data."""
+        """A row of the tensor table: ``Entry``'s fields after the path, the offset from the start of the data."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name = self.text()
         shape = tuple(self.number("<Q") for _ in range(self.number("<I")))[::-1]
         kind = GGMLQuantizationType(self.number("<I"))
         block, size = GGML_QUANT_SIZES[kind]
-        if not shape or shape[-1] % block:
+        if not shape or 0 in shape or shape[-1] % block:
             raise ValueError(f"{name} has shape {shape}, which is not made of blocks of {block}")
         return name, kind.name, shape, self.number("<Q"), math.prod(shape) // block * size

@@ -112,6 +112,8 @@ def _of_the_file(backend: Tokenizer, size: int) -> Tokenizer:
 
     The model has no rows for them.
     """
+    if all(index < size for index in backend.get_added_tokens_decoder()):
+        return backend  # the usual case, without a copy of a vocabulary in Python's objects
     state = json.loads(backend.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
     return Tokenizer.from_str(json.dumps(state))

@@ -16,12 +16,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from mebp_triton.convert.readers import open_source
+from mebp_triton.convert.readers.gguf_blocks import TYPES
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
-from gguf_files import F32, FFN, HIDDEN, KV_HEADS, Q4_0, TOKENS, gpt2_tensors, llama_tensors, write  # noqa: E402
+from gguf_files import (  # noqa: E402
+    F32,
+    FFN,
+    HIDDEN,
+    KV_HEADS,
+    Q4_0,
+    TOKENS,
+    gpt2_tensors,
+    llama_of,
+    llama_tensors,
+    write,
+)
 
 
 def bound(path: Path):
@@ -84,6 +96,44 @@ def test_llama_equals_transformers(tmp_path, tied):
     assert schemes[first + "self_attn.k_proj.weight"] == schemes[second + "self_attn.q_proj.weight"] == "affine"
     assert schemes[first + "self_attn.v_proj.weight"] == schemes["model.embed_tokens.weight"] == "float"
     assert schemes.get("lm_head.weight") == (None if tied else "symmetric")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_of_every_type(tmp_path, kind, tied):
+    """Queries and keys are permuted in the file; a row of ``down_proj`` is no multiple of 64 where it can be."""
+    hidden, ffn = (64, 96) if TYPES[kind].weights == 32 else (256, 512)
+    tensors = llama_of(gguf.GGMLQuantizationType[kind], hidden, ffn, tied)
+    schemes = assert_equals_transformers(write(tmp_path / "tiny.gguf", "llama", tensors, hidden=hidden, ffn=ffn))
+    found = {scheme for name, scheme in schemes.items() if "norm" not in name}
+    wanted = {"Q4_0": "symmetric", "Q4_1": "affine", "Q4_K": "affine"}.get(kind, "codebook")
+    assert found == {wanted if TYPES[kind].bits <= 4 else "float"}
+    assert ("lm_head.weight" in schemes) == (not tied)
+
+
+def test_codes_that_had_to_be_decoded_are_named(llama, tmp_path):
+    source = bound(llama)
+    gpt2 = bound(write(tmp_path / "gpt2.gguf", "gpt2", gpt2_tensors()))
+    for opened in (source, gpt2):
+        for name in opened._entries:
+            opened.read(name)
+    assert source.decoded == {"model.embed_tokens.weight": "Q8_0"}
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    names = {f"transformer.h.{layer}.{name}.weight" for layer in (0, 1) for name in matrices}
+    assert gpt2.decoded == dict.fromkeys(names, "transposed Q4_0")
+
+
+def test_a_model_in_parts_is_that_in_one_file(llama, tmp_path):
+    write(tmp_path / "tiny.gguf", "llama", llama_tensors(), tensors_each=8)
+    whole, split = bound(llama), bound(tmp_path / "tiny-00002-of-00003.gguf")
+    assert split.description == "GGUF tiny-00001-of-00003.gguf (llama)"
+    for name in (*split._entries, "model.embed_tokens.weight"):
+        ours, wanted = split.read(name), whole.read(name)
+        pairs = zip(*(v.tensors().values() if isinstance(v, Int4Weight) else [v] for v in (ours, wanted)), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs), name
+    for source, target in ((whole, tmp_path / "a"), (split, tmp_path / "b")):
+        source.save_companions(target)
+    assert (tmp_path / "a" / "tokenizer.json").read_text() == (tmp_path / "b" / "tokenizer.json").read_text()
 
 
 @pytest.mark.parametrize("name", ["blk.2.attn_q.weight", "blk.0.attn_q.scale", "blk.0.ffn_up.bias", "rope_factors"])
@@ -253,18 +303,6 @@ def test_an_architecture_that_is_no_text(tmp_path):
 
 def test_unsupported_architecture(tmp_path):
     assert_refused(write(tmp_path / "tiny.gguf", "rwkv6", {"x": ((4,), F32)}), "'rwkv6' is not supported")
-
-
-def test_one_of_several_parts(tmp_path):
-    assert_refused(write(tmp_path / "tiny.gguf", "llama", llama_tensors(), split_count=3), "one of 3 parts", "merge")
-    writer = gguf.GGUFWriter(tmp_path / "second.gguf", "llama")
-    writer.kv_data[0].clear()  # parts after the first have no architecture
-    writer.add_uint16("split.no", 1)
-    writer.add_uint16("split.count", 3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    assert_refused(tmp_path / "second.gguf", "part 2 of 3 parts", "merge FIRST_PART")
 
 
 def test_encoder_decoder_is_refused(tmp_path):

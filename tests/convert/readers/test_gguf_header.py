@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +11,9 @@ import pytest
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
+from gguf_bytes import Q4_0, content, pair, tensor, text  # noqa: E402
+
 from mebp_triton.convert.readers.gguf_header import Length, read_header  # noqa: E402
-
-F32, Q4_0 = 0, 2  # ggml's numbers
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value.encode())) + value.encode()
-
-
-def pair(key: str, kind: int, value: bytes) -> bytes:
-    return text(key) + struct.pack("<I", kind) + value
-
-
-def tensor(name: str, shape: Iterable[int], kind: int = F32, offset: int = 0) -> bytes:
-    """A row of the tensor table; ``shape`` in torch's order."""
-    sides = list(shape)[::-1]
-    return text(name) + struct.pack(f"<I{len(sides)}QIQ", len(sides), *sides, kind, offset)
-
-
-def content(
-    pairs: Iterable[bytes] = (), tensors: Iterable[bytes] = (), data: int = 0, version: int = 3, alignment: int = 32
-) -> bytes:
-    pairs, tensors = list(pairs), list(tensors)
-    header = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(pairs)) + b"".join(pairs + tensors)
-    return header + bytes(-len(header) % alignment + data)
-
 
 ALL_KINDS = [
     pair("u8", 0, b"\xff"),
@@ -98,6 +74,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "alignment": (content([pair("general.alignment", 4, bytes(4))]), "damaged GGUF header .*alignment 0"),
     "tensor type": (content(tensors=[tensor("a", (2,), 999)]), "damaged GGUF header .*999"),
     "no sides": (content(tensors=[tensor("a", ())]), "damaged GGUF header .*not made of blocks"),
+    "nothing": (content(tensors=[tensor("a", (0, 32), Q4_0)]), "damaged GGUF header .*not made of blocks"),
     "half a block": (content(tensors=[tensor("a", (2, 33), Q4_0)]), "damaged GGUF header .*blocks of 32"),
     "tensor twice": (content(tensors=[tensor("a", (2,))] * 2, data=8), "damaged GGUF header .*appears twice"),
     "truncated": (content(tensors=[tensor("a", (2,))], data=7), "is truncated: a ends at byte .*; download it again"),

@@ -1,0 +1,182 @@
+"""The block types of GGUF: from a matrix's bytes to its codes, scales and minima, which give every value exactly.
+
+A row is a chain of blocks of 32 or 256 weights, each with its own scales. ggml decodes a block in float32; the
+``CodedMatrix`` that is read here decodes to the same bits.
+
+Layouts: ``ggml-common.h`` and ``ggml-quants.c`` of https://github.com/ggml-org/ggml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .coded_matrix import E2M1, CodedMatrix, even_groups
+
+PANEL_ELEMENTS = 1 << 22  # what is taken apart at a time: the pieces of a panel need some 10 bytes for each weight
+IQ4_LEVELS = torch.tensor([-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+MXFP4_LEVELS = E2M1 + 0.0  # ggml has no -0
+LAST_EXPONENT = 252  # of MXFP4: above it, float32 does not hold all of a block's values, or they are NaN
+
+
+class Parts(NamedTuple):
+    """Some rows of a matrix: codes uint8; scales, and a minimum if there is one.
+
+    All are ``[N, blocks, ...]``, in the order of columns.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    minimum: Tensor | None = None
+
+
+def read_blocks(kind: str, data: Tensor) -> CodedMatrix:
+    """The matrix that the bytes of a tensor are.
+
+    Args:
+        kind: one of ``TYPES``.
+        data: ``[N, bytes of a row]`` uint8.
+    """
+    block = TYPES[kind]
+    count = data.shape[1] // block.nbytes  # blocks in a row
+    codes = torch.empty(len(data), count * block.weights, dtype=torch.uint8)
+    numbers = []
+    step = PANEL_ELEMENTS // codes.shape[1] + 1
+    for start in range(0, len(data), step):
+        panel = data[start : start + step]
+        parts = block.read(panel.view(len(panel), count, block.nbytes))
+        codes[start : start + step] = parts.codes.flatten(1)
+        numbers.append([part.flatten(1) for part in parts[1:] if part is not None])
+    scales, *rest = (torch.cat(part).t() for part in zip(*numbers, strict=True))
+    minimum = rest[0] if rest else None
+    size = codes.shape[1] // len(scales)
+    groups = even_groups(codes.shape[1], size)
+    return CodedMatrix(codes, block.bits, scales, groups, size, minimum, LEVELS_OF.get(kind))
+
+
+def _half(part: Tensor) -> Tensor:
+    """The float16 numbers ``[..., B / 2]`` that some bytes ``[..., B]`` are."""
+    return part.contiguous().view(torch.float16)
+
+
+def _nibbles(part: Tensor) -> Tensor:
+    """``[..., B]`` -> ``[..., 2, B]``: all low nibbles, then all high ones."""
+    return torch.stack((part & 15, part >> 4), -2)
+
+
+def _bits(part: Tensor, width: int) -> Tensor:
+    """``[..., B]`` -> ``[..., 8 / width, B]``: the lowest ``width`` bits of all bytes, then the next, and so on."""
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8)
+    return part.unsqueeze(-2) >> shifts.unsqueeze(-1) & (1 << width) - 1
+
+
+def _q4_0(blocks: Tensor) -> Parts:
+    return Parts(_nibbles(blocks[..., 2:]), _half(blocks[..., :2]))
+
+
+def _q4_1(blocks: Tensor) -> Parts:
+    scale, minimum = _half(blocks[..., :4]).unbind(-1)
+    return Parts(_nibbles(blocks[..., 4:]), scale, minimum)
+
+
+def _five_bits(blocks: Tensor) -> Tensor:
+    """Codes of 32 weights: a word with bit j of weight j, then 16 bytes of nibbles."""
+    fifth = _bits(blocks[..., :4], 1).transpose(-1, -2).reshape(*blocks.shape[:-1], 2, 16)
+    return _nibbles(blocks[..., 4:]) | fifth << 4
+
+
+def _q5_0(blocks: Tensor) -> Parts:
+    return Parts(_five_bits(blocks[..., 2:]), _half(blocks[..., :2]))
+
+
+def _q5_1(blocks: Tensor) -> Parts:
+    scale, minimum = _half(blocks[..., :4]).unbind(-1)
+    return Parts(_five_bits(blocks[..., 4:]), scale, minimum)
+
+
+def _q8_0(blocks: Tensor) -> Parts:
+    # A signed byte plus 128 is that byte with its highest bit turned.
+    return Parts(blocks[..., 2:] ^ 128, _half(blocks[..., :2]))
+
+
+def _two_levels(head: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and minima ``[N, blocks, 8]`` float32 from two float16 numbers and 8 pairs of 6 bits in 12 bytes.
+
+    Both products are exact in float32. ggml subtracts the minimum; adding its negative gives the same bits.
+    """
+    scale, least = _half(head[..., :4]).float().split(1, -1)
+    first, second, rest = head[..., 4:].unflatten(-1, (3, 4)).unbind(-2)
+    steps = torch.cat((first & 63, rest & 15 | first >> 6 << 4), -1)
+    offsets = torch.cat((second & 63, rest >> 4 | second >> 6 << 4), -1)
+    return scale * steps, -(least * offsets)
+
+
+def _q4_k(blocks: Tensor) -> Parts:
+    scales, minimum = _two_levels(blocks[..., :16])
+    return Parts(_nibbles(blocks[..., 16:].unflatten(-1, (4, 32))), scales, minimum)
+
+
+def _q5_k(blocks: Tensor) -> Parts:
+    scales, minimum = _two_levels(blocks[..., :16])
+    nibbles = _nibbles(blocks[..., 48:].unflatten(-1, (4, 32)))
+    fifth = _bits(blocks[..., 16:48], 1).view_as(nibbles)
+    return Parts(nibbles | fifth << 4, scales, minimum)
+
+
+def _q6_k(blocks: Tensor) -> Parts:
+    low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))  # [N, blocks, half, 2, 64]
+    high = _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2)  # [N, blocks, half, 4, 32]
+    steps = blocks[..., 192:208].contiguous().view(torch.int8)
+    scales = _half(blocks[..., 208:]).float() * steps
+    return Parts(low.view_as(high) | high << 4, scales)
+
+
+def _iq4_xs(blocks: Tensor) -> Parts:
+    upper = _bits(blocks[..., 2:4], 2).transpose(-1, -2)  # of groups 0 to 3, and of groups 4 to 7
+    lower = _nibbles(blocks[..., 4:8]).transpose(-1, -2)  # of groups 0 and 1, and so on
+    steps = (lower.flatten(-2) | upper.flatten(-2) << 4).to(torch.int8) - 32
+    scales = _half(blocks[..., :2]).float() * steps
+    return Parts(_nibbles(blocks[..., 8:].unflatten(-1, (8, 16))), scales)
+
+
+def _mxfp4(blocks: Tensor) -> Parts:
+    exponents = blocks[..., 0].int()
+    scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents - 127)
+    scales = torch.where(exponents > LAST_EXPONENT, torch.nan, scales)
+    return Parts(_nibbles(blocks[..., 1:]), scales)
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A type of blocks.
+
+    Attributes:
+        weights, nbytes: how many weights a block has, and how many bytes.
+        bits: the width of its codes. Without a minimum or levels, the middle code is 0.
+        read: takes blocks ``[N, blocks, nbytes]`` apart.
+    """
+
+    weights: int
+    nbytes: int
+    bits: int
+    read: Callable[[Tensor], Parts]
+
+
+TYPES = {
+    "Q4_0": BlockType(32, 18, 4, _q4_0),
+    "Q4_1": BlockType(32, 20, 4, _q4_1),
+    "Q5_0": BlockType(32, 22, 5, _q5_0),
+    "Q5_1": BlockType(32, 24, 5, _q5_1),
+    "Q8_0": BlockType(32, 34, 8, _q8_0),
+    "Q4_K": BlockType(256, 144, 4, _q4_k),
+    "Q5_K": BlockType(256, 176, 5, _q5_k),
+    "Q6_K": BlockType(256, 210, 6, _q6_k),
+    "IQ4_NL": BlockType(32, 18, 4, _q4_0),  # with levels in place of numbers
+    "IQ4_XS": BlockType(256, 136, 4, _iq4_xs),
+    "MXFP4": BlockType(32, 17, 4, _mxfp4),
+}
+LEVELS_OF = {"IQ4_NL": IQ4_LEVELS, "IQ4_XS": IQ4_LEVELS, "MXFP4": MXFP4_LEVELS}

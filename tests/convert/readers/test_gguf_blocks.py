@@ -1,0 +1,113 @@
+"""Blocks of every type give what the gguf package decodes, to the bit, and so do int4 weights where they hold them."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from mebp_triton.convert.readers import gguf_blocks
+from mebp_triton.convert.readers.gguf_blocks import LAST_EXPONENT, TYPES, read_blocks
+from mebp_triton.kernels.reference import decode
+
+gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
+
+# Of the types with 4 bits. Random exponents of MXFP4 need float32.
+SCHEMES = {
+    "Q4_0": ("symmetric", torch.float16),
+    "Q4_1": ("affine", torch.float16),
+    "Q4_K": ("affine", torch.float32),
+    "IQ4_NL": ("codebook", torch.float16),
+    "IQ4_XS": ("codebook", torch.float32),
+    "MXFP4": ("codebook", torch.float32),
+}
+
+
+def random_bytes(kind, rows=61, blocks=3):
+    """Any bytes: scales of every size and sign, subnormal ones, infinities and NaN."""
+    data = np.random.default_rng(7).integers(0, 256, (rows, blocks * TYPES[kind].nbytes), dtype=np.uint8)
+    if kind == "MXFP4":  # every exponent that means a number
+        exponents = np.arange(rows * blocks, dtype=np.uint16).reshape(rows, blocks) * 7 % (LAST_EXPONENT + 1)
+        data.reshape(rows, blocks, -1)[..., 0] = exponents
+    return data
+
+
+def truth(kind, data):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]))
+
+
+def assert_same_bits(found, wanted):
+    assert found.dtype == torch.float32 and found.shape == wanted.shape
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert not wanted.isnan().all()
+    bits = (found.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf), wanted.clone())
+    bits[1][wanted.isnan()] = 0.0
+    assert torch.equal(bits[0].view(torch.int32), bits[1].view(torch.int32))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_value_is_that_of_the_gguf_package(kind, monkeypatch):
+    block = TYPES[kind]
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == (block.weights, block.nbytes)
+    data = random_bytes(kind)
+    wanted = truth(kind, data)
+    matrix = read_blocks(kind, torch.from_numpy(data))
+    assert int(matrix.codes.max()) < 1 << block.bits and matrix.bits == block.bits
+    assert matrix.group_size == (16 if kind == "Q6_K" else 32)
+    assert_same_bits(matrix.decode(), wanted)
+    # The same in panels of ten rows, the last of which has one.
+    monkeypatch.setattr(gguf_blocks, "PANEL_ELEMENTS", 9 * 3 * block.weights)
+    assert_same_bits(read_blocks(kind, torch.from_numpy(data)).decode(), wanted)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_an_int4_weight_has_every_value(kind):
+    data = random_bytes(kind)
+    data = data[truth(kind, data).isfinite().all(1).numpy()]  # float16 does not equal itself where it is NaN
+    weight = read_blocks(kind, torch.from_numpy(data)).to_int4()
+    assert (weight is not None) == (kind in SCHEMES)
+    if weight is not None:
+        assert_same_bits(decode(weight, torch.float32), truth(kind, data))
+        assert weight.group_size == 32
+        assert (weight.scheme, weight.scales.dtype) == SCHEMES[kind]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_zeros_keep_their_signs(kind):
+    """Scales of both zeros, with steps and minima of zero among others."""
+    data = random_bytes(kind, rows=8)
+    blocks = data.reshape(8, 3, -1)
+    halves = {"Q6_K": (208,), "MXFP4": ()}.get(kind, (0, 2) if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else (0,))
+    for number, place in enumerate(halves):
+        zeros = np.array([[0.0], [-0.0]] * (2 * (number + 1)), np.float16).repeat(2 // (number + 1), axis=0)[:8]
+        blocks[:, :, place : place + 2] = zeros.view(np.uint8).reshape(8, 1, 2)
+    if kind in ("Q4_K", "Q5_K"):
+        blocks[:4, :, 4:16] = 0
+    wanted = truth(kind, data)
+    assert wanted.signbit().any() and (wanted == 0).any()
+    assert_same_bits(read_blocks(kind, torch.from_numpy(data)).decode(), wanted)
+
+
+def of_exponents(*exponents):
+    data = np.random.default_rng(1).integers(0, 256, (len(exponents), 17), dtype=np.uint8)
+    data[:, 0] = exponents
+    return data
+
+
+@pytest.mark.parametrize(
+    ("exponents", "dtype"),
+    [((103, 142), torch.float16), ((102, 120), torch.float32), ((120, 143), torch.float32), ((0, 252), torch.float32)],
+)
+def test_exponents_become_halves_where_halves_hold_them(exponents, dtype):
+    data = of_exponents(*exponents)
+    weight = read_blocks("MXFP4", torch.from_numpy(data)).to_int4()
+    assert weight.scales.dtype == dtype
+    assert_same_bits(decode(weight, torch.float32), truth("MXFP4", data))
+
+
+@pytest.mark.parametrize("exponent", [253, 254, 255])
+def test_an_exponent_whose_values_are_no_numbers(exponent):
+    matrix = read_blocks("MXFP4", torch.from_numpy(of_exponents(120, exponent)))
+    assert matrix.scales.isnan().tolist() == [[False, True]]
