@@ -1,7 +1,8 @@
 """Steps of sm_90's matrix instructions: four warps multiply asynchronously, from registers and shared memory.
 
 A sum is in its registers only when its group was waited for; until then, reading or writing one is a fault. What an
-instruction reads, in registers or in shared memory, may not be written before.
+instruction reads, in registers or in shared memory, may not be written before. A register that other instructions have
+set may be used only behind a ``wgmma.fence``.
 """
 
 from __future__ import annotations
@@ -34,19 +35,33 @@ class GroupMultiplier:
         # Reads of shared memory: group, runs of 16 bytes, mask.
         self.reading: list[tuple[Array, Array, Mask]] = []
         self.groups: Array = np.zeros((1, 1), dtype=np.int32)
+        # What each register held at the last fence, or got from a product since.
+        self.fenced: list[Any] = []
 
     def step(self, one: Instruction) -> Step:
         """Makes a step of any ``wgmma`` instruction."""
         if one.guard is not None:
             raise NotModelled(f"{one}: not modelled")
         if one.name == "wgmma.fence.sync.aligned":
-            return lambda mask: None
+            return self._fence
         if one.name == "wgmma.commit_group.sync.aligned":
             return self._commit
         if one.name == "wgmma.wait_group.sync.aligned" and isinstance(one.operands[0], Number):
             pending = one.operands[0].value
             return lambda mask: self._wait(pending, mask)
         return self._multiplication(one)
+
+    def _fence(self, mask: Mask) -> None:
+        self.fenced = list(self.state.registers)
+
+    def _check_fenced(self, index: int) -> None:
+        """Raises for a register that was set since the last fence, unless by a product: those come in order."""
+        if index not in self.arriving and not (self.fenced and self.fenced[index] is self.state.registers[index]):
+            self._complain(index, "was set with no fence before an asynchronous product that uses it")
+
+    def _arrive(self, index: int, value: Array) -> None:
+        self.state.registers[index] = value
+        self.fenced[index] = value
 
     def _commit(self, mask: Mask) -> None:
         self.groups = self.groups + (1 if mask is None else mask.any(axis=1, keepdims=True))
@@ -69,6 +84,8 @@ class GroupMultiplier:
 
         def step(mask: Mask) -> None:
             mask = state.whole_blocks(mask)
+            for index in [*places, *(target.index for target in sums.items)]:
+                self._check_fenced(index)
             if in_registers:
                 a = self.fragments.matrix(places, matrix.left_operand, kind)
                 a = a.reshape(state.shape[0], groups, 64, 16)
@@ -117,13 +134,14 @@ class GroupMultiplier:
             self.state.registers[index] = None
         else:
             self.state.put(target, product.view(U32), mask)
+            self.fenced[index] = self.state.registers[index]
 
     def _wait(self, pending: int, mask: Mask) -> None:
         last = int(self.groups.max()) - pending
         for index in [index for index, (group, _) in self.arriving.items() if group < last]:
             if self.state.registers[index] is not None:
                 self._complain(index)
-            self.state.registers[index] = self.arriving.pop(index)[1]
+            self._arrive(index, self.arriving.pop(index)[1])
         for _, places, values in (one for one in self.operands if one[0] < last):
             for place, value in zip(places, values, strict=True):
                 if self.state.registers[place] is not value:
@@ -146,14 +164,14 @@ class GroupMultiplier:
             self.state.shared.keep_read(runs, 16, across(who, runs.shape[1]))
         self.reading = left
 
-    def _complain(self, index: int) -> None:
+    def _complain(self, index: int, what: str = "was written while an asynchronous product was using it") -> None:
         name = self.state.kernel.registers[index] if index < len(self.state.kernel.registers) else "a number"
-        raise Fault("register race", f"{name} was written while an asynchronous product was using it")
+        raise Fault("register race", f"{name} {what}")
 
     def settle(self) -> None:
         """Lets all sums arrive, when blocks part: who uses their registers too early is not noticed there."""
         for index, (_, value) in self.arriving.items():
-            self.state.registers[index] = value
+            self._arrive(index, value)
         self.arriving.clear()
         self.operands.clear()
 

@@ -164,14 +164,14 @@ def copy(state: State, one: Instruction) -> Step:
         places = state.memory.place(addresses, width, reads)
         if state.check:
             state.memory.check_read(places, width, state.who, reads)
-            state.shared.start_copy(offsets, width, state.thread, mask)
+        twice = state.check and state.shared.start_copy(offsets, width, state.thread, mask)
         if state.counts is not None:
             state.counts.global_access(one, addresses, width, reads)
             state.counts.shared_access(one, offsets, width, mask)
         words = state.memory.load(places, 4, width // 4)
         if reads is not None:
             words = [np.where(reads, word, U32(0)) for word in words]
-        state.shared.store(offsets, words, 4, mask)
+        state.shared.store(offsets, words, 4, mask, twice)
 
     return step
 

@@ -117,7 +117,7 @@ class Kernel:
         params: name and bytes of each, in order.
         labels: the place in ``code`` that each stands for.
         registers: the name of each register, by its place in the register file.
-        shared: offset of each variable in shared memory. The one whose size the launch decides lies at 0.
+        shared: offset of each variable in the kernel's shared memory. The one whose size the launch decides lies at 0.
         shared_bytes: how many bytes those of known size need.
         threads: threads of a block; 0 if the text does not say.
     """

@@ -43,14 +43,14 @@ class SharedMemory:
 
     Args:
         blocks: how many.
-        size: bytes that a block may touch.
+        start, end: the offsets that a block may touch; ``end`` is behind the last one.
         threads: threads of a block.
         unit: bytes that no write splits; stamps are kept for each of these units.
     """
 
-    def __init__(self, blocks: int, size: int, threads: int, unit: int) -> None:
-        self.blocks, self.limit, self.threads, self.unit = blocks, size, threads, unit
-        rounded = max(16, -(-size // 16) * 16)
+    def __init__(self, blocks: int, start: int, end: int, threads: int, unit: int) -> None:
+        self.blocks, self.start, self.end, self.threads, self.unit = blocks, start, end, threads, unit
+        rounded = max(16, -(-end // 16) * 16)
         self.bytes = np.full((blocks, rounded), UNWRITTEN, dtype=np.uint8)
         self.views = {width: self.bytes.view(kind) for width, kind in WORDS.items()}
         units = rounded // unit
@@ -102,17 +102,17 @@ class SharedMemory:
     # Accesses.
 
     def place(self, offsets: Array, width: int, mask: Mask) -> Array:
-        """Checks an access of ``width`` bytes; gives int64 offsets, 0 for masked threads."""
+        """Checks an access of ``width`` bytes; gives int64 offsets, those of masked threads at the start."""
         offsets = offsets.astype(np.int64)
         if mask is not None:
-            offsets = np.where(mask, offsets, 0)
+            offsets = np.where(mask, offsets, self.start)
         for kind, bad in (
-            ("out of bounds", (offsets < 0) | (offsets + width > self.limit)),
+            ("out of bounds", (offsets < self.start) | (offsets + width > self.end)),
             ("misaligned", (offsets & (width - 1)) != 0),
         ):
             if bad.any():
-                found = int(offsets[bad][0])
-                raise Fault(kind, f"{width} bytes at {found} of {self.limit} bytes of shared memory")
+                found = int(offsets[bad][0]) - self.start
+                raise Fault(kind, f"{width} bytes at {found} of {self.end - self.start} bytes of shared memory")
         return offsets
 
     def read(self, offsets: Array, width: int, who: Array, mask: Mask) -> None:
@@ -162,12 +162,15 @@ class SharedMemory:
             self._explain("write over", found, bad, units)
         if bad_read.any():
             self._explain("write after read of", read, bad_read, units)
-        own = self._own(who) if stamp is None else np.full((1, 1, 1), stamp)
+        own = self._own(who)
         mine = np.broadcast_to(own, np.broadcast_shapes(own.shape, units.shape, (1, who.shape[1], 1)))
         rows, units, mine = _chosen(mask, rows, units, mine)
         self.writer[rows, units] = mine
         self.unfenced[rows, units] = True
-        return stamp is None and bool((self.writer[rows, units] != mine).any())
+        twice = bool((self.writer[rows, units] != mine).any())
+        if stamp is not None:
+            self.writer[rows, units] = stamp
+        return twice
 
     def _explain(self, action: str, stamps: Array, bad: Array, units: Array) -> None:
         """Raises the fault of an access that came too early."""
@@ -201,11 +204,16 @@ class SharedMemory:
 
     # Asynchronous copies.
 
-    def start_copy(self, offsets: Array, width: int, who: Array, mask: Mask) -> None:
-        """Notes the start of a copy to shared memory; its target is nobody's until the copy has arrived."""
-        self.write(offsets, width, who, mask, IN_FLIGHT)
+    def start_copy(self, offsets: Array, width: int, who: Array, mask: Mask) -> bool:
+        """Notes the start of a copy to shared memory; its target is nobody's until the copy has arrived.
+
+        Returns:
+            Whether several threads copy to the same byte.
+        """
+        twice = self.write(offsets, width, who, mask, IN_FLIGHT)
         alive = np.ones((1, 1), dtype=bool) if mask is None else np.any(mask, axis=1, keepdims=True)
         self.copies.append(Copy(offsets, width, who, mask, self.groups.copy(), alive))
+        return twice
 
     def commit(self, mask: Mask) -> None:
         """Ends a group of copies."""
@@ -283,7 +291,7 @@ class SharedMemory:
         for part, value in enumerate(values):
             places = offsets // width + part
             value = value.astype(WORDS[width])
-            if mask is None and offsets.shape[0] == 1 and not twice:
+            if mask is None and offsets.shape == (1, value.shape[1]) and not twice:
                 view[:, places[0]] = value
                 continue
             rows = np.broadcast_to(np.arange(self.blocks)[:, None], shape)

@@ -30,6 +30,9 @@ DTYPES: dict[int, Any] = {1: np.bool_, **UNSIGNED}
 # What a register holds for threads that have not set it.
 GARBAGE = {1: False, 8: 0xA5, 16: 0xA5A5, 32: 0xA5A5A5A5, 64: 0xA5A5A5A5A5A5A5A5}
 WARP = 32
+# Where a kernel's shared memory begins: the bytes before it are the system's (compute capability 8.0 and later). So an
+# address that lacks its base is out of bounds.
+SHARED_START = 1024
 
 
 class State:
@@ -69,8 +72,8 @@ class State:
         linear = (z * grid[1] + y) * grid[0] + x
         # The number of a thread among those of the whole grid.
         self.who = (linear[:, None] * self.threads + self.thread).astype(np.int64)
-        size = max(kernel.shared_bytes, shared_bytes)
-        self.shared = SharedMemory(len(self.block_ids), size, self.threads, _smallest_write(kernel))
+        end = SHARED_START + max(kernel.shared_bytes, shared_bytes)
+        self.shared = SharedMemory(len(self.block_ids), SHARED_START, end, self.threads, _smallest_write(kernel))
         self.registers: list[Any] = [None] * len(kernel.registers)
         self._numbers: dict[tuple[int, int], int] = {}
 
@@ -84,10 +87,12 @@ class State:
                 raise NotModelled(f"{one}: a register of {operand.bits} bits where {bits} are read")
             return operand.index
         if isinstance(operand, Symbol):
-            places = self.kernel.shared if operand.name in self.kernel.shared else self.param_places
-            if operand.name not in places:
+            if operand.name in self.kernel.shared:
+                operand = Number(SHARED_START + self.kernel.shared[operand.name])
+            elif operand.name in self.param_places:
+                operand = Number(self.param_places[operand.name])
+            else:
                 raise NotModelled(f"{one}: {operand.name} is not declared")
-            operand = Number(places[operand.name])
         if not isinstance(operand, Number) or bits not in DTYPES:
             raise NotModelled(f"{one}: operand not modelled: {operand}")
         key = (operand.value & ((1 << bits) - 1), bits)
@@ -103,7 +108,8 @@ class State:
         if isinstance(operand.base, Symbol):
             if operand.base.name not in self.kernel.shared:
                 raise NotModelled(f"{one}: {operand.base.name} is not declared")
-            fixed = np.full((1, 1), self.kernel.shared[operand.base.name] + operand.offset, dtype=UNSIGNED[bits])
+            place = SHARED_START + self.kernel.shared[operand.base.name] + operand.offset
+            fixed = np.full((1, 1), place, dtype=UNSIGNED[bits])
             return lambda: fixed
         index = self.source(operand.base, 0, one)
         if operand.offset == 0:

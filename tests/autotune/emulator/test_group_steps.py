@@ -20,9 +20,9 @@ setp.lt.s32 %p1, %r1, 16;
 @%p1 st.shared.v4.b32 [%r11], {%r10, %r10, %r10, %r10};
 """
 FENCE = "fence.proxy.async.shared::cta;\nbar.sync 0;\n"
-# Start 0; 128 bytes to the next columns; 128 to the next rows, of which there are none.
+# Start 1024; 128 bytes to the next columns; 128 to the next rows, of which there are none.
 PRODUCT = """
-mov.b64 %rd5, 0x0000000800080000;
+mov.b64 %rd5, 0x0000000800080040;
 mov.b32 %r30, 0x3F803F80;
 mov.pred %p2, 0;
 wgmma.fence.sync.aligned;
@@ -46,7 +46,7 @@ def test_a_product():
 
 def test_sums_that_go_on():
     again = PRODUCT.replace("mov.pred %p2, 0", "mov.pred %p2, -1").replace("mov.b32 %r30, 0x3F803F80", "")
-    again = again.replace("mov.b64 %rd5, 0x0000000800080000;\n;", "")
+    again = again.replace("mov.b64 %rd5, 0x0000000800080040;\n;", "")
     found = compute(WRITE + FENCE + PRODUCT + again + WAIT + STORE)
     assert (found == 32 * (np.arange(128) % 4 * 2 + 2)).all()
 
@@ -56,11 +56,12 @@ def test_both_operands_in_shared_memory():
     a = "shl.b32 %r12, %r1, 4;\nadd.s32 %r12, %r12, %r3;\nmov.b32 %r30, 0x3F803F80;\n"
     a += "st.shared.v4.b32 [%r12+256], {%r30, %r30, %r30, %r30};\n"
     product = PRODUCT.replace("{ %r30, %r30, %r30, %r30 }", "%rd6").replace("1, 1, 0;", "1, 1, 0, 0;")
-    product = "mov.b64 %rd6, 0x0000000800400010;\n" + product
+    product = "mov.b64 %rd6, 0x0000000800400050;\n" + product
     found = run(WRITE + a + FENCE + product + WAIT + STORE, blocks=2, threads=128, shared=4096).view(np.float32)
     assert (found == 16 * (np.arange(128) % 4 * 2 + 2)).all()
 
 
+UNFENCED = PRODUCT[PRODUCT.index("wgmma.mma") :]
 SECOND = PRODUCT.replace("%r4", "%r5")
 WAIT_FOR_FIRST = WAIT.replace("0", "1")
 
@@ -71,12 +72,15 @@ WAIT_FOR_FIRST = WAIT.replace("0", "1")
         ("undefined register", WRITE + FENCE + PRODUCT + STORE + WAIT),
         ("register race", WRITE + FENCE + PRODUCT + "mov.b32 %r41, 0;\n" + WAIT + STORE),
         ("register race", WRITE + FENCE + PRODUCT + "mov.b32 %r30, 0;\n" + WAIT + STORE),
+        ("register race", WRITE + FENCE + PRODUCT.replace("wgmma.fence.sync.aligned;", "") + WAIT + STORE),
+        ("register race", WRITE + FENCE + PRODUCT + WAIT + "add.s32 %r41, %r41, 0;\n" + UNFENCED + WAIT),
+        ("register race", WRITE + FENCE + PRODUCT + WAIT + "add.s32 %r30, %r30, 0;\n" + UNFENCED + WAIT),
         ("shared race", WRITE + "bar.sync 0;\n" + PRODUCT + WAIT + STORE),
         ("shared race", WRITE + "fence.proxy.async.shared::cta;\n" + PRODUCT + WAIT + STORE),
         ("shared race", WRITE + FENCE + PRODUCT + WRITE + WAIT + STORE),
         ("undefined register", WRITE + FENCE + PRODUCT.replace("mov.pred %p2, 0", "mov.pred %p2, -1") + WAIT),
         ("undefined register", WRITE + FENCE + PRODUCT + SECOND + WAIT_FOR_FIRST + "add.s32 %r9, %r51, 1;"),
-        ("out of bounds", WRITE + FENCE + PRODUCT.replace("00080000;", "00080100;") + WAIT),
+        ("out of bounds", WRITE + FENCE + PRODUCT.replace("00080040;", "00080100;") + WAIT),
         ("uninitialised", WRITE.replace("%r1, 16;", "%r1, 12;") + FENCE + PRODUCT + WAIT),
     ],
 )
@@ -89,6 +93,12 @@ def test_faults(kind, body):
 def test_the_oldest_groups_arrive_first():
     body = WRITE + FENCE + PRODUCT + SECOND + WAIT_FOR_FIRST + STORE + WAIT
     assert (compute(body) == 16 * (np.arange(128) % 4 * 2 + 2)).all()
+
+
+def test_sums_that_nobody_touches_need_no_other_fence():
+    again = "mov.pred %p2, -1;\n" + UNFENCED
+    found = compute(WRITE + FENCE + PRODUCT + again + WAIT + again + WAIT + STORE)
+    assert (found == 48 * (np.arange(128) % 4 * 2 + 2)).all()
 
 
 def test_shared_memory_may_be_written_when_the_product_was_waited_for():

@@ -84,6 +84,14 @@ def test_a_copy_is_ones_own_after_waiting():
     assert (run(other.replace("wait_group 0;", "wait_group 0;\nbar.sync 0;"), given=GIVEN) == (GIVEN ^ 1) + 1).all()
 
 
+@pytest.mark.parametrize("body", ["st.shared.b32 [%r3], {};", COPY.format("").replace("[%r4], [%rd3]", "[%r3], [{}]")])
+def test_what_all_threads_put_into_one_place_must_be_the_same(body):
+    same, different = ("%r20", "%r1") if body.startswith("st") else ("%rd1", "%rd3")
+    run(body.format(same), given=GIVEN)
+    with pytest.raises(Fault, match=r"shared race.*different values to one word"):
+        run(body.format(different), given=GIVEN)
+
+
 def test_a_copy_of_no_bytes_writes_zeros_and_reads_nothing():
     """Its address lies nowhere."""
     body = "setp.lt.s32 %p1, %r1, 10;\nselp.b32 %r8, 4, 0, %p1;\nselp.b64 %rd3, %rd3, 64, %p1;\n" + COPY.format(", %r8")

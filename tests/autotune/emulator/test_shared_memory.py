@@ -15,7 +15,7 @@ VALUES = np.arange(64, dtype=np.uint32)[None]
 
 @pytest.fixture
 def memory():
-    return SharedMemory(2, 256, 64, 4)
+    return SharedMemory(2, 0, 256, 64, 4)
 
 
 def write(memory, offsets=OWN, values=VALUES, mask=None):
@@ -76,7 +76,7 @@ def test_readers_of_one_warp_are_ordered_by_its_barrier(memory):
 def test_writes_to_one_word(memory):
     with pytest.raises(Fault, match="different values to one word"):
         write(memory, np.zeros((1, 64), dtype=np.int64))
-    same = SharedMemory(2, 256, 64, 4)
+    same = SharedMemory(2, 0, 256, 64, 4)
     write(same, np.zeros((1, 64), dtype=np.int64), np.zeros((1, 64), dtype=np.uint32))
 
 
@@ -92,6 +92,13 @@ def test_bounds(memory, offset, width, kind):
         memory.place(np.array([[0, offset]]), width, None)
     assert caught.value.kind == kind
     memory.place(np.array([[0, offset]]), width, np.array([[True, False]]))
+
+
+def test_what_lies_before_the_start_is_out_of_bounds():
+    memory = SharedMemory(2, 128, 256, 64, 4)
+    assert memory.place(np.array([[128, 0]]), 4, np.array([[True, False]])).tolist() == [[128, 128]]
+    with pytest.raises(Fault, match="-4 of 128 bytes"):
+        memory.place(np.array([[124]]), 4, None)
 
 
 def test_alignment(memory):

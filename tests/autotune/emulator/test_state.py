@@ -40,7 +40,7 @@ def test_numbers_are_cut_to_what_is_read(state):
     place = state.source(Number(-1), 16, ONE)
     assert state.registers[place].dtype == np.uint16 and state.registers[place] == 0xFFFF
     assert state.source(Number(0xFFFF), 16, ONE) == place
-    assert state.registers[state.source(Symbol("global_smem"), 32, ONE)] == 0
+    assert state.registers[state.source(Symbol("global_smem"), 32, ONE)] == 1024
 
 
 def test_registers_of_another_size_are_refused(state):
