@@ -210,15 +210,15 @@ def planted(target, run):
     return kinds
 
 
-KINDS = ["guard dropped", "address moved", "transposition", "operands exchanged", "wrong selector", "< made <="]
+KINDS = ["guard dropped", "address moved", "transposition", "matrices exchanged", "wrong selector", "stride left out"]
 
 
 def test_planted_errors_are_noticed():
     """Two of each kind. Some cannot be noticed: a barrier may be redundant, a second mask may hide the first."""
     kinds = planted(80, forward)
-    chosen = [kinds["barrier removed"][0], *kinds["one group less waited for"]]
+    chosen = [kinds[kind][0] for kind in ("barrier removed", "bound one too far")] + kinds["one group less waited for"]
     for kind in KINDS:
-        chosen += [kinds[kind][0]] if kind == "< made <=" else [kinds[kind][0], kinds[kind][len(kinds[kind]) // 2]]
+        chosen += [kinds[kind][0], kinds[kind][len(kinds[kind]) // 2]]
     outcomes = {mutation: noticed(80, forward, mutation) for mutation in chosen}
     assert all(outcomes.values()), outcomes
     assert {"shared race", "out of bounds", "wrong result"} <= set(outcomes.values())
@@ -229,6 +229,7 @@ def test_errors_around_asynchronous_products_are_noticed():
         return forward(LARGE)
 
     kinds = planted(90, run)
-    chosen = [kinds["proxy fence removed"][0], kinds["one group less waited for"][-1]]
+    chosen = [kinds["proxy fence removed"][0], kinds["register fence removed"][0]]
+    chosen += [kinds["one group less waited for"][-1], kinds["descriptor moved"][0]]
     outcomes = {mutation.kind: noticed(90, run, mutation) for mutation in chosen}
     assert all(outcomes.values()), outcomes
