@@ -1,4 +1,4 @@
-"""Device functions that decode tiles of packed 4-bit weights inside a kernel.
+"""Device functions that decode packed 4-bit weights inside a kernel; ``weight_tiles`` loads what they decode.
 
 Where the compiler emits PTX, codes become floats without a conversion instruction (as in FasterTransformer, arXiv
 2211.10017). A code put into the low bits of a number with a large enough exponent is that number plus the code:
@@ -10,10 +10,6 @@ A weight must be rounded once, so that it has the bits that plain torch gives it
 (code - 8) is one rounded multiplication. In bfloat16, the scale is split exactly into two bfloat16 numbers,
 ``upper + rest``. ``c * rest`` has few enough bits to be exact, so ``fma(c, upper, c * rest)`` rounds once. All other
 weights are computed in float32 and rounded at the end.
-
-A tile of BLOCK_K columns is decoded into two planes of BLOCK_K // 2 columns, one of the low nibbles and one of the high
-ones, because a byte holds two columns that are 32 apart. Putting the planes together would cost a transposition through
-shared memory. No kernel does: a product sums over both planes, and results are stored plane by plane.
 """
 
 from __future__ import annotations
@@ -170,97 +166,27 @@ def look_up(packed, codebook_ptr, ASM: tl.constexpr):
 
 
 @triton.jit
-def group_rows(ptr, offs_n, mask_n, k0, plane, K, stride_g, stride_n, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The scales (or minima) of one plane (0: low, 1: high) of a tile.
-
-    ptr ``[groups, N]``. A plane's run of 32 columns lies within one group, so one row per chunk of 64 is loaded.
-    Returns ``[BLOCK_N, 1]`` if the whole tile lies within one group, ``[BLOCK_N, BLOCK_K // 2]`` otherwise.
-    """
-    CHUNKS: tl.constexpr = 1 if GROUP >= BLOCK_K else BLOCK_K // 64
-    offs_c = k0 + plane * 32 + tl.arange(0, CHUNKS) * 64
-    offs_g = (offs_c // GROUP).to(tl.int64)
-    # [BLOCK_N, CHUNKS]
-    rows = tl.load(
-        ptr + offs_g[None, :] * stride_g + offs_n.to(tl.int64)[:, None] * stride_n,
-        mask=mask_n[:, None] & (offs_c < K)[None, :],
-        other=0.0,
-    )
-    if CHUNKS > 1:
-        rows = tl.broadcast_to(rows[:, :, None], (rows.shape[0], CHUNKS, 32))
-        rows = tl.reshape(rows, (rows.shape[0], CHUNKS * 32))
-    return rows
-
-
-@triton.jit
-def packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K: tl.constexpr):
-    """The bytes ``[BLOCK_N, BLOCK_K // 2]`` of the chunks from k0 on: packed_ptr ``[N, padded(K) // 2]`` uint8."""
-    offs_j = tl.arange(0, BLOCK_K // 2)
-    # A whole chunk is read where K ends within it, because the packed row is padded to its end.
-    mask_p = k0 + offs_j // 32 * 64 < K
-    return tl.load(
-        packed_ptr + offs_n.to(tl.int64)[:, None] * stride_pn + (k0 // 2 + offs_j).to(tl.int64)[None, :] * stride_pj,
-        mask=mask_n[:, None] & mask_p[None, :],
-        other=0,
-    )
-
-
-@triton.jit
-def plane_columns(k0, BLOCK_K: tl.constexpr):
-    """Columns ``[BLOCK_K // 2]`` of the low plane of the tile from k0 on. Those of the high plane are 32 further on."""
-    offs_j = tl.arange(0, BLOCK_K // 2)
-    return k0 + offs_j // 32 * 64 + offs_j % 32
-
-
-@triton.jit
-def load_planes(
-    packed_ptr,
-    scales_ptr,
-    minimum_ptr,
+def decode_planes(
+    codes,
     codebook_ptr,
-    offs_n,
-    mask_n,
-    k0,
-    K,
-    stride_pn,
-    stride_pj,
-    stride_sg,
-    stride_sn,
-    stride_zg,
-    stride_zn,
-    GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
-    MASK_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Decodes ``W[offs_n, k0 : k0 + BLOCK_K]`` into its low and its high plane, each ``[BLOCK_N, BLOCK_K // 2]``.
+    """Decodes what ``load_codes`` has loaded into the low and the high plane, each ``[BLOCK_N, BLOCK_K // 2]``.
 
-    packed_ptr ``[N, padded(K) // 2]`` uint8: byte ``c * 32 + j`` holds column ``c * 64 + j`` in its low nibble and
-    ``c * 64 + 32 + j`` in its high nibble. scales_ptr, minimum_ptr ``[groups, N]`` float16 or float32; codebook_ptr
-    ``[16]`` float32. k0 is a multiple of 64.
-
-    Rows whose mask is false are not read, and decode to finite values. With MASK_K, columns from K on decode to zeros,
-    whatever their padding holds. The bits are those that plain torch gives (``reference.decode``).
+    codebook_ptr ``[16]`` float32. Rows that were not read decode to finite values. The bits are those that plain torch
+    gives (``reference.decode``).
     """
-    packed = packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K)
-    # [BLOCK_N, BLOCK_J] or [BLOCK_N, 1]. Both planes of a chunk have one scale, unless a group is a single run.
-    scales_low = group_rows(scales_ptr, offs_n, mask_n, k0, 0, K, stride_sg, stride_sn, GROUP, BLOCK_K)
-    scales_high = scales_low
-    if GROUP == 32:
-        scales_high = group_rows(scales_ptr, offs_n, mask_n, k0, 1, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+    packed, scales_low, scales_high, minima_low, minima_high = codes
     # A code (4 bits) times a float16 scale (11 bits) needs no rounding in float32 (24 bits).
-    EXACT: tl.constexpr = scales_ptr.dtype.element_ty == tl.float16
+    EXACT: tl.constexpr = scales_low.dtype == tl.float16
     if HAS_CODEBOOK:
         low, high = look_up(packed, codebook_ptr, ASM)
         low = (low * scales_low.to(tl.float32)).to(DTYPE)
         high = (high * scales_high.to(tl.float32)).to(DTYPE)
     elif HAS_MINIMUM:
-        minima_low = group_rows(minimum_ptr, offs_n, mask_n, k0, 0, K, stride_zg, stride_zn, GROUP, BLOCK_K)
-        minima_high = minima_low
-        if GROUP == 32:
-            minima_high = group_rows(minimum_ptr, offs_n, mask_n, k0, 1, K, stride_zg, stride_zn, GROUP, BLOCK_K)
         low, high = unpack_fp32(packed, False, ASM)
         low = affine(low, scales_low, minima_low, EXACT).to(DTYPE)
         high = affine(high, scales_high, minima_high, EXACT).to(DTYPE)
@@ -288,10 +214,6 @@ def load_planes(
         low, high = unpack_fp32(packed, True, ASM)
         low = (low * scales_low.to(tl.float32)).to(DTYPE)
         high = (high * scales_high.to(tl.float32)).to(DTYPE)
-    if MASK_K:
-        columns = plane_columns(k0, BLOCK_K)
-        low = tl.where((columns < K)[None, :], low, 0.0)
-        high = tl.where((columns + 32 < K)[None, :], high, 0.0)
     return low, high
 
 
@@ -320,15 +242,3 @@ def affine(codes, scales, minima, EXACT: tl.constexpr):
         return tl.fma(codes, tl.broadcast_to(scales, codes.shape), tl.broadcast_to(minima, codes.shape))
     else:
         return codes * scales + minima
-
-
-@triton.jit
-def select(values, member, MEMBERS: tl.constexpr):
-    """``values[member]`` of a tuple with one value for each member of a group of weights.
-
-    The value must not be None, which a device function cannot return.
-    """
-    if MEMBERS == 1:
-        return values[0]
-    else:
-        return tl.where(member == 0, values[0], tl.where(member == 1, values[1], values[2]))

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MIN_DOT, Problem, TileConfig, default_config
-from .decode import load_planes, plane_columns
 from .launch import FLOAT_DTYPES, runs_compiled, scheme_arguments
 from .layout import Int4Weight
+from .weight_tiles import load_planes, plane_columns
 
 # Tiles of a panel are 64 rows by two chunks of columns, which are stored in runs of 64 bytes.
 PANEL_CONFIG = TileConfig(block_m=64, block_n=MIN_DOT, block_k=128, num_warps=4, num_stages=1)

@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Problem, TileConfig, default_config, power_of_two_at_least
-from .decode import group_rows, load_planes, packed_tile, plane_columns, select, unpack_centred
+from .decode import unpack_centred
 from .launch import can_group, check_operand, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
+from .weight_tiles import group_rows, load_planes, packed_tile, plane_columns, select
 
 
 @triton.jit

@@ -1,8 +1,11 @@
 """``dX = dY·W (+ LoRA)`` from packed 4-bit weights, for one weight or for several with one input.
 
-The packing is that of the forward pass. Here K is the output's width, so the two planes of columns become two
-accumulators. They are stored to runs of 32 neighbouring columns, and nothing is interleaved. Weights that had one input
-(q, k and v) are one reduction over all their rows, so dX is written once.
+The packing is that of the forward pass. Here K is the output's width, so the two planes of a decoded tile are joined.
+Weights that had one input (q, k and v) are one reduction over all their rows, so dX is written once.
+
+What a step decodes has been loaded in the step before. The compiler's own pipeline would not do the same: it loads
+scales where they are used, because they are few bytes, and it derives the layout of the product's operands from bytes
+that it loads in the same step, which gives conflicts in shared memory.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Problem, TileConfig, default_config, power_of_two_at_least
-from .decode import load_planes, plane_columns, select
+from .decode import decode_planes
 from .launch import can_group, check_operand, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
+from .weight_tiles import join_planes, load_codes, select, to_bank_order, to_column_order
 
 
 @triton.jit
@@ -66,13 +70,13 @@ def _matmul_dx_kernel(
     Arguments that end in ``_of`` are tuples with a value for each of three members, of which MEMBERS are there.
 
     dy_of: ``[M, N_of[i]]``, which may differ in their stride along M alone.
-    packed_of, scales_of, minimum_of, codebook_of: the weights ``W_i[N_of[i], K]``, see ``load_planes``.
+    packed_of, scales_of, minimum_of, codebook_of: the weights ``W_i[N_of[i], K]``, see ``load_codes``.
     g_ptr: ``[M, R]``, LoRA's scaled ``dY_i·B_i`` of all members side by side. a_ptr: ``[R, K]``, their A.
     dx_ptr: ``[M, K]``, contiguous.
     SPLIT: the reduction is cut into that many parts, axis 1 of the grid. Each part writes a float32 dX of its own.
-    WEIGHT_LEFT: the decoded weight is the left operand, and tiles of dXᵀ are computed. Each warp then decodes its own
-        rows. On the right, every warp decodes the whole tile, unless the device has matrix instructions that take a
-        right operand from shared memory for all warps (sm_90, sm_100).
+    WEIGHT_LEFT: the decoded weight is the left operand, and tiles of dXᵀ are computed. Either way it is decoded once,
+        into shared memory. Matrix instructions that take a right operand from there (sm_90, sm_100) want it on the
+        right.
 
     Sums are kept in float32 and rounded once.
     """
@@ -83,11 +87,9 @@ def _matmul_dx_kernel(
     k0 = (pid // blocks_m) * BLOCK_K
     mask_m = offs_m < M
     rows_m = offs_m.to(tl.int64)
-    # The columns of the low plane; those of the high plane are 32 further on.
-    offs_k = plane_columns(k0, BLOCK_K)
+    offs_k = k0 + tl.arange(0, BLOCK_K)
     columns = offs_k.to(tl.int64)
-    mask_low = offs_k < K
-    mask_high = offs_k + 32 < K
+    mask_k = offs_k < K
     dtype = dy_of[0].dtype.element_ty
 
     # The reduction's steps run through the rows of the first member by BLOCK_N, then of the second, then of the third.
@@ -106,20 +108,13 @@ def _matmul_dx_kernel(
         steps = tl.minimum(begin + share, steps)
         dx_ptr += part.to(tl.int64) * M * K
 
-    if WEIGHT_LEFT:
-        acc_low = tl.full((BLOCK_K // 2, BLOCK_M), 0.0, tl.float32)
-        acc_high = tl.full((BLOCK_K // 2, BLOCK_M), 0.0, tl.float32)
-    else:
-        acc_low = tl.full((BLOCK_M, BLOCK_K // 2), 0.0, tl.float32)
-        acc_high = tl.full((BLOCK_M, BLOCK_K // 2), 0.0, tl.float32)
+    acc = tl.full((BLOCK_K, BLOCK_M) if WEIGHT_LEFT else (BLOCK_M, BLOCK_K), 0.0, tl.float32)
+    ends = (steps_0, steps_1, steps)
+    tensors = (packed_of, scales_of, minimum_of)
+    strides = (stride_pn, stride_pj, stride_sg_of, stride_sn, stride_zg_of, stride_zn)
+    codes = _codes_of_step(begin, ends, tensors, strides, N_of, k0, K, GROUP, HAS_MINIMUM, MEMBERS, BLOCK_N, BLOCK_K)
     for step in range(begin, steps):
-        member = 0
-        block = step
-        if MEMBERS > 1:
-            member = (step >= steps_0).to(tl.int32) + (step >= steps_1).to(tl.int32)
-            block = step - select((0, steps_0, steps_1), member, MEMBERS)
-        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < select(N_of, member, MEMBERS)
+        member, offs_n, mask_n = _rows_of_step(step, ends, N_of, MEMBERS, BLOCK_N)
         dy_ptrs = (
             select(dy_of, member, MEMBERS)
             + rows_m[:, None] * select(stride_dym_of, member, MEMBERS)
@@ -127,47 +122,20 @@ def _matmul_dx_kernel(
         )
         # [BLOCK_M, BLOCK_N]
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        minimum_ptr = minimum_of[0]
-        if HAS_MINIMUM:
-            minimum_ptr = select(minimum_of, member, MEMBERS)
         codebook_ptr = codebook_of[0]
         if HAS_CODEBOOK:
             codebook_ptr = select(codebook_of, member, MEMBERS)
         # Columns from K on need no mask here: they are computed, touch no other column, and are not stored.
-        w_low, w_high = load_planes(
-            select(packed_of, member, MEMBERS),
-            select(scales_of, member, MEMBERS),
-            minimum_ptr,
-            codebook_ptr,
-            offs_n,
-            mask_n,
-            k0,
-            K,
-            stride_pn,
-            stride_pj,
-            select(stride_sg_of, member, MEMBERS),
-            stride_sn,
-            select(stride_zg_of, member, MEMBERS),
-            stride_zn,
-            GROUP,
-            HAS_MINIMUM,
-            HAS_CODEBOOK,
-            False,
-            BLOCK_K,
-            dtype,
-            ASM,
+        w_low, w_high = decode_planes(codes, codebook_ptr, HAS_MINIMUM, HAS_CODEBOOK, dtype, ASM)
+        w = to_bank_order(join_planes(w_low, w_high))
+        codes = _codes_of_step(
+            step + 1, ends, tensors, strides, N_of, k0, K, GROUP, HAS_MINIMUM, MEMBERS, BLOCK_N, BLOCK_K
         )
         if WEIGHT_LEFT:
-            dy = tl.trans(dy)
-            acc_low = tl.dot(tl.trans(w_low), dy, acc_low, input_precision="ieee")
-            acc_high = tl.dot(tl.trans(w_high), dy, acc_high, input_precision="ieee")
+            acc = tl.dot(tl.trans(w), tl.trans(dy), acc, input_precision="ieee")
         else:
-            acc_low = tl.dot(dy, w_low, acc_low, input_precision="ieee")
-            acc_high = tl.dot(dy, w_high, acc_high, input_precision="ieee")
+            acc = tl.dot(dy, w, acc, input_precision="ieee")
 
-    if WEIGHT_LEFT:
-        acc_low = tl.trans(acc_low)
-        acc_high = tl.trans(acc_high)
     if HAS_LORA:
         ranks = R
         if SPLIT > 1:
@@ -181,19 +149,82 @@ def _matmul_dx_kernel(
                 mask=mask_m[:, None] & mask_r[None, :],
                 other=0.0,
             ).to(dtype)
-            a_ptrs = a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar + columns[None, :] * stride_ak
-            # [BLOCK_R, BLOCK_J]
-            a_low = tl.load(a_ptrs, mask=mask_r[:, None] & mask_low[None, :], other=0.0)
-            acc_low = tl.dot(g, a_low.to(dtype), acc_low, input_precision="ieee")
-            # [BLOCK_R, BLOCK_J]
-            a_ptrs = a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar + (columns + 32)[None, :] * stride_ak
-            a_high = tl.load(a_ptrs, mask=mask_r[:, None] & mask_high[None, :], other=0.0)
-            acc_high = tl.dot(g, a_high.to(dtype), acc_high, input_precision="ieee")
+            # [BLOCK_R, BLOCK_K]
+            a = tl.load(
+                a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar + columns[None, :] * stride_ak,
+                mask=mask_r[:, None] & mask_k[None, :],
+                other=0.0,
+            ).to(dtype)
+            a = to_bank_order(a)
+            if WEIGHT_LEFT:
+                acc = tl.dot(tl.trans(a), tl.trans(g), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(g, a, acc, input_precision="ieee")
 
-    dx_ptrs = dx_ptr + rows_m[:, None] * K + columns[None, :]
-    out_dtype = dx_ptr.dtype.element_ty
-    tl.store(dx_ptrs, acc_low.to(out_dtype), mask=mask_m[:, None] & mask_low[None, :])
-    tl.store(dx_ptrs + 32, acc_high.to(out_dtype), mask=mask_m[:, None] & mask_high[None, :])
+    if WEIGHT_LEFT:
+        acc = tl.trans(acc)
+    tl.store(
+        dx_ptr + rows_m[:, None] * K + columns[None, :],
+        to_column_order(acc).to(dx_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_k[None, :],
+    )
+
+
+@triton.jit
+def _rows_of_step(step, ends, N_of, MEMBERS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The member that a step belongs to, the rows of its weight that the step sums over, and which of them there are.
+
+    ends: the steps at which the first member ends, the second one, and all. A step behind the last one has no rows.
+    """
+    member = 0
+    block = step
+    if MEMBERS > 1:
+        member = (step >= ends[0]).to(tl.int32) + (step >= ends[1]).to(tl.int32)
+        block = step - select((0, ends[0], ends[1]), member, MEMBERS)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    return member, offs_n, offs_n < tl.where(step < ends[2], select(N_of, member, MEMBERS), 0)
+
+
+@triton.jit
+def _codes_of_step(
+    step,
+    ends,
+    tensors,
+    strides,
+    N_of,
+    k0,
+    K,
+    GROUP: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Loads what a step decodes, see ``load_codes``."""
+    packed_of, scales_of, minimum_of = tensors
+    stride_pn, stride_pj, stride_sg_of, stride_sn, stride_zg_of, stride_zn = strides
+    member, offs_n, mask_n = _rows_of_step(step, ends, N_of, MEMBERS, BLOCK_N)
+    minimum_ptr = minimum_of[0]
+    if HAS_MINIMUM:
+        minimum_ptr = select(minimum_of, member, MEMBERS)
+    return load_codes(
+        select(packed_of, member, MEMBERS),
+        select(scales_of, member, MEMBERS),
+        minimum_ptr,
+        offs_n,
+        mask_n,
+        k0,
+        K,
+        stride_pn,
+        stride_pj,
+        select(stride_sg_of, member, MEMBERS),
+        stride_sn,
+        select(stride_zg_of, member, MEMBERS),
+        stride_zn,
+        GROUP,
+        HAS_MINIMUM,
+        BLOCK_K,
+    )
 
 
 def _column_stride(dys: Sequence[Tensor]) -> int:

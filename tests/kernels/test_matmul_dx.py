@@ -332,6 +332,18 @@ def test_group(guarded, assert_accurate, make_weight, normal, dtype, scheme, siz
     assert_accurate("dx", dx, sequential.matmul_dx(dys, weights, g, a), truth)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "split", "scheme"), pairs([(32, 64), (64, 32, 16)], [1, 2, 4], SCHEMES), ids=lambda value: str(value)
+)
+def test_steps_that_end_with_a_member(guarded, assert_accurate, make_weight, normal, sizes, split, scheme):
+    """What a step loads for the next one belongs to another member, to another part of a split, or to nobody."""
+    weights = [make_weight(n, 100, 32, scheme, seed=i) for i, n in enumerate(sizes)]
+    dys = [normal(5, n, dtype=torch.float16, seed=i) for i, n in enumerate(sizes)]
+    dx = guarded(int4_matmul_dx_group_triton, dys, weights, config=TileConfig(16, 16, 64, split=split))
+    truth = sum(reference.matmul_dx(dy.double(), weight) for dy, weight in zip(dys, weights, strict=True))
+    assert_accurate("dx", dx, sequential.matmul_dx(dys, weights), truth)
+
+
 def test_group_of_views_with_strides_of_their_own(make_weight, normal):
     whole, other = make_weight(50, 100, 32), make_weight(12, 100, 32, seed=5)
     weights = [whole.rows(7, 27), other, whole.rows(30, 50)]

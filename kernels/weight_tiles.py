@@ -1,0 +1,202 @@
+"""Device functions that bring tiles of a packed 4-bit weight into a kernel, and order their columns.
+
+A tile of BLOCK_K columns is decoded into two planes of BLOCK_K // 2 columns, one of the low nibbles and one of the high
+ones, because a byte holds two columns that are 32 apart. Where a product sums over the columns, it sums over both
+planes, and nothing is put together. Where the columns are those of the result, the planes are joined: one product of
+twice the width gives the compiler's layouts more to share among the warps than two of half the width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode import decode_planes
+
+
+@triton.jit
+def load_planes(
+    packed_ptr,
+    scales_ptr,
+    minimum_ptr,
+    codebook_ptr,
+    offs_n,
+    mask_n,
+    k0,
+    K,
+    stride_pn,
+    stride_pj,
+    stride_sg,
+    stride_sn,
+    stride_zg,
+    stride_zn,
+    GROUP: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr,
+    HAS_CODEBOOK: tl.constexpr,
+    MASK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Loads ``W[offs_n, k0 : k0 + BLOCK_K]`` and decodes it: see ``load_codes`` and ``decode_planes``.
+
+    With MASK_K, columns from K on decode to zeros, whatever their padding holds.
+    """
+    codes = load_codes(
+        packed_ptr,
+        scales_ptr,
+        minimum_ptr,
+        offs_n,
+        mask_n,
+        k0,
+        K,
+        stride_pn,
+        stride_pj,
+        stride_sg,
+        stride_sn,
+        stride_zg,
+        stride_zn,
+        GROUP,
+        HAS_MINIMUM,
+        BLOCK_K,
+    )
+    low, high = decode_planes(codes, codebook_ptr, HAS_MINIMUM, HAS_CODEBOOK, DTYPE, ASM)
+    if MASK_K:
+        columns = plane_columns(k0, BLOCK_K)
+        low = tl.where((columns < K)[None, :], low, 0.0)
+        high = tl.where((columns + 32 < K)[None, :], high, 0.0)
+    return low, high
+
+
+@triton.jit
+def load_codes(
+    packed_ptr,
+    scales_ptr,
+    minimum_ptr,
+    offs_n,
+    mask_n,
+    k0,
+    K,
+    stride_pn,
+    stride_pj,
+    stride_sg,
+    stride_sn,
+    stride_zg,
+    stride_zn,
+    GROUP: tl.constexpr,
+    HAS_MINIMUM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Loads what ``W[offs_n, k0 : k0 + BLOCK_K]`` is decoded from: bytes; scales and minima of both planes.
+
+    packed_ptr ``[N, padded(K) // 2]`` uint8: byte ``c * 32 + j`` holds column ``c * 64 + j`` in its low nibble and
+    ``c * 64 + 32 + j`` in its high nibble. scales_ptr, minimum_ptr ``[groups, N]`` float16 or float32. k0 is a multiple
+    of 64. Rows whose mask is false are not read.
+
+    Returns a tuple: bytes ``[BLOCK_N, BLOCK_K // 2]``; scales of the low plane and of the high one, minima of the low
+    plane and of the high one, see ``group_rows``. Without minima, scales stand in their places.
+    """
+    packed = packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K)
+    # Both planes of a chunk have one scale, unless a group is a single run.
+    scales_low = group_rows(scales_ptr, offs_n, mask_n, k0, 0, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+    scales_high = scales_low
+    if GROUP == 32:
+        scales_high = group_rows(scales_ptr, offs_n, mask_n, k0, 1, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+    minima_low = scales_low
+    minima_high = scales_high
+    if HAS_MINIMUM:
+        minima_low = group_rows(minimum_ptr, offs_n, mask_n, k0, 0, K, stride_zg, stride_zn, GROUP, BLOCK_K)
+        minima_high = minima_low
+        if GROUP == 32:
+            minima_high = group_rows(minimum_ptr, offs_n, mask_n, k0, 1, K, stride_zg, stride_zn, GROUP, BLOCK_K)
+    return packed, scales_low, scales_high, minima_low, minima_high
+
+
+@triton.jit
+def packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K: tl.constexpr):
+    """The bytes ``[BLOCK_N, BLOCK_K // 2]`` of the chunks from k0 on: packed_ptr ``[N, padded(K) // 2]`` uint8."""
+    offs_j = tl.arange(0, BLOCK_K // 2)
+    # A whole chunk is read where K ends within it, because the packed row is padded to its end.
+    mask_p = k0 + offs_j // 32 * 64 < K
+    return tl.load(
+        packed_ptr + offs_n.to(tl.int64)[:, None] * stride_pn + (k0 // 2 + offs_j).to(tl.int64)[None, :] * stride_pj,
+        mask=mask_n[:, None] & mask_p[None, :],
+        other=0,
+    )
+
+
+@triton.jit
+def group_rows(ptr, offs_n, mask_n, k0, plane, K, stride_g, stride_n, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The scales (or minima) of one plane (0: low, 1: high) of a tile.
+
+    ptr ``[groups, N]``. A plane's run of 32 columns lies within one group, so one row per chunk of 64 is loaded.
+    Returns ``[BLOCK_N, 1]`` if the whole tile lies within one group, ``[BLOCK_N, BLOCK_K // 2]`` otherwise.
+    """
+    CHUNKS: tl.constexpr = 1 if GROUP >= BLOCK_K else BLOCK_K // 64
+    offs_c = k0 + plane * 32 + tl.arange(0, CHUNKS) * 64
+    offs_g = (offs_c // GROUP).to(tl.int64)
+    # [BLOCK_N, CHUNKS]
+    rows = tl.load(
+        ptr + offs_g[None, :] * stride_g + offs_n.to(tl.int64)[:, None] * stride_n,
+        mask=mask_n[:, None] & (offs_c < K)[None, :],
+        other=0.0,
+    )
+    if CHUNKS > 1:
+        rows = tl.broadcast_to(rows[:, :, None], (rows.shape[0], CHUNKS, 32))
+        rows = tl.reshape(rows, (rows.shape[0], CHUNKS * 32))
+    return rows
+
+
+@triton.jit
+def plane_columns(k0, BLOCK_K: tl.constexpr):
+    """Columns ``[BLOCK_K // 2]`` of the low plane of the tile from k0 on. Those of the high plane are 32 further on."""
+    offs_j = tl.arange(0, BLOCK_K // 2)
+    return k0 + offs_j // 32 * 64 + offs_j % 32
+
+
+@triton.jit
+def join_planes(low, high):
+    """Puts planes ``[BLOCK_N, BLOCK_K // 2]`` together into a tile ``[BLOCK_N, BLOCK_K]``, columns in their order."""
+    CHUNKS: tl.constexpr = low.shape[1] // 32
+    pairs = tl.reshape(tl.join(low, high), (low.shape[0], CHUNKS, 32, 2))
+    return tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), (low.shape[0], CHUNKS * 64))
+
+
+@triton.jit
+def to_bank_order(tile):
+    """Puts the columns of a tile ``[rows, BLOCK_K]`` into the order in which joined planes go to shared memory.
+
+    A thread has decoded neighbouring columns of each plane, and stores 8 columns of 16 bits at a time. Threads store
+    side by side if the planes take turns by 8 columns in a tile of 64 columns, and if one plane follows the other in a
+    wider tile. In the order of the columns, two threads would want the same bank.
+    """
+    A: tl.constexpr = 2 if tile.shape[1] == 64 else tile.shape[1] // 64
+    B: tl.constexpr = 4 if tile.shape[1] == 64 else 2
+    return _exchange(tile, A, B)
+
+
+@triton.jit
+def to_column_order(tile):
+    """Undoes ``to_bank_order``."""
+    A: tl.constexpr = 4 if tile.shape[1] == 64 else 2
+    B: tl.constexpr = 2 if tile.shape[1] == 64 else tile.shape[1] // 64
+    return _exchange(tile, A, B)
+
+
+@triton.jit
+def _exchange(tile, A: tl.constexpr, B: tl.constexpr):
+    """Moves part (a, b) of each row to place (b, a), where a row is A times B parts."""
+    parts = tl.reshape(tile, (tile.shape[0], A, B, tile.shape[1] // (A * B)))
+    return tl.reshape(tl.permute(parts, (0, 2, 1, 3)), (tile.shape[0], tile.shape[1]))
+
+
+@triton.jit
+def select(values, member, MEMBERS: tl.constexpr):
+    """``values[member]`` of a tuple with one value for each member of a group of weights.
+
+    The value must not be None, which a device function cannot return.
+    """
+    if MEMBERS == 1:
+        return values[0]
+    else:
+        return tl.where(member == 0, values[0], tl.where(member == 1, values[1], values[2]))
