@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .names import GROUP_SIZES_OF_BITS, Scheme
+from .names import GROUP_SIZES_OF_BITS, Form, Scheme
 
 LAYOUT = "planar64-v1"
 CHUNK = 64
@@ -190,6 +190,10 @@ class Int4Weight:
         if self.codebook is not None:
             return "codebook"
         return "symmetric" if self.minimum is None else "affine"
+
+    @property
+    def form(self) -> Form:
+        return Form(self.scheme, self.group_size, self.bits)
 
     @property
     def out_features(self) -> int:

@@ -11,7 +11,7 @@ import transformers
 from models import ARCHITECTURES, assert_same, batch, loaded, our_gradients, peft_gradients, peft_model, relative_rms
 
 import mebp_triton as mebp
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS, Form
 
 TOLERANCE = 1e-5  # relative RMS, float32
 
@@ -88,10 +88,9 @@ def test_accumulation_is_the_mean_over_all_tokens(shared_store: Any, architectur
     assert_same_gradients(model, wrapped)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_every_scheme_and_group_size(shared_store: Any, scheme: str, group_size: int) -> None:
-    model, wrapped = both(shared_store("llama", scheme=scheme, group_size=group_size))
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form(shared_store: Any, form: Form) -> None:
+    model, wrapped = both(shared_store("llama", **form._asdict()))
     run(model, wrapped, **batch())
     assert_same_gradients(model, wrapped)
 

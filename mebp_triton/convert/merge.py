@@ -15,13 +15,14 @@ import torch
 
 from mebp_triton.convert.readers.merged_store import MergedStore
 from mebp_triton.convert.writers.model_directory import write_model_directory
-from mebp_triton.kernels.names import Scheme
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import Form, Scheme
 from mebp_triton.models.names import persistent_buffers, tensor_shapes
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.reader import Store, open_store
 from mebp_triton.system import atomic
 
-from .quantize import Form, QuantizeReport, Recipe, write_store
+from .quantize import QuantizeReport, Recipe, write_store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,7 +93,8 @@ def merge_to_store(
         store, target, adapter: see ``merge``.
         scheme, group_size, scale_search: see ``quantize``.
         progress: called with (matrices done, matrices in all).
-        form_of_changed: the form in which each matrix that the adapter changes is quantized anew; None for its own.
+        form_of_changed: the form in which each matrix that the adapter changes is quantized anew, unless its own codes
+            are wider; None for its own.
 
     Raises:
         ValueError: see ``merge``; nothing is left behind.
@@ -104,7 +106,11 @@ def merge_to_store(
     # With an adapter in them, the weights are those of no other model.
     base = source.store.base if adapter is None else None
     weight = source.store.weight
-    form_of = weight if form_of_changed is None else lambda name: form_of_changed
+
+    def form_of(name: str) -> Form | Int4Weight:
+        own = weight(name)
+        return own if form_of_changed is None or own.bits > form_of_changed.bits else form_of_changed
+
     return write_store(source, Path(target), recipe, None, form_of, progress, base)
 
 

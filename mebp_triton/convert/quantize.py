@@ -14,7 +14,7 @@ from mebp_triton.convert.readers import open_source
 from mebp_triton.convert.readers.source import Source
 from mebp_triton.convert.writers.store import StoreWriter
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import Scheme
+from mebp_triton.kernels.names import GROUP_SIZES_OF_BITS, Form, Scheme
 from mebp_triton.kernels.quantize import check_form, quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.rounding import round_to_grid
@@ -31,9 +31,9 @@ class QuantizeReport:
 
     Attributes:
         errors: relative RMS error by module; 0.0 for codes taken over as they were.
-        taken_over: modules whose 4-bit codes were taken over bit for bit.
+        taken_over: modules whose codes were taken over bit for bit.
         decoded: modules whose codes could not be taken over and were decoded exactly, with what the codes are.
-        schemes: scheme by module.
+        forms: scheme, group size and width of codes, by module.
         float_bytes, int4_bytes: the bytes of what stayed float and of what became int4.
         kept_float: the matrices that stayed float, by the reason; see ``models/kept_float.py``.
     """
@@ -41,14 +41,13 @@ class QuantizeReport:
     errors: dict[str, float] = field(default_factory=dict)
     taken_over: list[str] = field(default_factory=list)
     decoded: dict[str, str] = field(default_factory=dict)
-    schemes: dict[str, str] = field(default_factory=dict)
+    forms: dict[str, Form] = field(default_factory=dict)
     float_bytes: int = 0
     int4_bytes: int = 0
     kept_float: dict[str, KeptFloat] = field(default_factory=dict)
 
 
-Form = tuple[Scheme, int]  # scheme and group size
-DEFAULT_FORM: Form = ("symmetric", 64)
+DEFAULT_FORM = Form("symmetric", 64)
 # The part of a change that may lie outside of a grid's levels. A small change of random weights has 1 to 4 % there. A
 # change of many steps has more, needs other scales, and is not undone by the nearest codes.
 MOST_OUTSIDE = 0.1
@@ -59,19 +58,31 @@ class Recipe:
     """How matrices are quantized.
 
     Attributes:
-        scheme, group_size: what the user asked for, or None for what fits the source.
+        scheme, group_size, bits: what the user asked for, or None for what fits the source.
         scale_search: see ``quantize``.
     """
 
     scheme: Scheme | None
     group_size: int | None
     scale_search: bool = True
+    bits: int | None = None
 
     def __post_init__(self) -> None:
-        check_form(
-            DEFAULT_FORM[0] if self.scheme is None else self.scheme,
-            DEFAULT_FORM[1] if self.group_size is None else self.group_size,
-        )
+        scheme = DEFAULT_FORM.scheme if self.scheme is None else self.scheme
+        size = DEFAULT_FORM.group_size if self.group_size is None else self.group_size
+        check_form(scheme, size, DEFAULT_FORM.bits if self.bits is None else self.bits)
+
+    def form(self, default: Form) -> Form:
+        """The form that a matrix gets: as asked, and otherwise as ``default``, as far as that goes together."""
+        scheme = self.scheme or ("symmetric" if (default.scheme, self.bits) == ("codebook", 8) else default.scheme)
+        size = self.group_size or default.group_size
+        bits = self.bits or (4 if scheme == "codebook" else default.bits)
+        return Form(scheme, size if size in GROUP_SIZES_OF_BITS[bits] else min(GROUP_SIZES_OF_BITS[bits]), bits)
+
+    def takes(self, form: Form) -> bool:
+        """Whether ``form`` is as the user asked for."""
+        asked = self.scheme, self.group_size, self.bits
+        return all(want in (None, has) for want, has in zip(asked, form, strict=True))
 
     def apply(self, value: Tensor | Int4Weight, default: Form | Int4Weight) -> tuple[Int4Weight, float]:
         """The int4 weight of a matrix, and its relative error, which is 0 for codes taken over as they were.
@@ -79,20 +90,17 @@ class Recipe:
         ``default``: the form for what the user did not ask for; or a weight whose grid is kept where it will do.
         """
         if isinstance(value, Int4Weight):
-            if self._takes(value):
+            if self.takes(value.form):
                 return value, 0.0
             value = decode(value, torch.float32)
         if isinstance(default, Int4Weight):
-            if self._takes(default):
+            if self.takes(default.form):
                 rounded = round_to_grid(value, default)
                 if rounded.outside <= MOST_OUTSIDE:
                     return rounded.weight, rounded.error
-            default = (default.scheme, default.group_size)
-        return quantize_matrix(value, self.scheme or default[0], self.group_size or default[1], self.scale_search)
-
-    def _takes(self, weight: Int4Weight) -> bool:
-        """Whether ``weight`` is as the user asked for."""
-        return self.scheme in (None, weight.scheme) and self.group_size in (None, weight.group_size)
+            default = default.form
+        scheme, size, bits = self.form(default)
+        return quantize_matrix(value, scheme, size, self.scale_search, bits=bits)
 
 
 def quantize(
@@ -103,6 +111,7 @@ def quantize(
     scale_search: bool = True,
     blocks: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    bits: int | None = None,
 ) -> QuantizeReport:
     """Makes the store directory ``store`` from ``source``, a transformers model directory or a GGUF file.
 
@@ -111,10 +120,11 @@ def quantize(
         store: must not exist, or be empty. It appears whole or not at all.
         scheme: "symmetric", "affine" or "codebook" (NF4). By default, matrices that have 4 bits in the source are
             taken over bit for bit, and the others follow their scheme; without any, all become symmetric.
-        group_size: 32, 64 or 128; by default the source's, or 64.
+        group_size: 32, 64 or 128, or, of codes of 8 bits, 16; by default the source's, or 64.
         scale_search: whether each group's scale is searched for the least squared error.
         blocks: the path of the block list, where it is not found by itself.
         progress: called with (matrices done, matrices in all).
+        bits: the width of codes, 4 or 8; by default the source's, or 4.
 
     Returns:
         A record of what became of every matrix.
@@ -122,7 +132,7 @@ def quantize(
     Raises:
         ValueError: the source cannot be read, or the arguments do not fit; nothing is left behind.
     """
-    recipe = Recipe(scheme, group_size, scale_search)
+    recipe = Recipe(scheme, group_size, scale_search, bits)
     atomic.check_absent(Path(store))
     opened = open_source(source)
     return write_store(opened, Path(store), recipe, blocks, None, progress, base_model(Path(source)))
@@ -152,7 +162,7 @@ def write_store(
         raise ValueError(f"{type(model).__name__} has no plain linear layers: its architecture is not supported")
     if form_of is None:
         first = opened.read(f"{linear[0]}.weight")
-        native: Form = (first.scheme, first.group_size) if isinstance(first, Int4Weight) else DEFAULT_FORM
+        native = first.form if isinstance(first, Int4Weight) else DEFAULT_FORM
 
         def form_of(name: str) -> Form | Int4Weight:
             return native
@@ -221,7 +231,7 @@ class _Job:
             weight, error = self.recipe.apply(value, self.form_of(site.name))
         except ValueError as problem:
             raise ValueError(f"{site.name}: {problem}") from None
-        self.report.errors[site.name], self.report.schemes[site.name] = error, weight.scheme
+        self.report.errors[site.name], self.report.forms[site.name] = error, weight.form
         if (codes := self.source.decoded.get(f"{site.name}.weight")) is not None:
             self.report.decoded[site.name] = codes
         if weight is value:

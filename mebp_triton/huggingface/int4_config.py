@@ -23,6 +23,7 @@ class Int4Config(QuantizationConfigMixin):
 
     Args:
         scheme, group_size, scale_search: as in ``quantize``; "codebook" is NF4.
+        bits: the width of codes, 4 or 8.
         modules_to_not_convert: modules that stay float with all they hold: paths, or some parts of paths in a row
             ("layers.0.mlp", "q_proj"). Embedding and heads always stay float.
         layout: the layout of the packed codes; ``save_pretrained`` writes it.
@@ -41,19 +42,24 @@ class Int4Config(QuantizationConfigMixin):
         layout: str = LAYOUT,
         float32_scales: Iterable[str] = (),
         quant_method: str = METHOD,
+        bits: int = 4,
         **unknown: Any,
     ) -> None:
         if unknown:
             raise ValueError(f"{sorted(unknown)[0]!r} is not a setting of Int4Config")
-        check_form(scheme, group_size)
+        check_form(scheme, group_size, bits)
         if layout != LAYOUT:
             raise ValueError(f"int4 weights of layout {layout!r} cannot be read, only {LAYOUT!r}: quantize anew")
         if quant_method != METHOD:
             raise ValueError(f"quant_method must be {METHOD!r}, got {quant_method!r}")
         self.quant_method: Any = METHOD
-        self.scheme, self.group_size, self.scale_search = scheme, group_size, scale_search
+        self.scheme, self.group_size, self.scale_search, self.bits = scheme, group_size, scale_search, bits
         self.modules_to_not_convert = _list_of_names("modules_to_not_convert", modules_to_not_convert or ())
         self.layout, self.float32_scales = layout, _list_of_names("float32_scales", float32_scales)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them, with ``bits`` only where it is not 4: older versions know no other width."""
+        return {name: value for name, value in super().to_dict().items() if (name, value) != ("bits", 4)}
 
 
 def _list_of_names(what: str, names: Iterable[str]) -> list[str]:

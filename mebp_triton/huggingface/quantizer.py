@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from mebp_triton.kernels.layout import Int4Weight, group_count, padded
+from mebp_triton.kernels.layout import Int4Weight, group_count, packed_columns
 from mebp_triton.kernels.quantize import NF4, quantize_matrix
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.models.names import current_names
@@ -101,7 +101,7 @@ class Int4Quantizer(HfQuantizer):
         scales = torch.empty(
             group_count(columns, self.config.group_size), rows, dtype=self._scale_dtype(path), device="meta"
         )
-        packed = torch.empty(rows, padded(columns) // 2, dtype=torch.uint8, device="meta")
+        packed = torch.empty(rows, packed_columns(columns, self.config.bits), dtype=torch.uint8, device="meta")
         minimum = torch.empty_like(scales) if self.config.scheme == "affine" else None
         module.__class__ = Int4Linear
         module._init_int4(Int4Weight(packed, scales, columns, self.config.group_size, minimum), torch.float32, "auto")
@@ -161,7 +161,8 @@ class Int4Quantizer(HfQuantizer):
             )
         matrix = value.t().contiguous() if type(module) is Conv1D else value
         try:
-            weight, _ = quantize_matrix(matrix, self.config.scheme, self.config.group_size, self.config.scale_search)
+            config = self.config
+            weight, _ = quantize_matrix(matrix, config.scheme, config.group_size, config.scale_search, bits=config.bits)
         except ValueError as problem:
             raise ValueError(f"{param_name}: {problem}") from None
         module.__class__ = Int4Linear
@@ -213,7 +214,7 @@ class Int4Quantizer(HfQuantizer):
     @property
     def quantized_element_size(self) -> float:
         """The bytes that a weight takes with its share of the scales, for ``device_map="auto"``."""
-        return 0.5 + (4 if self.config.scheme == "affine" else 2) / self.config.group_size
+        return self.config.bits / 8 + (4 if self.config.scheme == "affine" else 2) / self.config.group_size
 
     # Saving and training.
 
@@ -247,14 +248,15 @@ class Int4Quantizer(HfQuantizer):
         lost = [path for path in int4 if path not in candidates or contains_any(path, floats)]
         if lost:
             raise ValueError(f"{lost[0]} is int4, and from_pretrained would take it for a float layer: not saved")
-        forms = {(weight.scheme, weight.group_size) for weight in int4.values()}
+        forms = {weight.form for weight in int4.values()}
         if any(w.codebook is not None and not torch.equal(w.codebook.cpu(), NF4) for w in int4.values()):
             raise ValueError("the model has FP4 weights, which saved int4 models do not have: save the adapter alone")
         if len(forms) != 1:
-            raise ValueError(f"a saved model has int4 weights of one scheme and group size, this one {sorted(forms)}")
-        [(scheme, group_size)] = forms
+            found = "; ".join(map(str, sorted(forms)))
+            raise ValueError(f"a saved model has int4 weights of one scheme, group size and width, this one: {found}")
+        [(scheme, group_size, bits)] = forms
         wide = [path.removeprefix(prefix) for path, w in int4.items() if w.scales.dtype == torch.float32]
-        return Int4Config(scheme, group_size, self.config.scale_search, floats, float32_scales=wide)
+        return Int4Config(scheme, group_size, self.config.scale_search, floats, float32_scales=wide, bits=bits)
 
     @property
     def is_trainable(self) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mebp_triton.kernels.names import Scheme
+from mebp_triton.kernels.names import Form, Scheme
 from mebp_triton.kernels.quantize import check_form, quantize_matrix
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
@@ -40,6 +40,7 @@ def replace_linears(
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     seed: int = 0,
+    bits: int = 4,
 ) -> Any:
     """Makes the linear layers of ``model`` int4, in place.
 
@@ -59,7 +60,7 @@ def replace_linears(
             adapters, or those of PEFT that the model has.
         exclude_modules: modules that stay as they are with all they hold: paths, or some parts of paths in a row
             ("layers.0.mlp", "q_proj"); as ``Int4Config``'s ``modules_to_not_convert``.
-        scheme, group_size, scale_search: how float layers are quantised; as in ``quantize``.
+        scheme, group_size, scale_search, bits: how float layers are quantised; as in ``quantize``.
         adapter_dtype: float32 or bfloat16.
         backend: "auto", "triton" or "panel".
         seed: draws the adapters' initial values.
@@ -71,7 +72,7 @@ def replace_linears(
         ValueError: a layer or an argument does not fit. The model is unchanged then, unless a weight that is quantised
             here is not finite, which shows only on the way.
     """
-    check_form(scheme, group_size)
+    check_form(scheme, group_size, bits)
     config = None if lora is None else as_lora_config(lora)
     has_peft = inner_model(model) is not model or bool(peft_wrappers(model))
     layers = _layers_to_replace(model, exclude_modules, has_peft)
@@ -81,7 +82,7 @@ def replace_linears(
     for path, layer in layers.items():
         transposed = isinstance(layer, Conv1D)
         if type(layer) is not Int4Linear:
-            _become(layer, _frozen(layer, path, (scheme, group_size, scale_search), backend))
+            _become(layer, _frozen(layer, path, Form(scheme, group_size, bits), scale_search, backend))
         if config is not None and config.targets(path):
             _become(layer, with_adapter(layer, path, config, adapter_dtype, generator, transposed))
     if has_peft:
@@ -201,14 +202,15 @@ def _become(old: Any, new: nn.Module) -> None:
         add_hook_to_module(old, placing)
 
 
-def _frozen(layer: Any, path: str, form: tuple[Scheme, int, bool], backend: str) -> Int4Linear:
+def _frozen(layer: Any, path: str, form: Form, scale_search: bool, backend: str) -> Int4Linear:
     """The int4 layer that ``layer`` becomes, with the same bias parameter."""
     if is_linear4bit(layer):
         weight, dtype = int4_from_linear4bit(layer), layer.compute_dtype or torch.float32
     else:
         matrix, dtype = layer.weight.detach(), layer.weight.dtype
         try:
-            weight = quantize_matrix(matrix.t() if isinstance(layer, Conv1D) else matrix, *form)[0]
+            matrix = matrix.t() if isinstance(layer, Conv1D) else matrix
+            weight, _ = quantize_matrix(matrix, form.scheme, form.group_size, scale_search, bits=form.bits)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     new = Int4Linear(weight, None, dtype, backend)

@@ -45,8 +45,7 @@ class Int4Linear(Int4Module, nn.Linear):
         return int4_matmul(x, self.int4(), self.bias, backend=self.backend)
 
     def extra_repr(self) -> str:
-        scheme = self.int4().scheme
-        return f"in_features={self.in_features}, out_features={self.out_features}, {scheme}, G={self.group_size}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.int4().form}"
 
 
 class ComputedTogether(Protocol):

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from mebp_triton.kernels.layout import SCALE_DTYPES
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS, Form, Scheme
 from mebp_triton.system import reading, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 
 FORMAT = "mebp-int4-store"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # see ``format_version``
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 # Companions are the files beside the weights that are read: config.json and these.
@@ -72,7 +73,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """One int4 matrix: the file it lies in, its logical shape, and its relative distance to its source."""
+    """One matrix of codes: the file it lies in, its logical shape, and its relative distance to its source."""
 
     file: str
     scheme: str
@@ -80,6 +81,16 @@ class MatrixInfo:
     group_size: int
     scale_dtype: str
     relative_error: float
+    bits: int = 4
+
+    @property
+    def form(self) -> Form:
+        return Form(cast(Scheme, self.scheme), self.group_size, self.bits)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry in a manifest, which names the width of codes only where it is not 4."""
+        entry = dataclasses.asdict(self)
+        return {name: value for name, value in entry.items() if (name, value) != ("bits", 4)}
 
     @classmethod
     def from_json(cls, where: Path, name: str, entry: dict[str, Any]) -> MatrixInfo:
@@ -88,10 +99,15 @@ class MatrixInfo:
         info = cls(**{**entry, "shape": (rows, columns)})
         numbers_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
         numbers_fit &= type(info.relative_error) in (int, float)
-        numbers_fit &= type(info.group_size) is int and info.group_size in GROUP_SIZES
-        if info.scheme not in SCHEMES or DTYPES.get(info.scale_dtype) not in SCALE_DTYPES or not numbers_fit:
+        numbers_fit &= type(info.group_size) is int and type(info.bits) is int
+        if info.form not in FORMS or DTYPES.get(info.scale_dtype) not in SCALE_DTYPES or not numbers_fit:
             raise FileError(f"{where}: matrix {name!r:.100} is malformed: {entry!r:.300}")
         return info
+
+
+def format_version(matrices: Iterable[MatrixInfo]) -> int:
+    """The version of a store's format: 2 where it has codes of 8 bits, which readers of version 1 do not know."""
+    return 2 if any(info.bits != 4 for info in matrices) else 1
 
 
 # --- companions -----------------------------------------------------------------------------------------------------

@@ -9,12 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mebp_triton.kernels.layout import LAYOUT, Int4Weight, group_count, padded
+from mebp_triton.kernels.layout import LAYOUT, Int4Weight, group_count, packed_columns
 from mebp_triton.system import reading, strict_json
 from mebp_triton.system.errors import FileError
 from mebp_triton.system.mapped_file import MappedFile
 
-from .manifest import DTYPES, FORMAT, FORMAT_VERSION, MANIFEST, BaseModel, MatrixInfo, check_companions
+from .manifest import (
+    DTYPES,
+    FORMAT,
+    FORMAT_VERSIONS,
+    MANIFEST,
+    BaseModel,
+    MatrixInfo,
+    check_companions,
+    format_version,
+)
 
 
 class StoreFile:
@@ -98,15 +107,16 @@ class Store:
 
     def _read_manifest(self, manifest: dict[str, Any]) -> None:
         where = self.directory / MANIFEST
-        expected = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "layout": LAYOUT,
-            "checksum_chunk_bytes": reading.CHECKSUM_CHUNK,
+        expected: dict[str, tuple[str | int, ...]] = {
+            "format": (FORMAT,),
+            "format_version": FORMAT_VERSIONS,
+            "layout": (LAYOUT,),
+            "checksum_chunk_bytes": (reading.CHECKSUM_CHUNK,),
         }
-        for key, wanted in expected.items():
-            if type(manifest[key]) is not type(wanted) or manifest[key] != wanted:
-                raise FileError(f"{where}: {key} is {manifest[key]!r:.100}, this version reads {wanted!r}")
+        for key, known in expected.items():
+            if type(manifest[key]) is not type(known[0]) or manifest[key] not in known:
+                wanted = " and ".join(map(repr, known))
+                raise FileError(f"{where}: {key} is {manifest[key]!r:.100}, this version reads {wanted}")
         self.source: str = str(manifest["source"])
         self.base = BaseModel.from_json(where, manifest.get("base_model"))  # older stores have none
         self.tied_head: bool = manifest["tied_head"]
@@ -124,6 +134,8 @@ class Store:
         self.companions: dict[str, list[int]] = dict(manifest["companions"])
         check_companions(self.directory, self.companions)
         self.matrices = {name: MatrixInfo.from_json(where, name, entry) for name, entry in manifest["matrices"].items()}
+        if manifest["format_version"] != (version := format_version(self.matrices.values())):
+            raise FileError(f"{where}: format_version is {manifest['format_version']}, its matrices are of {version}")
         self.floats: dict[str, str] = dict(manifest["floats"])
         named = {
             (info.file, tensor) for name, info in self.matrices.items() for tensor in self._check_matrix(name, info)
@@ -143,7 +155,7 @@ class Store:
         groups = (group_count(columns, info.group_size), rows)
         scale = DTYPES[info.scale_dtype]
         wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "packed": (torch.uint8, (rows, padded(columns) // 2)),
+            "packed": (torch.uint8, (rows, packed_columns(columns, info.bits))),
             "scales": (scale, groups),
         }
         if info.scheme == "affine":

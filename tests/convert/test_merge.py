@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mebp_triton.convert import merge
 from mebp_triton.convert.quantize import quantize
+from mebp_triton.kernels.names import Form
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.lora_config import LoraConfig
@@ -203,7 +204,8 @@ def test_a_large_change_is_quantized_anew_where_the_adapter_is(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "options"), [("llama", {}), ("gpt2", {"scheme": "codebook"}), ("qwen2", {"scheme": "affine"})]
+    ("architecture", "options"),
+    [("llama", {}), ("gpt2", {"scheme": "codebook"}), ("qwen2", {"scheme": "affine"}), ("llama", {"bits": 8})],
 )
 def test_changes_smaller_than_a_step_are_kept(shared_store, tmp_path, architecture, options):
     """The nearest codes are the old ones nearly everywhere, and would undo the training."""
@@ -223,7 +225,7 @@ def test_changes_smaller_than_a_step_are_kept(shared_store, tmp_path, architectu
 
 def test_the_form_that_loses_least_is_kept(llama, tmp_path):
     store, adapter = llama[0], adapter_of(llama[0], tmp_path / "q", target_modules=["q_proj"])
-    forms, losses = [("affine", 32), ("codebook", 64)], {"symmetric": 3.0, "affine": 1.0, "codebook": 2.0}
+    forms, losses = [Form("affine", 32), Form("codebook", 64)], {"symmetric": 3.0, "affine": 1.0, "codebook": 2.0}
     seen = []
 
     def loss_of(made):
@@ -233,17 +235,28 @@ def test_the_form_that_loses_least_is_kept(llama, tmp_path):
 
     tried = merge.merge_to_measured_store(store, tmp_path / "out", adapter, forms, loss_of, 0.5)
     assert seen == ["symmetric", "affine", "codebook"] and sorted(made.loss for made in tried) == [1.0, 2.0, 3.0]
-    assert (tried[-1].form, tried[-1].loss) == (("affine", 32), 1.0)
+    assert (tried[-1].form, tried[-1].loss) == (Form("affine", 32), 1.0)
     own = {name for name in Store(store).matrices if "q_proj" not in name}
     assert own == set(tried[-1].report.taken_over), "the adapter changes none of these"
     assert tried[-1].nbytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    merge.merge_to_store(store, tmp_path / "direct", adapter, form_of_changed=("affine", 32))
+    merge.merge_to_store(store, tmp_path / "direct", adapter, form_of_changed=Form("affine", 32))
     for path in (tmp_path / "direct").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direct", "out", "q"], "nothing else is left"
     seen.clear()
     tried = merge.merge_to_measured_store(store, tmp_path / "first", adapter, forms, loss_of, 3.0)
     assert seen == ["symmetric"] and len(tried) == 1, "the first is good enough"
+
+
+def test_wide_codes_are_not_made_narrow(shared_store, tmp_path):
+    """What is tried for codes of 4 bits is no gain for those of 8."""
+    store = shared_store("llama", bits=8, group_size=16)
+    adapter = adapter_of(store, tmp_path / "q", target_modules=["q_proj"])
+    report = merge.merge_to_store(store, tmp_path / "out", adapter, form_of_changed=Form("affine", 32))
+    changed = report.errors.keys() - report.taken_over
+    assert changed and all("q_proj" in name for name in changed)
+    assert {info.form for info in Store(tmp_path / "out").matrices.values()} == {Form("symmetric", 16, 8)}
+    assert max(report.errors.values()) < 0.02
 
 
 def test_a_measurement_that_fails_leaves_nothing(llama, tmp_path):
@@ -268,7 +281,7 @@ def test_each_matrix_keeps_its_own_form(tmp_path):
     adapter = adapter_of(tmp_path / "store", tmp_path / "adapter", target_modules=["c_proj"])
     report = merge.merge_to_store(tmp_path / "store", tmp_path / "out", adapter)
     new = Store(tmp_path / "out")
-    assert set(report.schemes.values()) == {"codebook"}
+    assert {form.scheme for form in report.forms.values()} == {"codebook"}
     assert set(report.errors) - set(report.taken_over) == {name for name in new.matrices if name.endswith("c_proj")}
     merge.merge(tmp_path / "store", tmp_path / "wide", adapter, "float32")
     for name, tensor in load_file(tmp_path / "wide" / "model.safetensors").items():
@@ -280,7 +293,7 @@ def test_each_matrix_keeps_its_own_form(tmp_path):
 def test_another_scheme(llama, tmp_path):
     store, adapter = llama
     report = merge.merge_to_store(store, tmp_path / "out", adapter, "affine", 64)
-    assert not report.taken_over and set(report.schemes.values()) == {"affine"}
+    assert not report.taken_over and {form.scheme for form in report.forms.values()} == {"affine"}
     assert {info.group_size for info in Store(tmp_path / "out").matrices.values()} == {64}
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mebp_triton.convert.quantize import Recipe, base_model, quantize, write_store
 from mebp_triton.convert.readers import open_source
+from mebp_triton.kernels.names import Form
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.skeleton import build_skeleton
@@ -70,7 +71,7 @@ def test_every_parameter_of_every_architecture_is_in_the_store_once(architecture
 def test_a_matrix_is_what_quantize_matrix_makes_of_it(small, tmp_path, scheme, search):
     report = quantize(small, tmp_path / "store", scheme=scheme, group_size=64, scale_search=search)
     opened, named = Store(tmp_path / "store"), dict(original(small).named_parameters())
-    assert set(report.schemes.values()) == {scheme}
+    assert {form.scheme for form in report.forms.values()} == {scheme}
     for name, info in opened.matrices.items():
         weight, error = quantize_matrix(named[f"{name}.weight"].detach(), scheme, 64, search)
         found = opened.weight(name)
@@ -165,6 +166,9 @@ def test_one_model_gives_one_store_to_the_byte(llama, store, tmp_path):
         ({"scheme": "nf4"}, "scheme must be one of symmetric, affine, codebook, got 'nf4'"),
         ({"group_size": 48}, "group_size must be one of 32, 64, 128, got 48"),
         ({"group_size": True}, "group_size must be one of"),
+        ({"group_size": 16}, "group_size must be one of 32, 64, 128, got 16 for codes of 4 bits"),
+        ({"bits": 3}, "bits must be one of 4, 8, got 3"),
+        ({"bits": 8, "scheme": "codebook"}, "the codebook scheme has 4 bits"),
         ({"blocks": "model.norm"}, "blocks='model.norm' is a LlamaRMSNorm"),
     ],
 )
@@ -266,7 +270,7 @@ def native(small):
 
 def store_of(source, target, **options):
     """The store of a source, and the report of its making."""
-    recipe = Recipe(options.get("scheme"), options.get("group_size"))
+    recipe = Recipe(options.get("scheme"), options.get("group_size"), bits=options.get("bits"))
     report = write_store(source, target, recipe, None, None, lambda done, total: None)
     return Store(target), report
 
@@ -293,34 +297,47 @@ def test_codes_are_taken_over_bit_for_bit_and_the_rest_follows_them(native, tmp_
         ({"group_size": 32}, lambda name: True),
         ({"group_size": 64}, lambda name: False),
         ({"scheme": "codebook", "group_size": 32}, lambda name: False),
+        ({"bits": 4}, lambda name: True),
+        ({"bits": 8, "group_size": 16}, lambda name: False),
     ],
-    ids=["affine", "symmetric", "groups of 32", "groups of 64", "codebook"],
+    ids=["affine", "symmetric", "groups of 32", "groups of 64", "codebook", "4 bits", "8 bits"],
 )
 def test_what_was_asked_for_wins_over_what_the_source_has(native, tmp_path, options, kept):
     opened, report = store_of(native, tmp_path / "store", **options)
     assert set(report.taken_over) == {name for name in report.errors.keys() - OWN if kept(name)}
     for name, info in opened.matrices.items():
         if name not in report.taken_over:
-            assert info.scheme == options.get("scheme", "affine") and info.group_size == options.get("group_size", 32)
+            assert info.form == Form(**({"scheme": "affine", "group_size": 32} | options))
             value = native.read(f"{name}.weight")
             value = value if isinstance(value, torch.Tensor) else decode(value, torch.float32)
-            weight, error = quantize_matrix(value, info.scheme, info.group_size)
+            weight, error = quantize_matrix(value, info.scheme, info.group_size, bits=info.bits)
             assert error == info.relative_error and torch.equal(weight.packed, opened.weight(name).packed), name
 
 
 def test_a_form_may_be_given_for_every_matrix(native, tmp_path):
-    forms = {"model.embed_tokens": ("symmetric", 128)}
+    forms = {"model.embed_tokens": Form("symmetric", 128, 8)}
     write_store(
         native,
         tmp_path / "store",
         Recipe(None, None),
         None,
-        lambda name: forms.get(name, ("codebook", 64)),
+        lambda name: forms.get(name, Form("codebook", 64)),
         lambda done, total: None,
     )
     matrices = Store(tmp_path / "store").matrices
-    assert (matrices["model.embed_tokens"].scheme, matrices["model.embed_tokens"].group_size) == ("symmetric", 128)
-    assert (matrices[Native.FLOAT].scheme, matrices[Native.FLOAT].group_size) == ("codebook", 64)
+    assert matrices["model.embed_tokens"].form == Form("symmetric", 128, 8)
+    assert matrices[Native.FLOAT].form == Form("codebook", 64)
+
+
+def test_what_was_asked_for_goes_together_with_the_rest():
+    wide = Form("symmetric", 16, 8)
+    assert Recipe(None, None).form(wide) == wide
+    assert Recipe("affine", None).form(wide) == Form("affine", 16, 8)
+    assert Recipe(None, 64).form(wide) == Form("symmetric", 64, 8)
+    # A codebook has 4 bits, and codes of 4 bits have no groups of 16.
+    assert Recipe("codebook", None).form(wide) == Form("codebook", 32, 4)
+    assert Recipe(None, None, bits=4).form(wide) == Form("symmetric", 32, 4)
+    assert Recipe(None, None, bits=8).form(Form("codebook", 64)) == Form("symmetric", 64, 8)
 
 
 def test_a_float_parameter_that_the_source_has_as_codes_is_decoded(native, tmp_path):

@@ -37,6 +37,7 @@ from mebp_triton import Int4Config, Int4LoRALinear
 from mebp_triton.huggingface import model_layers, quantizer
 from mebp_triton.huggingface.bitsandbytes_layers import is_linear4bit
 from mebp_triton.huggingface.quantizer import saved_tensors
+from mebp_triton.kernels.names import FORMS, Form
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.layers.linear import Int4Linear
 
@@ -78,21 +79,22 @@ def edited(directory: Path, target: Path, tensors: dict[str, Any] | None = None,
 
 
 @pytest.mark.parametrize(
-    ("architecture", "scheme", "dtype"),
-    pairs(["llama", "gpt2", "opt"], ["symmetric", "affine", "codebook"], [torch.float32, torch.bfloat16]),
+    ("architecture", "form", "dtype"),
+    pairs(["llama", "gpt2", "opt"], [form for form in FORMS if form.group_size == 32], [torch.float32, torch.bfloat16]),
 )
 def test_loading_quantizes_as_quantize_matrix_and_saving_keeps_every_bit(
-    architecture: str, scheme: Any, dtype: torch.dtype, shared_store: Any, tmp_path: Path
+    architecture: str, form: Form, dtype: torch.dtype, shared_store: Any, tmp_path: Path
 ) -> None:
     source = shared_store(architecture).parent / "model"
-    floats, model = from_pretrained(source, dtype), quantized(source, dtype, scheme=scheme)
+    scheme, _, bits = form
+    floats, model = from_pretrained(source, dtype), quantized(source, dtype, scheme=scheme, bits=bits)
     linear = {name: module for name, module in floats.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     layers = int4_layers(model)
     assert layers.keys() == linear.keys() - {"lm_head"}
     for name, layer in layers.items():
         old = linear[name]
         value = old.weight.detach().t().contiguous() if isinstance(old, Conv1D) else old.weight.detach()
-        expected, tensors = quantize_matrix(value, scheme, 32)[0].tensors(), layer.int4().tensors()
+        expected, tensors = quantize_matrix(value, scheme, 32, bits=bits)[0].tensors(), layer.int4().tensors()
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[kind]) for kind, tensor in tensors.items()), name
         assert layer.compute_dtype == dtype and not layer.weight.requires_grad
@@ -101,6 +103,7 @@ def test_loading_quantizes_as_quantize_matrix_and_saving_keeps_every_bit(
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "mebp_int4" and config["scheme"] == scheme
+    assert config.get("bits") == (None if bits == 4 else 8), "older versions know no other width"
     again = from_pretrained(tmp_path, dtype)
     named = dict(again.named_parameters())
     assert all(torch.equal(parameter, named[name]) for name, parameter in model.named_parameters())
@@ -173,10 +176,10 @@ def test_device_maps(source: Path, model: Any, saved: Path, device_map: Any) -> 
 def test_one_float_matrix_is_alive_at_a_time(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
 
-    def watched(weight: torch.Tensor, *options: Any) -> Any:
+    def watched(weight: torch.Tensor, *options: Any, **named: Any) -> Any:
         assert not [ref for ref in seen if ref() is not None]
         seen.append(weakref.ref(weight))
-        return quantize_matrix(weight, *options)
+        return quantize_matrix(weight, *options, **named)
 
     monkeypatch.setattr(quantizer, "quantize_matrix", watched)
     quantized(source)
@@ -213,17 +216,25 @@ def wide(shared_store: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "scheme"), [("llama", "symmetric"), ("gpt2", "affine"), ("llama", "codebook"), ("llama", "nf4")]
+    ("architecture", "scheme", "bits"),
+    [
+        ("llama", "symmetric", 4),
+        ("gpt2", "affine", 4),
+        ("llama", "codebook", 4),
+        ("llama", "nf4", 4),
+        ("llama", "affine", 8),
+        ("gpt2", "symmetric", 8),
+    ],
 )
 def test_what_was_replaced_and_saved_is_loaded_bit_for_bit(
-    architecture: str, scheme: str, wide: Path, shared_store: Any, tmp_path: Path
+    architecture: str, scheme: Any, bits: int, wide: Path, shared_store: Any, tmp_path: Path
 ) -> None:
     if scheme == "nf4":
         model = mebp.replace_linears(with_bitsandbytes(wide))
     else:
         source = shared_store(architecture).parent / "model"
         excluded = "k_proj" if architecture == "llama" else "h.1.mlp"
-        model = mebp.replace_linears(from_pretrained(source), exclude_modules=excluded, scheme=scheme)
+        model = mebp.replace_linears(from_pretrained(source), exclude_modules=excluded, scheme=scheme, bits=bits)
     model.save_pretrained(tmp_path)
     again = from_pretrained(tmp_path)
     assert_same_codes(again, model)
@@ -269,7 +280,10 @@ UNSAVED: dict[str, tuple[Any, str]] = {
         "q_proj is bitsandbytes' layer, others are int4",
     ),
     "FP4": (lambda path: mebp.replace_linears(with_bitsandbytes(path, "fp4")), "the model has FP4 weights"),
-    "schemes": (mixed_schemes, "one scheme and group size, this one .*'affine', 64.*'symmetric', 64"),
+    "schemes": (
+        mixed_schemes,
+        "one scheme, group size and width, .* affine, groups of 64; 4 bits, symmetric",
+    ),
     "head": (int4_head, "lm_head is int4, and from_pretrained would take it for a float layer"),
 }
 
@@ -450,7 +464,9 @@ def test_a_config_that_was_tampered_with(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="size"):
         from_pretrained(edited(saved, tmp_path / "groups", config={"group_size": 64}))
     with pytest.raises(ValueError, match="is not a setting of Int4Config"):
-        from_pretrained(edited(saved, tmp_path / "more", config={"bits": 4}))
+        from_pretrained(edited(saved, tmp_path / "more", config={"color": 4}))
+    with pytest.raises(RuntimeError, match="size"):
+        from_pretrained(edited(saved, tmp_path / "width", config={"bits": 8}))
 
 
 def test_without_the_method_the_directory_is_not_read_as_float(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,14 +52,15 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "quant_type"), [("gpt2", None), ("opt", None), ("llama", "nf4"), ("llama", "fp4")]
+    ("architecture", "quant_type", "bits"),
+    [("gpt2", None, 4), ("opt", None, 4), ("llama", "nf4", 4), ("llama", "fp4", 4), ("gpt2", None, 8)],
 )
 def test_gradients_against_peft_in_float64(
-    architecture: str, quant_type: str | None, sources: dict[str, Path], tmp_path: Path
+    architecture: str, quant_type: str | None, bits: int, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Conv1D, Linear with bias, NF4 and FP4: the whole model's loss and LoRA gradients, in float64 and float32."""
+    """Conv1D, Linear with bias, NF4, FP4, 8 bits: the whole model's loss and LoRA gradients, in float64 and float32."""
     source = sources[architecture]
-    model = mebp.replace_linears(loaded(source, quant_type).train(), LORA, group_size=32)
+    model = mebp.replace_linears(loaded(source, quant_type).train(), LORA, group_size=32, bits=bits)
     assert model.training and not any(isinstance(m, Conv1D) for m in model.modules())
     randomize_adapter(model)
     assert all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
@@ -76,7 +77,7 @@ def test_gradients_against_peft_in_float64(
 
 def test_the_quantised_weight_is_quantizes_own(sources: dict[str, Path]) -> None:
     plain = from_pretrained(sources["gpt2"])
-    options = {"scheme": "affine", "group_size": 32, "scale_search": False}
+    options = {"scheme": "affine", "group_size": 16, "scale_search": False, "bits": 8}
     model = mebp.replace_linears(from_pretrained(sources["gpt2"]), **options)
     name = "transformer.h.1.mlp.c_proj"
     expected = quantize_matrix(plain.get_submodule(name).weight.detach().t(), **options)[0]
@@ -428,6 +429,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         "'q_prj' matches no",
     ),
     "scheme": (lambda s: from_pretrained(s["llama"]), {"scheme": "nf4"}, "scheme must be one of"),
+    "bits": (lambda s: from_pretrained(s["llama"]), {"bits": 16}, "bits must be one of 4, 8"),
     "group size": (lambda s: from_pretrained(s["llama"]), {"group_size": 48}, "group_size must be one of"),
     "backend": (lambda s: from_pretrained(s["llama"]), {"backend": "cuda"}, "backend must be one of"),
     "adapter dtype": (lambda s: from_pretrained(s["llama"]), {"adapter_dtype": torch.float16}, "adapter_dtype must be"),

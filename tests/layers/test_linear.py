@@ -124,7 +124,7 @@ def test_another_dtype_or_device_leaves_the_weight_what_it_is(scheme):
 
 
 def test_repr():
-    assert "in_features=70, out_features=9, symmetric, G=32, r=3" in repr(layer())
+    assert "in_features=70, out_features=9, 4 bits, symmetric, groups of 32, r=3" in repr(layer())
 
 
 def test_weights_are_replaced_from_outside():

@@ -7,13 +7,13 @@ import torch
 from allocations import Allocations
 from lora_layers import lora_formula, make_weight, normal, operands
 
-from mebp_triton.kernels.names import SCHEMES
+from mebp_triton.kernels.names import FORMS, Form
 from mebp_triton.layers.lora_function import LoraOperand, int4_lora_linear, int4_lora_linears
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradcheck(scheme):
-    weight = make_weight(4, 33, scheme)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_gradcheck(form):
+    weight = make_weight(4, 33, form.scheme, form.group_size, bits=form.bits)
     given = operands(n=4, k=33, rank=2, lead=(1, 2))
 
     def function(x, bias, a, b):
@@ -191,7 +191,11 @@ SIZES = ((9, 3, 1.5, True), (5, 1, -0.5, False), (12, 2, 2.0, True))
 @pytest.mark.parametrize("used", [(0, 1, 2), (0, 2), (1,), (2,), (1, 2)], ids=str)
 @pytest.mark.parametrize("wanted", ["x bias a b", "bias", "b", "a bias"])
 def test_outputs_and_gradients_of_several(used, wanted):
-    weights = [make_weight(n, 70, scheme, seed=n) for (n, *_), scheme in zip(SIZES, SCHEMES, strict=True)]
+    forms = [Form("symmetric", 32), Form("symmetric", 16, 8), Form("codebook", 32)]  # as in a file of mixed types
+    weights = [
+        make_weight(n, 70, form.scheme, form.group_size, n, form.bits)
+        for (n, *_), form in zip(SIZES, forms, strict=True)
+    ]
     x = normal(2, 4, 70, dtype=torch.float64).requires_grad_("x" in wanted)
     asked, layers = [x] if "x" in wanted else [], []
     for (n, rank, scaling, with_bias), weight in zip(SIZES, weights, strict=True):

@@ -4,13 +4,20 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stores import golden_store
+from stores import golden_store, mixed_store
 
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory):
     """A small store that no test may change."""
     return golden_store(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A store of codes of 4 and of 8 bits, that a test may bend."""
+    (tmp_path / "mixed").mkdir()
+    return mixed_store(tmp_path / "mixed")
 
 
 @pytest.fixture

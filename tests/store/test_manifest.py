@@ -46,7 +46,8 @@ def renamed(name):
 
 MANIFESTS = {
     "another format": top("format", "gguf"),
-    "a later version": top("format_version", 2),
+    "the version of wider codes": top("format_version", 2),
+    "a later version": top("format_version", 3),
     "a version as text": top("format_version", "1"),
     "true as the version": top("format_version", True),
     "a version with a point": top("format_version", 1.0),
@@ -115,6 +116,46 @@ def test_a_manifest_that_contradicts_itself_or_the_files_is_refused(copied, name
     with pytest.raises(FileError) as caught:
         Store(copied)
     assert str(copied) in str(caught.value) and "\n" not in str(caught.value)
+
+
+WIDE = "model.layers.0.e"
+MIXED = {
+    "no width": lambda entries: entries[WIDE].pop("bits"),
+    "half the width": lambda entries: entries[WIDE].update(bits=4, group_size=32),
+    "a width that is none": lambda entries: entries[WIDE].update(bits=6),
+    "a width as text": lambda entries: entries[WIDE].update(bits="8"),
+    "a width with a point": lambda entries: entries[WIDE].update(bits=8.0),
+    "true as the width": lambda entries: entries[WIDE].update(bits=True),
+    "a codebook of 8 bits": lambda entries: entries[WIDE].update(scheme="codebook"),
+    "groups of 8": lambda entries: entries[WIDE].update(group_size=8),
+    "groups of 32": lambda entries: entries[WIDE].update(group_size=32),
+    "groups of 16 with 4 bits": lambda entries: entries[M].update(group_size=16),
+    "8 bits where there are 4": lambda entries: entries[M].update(bits=8),
+    "a minimum too many": lambda entries: entries["model.layers.0.f"].update(scheme="symmetric"),
+    "a minimum too few": lambda entries: entries[WIDE].update(scheme="affine"),
+    "columns of the codes of 4 bits": lambda entries: entries[WIDE].update(shape=[ROWS, 140]),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_codes_of_8_bits_are_what_the_manifest_says(mixed, name):
+    edit(mixed, lambda manifest: MIXED[name](manifest["matrices"]) and None)
+    with pytest.raises(FileError) as caught:
+        Store(mixed)
+    assert str(mixed) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_version_tells_that_there_are_codes_of_8_bits(mixed, golden):
+    """A reader of version 1 would take their bytes for codes of 4 bits, and is told by the version that it must not."""
+    manifests = [json.loads((place / MANIFEST).read_text()) for place in (mixed, golden)]
+    assert [manifest["format_version"] for manifest in manifests] == [2, 1]
+    assert {name: entry.get("bits") for name, entry in manifests[0]["matrices"].items()} == {
+        "model.layers.0.a": None,
+        "model.layers.0.e": 8,
+        "model.layers.0.f": 8,
+    }
+    edit(mixed, lambda manifest: manifest.update(format_version=1))
+    refuses(mixed, MANIFEST, "format_version is 1, its matrices are of 2")
 
 
 @pytest.mark.parametrize("key", ["format", "format_version", "layout", "source", "tied_head", "files", "matrices"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import BLOCK, FLOATS, GOLDEN, NORM, WEIGHTS, edit, flip, int4, one_matrix, refuses, reseal
+from stores import BLOCK, EIGHT_BITS, FLOATS, GOLDEN, NORM, WEIGHTS, edit, flip, int4, one_matrix, refuses, reseal
 
 from mebp_triton.convert.writers.store import StoreWriter
 from mebp_triton.kernels.reference import decode
@@ -23,11 +23,11 @@ from mebp_triton.system.reading import CHECKSUM_CHUNK
 # --- what was written is what is read -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_a_weight_is_what_was_written(golden, name):
-    opened, written = Store(golden), WEIGHTS[name]
+@pytest.mark.parametrize("name", WEIGHTS | EIGHT_BITS)
+def test_a_weight_is_what_was_written(golden, mixed, name):
+    opened, written = Store(golden if name in WEIGHTS else mixed), (WEIGHTS | EIGHT_BITS)[name]
     found = opened.weight(name)
-    assert found.scheme == written.scheme and found.shape == written.shape and found.group_size == written.group_size
+    assert found.form == written.form == opened.matrices[name].form and found.shape == written.shape
     assert found.tensors().keys() == written.tensors().keys()
     for part, tensor in written.tensors().items():
         assert found.tensors()[part].dtype == tensor.dtype
@@ -86,6 +86,32 @@ def test_the_bytes_on_disk(golden):
         "relative_error": 0.0,
     }
     assert manifest["floats"] == dict.fromkeys(FLOATS, BLOCK)
+
+
+def test_the_bytes_of_codes_of_8_bits(mixed):
+    """A byte for each column, in order; 128 in the padding of the symmetric scheme, 0 in that of the affine one."""
+    opened = Store(mixed)
+    for name, weight in EIGHT_BITS.items():
+        file = opened.files[BLOCK]
+        packed, rows, columns = file.tensor(f"{name}.packed"), *weight.shape
+        assert packed.shape == (rows, -(-columns // 64) * 64)
+        scales = file.tensor(f"{name}.scales").double().t().repeat_interleave(weight.group_size, 1)[:, :columns]
+        decoded = packed[:, :columns].double()
+        if weight.minimum is None:
+            decoded = (decoded - 128) * scales
+        else:
+            minimum = file.tensor(f"{name}.minimum").double().t().repeat_interleave(weight.group_size, 1)
+            decoded = decoded * scales + minimum[:, :columns]
+        assert torch.equal(decoded, decode(opened.weight(name)))
+        assert (packed[:, columns:] == (128 if weight.minimum is None else 0)).all()
+
+
+@pytest.mark.parametrize("part", ["packed", "scales", "minimum"])
+def test_damaged_codes_of_8_bits_are_noticed(mixed, part):
+    start = Store(mixed).files[BLOCK]
+    flip(mixed / BLOCK, start.start + start.entries[f"model.layers.0.f.{part}"][2])
+    with pytest.raises(FileError, match="is damaged: checksum of bytes 0 to"):
+        Store(mixed).files[BLOCK].verify()
 
 
 def test_what_opening_says(golden):

@@ -13,14 +13,16 @@ from mebp_triton.layers.linear import Int4LoRALinear
 from mebp_triton.layers.shared_input import SharedInput
 
 
-def make_weight(n: int = 9, k: int = 70, scheme: str = "symmetric", group_size: int = 32, seed: int = 0) -> Int4Weight:
+def make_weight(
+    n: int = 9, k: int = 70, scheme: str = "symmetric", group_size: int = 32, seed: int = 0, bits: int = 4
+) -> Int4Weight:
     generator = torch.Generator().manual_seed(seed)
     groups = -(-k // group_size)
     scales = (0.1 * torch.randn(groups, n, generator=generator)).half()
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
     minimum = torch.randn(groups, n, generator=generator).half() if scheme == "affine" else None
     codebook = torch.randn(16, generator=generator) if scheme == "codebook" else None
-    return Int4Weight.from_codes(codes, scales, group_size, minimum, codebook)
+    return Int4Weight.from_codes(codes, scales, group_size, minimum, codebook, bits)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

@@ -29,9 +29,10 @@ def int4(
     columns: int = COLUMNS,
     group_size: int = GROUP,
     dtype: torch.dtype = torch.float16,
+    bits: int = 4,
 ) -> Int4Weight:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (rows, columns), generator=generator).to(torch.uint8)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator).to(torch.uint8)
     shape = -(-columns // group_size), rows
     return Int4Weight.from_codes(
         codes,
@@ -39,6 +40,7 @@ def int4(
         group_size,
         minimum=torch.randn(shape, generator=generator).to(dtype) if scheme == "affine" else None,
         codebook=torch.randn(16, generator=generator) if scheme == "codebook" else None,
+        bits=bits,
     )
 
 
@@ -47,6 +49,10 @@ WEIGHTS = {
     "model.layers.0.b": int4("affine", 2),
     "model.layers.0.c": int4("codebook", 3),
     "model.layers.0.d": int4("symmetric", 4, 3, 129, 128, torch.float32),
+}
+EIGHT_BITS = {
+    "model.layers.0.e": int4("symmetric", 5, group_size=16, bits=8),
+    "model.layers.0.f": int4("affine", 6, 3, 129, 128, torch.float32, bits=8),
 }
 NORM = "model.layers.0.norm.weight"
 FLOATS = {
@@ -64,6 +70,15 @@ def golden_store(directory: Path) -> Path:
         torch.tensor(list(GOLDEN), dtype=torch.uint8).view(1, 64), torch.tensor([[2.0], [-0.5]]), 128, 64
     )
     writer.write_file(SHARED, {"model.embed": (embedding, 0.0)}, {})
+    writer.finish()
+    return directory
+
+
+def mixed_store(directory: Path) -> Path:
+    """A store of codes of 4 and of 8 bits."""
+    writer = StoreWriter(directory, "a test", tied_head=False)
+    weights = {"model.layers.0.a": WEIGHTS["model.layers.0.a"]} | EIGHT_BITS
+    writer.write_file(BLOCK, {name: (weight, 0.125) for name, weight in weights.items()}, FLOATS)
     writer.finish()
     return directory
 

@@ -7,6 +7,7 @@ import pytest
 KINDS = (
     "store",
     "a store cut short in use",
+    "8-bit store",
     "adapter",
     "run",
     "GGUF file",
@@ -24,7 +25,7 @@ def bend(scripts):
 
 
 # Kinds of files that carry checksums: damage in them must be noticed.
-CARRY_CHECKSUMS = ("store", "run", "adapter")
+CARRY_CHECKSUMS = ("store", "8-bit store", "run", "adapter")
 
 
 def test_bent_files_are_refused_or_harmless(torture, bend, world, tmp_path):

@@ -53,6 +53,7 @@ def make_world(root: Path) -> None:
     must("model", lambda: _models(root))
     must("store", command(["quantize", root / "model", root / "store", "--group-size=32"]))
     must("nf4 store", command(["quantize", root / "bnb", root / "nf4-store"]))
+    must("8-bit store", lambda: _wide_codes(root))
     must("data", lambda: _data(root / "data"))
     must("adapter", lambda: _adapters(root))
     must("run", lambda: _interrupted_run(root))
@@ -83,6 +84,12 @@ def make_wide(root: Path) -> None:
         save_adapter(model, root / "wide-adapter")
 
     must("wide model", made)
+
+
+def _wide_codes(root: Path) -> None:
+    from mebp_triton import quantize
+
+    quantize(root / "model", root / "8-bit-store", "affine", 16, bits=8)
 
 
 def _models(root: Path) -> None:

@@ -129,6 +129,7 @@ def _into_store(
 ) -> dict[str, Any]:
     """Makes the store, in wider forms too where none was asked for and a narrow one loses too much."""
     from mebp_triton.convert.merge import merge_to_measured_store, merge_to_store
+    from mebp_triton.kernels.names import Form
 
     form = arguments.scheme, arguments.group_size
     value: dict[str, Any] = {}
@@ -138,7 +139,7 @@ def _into_store(
         else:
             forms, highest = [], math.inf
             if arguments.adapter is not None and form == (None, None):
-                forms.append(("affine", 32))
+                forms.append(Form("affine", 32))
                 won = losses["loss_untrained"] - losses["loss_with_adapter"]
                 highest = losses["loss_with_adapter"] + (1 - ENOUGH) * won if won > 0 else math.inf
             attempts = merge_to_measured_store(
@@ -155,7 +156,7 @@ def _into_store(
             report = attempts[-1].report
             value["loss_merged"] = attempts[-1].loss
             value["tried"] = [
-                dict(zip(("scheme", "group_size"), made.form or form, strict=True))
+                dict(zip(("scheme", "group_size"), made.form[:2] if made.form else form, strict=True))
                 | {"bytes": made.nbytes, "loss": made.loss}
                 for made in attempts
             ]

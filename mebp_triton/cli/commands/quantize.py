@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
         "matrices": len(report.errors),
         "taken_over": len(report.taken_over),
         "decoded": Counter(report.decoded.values()),
-        "schemes": sorted(set(report.schemes.values())),
+        "schemes": sorted({form.scheme for form in report.forms.values()}),
+        "bits": sorted({form.bits for form in report.forms.values()}),
         "int4_bytes": report.int4_bytes,
         "float_bytes": report.float_bytes,
         "kept_float": {reason: dataclasses.asdict(count) for reason, count in report.kept_float.items()},
@@ -96,13 +97,13 @@ def _table(store: str, report: QuantizeReport) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{store}: {report.int4_bytes / MIB:.1f} MiB int4", title_justify="left")
-    for heading in ("layer", "matrices", "scheme", "relative error, median", "worst"):
+    for heading in ("layer", "matrices", "form", "relative error, median", "worst"):
         table.add_column(heading)
     kinds: dict[str, list[str]] = {}
     for name in report.errors:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
     for kind, names in kinds.items():
         errors = [report.errors[name] for name in names]
-        schemes = ", ".join(sorted({report.schemes[name] for name in names}))
-        table.add_row(kind, str(len(names)), schemes, f"{statistics.median(errors):.4f}", f"{max(errors):.4f}")
+        forms = "; ".join(map(str, sorted({report.forms[name] for name in names})))
+        table.add_row(kind, str(len(names)), forms, f"{statistics.median(errors):.4f}", f"{max(errors):.4f}")
     return table

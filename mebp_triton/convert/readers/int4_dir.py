@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mebp_triton.huggingface.int4_config import METHOD, Int4Config
-from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.layout import Int4Weight, packed_columns
 from mebp_triton.kernels.quantize import NF4
 from mebp_triton.models.names import check_complete
 from mebp_triton.system import strict_json
@@ -39,7 +39,7 @@ class Int4Directory(SafetensorsDirectory):
             config = Int4Config(**settings)
         except strict_json.MALFORMED:  # which opening the directory reports
             return None
-        return NativeForm(config.scheme, config.group_size, torch.float16)
+        return NativeForm(config.scheme, config.group_size, torch.float16, config.bits)
 
     def _usable(self, key: str) -> bool:
         if not self._is_int4(key):
@@ -66,6 +66,8 @@ class Int4Directory(SafetensorsDirectory):
         packed, scales = self._tensor(key), [self._scales(scale_key, rows) for scale_key in self._scale_keys(key)]
         codebook = NF4.clone() if self._int4.scheme == "codebook" else None
         try:
+            if packed.shape[-1] != packed_columns(columns, self._int4.bits):
+                raise ValueError(f"{tuple(packed.shape)} is no shape of {columns} codes of {self._int4.bits} bits")
             return Int4Weight(packed, scales[0], columns, self._int4.group_size, *scales[1:], codebook=codebook)
         except ValueError as error:
             raise ValueError(f"{self._entries[key].file}: {key}: {error}") from None

@@ -10,15 +10,20 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import Scheme
+from mebp_triton.kernels.names import Form, Scheme
 
 
 class NativeForm(NamedTuple):
-    """The form of 4-bit codes that ``quantize`` takes over as they are."""
+    """The form of codes that ``quantize`` takes over as they are."""
 
     scheme: Scheme
     group_size: int
     scale_dtype: torch.dtype
+    bits: int = 4
+
+    @property
+    def form(self) -> Form:
+        return Form(self.scheme, self.group_size, self.bits)
 
 
 class Source(Protocol):

@@ -12,12 +12,12 @@ from torch import Tensor
 from mebp_triton.kernels.layout import LAYOUT, Int4Weight
 from mebp_triton.store.manifest import (
     FORMAT,
-    FORMAT_VERSION,
     MANIFEST,
     BaseModel,
     MatrixInfo,
     companion_checksums,
     dtype_name,
+    format_version,
 )
 from mebp_triton.system import reading, safetensors_file, strict_json
 
@@ -39,7 +39,7 @@ class StoreWriter:
     tied_head: bool
     base: BaseModel | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    matrices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    matrices: dict[str, MatrixInfo] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
 
     def write_file(
@@ -52,10 +52,9 @@ class StoreWriter:
             if weight.codebook is not None:
                 parts["codebook"] = weight.codebook.clone()  # safetensors refuses a tensor that several matrices share
             tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
-            info = MatrixInfo(
-                name, weight.scheme, weight.shape, weight.group_size, dtype_name(weight.scales.dtype), error
-            )
-            self.matrices[module] = asdict(info)
+            scheme, size, bits = weight.form
+            scale_dtype = dtype_name(weight.scales.dtype)
+            self.matrices[module] = MatrixInfo(name, scheme, weight.shape, size, scale_dtype, error, bits)
         path = self.directory / name
         safetensors_file.write_safetensors(path, tensors)
         self.files[name] = {"bytes": path.stat().st_size, "crc32": reading.file_checksums(path)}
@@ -65,7 +64,7 @@ class StoreWriter:
         """Writes the manifest, with the checksums of all that lies in the directory."""
         manifest = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": format_version(self.matrices.values()),
             "layout": LAYOUT,
             "source": self.source,
             "tied_head": self.tied_head,
@@ -73,7 +72,7 @@ class StoreWriter:
             "checksum_chunk_bytes": reading.CHECKSUM_CHUNK,
             "files": self.files,
             "companions": companion_checksums(self.directory, self.files),
-            "matrices": self.matrices,
+            "matrices": {module: info.to_json() for module, info in self.matrices.items()},
             "floats": self.floats,
         }
         strict_json.write_json(self.directory / MANIFEST, strict_json.sealed(manifest))

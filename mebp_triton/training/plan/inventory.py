@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
-from mebp_triton.convert.quantize import DEFAULT_FORM
+from mebp_triton.convert.quantize import DEFAULT_FORM, Recipe
 from mebp_triton.convert.readers import native_form
-from mebp_triton.kernels.layout import Int4Weight, group_count, padded
+from mebp_triton.kernels.layout import Int4Weight, group_count, packed_columns
+from mebp_triton.kernels.names import Scheme
 from mebp_triton.models.skeleton import build_skeleton, float_names, int4_sites
 from mebp_triton.store.manifest import SHARED, MatrixInfo, block_file
 from mebp_triton.store.reader import Store
@@ -53,12 +54,12 @@ class Inventory:
         return cls(files, sizes, store.matrices, store.floats, store.tied_head)
 
     @classmethod
-    def of_config(cls, config: Any, scheme: str | None = None, group_size: int | None = None) -> Inventory:
+    def of_config(cls, config: Any, scheme: Scheme | None = None, group_size: int | None = None) -> Inventory:
         """The inventory of the store that ``quantize`` would make of a model with this config."""
         native = native_form(config)
-        taken_over = native is not None and scheme in (None, native.scheme) and group_size in (None, native.group_size)
-        scheme = scheme or (native.scheme if native else DEFAULT_FORM[0])
-        group_size = group_size or (native.group_size if native else DEFAULT_FORM[1])
+        recipe = Recipe(scheme, group_size)
+        taken_over = native is not None and recipe.takes(native.form)
+        scheme, group_size, bits = recipe.form(native.form if native else DEFAULT_FORM)
         model = build_skeleton(copy.deepcopy(config), torch.float32)
         path, stack = find_blocks(model)
         sites, tied = int4_sites(model)
@@ -72,7 +73,10 @@ class Inventory:
         for site in sites:
             shape, file = (site.out_features, site.in_features), file_of(site.name)
             groups = (group_count(site.in_features, group_size), site.out_features)
-            files[file][f"{site.name}.packed"] = torch.uint8, (site.out_features, padded(site.in_features) // 2)
+            files[file][f"{site.name}.packed"] = (
+                torch.uint8,
+                (site.out_features, packed_columns(site.in_features, bits)),
+            )
             own = native if taken_over and site.role == "linear" else None
             scale_dtype = own.scale_dtype if own else torch.float16
             files[file][f"{site.name}.scales"] = scale_dtype, groups
@@ -81,7 +85,7 @@ class Inventory:
             if scheme == "codebook":
                 files[file][f"{site.name}.codebook"] = torch.float32, (16,)
             scale_name = "F32" if scale_dtype == torch.float32 else "F16"
-            matrices[site.name] = MatrixInfo(file, scheme, shape, group_size, scale_name, 0.0)
+            matrices[site.name] = MatrixInfo(file, scheme, shape, group_size, scale_name, 0.0, bits)
         dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
         for name in float_names(model, sites):
             floats[name] = file_of(name)

@@ -107,7 +107,7 @@ def test_skipped_modules_are_floats_that_are_quantised_as_the_rest(tmp_path):
 
 def test_what_is_asked_for_wins(nf4, tmp_path):
     report = quantize(nf4, tmp_path / "store", scheme="symmetric", group_size=32)
-    assert not report.taken_over and set(report.schemes.values()) == {"symmetric"}
+    assert not report.taken_over and {form.scheme for form in report.forms.values()} == {"symmetric"}
 
 
 def test_the_store_computes_what_transformers_computes(nf4, tmp_path):

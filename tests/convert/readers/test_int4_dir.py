@@ -46,17 +46,18 @@ def edited(directory: Path, target: Path, tensors: dict[str, Any], **config: Any
 
 
 @pytest.mark.parametrize(
-    ("architecture", "scheme", "dtype"),
+    ("architecture", "scheme", "bits", "dtype"),
     [
-        ("llama", "symmetric", torch.bfloat16),
-        ("gpt2", "affine", torch.float32),
-        ("opt", "codebook", torch.bfloat16),
+        ("llama", "symmetric", 4, torch.bfloat16),
+        ("gpt2", "affine", 4, torch.float32),
+        ("opt", "codebook", 4, torch.bfloat16),
+        ("llama", "affine", 8, torch.bfloat16),
     ],
 )
 def test_a_store_has_the_codes_that_were_saved(
-    architecture: str, scheme: Any, dtype: torch.dtype, shared_store: Any, tmp_path: Path
+    architecture: str, scheme: Any, bits: int, dtype: torch.dtype, shared_store: Any, tmp_path: Path
 ) -> None:
-    model = saved(shared_store(architecture).parent / "model", tmp_path / "int4", dtype, scheme=scheme)
+    model = saved(shared_store(architecture).parent / "model", tmp_path / "int4", dtype, scheme=scheme, bits=bits)
     report = quantize(tmp_path / "int4", tmp_path / "store")
     store, layers = Store(tmp_path / "store"), int4_layers(model)
     assert set(report.taken_over) == layers.keys() and store.source == "int4 directory int4"
@@ -64,8 +65,8 @@ def test_a_store_has_the_codes_that_were_saved(
         tensors, expected = store.weight(name).tensors(), layer.int4().tensors()
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[kind]) for kind, tensor in tensors.items()), name
-    # The embedding was float, and follows the scheme of the others.
-    assert set(report.schemes.values()) == {scheme}
+    # The embedding was float, and follows the form of the others.
+    assert {(form.scheme, form.bits) for form in report.forms.values()} == {(scheme, bits)}
     assert "quantization_config" not in json.loads((tmp_path / "store" / "config.json").read_text())
 
 
@@ -103,7 +104,8 @@ def test_what_was_tampered_with(llama: Path, tmp_path: Path) -> None:
             ({f"{UP}.scales": scales[:1].contiguous()}, {}, f"{UP}.weight: scales must have shape"),
             ({f"{UP}.scales": torch.full_like(scales, 255)}, {}, f"{UP}.weight of the source is damaged: scales must"),
             ({f"{UP}.weight": packed[:-1].contiguous()}, {}, f"{UP}.weight: scales must have shape"),
-            ({f"{UP}.weight": packed[:, :-1].contiguous()}, {}, "packed must have 32 columns"),
+            ({f"{UP}.weight": packed[:, :-1].contiguous()}, {}, r"\(80, 31\) is no shape of 48 codes of 4 bits"),
+            ({}, {"bits": 8}, "is no shape of .* codes of 8 bits"),
             ({f"{UP}.weight": packed.to(torch.int32)}, {}, "is I32"),
             ({}, {"layout": "other"}, "layout 'other' cannot be read"),
             ({}, {"group_size": 31}, "group_size must be one of"),

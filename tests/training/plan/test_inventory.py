@@ -36,15 +36,18 @@ def test_what_is_taken_over_from_bitsandbytes_has_its_dtypes(tmp_path, options):
     assert made.files == real.files
 
 
-@pytest.mark.parametrize("asked", [{}, {"scheme": "symmetric"}])
-def test_what_is_taken_over_from_int4_layers_has_its_form(shared_store, tmp_path, asked):
+@pytest.mark.parametrize(
+    ("asked", "bits"),
+    [({}, 4), ({"scheme": "symmetric"}, 4), ({}, 8), ({"scheme": "symmetric"}, 8), ({"scheme": "codebook"}, 8)],
+)
+def test_what_is_taken_over_from_int4_layers_has_its_form(shared_store, tmp_path, asked, bits):
     source = tmp_path / "int4"
-    model = quantized(shared_store("llama").parent / "model", torch.float32, scheme="affine", group_size=32)
+    model = quantized(shared_store("llama").parent / "model", torch.float32, scheme="affine", bits=bits)
     model.save_pretrained(source)
     quantize(source, tmp_path / "store", **asked)
     real = Inventory.of_store(Store(tmp_path / "store"))
     made = Inventory.of_config(AutoConfig.from_pretrained(source), **asked)
-    assert {name: (info.scheme, info.group_size) for name, info in made.matrices.items()} == {
-        name: (info.scheme, info.group_size) for name, info in real.matrices.items()
+    assert {name: info.form for name, info in made.matrices.items()} == {
+        name: info.form for name, info in real.matrices.items()
     }
     assert made.files == real.files
