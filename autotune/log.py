@@ -1,9 +1,10 @@
 """The tuning log beside a table: every candidate of every problem, its predicted and measured time, and why it lost.
 
-It is JSON: ``{"format": 1, "architecture": "sm_87", "ceilings": {DEVICE: {...}}, "records": [...]}``. A record names
+It is JSON: ``{"format": 2, "architecture": "sm_87", "ceilings": {DEVICE: {...}}, "records": [...]}``. A record names
 its problem (a real shape), the device and the versions of its measurement (null, and the compiler's versions, if
 nothing was measured) and its trials, which are candidates in the order of the model's ranking. ``mebp tune`` on a
-device starts from a log that was made elsewhere, and compiles and ranks nothing again.
+device starts from a log that was made elsewhere, and compiles and ranks nothing again. A log of format 1 is read as
+well: its trials have no clocks and no notes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.tables import DTYPE_NAMES, DTYPES, Route, bucket, is_time, parse_config, read_strictly
 
 from .ceilings import Ceilings
+from .cost_model import LIMITS
 
-FORMAT = 1
+FORMAT = 2
+OLDER_FORMATS = (1,)
 SIZE_LIMIT = 1 << 27
 
 
@@ -34,6 +37,8 @@ class Trial:
         time_us: the measured median; None if it was not timed.
         samples_us: the samples that ``time_us`` is the median of.
         reason: why it was dropped, or not timed to the end; None otherwise.
+        clocks: what ``cost_model.Prediction.clocks`` says; empty if the candidate was not ranked, or long ago.
+        note: what is to be known about a candidate that was kept: that it could not be executed, and why.
     """
 
     route: Route
@@ -41,6 +46,8 @@ class Trial:
     time_us: float | None = None
     samples_us: tuple[float, ...] = ()
     reason: str | None = None
+    clocks: Mapping[str, float] = field(default_factory=dict)
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def _record_to_json(record: Record) -> dict[str, Any]:
 def parse_log(value: Any, architecture: str) -> Log:
     """A log from its JSON value. A ValueError of one line for anything that the module's docstring does not allow."""
     _check_keys(value, {"format", "architecture", "ceilings", "records"}, "a log")
-    if value["format"] != FORMAT or value["architecture"] != architecture:
+    if value["format"] not in (FORMAT, *OLDER_FORMATS) or value["architecture"] != architecture:
         raise ValueError(
             f"wanted format {FORMAT} of {architecture}, got {value['format']!r} of {value['architecture']!r}"
         )
@@ -141,17 +148,26 @@ def _parse_problem(item: Any) -> Problem:
 
 
 def _parse_trial(item: Any, problem: Problem) -> Trial:
+    if isinstance(item, dict):
+        item = {"clocks": {}, "note": None} | item
     _check_keys(item, {field.name for field in fields(Trial)}, "a trial")
-    route, samples, reason = item["route"], item["samples_us"], item["reason"]
+    route, samples, clocks = item["route"], item["samples_us"], item["clocks"]
     if route is not None:
         _check_keys(route, {field.name for field in fields(TileConfig)}, "a route")
         route = parse_config(route, problem)
     times = [item[key] for key in ("predicted_us", "time_us") if item[key] is not None]
     if not isinstance(samples, list) or not all(is_time(number) for number in [*times, *samples]):
         raise ValueError("times must be positive numbers")
-    if reason is not None and not isinstance(reason, str):
-        raise ValueError(f"reason must be a text or null, got {reason!r}")
-    return Trial(route, item["predicted_us"], item["time_us"], tuple(samples), reason)
+    if not isinstance(clocks, dict) or not clocks.keys() <= set(LIMITS) or not all(map(_is_clocks, clocks.values())):
+        raise ValueError(f"clocks must map some of {LIMITS} to numbers from 0 on, got {clocks!r:.100}")
+    for key in ("reason", "note"):
+        if item[key] is not None and not isinstance(item[key], str):
+            raise ValueError(f"{key} must be a text or null, got {item[key]!r:.100}")
+    return Trial(**item | {"route": route, "samples_us": tuple(samples)})
+
+
+def _is_clocks(value: Any) -> bool:
+    return value == 0 or is_time(value)
 
 
 def _is_size(value: Any) -> bool:
@@ -181,9 +197,11 @@ def keep_measurements(old: Record | None, new: Record) -> Record:
     """``new``, or ``old`` with the new predictions if only ``old`` was measured."""
     if old is None or old.device is None or new.device is not None:
         return new
-    predicted = {trial.route: trial.predicted_us for trial in new.trials}
+    predicted = {trial.route: trial for trial in new.trials}
     timed = {
-        trial.route: replace(trial, predicted_us=predicted[trial.route])
+        trial.route: replace(
+            predicted[trial.route], time_us=trial.time_us, samples_us=trial.samples_us, reason=trial.reason
+        )
         for trial in old.trials
         if trial.time_us is not None and trial.route in predicted
     }

@@ -1,35 +1,30 @@
 """The offline half of the tuner: it compiles a problem's candidates, drops the unfit, and ranks the rest by the model.
 
-``static_table`` does this for many problems of one architecture, and settles on few configurations that serve them all.
+Candidates are executed on the emulator as well: all for a trip of their main loop, whose work is counted, and those
+that are to be launched for a result, which must be right.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 import triton
 
-from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
-from mebp_triton.kernels.tables import Entry, Route
+from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.tables import Route
 
 from .compile import TENSOR_MEMORY_LIMIT, StaticReport, report
 from .cost_model import NOMINAL, Prediction, predict, predict_panel
 from .emulator.faults import NotModelled
-from .execute import TripCounts, trip_counts
+from .execute import TripCounts, fault, trip_counts
 from .space import candidates
 
 # Called with the number of compilations that are done, and that of all.
 Progress = Callable[[int, int], None]
 
-# A problem takes a configuration that others use too, if that is predicted to lose no more than this share of time.
-TOLERANCE = 0.05
-# Most configurations of one kernel and architecture in a shipped table, so that tests can compile them.
-MOST_CONFIGS = 6
 # A size that every block divides. A compiled kernel depends on no more than that of its sizes.
 EVEN_SIZE = 4096
 
@@ -79,7 +74,13 @@ def unfit(problem: Problem, static: StaticReport) -> str | None:
     return None
 
 
-def rank(problem: Problem, target_sm: int, limit: int | None = None, progress: Progress | None = None) -> Ranking:
+def rank(
+    problem: Problem,
+    target_sm: int,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    execute: bool = False,
+) -> Ranking:
     """Compiles, counts and ranks all candidates of a problem. The panel route is always one of them.
 
     Configurations that differ in nothing but their split share the report of the one that is not split.
@@ -89,12 +90,14 @@ def rank(problem: Problem, target_sm: int, limit: int | None = None, progress: P
         target_sm: compute capability, such as 87; no such GPU need be there.
         limit: how many candidates to keep, besides the panel route; all if not given.
         progress: called after each candidate.
+        execute: whether to launch the best candidate on the emulator. If it is wrong it is dropped, and the next one is
+            launched. Nothing is known about the candidates behind the best, nor about the panel route.
     """
     fit: list[Fit] = []
     dropped = []
     configs = candidates(problem, target_sm)
     for done, config in enumerate(configs, 1):
-        plain = _representative(config)
+        plain = representative(config)
         static = compiled(problem, plain, target_sm)
         reason = static if isinstance(static, str) else unfit(problem, static)
         if isinstance(static, str) or reason is not None:
@@ -107,9 +110,39 @@ def rank(problem: Problem, target_sm: int, limit: int | None = None, progress: P
         Candidate(one.config, prediction, one.report, one.counts if isinstance(one.counts, str) else None)
         for one, prediction in zip(fit, predict_alike(problem, fit, target_sm), strict=True)
     ]
+    kept.append(Candidate(None, predict_panel(problem, NOMINAL[target_sm])))
     kept.sort(key=lambda candidate: candidate.prediction.time_us)
-    kept = [*kept[:limit], Candidate(None, predict_panel(problem, NOMINAL[target_sm]))]
-    return Ranking(sorted(kept, key=lambda candidate: candidate.prediction.time_us), dropped)
+    if execute:
+        dropped += _drop_wrong(problem, kept, target_sm)
+    tiles = [candidate for candidate in kept if candidate.route is not None][:limit]
+    return Ranking([candidate for candidate in kept if candidate.route is None or candidate in tiles], dropped)
+
+
+def _drop_wrong(problem: Problem, kept: list[Candidate], target_sm: int) -> list[Dropped]:
+    """Takes candidates off the front of ``kept`` until the first one is right, or cannot be executed."""
+    dropped = []
+    while kept[0].route is not None and kept[0].not_executed is None:
+        first = kept[0]
+        assert first.route is not None
+        try:
+            reason = _wrong(problem, first.route, target_sm)
+        except NotModelled as error:
+            kept[0] = replace(first, not_executed=f"not executed: {error}")
+            break
+        if reason is None:
+            break
+        dropped.append(Dropped(first.route, first.report, reason))
+        del kept[0]
+    return dropped
+
+
+def _wrong(problem: Problem, config: TileConfig, target_sm: int) -> str | None:
+    """Why a configuration must not be launched, as split as it is; in a launch of its own, and with three weights."""
+    static = compiled(problem, config, target_sm)
+    if isinstance(static, str):
+        return static
+    reasons = (executed(problem, config, target_sm, ragged=ragged) for ragged in (False, True))
+    return unfit(problem, static) or next((reason for reason in reasons if reason is not None), None)
 
 
 @dataclass(frozen=True)
@@ -145,6 +178,13 @@ def counted(problem: Problem, config: TileConfig, target_sm: int) -> TripCounts 
     return _counted(_of_same_code(problem, config), config, target_sm)
 
 
+def executed(
+    problem: Problem, config: TileConfig, target_sm: int, rank: int = 16, bias: bool = False, ragged: bool = False
+) -> str | None:
+    """What ``execute.fault`` finds, shared like the report. It raises NotModelled."""
+    return _executed(_of_same_code(problem, config), config, target_sm, rank, bias, ragged)
+
+
 def _of_same_code(problem: Problem, config: TileConfig) -> Problem:
     """One problem for all that compile to the same code."""
     return replace(problem, m=EVEN_SIZE, n=_alike(problem.n, config.block_n), k=_alike(problem.k, config.block_k))
@@ -171,133 +211,11 @@ def _counted(problem: Problem, config: TileConfig, target_sm: int) -> TripCounts
         return f"not executed: {error}"
 
 
-def static_table(problems: Sequence[Problem], target_sm: int, progress: Progress | None = None) -> list[Entry]:
-    """Chooses the entries of a table without a GPU.
-
-    A configuration is ranked by its code for the symmetric scheme with groups of 64. Before it is chosen, it is
-    compiled for every scheme, group size and 16-bit dtype, and dropped if it is unfit for any of them.
-
-    Args:
-        problems: different problems of 16-bit dtypes, whose sizes are bucket bounds.
-        target_sm: compute capability.
-        progress: called after each compilation of the ranking, kernel by kernel.
-    """
-    versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
-    entries = []
-    for kernel in TUNED:
-        mine = [problem for problem in problems if problem.kernel == kernel]
-        kinds = list(dict.fromkeys(_kind(problem, target_sm) for problem in mine))
-        settled = dict(zip(kinds, _settle(kinds, _predictions(kinds, target_sm, progress), target_sm), strict=True))
-        for problem in mine:
-            route, time_us = settled[_kind(problem, target_sm)]
-            entries.append(Entry(problem, route, "static", round(time_us, 2), None, versions))
-    return entries
+@cache
+def _executed(problem: Problem, config: TileConfig, target_sm: int, rank: int, bias: bool, ragged: bool) -> str | None:
+    return fault(problem, config, target_sm, rank, bias, ragged)
 
 
-def _kind(problem: Problem, target_sm: int) -> Problem:
-    """A problem that stands for all with the same candidates and predictions.
-
-    The model does not tell 16-bit dtypes apart. Only in the symmetric scheme can sums be scaled, within a group.
-    """
-    group_size = problem.group_size if problem.scheme == "symmetric" else 64
-    scheme = "symmetric" if problem.scheme == "symmetric" else "affine"
-    return replace(problem, scheme=scheme, group_size=group_size, dtype=_dtypes(target_sm)[0])
-
-
-def _predictions(problems: Sequence[Problem], target_sm: int, progress: Progress | None) -> list[dict[Route, float]]:
-    """Returns, for each problem, the predicted microseconds of every route that is fit for it."""
-    spaces = [candidates(problem, target_sm) for problem in problems]
-    total = len({_representative(config) for space in spaces for config in space})
-    done: set[TileConfig] = set()
-    times: list[dict[Route, float]] = []
-    for problem, space in zip(problems, spaces, strict=True):
-        fit: list[Fit] = []
-        for config in space:
-            plain = _representative(config)
-            stands = _plain_problem(problem, config, target_sm)
-            static = compiled(stands, plain, target_sm)
-            if progress is not None and plain not in done:
-                done.add(plain)
-                progress(len(done), total)
-            if not isinstance(static, str) and unfit(problem, static) is None:
-                fit.append(Fit(config, static, counted(stands, plain, target_sm)))
-        routes: dict[Route, float] = {None: predict_panel(problem, NOMINAL[target_sm]).time_us}
-        for one, prediction in zip(fit, predict_alike(problem, fit, target_sm), strict=True):
-            routes[one.config] = prediction.time_us
-        times.append(routes)
-    return times
-
-
-def _representative(config: TileConfig) -> TileConfig:
+def representative(config: TileConfig) -> TileConfig:
     """The configuration whose report stands for this one, since a split hardly changes the main loop."""
     return replace(config, split=1)
-
-
-def _plain_problem(problem: Problem, config: TileConfig, target_sm: int) -> Problem:
-    """A problem whose report stands for all schemes, group sizes and dtypes."""
-    group_size = max(64, config.block_k) if config.scale_sums else 64
-    return replace(problem, scheme="symmetric", group_size=group_size, dtype=_dtypes(target_sm)[0])
-
-
-def _dtypes(target_sm: int) -> list[torch.dtype]:
-    """The 16-bit dtypes that one trains in on a target. Before sm_80 there is no bfloat16."""
-    return [torch.bfloat16, torch.float16] if target_sm >= 80 else [torch.float16]
-
-
-def _settle(problems: Sequence[Problem], times: list[dict[Route, float]], target_sm: int) -> list[tuple[Route, float]]:
-    """A route for each problem, from few configurations: greedily the one that saves the most time, if it is clean."""
-    times = [dict(routes) for routes in times]
-    chosen: list[Route] = [None]
-    while len(chosen) <= MOST_CONFIGS:
-        excess = [_excess(routes, chosen) for routes in times]
-        if max(excess, default=0.0) <= math.log1p(TOLERANCE):
-            break
-        saved: dict[Route, float] = {}
-        for routes, before in zip(times, excess, strict=True):
-            best = min(routes.values())
-            for route, time_us in routes.items():
-                saved[route] = saved.get(route, 0.0) + max(0.0, before - math.log(time_us / best))
-        config = max(saved, key=lambda route: saved[route])
-        assert config is not None, "the panel route is chosen already"
-        if is_clean(problems[0], config, target_sm):
-            chosen.append(config)
-        else:
-            for routes in times:
-                routes.pop(config, None)
-    return [
-        min(((route, routes[route]) for route in chosen if route in routes), key=lambda pair: pair[1])
-        for routes in times
-    ]
-
-
-def _excess(routes: dict[Route, float], chosen: Iterable[Route]) -> float:
-    """The logarithm of how many times slower the best chosen route is than the best of all."""
-    return math.log(min(routes[route] for route in chosen if route in routes) / min(routes.values()))
-
-
-def is_clean(problem: Problem, config: TileConfig, target_sm: int) -> bool:
-    """Whether a configuration is fit for all schemes, group sizes and dtypes that it suits, with LoRA and bias."""
-    plain = compiled(_plain_problem(problem, config, target_sm), _representative(config), target_sm)
-    assert not isinstance(plain, str) and plain.loop is not None
-    # A configuration that uses HGMMA serves many tokens, and then must use it for every kind of weight.
-    m = 64 if plain.loop.tensor == "HGMMA" else 16
-    for variant, rank, bias in variants(replace(problem, m=m), target_sm):
-        if config.suits(variant):
-            static = compiled(variant, config, target_sm, rank, bias)
-            if isinstance(static, str) or unfit(variant, static) is not None:
-                return False
-    return True
-
-
-def variants(problem: Problem, target_sm: int) -> list[tuple[Problem, int, bool]]:
-    """Returns the problems that a shipped configuration must fit, hardest first: (problem, LoRA rank, with bias)."""
-    bias = problem.kernel == "matmul"
-    dtypes = _dtypes(target_sm)
-    kinds = [
-        replace(problem, scheme=scheme, group_size=group_size, dtype=dtype)
-        for scheme in reversed(SCHEMES)
-        for group_size in GROUP_SIZES
-        for dtype in dtypes
-    ]
-    plain = [kind for kind in kinds if kind.scheme == "symmetric" and kind.dtype == dtypes[0]]
-    return [(kind, 64, bias) for kind in kinds] + [(kind, 16, False) for kind in plain]

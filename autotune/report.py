@@ -1,4 +1,4 @@
-"""A report of tuning: the winners beside the best that the device can do, and by how much each candidate lost."""
+"""A report of tuning: the winners beside the best that a device can do, what bounds them, and how others lost."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ class Row:
         gb_s, tflop_s: achieved rates, counting packed weights, scales, X and Y, and 2·M·N·K operations; None if no log
             names the problem.
         of_copy, of_matmul: the rates as a share of the ceilings; None without ceilings.
+        bound: what bounds the launch, one of ``cost_model.LIMITS``, by the model; None if no log has its clocks.
+        clocks: the clocks of each of them, see ``cost_model.Prediction``.
+        note: that the winner could not be executed before it was chosen, and why; None otherwise.
         lost: the other candidates, fastest first.
     """
 
@@ -57,6 +60,9 @@ class Row:
     tflop_s: float | None
     of_copy: float | None
     of_matmul: float | None
+    bound: str | None
+    clocks: dict[str, float]
+    note: str | None
     lost: tuple[Loss, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -109,6 +115,8 @@ def _row(entry: Entry, record: Record | None, ceilings: Ceilings | None) -> Row:
         if ceilings is not None:
             of_copy = gb_s / ceilings.gb_s
             of_matmul = tflop_s / ceilings.tflop_s[dtype] if dtype in ceilings.tflop_s else None
+    trials = [] if record is None else [trial for trial in record.trials if trial.route == entry.route]
+    clocks = dict(trials[0].clocks) if trials else {}
     return Row(
         **asdict(problem) | {"dtype": dtype},
         route=describe_route(entry.route),
@@ -119,6 +127,9 @@ def _row(entry: Entry, record: Record | None, ceilings: Ceilings | None) -> Row:
         tflop_s=tflop_s,
         of_copy=of_copy,
         of_matmul=of_matmul,
+        bound=max(clocks, key=lambda limit: clocks[limit]) if clocks else None,
+        clocks=clocks,
+        note=trials[0].note if trials else None,
         lost=() if record is None else tuple(_losses(entry, record)),
     )
 

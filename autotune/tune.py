@@ -30,6 +30,7 @@ from .results import Results, versions
 from .timing import CudaTimer, Limits, Timer
 
 LIMIT = 8
+LONGEST_REASON = 400
 # Returns the candidates of a problem, best prediction first, and then those that were dropped.
 Rank = Callable[[Problem], Sequence[Trial]]
 # Called with the number of problems that are done, that of all, and what is done now.
@@ -49,14 +50,32 @@ def target_of(architecture: str) -> int:
     return max(targets)
 
 
-def model_rank(architecture: str, limit: int | None = None, progress: Callable[[int, int], None] | None = None) -> Rank:
-    """A ``Rank`` that compiles the candidates and ranks them by the model; at most ``limit`` tiles that are fit."""
+def model_rank(
+    architecture: str,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    execute: bool = False,
+) -> Rank:
+    """A ``Rank`` that compiles the candidates and ranks them by the model; at most ``limit`` tiles that are fit.
+
+    ``execute``: the best one is executed here, as where no device will; see ``rank.rank``.
+    """
     target = target_of(architecture)
 
     def ranked(problem: Problem) -> list[Trial]:
-        ranking = rank_by_model(problem, target, limit, progress)
-        kept = [Trial(candidate.route, round(candidate.prediction.time_us, 3)) for candidate in ranking.kept]
-        return kept + [Trial(dropped.config, reason=dropped.reason[:160]) for dropped in ranking.dropped]
+        ranking = rank_by_model(problem, target, limit, progress, execute)
+        return [
+            *(
+                Trial(
+                    candidate.route,
+                    round(candidate.prediction.time_us, 3),
+                    clocks={limit: round(clocks) for limit, clocks in candidate.prediction.clocks.items()},
+                    note=candidate.not_executed,
+                )
+                for candidate in ranking.kept
+            ),
+            *(Trial(dropped.config, reason=dropped.reason[:LONGEST_REASON]) for dropped in ranking.dropped),
+        ]
 
     return ranked
 
@@ -117,7 +136,7 @@ def tune_offline(
 ) -> list[Problem]:
     """Ranks the candidates of every problem without a device. The best prediction becomes a static entry.
 
-    Problems that were ranked before with these versions are skipped, unless ``force``.
+    Problems that were ranked before with these versions, by counts, are skipped, unless ``force``.
 
     Returns:
         The problems that were ranked now.
@@ -150,7 +169,9 @@ def _is_measured(problem: Problem, machine: Machine, table: Table) -> bool:
 
 def _is_ranked(problem: Problem, log: Log, table: Table) -> bool:
     record = log.records.get(bucket(problem))
-    return record is not None and bucket(problem) in table and dict(record.versions) == versions()
+    if record is None or bucket(problem) not in table or dict(record.versions) != versions():
+        return False
+    return any(trial.clocks for trial in record.trials)
 
 
 def _shortlist(problem: Problem, ranked: Iterable[Trial], limit: int, old: Entry | None) -> list[tuple[Trial, bool]]:
@@ -166,7 +187,8 @@ def _shortlist(problem: Problem, ranked: Iterable[Trial], limit: int, old: Entry
 
 def _untimed(trial: Trial) -> Trial:
     """A trial without its measurement. A reason stays if the candidate was dropped before it was ranked."""
-    return Trial(trial.route, trial.predicted_us, reason=trial.reason if trial.predicted_us is None else None)
+    reason = trial.reason if trial.predicted_us is None else None
+    return replace(trial, time_us=None, samples_us=(), reason=reason)
 
 
 def measure_problem(problem: Problem, shortlist: Sequence[tuple[Trial, bool]], machine: Machine) -> Record:

@@ -1,6 +1,6 @@
-"""Writes the tables that are shipped, ``kernels/tables/sm_*.json``: compiled and ranked here, no GPU needed.
+"""Writes the tables that are shipped, ``kernels/tables/sm_*.json``: compiled, executed and ranked here without a GPU.
 
-    python bench/ship_tables.py [--target 87 --target 90]
+    python bench/ship_tables.py [--target 87 --target 90]    # processes with different targets may run side by side
     python bench/ship_tables.py --check
 
 The tables are for the linear layers of the models in ``random_store.py``, and for their q/k/v and gate/up together.
@@ -8,7 +8,7 @@ They hold the symmetric scheme, groups of 64 and bfloat16, which stand in for th
 float16. An entry that was measured on a device is kept.
 
 ``--check`` writes nothing. It compiles every shipped configuration for each scheme, group size and dtype that it stands
-in for, and for groups of three weights: 1,800 compilations, of which the tests make some 50.
+in for, and for groups of three weights, and executes it: 1,800 compilations, of which the tests make some 50.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 from random_store import MODELS
 
 from mebp_triton.autotune.compile import report
-from mebp_triton.autotune.rank import is_clean, static_table, unfit
+from mebp_triton.autotune.rank import unfit
+from mebp_triton.autotune.shipping import objection, static_table
 from mebp_triton.kernels.configs import TUNED, Problem
 from mebp_triton.kernels.tables import M_BUCKETS, bucket, read_table, table_to_json
 from mebp_triton.system import atomic
@@ -43,15 +45,15 @@ def shapes() -> set[tuple[int, int]]:
 
 
 def check(target: int) -> list[str]:
-    """Shipped configurations whose machine code is not clean any more."""
+    """Shipped configurations that are not sound any more."""
     table = read_table(TABLES / f"sm_{target}.json", f"sm_{target}")
     used = {(problem.kernel, entry.route): problem for problem, entry in table.items() if entry.route is not None}
     wrong = []
     for (kernel, config), problem in used.items():
-        fault = unfit(problem, report(problem, config, target, members=3))
-        if fault is not None or not is_clean(problem, config, target):
-            wrong.append(f"sm_{target}: {kernel}, {config}: {fault or 'not clean for every kind of weight'}")
-        print(f"sm_{target}: {kernel}, {config}", flush=True)
+        reason = unfit(problem, report(problem, config, target, members=3)) or objection(problem, config, target, print)
+        print(f"sm_{target}: {kernel}, {config}: {reason or 'sound'}", flush=True)
+        if reason is not None:
+            wrong.append(f"sm_{target}: {kernel}, {config}: {reason}")
     return wrong
 
 
@@ -70,13 +72,18 @@ def main() -> None:
         name = f"sm_{target}"
         path = TABLES / f"{name}.json"
         measured = [entry for entry in read_table(path, name).values() if entry.provenance == "measured"]
-        kept = {entry.problem: entry for entry in (*static_table(order, target), *measured)}
+        start = time.monotonic()
+
+        def say(line: str, name: str = name, start: float = start) -> None:
+            print(f"{name} {time.monotonic() - start:4.0f} s: {line}", flush=True)
+
+        kept = {entry.problem: entry for entry in (*static_table(order, target, say), *measured)}
         table = table_to_json(name, kept.values())
         lines = ",\n".join(json.dumps(entry) for entry in table.pop("entries"))
         text = json.dumps(table)[:-1] + ', "entries": [\n' + lines + "\n]}\n"
         TABLES.mkdir(exist_ok=True)
         atomic.write_bytes(path, text.encode())
-        print(f"{path}: {len(kept)} entries", flush=True)
+        say(f"{len(kept)} entries in {path}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ FLOORS = {
         emulator.operations emulator.global_memory emulator.shared_memory emulator.matrix emulator.counts emulator.state
         emulator.thread_steps emulator.memory_steps emulator.matrix_steps emulator.group_steps emulator.machine
         emulator.tensors emulator.driver sass shapes compile timing ceilings measure cases correctness execute
-        cost_model space log rank results tune report""",
+        cost_model space log rank results shipping tune report""",
     "layers": "lora_config lora_function int4_module linear shared_input deferred_logits head loss",
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file
         mapped_file scratch memory machine storage signals""",

@@ -1,19 +1,66 @@
-"""Configurations are executed as they are compiled: one trip of the main loop is counted."""
+"""Configurations are executed as they are compiled: faults are found, and one trip of the main loop is counted."""
 
+import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import triton
+from ptx_mutations import mutations
 
 from mebp_triton.autotune import execute
 from mebp_triton.autotune.compile import report
-from mebp_triton.autotune.emulator.driver import compiler_for
+from mebp_triton.autotune.emulator.driver import Emulator, compiler_for
 from mebp_triton.autotune.emulator.faults import NotModelled
-from mebp_triton.autotune.execute import TripCounts, trip_counts
+from mebp_triton.autotune.execute import TripCounts, fault, trip_counts
 from mebp_triton.kernels.configs import Problem, TileConfig
 
 FORWARD = Problem("matmul", 512, 4096, 4096)
 TILE = TileConfig(64, 64, 64, num_warps=4, num_stages=3)
+SMALL = TileConfig(16, 32, 64, num_warps=4, num_stages=2, split=2)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The kernels that are compiled: none was before."""
+    compiler_for.cache_clear()
+    names, real = [], triton.compile
+    monkeypatch.setattr(
+        triton, "compile", lambda source, **rest: names.append(source.fn.__name__) or real(source, **rest)
+    )
+    return names
+
+
+def test_what_is_right_has_no_fault(compilations):
+    """The launch is the one of the report, and with it come the parts' sum and a launch for three weights."""
+    for kernel in ("matmul", "matmul_dx"):
+        problem = Problem(kernel, 16, 4096, 4096, "affine")
+        report(problem, SMALL, 80, rank=64, bias=kernel == "matmul")
+        for ragged in (False, True):
+            assert fault(problem, SMALL, 80, rank=64, bias=kernel == "matmul", ragged=ragged) is None
+        kernels = [name for name in compilations if name != "_sum_parts_kernel"]
+        assert kernels == [f"_{kernel}_kernel"] * 2
+        compilations.clear()
+
+
+PLANTED = {
+    "barrier removed": r"shared race: .* at line \d+ \(.*\.py:\d+\): .* in matmul bf16 M32 ",
+    "guard dropped": r"out of bounds: .* at line \d+ \(.*\.py:\d+\): (ld|st)\.global\S* .* in matmul ",
+    "wrong selector": r"wrong result: .* error .*, allowed .* in matmul bf16 M32 N48 K384 symmetric G64 r16 \[16x32x64",
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_fault_is_one_line(kind, monkeypatch):
+    """It names the kind, the instruction and the case."""
+
+    def edit(ptx):
+        return next((one.apply(ptx) for one in mutations(ptx) if one.kind == kind), ptx) if "mma" in ptx else ptx
+
+    monkeypatch.setattr(execute, "Emulator", partial(Emulator, edit=edit))
+    found = fault(Problem("matmul", 16, 4096, 4096), SMALL, 80)
+    assert found is not None and "\n" not in found
+    assert re.match(PLANTED[kind], found), found
 
 
 def test_one_trip():
@@ -35,18 +82,15 @@ def test_all_trips_are_alike(kernel, monkeypatch):
     assert trip_counts(problem, replace(config, split=2), 80) == found
 
 
-def test_the_kernel_is_the_one_of_the_report(monkeypatch):
+def test_the_kernel_is_the_one_of_the_report(compilations):
     """What does not divide evenly is masked, in the report and where it is counted."""
-    compiler_for.cache_clear()
-    compiled = []
-    real = triton.compile
-    monkeypatch.setattr(triton, "compile", lambda source, **options: compiled.append(source) or real(source, **options))
     for problem in (FORWARD, replace(FORWARD, k=4000), replace(FORWARD, kernel="matmul_dx", n=4001, k=4001)):
-        report(problem, TILE, 87)
-        trip_counts(problem, TILE, 87)
-    assert len(compiled) == 3
+        report(problem, SMALL, 87)
+        trip_counts(problem, SMALL, 87)
+    assert len(compilations) == 3
 
 
 def test_what_is_not_modelled_is_named():
-    with pytest.raises(NotModelled, match=r"tcgen05\.alloc"):
-        trip_counts(FORWARD, TILE, 100)
+    for execute_it in (trip_counts, fault):
+        with pytest.raises(NotModelled, match=r"tcgen05\.alloc"):
+            execute_it(FORWARD, TILE, 100)

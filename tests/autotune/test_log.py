@@ -15,10 +15,11 @@ from mebp_triton.kernels.tables import bucket
 
 PROBLEM = Problem("matmul", 16, 896, 896, "symmetric", 64, torch.float16)
 TILE = TileConfig(16, 64, 128, split=4)
+CLOCKS = {"tensor cores": 256, "shared memory": 0, "latency": 1400.5}
 RECORD = Record(
     PROBLEM,
     (
-        Trial(TILE, 10.0, 12.5, (12.0, 12.5, 13.0)),
+        Trial(TILE, 10.0, 12.5, (12.0, 12.5, 13.0), clocks=CLOCKS, note="not executed: line 7: no such instruction"),
         Trial(None, 20.0, 50.0, (50.0, 50.0), "clearly slower than the best before it"),
         Trial(replace(TILE, scale_sums=True, block_k=64), reason="spills 8 bytes a thread"),
     ),
@@ -35,6 +36,16 @@ def whole():
 def test_what_is_written_is_read():
     value = json.loads(json.dumps(whole().to_json(), allow_nan=False))
     assert parse_log(value, "sm_87") == whole()
+
+
+def test_a_log_of_format_1_is_read():
+    """Its trials have neither clocks nor notes."""
+    value = json.loads(json.dumps(whole().to_json()))
+    value["format"] = 1
+    for trial in value["records"][0]["trials"]:
+        del trial["clocks"], trial["note"]
+    (record,) = parse_log(value, "sm_87").records.values()
+    assert record == replace(RECORD, trials=tuple(replace(one, clocks={}, note=None) for one in RECORD.trials))
 
 
 def test_no_file_is_an_empty_log(tmp_path):
@@ -63,13 +74,13 @@ BROKEN = {
     "binary": "\0\1\2",
     "a list": "[]",
     "nested without end": "[" * 100_000,
-    "another format": change(("format",), 2),
+    "another format": change(("format",), 3),
     "another architecture": change(("architecture",), "sm_90"),
     "a key too many": change(("more",), 1),
     "no records": change(("records",), {}),
     "a time that no float holds": change((*TRIAL, "time_us"), 10**400),
     "a configuration that no device has room for": change((*TRIAL, "route", "block_m"), 1 << 40),
-    "a key twice": json.dumps(whole().to_json()).replace('"format": 1', '"format": 1, "format": 1'),
+    "a key twice": json.dumps(whole().to_json()).replace('"format": 2', '"format": 2, "format": 2'),
     "no trials": change(("records", 0, "trials"), None),
     "a record without versions": change(("records", 0, "versions"), ...),
     "versions that are numbers": change(("records", 0, "versions", "torch"), 2),
@@ -88,6 +99,10 @@ BROKEN = {
     "a flag that is a number": change((*TRIAL, "route", "weight_left"), 1),
     "a configuration that does not suit": change((*TRIAL, "route", "scale_sums"), True),
     "a reason that is a number": change((*TRIAL, "reason"), 1),
+    "a note that is a list": change((*TRIAL, "note"), []),
+    "clocks of what bounds nothing": change((*TRIAL, "clocks", "registers"), 1),
+    "clocks below zero": change((*TRIAL, "clocks", "issue"), -1),
+    "clocks that are a number": change((*TRIAL, "clocks"), 1),
     "ceilings below zero": change(("ceilings", "A device", "gb_s"), -1),
     "ceilings without rates": change(("ceilings", "A device", "tflop_s"), []),
 }
@@ -108,12 +123,14 @@ def test_a_directory_is_no_log(tmp_path):
 
 def test_predictions_do_not_wipe_out_measurements():
     other = TileConfig(32, 64, 64)
-    predicted = Record(PROBLEM, (Trial(other, 5.0), Trial(TILE, 6.0), Trial(None, 7.0)), None, {"triton": "4"})
+    predicted = Record(
+        PROBLEM, (Trial(other, 5.0), Trial(TILE, 6.0, clocks={"issue": 3}), Trial(None, 7.0)), None, {"triton": "4"}
+    )
     kept = keep_measurements(RECORD, predicted)
     assert (kept.device, kept.versions, kept.measured_m) == ("A device", RECORD.versions, 16)
     assert kept.trials == (
         Trial(other, 5.0),
-        replace(RECORD.trials[0], predicted_us=6.0),
+        replace(RECORD.trials[0], predicted_us=6.0, clocks={"issue": 3}, note=None),
         replace(RECORD.trials[1], predicted_us=7.0),
     )
     # A new measurement, and a record without a predecessor, are taken as they are.

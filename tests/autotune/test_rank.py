@@ -8,11 +8,9 @@ import torch
 from mebp_triton.autotune import rank as ranking
 from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport
 from mebp_triton.autotune.emulator.faults import NotModelled
-from mebp_triton.autotune.execute import TripCounts
-from mebp_triton.autotune.rank import MOST_CONFIGS, TOLERANCE, compiled, rank, static_table, unfit, variants
+from mebp_triton.autotune.rank import compiled, rank, unfit
 from mebp_triton.autotune.sass import LoopCounts
 from mebp_triton.kernels.configs import Problem, TileConfig
-from mebp_triton.kernels.tables import parse_table, table_to_json
 
 PROBLEM = Problem("matmul", 64, 4096, 4096)
 SPACE = [
@@ -103,6 +101,44 @@ def test_what_cannot_be_executed_stays_and_says_so(small_space, monkeypatch):
     assert {candidate.prediction.clocks["shared memory"] for candidate in tiles.values()} == {0.0}
 
 
+@pytest.fixture
+def faults(small_space, monkeypatch):
+    """What executing finds, by configuration; an exception is raised."""
+    found, launched = {}, []
+
+    def fault(problem, config, target_sm, rank, bias, ragged):
+        launched.append((config, ragged))
+        if isinstance(found.get(config), Exception):
+            raise found[config]
+        return found.get(config) if ragged else None
+
+    monkeypatch.setattr(ranking, "fault", fault)
+    ranking._executed.cache_clear()
+    yield found, launched
+    ranking._executed.cache_clear()
+
+
+def test_the_first_one_that_is_right_comes_first(faults):
+    """What is better than that is dropped; what is worse is not executed."""
+    found, launched = faults
+    best, second, third = [candidate.route for candidate in rank(PROBLEM, 87).kept][:3]
+    assert launched == [] and None not in (best, second)
+    found[best] = "wrong result: not finite"
+    ranking._executed.cache_clear()
+    after = rank(PROBLEM, 87, limit=1, execute=True)
+    assert [candidate.route for candidate in after.kept if candidate.route] == [second]
+    assert ("wrong result: not finite", best) in [(dropped.reason, dropped.config) for dropped in after.dropped]
+    assert launched == [(best, False), (best, True), (second, False), (second, True)]
+
+
+def test_what_cannot_be_launched_stays_first(faults):
+    found, launched = faults
+    found |= dict.fromkeys(SPACE, NotModelled("line 9: setmaxnreg: this instruction is not modelled"))
+    (first, *others) = [candidate for candidate in rank(PROBLEM, 87, execute=True).kept if candidate.route]
+    assert first.not_executed == "not executed: line 9: setmaxnreg: this instruction is not modelled"
+    assert len(launched) == 1 and not any(candidate.not_executed for candidate in others)
+
+
 def test_problems_of_the_same_code_share_a_report(monkeypatch):
     calls = []
     monkeypatch.setattr(ranking, "report", lambda *arguments: calls.append(arguments) or made())
@@ -127,91 +163,3 @@ def test_what_does_not_compile_is_dropped(small_space, monkeypatch):
     assert [candidate.route for candidate in found.kept] == [None]
     assert {dropped.reason for dropped in found.dropped} == {"does not compile: the compiler's objection"}
     assert all(dropped.report is None for dropped in found.dropped)
-
-
-def table_problems():
-    return [
-        Problem(kernel, m, n, 2048, scheme, 64, dtype)
-        for kernel in ("matmul", "matmul_dx")
-        for m in (16, 64, 4096)
-        for n in (512, 2048)
-        for scheme in ("symmetric", "codebook")
-        for dtype in (torch.bfloat16, torch.float16)
-    ]
-
-
-def test_static_table(small_space, monkeypatch):
-    monkeypatch.setattr(ranking, "report", lambda *arguments: made(87, "HMMA"))
-    monkeypatch.setattr(ranking, "trip_counts", lambda *arguments: TripCounts(300, 300, 300, 300))
-    ranking._compiled.cache_clear()
-    ranking._counted.cache_clear()
-    problems = table_problems()
-    entries = static_table(problems, 87)
-    ranking._compiled.cache_clear()
-    ranking._counted.cache_clear()
-    assert sorted(map(str, (entry.problem for entry in entries))) == sorted(map(str, problems))
-    assert {(entry.provenance, entry.device) for entry in entries} == {("static", None)}
-    assert {entry.versions.keys() == {"triton", "torch"} for entry in entries} == {True}
-    assert parse_table(table_to_json("sm_87", entries), "sm_87").keys() == set(problems)
-    few = [entry for entry in entries if entry.problem.m == 16]
-    assert all(entry.route is not None for entry in few)
-
-
-def settle(times, monkeypatch, clean=lambda problem, config, target_sm: True):
-    monkeypatch.setattr(ranking, "is_clean", clean)
-    return [route for route, _ in ranking._settle([PROBLEM] * len(times), times, 87)]
-
-
-def test_a_shared_configuration_within_tolerance_is_preferred(monkeypatch):
-    one, two, three = SPACE
-    near = 10 * (1 + TOLERANCE / 2)
-    times = [{None: 100, one: 10, two: near}, {None: 100, three: 10, two: near}, {None: 5, one: 10}]
-    assert settle(times, monkeypatch) == [two, two, None]
-    times[1] = {None: 100, three: 10, two: 13}
-    assert settle(times, monkeypatch) in ([one, three, None], [two, three, None])
-
-
-def test_what_is_not_clean_is_never_chosen(monkeypatch):
-    one, two, three = SPACE
-    times = [{None: 100, one: 10, two: 40}]
-    assert settle(times, monkeypatch, lambda problem, config, target_sm: config != one) == [two]
-    assert settle(times, monkeypatch, lambda problem, config, target_sm: False) == [None]
-
-
-def test_few_configurations(monkeypatch):
-    configs = [replace(SPACE[0], num_stages=stages) for stages in range(1, 3 * MOST_CONFIGS)]
-    times = [{None: 100.0 + i, config: 10.0} for i, config in enumerate(configs)]
-    routes = settle(times, monkeypatch)
-    assert len(set(routes) - {None}) == MOST_CONFIGS
-
-
-def test_variants_are_all_that_a_table_may_serve():
-    found = variants(PROBLEM, 87)
-    kinds = {
-        (problem.scheme, problem.group_size, problem.dtype) for problem, rank, bias in found if rank == 64 and bias
-    }
-    assert len(kinds) == 18
-    assert {rank for _, rank, _ in found} == {16, 64}
-    assert {problem.dtype for problem, _, _ in variants(PROBLEM, 75)} == {torch.float16}
-    assert not any(bias for _, _, bias in variants(replace(PROBLEM, kernel="matmul_dx"), 87))
-
-
-def test_clean_means_every_variant(monkeypatch):
-    seen = []
-
-    def report(problem, config, target_sm, rank, bias):
-        seen.append((problem.scheme, problem.group_size, problem.dtype, rank))
-        bad = problem.scheme == "affine" and problem.group_size == 32 and problem.dtype == torch.float16
-        return made(87, "HMMA", spill_bytes=8 if bad and config == SPACE[0] else 0)
-
-    monkeypatch.setattr(ranking, "report", report)
-    ranking._compiled.cache_clear()
-    assert not ranking.is_clean(PROBLEM, SPACE[0], 87)
-    seen.clear()
-    assert ranking.is_clean(PROBLEM, SPACE[2], 87)
-    assert len({entry for entry in seen if entry[3] == 64}) == 18
-    sums = TileConfig(16, 64, 64, scale_sums=True)
-    seen.clear()
-    assert ranking.is_clean(PROBLEM, sums, 87)
-    assert {scheme for scheme, *_ in seen} == {"symmetric"}
-    ranking._compiled.cache_clear()

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,21 @@ def test_a_predicted_row_is_held_against_the_data_sheet():
     assert [loss.route for loss in row.lost][:2] == ["32x64x64 8w 3s split4 right sums", "panel"]
     assert row.lost[0].slower_by == pytest.approx(-0.1)
     assert ceilings_of([row], log, NOMINAL) == {"data sheet": NOMINAL}
+
+
+def test_what_bounds_the_winner():
+    """It is what takes the most clocks in the model; nothing is known without a log."""
+    table, log = found("static")
+    (record,) = log.records.values()
+    clocks = {"tensor cores": 256, "shared memory": 1216, "issue": 500}
+    trials = tuple(
+        replace(one, clocks=clocks, note="not executed") if one.route == FAST else one for one in record.trials
+    )
+    (row,) = rows(table, Log("sm_87", {bucket(PROBLEM): replace(record, trials=trials)}), NOMINAL)
+    assert (row.bound, row.clocks, row.note) == ("shared memory", clocks, "not executed")
+    assert json.loads(json.dumps(row.to_json()))["clocks"] == clocks
+    (row,) = rows(table, Log("sm_87"), NOMINAL)
+    assert (row.bound, row.clocks, row.note) == (None, {}, None)
 
 
 def test_what_was_measured_with_fewer_tokens_says_so():

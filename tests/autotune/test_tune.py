@@ -9,6 +9,7 @@ from mebp_triton.autotune import rank as ranking
 from mebp_triton.autotune import results as results_module
 from mebp_triton.autotune import tune as module
 from mebp_triton.autotune.ceilings import Ceilings
+from mebp_triton.autotune.cost_model import LIMITS
 from mebp_triton.autotune.log import Record, Trial
 from mebp_triton.autotune.measure import Measurement
 from mebp_triton.autotune.results import Results, versions
@@ -25,7 +26,8 @@ TILES = [TileConfig(16, 32, 64, num_warps=warps) for warps in (1, 2, 4, 8)]
 
 def rank(problem):
     dropped = Trial(TileConfig(128, 128, 64), reason="spills 8 bytes a thread")
-    return [*(Trial(tile, 10.0 + index) for index, tile in enumerate(TILES)), Trial(None, 100.0), dropped]
+    tiles = [Trial(tile, 10.0 + index, clocks={"issue": 1000}) for index, tile in enumerate(TILES)]
+    return [*tiles, Trial(None, 100.0), dropped]
 
 
 def no_rank(problem):
@@ -75,9 +77,10 @@ def test_the_winner_is_kept_and_all_others_are_in_the_log(results, measured):
     assert entry == Entry(bucket(problem), TILES[2], "measured", 12.0, "A device", versions())
     log = results.log()
     trials = {trial.route: trial for trial in log.records[bucket(problem)].trials}
-    assert trials[TILES[0]] == Trial(TILES[0], 10.0, reason="wrong: not finite")
-    assert trials[TILES[1]] == Trial(TILES[1], 11.0, 20.0, (20.0,))
-    assert trials[TILES[3]] == Trial(TILES[3], 13.0)
+    clocks = {"issue": 1000}
+    assert trials[TILES[0]] == Trial(TILES[0], 10.0, reason="wrong: not finite", clocks=clocks)
+    assert trials[TILES[1]] == Trial(TILES[1], 11.0, 20.0, (20.0,), clocks=clocks)
+    assert trials[TILES[3]] == Trial(TILES[3], 13.0, clocks=clocks)
     assert trials[None].reason == "clearly slower" and trials[None].time_us == 40.0
     assert trials[TileConfig(128, 128, 64)].reason == "spills 8 bytes a thread"
     assert log.ceilings == {"A device": Ceilings(60.0, {"float32": 9.0})}
@@ -150,6 +153,12 @@ def test_starts_from_what_was_ranked_elsewhere(results, measured):
     assert results.log().records[bucket(PROBLEMS[0])].device == "A device"
 
 
+def test_what_was_ranked_before_clocks_were_counted_is_ranked_again(results):
+    tune_offline(PROBLEMS[:1], results, lambda problem: [replace(one, clocks={}) for one in rank(problem)])
+    assert tune_offline(PROBLEMS[:1], results, rank) == PROBLEMS[:1]
+    assert tune_offline(PROBLEMS[:1], results, no_rank) == []
+
+
 def test_a_static_entry_is_measured_besides(results, measured):
     special = TileConfig(32, 64, 64, num_stages=5)
     entry = Entry(bucket(PROBLEMS[0]), special, "static", 1.0, None, versions())
@@ -195,3 +204,23 @@ def test_candidates_of_the_model(monkeypatch):
     assert dropped.route == greedy and dropped.predicted_us is None
     predicted = [trial.predicted_us for trial in trials if trial.predicted_us]
     assert predicted == sorted(predicted)
+    (tile,) = [trial for trial in trials if trial.route == good]
+    assert set(tile.clocks) == set(LIMITS) and tile.clocks["shared memory"] > 0 and tile.note is None
+
+
+def test_without_a_device_the_winner_is_executed(results, monkeypatch):
+    """A wrong one is not shipped; its reason names the instruction, and a device never tries it."""
+    problem, tiles = Problem("matmul", 16, 896, 896), [TileConfig(16, 64, 64), TileConfig(16, 64, 128)]
+    monkeypatch.setattr(ranking, "candidates", lambda problem, target: tiles)
+    best = winner(Record(problem, tuple(model_rank("sm_86")(problem)), None, {})).route
+    fault = "shared race: two threads write at line 70 (matmul.py:140): st.shared.b32 [%r1], %r2"
+    monkeypatch.setattr(ranking, "fault", lambda problem, config, *rest: fault if config == best else None)
+    ranking._executed.cache_clear()
+    tune_offline([problem], results, model_rank("sm_86", execute=True))
+    ranking._executed.cache_clear()
+    (entry,) = results.table().values()
+    assert entry.route in tiles and entry.route != best
+    (record,) = results.log().records.values()
+    (dropped,) = [trial for trial in record.trials if trial.route == best]
+    assert dropped == Trial(best, reason=fault)
+    assert not any(chosen for trial, chosen in module._shortlist(problem, record.trials, 8, entry) if trial == dropped)

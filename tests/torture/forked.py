@@ -180,7 +180,7 @@ def rank_without_compiling() -> None:
         time.sleep(0.02)  # so that a random moment can fall in here
         return [Trial(default_config(problem), 5.0), Trial(TileConfig(16, 64, 64), 6.0)]
 
-    tune.model_rank = lambda *arguments: rank  # type: ignore[assignment]
+    tune.model_rank = lambda *arguments, **named: rank  # type: ignore[assignment]
 
 
 def remove_nothing() -> None:

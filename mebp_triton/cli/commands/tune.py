@@ -33,7 +33,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--group-size", type=int, choices=GROUP_SIZES, help="weights per scale (default: the store's, or 64)"
     )
     parser.add_argument("--target", metavar="SM", help="architecture, such as sm_87 (default: this device's)")
-    parser.add_argument("--offline", action="store_true", help="compile and rank for --target; measure nothing")
+    parser.add_argument(
+        "--offline", action="store_true", help="compile, execute and rank for --target; measure nothing"
+    )
     parser.add_argument(
         "--limit",
         type=at_least_one,
@@ -170,7 +172,7 @@ def _tune(arguments: argparse.Namespace, problems: list[Any], results: Any) -> l
             update(done, total, task="compiling")
 
         if arguments.offline:
-            rank = tune.model_rank(results.architecture, arguments.limit, on_compilation)
+            rank = tune.model_rank(results.architecture, arguments.limit, on_compilation, execute=True)
             return tune.tune_offline(problems, results, rank, arguments.force, update)
         machine = tune.Machine.of(torch.device("cuda", torch.cuda.current_device()))
         rank = tune.model_rank(results.architecture, None, on_compilation)
@@ -180,10 +182,17 @@ def _tune(arguments: argparse.Namespace, problems: list[Any], results: Any) -> l
 def _table(title: str, rows: list[Any]) -> Table:
     from rich.table import Table
 
-    predicted = any(row.provenance == "static" for row in rows)
-    title += "\n* predicted, and compared with the data sheet: nothing was measured" if predicted else ""
-    table = Table(title=title, title_justify="left")
-    for heading in ("kernel", "M", "N x K", "route", "us", "GB/s (of copy)", "TFLOP/s (of matmul)", "next best"):
+    remarks = []
+    if any(row.provenance == "static" for row in rows):
+        remarks.append("* predicted, and compared with the data sheet: nothing was measured")
+    if any(row.bound is not None for row in rows):
+        remarks.append("bound: what takes longest in the model, in 1,000 clocks of the busiest multiprocessor")
+    notes = list(dict.fromkeys(row.note for row in rows if row.note is not None))
+    if notes:
+        remarks.append(f"+ {notes[0]}" + (f", and {len(notes) - 1} more: see --json" if len(notes) > 1 else ""))
+    table = Table(title="\n".join([title, *remarks]), title_justify="left")
+    headings = ("kernel", "M", "N x K", "route", "us", "GB/s (of copy)", "TFLOP/s (of matmul)", "bound", "next best")
+    for heading in headings:
         table.add_column(heading, overflow="fold")
 
     def rate(value: float | None, share: float | None) -> str:
@@ -195,10 +204,11 @@ def _table(title: str, rows: list[Any]) -> Table:
             row.kernel,
             str(row.m),
             f"{row.n}x{row.k}",
-            row.route,
+            row.route + ("" if row.note is None else " +"),
             f"{row.time_us:.1f}" + ("*" if row.provenance == "static" else ""),
             rate(row.gb_s, row.of_copy),
             rate(row.tflop_s, row.of_matmul),
+            "" if row.bound is None else f"{row.bound} {row.clocks[row.bound] / 1e3:.3g}",
             lost[0] if lost else "",
         )
     return table

@@ -11,7 +11,7 @@ from mebp_triton.autotune import tune as autotune
 from mebp_triton.autotune.log import Trial
 from mebp_triton.autotune.report import describe_route
 from mebp_triton.cli.commands import tune
-from mebp_triton.kernels.configs import Problem
+from mebp_triton.kernels.configs import Problem, TileConfig
 from mebp_triton.kernels.routing import Routes
 from mebp_triton.kernels.tables import M_BUCKETS, load_tables, read_table
 from mebp_triton.store.reader import Store
@@ -28,9 +28,9 @@ def _no_device(monkeypatch):
 
 @pytest.fixture
 def few_candidates(monkeypatch):
-    """Three, so that compiling takes seconds."""
+    """Two, so that compiling takes seconds."""
     real = rank.candidates
-    monkeypatch.setattr(rank, "candidates", lambda problem, target: real(problem, target)[:3])
+    monkeypatch.setattr(rank, "candidates", lambda problem, target: real(problem, target)[:2])
 
 
 def test_offline(mebp, tmp_path, monkeypatch, few_candidates):
@@ -45,6 +45,7 @@ def test_offline(mebp, tmp_path, monkeypatch, few_candidates):
         ("matmul_dx", 16, 256, 128),
     ]
     assert all(row["provenance"] == "static" and row["device"] is None and row["of_copy"] < 1 for row in value["rows"])
+    assert all(row["bound"] in row["clocks"] and row["note"] is None for row in value["rows"])
     assert len(read_table(table, "sm_87")) == 2
     route = Routes(load_tables("sm_87")).choose(Problem("matmul", 10, 256, 128))
     assert describe_route(route) == value["rows"][0]["route"]
@@ -56,8 +57,21 @@ def test_offline(mebp, tmp_path, monkeypatch, few_candidates):
     assert list(reported["ceilings"]) == ["data sheet"] and all(row["gb_s"] > 0 for row in reported["rows"])
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     code, out, err = mebp("tune", "--report", "--target=sm_87", "--shapes=256x128", "--m=16")
-    assert code == 0 and "256x128" in out and "predicted" in out and err == ""
+    assert code == 0 and "256x128" in out and "predicted" in out and "what takes longest in the model" in out
+    assert err == "" and "not executed" not in out
     assert_one_line(mebp("tune", "--report", "--target=sm_87", "--shapes=262144x128"), "no such entry")
+
+
+def test_a_winner_that_was_not_executed_says_so(mebp, tmp_path, monkeypatch):
+    """Nothing executes tensor memory."""
+    only = TileConfig(16, 64, 128)
+    monkeypatch.setattr(rank, "candidates", lambda problem, target: [only])
+    command = ["tune", "--offline", "--target=sm_100", "--shapes=2048x2048", "--m=16"]
+    command += [f"--output={tmp_path / 'table.json'}"]
+    code, out, _ = mebp(*command)
+    words = " ".join(out.split())
+    assert code == 0 and "+ not executed: line" in words and "tcgen05.alloc" in words
+    assert [row["note"].partition(":")[0] for row in answer(mebp(*command, "--json"))["rows"]] == ["not executed"] * 2
 
 
 # --- problems -------------------------------------------------------------------------------------------------------
@@ -68,7 +82,7 @@ def ranked(monkeypatch):
     """The problems that would have been ranked: nothing is compiled."""
     problems = []
 
-    def model_rank(architecture, limit=None, progress=None):
+    def model_rank(architecture, limit=None, progress=None, execute=False):
         return lambda problem: problems.append(problem) or [Trial(None, 1.0)]
 
     monkeypatch.setattr(autotune, "model_rank", model_rank)
