@@ -24,6 +24,11 @@ READERS: dict[tuple[str, str | None], tuple[str, str]] = {
     ("directory", "bitsandbytes"): ("bitsandbytes", "BitsandbytesDirectory"),
     ("directory", "mebp_int4"): ("int4_dir", "Int4Directory"),
     ("directory", "gptq"): ("gptq", "GptqDirectory"),
+    ("directory", "awq"): ("awq", "AwqDirectory"),
+    ("directory", "auto-round"): ("auto_round", "AutoRoundDirectory"),
+    ("directory", "mlx"): ("mlx", "MlxDirectory"),
+    ("directory", "compressed-tensors"): ("compressed_tensors", "CompressedTensorsDirectory"),
+    ("directory", "hqq"): ("hqq", "HqqDirectory"),
     ("file", ".gguf"): ("gguf", "GgufFile"),
 }
 
@@ -56,7 +61,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             raise ValueError(f"{path} is a store already: train it, or decode it first by `mebp merge {path} OUT`")
         if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
             raise ValueError(f"{path} is a directory of GGUF files: give one of them, such as {files[0]}")
-        source: Source = reader_of("directory", quant_method_of(path))(path)
+        from .safetensors_dir import method_of_tensors
+
+        source: Source = reader_of("directory", quant_method_of(path) or method_of_tensors(path))(path)
         return source
     if path.is_file() and path.suffix != ".safetensors":
         # Any other file is taken for a GGUF, whose reader looks at the first bytes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ from mebp_triton.kernels.names import GROUP_SIZES
 # The 16 values of E2M1, the 4-bit float of MXFP4 (OCP Microscaling Formats, version 1.0), by their codes.
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 DECODED_ELEMENTS = 1 << 22  # how much is decoded at a time
+
+
+class Decoded(NamedTuple):
+    """A matrix whose codes do not even lie in groups of columns.
+
+    Attributes:
+        weight: ``[N, K]`` float32.
+        codes: what the codes are, in words.
+    """
+
+    weight: Tensor
+    codes: str
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,11 @@ class CodedMatrix:
         codes = self.codes + (8 - self._middle) if symmetric else self.codes
         return Int4Weight.from_codes(codes, parts[0], size, *parts[1:], codebook=self.levels)
 
-    def why_not(self) -> str:
-        """Says, where ``to_int4`` gives None, what the matrix is."""
+    def decoded(self) -> Decoded:
+        """The matrix where ``to_int4`` gives None."""
+        return Decoded(self.decode(), self._what())
+
+    def _what(self) -> str:
         if self.bits > 4:
             return f"{self.bits}-bit codes"
         if bool((self.groups[1:] < self.groups[:-1]).any()):
@@ -105,6 +121,15 @@ def _is_held_by_half(numbers: Tensor) -> bool:
 def even_groups(columns: int, group_size: int) -> Tensor:
     """The group of each of ``columns`` columns, int64."""
     return torch.arange(columns) // group_size
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """The float32 scales that MXFP4's bytes (E8M0) stand for: 2 to the power of the byte less 127.
+
+    They are NaN above 252, where float32 cannot hold all values of a group, or 255 says so.
+    """
+    powers = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
+    return torch.where(exponents > 252, torch.nan, powers)
 
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.names import check_complete
 
-from .coded_matrix import CodedMatrix, even_groups
+from .coded_matrix import CodedMatrix, Decoded, even_groups
 from .safetensors_dir import Entry, SafetensorsDirectory
 
 SCALES = ("F16", "BF16", "F32")  # what scales are stored in
@@ -54,26 +54,28 @@ class Parts:
                 return bits
         self.fail(part, f"has {words} words along dimension {along}, which hold {count} codes of no width")
 
-    def groups(self, columns: int, count: int, stated_size: Any) -> tuple[Tensor, int]:
-        """The group of each column, by ``g_idx`` if there is one; and the size of a group.
+    def groups(
+        self, columns: int, count: int, stated_size: Any, scales: str = "scales", index: str = "g_idx"
+    ) -> tuple[Tensor, int]:
+        """The group of each column, by the part ``index`` if there is one; and the size of a group.
 
         Args:
             columns: K.
             count: the number of groups.
             stated_size: the group size of the settings, which holds for the layers that it fits.
+            scales, index: the names of these parts.
         """
         size = columns if count == 1 else -(-columns // count)
         if type(stated_size) is int and stated_size > 0 and -(-columns // stated_size) == count:
             size = stated_size
-        if "g_idx" in self:
-            groups = self.read("g_idx", ("I32", "I64"), (columns,)).long()
+        groups = self.read(index, ("I32", "I64"), (columns,)).long() if index in self else None
+        if groups is not None and not bool((groups == -1).all()):  # as compressed-tensors marks an absent order
             if not bool(((groups >= 0) & (groups < count)).all()):
-                self.fail(
-                    "g_idx", f"has groups from {int(groups.min())} to {int(groups.max())}, wanted 0 to {count - 1}"
-                )
+                found = f"{int(groups.min())} to {int(groups.max())}"
+                self.fail(index, f"has groups from {found}, wanted 0 to {count - 1}")
             return groups, size
         if -(-columns // size) != count:
-            self.fail("scales", f"has {count} groups, which {columns} columns do not make")
+            self.fail(scales, f"has {count} groups, which {columns} columns do not make")
         return even_groups(columns, size), size
 
     def fail(self, part: str, problem: str) -> NoReturn:
@@ -123,7 +125,7 @@ class PackedDirectory(SafetensorsDirectory):
     def _check_settings(self) -> None:
         """Raises ValueError where the settings are of a variant that the reader does not read."""
 
-    def _matrix(self, parts: Parts, rows: int, columns: int) -> CodedMatrix:
+    def _matrix(self, parts: Parts, rows: int, columns: int) -> CodedMatrix | Decoded:
         """Reads the matrix of one module, ``[rows, columns]``."""
         raise NotImplementedError
 
@@ -138,12 +140,12 @@ class PackedDirectory(SafetensorsDirectory):
             return super().read(name)
         rows, columns = self._int4_shape(name)
         matrix = self._matrix(Parts(key.removesuffix(".weight"), self._packed[key], self._tensor), rows, columns)
-        weight = matrix.to_int4()
+        weight = matrix.to_int4() if isinstance(matrix, CodedMatrix) else None
         if weight is not None:
             return weight
-        self.decoded[name] = matrix.why_not()
-        decoded = matrix.decode()
-        return decoded.t() if name in self._transposed else decoded
+        decoded = matrix.decoded() if isinstance(matrix, CodedMatrix) else matrix
+        self.decoded[name] = decoded.codes
+        return decoded.weight.t() if name in self._transposed else decoded.weight
 
     def _usable(self, key: str) -> bool:
         return key in self._packed or super()._usable(key)

@@ -5,6 +5,7 @@ Opening it checks everything that shows without the weights: the config, the ind
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -195,6 +196,14 @@ class SafetensorsDirectory:
         config = {**self._config_json, "architectures": self.config.architectures}
         config.pop("auto_map", None)
         write_companions(config, self.path, Path(directory))
+
+
+def method_of_tensors(path: Path) -> str | None:
+    """The method that tensors show where nothing states it, as HQQ's do; None for another, or what cannot be read."""
+    with contextlib.suppress(ValueError, OSError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return "hqq" if any(key.endswith(".W_q") for key in _entries(path)) else None
+    return None
 
 
 def _config_json(path: Path, quant_method: str | None) -> tuple[dict[str, Any], Quantization | None]:

@@ -14,12 +14,13 @@ from mebp_triton.kernels.names import Form, Scheme
 
 
 class NativeForm(NamedTuple):
-    """The form of codes that ``quantize`` takes over as they are."""
+    """The form of codes that ``quantize`` takes over as they are; ``tables``: also in embedding and head."""
 
     scheme: Scheme
     group_size: int
     scale_dtype: torch.dtype
     bits: int = 4
+    tables: bool = False
 
     @property
     def form(self) -> Form:

@@ -77,7 +77,7 @@ class Inventory:
                 torch.uint8,
                 (site.out_features, packed_columns(site.in_features, bits)),
             )
-            own = native if taken_over and site.role == "linear" else None
+            own = native if native and taken_over and (native.tables or site.role == "linear") else None
             scale_dtype = own.scale_dtype if own else torch.float16
             files[file][f"{site.name}.scales"] = scale_dtype, groups
             if scheme == "affine":

@@ -101,4 +101,4 @@ def test_a_minimum_that_float16_cannot_hold_makes_both_float32():
     ],
 )
 def test_what_cannot_be_held_says_what_it_is(coded, words):
-    assert coded.to_int4() is None and coded.why_not() == words
+    assert coded.to_int4() is None and coded.decoded().codes == words
