@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", metavar="SRC", help="model directory (safetensors; 4-bit bitsandbytes too) or .gguf file"
-    )
+    parser.add_argument("source", metavar="SRC", help="model directory (safetensors; in 4 bits too) or .gguf file")
     parser.add_argument("store", metavar="OUT", help="the store directory to make")
     add_quantization(parser)
 
