@@ -66,7 +66,7 @@ def test_a_winner_that_was_not_executed_says_so(mebp, tmp_path, monkeypatch):
     """Nothing executes tensor memory."""
     only = TileConfig(16, 64, 128)
     monkeypatch.setattr(rank, "candidates", lambda problem, target: [only])
-    command = ["tune", "--offline", "--target=sm_100", "--shapes=2048x2048", "--m=16"]
+    command = ["tune", "--offline", "--target=sm_100", "--shapes=16384x16384", "--m=16"]
     command += [f"--output={tmp_path / 'table.json'}"]
     code, out, _ = mebp(*command)
     words = " ".join(out.split())
