@@ -48,6 +48,8 @@ class QuantizeReport:
 
 
 DEFAULT_FORM = Form("symmetric", 64)
+# Of a matrix that has other codes in the source than we hold: of our forms with 4 bits, the one with the least error.
+DECODED_FORM = Form("affine", 32)
 # The part of a change that may lie outside of a grid's levels. A small change of random weights has 1 to 4 % there. A
 # change of many steps has more, needs other scales, and is not undone by the nearest codes.
 MOST_OUTSIDE = 0.1
@@ -118,9 +120,11 @@ def quantize(
     Args:
         source: the file or directory. One tensor of it is in memory at a time, and one block of int4 weights.
         store: must not exist, or be empty. It appears whole or not at all.
-        scheme: "symmetric", "affine" or "codebook" (NF4). By default, matrices that have 4 bits in the source are
-            taken over bit for bit, and the others follow their scheme; without any, all become symmetric.
-        group_size: 32, 64 or 128, or, of codes of 8 bits, 16; by default the source's, or 64.
+        scheme: "symmetric", "affine" or "codebook" (NF4). By default, each matrix whose codes in the source we hold is
+            taken over bit for bit, whatever the others have; one with other codes becomes affine. Float matrices
+            follow the first linear layer; of a source without codes, they become symmetric.
+        group_size: 32, 64 or 128, or, of codes of 8 bits, 16; by default that of the codes, 32 for other codes, 64
+            without any.
         scale_search: whether each group's scale is searched for the least squared error.
         blocks: the path of the block list, where it is not found by itself.
         progress: called with (matrices done, matrices in all).
@@ -149,8 +153,9 @@ def write_store(
 ) -> QuantizeReport:
     """Writes the store of an opened source; see ``quantize``.
 
-    ``form_of`` tells the form that a float matrix gets unless the recipe asks for another, by module; or the weight
-    whose grid it keeps. None: the form of the source's own 4-bit matrices. ``base``: see ``StoreWriter``.
+    ``form_of`` tells the form that a matrix without codes of ours gets unless the recipe asks for another, by module,
+    once the source has read it; or the weight whose grid it keeps. None: what ``quantize`` says. ``base``: see
+    ``StoreWriter``.
     """
     model = build_skeleton(opened.config, torch.float32)
     opened.bind(model)
@@ -162,10 +167,11 @@ def write_store(
         raise ValueError(f"{type(model).__name__} has no plain linear layers: its architecture is not supported")
     if form_of is None:
         first = opened.read(f"{linear[0]}.weight")
-        native = first.form if isinstance(first, Int4Weight) else DEFAULT_FORM
+        default = DECODED_FORM if f"{linear[0]}.weight" in opened.decoded else DEFAULT_FORM
+        native = first.form if isinstance(first, Int4Weight) else default
 
         def form_of(name: str) -> Form | Int4Weight:
-            return native
+            return DECODED_FORM if f"{name}.weight" in opened.decoded else native
 
     job = _Job(opened, recipe, form_of, len(sites), progress)
     with atomic.atomic_directory(target) as directory:

@@ -70,6 +70,8 @@ def quantize_with_progress(
             scale_search=arguments.scale_search,
             progress=progress,
         )
+    if report.taken_over:
+        say(f"{_count(report, report.taken_over)} were taken over bit for bit")
     floats = report.errors.keys() - report.taken_over - report.decoded.keys()
     if floats and (report.taken_over or report.decoded):
         count, worst = _count(report, floats), _worst(report, floats)

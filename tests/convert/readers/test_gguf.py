@@ -15,8 +15,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from mebp_triton.convert.quantize import quantize
 from mebp_triton.convert.readers import open_source
 from mebp_triton.convert.readers.gguf_blocks import TYPES
+from mebp_triton.convert.readers.gguf_header import read_header
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
 
@@ -275,6 +277,24 @@ def test_a_matrix_on_its_side(tmp_path):
     source = bound(write(tmp_path / "tiny.gguf", "llama", tensors))
     with pytest.raises(ValueError, match=r"up_proj\.weight has shape \(64, 96\), the model wants \(96, 64\)"):
         source.read("model.layers.0.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_scales_that_are_no_numbers(tmp_path, kind, number):
+    """The file's own codes are refused by name; so is what was decoded from them."""
+    hidden, ffn = (64, 96) if TYPES[kind].weights == 32 else (256, 256)
+    tensors = llama_of(gguf.GGMLQuantizationType[kind], hidden, ffn, tied=True)
+    path = write(tmp_path / "tiny.gguf", "llama", tensors, hidden=hidden, ffn=ffn)
+    entry = read_header(path).tensors["blk.1.ffn_up.weight"]
+    with open(path, "r+b") as file:
+        file.seek(entry.offset + entry.nbytes - TYPES[kind].nbytes + (208 if kind == "Q6_K" else 0))
+        file.write(b"\xff" if kind == "MXFP4" else np.float16(number).tobytes())
+    named = "model.layers.1.mlp.up_proj"
+    damaged = rf"{named}\.weight of the source is damaged: scales must be finite"
+    with pytest.raises(ValueError, match=damaged if TYPES[kind].bits <= 4 else rf"{named}: weight must be finite"):
+        quantize(path, tmp_path / "store")
+    assert [each.name for each in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
 def test_a_damaged_header_and_a_file_in_place_of_one(llama, tmp_path):
