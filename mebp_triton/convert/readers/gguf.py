@@ -30,6 +30,7 @@ from mebp_triton.models.names import (
     tensor_shapes,
 )
 from mebp_triton.system.foreign_errors import one_line
+from mebp_triton.system.memory import return_free_memory
 
 from .coded_matrix import CodedMatrix
 from .gguf_architectures import ARCHITECTURES
@@ -117,6 +118,8 @@ class GgufFile:
             tokenizer = complete(made, self._header.metadata, str(self.path))
         tokenizer.save_pretrained(str(directory))
         generation_config(tokenizer, self._header.metadata).save_pretrained(str(directory))
+        del made, tokenizer
+        return_free_memory()  # a large vocabulary leaves hundreds of MB in pieces, in which no matrix finds room
 
     def _config(self) -> PretrainedConfig:
         """The config that the metadata, and the tensors of RoPE's factors, describe."""
