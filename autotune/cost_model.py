@@ -178,7 +178,9 @@ def trip_clocks(
     """
     tensor, operands = _tensor_clocks(config, report, device)
     issue = _issue_slots(report) * config.num_warps / SCHEDULERS
-    return TripClocks(tensor, 0.0 if counts is None else counts.wavefronts, operands, issue)
+    if counts is None:
+        return TripClocks(tensor, 0.0, operands, issue)
+    return TripClocks(tensor, counts.wavefronts, counts.operands, issue)
 
 
 def predict(
@@ -256,7 +258,10 @@ def _issue_slots(report: StaticReport) -> float:
 
 
 def _tensor_clocks(config: TileConfig, report: StaticReport, device: Device) -> tuple[float, float]:
-    """Clocks of an SM for one trip of one program: its tensor cores', and shared memory's for what these read there."""
+    """Clocks of an SM for one trip of one program: its tensor cores', and shared memory's for what these read there.
+
+    Where nobody counts, the latter are those of one group of warps, whose products are as wide as the tile.
+    """
     assert report.loop is not None, "a kernel without a main loop"
     tensor = report.loop.tensor
     if tensor.startswith("FFMA"):
@@ -265,10 +270,10 @@ def _tensor_clocks(config: TileConfig, report: StaticReport, device: Device) -> 
     if tensor == "HMMA":
         return clocks / HMMA_SHARE.get(device.compute_capability, 1.0), 0.0
     # The right operand comes from shared memory at 128 bytes per clock, 16 values of each column for 64 rows of the
-    # result. So does the left one, 64 x 16 values, if the weight is not it: weights come from registers. A plane has
-    # half of the tile's columns.
-    columns = config.block_m if config.weight_left else config.block_k // 2
-    return clocks, clocks * ((0 if config.weight_left else 16) + columns / 4) / (columns / 2)
+    # result. So does the left one, 64 x 16 values, but weights of the forward kernel come from registers.
+    columns = config.block_m if config.weight_left else config.block_k
+    rows = 0 if "dx" not in report.kernel else 64
+    return clocks, clocks * (columns + rows) / 4 / (columns / 2)
 
 
 def _memory_us(moved: float, device: Device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mebp_triton.kernels.configs import Problem, TileConfig
@@ -12,7 +13,10 @@ from .correctness import check
 from .emulator.counts import Access, Counts
 from .emulator.driver import Emulator
 from .emulator.faults import Fault
+from .emulator.parser import Vector
 
+# Threads that execute a ``wgmma`` together.
+GROUP_THREADS = 128
 # Trips that are counted. Before them, as many trips as the pipeline has stages fill and drain it.
 TRIPS = 2
 
@@ -22,15 +26,16 @@ class TripCounts:
     """What one block moves in one trip of the main loop.
 
     Attributes:
-        wavefronts: of shared memory, which moves one per clock. Operands that tensor cores read there themselves
-            (``wgmma``) are not among them.
+        wavefronts: of shared memory, which moves one per clock, for the accesses of its warps.
         least_wavefronts: how many there would be without bank conflicts.
+        operands: wavefronts of what tensor cores read there themselves (``wgmma``).
         sectors: 32-byte parts of global memory that its warps load.
         least_sectors: how many would hold the bytes that are loaded.
     """
 
     wavefronts: float
     least_wavefronts: float
+    operands: float
     sectors: float
     least_sectors: float
 
@@ -101,17 +106,30 @@ def trip_counts(problem: Problem, config: TileConfig, target_sm: int) -> TripCou
     """
     short, long = (_one_block(problem, config, target_sm, config.num_stages + more) for more in (0, TRIPS))
 
+    def per_trip(of: Callable[[Counts], float]) -> float:
+        return (of(long) - of(short)) / TRIPS
+
     def loads(counts: Counts) -> list[Access]:
         return [access for access in counts.to_global.values() if access.instruction.parts[0] in ("ld", "cp")]
 
-    def per_trip(name: str, before: list[Access], after: list[Access]) -> float:
-        return (sum(getattr(one, name) for one in after) - sum(getattr(one, name) for one in before)) / TRIPS
-
-    shared = list(short.to_shared.values()), list(long.to_shared.values())
-    loaded = loads(short), loads(long)
     return TripCounts(
-        per_trip("parts", *shared), per_trip("least", *shared), per_trip("parts", *loaded), per_trip("least", *loaded)
+        per_trip(lambda counts: sum(access.parts for access in counts.to_shared.values())),
+        per_trip(lambda counts: sum(access.least for access in counts.to_shared.values())),
+        per_trip(_operand_wavefronts),
+        per_trip(lambda counts: sum(access.parts for access in loads(counts))),
+        per_trip(lambda counts: sum(access.least for access in loads(counts))),
     )
+
+
+def _operand_wavefronts(counts: Counts) -> float:
+    """Wavefronts of 128 bytes that ``wgmma`` reads: 32 bytes of each column, and of 64 rows if registers have none."""
+    total = 0.0
+    for one, executed in zip(counts.kernel.code, counts.executed, strict=True):
+        if one.name.startswith("wgmma.mma_async"):
+            columns = int(one.name.partition(".m64n")[2].partition("k")[0])
+            rows = 0 if isinstance(one.operands[1], Vector) else 64
+            total += int(executed) * counts.kernel.threads / GROUP_THREADS * (columns + rows) * 32 / 128
+    return total
 
 
 def _one_block(problem: Problem, config: TileConfig, target_sm: int, trips: int) -> Counts:

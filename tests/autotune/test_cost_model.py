@@ -82,8 +82,8 @@ def test_what_costs_time(worse):
     assert predicted_us(problem, TILE, made(**worse), NOMINAL[87]) > predicted_us(problem, TILE, made(), NOMINAL[87])
 
 
-def counts(wavefronts=500, sectors=300, least_sectors=300):
-    return TripCounts(wavefronts, wavefronts, sectors, least_sectors)
+def counts(wavefronts=500, sectors=300, least_sectors=300, operands=0):
+    return TripCounts(wavefronts, wavefronts, operands, sectors, least_sectors)
 
 
 def test_shared_memory_bounds_a_launch():
@@ -100,14 +100,17 @@ def test_shared_memory_bounds_a_launch():
 
 
 def test_what_tensor_cores_read_themselves_takes_shared_memory_too():
-    """Of 64 x N x 16 products, the right operand is 16 x N values, and the left one 64 x 16."""
-    device = NOMINAL[90]
-    for config, rows, columns, from_shared in (
-        (TileConfig(128, 64, 64), 64, 128, 16 * 128),
-        (TileConfig(64, 64, 128, weight_left=False), 64, 64, 16 * 64 + 64 * 16),
+    problem, config, device = Problem("matmul", 512, 4096, 4096), TileConfig(128, 64, 64), NOMINAL[90]
+    few, many = (predict(problem, config, made(tensor="HGMMA"), device, counts(100, operands=n)) for n in (0, 2000))
+    assert many.clocks["shared memory"] > few.clocks["shared memory"] and many.time_us > few.time_us
+    # If nobody has counted them: of 64 x N x 16 products, 16 x N values, and in dX 64 x 16 more.
+    dx = replace(made(tensor="HGMMA"), kernel="_matmul_dx_kernel")
+    for tile, report, columns, values in (
+        (config, made(tensor="HGMMA"), 128, 16 * 128),
+        (TileConfig(64, 64, 128, weight_left=False), dx, 128, 16 * 128 + 64 * 16),
     ):
-        trip = trip_clocks(config, made(tensor="HGMMA"), device, counts(100))
-        assert trip.operands / trip.tensor == (2 * from_shared / 128) / (rows * columns * 16 / device.tensor_fma)
+        trip = trip_clocks(tile, report, device)
+        assert trip.operands / trip.tensor == (2 * values / 128) / (64 * columns * 16 / device.tensor_fma)
 
 
 def test_sectors_that_are_loaded_for_nothing_cost_time():

@@ -68,7 +68,12 @@ def test_one_trip():
     found = trip_counts(FORWARD, TILE, 80)
     tiles = 64 * 64 * 2 + 64 * 32 + 64 * 2
     # Copies write 4 + 1 KiB to shared memory; every warp reads all of X, and its part of the codes.
-    assert found == TripCounts(352, 352, tiles / 32, tiles / 32)
+    assert found == TripCounts(352, 352, 0, tiles / 32, tiles / 32)
+
+
+def test_what_tensor_cores_read():
+    """Two groups of warps read 64 columns of 64 numbers each; the rows of the weight lie in registers."""
+    assert trip_counts(FORWARD, TileConfig(64, 128, 64, num_warps=8), 90).operands == 2 * 64 * 64 * 2 / 128
 
 
 @pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])

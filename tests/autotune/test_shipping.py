@@ -65,7 +65,7 @@ def table_problems():
 
 def test_static_table(seen, monkeypatch):
     monkeypatch.setattr(shipping, "candidates", lambda problem, target_sm: SPACE)
-    monkeypatch.setattr(shipping, "counted", lambda *arguments: TripCounts(300, 300, 300, 300))
+    monkeypatch.setattr(shipping, "counted", lambda *arguments: TripCounts(300, 300, 0, 300, 300))
     problems, said = table_problems(), []
     entries = static_table(problems, 87, said.append)
     assert sorted(map(str, (entry.problem for entry in entries))) == sorted(map(str, problems))
