@@ -2,20 +2,28 @@
 
     python bench/kernel_table.py [--target 87]
 
-"Before" is the same kernel with codes converted by the language (its plain twin), "after" with inline assembly.
+The last columns are clocks of one trip of the main loop, for one program on one multiprocessor: of the tensor cores at
+their nominal rate, of shared memory (in brackets without bank conflicts), and of the schedulers; and the largest of the
+three as a multiple of the first. A line below each table sums up that ratio over the table's entries.
 """
 
 from __future__ import annotations
 
 import argparse
-from unittest import mock
+from statistics import median
 
-from mebp_triton.autotune.compile import StaticReport, report
-from mebp_triton.kernels import matmul, matmul_dx
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.autotune.compile import report
+from mebp_triton.autotune.cost_model import NOMINAL, trip_clocks
+from mebp_triton.autotune.emulator.faults import NotModelled
+from mebp_triton.autotune.execute import trip_counts
+from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
 from mebp_triton.kernels.tables import SHIPPED, read_table
 
 TARGETS = (80, 86, 87, 89, 90, 100, 120)
+HEADINGS = (
+    "kernel | M | tile M x N x K | warps | stages | | registers | spilled bytes | shared KiB | I2F | integer per weight"
+    " | unit | tensor cores | shared memory | issue | bound"
+)
 
 
 def configurations(target: int) -> dict[tuple[str, TileConfig], list[Problem]]:
@@ -27,17 +35,19 @@ def configurations(target: int) -> dict[tuple[str, TileConfig], list[Problem]]:
     return taken
 
 
-def plain(problem: Problem, config: TileConfig, target: int) -> StaticReport:
-    """Compiled without inline assembly."""
-    patches = [mock.patch.object(module, "runs_compiled", lambda kernel: False) for module in (matmul, matmul_dx)]
-    with patches[0], patches[1]:
-        return report(problem, config, target)
-
-
-def row(target: int, kernel: str, config: TileConfig, problems: list[Problem]) -> str:
+def row(target: int, kernel: str, config: TileConfig, problems: list[Problem]) -> tuple[str, float | None]:
+    """The line of a configuration, and how many times what the tensor cores take it takes; None if nobody counted."""
     problem = max(problems, key=lambda item: item.m)
-    before, after = plain(problem, config, target), report(problem, config, target)
-    tile = f"{config.block_m} x {config.block_n} x {config.block_k}"
+    made = report(problem, config, target)
+    try:
+        counts = trip_counts(problem, config, target)
+    except NotModelled:
+        counts = None
+    trip = trip_clocks(config, made, NOMINAL[target], counts)
+    shared, ratio = "not executed", None
+    if counts is not None:
+        ratio = trip.bound / trip.tensor
+        shared = f"{counts.wavefronts + counts.operands:.0f} ({counts.least_wavefronts + counts.operands:.0f})"
     more = [f"split {config.split}"] if config.split > 1 else []
     more += ["sums scaled"] if config.scale_sums else []
     more += ["weight right"] if kernel == "matmul_dx" and not config.weight_left else []
@@ -45,33 +55,48 @@ def row(target: int, kernel: str, config: TileConfig, problems: list[Problem]) -
     cells = [
         kernel,
         f"{tokens[0]} to {tokens[-1]}" if len(tokens) > 1 else str(tokens[0]),
-        tile,
+        f"{config.block_m} x {config.block_n} x {config.block_k}",
         str(config.num_warps),
         str(config.num_stages),
         ", ".join(more),
-        str(after.registers),
-        str(after.spill_bytes),
-        f"{after.shared_bytes / 1024:.1f}",
-        f"{before.registers} regs, {before.spill_bytes} spilled, {before.conversions} I2F, {_per_weight(before)}",
-        f"{after.conversions} I2F, {_per_weight(after)}",
-        after.loop.tensor if after.loop else "",
+        str(made.registers),
+        str(made.spill_bytes),
+        f"{made.shared_bytes / 1024:.1f}",
+        str(made.conversions),
+        "" if made.unpacking_per_weight is None else f"{made.unpacking_per_weight:.2f}",
+        made.loop.tensor if made.loop else "",
+        f"{trip.tensor:.0f}",
+        shared,
+        f"{trip.issue:.0f}",
+        "" if ratio is None else f"{ratio:.2f}",
     ]
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cells) + " |", ratio
 
 
-def _per_weight(made: StaticReport) -> str:
-    return "" if made.unpacking_per_weight is None else f"{made.unpacking_per_weight:.2f}"
+def summary(kernel: str, found: list[tuple[Problem, float | None]]) -> str:
+    """The ratios of a kernel's entries with 64 tokens and more, and with fewer."""
+    parts = []
+    for words, many in (("fewer than 64 tokens", False), ("64 tokens and more", True)):
+        ratios = [ratio for problem, ratio in found if (problem.m >= 64) == many]
+        known = [ratio for ratio in ratios if ratio is not None]
+        text = f"{kernel}, {words}: {len(ratios)} entries with a tile"
+        if known:
+            text += f", bound {min(known):.2f} to {max(known):.2f}, median {median(known):.2f}"
+        parts.append(text)
+    return "; ".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="all by default")
-    heads = "kernel | M | tile M x N x K | warps | stages | | registers | spilled bytes | shared KiB"
-    heads += " | before | after | unit"
     for target in parser.parse_args().target or TARGETS:
-        print(f"\n### sm_{target}\n\n| {heads} |\n|" + "---|" * (heads.count("|") + 1))
+        print(f"\n### sm_{target}\n\n| {HEADINGS} |\n|" + "---|" * (HEADINGS.count("|") + 1))
+        found: dict[str, list[tuple[Problem, float | None]]] = {kernel: [] for kernel in TUNED}
         for (kernel, config), problems in sorted(configurations(target).items(), key=str):
-            print(row(target, kernel, config, problems), flush=True)
+            line, ratio = row(target, kernel, config, problems)
+            print(line, flush=True)
+            found[kernel] += [(problem, ratio) for problem in problems]
+        print("\n" + ". ".join(summary(kernel, found[kernel]) for kernel in TUNED) + ".")
 
 
 if __name__ == "__main__":
