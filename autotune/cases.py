@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Case:
         sizes: out-features of each member of a group; of "embedding" and "decode", the table's rows; of
             "softmax_tile", the columns of one tile after the other; of "split_sums", the elements of each output.
         k: in-features.
-        scheme, group_size, scale_dtype: the weights'.
+        scheme, group_size, scale_dtype, bits: the weights'.
         dtype: the activations', the result's, or the logits'.
         rank: LoRA's rank; 0 for none.
         bias: whether ``matmul`` adds a bias; whether the logits of "softmax_tile" come with slopes.
@@ -59,6 +59,7 @@ class Case:
     bias: bool = False
     split: int = 1
     layout: Layout = "contiguous"
+    bits: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,19 +82,42 @@ class Case:
     def __str__(self) -> str:
         """All that differs from the defaults' kind, in one line."""
         parts = [self.kernel, SHORT[self.dtype], f"M{self.m}", "N" + "+".join(map(str, self.sizes)), f"K{self.k}"]
-        parts += [self.scheme, f"G{self.group_size}"]
+        parts += [self.scheme, f"G{self.group_size}"] + (["8bit"] if self.bits == 8 else [])
         parts += [f"r{self.rank}"] if self.rank else []
         parts += ["bias"] if self.bias else []
         parts += [f"split{self.split}"] if self.split > 1 else []
         parts += ["scales32"] if self.scale_dtype == torch.float32 else []
         parts += [self.layout] if self.layout != "contiguous" else []
-        if self.config is not None:
-            c = self.config
-            parts += [f"[{c.block_m}x{c.block_n}x{c.block_k} w{c.num_warps} s{c.num_stages}"]
-            parts += [f"split{c.split}"] if c.split > 1 else []
-            parts += ["sums"] if c.scale_sums else []
-            parts[-1] += "]" if c.weight_left else " right]"
+        parts += [f"[{tile_name(self.config)}]"] if self.config is not None else []
         return " ".join(parts)
+
+
+def tile_case(
+    kernel: Literal["matmul", "matmul_dx"], config: TileConfig, aligned: bool, members: int = 1, **fields: Any
+) -> Case:
+    """A small product that uses all of a configuration.
+
+    It has two tiles each way, and more steps than the pipeline has stages. A split reduction has two steps in a part,
+    and parts without any. Where the configuration's scaled sums do not suit the weight's kind, scales multiply weights.
+
+    Args:
+        kernel, config: what is launched.
+        aligned: whether 16 divides all sizes and there are whole steps, as in a model's layers; or it divides none.
+        members: weights of the launch.
+        fields: further attributes of the case.
+    """
+    steps = config.num_stages + 2 if config.split == 1 else 2 * config.split - config.split // 2
+    more = 16 if aligned else 5
+    if kernel == "matmul":
+        sizes = (config.block_n + more, 3 * more, more)[:members]
+        k = config.block_k * steps - (0 if aligned else 24)
+    else:
+        # The reduction runs over the members, one after the other.
+        first = config.block_n * (steps - members + 1) - (0 if aligned else 11)
+        sizes = (first, more, config.block_n - (0 if aligned else 3))[:members]
+        k = config.block_k + (48 if aligned else 40)
+    case = Case(kernel, None, config.block_m + more, sizes, k, **fields)
+    return replace(case, config=config if config.suits(case.problem) else replace(config, scale_sums=False))
 
 
 class Operands:
@@ -128,12 +152,20 @@ class Operands:
             case.group_size,
             case.scale_dtype,
             self.generator,
+            case.bits,
         )
         unread = -(-case.k // case.group_size)
         for tensor in (weight.scales, weight.minimum):
             if tensor is not None:
                 tensor[unread:] = math.nan
         return weight.to(self.device).rows(before, before + rows)
+
+
+def tile_name(config: TileConfig) -> str:
+    """A configuration in one line."""
+    text = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    text += f" split{config.split}" if config.split > 1 else ""
+    return text + ("" if config.weight_left else " right") + (" sums" if config.scale_sums else "")
 
 
 def laid_out(values: Tensor, layout: Layout) -> Tensor:

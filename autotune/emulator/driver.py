@@ -7,6 +7,7 @@ with Emulator(87) as emulator:
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -58,6 +59,11 @@ class Compiled:
     @functools.cached_property
     def kernel(self) -> Kernel:
         return parse(self.ptx)
+
+    @property
+    def code(self) -> str:
+        """The PTX without the lines that name its version and its target: what targets of one family may share."""
+        return re.sub(r"(?m)^\.(version|target) .*\n", "", self.ptx)
 
     @functools.cached_property
     def cubin(self) -> bytes:
@@ -183,7 +189,7 @@ class Emulator(AbstractContextManager["Emulator"]):
     Args:
         target: compute capability to compile for, such as 87.
         count: whether to count instructions and accesses.
-        blocks: the blocks to run of a grid, ``[n, 3]``; all of them by default.
+        blocks: the blocks to run of a grid, ``[n, 3]``; all of them by default. ``state.no_blocks`` only compiles.
         check: whether to look for races and uninitialised reads, which takes about half of the time.
         edit: changes the PTX of a kernel before it is executed: to see whether a planted error is found.
     """

@@ -158,6 +158,11 @@ class State:
         return whole
 
 
+def no_blocks(grid: tuple[int, int, int]) -> Array:
+    """None of the blocks of a grid, ``[0, 3]``."""
+    return np.zeros((0, 3), dtype=np.int64)
+
+
 def all_blocks(grid: tuple[int, int, int]) -> Array:
     """All blocks of a grid, ``[n, 3]``, x running fastest."""
     return np.array([(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]).reshape(-1, 3)

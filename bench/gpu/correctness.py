@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
+from compiled import random_units
 from torch import Tensor
 
+from mebp_triton.autotune.correctness import check
 from mebp_triton.autotune.measure import poisoned
 from mebp_triton.kernels import functions
 from mebp_triton.kernels.accuracy import judge, normal, random_weight
@@ -33,6 +36,7 @@ def correctness(session: Session) -> None:
     _embedding(session)
     _cross_entropy(session)
     _routes(session)
+    _compiled(session)
     _repeats(session)
 
 
@@ -208,6 +212,16 @@ def _routes(session: Session) -> None:
             found = check_linear(decoded, kernel, m, 16, False, False, run)
             about = {"kernel": kernel, "route": route_name(route), **_describe(shape, weight, session.dtype), "m": m}
             _record(session, rows, about, found)
+
+
+def _compiled(session: Session) -> None:
+    """Runs problems that ``bench/compiled.py`` executes without a GPU, judged alike: tiles and layouts of all kinds."""
+    rows = session.results["compiled"] = []
+    cases = [unit.case for unit in random_units() if unit.case.dtype in session.sizes.dtypes]
+    for case in session.while_time("compiled", cases[: session.sizes.cases], share=0.6):
+        verdict = check(case, session.device)
+        share = verdict.share if math.isfinite(verdict.share) else None
+        _record(session, rows, {"case": str(case)}, {"ok": verdict.ok, "share": share, "reason": verdict.reason})
 
 
 def _repeats(session: Session) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mebp_triton.autotune.cases import tile_name
 from mebp_triton.kernels.configs import Kernel, Problem, default_config
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import int4_matmul_triton
@@ -41,10 +42,7 @@ def run_dx(route: Route) -> Callable[..., Tensor]:
 
 
 def route_name(route: Route) -> str:
-    if route is None:
-        return "panel"
-    text = f"{route.block_m}x{route.block_n}x{route.block_k} w{route.num_warps} s{route.num_stages} split{route.split}"
-    return text + (" left" if route.weight_left else " right") + (" sums" if route.scale_sums else "")
+    return "panel" if route is None else tile_name(route)
 
 
 def known_routes(

@@ -32,6 +32,7 @@ class Sizes:
         group_shapes: groups of weights that share their input.
         table, table_tokens: (V, K) of the embedding and head; rows looked up, and targets.
         repeats: how often one call must give the same bits.
+        cases: random problems of ``bench/compiled.py``.
         speed_tokens, speed_shapes: the timed products.
         tune_tokens, tune_shapes: the tuned products; the first come first, as long as time lasts.
         samples: timed samples of each side.
@@ -48,6 +49,7 @@ class Sizes:
     table: Shape
     table_tokens: int
     repeats: int
+    cases: int
     speed_tokens: tuple[int, ...]
     speed_shapes: tuple[Shape, ...]
     tune_tokens: tuple[int, ...]
@@ -82,6 +84,7 @@ REAL = Sizes(
     table=(151936, 2048),
     table_tokens=500,
     repeats=100,
+    cases=1000,
     speed_tokens=(512, 1, 2048, 8, 128, 32, 4096),
     speed_shapes=((8192, 8192), *QWEN_3B_SHAPES),
     tune_tokens=(512, 16, 2048, 128, 4096, 64, 32, 1024, 256),
@@ -105,6 +108,7 @@ REHEARSAL = Sizes(
     table=(96, 64),
     table_tokens=7,
     repeats=2,
+    cases=12,
     speed_tokens=(1, 16),
     speed_shapes=((32, 64),),
     tune_tokens=(16,),

@@ -34,7 +34,7 @@ def test_nothing_is_left_out_and_no_section_is_empty(rehearsal):
     _, record, _ = rehearsal
     results = {name: part["results"] for name, part in record["parts"].items()}
     assert not [name for name, found in results.items() if "left_out" in found]
-    sections = {"linear", "groups", "lora_layer", "embedding", "cross_entropy", "routes", "repeats"}
+    sections = {"linear", "groups", "lora_layer", "embedding", "cross_entropy", "routes", "repeats", "compiled"}
     assert results["correctness"].keys() == sections
     assert all(results["correctness"][name] for name in sections)
     kinds = {(row["scheme"], row["group_size"], row["dtype"]) for row in results["correctness"]["linear"]}

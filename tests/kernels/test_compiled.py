@@ -1,0 +1,158 @@
+"""The kernels as compiled for GPUs, executed: chosen problems, in which every two settings meet, and all shipped tiles.
+
+``bench/compiled.py`` executes more of the same: each shipped configuration with every kind of weight, and 1,000 random
+problems.
+"""
+
+import itertools
+
+import pytest
+import torch
+from pairs import pairs
+
+from mebp_triton.autotune.cases import LAYOUTS, Case, tile_case, tile_name
+from mebp_triton.autotune.correctness import check, prepare
+from mebp_triton.autotune.emulator.driver import Emulator
+from mebp_triton.autotune.emulator.faults import NotModelled
+from mebp_triton.autotune.emulator.state import no_blocks
+from mebp_triton.kernels.configs import TileConfig
+from mebp_triton.kernels.layout import SCALE_DTYPES
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.tables import SHIPPED, read_table
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# With different instructions each. On sm_90, tiles of 64 x 64 with four warps are multiplied by ``wgmma``.
+TARGETS = (75, 80, 90, 120)
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)
+TILES = ((16, 64, 64, 4, 3), (64, 64, 64, 4, 2), (32, 32, 128, 8, 1), (16, 32, 64, 2, 4))
+# (M, N of each of at most three members, K): as in a model's layers; nothing divides anything; smaller than a tile.
+SIZES = ((80, (80, 48, 16), 320), (37, (67, 1, 34), 200), (1, (5, 130, 3), 97))
+KINDS = (SCHEMES, GROUP_SIZES, DTYPES, SCALE_DTYPES, LAYOUTS, TARGETS)
+LAUNCHES = (SIZES, TILES, (1, 2, 3), (1, 2, 8), (0, 5, 16, 40), (False, True))
+
+
+def product(kernel, kind, launch, **choice):
+    """A target and a case, of one value of each factor of ``KINDS`` and of ``LAUNCHES``."""
+    scheme, group_size, dtype, scale_dtype, layout, target = kind
+    (m, sizes, k), tile, members, split, rank, bias = launch
+    config = TileConfig(*tile, split=split, **choice)
+    case = Case(
+        kernel, config, m, sizes[:members], k, scheme, group_size, dtype, scale_dtype, rank, bias, layout=layout
+    )
+    return target, case
+
+
+def products():
+    """Forward products, dX in both orders, and forward products that scale sums instead of weights."""
+    for row in pairs(*KINDS, *LAUNCHES):
+        yield product("matmul", row[:6], row[6:])
+    for *row, left in pairs(*KINDS, *LAUNCHES[:-1], (False, True)):
+        yield product("matmul_dx", row[:6], (*row[6:], False), weight_left=left)
+    # Scales are read elsewhere, and nothing else is different: fewer settings.
+    tiles = ((32, TILES[0]), (64, TILES[1]), (128, (32, 32, 128, 8, 1)))
+    for (group_size, tile), dtype, target, *launch in pairs(tiles, DTYPES, TARGETS, SIZES, *LAUNCHES[2:]):
+        kind = ("symmetric", group_size, dtype, torch.float16, "padded", target)
+        yield product("matmul", kind, (launch[0], tile, *launch[1:]), scale_sums=True)
+
+
+def others():
+    """Rows of a table by id, all rows, tiles of logits, and sums of parts."""
+    for kernel, size, *kind, target in pairs(("embedding", "decode"), SIZES, *KINDS):
+        m, sizes, k = size
+        scheme, group_size, dtype, scale_dtype, layout = kind
+        yield target, Case(kernel, None, m, sizes[1:2], k, scheme, group_size, dtype, scale_dtype, layout=layout)
+    tiles = ((37,), (20, 1, 1030))
+    for sizes, dtype, layout, target, slope in pairs(tiles, DTYPES, LAYOUTS[:2], TARGETS, (False, True)):
+        yield target, Case("softmax_tile", None, 5, sizes, dtype=dtype, bias=slope, layout=layout)
+    for sizes, dtype, target, split in pairs(((1025, 0, 3), (48,)), DTYPES, TARGETS, (2, 8)):
+        yield target, Case("split_sums", None, sizes=sizes, dtype=dtype, split=split)
+
+
+PRODUCTS, OTHERS = list(products()), list(others())
+
+
+def identity(value):
+    return f"sm_{value}" if isinstance(value, int) else str(value)
+
+
+@pytest.mark.parametrize(("target", "case"), [*PRODUCTS, *OTHERS], ids=identity)
+def test_problems(target, case):
+    with Emulator(target):
+        verdict = check(case)
+    assert verdict.ok, verdict.reason
+
+
+def test_every_two_settings_meet():
+    """Read off the cases, so that a setting that does not reach them is missed."""
+    for kernel, sums in (("matmul", False), ("matmul_dx", False), ("matmul", True)):
+        rows = []
+        for target, case in PRODUCTS:
+            config = case.config
+            if case.kernel == kernel and config.scale_sums is sums:
+                tile = config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages
+                row = [target, case.dtype, tile, case.m, len(case.sizes), case.rank, config.split]
+                row.append(config.weight_left if kernel == "matmul_dx" else case.bias)
+                rows.append(row if sums else [*row, case.scheme, case.group_size, case.scale_dtype, case.layout])
+        for first, second in itertools.combinations(zip(*rows, strict=True), 2):
+            assert len(set(zip(first, second, strict=True))) == len(set(first)) * len(set(second))
+            assert len(set(first)) > 1 < len(set(second))
+
+
+# --- shipped configurations -----------------------------------------------------------------------------------------
+
+# Targets with the same code share an execution. That of sm_80 has other instructions in another order. sm_100 is
+# refused below.
+FAMILIES = ((80,), (86, 87, 89), (90,), (120,))
+SHIPPED_KINDS = pairs(SCHEMES, GROUP_SIZES, DTYPES[:2], (1, 2, 3), (16, 0), (True, False))
+
+
+def shipped(target):
+    table = read_table(SHIPPED / f"sm_{target}.json", f"sm_{target}")
+    return {(problem.kernel, entry.route): None for problem, entry in table.items() if entry.route is not None}
+
+
+def shipped_tiles():
+    """Each configuration once for each family that ships it; kinds of weights and launches take turns."""
+    found = {}
+    for family in FAMILIES:
+        for target in family:
+            for kernel, config in shipped(target):
+                found.setdefault((family, kernel, config), target)
+    for ((_, kernel, config), target), kind in zip(found.items(), itertools.cycle(SHIPPED_KINDS), strict=False):
+        scheme, group_size, dtype, members, rank, aligned = kind
+        if config.scale_sums:
+            scheme = "symmetric"
+        bias, layout = bool(rank) and kernel == "matmul", "contiguous" if aligned else "padded"
+        fields = {"scheme": scheme, "group_size": group_size, "dtype": dtype, "rank": rank, "bias": bias}
+        yield target, tile_case(kernel, config, aligned, members, layout=layout, **fields), config
+
+
+@pytest.mark.parametrize(
+    ("target", "case", "config"),
+    list(shipped_tiles()),
+    ids=lambda value: tile_name(value) if isinstance(value, TileConfig) else identity(value),
+)
+def test_shipped_tiles(target, case, config):
+    with Emulator(target) as emulator:
+        verdict = check(case)
+    assert verdict.ok, verdict.reason
+    launch = emulator.launches[0]
+    assert launch.grid[0] >= 4 and launch.grid[1] == config.split
+
+
+@pytest.mark.parametrize("case", [Case("matmul_dx", rank=8), Case("decode")], ids=str)
+def test_targets_of_one_family_have_the_same_code(case):
+    """Otherwise each would have to be executed."""
+    prepared, codes = prepare(case), set()
+    for target in FAMILIES[1]:
+        with Emulator(target, blocks=no_blocks) as emulator:
+            prepared.launch()
+        codes.add(emulator.launches[0].compiled.code)
+    assert len(codes) == 1
+
+
+def test_tiles_with_tensor_memory_are_refused():
+    """What sm_100 ships for many tokens is compiled (``test_shipped_tables``) and not executed, and says so."""
+    kernel, config = max(shipped(100), key=lambda one: one[1].block_m * one[1].block_n)
+    with Emulator(100), pytest.raises(NotModelled, match=r"tcgen05\.alloc"):
+        check(tile_case(kernel, config, True))
