@@ -75,7 +75,7 @@ def quantize_with_progress(
     floats = report.errors.keys() - report.taken_over - report.decoded.keys()
     if floats and (report.taken_over or report.decoded):
         count, worst = _count(report, floats), _worst(report, floats)
-        say(f"{count} are no 4-bit codes in {source} and were rounded to int4: {worst}")
+        say(f"{count} are floats in {source} and were rounded to int4: {worst}")
     for codes in sorted(set(report.decoded.values())):
         names = {name for name, kind in report.decoded.items() if kind == codes}
         say(f"{_count(report, names)} are {codes} in {source}, decoded and rounded to int4: {_worst(report, names)}")

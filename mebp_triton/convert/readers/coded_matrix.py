@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import GROUP_SIZES
+from mebp_triton.kernels.layout import Int4Weight, middle_code
+from mebp_triton.kernels.names import GROUP_SIZES_OF_BITS
 
 # The 16 values of E2M1, the 4-bit float of MXFP4 (OCP Microscaling Formats, version 1.0), by their codes.
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -56,7 +56,7 @@ class CodedMatrix:
     @property
     def _middle(self) -> int:
         """The code that is 0 where there is neither a minimum nor levels."""
-        return 1 << (self.bits - 1)
+        return middle_code(self.bits)
 
     def with_zeros(self, zeros: Tensor) -> CodedMatrix:
         """The matrix of ``(code - zero) * scale``, by the zero of each group, ``[groups, N]``.
@@ -68,25 +68,25 @@ class CodedMatrix:
         return replace(self, minimum=-(zeros.float() * self.scales.float()))
 
     def to_int4(self) -> Int4Weight | None:
-        """The same weights in our layout; None where it cannot hold them. Narrower codes become codes of 4 bits."""
-        size = self._our_group_size()
-        if self.bits > 4 or size is None:
+        """The same weights in our layout, with the codes of 4 or 8 bits that hold theirs; None where none do."""
+        bits = 4 if self.bits <= 4 else 8
+        size = self._our_group_size(GROUP_SIZES_OF_BITS[bits])
+        if size is None:
             return None
         starts = self.groups[::size]
         numbers = [self.scales] if self.minimum is None else [self.scales, self.minimum]
         dtype = torch.float16 if all(map(_is_held_by_half, numbers)) else torch.float32
         parts = [tensor.index_select(0, starts).to(dtype) for tensor in numbers]
         symmetric = self.minimum is None and self.levels is None
-        codes = self.codes + (8 - self._middle) if symmetric else self.codes
-        return Int4Weight.from_codes(codes, parts[0], size, *parts[1:], codebook=self.levels)
+        offset = middle_code(bits) - self._middle if symmetric else 0
+        codes = self.codes + offset if offset else self.codes
+        return Int4Weight.from_codes(codes, parts[0], size, *parts[1:], codebook=self.levels, bits=bits)
 
     def decoded(self) -> Decoded:
         """The matrix where ``to_int4`` gives None."""
         return Decoded(self.decode(), self._what())
 
     def _what(self) -> str:
-        if self.bits > 4:
-            return f"{self.bits}-bit codes"
         if bool((self.groups[1:] < self.groups[:-1]).any()):
             return "codes in act-order, which desc_act=False or static groups would avoid"
         return f"codes in groups of {self.group_size}"
@@ -106,9 +106,9 @@ class CodedMatrix:
                 decoded[part] = (levels - self._middle if self.levels is None else levels) * scales
         return decoded
 
-    def _our_group_size(self) -> int | None:
+    def _our_group_size(self, sizes: tuple[int, ...]) -> int | None:
         """The matrix's own group size, or else the largest of ours whose groups each lie in one of the matrix's."""
-        for size in sorted(GROUP_SIZES, key=lambda size: (size != self.group_size, -size)):
+        for size in sorted(sizes, key=lambda size: (size != self.group_size, -size)):
             if torch.equal(self.groups[::size].repeat_interleave(size)[: len(self.groups)], self.groups):
                 return size
         return None

@@ -100,9 +100,9 @@ class GgufFile:
         entries = self._entries[name]
         order = self._row_order(entries[0]) if len(entries) == 1 else None
         value = self._decode(entries) if order is None else self._rows(entries[0], order)
-        if not isinstance(value, Int4Weight) and entries[0].kind not in FLOATS:
-            turned = value.shape == entries[0].shape[::-1] and order is None
-            self.decoded[name] = f"transposed {entries[0].kind}" if turned else entries[0].kind
+        if not isinstance(value, Int4Weight) and (kind := entries[0].kind) not in FLOATS:
+            # Of the types that we hold, only matrices that the architecture changed come here.
+            self.decoded[name] = f"transposed {kind}" if kind in TYPES else kind
         check_shape(str(self.path), name, value.shape, self._shapes[name])
         return value
 

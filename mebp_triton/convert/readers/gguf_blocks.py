@@ -15,12 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .coded_matrix import E2M1, CodedMatrix, even_groups
+from .coded_matrix import E2M1, CodedMatrix, even_groups, powers_of_two
 
 PANEL_ELEMENTS = 1 << 22  # what is taken apart at a time: the pieces of a panel need some 10 bytes for each weight
 IQ4_LEVELS = torch.tensor([-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 MXFP4_LEVELS = E2M1 + 0.0  # ggml has no -0
-LAST_EXPONENT = 252  # of MXFP4: above it, float32 does not hold all of a block's values, or they are NaN
 
 
 class Parts(NamedTuple):
@@ -144,10 +143,7 @@ def _iq4_xs(blocks: Tensor) -> Parts:
 
 
 def _mxfp4(blocks: Tensor) -> Parts:
-    exponents = blocks[..., 0].int()
-    scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents - 127)
-    scales = torch.where(exponents > LAST_EXPONENT, torch.nan, scales)
-    return Parts(_nibbles(blocks[..., 1:]), scales)
+    return Parts(_nibbles(blocks[..., 1:]), powers_of_two(blocks[..., 0]))
 
 
 @dataclass(frozen=True)

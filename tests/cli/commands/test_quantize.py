@@ -35,7 +35,7 @@ def test_layers_that_a_4_bit_source_keeps_in_16_bits_are_counted(mebp, world, tm
     rounded = [info.relative_error for info in opened if info.relative_error > 0]
     assert code == 0 and 0 < len(rounded) < len(opened)
     assert f"{len(opened) - len(rounded)} of {len(opened)} matrices were taken over bit for bit" in err
-    assert f"{len(rounded)} of {len(opened)} matrices are no 4-bit codes in" in err
+    assert f"{len(rounded)} of {len(opened)} matrices are floats in" in err
     assert f"relative error up to {max(rounded):.3f}" in err
 
 

@@ -44,9 +44,9 @@ def test_a_decoded_matrix_is_rounded_once(bits, fraction, decoded_elements, monk
     assert coded.with_zeros(middle) is coded
     for whole, zero in ((coded, middle), (coded.with_zeros(zeros), zeros)):
         assert torch.equal(whole.decode(), exact(coded, zero).float())
-        if bits <= 4:
-            weight = whole.to_int4()
-            assert torch.equal(decode(weight, torch.float32), whole.decode())
+        weight = whole.to_int4()
+        assert weight.bits == (4 if bits <= 4 else 8)
+        assert torch.equal(decode(weight, torch.float32), whole.decode())
 
 
 def test_levels():
@@ -65,11 +65,12 @@ def test_e2m1_is_a_sign_two_bits_of_exponent_and_one_of_mantissa():
         assert (abs(value), np.signbit(value)) == (size, code >= 8)
 
 
-@pytest.mark.parametrize(
-    ("size", "ours"), [(32, 32), (64, 64), (128, 128), (96, 32), (100, 128), (256, 128), (192, 64)]
-)
-def test_the_group_size_is_the_matrix_own_or_the_largest_that_lies_within(size, ours):
-    coded = matrix(group_size=size, columns=600 if size != 100 else 100)
+SIZES = [(4, *pair) for pair in ((32, 32), (64, 64), (128, 128), (96, 32), (100, 128), (256, 128), (192, 64))]
+
+
+@pytest.mark.parametrize(("bits", "size", "ours"), [*SIZES, (6, 16, 16), (8, 128, 128), (8, 48, 16), (8, 256, 128)])
+def test_the_group_size_is_the_matrix_own_or_the_largest_that_lies_within(bits, size, ours):
+    coded = matrix(bits, group_size=size, columns=600 if size != 100 else 100)
     weight = coded.to_int4()
     assert weight.group_size == ours and torch.equal(decode(weight, torch.float32), coded.decode())
 
@@ -94,7 +95,7 @@ def test_a_minimum_that_float16_cannot_hold_makes_both_float32():
 @pytest.mark.parametrize(
     ("coded", "words"),
     [
-        (matrix(bits=5), "5-bit codes"),
+        (matrix(bits=5, group_size=24), "codes in groups of 24"),
         (matrix(group_size=16), "codes in groups of 16"),
         (matrix(group_size=48), "codes in groups of 48"),
         (matrix(groups=torch.arange(100) % 3), "codes in act-order, which desc_act=False or static groups would avoid"),

@@ -1,4 +1,4 @@
-"""Blocks of every type give what the gguf package decodes, to the bit, and so do int4 weights where they hold them."""
+"""Blocks of every type give what the gguf package decodes, to the bit, and so do the weights that hold them."""
 
 import warnings
 
@@ -7,19 +7,25 @@ import pytest
 import torch
 
 from mebp_triton.convert.readers import gguf_blocks
-from mebp_triton.convert.readers.gguf_blocks import LAST_EXPONENT, TYPES, read_blocks
+from mebp_triton.convert.readers.gguf_blocks import TYPES, read_blocks
+from mebp_triton.kernels.names import Form
 from mebp_triton.kernels.reference import decode
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
-# Of the types with 4 bits. Random exponents of MXFP4 need float32.
-SCHEMES = {
-    "Q4_0": ("symmetric", torch.float16),
-    "Q4_1": ("affine", torch.float16),
-    "Q4_K": ("affine", torch.float32),
-    "IQ4_NL": ("codebook", torch.float16),
-    "IQ4_XS": ("codebook", torch.float32),
-    "MXFP4": ("codebook", torch.float32),
+# The form and the dtype of scales. Random exponents of MXFP4 need float32.
+HELD_AS = {
+    "Q4_0": (Form("symmetric", 32), torch.float16),
+    "Q4_1": (Form("affine", 32), torch.float16),
+    "Q5_0": (Form("symmetric", 32, 8), torch.float16),
+    "Q5_1": (Form("affine", 32, 8), torch.float16),
+    "Q8_0": (Form("symmetric", 32, 8), torch.float16),
+    "Q4_K": (Form("affine", 32), torch.float32),
+    "Q5_K": (Form("affine", 32, 8), torch.float32),
+    "Q6_K": (Form("symmetric", 16, 8), torch.float32),
+    "IQ4_NL": (Form("codebook", 32), torch.float16),
+    "IQ4_XS": (Form("codebook", 32), torch.float32),
+    "MXFP4": (Form("codebook", 32), torch.float32),
 }
 
 
@@ -27,7 +33,7 @@ def random_bytes(kind, rows=61, blocks=3):
     """Any bytes: scales of every size and sign, subnormal ones, infinities and NaN."""
     data = np.random.default_rng(7).integers(0, 256, (rows, blocks * TYPES[kind].nbytes), dtype=np.uint8)
     if kind == "MXFP4":  # every exponent that means a number
-        exponents = np.arange(rows * blocks, dtype=np.uint16).reshape(rows, blocks) * 7 % (LAST_EXPONENT + 1)
+        exponents = np.arange(rows * blocks, dtype=np.uint16).reshape(rows, blocks) * 7 % 253
         data.reshape(rows, blocks, -1)[..., 0] = exponents
     return data
 
@@ -63,15 +69,12 @@ def test_every_value_is_that_of_the_gguf_package(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_an_int4_weight_has_every_value(kind):
+def test_a_weight_of_ours_has_every_value(kind):
     data = random_bytes(kind)
     data = data[truth(kind, data).isfinite().all(1).numpy()]  # float16 does not equal itself where it is NaN
     weight = read_blocks(kind, torch.from_numpy(data)).to_int4()
-    assert (weight is not None) == (kind in SCHEMES)
-    if weight is not None:
-        assert_same_bits(decode(weight, torch.float32), truth(kind, data))
-        assert weight.group_size == 32
-        assert (weight.scheme, weight.scales.dtype) == SCHEMES[kind]
+    assert_same_bits(decode(weight, torch.float32), truth(kind, data))
+    assert (weight.form, weight.scales.dtype) == HELD_AS[kind]
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -34,7 +34,6 @@ def test_biases_and_transposed_layers(tmp_path, architecture):
     ("options", "codes"),
     [
         ({"axis": 0}, "codes in groups of 64 that go over several rows, as HQQ's axis=0 makes them"),
-        ({"bits": 8}, "8-bit codes"),
         ({"group_size": 16}, "codes in groups of 16"),
     ],
     ids=str,
@@ -47,10 +46,13 @@ def test_others_are_decoded_exactly_and_said(tmp_path, options, codes):
     assert set(source.decoded.values()) == {codes}
 
 
-def test_2_bits_fit_into_4(tmp_path):
-    truth = packed_directory(tmp_path / "model", hqq(bits=2), {}, **SIZE)
+@pytest.mark.parametrize(("bits", "ours"), [(2, 4), (8, 8)])
+def test_other_widths(tmp_path, bits, ours):
+    truth = packed_directory(tmp_path / "model", hqq(bits=bits), {}, **SIZE)
     source = opened(tmp_path / "model")
-    assert all(torch.equal(decode(source.read(f"{name}.weight")), weight) for name, weight in truth.items())
+    for name, weight in truth.items():
+        read = source.read(f"{name}.weight")
+        assert read.bits == ours and torch.equal(decode(read), weight)
 
 
 @pytest.fixture(scope="module")
