@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.configs import MOST_MEMBERS, Problem, TileConfig
 
-from .cases import Case
+from .cases import tile_case
 from .compile import blank_launch
 from .correctness import check
 from .emulator.counts import Access, Counts
@@ -43,7 +43,7 @@ class TripCounts:
 def fault(
     problem: Problem, config: TileConfig, target_sm: int, rank: int = 16, bias: bool = False, ragged: bool = False
 ) -> str | None:
-    """Launches a configuration on a small problem: two tiles each way, and a few trips for each part of a split.
+    """Launches a configuration on a small problem, see ``cases.tile_case``, and judges the result.
 
     Args:
         problem: ``matmul`` or ``matmul_dx``; its scheme, group size and dtype are taken.
@@ -51,8 +51,8 @@ def fault(
         target_sm: compute capability.
         rank: LoRA's rank, per weight.
         bias: whether ``matmul`` adds a bias.
-        ragged: whether three weights have one input, and no size is a multiple of the tile's. If not, sizes are as
-            ragged as the code allows that ``compile.report`` has compiled.
+        ragged: whether three weights have one input, and 16 divides no size. If not, one weight is launched, with sizes
+            for which ``compile.report`` has compiled the code.
 
     Returns:
         What is wrong, in one line: a wrong result and by how much, or the kind of fault with the instruction, its line
@@ -61,33 +61,26 @@ def fault(
     Raises:
         NotModelled: the emulator does not know an instruction.
     """
-    case = _small_case(problem, config, rank, bias, ragged)
-    try:
-        with Emulator(target_sm):
-            verdict = check(case)
-    except Fault as error:
-        return " ".join(f"{error} in {case}".split())
-    return None if verdict.ok else f"wrong result: {verdict.reason} in {case}"
-
-
-def _small_case(problem: Problem, config: TileConfig, rank: int, bias: bool, ragged: bool) -> Case:
-    # Each part of a split fills its pipeline, and takes a buffer of it again.
-    trips = (config.num_stages + 1) * config.split
-    forward = problem.kernel == "matmul"
-    # Masks along N, and along K of dX, are always there. Those along K of the forward kernel are compiled if needed.
-    n = _size(problem.n, config.block_n, 1 if forward else trips, True)
-    return Case(
+    case = tile_case(
         problem.kernel,  # type: ignore[arg-type]
         config,
-        m=config.block_m + (1 if ragged else 16),
-        sizes=(n, 16, 48) if ragged else (n,),
-        k=_size(problem.k, config.block_k, trips if forward else 1, ragged or not forward),
+        aligned=not ragged,
+        members=MOST_MEMBERS if ragged else 1,
         scheme=problem.scheme,
         group_size=problem.group_size,
         dtype=problem.dtype,
         rank=rank,
         bias=bias,
     )
+    if not ragged:
+        sizes = tuple(size + _rest(problem.n, config.block_n) for size in case.sizes)
+        case = replace(case, sizes=sizes, k=case.k + _rest(problem.k, config.block_k))
+    try:
+        with Emulator(target_sm):
+            verdict = check(case)
+    except Fault as error:
+        return " ".join(f"{error} in {case}".split())
+    return None if verdict.ok else f"wrong result: {verdict.reason} in {case}"
 
 
 def trip_counts(problem: Problem, config: TileConfig, target_sm: int) -> TripCounts:
@@ -145,14 +138,11 @@ def _one_block(problem: Problem, config: TileConfig, target_sm: int, trips: int)
 def _cut(problem: Problem, config: TileConfig, trips: int) -> Problem:
     """A problem of one tile and so many whole trips that is specialised like the real one."""
     forward = problem.kernel == "matmul"
-    n = _size(problem.n, config.block_n, 1 if forward else trips)
-    k = _size(problem.k, config.block_k, trips if forward else 1)
+    n = config.block_n * (1 if forward else trips) + _rest(problem.n, config.block_n)
+    k = config.block_k * (trips if forward else 1) + _rest(problem.k, config.block_k)
     return replace(problem, m=config.block_m, n=n, k=k)
 
 
-def _size(real: int, block: int, blocks: int, more: bool = False) -> int:
-    """A size of so many whole blocks, and a part of one if the real size has one or ``more`` is true.
-
-    It is as divisible by 16 as the real size.
-    """
-    return block * blocks + (16 if more or real % block else 0) + (1 if real % 16 else 0)
+def _rest(size: int, block: int) -> int:
+    """What to add to whole blocks, to get a size that ``block`` and 16 divide if they divide ``size``."""
+    return 0 if size % block == 0 else 16 if size % 16 == 0 else 1
