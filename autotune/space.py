@@ -5,16 +5,36 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 
+import torch
+
 from mebp_triton.kernels.configs import MIN_DOT, Problem, TileConfig, power_of_two_at_least
 
 from .cost_model import NOMINAL, Device, grid
 
-# (out-features (matmul) or in-features (matmul_dx) of the tile, step of the reduction, warps). Four warps hold the sums
-# of small tiles; larger tiles need eight, because four would run out of registers.
-MATMUL_SMALL = ((32, 128, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4))
-MATMUL_LARGE = ((64, 64, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
-DX_SMALL = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 4))
-DX_LARGE = ((64, 32, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8))
+# A tile's shape: (out-features (matmul) or in-features (matmul_dx) of the tile, step of the reduction, warps).
+Shape = tuple[int, int, int]
+MATMUL_SMALL: tuple[Shape, ...] = ((32, 128, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4))
+MATMUL_LARGE: tuple[Shape, ...] = ((64, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
+DX_SMALL: tuple[Shape, ...] = ((64, 64, 4), (128, 32, 2), (128, 64, 2), (128, 64, 4))
+DX_LARGE: tuple[Shape, ...] = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 4), (128, 64, 8))
+# Products without tensor cores hold both operands of a thread in registers, and larger tiles would spill.
+DX_SMALL_PLAIN: tuple[Shape, ...] = ((64, 32, 4), (128, 32, 4))
+DX_LARGE_PLAIN: tuple[Shape, ...] = ((64, 32, 8),)
+# Compute capabilities whose tensor cores are so fast that shared memory is the limit of most tiles of many tokens. The
+# tiles in whose trips nothing takes more than 1.25 times as long as the tensor cores, by the tile's tokens.
+FAST_TENSOR_CORES = (80, 87)
+MATMUL_BALANCED: dict[int, tuple[Shape, ...]] = {64: ((128, 64, 8),), 128: ((64, 64, 4), (128, 64, 8))}
+DX_BALANCED: dict[int, tuple[Shape, ...]] = {
+    64: ((64, 32, 2), (128, 32, 4), (128, 64, 4)),
+    128: ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 8)),
+}
+# Shapes of the shipped tables that are not among the others, by (kernel, few tokens), for as long as they are shipped.
+IN_TABLES: dict[tuple[str, bool], tuple[Shape, ...]] = {
+    ("matmul", True): (),
+    ("matmul", False): ((64, 64, 4), (128, 64, 8), (128, 128, 8)),
+    ("matmul_dx", True): ((64, 32, 4),),
+    ("matmul_dx", False): ((64, 32, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8)),
+}
 SPLITS = (1, 2, 4, 8, 16)
 # Up to so many tokens a launch is bound by the memory that the weights come from.
 SMALL_M = 32
@@ -36,26 +56,41 @@ def candidates(problem: Problem, target_sm: int) -> list[TileConfig]:
         raise ValueError(f"target_sm must be one of {sorted(NOMINAL)}, got {target_sm}")
     device = NOMINAL[target_sm]
     forward, small = problem.kernel == "matmul", problem.m <= SMALL_M
-    tiles = (MATMUL_SMALL if small else MATMUL_LARGE) if forward else (DX_SMALL if small else DX_LARGE)
     stages = (3, 4) if small else (2, 3)
     left = _operand_orders(problem, device)
     scaled_sums = (False, True) if forward and small else (False,)
     configs = []
-    for block_m, (block_out, step, num_warps), depth, weight_left, sums in product(
-        _token_blocks(problem.m, device), tiles, stages, left, scaled_sums
-    ):
-        block_n, block_k = (block_out, step) if forward else (step, block_out)
-        base = TileConfig(block_m, block_n, block_k, num_warps, depth, weight_left=weight_left, scale_sums=sums)
-        if base.suits(problem) and _within(problem, base):
-            configs += [replace(base, split=split) for split in _splits(problem, base, device)]
+    for block_m in _token_blocks(problem.m, device):
+        tiles = dict.fromkeys((*_tiles(problem, block_m, device), *IN_TABLES[problem.kernel, small]))
+        for (block_out, step, num_warps), depth, weight_left, sums in product(tiles, stages, left, scaled_sums):
+            block_n, block_k = (block_out, step) if forward else (step, block_out)
+            base = TileConfig(block_m, block_n, block_k, num_warps, depth, weight_left=weight_left, scale_sums=sums)
+            if base.suits(problem) and _within(problem, base):
+                configs += [replace(base, split=split) for split in _splits(problem, base, device)]
     return configs
+
+
+def _tiles(problem: Problem, block_m: int, device: Device) -> tuple[Shape, ...]:
+    """The shapes to try with so many tokens in a tile."""
+    forward, small = problem.kernel == "matmul", problem.m <= SMALL_M
+    plain = device.compute_capability < 80 or problem.dtype == torch.float32
+    if forward and small:
+        return MATMUL_SMALL
+    if plain and not forward:
+        return DX_SMALL_PLAIN if small else DX_LARGE_PLAIN
+    if small:
+        return DX_SMALL
+    if device.compute_capability in FAST_TENSOR_CORES and not plain:
+        return (MATMUL_BALANCED if forward else DX_BALANCED).get(block_m, ())
+    return MATMUL_LARGE if forward else DX_LARGE
 
 
 def _operand_orders(problem: Problem, device: Device) -> tuple[bool, ...]:
     """The values of ``weight_left`` to try. The forward kernel always has the weight on the left.
 
-    For dX, the matrix instructions of sm_90 and sm_100 take a right operand from shared memory, into which the weight
-    is decoded once. On the left it would have to be transposed in registers.
+    For dX, the matrix instructions of sm_90 and sm_100 take a right operand from shared memory for all warps, and are
+    not there for fewer than 64 rows on the left. Elsewhere both orders cost the same, and the left one fewer registers;
+    the right one is tried for as long as shipped tables have it.
     """
     if problem.kernel == "matmul":
         return (True,)

@@ -2,9 +2,11 @@
 
 import pytest
 
-from mebp_triton.autotune.cost_model import NOMINAL, grid
-from mebp_triton.autotune.space import MIN_STEPS, candidates
-from mebp_triton.kernels.configs import Problem
+from mebp_triton.autotune.compile import report
+from mebp_triton.autotune.cost_model import NOMINAL, grid, trip_clocks
+from mebp_triton.autotune.execute import trip_counts
+from mebp_triton.autotune.space import DX_BALANCED, MATMUL_BALANCED, MIN_STEPS, candidates
+from mebp_triton.kernels.configs import Problem, TileConfig
 
 M = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHAPES = ((128, 1024), (1024, 1024), (4096, 4096), (8192, 2048), (2048, 8192), (131072, 2048))
@@ -17,7 +19,7 @@ def test_size_and_order(kernel, target_sm):
         for n, k in SHAPES:
             problem = Problem(kernel, m, n, k)
             found = candidates(problem, target_sm)
-            assert 8 <= len(found) <= 130
+            assert 2 <= len(found) <= 230
             assert len(set(found)) == len(found) and found == candidates(problem, target_sm)
 
 
@@ -41,7 +43,23 @@ def test_tiles_follow_the_problem():
     assert {config.block_k for config in candidates(Problem("matmul_dx", 16, 4096, 64), 87)} == {64}
 
 
-def test_both_orders_where_the_newer_instructions_are_missing():
+def balanced():
+    for kernel, tiles in (("matmul", MATMUL_BALANCED), ("matmul_dx", DX_BALANCED)):
+        for block_m, shapes in tiles.items():
+            for out, step, warps in shapes:
+                yield kernel, TileConfig(block_m, *((out, step) if kernel == "matmul" else (step, out)), warps)
+
+
+@pytest.mark.parametrize(("kernel", "config"), list(balanced()), ids=lambda value: getattr(value, "block_m", value))
+def test_shared_memory_and_schedulers_keep_up_with_fast_tensor_cores(kernel, config):
+    problem = Problem(kernel, 4096, 4096, 4096)
+    made, counts = report(problem, config, 80), trip_counts(problem, config, 80)
+    assert made.spill_bytes == 0 and counts.wavefronts <= 1.01 * counts.least_wavefronts
+    clocks = trip_clocks(config, made, NOMINAL[80], counts)
+    assert clocks.bound <= 1.25 * clocks.tensor
+
+
+def test_orders_of_the_operands():
     def orders(m, target_sm):
         return {config.weight_left for config in candidates(Problem("matmul_dx", m, 4096, 4096), target_sm)}
 
