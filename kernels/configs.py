@@ -33,6 +33,7 @@ class Problem:
         m, n, k: tokens, out-features (of all members of a group together), in-features.
         scheme, group_size: the weight's.
         dtype: the activations'.
+        bits: the width of the weight's codes, 4 or 8.
     """
 
     kernel: Kernel
@@ -42,6 +43,7 @@ class Problem:
     scheme: Scheme = "symmetric"
     group_size: int = 64
     dtype: torch.dtype = torch.bfloat16
+    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class TileConfig:
         block_m: tokens per tile.
         block_n: out-features per tile (``matmul``), or per step of the reduction (``matmul_dx``).
         block_k: in-features per step of the reduction (``matmul``), or per tile (``matmul_dx``, ``embedding``). It is
-            a multiple of 64; a tile holds the low and the high nibbles as two planes of ``block_k // 2`` columns.
+            a multiple of 64; a tile holds two planes of ``block_k // 2`` columns.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
         split: number of parts that the reduction is cut into. Each part has its own float32 partial result. A second

@@ -1,4 +1,6 @@
-"""Device functions that decode packed 4-bit weights inside a kernel; ``weight_tiles`` loads what they decode.
+"""Device functions that decode packed weights inside a kernel; ``weight_tiles`` loads what they decode.
+
+This file knows codes of 4 bits, and ``decode_bytes`` those of 8 bits.
 
 Where the compiler emits PTX, codes become floats without a conversion instruction (as in FasterTransformer, arXiv
 2211.10017). A code put into the low bits of a number with a large enough exponent is that number plus the code:
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .decode_bytes import bytes_fp32, centred_bytes, scaled_bytes_fp16
 
 # Four bytes in $4 -> four low nibbles in $0 and $1, and four high ones in $2 and $3. Each is the low byte of 16 bits,
 # with MAGIC as the high byte. The order of the bytes is kept, so register pairs hold neighbouring columns.
@@ -111,9 +115,11 @@ CENTRED_FP32 = tl.constexpr("{" + _UNPACK_FP32.replace("OFFSET", "0f4B000008") +
 
 
 @triton.jit
-def unpack_centred(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Both planes of ``packed`` ``[BLOCK_N, BLOCK_J]`` uint8 as ``code - 8`` in DTYPE, which is exact."""
-    if ASM and tl.bfloat16 == DTYPE:
+def unpack_centred(packed, packed_high, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Both planes ``[BLOCK_N, BLOCK_J]`` of ``packed_planes`` as ``code - 8`` (or 128) in DTYPE, which is exact."""
+    if BITS == 8:
+        return centred_bytes(packed, DTYPE, ASM), centred_bytes(packed_high, DTYPE, ASM)
+    elif ASM and tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
             UNPACK_BF16, "=&r,=&r,=&r,=&r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
@@ -169,6 +175,7 @@ def look_up(packed, codebook_ptr, ASM: tl.constexpr):
 def decode_planes(
     codes,
     codebook_ptr,
+    BITS: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -179,10 +186,13 @@ def decode_planes(
     codebook_ptr ``[16]`` float32. Rows that were not read decode to finite values. The bits are those that plain torch
     gives (``reference.decode``).
     """
-    packed, scales_low, scales_high, minima_low, minima_high = codes
-    # A code (4 bits) times a float16 scale (11 bits) needs no rounding in float32 (24 bits).
+    packed, packed_high, scales_low, scales_high, minima_low, minima_high = codes
+    # A code (4 or 8 bits) times a float16 scale (11 bits) needs no rounding in float32 (24 bits).
     EXACT: tl.constexpr = scales_low.dtype == tl.float16
-    if HAS_CODEBOOK:
+    if BITS == 8:
+        low = _decode_bytes(packed, scales_low, minima_low, HAS_MINIMUM, EXACT, DTYPE, ASM)
+        high = _decode_bytes(packed_high, scales_high, minima_high, HAS_MINIMUM, EXACT, DTYPE, ASM)
+    elif HAS_CODEBOOK:
         low, high = look_up(packed, codebook_ptr, ASM)
         low = (low * scales_low.to(tl.float32)).to(DTYPE)
         high = (high * scales_high.to(tl.float32)).to(DTYPE)
@@ -215,6 +225,25 @@ def decode_planes(
         low = (low * scales_low.to(tl.float32)).to(DTYPE)
         high = (high * scales_high.to(tl.float32)).to(DTYPE)
     return low, high
+
+
+@triton.jit
+def _decode_bytes(
+    codes,
+    scales,
+    minima,
+    HAS_MINIMUM: tl.constexpr,
+    EXACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One plane of 8-bit codes ``[BLOCK_N, BLOCK_J]`` as weights in DTYPE, rounded once."""
+    if HAS_MINIMUM:
+        return affine(bytes_fp32(codes, False, ASM), scales, minima, EXACT).to(DTYPE)
+    elif ASM and EXACT and tl.float16 == DTYPE:
+        return scaled_bytes_fp16(codes, scales)
+    else:
+        return (bytes_fp32(codes, True, ASM) * scales.to(tl.float32)).to(DTYPE)
 
 
 @triton.jit

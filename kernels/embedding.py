@@ -1,4 +1,4 @@
-"""Rows of a packed 4-bit matrix, decoded by a kernel: rows by id for an embedding, consecutive rows for a panel."""
+"""Rows of a packed matrix, decoded by a kernel: rows by id for an embedding, consecutive rows for a panel."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def _embedding_kernel(
     stride_zn,
     stride_rm,
     stride_rk,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
@@ -78,6 +79,7 @@ def _embedding_kernel(
         stride_sn,
         stride_zg,
         stride_zn,
+        BITS,
         GROUP,
         HAS_MINIMUM,
         HAS_CODEBOOK,
@@ -157,7 +159,7 @@ def int4_embedding_triton(
     m = flat.shape[0]
     rows = torch.empty((m, k), dtype=dtype, device=weight.device)
     if rows.numel():
-        problem = Problem("embedding", m, n, k, weight.scheme, weight.group_size, dtype)
+        problem = Problem("embedding", m, n, k, weight.scheme, weight.group_size, dtype, weight.bits)
         _launch(flat, weight, rows, config or default_config(problem))
     return rows.view(*ids.shape, k)
 

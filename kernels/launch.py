@@ -41,22 +41,22 @@ def weight_arguments(weights: Sequence[Int4Weight]) -> dict[str, Any]:
 
 
 def scheme_arguments(weight: Int4Weight) -> dict[str, Any]:
-    """Arguments that are the same for all weights of a launch, as ``can_group`` makes sure.
-
-    Raises:
-        ValueError: the codes have 8 bits, which no kernel decodes yet.
-    """
-    if weight.bits != 4:
-        raise ValueError(f"kernels decode codes of 4 bits, these have {weight.bits}: use the backend 'panel'")
+    """Arguments that are the same for all weights of a launch, as ``can_group`` makes sure."""
     return {
         "stride_pn": weight.packed.stride(0),
         "stride_pj": weight.packed.stride(1),
         "stride_sn": weight.scales.stride(1),
         "stride_zn": 0 if weight.minimum is None else weight.minimum.stride(1),
+        "BITS": weight.bits,
         "GROUP": weight.group_size,
         "HAS_MINIMUM": weight.minimum is not None,
         "HAS_CODEBOOK": weight.codebook is not None,
     }
+
+
+def column_stride(operands: Sequence[Tensor]) -> int:
+    """The stride along N that all operands ``[M, N_i]`` share. One with a single column has none."""
+    return next((one.stride(1) for one in operands if one.shape[1] > 1), 1)
 
 
 def runs_compiled(kernel: Any) -> bool:

@@ -1,4 +1,4 @@
-"""``Y = X·Wᵀ (+ bias, + LoRA)`` from packed 4-bit weights, for one weight or for several with one input.
+"""``Y = X·Wᵀ (+ bias, + LoRA)`` from packed weights, for one weight or for several with one input.
 
 The decoded weights are the left operand of the dot, so the kernel computes tiles of Yᵀ. Tensor cores take a left
 operand from registers, split by rows among the warps. So the weights need not go through shared memory, and no warp
@@ -20,7 +20,7 @@ from .decode import unpack_centred
 from .launch import can_group, check_operand, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
-from .weight_tiles import group_rows, load_planes, packed_tile, plane_columns, select
+from .weight_tiles import group_rows, load_planes, packed_planes, plane_columns, select
 
 
 @triton.jit
@@ -51,6 +51,7 @@ def _matmul_kernel(
     stride_tr,
     stride_bn,
     stride_br,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
@@ -135,8 +136,8 @@ def _matmul_kernel(
         if SCALE_SUMS:
             # No column mask is needed: columns from K on meet zeros in x, and the masked scale of a group that is all
             # padding is zero.
-            packed = packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K)
-            w_low, w_high = unpack_centred(packed, dtype, ASM)
+            low, high = packed_planes(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BITS, BLOCK_K)
+            w_low, w_high = unpack_centred(low, high, BITS, dtype, ASM)
             # [BLOCK_N, 1]
             scales = group_rows(scales_ptr, offs_n, mask_n, k0, 0, K, stride_sg, stride_sn, GROUP, BLOCK_K)
             total = tl.dot(w_low, x_low, input_precision="ieee")
@@ -163,6 +164,7 @@ def _matmul_kernel(
                 stride_sn,
                 stride_zg,
                 stride_zn,
+                BITS,
                 GROUP,
                 HAS_MINIMUM,
                 HAS_CODEBOOK,
@@ -319,7 +321,7 @@ def int4_matmul_group_triton(
         check_operand("b", b, (n, rank), device)
     ys = [torch.empty((m, size), dtype=x.dtype, device=device) for size in sizes]
     if m * n:
-        problem = Problem("matmul", m, n, k, weights[0].scheme, weights[0].group_size, x.dtype)
+        problem = Problem("matmul", m, n, k, weights[0].scheme, weights[0].group_size, x.dtype, weights[0].bits)
         config = config or default_config(problem)
         if not config.suits(problem):
             raise ValueError(f"{config} does not suit {problem}")

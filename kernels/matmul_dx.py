@@ -1,4 +1,4 @@
-"""``dX = dY·W (+ LoRA)`` from packed 4-bit weights, for one weight or for several with one input.
+"""``dX = dY·W (+ LoRA)`` from packed weights, for one weight or for several with one input.
 
 The packing is that of the forward pass. Here K is the output's width, so the two planes of a decoded tile are joined.
 Weights that had one input (q, k and v) are one reduction over all their rows, so dX is written once.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .configs import Problem, TileConfig, default_config, power_of_two_at_least
 from .decode import decode_planes
-from .launch import can_group, check_operand, of_members, runs_compiled, weight_arguments
+from .launch import can_group, check_operand, column_stride, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
 from .weight_tiles import join_planes, load_codes, select, to_bank_order, to_column_order
@@ -52,6 +52,7 @@ def _matmul_dx_kernel(
     stride_gr,
     stride_ar,
     stride_ak,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
@@ -112,7 +113,9 @@ def _matmul_dx_kernel(
     ends = (steps_0, steps_1, steps)
     tensors = (packed_of, scales_of, minimum_of)
     strides = (stride_pn, stride_pj, stride_sg_of, stride_sn, stride_zg_of, stride_zn)
-    codes = _codes_of_step(begin, ends, tensors, strides, N_of, k0, K, GROUP, HAS_MINIMUM, MEMBERS, BLOCK_N, BLOCK_K)
+    codes = _codes_of_step(
+        begin, ends, tensors, strides, N_of, k0, K, BITS, GROUP, HAS_MINIMUM, MEMBERS, BLOCK_N, BLOCK_K
+    )
     for step in range(begin, steps):
         member, offs_n, mask_n = _rows_of_step(step, ends, N_of, MEMBERS, BLOCK_N)
         dy_ptrs = (
@@ -126,10 +129,10 @@ def _matmul_dx_kernel(
         if HAS_CODEBOOK:
             codebook_ptr = select(codebook_of, member, MEMBERS)
         # Columns from K on need no mask here: they are computed, touch no other column, and are not stored.
-        w_low, w_high = decode_planes(codes, codebook_ptr, HAS_MINIMUM, HAS_CODEBOOK, dtype, ASM)
+        w_low, w_high = decode_planes(codes, codebook_ptr, BITS, HAS_MINIMUM, HAS_CODEBOOK, dtype, ASM)
         w = to_bank_order(join_planes(w_low, w_high))
         codes = _codes_of_step(
-            step + 1, ends, tensors, strides, N_of, k0, K, GROUP, HAS_MINIMUM, MEMBERS, BLOCK_N, BLOCK_K
+            step + 1, ends, tensors, strides, N_of, k0, K, BITS, GROUP, HAS_MINIMUM, MEMBERS, BLOCK_N, BLOCK_K
         )
         if WEIGHT_LEFT:
             acc = tl.dot(tl.trans(w), tl.trans(dy), acc, input_precision="ieee")
@@ -194,6 +197,7 @@ def _codes_of_step(
     N_of,
     k0,
     K,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -221,15 +225,11 @@ def _codes_of_step(
         stride_sn,
         select(stride_zg_of, member, MEMBERS),
         stride_zn,
+        BITS,
         GROUP,
         HAS_MINIMUM,
         BLOCK_K,
     )
-
-
-def _column_stride(dys: Sequence[Tensor]) -> int:
-    """The stride along N that all gradients share. A gradient with a single column has none."""
-    return next((dy.stride(1) for dy in dys if dy.shape[1] > 1), 1)
 
 
 def matmul_dx_arguments(
@@ -254,7 +254,7 @@ def matmul_dx_arguments(
         "K": weights[0].in_features,
         "R": rank,
         "stride_dym_of": of_members([dy.stride(0) for dy in dys], 0),
-        "stride_dyn": _column_stride(dys),
+        "stride_dyn": column_stride(dys),
         "stride_gm": stride_gm,
         "stride_gr": stride_gr,
         "stride_ar": stride_ar,
@@ -334,7 +334,7 @@ def int4_matmul_dx_group_triton(
     dx = torch.empty((m, k), dtype=dtype, device=device)
     if dx.numel():
         n = sum(weight.out_features for weight in weights)
-        problem = Problem("matmul_dx", m, n, k, weights[0].scheme, weights[0].group_size, dtype)
+        problem = Problem("matmul_dx", m, n, k, weights[0].scheme, weights[0].group_size, dtype, weights[0].bits)
         config = config or default_config(problem)
         if not config.suits(problem):
             raise ValueError(f"{config} does not suit {problem}")

@@ -133,7 +133,9 @@ def default_route(problem: Problem) -> Route:
 def routed(kernel: Kernel, operand: Tensor, weights: Sequence[Int4Weight], launch: Callable[[Route], Result]) -> Result:
     """Launches by the route that the tables give. A route that the device has no room for is not taken again."""
     head, n = weights[0], sum(weight.out_features for weight in weights)
-    problem = Problem(kernel, operand.shape[0], n, head.in_features, head.scheme, head.group_size, operand.dtype)
+    problem = Problem(
+        kernel, operand.shape[0], n, head.in_features, head.scheme, head.group_size, operand.dtype, head.bits
+    )
     routes = routes_of(architecture_of(operand.device))
     from triton.runtime.errors import OutOfResources
 

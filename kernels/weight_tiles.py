@@ -1,9 +1,9 @@
-"""Device functions that bring tiles of a packed 4-bit weight into a kernel, and order their columns.
+"""Device functions that bring tiles of a packed weight into a kernel, and order their columns.
 
-A tile of BLOCK_K columns is decoded into two planes of BLOCK_K // 2 columns, one of the low nibbles and one of the high
-ones, because a byte holds two columns that are 32 apart. Where a product sums over the columns, it sums over both
-planes, and nothing is put together. Where the columns are those of the result, the planes are joined: one product of
-twice the width gives the compiler's layouts more to share among the warps than two of half the width.
+A tile of BLOCK_K columns is decoded into two planes of BLOCK_K // 2 columns, the first and the last 32 of each chunk of
+64, because a byte with two codes of 4 bits holds columns that are 32 apart. Where a product sums over the columns, it
+sums over both planes, and nothing is put together. Where the columns are those of the result, the planes are joined:
+one product of twice the width gives the compiler's layouts more to share among the warps than two of half the width.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def load_planes(
     stride_sn,
     stride_zg,
     stride_zn,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
@@ -56,11 +57,12 @@ def load_planes(
         stride_sn,
         stride_zg,
         stride_zn,
+        BITS,
         GROUP,
         HAS_MINIMUM,
         BLOCK_K,
     )
-    low, high = decode_planes(codes, codebook_ptr, HAS_MINIMUM, HAS_CODEBOOK, DTYPE, ASM)
+    low, high = decode_planes(codes, codebook_ptr, BITS, HAS_MINIMUM, HAS_CODEBOOK, DTYPE, ASM)
     if MASK_K:
         columns = plane_columns(k0, BLOCK_K)
         low = tl.where((columns < K)[None, :], low, 0.0)
@@ -83,67 +85,78 @@ def load_codes(
     stride_sn,
     stride_zg,
     stride_zn,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Loads what ``W[offs_n, k0 : k0 + BLOCK_K]`` is decoded from: bytes; scales and minima of both planes.
 
-    packed_ptr ``[N, padded(K) // 2]`` uint8: byte ``c * 32 + j`` holds column ``c * 64 + j`` in its low nibble and
-    ``c * 64 + 32 + j`` in its high nibble. scales_ptr, minimum_ptr ``[groups, N]`` float16 or float32. k0 is a multiple
-    of 64. Rows whose mask is false are not read.
+    packed_ptr ``[N, packed_columns(K, BITS)]`` uint8, see ``layout``. scales_ptr, minimum_ptr ``[groups, N]`` float16
+    or float32. k0 is a multiple of 64. Rows whose mask is false are not read.
 
-    Returns a tuple: bytes ``[BLOCK_N, BLOCK_K // 2]``; scales of the low plane and of the high one, minima of the low
-    plane and of the high one, see ``group_rows``. Without minima, scales stand in their places.
+    Returns a tuple: bytes of the low plane and of the high one, see ``packed_planes``; scales of the low plane and of
+    the high one, minima of the low plane and of the high one, see ``group_rows``. Without minima, scales stand in their
+    places.
     """
-    packed = packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K)
-    # Both planes of a chunk have one scale, unless a group is a single run.
+    packed, packed_high = packed_planes(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BITS, BLOCK_K)
+    # Both planes of a chunk have one scale, unless a group is a single run or less.
     scales_low = group_rows(scales_ptr, offs_n, mask_n, k0, 0, K, stride_sg, stride_sn, GROUP, BLOCK_K)
     scales_high = scales_low
-    if GROUP == 32:
+    if GROUP <= 32:
         scales_high = group_rows(scales_ptr, offs_n, mask_n, k0, 1, K, stride_sg, stride_sn, GROUP, BLOCK_K)
     minima_low = scales_low
     minima_high = scales_high
     if HAS_MINIMUM:
         minima_low = group_rows(minimum_ptr, offs_n, mask_n, k0, 0, K, stride_zg, stride_zn, GROUP, BLOCK_K)
         minima_high = minima_low
-        if GROUP == 32:
+        if GROUP <= 32:
             minima_high = group_rows(minimum_ptr, offs_n, mask_n, k0, 1, K, stride_zg, stride_zn, GROUP, BLOCK_K)
-    return packed, scales_low, scales_high, minima_low, minima_high
+    return packed, packed_high, scales_low, scales_high, minima_low, minima_high
 
 
 @triton.jit
-def packed_tile(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BLOCK_K: tl.constexpr):
-    """The bytes ``[BLOCK_N, BLOCK_K // 2]`` of the chunks from k0 on: packed_ptr ``[N, padded(K) // 2]`` uint8."""
+def packed_planes(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The bytes of the low and the high plane of the chunks from k0 on, each ``[BLOCK_N, BLOCK_K // 2]``.
+
+    packed_ptr ``[N, packed_columns(K, BITS)]`` uint8. With 4 bits both planes are in the same bytes.
+    """
     offs_j = tl.arange(0, BLOCK_K // 2)
+    offs_p = k0 // 2 + offs_j if BITS == 4 else plane_columns(k0, BLOCK_K)
     # A whole chunk is read where K ends within it, because the packed row is padded to its end.
-    mask_p = k0 + offs_j // 32 * 64 < K
-    return tl.load(
-        packed_ptr + offs_n.to(tl.int64)[:, None] * stride_pn + (k0 // 2 + offs_j).to(tl.int64)[None, :] * stride_pj,
-        mask=mask_n[:, None] & mask_p[None, :],
-        other=0,
-    )
+    mask = mask_n[:, None] & (k0 + offs_j // 32 * 64 < K)[None, :]
+    row_ptrs = packed_ptr + offs_n.to(tl.int64)[:, None] * stride_pn
+    low = tl.load(row_ptrs + offs_p.to(tl.int64)[None, :] * stride_pj, mask=mask, other=0)
+    high = low
+    if BITS == 8:
+        high = tl.load(row_ptrs + (offs_p + 32).to(tl.int64)[None, :] * stride_pj, mask=mask, other=0)
+    return low, high
 
 
 @triton.jit
 def group_rows(ptr, offs_n, mask_n, k0, plane, K, stride_g, stride_n, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
     """The scales (or minima) of one plane (0: low, 1: high) of a tile.
 
-    ptr ``[groups, N]``. A plane's run of 32 columns lies within one group, so one row per chunk of 64 is loaded.
-    Returns ``[BLOCK_N, 1]`` if the whole tile lies within one group, ``[BLOCK_N, BLOCK_K // 2]`` otherwise.
+    ptr ``[groups, N]``. A plane's run of 32 columns lies within one group, so one row per chunk of 64 is loaded; of
+    groups of 16 it is two. Returns ``[BLOCK_N, 1]`` if the whole tile lies within one group, and otherwise
+    ``[BLOCK_N, BLOCK_K // 2]``.
     """
-    CHUNKS: tl.constexpr = 1 if GROUP >= BLOCK_K else BLOCK_K // 64
-    offs_c = k0 + plane * 32 + tl.arange(0, CHUNKS) * 64
+    PIECE: tl.constexpr = 16 if GROUP == 16 else 32
+    PIECES: tl.constexpr = 1 if GROUP >= BLOCK_K else BLOCK_K // 2 // PIECE
+    pieces = tl.arange(0, PIECES)
+    offs_c = k0 + plane * 32 + pieces * 64
+    if GROUP == 16:
+        offs_c = k0 + plane * 32 + pieces // 2 * 64 + pieces % 2 * 16
     offs_g = (offs_c // GROUP).to(tl.int64)
-    # [BLOCK_N, CHUNKS]
+    # [BLOCK_N, PIECES]
     rows = tl.load(
         ptr + offs_g[None, :] * stride_g + offs_n.to(tl.int64)[:, None] * stride_n,
         mask=mask_n[:, None] & (offs_c < K)[None, :],
         other=0.0,
     )
-    if CHUNKS > 1:
-        rows = tl.broadcast_to(rows[:, :, None], (rows.shape[0], CHUNKS, 32))
-        rows = tl.reshape(rows, (rows.shape[0], CHUNKS * 32))
+    if PIECES > 1:
+        rows = tl.broadcast_to(rows[:, :, None], (rows.shape[0], PIECES, PIECE))
+        rows = tl.reshape(rows, (rows.shape[0], PIECES * PIECE))
     return rows
 
 

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 dot works on bit patterns, so bfloat16 is tested on GPUs only.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
-MODULES = ("decode", "weight_tiles", "split", "matmul", "matmul_dx", "embedding", "softmax_tile")
+MODULES = ("decode_bytes", "decode", "weight_tiles", "split", "matmul", "matmul_dx", "embedding", "softmax_tile")
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
