@@ -18,8 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from mebp_triton.kernels import embedding, matmul, matmul_dx
 from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig
-from mebp_triton.kernels.layout import Int4Weight, group_count, padded
-from mebp_triton.kernels.names import Scheme
+from mebp_triton.kernels.layout import Int4Weight, group_count, packed_columns
+from mebp_triton.kernels.names import Form
 
 from .emulator.driver import compiler_for
 from .sass import LoopCounts, count, cuobjdump, disassemble, main_loops
@@ -118,18 +118,16 @@ def compile_for(
     )
 
 
-def blank_weight(
-    n: int, k: int, group_size: int, scheme: Scheme, scale_dtype: torch.dtype, device: str = "meta"
-) -> Int4Weight:
+def blank_weight(n: int, k: int, form: Form, scale_dtype: torch.dtype, device: str = "meta") -> Int4Weight:
     """A weight of these shapes, all zeros; on the meta device it takes no memory."""
-    scales = torch.zeros(group_count(k, group_size), n, dtype=scale_dtype, device=device)
+    scales = torch.zeros(group_count(k, form.group_size), n, dtype=scale_dtype, device=device)
     return Int4Weight(
-        packed=torch.zeros(n, padded(k) // 2, dtype=torch.uint8, device=device),
+        packed=torch.zeros(n, packed_columns(k, form.bits), dtype=torch.uint8, device=device),
         scales=scales,
         in_features=k,
-        group_size=group_size,
-        minimum=torch.zeros_like(scales) if scheme == "affine" else None,
-        codebook=torch.zeros(16, device=device) if scheme == "codebook" else None,
+        group_size=form.group_size,
+        minimum=torch.zeros_like(scales) if form.scheme == "affine" else None,
+        codebook=torch.zeros(16, device=device) if form.scheme == "codebook" else None,
     )
 
 
@@ -151,7 +149,7 @@ def blank_launch(
         raise ValueError(f"kernel must be one of {KERNELS}, got {problem.kernel!r}")
     if not config.suits(problem):
         raise ValueError(f"config must suit the problem, got {config} for {problem}")
-    weight = blank_weight(n, k, problem.group_size, problem.scheme, scale_dtype, device)
+    weight = blank_weight(n, k, problem.form, scale_dtype, device)
     weights = [weight] * members
 
     def zeros(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:

@@ -96,8 +96,8 @@ L2_BYTES = 32
 EDGE_LATENCY = 2 * MEMORY_LATENCY
 # Time between two launches in a stream.
 LAUNCH_US = 2.0
-# Bytes per weight: its code, and its part of two bytes of scale per 64 weights.
-WEIGHT_BYTES = 0.5 + 2 / 64
+# Bytes per weight besides its code: its part of two bytes of scale per 64 weights.
+SCALE_BYTES = 2 / 64
 # Issue slots per weight and thread of decoding a panel, from unpacking to storing.
 DECODE_SLOTS = 2.0
 PANEL_WEIGHTS = 1 << 23
@@ -209,7 +209,7 @@ def predict(
     shared, serial = wavefronts + trip.operands / SHARED_SHARE, trip.issue + tensor + wavefronts
     busiest = max(trip.issue, tensor, shared)
     step = config.block_k if problem.kernel == "matmul" else config.block_n
-    loaded = config.block_n * config.block_k * WEIGHT_BYTES + config.block_m * step * problem.dtype.itemsize
+    loaded = config.block_n * config.block_k * _weight_bytes(problem) + config.block_m * step * problem.dtype.itemsize
     if counts is not None:
         loaded += SECTOR * (counts.sectors - counts.least_sectors)
     latency = max(MEMORY_LATENCY / max(config.num_stages - 1, 1), TRIP_LATENCY) + trip.issue / config.num_warps
@@ -227,7 +227,9 @@ def predict(
         return rounds * clocks(resident) + (clocks(rest) if rest else 0.0)
 
     per_us = device.clock_ghz * 1e3
-    elements = problem.n * problem.k * WEIGHT_BYTES + (problem.n + problem.k) * problem.m * problem.dtype.itemsize
+    elements = (
+        problem.n * problem.k * _weight_bytes(problem) + (problem.n + problem.k) * problem.m * problem.dtype.itemsize
+    )
     memory_us = _memory_us(elements, device)
     second_us = _second_pass_us(problem, config, device)
     limits: dict[Limit, float] = {
@@ -284,6 +286,10 @@ def _cache_us(moved: float, device: Device) -> float:
     return moved / (L2_BYTES * device.sms * device.clock_ghz * 1e3)
 
 
+def _weight_bytes(problem: Problem) -> float:
+    return problem.bits / 8 + SCALE_BYTES
+
+
 def predict_panel(problem: Problem, device: Device) -> Prediction:
     """Predicts the panel route, which decodes each panel and multiplies it by the vendor's library."""
     weights = problem.n * problem.k
@@ -296,7 +302,7 @@ def predict_panel(problem: Problem, device: Device) -> Prediction:
     tokens = ceil_div(problem.m, VENDOR_TILE_M) * VENDOR_TILE_M
     multiply = tokens * weights / (device.tensor_fma * TENSOR_SHARE * device.sms * per_us)
     activations = (problem.n + problem.k) * problem.m * problem.dtype.itemsize
-    moves = (weights * WEIGHT_BYTES + out, out + activations)
+    moves = (weights * _weight_bytes(problem) + out, out + activations)
     written, read = (max(_cache_us(weights * 2, device), _memory_us(moved, device)) for moved in moves)
     # LoRA's term and the bias are one launch, and each panel is two.
     launches = (1 + 2 * panels) * (LAUNCH_US + EDGE_LATENCY / per_us)

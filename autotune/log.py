@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
-from mebp_triton.kernels.tables import DTYPE_NAMES, DTYPES, Route, bucket, is_time, parse_config, read_strictly
+from mebp_triton.kernels.names import SCHEMES
+from mebp_triton.kernels.tables import (
+    DTYPES,
+    Route,
+    bucket,
+    check_form,
+    is_time,
+    parse_config,
+    problem_to_json,
+    read_strictly,
+)
 
 from .ceilings import Ceilings
 from .cost_model import LIMITS
@@ -87,7 +96,7 @@ class Log:
 
 
 def _record_to_json(record: Record) -> dict[str, Any]:
-    problem = asdict(record.problem) | {"dtype": DTYPE_NAMES[record.problem.dtype]}
+    problem = problem_to_json(record.problem)
     trials = [asdict(trial) | {"samples_us": list(trial.samples_us)} for trial in record.trials]
     rest = {"device": record.device, "versions": dict(record.versions), "measured_m": record.measured_m}
     return {"problem": problem, "trials": trials, **rest}
@@ -137,11 +146,14 @@ def _parse_record(item: Any) -> Record:
 
 
 def _parse_problem(item: Any) -> Problem:
+    if isinstance(item, dict):
+        item = {"bits": 4} | item
     _check_keys(item, {field.name for field in fields(Problem)}, "a problem")
-    allowed: dict[str, Any] = {"kernel": TUNED, "scheme": SCHEMES, "group_size": GROUP_SIZES, "dtype": tuple(DTYPES)}
+    allowed: dict[str, Any] = {"kernel": TUNED, "scheme": SCHEMES, "dtype": tuple(DTYPES)}
     for key, values in allowed.items():
         if type(item[key]) not in (str, int) or item[key] not in values:
             raise ValueError(f"{key} must be one of {values}, got {item[key]!r}")
+    check_form(item)
     if not all(_is_size(item[key]) for key in ("m", "n", "k")):
         raise ValueError("m, n and k must be positive integers")
     return Problem(**item | {"dtype": DTYPES[item["dtype"]]})

@@ -19,7 +19,7 @@ from triton.errors import TritonError
 
 from mebp_triton.kernels.accuracy import judge, random_weight
 from mebp_triton.kernels.configs import Problem
-from mebp_triton.kernels.layout import group_count, padded
+from mebp_triton.kernels.layout import group_count, packed_columns
 from mebp_triton.kernels.panel import int4_matmul_dx_panel, int4_matmul_panel
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.tables import Route
@@ -58,7 +58,7 @@ class Measurement:
 def weight_bytes(problem: Problem) -> int:
     """Bytes of a packed weight with scales and minima in float16."""
     scales = 2 * group_count(problem.k, problem.group_size) * problem.n
-    return problem.n * padded(problem.k) // 2 + scales * (2 if problem.scheme == "affine" else 1)
+    return problem.n * packed_columns(problem.k, problem.bits) + scales * (2 if problem.scheme == "affine" else 1)
 
 
 def bytes_moved(problem: Problem) -> int:
@@ -119,7 +119,15 @@ class Bench:
         self.out_features = problem.n if problem.kernel == "matmul" else problem.k
         inputs = problem.k if problem.kernel == "matmul" else problem.n
         self.weights = [
-            random_weight(problem.n, problem.k, device, problem.scheme, problem.group_size, generator=self.generator)
+            random_weight(
+                problem.n,
+                problem.k,
+                device,
+                problem.scheme,
+                problem.group_size,
+                generator=self.generator,
+                bits=problem.bits,
+            )
             for _ in range(copies)
         ]
         # [copies, M, K] or [copies, M, N]

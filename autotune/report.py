@@ -31,7 +31,7 @@ class Row:
     """The report's row of one problem.
 
     Attributes:
-        kernel, m, n, k, scheme, group_size, dtype: the real problem, or its bucket if no log names the problem.
+        kernel, m, n, k, scheme, group_size, bits, dtype: the real problem, or its bucket if no log names the problem.
         route: the winner.
         provenance: "measured", or "static" if times and rates are predictions.
         device: the name of the device that measured; None for predictions.
@@ -51,6 +51,7 @@ class Row:
     k: int
     scheme: str
     group_size: int
+    bits: int
     dtype: str
     route: str
     provenance: str
@@ -99,7 +100,7 @@ def rows(table: Table, log: Log, nominal: Ceilings) -> list[Row]:
             record = None  # it belongs to another run
         ceilings = nominal if entry.device is None else log.ceilings.get(entry.device)
         listed.append(_row(entry, record, ceilings))
-    return sorted(listed, key=lambda row: (row.kernel, row.dtype, row.scheme, row.n, row.k, row.m))
+    return sorted(listed, key=lambda row: (row.kernel, row.dtype, row.bits, row.scheme, row.n, row.k, row.m))
 
 
 def _row(entry: Entry, record: Record | None, ceilings: Ceilings | None) -> Row:

@@ -57,6 +57,7 @@ def problems(
     scheme: Scheme = "symmetric",
     group_size: int = 64,
     dtype: torch.dtype = torch.bfloat16,
+    bits: int = 4,
 ) -> list[Problem]:
     """Forward and dX of every shape and number of tokens. Of those in one bucket, the one with the most weights."""
     tokens = list(tokens)
@@ -64,7 +65,7 @@ def problems(
     for n, k in shapes:
         for m in tokens:
             for kernel in TUNED:
-                problem = Problem(kernel, m, n, k, scheme, group_size, dtype)
+                problem = Problem(kernel, m, n, k, scheme, group_size, dtype, bits)
                 other = chosen.setdefault(bucket(problem), problem)
                 if (n * k, m) > (other.n * other.k, other.m):
                     chosen[bucket(problem)] = problem

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from .layout import CHUNK
-from .names import Scheme
+from .names import Form, Scheme
 
 Kernel = Literal["matmul", "matmul_dx", "embedding"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
@@ -44,6 +44,10 @@ class Problem:
     group_size: int = 64
     dtype: torch.dtype = torch.bfloat16
     bits: int = 4
+
+    @property
+    def form(self) -> Form:
+        return Form(self.scheme, self.group_size, self.bits)
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ def find_route(problem: Problem, table: Table) -> Route:
     """The route that a table gives a problem.
 
     It is the entry for the problem's bucket, or for the nearest bucket of N and K with all else equal. If there is
-    none, an entry for the other 16-bit dtype stands in, then one for another group size or scheme. If no entry is for
-    the kernel and the number of tokens, ``default_route`` decides.
+    none, an entry for the other 16-bit dtype stands in, then one for another group size, scheme or width of codes. If
+    no entry is for the kernel and the number of tokens, ``default_route`` decides.
     """
     wanted = bucket(problem)
     candidates = [item for item in table if _may_stand_in(item, wanted)]
@@ -117,7 +117,16 @@ def _distance(item: Problem, wanted: Problem) -> tuple[Any, ...]:
     size = abs(math.log2(item.n / wanted.n)) + abs(math.log2(item.k / wanted.k))
     other_group = abs(math.log2(item.group_size / wanted.group_size))
     other_scheme = 0 if item.scheme == wanted.scheme else 1 + SCHEMES.index(item.scheme)
-    return other_scheme, other_group, item.dtype != wanted.dtype, size, item.n, item.k, item.group_size
+    return (
+        item.bits != wanted.bits,
+        other_scheme,
+        other_group,
+        item.dtype != wanted.dtype,
+        size,
+        item.n,
+        item.k,
+        item.group_size,
+    )
 
 
 def default_route(problem: Problem) -> Route:

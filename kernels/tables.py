@@ -2,7 +2,7 @@
 
 A table is JSON: ``{"format": 1, "architecture": "sm_90", "entries": [...]}``. An entry names
 
-- its problem: kernel, m, n, k (bounds of buckets), scheme, group_size, dtype;
+- its problem: kernel, m, n, k (bounds of buckets), scheme, group_size, dtype, and bits where that is not 4;
 - its ``route``: "tile" with a ``config``, or "panel" (decode a panel of the weight, and let the vendor's library
   multiply);
 - its ``provenance``: "measured" on a device, or "static" (compiled, and ranked by a model);
@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 
 from .configs import TUNED, Problem, TileConfig
-from .names import GROUP_SIZES, SCHEMES
+from .names import FORMS, SCHEMES
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"
@@ -65,7 +65,7 @@ class Entry:
     versions: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        problem = asdict(self.problem) | {"dtype": DTYPE_NAMES[self.problem.dtype]}
+        problem = problem_to_json(self.problem)
         route = {"route": "panel"} if self.route is None else {"route": "tile", "config": asdict(self.route)}
         return {
             **problem,
@@ -78,6 +78,24 @@ class Entry:
 
 
 Table = dict[Problem, Entry]
+
+
+def problem_to_json(problem: Problem) -> dict[str, Any]:
+    """A problem as JSON has it, which names the width of codes only where it is not 4."""
+    value = asdict(problem) | {"dtype": DTYPE_NAMES[problem.dtype]}
+    return {key: field for key, field in value.items() if (key, field) != ("bits", 4)}
+
+
+def check_form(item: Mapping[str, Any]) -> None:
+    """ValueError where a problem's scheme, group size and bits in JSON are none that go together."""
+    form = item["scheme"], item["group_size"], item["bits"]
+    if any(type(field) not in (str, int) for field in form):
+        raise ValueError(f"scheme, group_size and bits must be a name and two integers, got {form!r:.100}")
+    if form not in FORMS:
+        sizes = sorted({size for scheme, size, bits in FORMS if (scheme, bits) == (form[0], form[2])})
+        if not sizes:
+            raise ValueError(f"bits must be 4, or 8 without a codebook, got {form[2]!r:.100} for {form[0]!r:.40}")
+        raise ValueError(f"group_size must be one of {tuple(sizes)}, got {form[1]!r:.100} for codes of {form[2]} bits")
 
 
 def bucket_m(m: int) -> int:
@@ -137,12 +155,11 @@ def is_time(value: Any) -> bool:
 def _parse_entry(item: Any) -> Entry:
     names = {field.name for field in fields(Problem)}
     keys = names | {"route", "provenance", "time_us", "device", "versions"}
-    if not isinstance(item, dict) or item.keys() - {"config"} != keys:
+    if not isinstance(item, dict) or ({"bits": 4} | item).keys() - {"config"} != keys:
         raise ValueError(f"an entry has the keys {', '.join(sorted(keys))}, and config where its route is tile")
     allowed: dict[str, Any] = {
         "kernel": TUNED,
         "scheme": SCHEMES,
-        "group_size": GROUP_SIZES,
         "dtype": tuple(DTYPES),
         "m": M_BUCKETS,
         "n": SIZE_BUCKETS,
@@ -153,6 +170,8 @@ def _parse_entry(item: Any) -> Entry:
     for key, values in allowed.items():
         if type(item[key]) not in (str, int) or item[key] not in values:
             raise ValueError(f"{key} must be one of {values}, got {item[key]!r:.100}")
+    item = {"bits": 4} | item
+    check_form(item)
     time_us, versions, device = item["time_us"], item["versions"], item["device"]
     if not is_time(time_us):
         raise ValueError(f"time_us must be a positive number, got {time_us!r:.100}")

@@ -11,7 +11,7 @@ from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.embedding import int4_embedding_triton
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -32,21 +32,20 @@ def check(guarded):
 SCALE_DTYPES = (torch.float16, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "scheme", "group_size", "scale_dtype"), pairs(DTYPES, SCHEMES, GROUP_SIZES, SCALE_DTYPES), ids=str
-)
-def test_every_byte(check, every_byte, dtype, scheme, group_size, scale_dtype, device):
-    check(torch.arange(8, device=device), every_byte(group_size, scheme, scale_dtype), dtype)
+@pytest.mark.parametrize(("dtype", "form", "scale_dtype"), pairs(DTYPES, FORMS, SCALE_DTYPES), ids=str)
+def test_every_byte(check, every_byte, dtype, form, scale_dtype, device):
+    weight = every_byte(form.group_size, form.scheme, scale_dtype, form.bits)
+    check(torch.arange(8, device=device), weight, dtype)
 
 
 @pytest.mark.parametrize(
-    ("size", "scheme", "group_size", "dtype"),
-    pairs([(1, 1), (3, 31), (70, 33), (17, 64), (5, 200), (40, 449)], SCHEMES, GROUP_SIZES, DTYPES),
+    ("size", "form", "dtype"),
+    pairs([(1, 1), (3, 31), (70, 33), (17, 64), (5, 200), (40, 449)], FORMS, DTYPES),
     ids=str,
 )
-def test_odd_sizes(check, make_weight, dtype, scheme, group_size, size, device):
+def test_odd_sizes(check, make_weight, dtype, form, size, device):
     ids = torch.randint(0, size[0], (19,), generator=torch.Generator().manual_seed(0)).to(device)
-    check(ids, make_weight(*size, group_size, scheme), dtype)
+    check(ids, make_weight(*size, form.group_size, form.scheme, bits=form.bits), dtype)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (4, 5), (2, 3, 4), (129,)])
@@ -66,19 +65,20 @@ def test_strides(check, make_weight, scheme, device):
     check(ids, weight.permute_rows(torch.randperm(60).to(device)))
 
 
-@pytest.mark.parametrize(("block_k", "scheme", "group_size"), pairs([64, 128, 256], SCHEMES, GROUP_SIZES), ids=str)
-def test_every_tile_gives_the_answer(check, make_weight, scheme, group_size, block_k, device):
+@pytest.mark.parametrize(("block_k", "form"), pairs([64, 128, 256], FORMS), ids=str)
+def test_every_tile_gives_the_answer(check, make_weight, form, block_k, device):
     ids = torch.randint(0, 20, (33,)).to(device)
-    check(ids, make_weight(20, 330, group_size, scheme), config=TileConfig(32, 16, block_k))
+    weight = make_weight(20, 330, form.group_size, form.scheme, bits=form.bits)
+    check(ids, weight, config=TileConfig(32, 16, block_k))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_tile_that_goes_on_behind_the_last_chunk(check, make_weight, scheme, device):
-    check(torch.arange(7, device=device), make_weight(7, 192, 64, scheme), config=TileConfig(16, 16, 128))
+def test_a_tile_that_goes_on_behind_the_last_chunk(check, make_weight, kind, device):
+    weight = make_weight(7, 192, 64, kind.scheme, bits=kind.bits)
+    check(torch.arange(7, device=device), weight, config=TileConfig(16, 16, 128))
 
 
-def test_padding_is_not_read(check, make_weight, scheme, device):
-    weight = make_weight(20, 70, 32, scheme)
+def test_padding_is_not_read(check, make_weight, kind, device):
+    weight = make_weight(20, 70, 32, kind.scheme, bits=kind.bits)
     for tensor in (weight.scales, weight.minimum):
         if tensor is not None:
             tensor[3] = float("nan")
@@ -119,10 +119,9 @@ def test_mistakes_are_named(make_weight, device):
     m=st.integers(0, 40),
     n=st.integers(1, 80),
     k=st.integers(1, 200),
-    scheme=st.sampled_from(SCHEMES),
-    group_size=st.sampled_from(GROUP_SIZES),
+    form=st.sampled_from(FORMS),
     seed=st.integers(0, 9),
 )
-def test_any_shape(check, make_weight, device, m, n, k, scheme, group_size, seed):
+def test_any_shape(check, make_weight, device, m, n, k, form, seed):
     ids = torch.randint(0, n, (m,), generator=torch.Generator().manual_seed(seed)).to(device)
-    check(ids, make_weight(n, k, group_size, scheme, seed=seed), torch.float16)
+    check(ids, make_weight(n, k, form.group_size, form.scheme, seed=seed, bits=form.bits), torch.float16)

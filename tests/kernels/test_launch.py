@@ -43,6 +43,7 @@ def test_what_cannot_share_a_launch(make_weight, normal):
     others = {
         "other group size": make_weight(20, 100, 64),
         "other width": make_weight(20, 101, 32),
+        "other bits": make_weight(20, 100, 32, bits=8),
         "other scheme": make_weight(20, 100, 32, "affine"),
         "other scales": make_weight(20, 100, 32, scale_dtype=torch.float32),
     }

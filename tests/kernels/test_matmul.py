@@ -12,7 +12,7 @@ from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import int4_matmul_group_triton, int4_matmul_triton
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS, GROUP_SIZES
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -31,10 +31,10 @@ def check(guarded, assert_accurate):
     return run
 
 
-@pytest.mark.parametrize(("dtype", "scheme", "group_size"), pairs(DTYPES, SCHEMES, GROUP_SIZES), ids=str)
-def test_schemes_and_groups(check, make_weight, normal, dtype, scheme, group_size):
+@pytest.mark.parametrize(("dtype", "form"), pairs(DTYPES, FORMS), ids=str)
+def test_every_form(check, make_weight, normal, dtype, form):
     m, n, k, r = 33, 70, 200, 5
-    weight = make_weight(n, k, group_size, scheme)
+    weight = make_weight(n, k, form.group_size, form.scheme, bits=form.bits)
     bias, t, b = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(n,), (m, r), (n, r)]))
     check(normal(m, k, dtype=dtype), weight, bias, t, b)
 
@@ -49,8 +49,12 @@ def test_token_counts(check, make_weight, normal, dtype, m):
     ("n", "k"), [(1, 64), (5, 1), (3, 33), (65, 31), (63, 65), (64, 64), (130, 127), (17, 192), (2, 449)]
 )
 def test_odd_sizes(check, make_weight, normal, dtype, n, k):
-    for group_size, scheme in zip(GROUP_SIZES, SCHEMES, strict=True):
-        check(normal(40, k, dtype=dtype), make_weight(n, k, group_size, scheme), normal(n, dtype=dtype))
+    for form in FORMS[::4]:
+        check(
+            normal(40, k, dtype=dtype),
+            make_weight(n, k, form.group_size, form.scheme, bits=form.bits),
+            normal(n, dtype=dtype),
+        )
 
 
 @pytest.mark.parametrize("rank", [1, 2, 8, 15, 16, 17, 33, 64])
@@ -80,18 +84,17 @@ def test_rounded_once(guarded, normal, device):
         torch.testing.assert_close(y.double(), product + opposite.double(), rtol=1e-3, atol=1e-4)
 
 
-def test_float32_scales(check, make_weight, normal, dtype, scheme):
-    check(normal(17, 130, dtype=dtype), make_weight(35, 130, 32, scheme, torch.float32))
+def test_float32_scales(check, make_weight, normal, dtype, kind):
+    check(normal(17, 130, dtype=dtype), make_weight(35, 130, 32, kind.scheme, torch.float32, bits=kind.bits))
 
 
 @pytest.mark.parametrize(
-    ("tile", "block_k", "scheme", "group_size"),
-    pairs([(16, 16), (32, 64), (128, 32)], [64, 128, 256], SCHEMES, GROUP_SIZES),
-    ids=str,
+    ("tile", "block_k", "form"), pairs([(16, 16), (32, 64), (128, 32)], [64, 128, 256], FORMS), ids=str
 )
-def test_every_tile_gives_the_answer(check, make_weight, normal, scheme, group_size, tile, block_k):
+def test_every_tile_gives_the_answer(check, make_weight, normal, form, tile, block_k):
     x, t, b = normal(37, 330), normal(37, 4, seed=2), normal(45, 4, seed=3)
-    check(x, make_weight(45, 330, group_size, scheme), None, t, b, TileConfig(*tile, block_k))
+    weight = make_weight(45, 330, form.group_size, form.scheme, bits=form.bits)
+    check(x, weight, None, t, b, TileConfig(*tile, block_k))
 
 
 @pytest.mark.parametrize(
@@ -133,24 +136,23 @@ def test_strides_of_the_others(check, make_weight, normal, scheme):
 SCALE_DTYPES = (torch.float16, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "scheme", "group_size", "scale_dtype"), pairs(DTYPES, SCHEMES, GROUP_SIZES, SCALE_DTYPES), ids=str
-)
-def test_identity_gives_the_decoded_weight_to_the_bit(
-    guarded, every_byte, dtype, scheme, group_size, scale_dtype, device
-):
-    weight = every_byte(group_size, scheme, scale_dtype)
+@pytest.mark.parametrize(("dtype", "form", "scale_dtype"), pairs(DTYPES, FORMS, SCALE_DTYPES), ids=str)
+def test_identity_gives_the_decoded_weight_to_the_bit(guarded, every_byte, dtype, form, scale_dtype, device):
+    weight = every_byte(form.group_size, form.scheme, scale_dtype, form.bits)
     y = guarded(int4_matmul_triton, torch.eye(64, dtype=dtype, device=device), weight)
     assert torch.equal(y.t(), reference.decode(weight, dtype))
 
 
-def test_padding_is_not_read(guarded, make_weight, normal, dtype, scheme):
+def test_padding_is_not_read(guarded, make_weight, normal, dtype, kind):
     n, k = 20, 70
-    clean = make_weight(n, k, 32, scheme)
-    dirty = make_weight(n, k, 32, scheme)
-    # Column 70 is the seventh of its chunk: low nibbles 6..31 and every high nibble of that chunk are padding.
-    dirty.packed[:, 32 + 6 :] ^= 0xFF
-    dirty.packed[:, 32 : 32 + 6] ^= 0xF0
+    clean = make_weight(n, k, 32, kind.scheme, bits=kind.bits)
+    dirty = make_weight(n, k, 32, kind.scheme, bits=kind.bits)
+    if kind.bits == 4:
+        # Column 70 is the seventh of its chunk: low nibbles 6..31 and every high nibble of that chunk are padding.
+        dirty.packed[:, 32 + 6 :] ^= 0xFF
+        dirty.packed[:, 32 : 32 + 6] ^= 0xF0
+    else:
+        dirty.packed[:, k:] ^= 0xFF
     for tensor in (dirty.scales, dirty.minimum):
         if tensor is not None:
             tensor[3] = float("nan")
@@ -159,20 +161,20 @@ def test_padding_is_not_read(guarded, make_weight, normal, dtype, scheme):
     assert torch.equal(guarded(int4_matmul_triton, x, dirty), guarded(int4_matmul_triton, x, clean))
 
 
-@pytest.mark.parametrize("k", [70, 100], ids=["low plane", "high plane"])
-def test_padding_that_would_overflow_is_not_read(guarded, device, k):
-    """Decoded in float16 it is infinite, and infinity times the zeros of x would be NaN."""
-    codes = torch.full((3, 128), 15, dtype=torch.uint8)
-    codes[:, :k] = 9
-    packed = Int4Weight.from_codes(codes, torch.ones(4, 3), 32).packed
+@pytest.mark.parametrize(("k", "bits"), [(70, 4), (100, 4), (70, 8), (100, 8)])
+def test_padding_that_would_overflow_is_not_read(guarded, device, k, bits):
+    """Decoded in float16 it is infinite, in either plane, and infinity times the zeros of x would be NaN."""
+    codes = torch.full((3, 128), 2**bits - 1, dtype=torch.uint8)
+    codes[:, :k] = 2 ** (bits - 1) + 1
+    packed = Int4Weight.from_codes(codes, torch.ones(4, 3), 32, bits=bits).packed
     weight = Int4Weight(packed, torch.full((4, 3), 2e4).half(), k, 32).to(device)
     y = guarded(int4_matmul_triton, torch.full((2, k), 2.0**-6, dtype=torch.float16, device=device), weight)
     assert torch.equal(y, torch.full_like(y, k * 2e4 / 64))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_tile_that_goes_on_behind_the_last_chunk(check, make_weight, normal, scheme):
-    check(normal(5, 192), make_weight(7, 192, 64, scheme), config=TileConfig(16, 16, 128))
+def test_a_tile_that_goes_on_behind_the_last_chunk(check, make_weight, normal, kind):
+    weight = make_weight(7, 192, 64, kind.scheme, bits=kind.bits)
+    check(normal(5, 192), weight, config=TileConfig(16, 16, 128))
 
 
 def test_a_nan_stays_in_its_row(guarded, make_weight, normal):
@@ -281,8 +283,7 @@ def test_mistakes_are_named(make_weight, replace, message, device):
     n=st.integers(1, 80),
     k=st.integers(1, 200),
     rank=st.integers(0, 20),
-    scheme=st.sampled_from(SCHEMES),
-    group_size=st.sampled_from(GROUP_SIZES),
+    form=st.sampled_from(FORMS),
     step=st.integers(1, 3),
     transposed=st.booleans(),
     seed=st.integers(0, 9),
@@ -296,12 +297,10 @@ def test_mistakes_are_named(make_weight, replace, message, device):
         weight_left=st.booleans(),
     ),
 )
-def test_any_shape(
-    guarded, make_weight, normal, dtype, m, n, k, rank, scheme, group_size, step, transposed, seed, config
-):
+def test_any_shape(guarded, make_weight, normal, dtype, m, n, k, rank, form, step, transposed, seed, config):
     x = normal(k * step, m, dtype=dtype, seed=seed)[::step].t() if transposed else normal(m, k * step, dtype=dtype)
     x = x if transposed else x[:, ::step]
-    weight = make_weight(n, k, group_size, scheme, seed=seed)
+    weight = make_weight(n, k, form.group_size, form.scheme, seed=seed, bits=form.bits)
     t, b = (normal(m, rank, dtype=dtype), normal(n, rank, dtype=dtype, seed=2)) if rank else (None, None)
     wide = (None, None) if t is None or b is None else (t.double(), b.double())
     y = guarded(int4_matmul_triton, x, weight, None, t, b, config)
@@ -327,17 +326,19 @@ def test_split_reductions(check, make_weight, normal, dtype, group_size, split, 
 
 
 @pytest.mark.parametrize(
-    ("sizes", "k", "dtype"), pairs([(32, 64), (64, 64), (128, 64), (128, 128)], [1, 33, 64, 97, 330], DTYPES), ids=str
+    ("sizes", "k", "dtype", "bits"),
+    pairs([(32, 64), (64, 64), (128, 64), (128, 128)], [1, 33, 64, 97, 330], DTYPES, [4, 8]),
+    ids=str,
 )
-def test_scaled_sums(check, make_weight, normal, dtype, sizes, k):
+def test_scaled_sums(check, make_weight, normal, dtype, sizes, k, bits):
     group_size, block_k = sizes
-    check(
-        normal(5, k, dtype=dtype), make_weight(19, k, group_size), config=TileConfig(16, 16, block_k, scale_sums=True)
-    )
+    weight = make_weight(19, k, group_size, bits=bits)
+    check(normal(5, k, dtype=dtype), weight, config=TileConfig(16, 16, block_k, scale_sums=True))
 
 
-def test_scaled_sums_give_the_decoded_weight_to_the_bit(guarded, every_byte, dtype, group_size, device):
-    weight = every_byte(group_size, "symmetric", torch.float16)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scaled_sums_give_the_decoded_weight_to_the_bit(guarded, every_byte, dtype, group_size, device, bits):
+    weight = every_byte(group_size, "symmetric", torch.float16, bits)
     config = TileConfig(64, 16, 64, scale_sums=True)
     y = guarded(int4_matmul_triton, torch.eye(64, dtype=dtype, device=device), weight, config=config)
     assert torch.equal(y.t(), reference.decode(weight, dtype))
@@ -354,23 +355,26 @@ def test_scaled_sums_do_not_read_padding(guarded, make_weight, normal, dtype):
 
 def test_a_configuration_that_does_not_suit_is_refused(make_weight, normal):
     with pytest.raises(ValueError, match="does not suit"):
+        weight = make_weight(20, 70, 16, bits=8)
+        int4_matmul_triton(normal(5, 70), weight, config=TileConfig(16, 16, 64, scale_sums=True))
+    with pytest.raises(ValueError, match="does not suit"):
         int4_matmul_triton(
             normal(5, 70), make_weight(20, 70, scheme="affine"), config=TileConfig(16, 16, 64, scale_sums=True)
         )
 
 
 @pytest.mark.parametrize(
-    ("sizes", "config", "scheme", "dtype"),
-    pairs([(20, 33), (18, 1, 17)], [None, TileConfig(16, 32, 128, split=2)], SCHEMES, DTYPES),
+    ("sizes", "config", "form", "dtype"),
+    pairs([(20, 33), (18, 1, 17)], [None, TileConfig(16, 32, 128, split=2)], FORMS[::3], DTYPES),
     ids=lambda value: "split" if isinstance(value, TileConfig) else str(value),
 )
-def test_group(guarded, assert_accurate, make_weight, normal, dtype, scheme, sizes, config):
+def test_group(guarded, assert_accurate, make_weight, normal, dtype, form, sizes, config):
     """One launch gives the bits that a launch for each member gives.
 
     Errors are judged over all members: torch's in a single column of few rows may be as good as none.
     """
     m, k, r = 15, 130, 3
-    weights = [make_weight(n, k, 64, scheme, seed=i) for i, n in enumerate(sizes)]
+    weights = [make_weight(n, k, form.group_size, form.scheme, seed=i, bits=form.bits) for i, n in enumerate(sizes)]
     x, total = normal(m, k, dtype=dtype), sum(sizes)
     bias, t, b = normal(total, seed=2), normal(m, len(sizes) * r, seed=3), normal(total, r, seed=4)
     found = int4_matmul_group_triton(x, weights, bias, t, b, config)

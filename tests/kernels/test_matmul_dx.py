@@ -12,7 +12,7 @@ from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul_dx import int4_matmul_dx_group_triton, int4_matmul_dx_triton
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -31,11 +31,11 @@ def check(guarded, assert_accurate):
     return run
 
 
-@pytest.mark.parametrize(("dtype", "scheme", "group_size"), pairs(DTYPES, SCHEMES, GROUP_SIZES), ids=str)
-def test_schemes_and_groups(check, make_weight, normal, dtype, scheme, group_size):
+@pytest.mark.parametrize(("dtype", "form"), pairs(DTYPES, FORMS), ids=str)
+def test_every_form(check, make_weight, normal, dtype, form):
     m, n, k, r = 33, 70, 200, 5
     g, a = normal(m, r, dtype=dtype, seed=2), normal(r, k, dtype=dtype, seed=3)
-    check(normal(m, n, dtype=dtype), make_weight(n, k, group_size, scheme), g, a)
+    check(normal(m, n, dtype=dtype), make_weight(n, k, form.group_size, form.scheme, bits=form.bits), g, a)
 
 
 @pytest.mark.parametrize("m", [0, 1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129])
@@ -48,8 +48,8 @@ def test_token_counts(check, make_weight, normal, dtype, m):
     ("n", "k"), [(1, 64), (5, 1), (3, 33), (65, 31), (63, 65), (64, 64), (130, 127), (17, 192), (2, 449)]
 )
 def test_odd_sizes(check, make_weight, normal, dtype, n, k):
-    for group_size, scheme in zip(GROUP_SIZES, SCHEMES, strict=True):
-        check(normal(40, n, dtype=dtype), make_weight(n, k, group_size, scheme))
+    for form in FORMS[::4]:
+        check(normal(40, n, dtype=dtype), make_weight(n, k, form.group_size, form.scheme, bits=form.bits))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 8, 15, 16, 17, 33, 64])
@@ -77,19 +77,19 @@ def test_rounded_once(guarded, normal, device):
     torch.testing.assert_close(dx.double(), product + opposite.double(), rtol=1e-3, atol=1e-4)
 
 
-def test_float32_scales(check, make_weight, normal, dtype, scheme):
-    check(normal(17, 35, dtype=dtype), make_weight(35, 130, 32, scheme, torch.float32))
+def test_float32_scales(check, make_weight, normal, dtype, kind):
+    check(normal(17, 35, dtype=dtype), make_weight(35, 130, 32, kind.scheme, torch.float32, bits=kind.bits))
 
 
 @pytest.mark.parametrize(
-    ("tile", "block_k", "weight_left", "scheme", "group_size"),
-    pairs([(16, 16), (32, 64), (128, 32)], [64, 128, 256], [False, True], SCHEMES, GROUP_SIZES),
+    ("tile", "block_k", "weight_left", "form"),
+    pairs([(16, 16), (32, 64), (128, 32)], [64, 128, 256], [False, True], FORMS),
     ids=str,
 )
-def test_every_tile_gives_the_answer(check, make_weight, normal, scheme, group_size, tile, block_k, weight_left):
+def test_every_tile_gives_the_answer(check, make_weight, normal, form, tile, block_k, weight_left):
     dy, g, a = normal(37, 45), normal(37, 4, seed=2), normal(4, 330, seed=3)
     config = TileConfig(*tile, block_k, weight_left=weight_left)
-    check(dy, make_weight(45, 330, group_size, scheme), g, a, config)
+    check(dy, make_weight(45, 330, form.group_size, form.scheme, bits=form.bits), g, a, config)
 
 
 @pytest.mark.parametrize(
@@ -133,23 +133,22 @@ def test_strides_of_the_others(check, make_weight, normal, scheme):
 SCALE_DTYPES = (torch.float16, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "scheme", "group_size", "scale_dtype"), pairs(DTYPES, SCHEMES, GROUP_SIZES, SCALE_DTYPES), ids=str
-)
-def test_identity_gives_the_decoded_weight_to_the_bit(
-    guarded, every_byte, dtype, scheme, group_size, scale_dtype, device
-):
-    weight = every_byte(group_size, scheme, scale_dtype)
+@pytest.mark.parametrize(("dtype", "form", "scale_dtype"), pairs(DTYPES, FORMS, SCALE_DTYPES), ids=str)
+def test_identity_gives_the_decoded_weight_to_the_bit(guarded, every_byte, dtype, form, scale_dtype, device):
+    weight = every_byte(form.group_size, form.scheme, scale_dtype, form.bits)
     dx = guarded(int4_matmul_dx_triton, torch.eye(8, dtype=dtype, device=device), weight)
     assert torch.equal(dx, reference.decode(weight, dtype))
 
 
-def test_padding_is_not_read(guarded, make_weight, normal, dtype, scheme):
+def test_padding_is_not_read(guarded, make_weight, normal, dtype, kind):
     n, k = 20, 70
-    clean = make_weight(n, k, 32, scheme)
-    dirty = make_weight(n, k, 32, scheme)
-    dirty.packed[:, 32 + 6 :] ^= 0xFF
-    dirty.packed[:, 32 : 32 + 6] ^= 0xF0
+    clean = make_weight(n, k, 32, kind.scheme, bits=kind.bits)
+    dirty = make_weight(n, k, 32, kind.scheme, bits=kind.bits)
+    if kind.bits == 4:
+        dirty.packed[:, 32 + 6 :] ^= 0xFF
+        dirty.packed[:, 32 : 32 + 6] ^= 0xF0
+    else:
+        dirty.packed[:, k:] ^= 0xFF
     for tensor in (dirty.scales, dirty.minimum):
         if tensor is not None:
             tensor[3] = float("nan")
@@ -157,9 +156,12 @@ def test_padding_is_not_read(guarded, make_weight, normal, dtype, scheme):
     assert torch.equal(guarded(int4_matmul_dx_triton, dy, dirty), guarded(int4_matmul_dx_triton, dy, clean))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_tile_that_goes_on_behind_the_last_chunk(check, make_weight, normal, scheme):
-    check(normal(5, 7), make_weight(7, 192, 64, scheme), config=TileConfig(16, 16, 128, weight_left=False))
+def test_a_tile_that_goes_on_behind_the_last_chunk(check, make_weight, normal, kind):
+    check(
+        normal(5, 7),
+        make_weight(7, 192, 64, kind.scheme, bits=kind.bits),
+        config=TileConfig(16, 16, 128, weight_left=False),
+    )
 
 
 def test_a_nan_stays_in_its_row(guarded, make_weight, normal):

@@ -360,14 +360,14 @@ class TestDecodedByAKernel:
     """The panel route of a GPU, where Triton decodes and torch multiplies."""
 
     @pytest.mark.parametrize(
-        ("dtype", "scheme", "group_size", "panel_size"),
-        pairs(ALL_DTYPES[:2], SCHEMES, GROUP_SIZES, PANEL_SIZES),
+        ("dtype", "form", "panel_size"),
+        pairs(ALL_DTYPES[:2], FORMS, PANEL_SIZES),
         indirect=["panel_size"],
         ids=str,
     )
-    def test_both_directions(self, assert_accurate, make_weight, normal, dtype, scheme, group_size, panel_size):
+    def test_both_directions(self, assert_accurate, make_weight, normal, dtype, form, panel_size):
         m, n, k, r = 5, 23, 330, 3
-        weight = make_weight(n, k, group_size, scheme)
+        weight = make_weight(n, k, form.group_size, form.scheme, bits=form.bits)
         shapes = [(m, k), (n,), (m, r), (n, r), (m, n), (m, r), (r, k)]
         x, bias, t, b, dy, g, a = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
         y, dx = int4_matmul_panel(x, weight, bias, t, b, True), int4_matmul_dx_panel(dy, weight, g, a, True)
@@ -378,15 +378,15 @@ class TestDecodedByAKernel:
         assert_accurate("dx", dx, reference.matmul_dx(dy, weight, g, a), truth)
 
     @pytest.mark.parametrize(
-        ("k", "dtype", "scheme", "group_size"),
-        pairs([64, 65, 200], ALL_DTYPES[:2], SCHEMES, GROUP_SIZES),
+        ("k", "dtype", "form"),
+        pairs([64, 65, 200], ALL_DTYPES[:2], FORMS),
         ids=str,
     )
-    def test_decoded_weights_are_right_to_the_bit(self, make_weight, dtype, device, scheme, group_size, k):
-        weight = make_weight(70, k, group_size, scheme)
-        decoder = panel.PanelDecoder(weight, dtype, 70, weight.packed.shape[1] // 32, by_kernel=True)
+    def test_decoded_weights_are_right_to_the_bit(self, make_weight, dtype, device, form, k):
+        weight = make_weight(70, k, form.group_size, form.scheme, bits=form.bits)
+        decoder = panel.PanelDecoder(weight, dtype, 70, weight.chunks, by_kernel=True)
         whole = reference.decode(weight, dtype)
-        assert torch.equal(decoder(0, 70, 0, weight.packed.shape[1] // 32), whole)
+        assert torch.equal(decoder(0, 70, 0, weight.chunks), whole)
         if k == 200:
             assert torch.equal(decoder(7, 40, 2, 4), whole[7:40, 128:200])
 

@@ -40,6 +40,7 @@ def _float32(value: np.ndarray) -> np.ndarray:
 OPERATIONS = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
+    "not.b32": lambda a: ~a,
     "shr.u32": lambda a, b: a >> b,
     "prmt.b32": _prmt,
     "mad.wide.u32": lambda a, b, c: a.astype(np.uint64) * b.astype(np.uint64) + c.astype(np.uint64),

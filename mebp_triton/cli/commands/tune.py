@@ -122,12 +122,14 @@ def _problems(arguments: argparse.Namespace, architecture: str) -> list[Any]:
     from mebp_triton.autotune import shapes
     from mebp_triton.autotune.tune import target_of
     from mebp_triton.cli.inference import model_config
+    from mebp_triton.convert.quantize import DEFAULT_FORM, Recipe
     from mebp_triton.kernels.tables import DTYPES, M_BUCKETS
     from mebp_triton.store.reader import Store
 
     dtype = DTYPES[arguments.dtype or ("bfloat16" if target_of(architecture) >= 80 else "float16")]
     tokens = shapes.parse_tokens(arguments.m) if arguments.m else M_BUCKETS
-    kinds = [(arguments.scheme or "symmetric", arguments.group_size or 64)]
+    recipe = Recipe(arguments.scheme, arguments.group_size)
+    forms = [recipe.form(DEFAULT_FORM)]
     if arguments.shapes:
         pairs = shapes.parse_shapes(arguments.shapes)
     elif arguments.model:
@@ -135,13 +137,16 @@ def _problems(arguments: argparse.Namespace, architecture: str) -> list[Any]:
     elif arguments.store:
         store = Store(Path(arguments.store))
         pairs = shapes.with_groups(_shared_inputs(model_config(store.directory)))
-        formats = {(info.scheme, info.group_size) for info in store.matrices.values()}
-        kinds = sorted({(arguments.scheme or scheme, arguments.group_size or size) for scheme, size in formats})
+        forms = sorted({recipe.form(info.form) for info in store.matrices.values()})
     elif arguments.report:
         return []
     else:
         raise ValueError("say what to tune for: --store DIR, --model DIR_OR_CONFIG or --shapes NxK,...")
-    return [problem for kind in kinds for problem in shapes.problems(pairs, tokens, *kind, dtype)]
+    return [
+        problem
+        for form in forms
+        for problem in shapes.problems(pairs, tokens, form.scheme, form.group_size, dtype, form.bits)
+    ]
 
 
 def _shared_inputs(config: Any) -> list[list[tuple[int, int]]]:
