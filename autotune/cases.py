@@ -77,7 +77,8 @@ class Case:
     def problem(self) -> Problem:
         """The problem that a configuration of a product is chosen for."""
         assert self.kernel in ("matmul", "matmul_dx", "embedding")
-        return Problem(self.kernel, self.m, sum(self.sizes), self.k, self.scheme, self.group_size, self.dtype)
+        n = sum(self.sizes)
+        return Problem(self.kernel, self.m, n, self.k, self.scheme, self.group_size, self.dtype, self.bits)
 
     def __str__(self) -> str:
         """All that differs from the defaults' kind, in one line."""

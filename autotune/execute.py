@@ -71,6 +71,7 @@ def fault(
         dtype=problem.dtype,
         rank=rank,
         bias=bias,
+        bits=problem.bits,
     )
     if not ragged:
         sizes = tuple(size + _rest(problem.n, config.block_n) for size in case.sizes)

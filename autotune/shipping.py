@@ -165,7 +165,7 @@ def objection(problem: Problem, config: TileConfig, target_sm: int, say: Say = s
                 except NotModelled as error:
                     skipped[str(error)] = skipped.get(str(error), 0) + 1
         if reason is not None:
-            return f"{variant.scheme}, groups of {variant.group_size}, {DTYPE_NAMES[variant.dtype]}: {reason}"
+            return f"{variant.form}, {DTYPE_NAMES[variant.dtype]}: {reason}"
     for error, times in skipped.items():
         say(f"not executed, {times} times, {problem.kernel} {config}: {error}")
     return None
@@ -175,7 +175,9 @@ def _for_three(variant: Problem, rank: int, target_sm: int) -> bool:
     """Whether a variant is one of those, one in each scheme, that are executed for three weights as well."""
     # Scaled sums need large groups.
     group_size = max(GROUP_SIZES) if variant.scheme == "symmetric" else min(GROUP_SIZES)
-    return rank == 64 and variant.group_size == group_size and variant.dtype == _dtypes(target_sm)[0]
+    return (
+        rank == 64 and variant.bits == 4 and variant.group_size == group_size and variant.dtype == _dtypes(target_sm)[0]
+    )
 
 
 def variants(problem: Problem, target_sm: int) -> list[tuple[Problem, int, bool]]:
@@ -188,5 +190,10 @@ def variants(problem: Problem, target_sm: int) -> list[tuple[Problem, int, bool]
         for group_size in GROUP_SIZES
         for dtype in dtypes
     ]
-    plain = [kind for kind in kinds if kind.scheme == "symmetric" and kind.dtype == dtypes[0]]
+    # An entry for 4 bits also stands in for 8 bits. These need the most registers, and the third lets sums be scaled.
+    for scheme, group_size in (("affine", 16), ("symmetric", 16), ("symmetric", 128)):
+        kinds.append(replace(problem, scheme=scheme, group_size=group_size, dtype=dtypes[0], bits=8))
+    plain = [
+        kind for kind in kinds if kind.bits == problem.bits and kind.scheme == "symmetric" and kind.dtype == dtypes[0]
+    ]
     return [(kind, 64, bias) for kind in kinds] + [(kind, 16, False) for kind in plain]

@@ -25,6 +25,7 @@ ALIKE = {87: 86, 89: 86}
 KINDS = {
     "affine": ({"scheme": "affine", "group_size": 32, "dtype": torch.float16}, {"rank": 64}),
     "codebook": ({"scheme": "codebook"}, {"rank": 64}),
+    "8 bits": ({"scheme": "affine", "group_size": 16, "bits": 8}, {"rank": 64}),
     "group": ({}, {"members": 3}),
     "plain": ({}, {}),
 }

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport, compile_for, report
 from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig, default_config
-from mebp_triton.kernels.names import SCHEMES
+from mebp_triton.kernels.names import FORMS, GROUP_SIZES_OF_BITS
 
 M, N, K = 512, 4096, 4096
 OPTIONS = TileConfig(16, 16, 64, num_warps=4, num_stages=2).launch_options()
@@ -30,23 +30,26 @@ def assert_good(made: StaticReport) -> None:
 
 # One target for each kind of matrix instruction. That of sm_80 serves 86, 87 and 89 as well.
 @pytest.mark.parametrize(
-    ("kernel", "target_sm", "scheme", "hard"),
-    pairs(KERNELS, [75, 80, 90, 100, 120], SCHEMES, [False, True]),
+    ("kernel", "target_sm", "kind", "hard"),
+    pairs(KERNELS, [75, 80, 90, 100, 120], [form for form in FORMS if form.group_size == 64], [False, True]),
+    ids=str,
 )
-def test_default_works_everywhere(kernel, target_sm, scheme, hard):
-    """A hard problem has masks along K, two scales per chunk, float32 scales, a bias and the largest rank."""
+def test_default_works_everywhere(kernel, target_sm, kind, hard):
+    """A hard problem has masks along K, several scales per chunk, float32 scales, a bias and the largest rank."""
     dtype = natural_dtype(target_sm)
     if hard:
+        size = min(GROUP_SIZES_OF_BITS[kind.bits])
         problem, options = (
-            Problem(kernel, M, N, K + 8, scheme, 32, dtype),
+            Problem(kernel, M, N, K + 8, kind.scheme, size, dtype, kind.bits),
             {"rank": 64, "bias": kernel == "matmul", "scale_dtype": torch.float32},
         )
     else:
-        problem, options = Problem(kernel, M, N, K, scheme, 64, dtype), {}
+        problem, options = Problem(kernel, M, N, K, kind.scheme, 64, dtype, kind.bits), {}
     made = report(problem, default_config(problem), target_sm, **options)
     assert made.kernel == f"_{kernel}_kernel" and made.target_sm == target_sm
     assert_good(made)
     assert made.shared_bytes <= min(SHARED_LIMITS.values())
+    assert kernel == "embedding" or target_sm == 75 or not made.conversions
     assert (made.loop is None) == (kernel == "embedding")
 
 

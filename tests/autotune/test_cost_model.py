@@ -54,6 +54,13 @@ def test_rates_are_those_of_the_data_sheets(target_sm, tflops):
     assert 2 * device.sms * device.clock_ghz * device.tensor_fma / 1e3 == pytest.approx(tflops, rel=0.03)
 
 
+def test_wider_codes_take_longer_where_memory_is_the_limit():
+    for m, tile, least, most in ((16, SMALL, 1.6, 2.0), (4096, TILE, 1.0, 1.2)):
+        problem = Problem("matmul", m, 8192, 8192)
+        narrow, wide = (predicted_us(one, tile, made(), NOMINAL[87]) for one in (problem, replace(problem, bits=8)))
+        assert least * narrow <= wide <= most * narrow
+
+
 def test_grid():
     assert grid(Problem("matmul", 65, 4096, 4000), TILE) == (2 * 32, 63)
     assert grid(Problem("matmul_dx", 65, 4096, 4000), TILE) == (2 * 63, 32)

@@ -38,6 +38,17 @@ def test_what_is_written_is_read():
     assert parse_log(value, "sm_87") == whole()
 
 
+def test_the_width_of_codes():
+    wide = replace(RECORD, problem=replace(PROBLEM, group_size=16, bits=8), trials=RECORD.trials[:2])
+    log = Log("sm_87", {bucket(record.problem): record for record in (RECORD, wide)})
+    value = json.loads(json.dumps(log.to_json()))
+    assert [record["problem"].get("bits") for record in value["records"]] == [None, 8]
+    assert parse_log(value, "sm_87") == log
+    value["records"][1]["problem"]["bits"] = 4
+    with pytest.raises(ValueError, match="group_size must be one of"):
+        parse_log(value, "sm_87")
+
+
 def test_a_log_of_format_1_is_read():
     """Its trials have neither clocks nor notes."""
     value = json.loads(json.dumps(whole().to_json()))

@@ -1,5 +1,7 @@
 """Measuring: what is rejected, and what is timed over which buffers, by clocks that tests set."""
 
+from dataclasses import replace
+
 import interpreted
 import pytest
 import torch
@@ -56,7 +58,8 @@ def test_the_panel_route_is_right(kernel, scheme, dtype):
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_tile_is_right(kernel):
-    for problem in (problem_of(kernel), problem_of(kernel, m=5, scheme="affine", dtype=torch.float16)):
+    wide = replace(problem_of(kernel, m=5, group_size=16), bits=8)
+    for problem in (problem_of(kernel), problem_of(kernel, m=5, scheme="affine", dtype=torch.float16), wide):
         assert bench(problem).reject(default_config(problem)) is None
 
 
@@ -179,6 +182,7 @@ def test_every_call_takes_the_next_buffers(monkeypatch):
 def test_bytes_and_operations():
     problem = problem_of("matmul", 16, 128, 100, "affine", 32, torch.float16)
     assert bytes_moved(problem) == 128 * 64 + 2 * 2 * 4 * 128 + 2 * 16 * 228
+    assert bytes_moved(replace(problem, bits=8)) == 128 * 128 + 2 * 2 * 4 * 128 + 2 * 16 * 228
     assert flops(problem) == 2 * 16 * 128 * 100
 
 

@@ -5,6 +5,7 @@ import torch
 
 from mebp_triton.autotune.shapes import parse_shapes, parse_tokens, problems, with_groups
 from mebp_triton.kernels.configs import TUNED
+from mebp_triton.kernels.names import Form
 from mebp_triton.kernels.tables import M_BUCKETS, bucket
 
 
@@ -40,6 +41,7 @@ def test_one_real_problem_for_every_bucket():
         found = problems(shapes, [16, 64], "affine", 32, torch.float16)
         assert {(p.kernel, p.m, p.n, p.k) for p in found} == {(k, m, 4864, 1024) for k in TUNED for m in (16, 64)}
         assert {(p.scheme, p.group_size, p.dtype) for p in found} == {("affine", 32, torch.float16)}
+    assert {p.form for p in problems([(128, 128)], [3], "affine", 16, bits=8)} == {Form("affine", 16, 8)}
     assert [p.m for p in problems([(128, 128)], [3, 9]) if p.kernel == "matmul"] == [9]
 
 

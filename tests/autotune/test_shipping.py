@@ -12,6 +12,7 @@ from mebp_triton.autotune.execute import TripCounts
 from mebp_triton.autotune.sass import LoopCounts
 from mebp_triton.autotune.shipping import MOST_CONFIGS, TOLERANCE, objection, static_table, variants
 from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.names import Form
 from mebp_triton.kernels.tables import parse_table, table_to_json
 
 PROBLEM = Problem("matmul", 64, 4096, 4096)
@@ -36,11 +37,11 @@ def seen(monkeypatch):
         spills = fault = lambda problem, config: None
 
     def compiled(problem, config, target_sm, rank=16, bias=False):
-        Told.compiled.append((problem.scheme, problem.group_size, problem.dtype, rank))
+        Told.compiled.append((problem.form, problem.dtype, rank))
         return made(Told.spills(problem, config) or 0)
 
     def executed(problem, config, target_sm, rank, bias, ragged):
-        Told.executed.append((problem.scheme, problem.group_size, problem.dtype, rank, ragged))
+        Told.executed.append((problem.form, problem.dtype, rank, ragged))
         fault = Told.fault(problem, config)
         if isinstance(fault, Exception):
             raise fault
@@ -109,42 +110,41 @@ def test_few_configurations(monkeypatch):
 
 def test_variants_are_all_that_a_table_may_serve():
     found = variants(PROBLEM, 87)
-    kinds = {
-        (problem.scheme, problem.group_size, problem.dtype) for problem, rank, bias in found if rank == 64 and bias
-    }
-    assert len(kinds) == 18
+    kinds = {(problem.form, problem.dtype) for problem, rank, bias in found if rank == 64 and bias}
+    assert len(kinds) == 21 and {form.bits for form, _ in kinds} == {4, 8}
     assert {rank for _, rank, _ in found} == {16, 64}
     assert {problem.dtype for problem, _, _ in variants(PROBLEM, 75)} == {torch.float16}
     assert not any(bias for _, _, bias in variants(replace(PROBLEM, kernel="matmul_dx"), 87))
 
 
 def is_one(problem, config):
-    return (problem.scheme, problem.group_size, problem.dtype) == ("affine", 32, torch.float16) and config == SPACE[0]
+    return (problem.form, problem.dtype, config) == (Form("affine", 32), torch.float16, SPACE[0])
 
 
 def test_sound_means_every_variant(seen):
     said = []
     assert objection(PROBLEM, SPACE[2], 87, said.append) is None and said == []
-    assert len({entry for entry in seen.compiled if entry[3] == 64}) == 18
+    assert len({entry for entry in seen.compiled if entry[2] == 64}) == 21
     # Each is executed as it was compiled, and one of each scheme for three weights as well.
-    assert [entry[:4] for entry in seen.executed if not entry[4]] == seen.compiled[1:]
-    assert {entry[:3] for entry in seen.executed if entry[4]} == {
-        ("symmetric", 128, torch.bfloat16),
-        ("affine", 32, torch.bfloat16),
-        ("codebook", 32, torch.bfloat16),
+    assert [entry[:3] for entry in seen.executed if not entry[3]] == seen.compiled[1:]
+    assert {entry[:2] for entry in seen.executed if entry[3]} == {
+        (Form("symmetric", 128), torch.bfloat16),
+        (Form("affine", 32), torch.bfloat16),
+        (Form("codebook", 32), torch.bfloat16),
     }
     seen.executed.clear()
     sums = TileConfig(16, 64, 64, scale_sums=True)
     assert objection(PROBLEM, sums, 87) is None
-    assert {scheme for scheme, *_ in seen.executed} == {"symmetric"} and any(entry[4] for entry in seen.executed)
+    assert {(form.scheme, form.bits) for form, *_ in seen.executed} == {("symmetric", 4), ("symmetric", 8)}
+    assert any(entry[3] for entry in seen.executed)
 
 
 def test_one_variant_that_spills_or_is_wrong_is_enough(seen):
     seen.spills = lambda problem, config: 8 if is_one(problem, config) else 0
-    assert objection(PROBLEM, SPACE[0], 87) == "affine, groups of 32, float16: spills 8 bytes a thread"
+    assert objection(PROBLEM, SPACE[0], 87) == "4 bits, affine, groups of 32, float16: spills 8 bytes a thread"
     seen.spills = lambda problem, config: 0
     seen.fault = lambda problem, config: "shared race: ..." if is_one(problem, config) else None
-    assert objection(PROBLEM, SPACE[0], 87) == "affine, groups of 32, float16: shared race: ..."
+    assert objection(PROBLEM, SPACE[0], 87) == "4 bits, affine, groups of 32, float16: shared race: ..."
     assert objection(PROBLEM, SPACE[1], 87) is None
 
 
@@ -152,4 +152,4 @@ def test_what_is_not_executed_is_said(seen):
     seen.fault = lambda problem, config: NotModelled("line 7: tcgen05.alloc: not modelled")
     said = []
     assert objection(PROBLEM, SPACE[0], 87, said.append) is None
-    assert said == [f"not executed, 24 times, matmul {SPACE[0]}: line 7: tcgen05.alloc: not modelled"]
+    assert said == [f"not executed, 27 times, matmul {SPACE[0]}: line 7: tcgen05.alloc: not modelled"]

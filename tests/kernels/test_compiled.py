@@ -17,7 +17,7 @@ from mebp_triton.autotune.emulator.faults import NotModelled
 from mebp_triton.autotune.emulator.state import no_blocks
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.layout import SCALE_DTYPES
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.tables import SHIPPED, read_table
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -68,7 +68,23 @@ def others():
         yield target, Case("split_sums", None, sizes=sizes, dtype=dtype, split=split)
 
 
-PRODUCTS, OTHERS = list(products()), list(others())
+def of_8_bits():
+    """What decodes these codes, and reads scales of a half run, in the dtypes that have assembly of their own."""
+    forms = [form for form in FORMS if form.bits == 8 and form.group_size <= 64]
+    for form, dtype, tile, size, kernel, target in pairs(
+        forms, DTYPES[:2], TILES[:3], SIZES[:2], ("matmul", "matmul_dx"), TARGETS[1:]
+    ):
+        m, sizes, k = size
+        config = TileConfig(*tile, weight_left=kernel == "matmul" or tile[1] == 64)
+        yield target, Case(kernel, config, m, sizes[:2], k, dtype=dtype, rank=5, **form._asdict())
+    for (group_size, block_k), dtype in pairs(((32, 64), (128, 128)), DTYPES):
+        config = TileConfig(16, 64, block_k, scale_sums=True)
+        yield 80, Case("matmul", config, 33, k=200, group_size=group_size, dtype=dtype, bits=8)
+    for form, scale_dtype, kernel, dtype in pairs(forms, SCALE_DTYPES, ("embedding", "decode"), DTYPES):
+        yield 80, Case(kernel, None, scale_dtype=scale_dtype, dtype=dtype, layout="padded", **form._asdict())
+
+
+PRODUCTS, OTHERS = list(products()), [*others(), *of_8_bits()]
 
 
 def identity(value):

@@ -86,6 +86,12 @@ def test_what_stands_in_for_what():
     assert find_route(half, table) == TileConfig(16, 16, 64)
     assert find_route(replace(PROBLEM, group_size=128), table) == SUMS
     assert find_route(replace(PROBLEM, scheme="affine", group_size=128), table) == TileConfig(16, 32, 64)
+    wide = replace(PROBLEM, bits=8)
+    assert find_route(wide, table) == SUMS, "4 bits stand in for 8"
+    assert find_route(replace(wide, group_size=16), table) == replace(SUMS, scale_sums=False)
+    own = table_of({wide: TileConfig(16, 16, 128)}) | table
+    assert find_route(wide, own) == find_route(replace(wide, scheme="affine"), own) == TileConfig(16, 16, 128)
+    assert find_route(replace(PROBLEM, scheme="affine"), own) == TileConfig(16, 32, 64)
     # The symmetric scheme stands in for a codebook, whose sums cannot be scaled.
     assert find_route(replace(PROBLEM, scheme="codebook"), table) == replace(SUMS, scale_sums=False)
 

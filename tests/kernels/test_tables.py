@@ -64,6 +64,14 @@ def test_round_trip():
     assert parse_table(written, "sm_90") == {entry.problem: entry for entry in (ENTRY, PANEL)}
 
 
+def test_the_width_of_codes_is_named_where_it_is_not_4():
+    """So tables without it are read, and older versions read tables that need none."""
+    wide = replace(ENTRY, problem=replace(ENTRY.problem, group_size=16, bits=8))
+    written = json.loads(json.dumps(table_to_json("sm_90", [ENTRY, wide])))
+    assert sorted(str(entry.get("bits")) for entry in written["entries"]) == ["8", "None"]
+    assert parse_table(written, "sm_90") == {entry.problem: entry for entry in (ENTRY, wide)}
+
+
 def broken(**changes):
     value = table_to_json("sm_90", [ENTRY])
     for place, new in changes.items():
@@ -90,7 +98,16 @@ def broken(**changes):
         ({"entry__n": 2000}, "n must be one of"),
         ({"entry__kernel": "embedding"}, "kernel must be one of"),
         ({"entry__scheme": ["symmetric"]}, "scheme must be one of"),
-        ({"entry__group_size": 16}, "group_size must be one of"),
+        ({"entry__group_size": 16}, r"group_size must be one of \(32, 64, 128\), got 16 for codes of 4 bits"),
+        ({"entry__group_size": [64]}, "scheme, group_size and bits must be a name and two integers"),
+        ({"entry__bits": 8, "entry__group_size": 8}, r"group_size must be one of \(16, 32, 64, 128\), got 8 for codes"),
+        (
+            {"entry__bits": 8, "entry__scheme": "codebook"},
+            "bits must be 4, or 8 without a codebook, got 8 for 'codebook'",
+        ),
+        ({"entry__bits": 6}, "bits must be 4, or 8 without a codebook, got 6"),
+        ({"entry__bits": 8.0}, "scheme, group_size and bits must be a name and two integers"),
+        ({"entry__bits": True}, "scheme, group_size and bits must be a name and two integers"),
         ({"entry__dtype": "float64"}, "dtype must be one of"),
         ({"entry__provenance": "guessed"}, "provenance must be one of"),
         ({"entry__time_us": float("nan")}, "time_us must be a positive number"),

@@ -12,6 +12,7 @@ from mebp_triton.autotune.log import Trial
 from mebp_triton.autotune.report import describe_route
 from mebp_triton.cli.commands import tune
 from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.names import Form
 from mebp_triton.kernels.routing import Routes
 from mebp_triton.kernels.tables import M_BUCKETS, load_tables, read_table
 from mebp_triton.store.reader import Store
@@ -96,6 +97,15 @@ def test_a_store(mebp, world, tmp_path, ranked):
     # All shapes of so small a model lie in the smallest buckets, but for the fused gate and up.
     assert {(p.kernel, p.n, p.k) for p in ranked} >= {(kernel, 160, 48) for kernel in ("matmul", "matmul_dx")}
     assert len(read_table(tmp_path / "sm_87.json", "sm_87")) == len(ranked)
+
+
+def test_a_store_of_8_bits(mebp, shared_store, tmp_path, ranked):
+    store = shared_store("llama", scheme="affine", group_size=16, bits=8)
+    answer(mebp(*tune_offline(tmp_path, f"--store={store}", "--m=16", "--json")))
+    assert {problem.form for problem in ranked} == {Form("affine", 16, 8)}
+    ranked.clear()
+    answer(mebp(*tune_offline(tmp_path, f"--store={store}", "--m=16", "--scheme=codebook", "--json")))
+    assert {problem.form for problem in ranked} == {Form("codebook", 32)}, "a codebook has 4 bits"
 
 
 @pytest.mark.parametrize(
