@@ -205,6 +205,8 @@ class _SoftmaxTiles:
         total = sum(case.sizes)
         self.case = case
         self.targets = torch.randint(0, total, (case.m,), generator=operands.generator).to(operands.device)
+        # A target just behind the first tile, in the row behind which there is nothing.
+        self.targets[-1] = case.sizes[0] % total
         self.logits = [operands.activations(case.m, size) * 8 for size in case.sizes]
         for z in self.logits:
             # The largest one stands twice, and the first place counts.

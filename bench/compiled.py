@@ -41,7 +41,7 @@ from mebp_triton.autotune.emulator.driver import Emulator
 from mebp_triton.autotune.emulator.faults import Fault, NotModelled
 from mebp_triton.autotune.emulator.state import no_blocks
 from mebp_triton.kernels.configs import TileConfig
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES, Form
 from mebp_triton.system import strict_json
 from mebp_triton.system.machine import environment
 
@@ -49,6 +49,7 @@ TARGETS = (80, 86, 87, 89, 90)
 # Of random problems: each family of instructions.
 RANDOM_TARGETS = (75, 80, 87, 90, 120)
 RANDOM_CASES = 1000
+FOUR_BITS, EIGHT_BITS = ([form for form in FORMS if form.bits == bits] for bits in (4, 8))
 PARTS = ("shipped", "random")
 # What decides over a result, besides the compiler.
 SOURCES = ("kernels/*.py", "kernels/tables/*.json", "autotune/emulator/*.py", "autotune/c*.py", "bench/compiled.py")
@@ -98,21 +99,23 @@ def random_units() -> list[Unit]:
     units = []
     while len(units) < RANDOM_CASES:
         kernel = pick.choice(kernels)
+        form = pick.choice(FOUR_BITS) if pick.random() < 0.75 else pick.choice(EIGHT_BITS)
         case = Case(
             kernel,
             None,
             pick.choice((1, 5, 16, 17, 33, 70)),
             tuple(pick.choice((1, 16, 34, 67, 130, 128)) for _ in range(pick.choice((1, 1, 2, 3)))),
             pick.choice((1, 40, 64, 97, 192, 208, 320, 393)),
-            pick.choice(SCHEMES),
-            pick.choice(GROUP_SIZES),
+            form.scheme,
+            form.group_size,
             pick.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)),
             pick.choice((torch.float16, torch.float16, torch.float32)),
             pick.choice((0, 0, 1, 4, 16, 33, 40)),
             pick.random() < 0.5,
             pick.choice((2, 4, 8)),
             pick.choice(LAYOUTS),
-            seed=len(units),
+            form.bits,
+            len(units),
         )
         case = tamed(case, pick)
         units.append(Unit(case, (pick.choice(RANDOM_TARGETS),)))
@@ -250,7 +253,7 @@ def grouped(rows: Rows, key: Callable[[Unit], str]) -> dict[str, Rows]:
 KINDS: dict[str, Callable[[Unit], str]] = {
     "kernel": lambda unit: unit.case.kernel,
     "dtype": lambda unit: str(unit.case.dtype).removeprefix("torch."),
-    "weights": lambda unit: f"{unit.case.scheme}, groups of {unit.case.group_size}",
+    "weights": lambda unit: str(Form(unit.case.scheme, unit.case.group_size, unit.case.bits)),
     "members": lambda unit: str(len(unit.case.sizes)),
     "lora": lambda unit: "with" if unit.case.rank else "without",
 }

@@ -1,6 +1,7 @@
-"""Shipped tables are whole, and the compiler's output for their configurations is clean.
+"""Shipped tables are whole, and what the compiler makes of their configurations is clean and right.
 
-``bench/ship_tables.py --check`` compiles every configuration for everything that it stands in for, these tests a part.
+``bench/ship_tables.py --check`` compiles every configuration for everything that it stands in for, and
+``bench/compiled.py`` executes it; these tests do a part of both.
 """
 
 import itertools
@@ -10,11 +11,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pairs import pairs
 
+from mebp_triton.autotune.cases import tile_case
 from mebp_triton.autotune.compile import SHARED_LIMITS, report
+from mebp_triton.autotune.correctness import check
+from mebp_triton.autotune.emulator.driver import Emulator
+from mebp_triton.autotune.emulator.faults import NotModelled
 from mebp_triton.autotune.rank import unfit
 from mebp_triton.autotune.space import candidates
 from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.tables import M_BUCKETS, SHIPPED, parse_table, read_table
 
 TARGETS = (80, 86, 87, 89, 90, 100, 120)
@@ -93,15 +100,59 @@ def test_every_configuration_is_one_that_the_search_considers(target):
 
 
 @pytest.mark.parametrize(("targets", "config", "problem", "kind"), list(cases()), ids=name)
-def test_a_configuration_is_clean(targets, config, problem, kind):
-    """No spills, shared memory within the limit, no integer-to-float conversions, HGMMA on sm_90."""
+def test_a_configuration_is_clean_and_right(targets, config, problem, kind):
+    """No spills, shared memory within the limit, no integer-to-float conversions, HGMMA on sm_90; and right numbers.
+
+    What is executed is what was compiled for the report.
+    """
     changes, options = KINDS[kind]
     problem = replace(problem, **changes)
     config = config if config.suits(problem) else replace(config, scale_sums=False)
-    made = report(problem, config, targets[0], **options, bias=problem.kernel == "matmul" and kind != "plain")
+    options = {"bias": problem.kernel == "matmul" and kind != "plain", "rank": 16, "members": 1} | options
+    made = report(problem, config, targets[0], **options)
     for target in targets:
         assert unfit(problem, replace(made, target_sm=target, shared_limit=SHARED_LIMITS[target])) is None
     assert made.unpacking_per_weight is not None and made.unpacking_per_weight < 8
+    weight = {"scheme": problem.scheme, "group_size": problem.group_size, "dtype": problem.dtype}
+    case = tile_case(problem.kernel, config, aligned=True, **options, **weight)
+    if made.loop.tensor == "UTCHMMA":
+        with Emulator(targets[0]), pytest.raises(NotModelled, match=r"tcgen05\.alloc"):
+            check(case)
+    else:
+        launch = right(targets[0], case)
+        assert "cubin" in vars(launch.compiled), "it was compiled again"
+
+
+def right(target, case):
+    """Executes a case, which must be right, on two tiles each way; returns the launch."""
+    with Emulator(target) as emulator:
+        verdict = check(case)
+    assert verdict.ok, verdict.reason
+    launch = emulator.launches[0]
+    assert launch.grid[0] >= 4 and launch.grid[1] == case.config.split
+    return launch
+
+
+def other_cases():
+    """What ``cases`` leaves out, because a configuration differs in its split or stages alone: (target, case)."""
+    executed = {(target, problem.kernel, config) for targets, config, problem, _ in cases() for target in targets}
+    kinds = itertools.cycle(pairs(SCHEMES, GROUP_SIZES, (torch.bfloat16, torch.float16), (1, 2, 3), (5, 0)))
+    seen = set()
+    for target in TARGETS:
+        for kernel, config in routes(target):
+            key = ALIKE.get(target, target), kernel, config
+            if target != 100 and key not in seen and (target, kernel, config) not in executed:
+                seen.add(key)
+                scheme, group_size, dtype, members, rank = next(kinds)
+                scheme = "symmetric" if config.scale_sums else scheme
+                weight = {"scheme": scheme, "group_size": group_size, "dtype": dtype}
+                yield target, tile_case(kernel, config, False, members, rank=rank, layout="padded", **weight)
+
+
+@pytest.mark.parametrize(("target", "case"), list(other_cases()), ids=str)
+def test_another_split_is_right(target, case):
+    """With ragged sizes and views."""
+    right(target, case)
 
 
 def test_kinds_kernels_and_targets_meet():

@@ -1,7 +1,7 @@
-"""The kernels as compiled for GPUs, executed: chosen problems, in which every two settings meet, and all shipped tiles.
+"""The kernels as compiled for GPUs, executed: chosen problems, in which every two settings meet.
 
-``bench/compiled.py`` executes more of the same: each shipped configuration with every kind of weight, and 1,000 random
-problems.
+Shipped configurations are executed in ``test_shipped_tables.py``, and all of them with every kind of weight by
+``bench/compiled.py``, which adds 1,000 random problems.
 """
 
 import itertools
@@ -10,15 +10,13 @@ import pytest
 import torch
 from pairs import pairs
 
-from mebp_triton.autotune.cases import LAYOUTS, Case, tile_case, tile_name
+from mebp_triton.autotune.cases import LAYOUTS, Case
 from mebp_triton.autotune.correctness import check, prepare
 from mebp_triton.autotune.emulator.driver import Emulator
-from mebp_triton.autotune.emulator.faults import NotModelled
 from mebp_triton.autotune.emulator.state import no_blocks
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.layout import SCALE_DTYPES
 from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
-from mebp_triton.kernels.tables import SHIPPED, read_table
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # With different instructions each. On sm_90, tiles of 64 x 64 with four warps are multiplied by ``wgmma``.
@@ -98,6 +96,15 @@ def test_problems(target, case):
     assert verdict.ok, verdict.reason
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for _, case in (*PRODUCTS, *OTHERS)], ids=str)
+def test_problems_on_this_gpu(case):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    verdict = check(case, "cuda")
+    assert verdict.ok, verdict.reason
+
+
 def test_every_two_settings_meet():
     """Read off the cases, so that a setting that does not reach them is missed."""
     for kernel, sums in (("matmul", False), ("matmul_dx", False), ("matmul", True)):
@@ -114,61 +121,12 @@ def test_every_two_settings_meet():
             assert len(set(first)) > 1 < len(set(second))
 
 
-# --- shipped configurations -----------------------------------------------------------------------------------------
-
-# Targets with the same code share an execution. That of sm_80 has other instructions in another order. sm_100 is
-# refused below.
-FAMILIES = ((80,), (86, 87, 89), (90,), (120,))
-SHIPPED_KINDS = pairs(SCHEMES, GROUP_SIZES, DTYPES[:2], (1, 2, 3), (16, 0), (True, False))
-
-
-def shipped(target):
-    table = read_table(SHIPPED / f"sm_{target}.json", f"sm_{target}")
-    return {(problem.kernel, entry.route): None for problem, entry in table.items() if entry.route is not None}
-
-
-def shipped_tiles():
-    """Each configuration once for each family that ships it; kinds of weights and launches take turns."""
-    found = {}
-    for family in FAMILIES:
-        for target in family:
-            for kernel, config in shipped(target):
-                found.setdefault((family, kernel, config), target)
-    for ((_, kernel, config), target), kind in zip(found.items(), itertools.cycle(SHIPPED_KINDS), strict=False):
-        scheme, group_size, dtype, members, rank, aligned = kind
-        if config.scale_sums:
-            scheme = "symmetric"
-        bias, layout = bool(rank) and kernel == "matmul", "contiguous" if aligned else "padded"
-        fields = {"scheme": scheme, "group_size": group_size, "dtype": dtype, "rank": rank, "bias": bias}
-        yield target, tile_case(kernel, config, aligned, members, layout=layout, **fields), config
-
-
-@pytest.mark.parametrize(
-    ("target", "case", "config"),
-    list(shipped_tiles()),
-    ids=lambda value: tile_name(value) if isinstance(value, TileConfig) else identity(value),
-)
-def test_shipped_tiles(target, case, config):
-    with Emulator(target) as emulator:
-        verdict = check(case)
-    assert verdict.ok, verdict.reason
-    launch = emulator.launches[0]
-    assert launch.grid[0] >= 4 and launch.grid[1] == config.split
-
-
 @pytest.mark.parametrize("case", [Case("matmul_dx", rank=8), Case("decode")], ids=str)
 def test_targets_of_one_family_have_the_same_code(case):
-    """Otherwise each would have to be executed."""
+    """So one of them is executed for all."""
     prepared, codes = prepare(case), set()
-    for target in FAMILIES[1]:
+    for target in (86, 87, 89):
         with Emulator(target, blocks=no_blocks) as emulator:
             prepared.launch()
         codes.add(emulator.launches[0].compiled.code)
     assert len(codes) == 1
-
-
-def test_tiles_with_tensor_memory_are_refused():
-    """What sm_100 ships for many tokens is compiled (``test_shipped_tables``) and not executed, and says so."""
-    kernel, config = max(shipped(100), key=lambda one: one[1].block_m * one[1].block_n)
-    with Emulator(100), pytest.raises(NotModelled, match=r"tcgen05\.alloc"):
-        check(tile_case(kernel, config, True))
