@@ -10,14 +10,13 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.config import check_sizes, prepare_config
@@ -39,7 +38,7 @@ from .gguf_header import DOWNLOAD, Entry, Header
 from .gguf_keys import settings_of
 from .gguf_parts import read_model
 from .gguf_rope import FREQS, LONG, SHORT, rope_settings
-from .gguf_tokenizer import check_tokens, complete, generation_config, token_ids
+from .gguf_tokenizer import check_tokens, generation_config, token_ids, tokenizer_of
 
 SAFETENSORS = "give the model as safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -110,16 +109,12 @@ class GgufFile:
         self.config.save_pretrained(str(directory))
         if not self._header.metadata.get("tokenizer.ggml.tokens"):
             return
-        # transformers would prefer the tokenizer of another model that lies beside the file.
-        with one_line(f"{self.path} gives no tokenizer", SAFETENSORS), tempfile.TemporaryDirectory() as alone:
-            os.symlink(self._header.path.resolve(), Path(alone, "model.gguf"))
-            # AutoTokenizer would read the whole header once more, for a class that makes the same of it.
-            made = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="model.gguf")
-            tokenizer = complete(made, self._header.metadata, str(self.path))
+        with one_line(f"{self.path} gives no tokenizer", SAFETENSORS):
+            tokenizer = tokenizer_of(self._header.path, self._header.metadata, str(self.path))
         tokenizer.save_pretrained(str(directory))
         generation_config(tokenizer, self._header.metadata).save_pretrained(str(directory))
-        del made, tokenizer
-        return_free_memory()  # a large vocabulary leaves hundreds of MB in pieces, in which no matrix finds room
+        del tokenizer
+        return_free_memory()  # what a large vocabulary leaves is in pieces, in which no matrix finds room
 
     def _config(self) -> PretrainedConfig:
         """The config that the metadata, and the tensors of RoPE's factors, describe."""
@@ -171,17 +166,19 @@ class GgufFile:
             return self._matrix(entry).decode().view(entry.shape).numpy()
         return dequantize(self._bytes(entry).reshape(*entry.shape[:-1], -1), GGMLQuantizationType[entry.kind])
 
-    def _bytes(self, entry: Entry) -> np.ndarray:
-        """The bytes of a tensor, ``[rows, bytes of a row]``.
+    def _bytes(self, entry: Entry, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The bytes of a tensor's rows from ``start`` to before ``stop``, ``[rows, bytes of a row]``.
 
         They are read, not mapped: if the file has been cut short since, that is an error here and a SIGBUS in a map.
         """
-        data = np.empty(entry.nbytes, np.uint8)
+        count = math.prod(entry.shape[:-1])
+        width = entry.nbytes // count
+        data = np.empty(((count if stop is None else stop) - start, width), np.uint8)
         with open(entry.path, "rb") as file:
-            file.seek(entry.offset)
-            if file.readinto(data.data) != entry.nbytes:
+            file.seek(entry.offset + start * width)
+            if file.readinto(data.data) != data.nbytes:
                 raise ValueError(f"{entry.path} ends inside {entry.name}; {DOWNLOAD}")
-        return data.reshape(math.prod(entry.shape[:-1]), -1)
+        return data
 
     def _process(self, entry: Entry, values: np.ndarray, made: dict[str, Tensor]) -> np.ndarray | None:
         """Undoes what the converter to GGUF did to a tensor, by transformers' code for the architecture.
@@ -230,7 +227,8 @@ class GgufFile:
 
     def _matrix(self, entry: Entry) -> CodedMatrix:
         """The codes and scales of a tensor of one of ``TYPES``, ``[rows, row]``."""
-        return read_blocks(entry.kind, torch.from_numpy(self._bytes(entry)))
+        shape = math.prod(entry.shape[:-1]), entry.shape[-1]
+        return read_blocks(entry.kind, shape, lambda *rows: torch.from_numpy(self._bytes(entry, *rows)))
 
     def _rows(self, entry: Entry, order: Tensor) -> Tensor | Int4Weight:
         """A matrix of one of ``TYPES``, its rows taken in ``order``; in float32 where our layout cannot hold it."""

@@ -33,22 +33,23 @@ class Parts(NamedTuple):
     minimum: Tensor | None = None
 
 
-def read_blocks(kind: str, data: Tensor) -> CodedMatrix:
-    """The matrix that the bytes of a tensor are.
+def read_blocks(kind: str, shape: tuple[int, int], rows: Callable[[int, int], Tensor]) -> CodedMatrix:
+    """Reads a matrix, some rows at a time.
 
     Args:
         kind: one of ``TYPES``.
-        data: ``[N, bytes of a row]`` uint8.
+        shape: ``(N, K)``.
+        rows: gives the bytes of rows from one to before another, ``[rows, bytes of a row]`` uint8.
     """
     block = TYPES[kind]
-    count = data.shape[1] // block.nbytes  # blocks in a row
-    codes = torch.empty(len(data), count * block.weights, dtype=torch.uint8)
+    codes = torch.empty(shape, dtype=torch.uint8)
     numbers = []
-    step = PANEL_ELEMENTS // codes.shape[1] + 1
-    for start in range(0, len(data), step):
-        panel = data[start : start + step]
-        parts = block.read(panel.view(len(panel), count, block.nbytes))
-        codes[start : start + step] = parts.codes.flatten(1)
+    step = PANEL_ELEMENTS // shape[1] + 1
+    for start in range(0, shape[0], step):
+        panel = codes[start : start + step]
+        data = rows(start, start + len(panel))
+        parts = block.read(data.view(len(panel), shape[1] // block.weights, block.nbytes))
+        panel.copy_(parts.codes.flatten(1))
         numbers.append([part.flatten(1) for part in parts[1:] if part is not None])
     scales, *rest = (torch.cat(part).t() for part in zip(*numbers, strict=True))
     minimum = rest[0] if rest else None

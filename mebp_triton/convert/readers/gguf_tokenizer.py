@@ -7,11 +7,16 @@ begin and end it, a file states in keys that transformers reads in part, or not 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from mebp_triton.system.memory import return_free_memory
 
 from .gguf_header import DOWNLOAD, Length
 from .gguf_keys import is_number
@@ -66,11 +71,30 @@ def generation_config(tokenizer: PreTrainedTokenizerFast, metadata: dict[str, An
     return GenerationConfig(**ids)
 
 
-def complete(tokenizer: PreTrainedTokenizerFast, metadata: dict[str, Any], where: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that a file describes, from the one that transformers made of it.
+def tokenizer_of(path: Path, metadata: dict[str, Any], where: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that the GGUF file ``path`` describes.
 
     It warns where texts are cut by a rule that is not known here.
     """
+    # transformers would prefer the tokenizer of another model that lies beside the file.
+    with tempfile.TemporaryDirectory() as alone:
+        file, saved = Path(alone, "model.gguf"), Path(alone, "saved.json")
+        os.symlink(path.resolve(), file)
+        options, template = _save_backend(file, saved, metadata, where)
+        return_free_memory()  # hundreds of MB for a large vocabulary, of which the tokenizer makes more copies
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(saved), **options)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def _save_backend(file: Path, target: Path, metadata: dict[str, Any], where: str) -> tuple[dict[str, Any], str | None]:
+    """Writes what cuts texts and numbers tokens, from the tokenizer that transformers makes of the file.
+
+    Returns:
+        The other settings of the tokenizer, and its chat template.
+    """
+    # AutoTokenizer would read the whole header once more, for a class that makes the same of it.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.parent), gguf_file=file.name)
     backend = _of_the_file(tokenizer.backend_tokenizer, int(metadata["tokenizer.ggml.tokens"]))
     kind = str(metadata.get("tokenizer.ggml.pre", "default"))
     begins = False
@@ -85,7 +109,7 @@ def complete(tokenizer: PreTrainedTokenizerFast, metadata: dict[str, Any], where
                 f"{where}: tokenizer.ggml.pre is {kind!r:.100}, which is not known here: texts are cut into words as "
                 "GPT-2 does, and may get other ids than in llama.cpp; take the tokenizer's files from the original "
                 "model",
-                stacklevel=3,
+                stacklevel=4,
             )
     elif metadata.get("tokenizer.ggml.model") == "llama":
         begins = True
@@ -102,9 +126,8 @@ def complete(tokenizer: PreTrainedTokenizerFast, metadata: dict[str, Any], where
     backend.post_processor = processors.TemplateProcessing(single=[*first, "$A", *last], special_tokens=special)
     # transformers 4 would take spaces before commas out of decoded texts.
     nothing: dict[str, Any] = {"bos_token": None, "eos_token": None, "clean_up_tokenization_spaces": False}
-    result = PreTrainedTokenizerFast(tokenizer_object=backend, **nothing | tokens)
-    result.chat_template = tokenizer.chat_template
-    return result
+    backend.save(str(target), pretty=False)
+    return nothing | tokens, tokenizer.chat_template
 
 
 def _of_the_file(backend: Tokenizer, size: int) -> Tokenizer:

@@ -38,6 +38,11 @@ def random_bytes(kind, rows=61, blocks=3):
     return data
 
 
+def matrix_of(kind, data):
+    columns = data.shape[1] // TYPES[kind].nbytes * TYPES[kind].weights
+    return read_blocks(kind, (len(data), columns), lambda start, stop: torch.from_numpy(data[start:stop]))
+
+
 def truth(kind, data):
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,20 +64,20 @@ def test_every_value_is_that_of_the_gguf_package(kind, monkeypatch):
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == (block.weights, block.nbytes)
     data = random_bytes(kind)
     wanted = truth(kind, data)
-    matrix = read_blocks(kind, torch.from_numpy(data))
+    matrix = matrix_of(kind, data)
     assert int(matrix.codes.max()) < 1 << block.bits and matrix.bits == block.bits
     assert matrix.group_size == (16 if kind == "Q6_K" else 32)
     assert_same_bits(matrix.decode(), wanted)
     # The same in panels of ten rows, the last of which has one.
     monkeypatch.setattr(gguf_blocks, "PANEL_ELEMENTS", 9 * 3 * block.weights)
-    assert_same_bits(read_blocks(kind, torch.from_numpy(data)).decode(), wanted)
+    assert_same_bits(matrix_of(kind, data).decode(), wanted)
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_weight_of_ours_has_every_value(kind):
     data = random_bytes(kind)
     data = data[truth(kind, data).isfinite().all(1).numpy()]  # float16 does not equal itself where it is NaN
-    weight = read_blocks(kind, torch.from_numpy(data)).to_int4()
+    weight = matrix_of(kind, data).to_int4()
     assert_same_bits(decode(weight, torch.float32), truth(kind, data))
     assert (weight.form, weight.scales.dtype) == HELD_AS[kind]
 
@@ -90,7 +95,7 @@ def test_zeros_keep_their_signs(kind):
         blocks[:4, :, 4:16] = 0
     wanted = truth(kind, data)
     assert wanted.signbit().any() and (wanted == 0).any()
-    assert_same_bits(read_blocks(kind, torch.from_numpy(data)).decode(), wanted)
+    assert_same_bits(matrix_of(kind, data).decode(), wanted)
 
 
 def of_exponents(*exponents):
@@ -105,12 +110,12 @@ def of_exponents(*exponents):
 )
 def test_exponents_become_halves_where_halves_hold_them(exponents, dtype):
     data = of_exponents(*exponents)
-    weight = read_blocks("MXFP4", torch.from_numpy(data)).to_int4()
+    weight = matrix_of("MXFP4", data).to_int4()
     assert weight.scales.dtype == dtype
     assert_same_bits(decode(weight, torch.float32), truth("MXFP4", data))
 
 
 @pytest.mark.parametrize("exponent", [253, 254, 255])
 def test_an_exponent_whose_values_are_no_numbers(exponent):
-    matrix = read_blocks("MXFP4", torch.from_numpy(of_exponents(120, exponent)))
+    matrix = matrix_of("MXFP4", of_exponents(120, exponent))
     assert matrix.scales.isnan().tolist() == [[False, True]]
