@@ -41,13 +41,14 @@ def packed_columns(in_features: int, bits: int = 4) -> int:
     return padded(in_features) * bits // 8
 
 
-def pack(codes: Tensor, pad_code: int = 0, bits: int = 4) -> Tensor:
+def pack(codes: Tensor, pad_code: int = 0, bits: int = 4, copy: bool = True) -> Tensor:
     """Packs codes, one per byte, into rows of bytes.
 
     Args:
         codes: ``[N, K]`` uint8, values 0..15, or 0..255 with 8 bits.
         pad_code: the code that fills K up to a multiple of 64.
         bits: 4 or 8.
+        copy: if false, codes of 8 bits that need no padding may be returned as they are.
 
     Returns:
         ``[N, packed_columns(K, bits)]`` uint8.
@@ -60,7 +61,8 @@ def pack(codes: Tensor, pad_code: int = 0, bits: int = 4) -> Tensor:
     if bits == 4 and codes.numel() and int(codes.max()) > 15:
         raise ValueError(f"codes must lie in 0..15, got {int(codes.max())}")
     columns = codes.shape[1]
-    codes = torch.nn.functional.pad(codes, (0, padded(columns) - columns), value=pad_code)
+    if copy or padded(columns) > columns:
+        codes = torch.nn.functional.pad(codes, (0, padded(columns) - columns), value=pad_code)
     if bits == 8:
         return codes.contiguous()
     low, high = codes.unflatten(1, (-1, 2, RUN)).unbind(2)
@@ -153,11 +155,12 @@ class Int4Weight:
         minimum: Tensor | None = None,
         codebook: Tensor | None = None,
         bits: int = 4,
+        copy: bool = True,
     ) -> Int4Weight:
         """Packs ``codes`` ``[N, K]`` of 4 or 8 bits with ``scales`` (and ``minimum``) of shape ``[ceil(K / G), N]``.
 
         Padded columns decode to zero in the symmetric scheme. In the other schemes their value has no meaning, and no
-        operation reads it.
+        operation reads it. ``copy``: see ``pack``.
         """
         _check_group_size(group_size, bits)
         # Checked before padding, which would hide missing or surplus groups.
@@ -167,7 +170,7 @@ class Int4Weight:
                 raise ValueError(f"{name} must have shape {(groups, codes.shape[0])}, got {tuple(tensor.shape)}")
         pad = (0, 0, 0, group_count(codes.shape[1], group_size) - groups)
         return cls(
-            packed=pack(codes, 0 if minimum is not None or codebook is not None else middle_code(bits), bits),
+            packed=pack(codes, 0 if minimum is not None or codebook is not None else middle_code(bits), bits, copy),
             scales=torch.nn.functional.pad(scales, pad).contiguous(),
             in_features=codes.shape[1],
             group_size=group_size,

@@ -51,8 +51,11 @@ def test_codes_of_8_bits_lie_in_order(columns):
     packed = pack(codes, 128, bits=8)
     assert torch.equal(packed[:, :columns], codes)
     assert packed.shape == (3, padded(columns)) and (packed[:, columns:] == 128).all()
+    shared = pack(codes, 128, bits=8, copy=False)
+    assert torch.equal(shared, packed)
     codes[:] = 0
     assert packed.any(), "packed codes share no memory with what they were made of"
+    assert shared.any() == (columns != 64), "unless they may"
 
 
 @pytest.mark.parametrize("columns", WIDTHS)

@@ -68,7 +68,10 @@ class CodedMatrix:
         return replace(self, minimum=-(zeros.float() * self.scales.float()))
 
     def to_int4(self) -> Int4Weight | None:
-        """The same weights in our layout, with the codes of 4 or 8 bits that hold theirs; None where none do."""
+        """The same weights in our layout, with the codes of 4 or 8 bits that hold theirs; None where none do.
+
+        Codes of 8 bits may be shared: a copy of a large table is more than reading it takes.
+        """
         bits = 4 if self.bits <= 4 else 8
         size = self._our_group_size(GROUP_SIZES_OF_BITS[bits])
         if size is None:
@@ -80,7 +83,7 @@ class CodedMatrix:
         symmetric = self.minimum is None and self.levels is None
         offset = middle_code(bits) - self._middle if symmetric else 0
         codes = self.codes + offset if offset else self.codes
-        return Int4Weight.from_codes(codes, parts[0], size, *parts[1:], codebook=self.levels, bits=bits)
+        return Int4Weight.from_codes(codes, parts[0], size, *parts[1:], codebook=self.levels, bits=bits, copy=False)
 
     def decoded(self) -> Decoded:
         """The matrix where ``to_int4`` gives None."""
@@ -115,7 +118,7 @@ class CodedMatrix:
 
 
 def _is_held_by_half(numbers: Tensor) -> bool:
-    return torch.equal(numbers.float(), numbers.to(torch.float16).float())
+    return numbers.dtype == torch.float16 or torch.equal(numbers.float(), numbers.to(torch.float16).float())
 
 
 def even_groups(columns: int, group_size: int) -> Tensor:
