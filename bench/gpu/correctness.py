@@ -17,9 +17,9 @@ from mebp_triton.autotune.measure import poisoned
 from mebp_triton.kernels import functions
 from mebp_triton.kernels.accuracy import judge, normal, random_weight
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES, Scheme
+from mebp_triton.kernels.names import FORMS, Form
 from mebp_triton.kernels.reference import decode
-from mebp_triton.training.gradient_check import check_embedding, check_head, check_lora_layer
+from mebp_triton.training.gradient_check import KINDS, WIDE_KINDS, check_embedding, check_head, check_lora_layer
 
 from .operands import dtype_name, strided
 from .routes import known_routes, route_name, run_dx, run_forward
@@ -45,8 +45,7 @@ class Case:
     """One kind of weight, and the numbers of tokens to check it with."""
 
     shape: Shape
-    scheme: Scheme
-    group_size: int
+    form: Form
     dtype: torch.dtype
     tokens: tuple[int, ...]
 
@@ -54,8 +53,9 @@ class Case:
 def cases(session: Session) -> list[Case]:
     """First the usual kind of weight, with every M and shape; then the other kinds, with M's and shapes in turn."""
     sizes = session.sizes
-    kinds = list(product(SCHEMES, GROUP_SIZES, sizes.dtypes))
-    usual, step = ("symmetric", 64, sizes.dtypes[0]), min(4, len(sizes.tokens))
+    narrow = [form for form in FORMS if form.bits == 4]
+    kinds = list(product([*narrow, *WIDE_KINDS], sizes.dtypes))
+    usual, step = (Form("symmetric", 64), sizes.dtypes[0]), min(4, len(sizes.tokens))
     found = [Case(shape, *usual, sizes.tokens) for shape in sizes.shapes]
     for turn, shape in enumerate(sizes.shapes):
         for index, kind in enumerate(kinds):
@@ -69,7 +69,8 @@ def _linear(session: Session) -> None:
     rows = session.results["linear"] = []
     turn = 0
     for case in session.while_time("linear", cases(session), share=0.55):
-        weight = random_weight(*case.shape, session.device, case.scheme, case.group_size)
+        form = case.form
+        weight = random_weight(*case.shape, session.device, form.scheme, form.group_size, bits=form.bits)
         decoded = Decoded(weight, case.dtype)
         for m in case.tokens:
             for kernel in ("matmul", "matmul_dx"):
@@ -174,9 +175,9 @@ def _embedding(session: Session) -> None:
     """Checks that rows are decoded to the bit."""
     rows = session.results["embedding"] = []
     v, k = session.sizes.table
-    todo = list(product(SCHEMES, session.sizes.dtypes))
-    for scheme, dtype in session.while_time("embedding", todo, share=0.3):
-        weight = random_weight(v, k, session.device, scheme)
+    todo = list(product([*KINDS, *WIDE_KINDS], session.sizes.dtypes))
+    for form, dtype in session.while_time("embedding", todo, share=0.3):
+        weight = random_weight(v, k, session.device, form.scheme, form.group_size, bits=form.bits)
         with poisoned():
             ok = check_embedding(weight, dtype, session.sizes.table_tokens, backend="triton")
         _record(session, rows, _describe((v, k), weight, dtype), {"ok": ok})
@@ -241,8 +242,7 @@ def _repeats(session: Session) -> None:
 
 
 def _describe(shape: Shape, weight: Int4Weight, dtype: torch.dtype) -> dict[str, Any]:
-    named = {"n": shape[0], "k": shape[1], "scheme": weight.scheme, "group_size": weight.group_size}
-    return named | {"dtype": dtype_name(dtype)}
+    return {"n": shape[0], "k": shape[1], **weight.form._asdict(), "dtype": dtype_name(dtype)}
 
 
 def _record(session: Session, rows: list[dict[str, Any]], about: dict[str, Any], found: dict[str, Any]) -> None:

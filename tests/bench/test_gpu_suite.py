@@ -37,8 +37,9 @@ def test_nothing_is_left_out_and_no_section_is_empty(rehearsal):
     sections = {"linear", "groups", "lora_layer", "embedding", "cross_entropy", "routes", "repeats", "compiled"}
     assert results["correctness"].keys() == sections
     assert all(results["correctness"][name] for name in sections)
-    kinds = {(row["scheme"], row["group_size"], row["dtype"]) for row in results["correctness"]["linear"]}
-    assert len(kinds) == 3 * 3 * 2
+    linear = results["correctness"]["linear"]
+    kinds = {(row["scheme"], row["group_size"], row["bits"], row["dtype"]) for row in linear}
+    assert len(kinds) == (3 * 3 + 2) * 2
     gradients = {row["gradient"] for row in results["correctness"]["lora_layer"]}
     assert gradients == {"y", "dx", "dbias", "da", "db"}
     assert {row["route"] == "panel" for row in results["correctness"]["routes"]} == {True, False}

@@ -24,7 +24,8 @@ def test_everything_is_run_and_passes_and_the_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
     json.dumps(rows, allow_nan=False)
     assert [row for row in rows if not row["ok"]] == []
-    assert len(rows) == 2 + 3 * 3 * 3 + 2 * 3 * 3
+    assert len(rows) == 2 + 3 * 3 * 3 + 2 * 2 * 3 + 2 * 3 * 3
+    assert "embedding, 8 bits, symmetric, groups of 16, 33 tokens" in {row["what"] for row in rows}
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float16"}
 
 
@@ -61,7 +62,8 @@ FAULTS = {
 def test_a_fault_in_the_layer_is_seen(monkeypatch, fault):
     monkeypatch.setattr(*FAULTS[fault])
     checks = failed(seconds=600)
-    assert "LoRA layer, symmetric, 33 tokens, float32" in checks
+    assert "LoRA layer, 4 bits, symmetric, groups of 64, 33 tokens, float32" in checks
+    assert "LoRA layer, 8 bits, affine, groups of 32, 33 tokens, float32" in checks
     assert "gradients of blocks, float32" in checks
 
 
@@ -97,7 +99,7 @@ def test_a_check_that_breaks_has_failed(monkeypatch):
 
     monkeypatch.setattr(functions, "int4_embedding", broken)
     rows = [row for row in gradient_check.run(CPU, seconds=600) if row["ok"] is False]
-    assert "embedding, affine, 33 tokens" in {row["what"] for row in rows}
+    assert "embedding, 4 bits, affine, groups of 64, 33 tokens" in {row["what"] for row in rows}
     assert {row["reason"] for row in rows} == {"RuntimeError: no such kernel"}
 
 
