@@ -12,7 +12,7 @@ from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import int4_matmul_group_triton, int4_matmul_triton
-from mebp_triton.kernels.names import FORMS, GROUP_SIZES
+from mebp_triton.kernels.names import FORMS
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
@@ -220,11 +220,14 @@ def test_weights_beyond_float16_behave_as_torch(guarded, device):
     assert torch.equal(y.nan_to_num(nan=-1), same.nan_to_num(nan=-1))
 
 
+@pytest.mark.gpu
 def test_repeats_are_identical(guarded, make_weight, normal, dtype, device):
+    if device != "cuda":
+        pytest.skip("needs a GPU")
     x, weight = normal(65, 200, dtype=dtype), make_weight(70, 200)
     t, b = normal(65, 16, dtype=dtype, seed=2), normal(70, 16, dtype=dtype, seed=3)
     first = guarded(int4_matmul_triton, x, weight, None, t, b)
-    for _ in range(100 if device == "cuda" else 2):
+    for _ in range(100):
         assert torch.equal(first, guarded(int4_matmul_triton, x, weight, None, t, b))
 
 
@@ -310,19 +313,6 @@ def test_any_shape(guarded, make_weight, normal, dtype, m, n, k, rank, form, ste
     size += 0 if t is None or b is None else t.double().abs() @ b.double().abs().t()
     bound = (torch.finfo(dtype).eps + (k + rank) * torch.finfo(torch.float32).eps) * size
     assert ((y.double() - truth).abs() <= bound + torch.finfo(dtype).tiny).all()
-
-
-@pytest.mark.parametrize(
-    ("split", "scale_sums", "group_size", "dtype"), pairs([2, 8], [False, True], GROUP_SIZES, DTYPES), ids=str
-)
-def test_split_reductions(check, make_weight, normal, dtype, group_size, split, scale_sums):
-    """There may be more parts than steps. Bias and LoRA are counted once."""
-    m, n, k, r = 5, 19, 330, 5
-    config = TileConfig(16, 16, 64, split=split, scale_sums=scale_sums)
-    bias, t, b = normal(n, seed=2), normal(m, r, seed=3), normal(n, r, seed=4)
-    x, weight = normal(m, k, dtype=dtype), make_weight(n, k, group_size)
-    first = check(x, weight, bias, t, b, config)
-    assert all(torch.equal(first, int4_matmul_triton(x, weight, bias, t, b, config)) for _ in range(2))
 
 
 @pytest.mark.parametrize(
