@@ -61,7 +61,7 @@ def compared(directory: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
     for module, wanted in reference.items():
         read = source.read(f"{module}.weight")
         exact = isinstance(read, Int4Weight)
-        forms[f"{read.scheme}, {read.group_size}, {read.scales.dtype}" if exact else "decoded"] += 1
+        forms[f"{read.form}, scales {read.scales.dtype}" if exact else "decoded"] += 1
         ours = (decode(read, torch.float32) if exact else read).to(wanted.dtype)
         values += wanted.numel()
         differ += int((ours != wanted).sum())

@@ -140,6 +140,10 @@ SUBJECTS = {
         "bnb", MODEL, ("*.safetensors", "config.json", "tokenizer.json"), FOREIGN, weight=2
     ),
     "int4 directory": Subject("int4", MODEL, ("*.safetensors", "config.json", "tokenizer.json"), FOREIGN, weight=2),
+    **{
+        f"{name} directory": Subject(name, MODEL, ("*.safetensors", "config.json"), FOREIGN)
+        for name in ("gptq", "awq", "mlx", "compressed", "hqq")
+    },
     "GGUF file": Subject(
         "gguf",
         {"quantize": lambda bent, world, out: ["quantize", bent / "tiny.gguf", out, "--json"]},

@@ -112,8 +112,27 @@ def _models(root: Path) -> None:
     bnb_directory(root / "made", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True).rename(root / "bnb")
     for name in ("sharded", "int4"):
         word_tokenizer().save_pretrained(root / name)
+    _packed_directories(root)
     (root / "gguf").mkdir()
     write(root / "gguf" / "tiny.gguf", "llama", llama_tensors())
+
+
+def _packed_directories(root: Path) -> None:
+    import packed_layouts
+    from packed_models import packed_directory
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    int4 = {"bits": 4, "group_size": 32}
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+    compressed = {"format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}}
+    for name, layout, config in (
+        ("gptq", packed_layouts.gptq(), {"quant_method": "gptq", "desc_act": False} | int4),
+        ("awq", packed_layouts.awq(), {"quant_method": "awq", "version": "gemm"} | int4),
+        ("mlx", packed_layouts.mlx_affine(32), int4),
+        ("compressed", packed_layouts.compressed(32, False), {"quant_method": "compressed-tensors"} | compressed),
+        ("hqq", packed_layouts.hqq(), {"quant_method": "hqq"}),
+    ):
+        packed_directory(root / name, layout, {"quantization_config": config}, **sizes)
 
 
 def _data(place: Path) -> None:

@@ -65,7 +65,8 @@ class CompressedTensorsDirectory(PackedDirectory):
                 f"{self.path}: kv_cache_scheme, the rounding of cached keys and values, has no effect on a store",
                 stacklevel=4,
             )
-        self._sizes = [_weights(group).get("group_size") for group in groups]
+        sizes = [_weights(group).get("group_size") for group in groups]
+        self._sizes = [size for size in sizes if type(size) is int and size > 0]
         self._is_affine = bool(groups) and all(_weights(group).get("symmetric") is False for group in groups)
 
     def _belongs(self, key: str, used: set[str]) -> bool:
@@ -82,7 +83,7 @@ class CompressedTensorsDirectory(PackedDirectory):
         bits = parts.bits("weight_packed", columns, along=1)
         words = parts.read("weight_packed", ("I32",), (rows, -(-columns * bits // 32)))
         scales = parts.read("weight_scale", SCALES, (rows, count)).t()
-        stated = next((size for size in self._sizes if size and -(-columns // size) == count), None)
+        stated = next((size for size in self._sizes if -(-columns // size) == count), None)
         groups, size = parts.groups(columns, count, stated, "weight_scale", "weight_g_idx")
         matrix = CodedMatrix(unpack_bits(words, bits)[:, :columns], bits, scales, groups, size)
         if "weight_zero_point" in parts:

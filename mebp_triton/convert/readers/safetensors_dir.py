@@ -46,6 +46,7 @@ from .source import NativeForm
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HQQ_PICKLE = "qmodel.pt"
 FLOATS = ("F64", "F32", "F16", "BF16")
 COMPARED_ELEMENTS = 1 << 22  # how much of two tables is compared at a time
 DOWNLOAD = "download it again"
@@ -230,9 +231,12 @@ def _entries(path: Path) -> dict[str, Entry]:
         return _indexed_entries(path)
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickles:
+        way = "save it with save_pretrained as safetensors"
+        if HQQ_PICKLE in pickles:
+            way = "save it with HQQ's AutoHQQHFModel.save_to_safetensors"
         raise ValueError(
             f"{path} has only pickled weights ({pickles[0]}), which can run code when opened: load the model once "
-            f"where you trust it and save it with save_pretrained as safetensors"
+            f"where you trust it and {way}"
         )
     raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}: give a directory with safetensors weights")
 

@@ -1,7 +1,11 @@
 """``mebp quantize``: its answer, its table, and what it refuses."""
 
+import json
+
 import pytest
-from commands import answer, assert_refused, pickled, with_remote_code, without
+from commands import answer, assert_refused, evaluate, pickled, texts, train, with_remote_code, without
+from packed_layouts import awq, mlx_affine
+from packed_models import packed_directory
 from runs import model_directory
 
 from mebp_triton.store.reader import Store
@@ -50,6 +54,32 @@ def test_quantize_and_train_say_it(mebp, tmp_path):
     for given, run in ((tmp_path / "store", "run"), (source, "other")):
         code, _, err = mebp("train", given, *options, f"--output-dir={tmp_path / run}")
         assert code == 0 and err.count(line) == 1, err
+
+
+@pytest.mark.parametrize("kind", ["awq", "mlx"])
+def test_a_store_of_packed_codes_is_an_ordinary_one(mebp, world, tmp_path, kind):
+    """It is verified, planned, trained, evaluated, merged and generated from; its adapter names the checkpoint."""
+    model, store, run = (tmp_path / name for name in ("model", "store", "run"))
+    if kind == "awq":
+        packed_directory(model, awq(), {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32}})
+    else:
+        sizes = {"hidden_size": 64, "intermediate_size": 192}
+        config = {"quantization": {"group_size": 32, "bits": 4}}
+        layout = mlx_affine(of=lambda module: (6 if "v_proj" in module else 4, 32))
+        packed_directory(model, layout, config, extra=("model.embed_tokens",), **sizes)
+    made = answer(mebp("quantize", model, store, "--json"))
+    assert made["taken_over"] == (14 if kind == "awq" else 15) and not made["decoded"]
+    assert mebp("verify", store)[0] == 0 and mebp("plan", store, "--max-length=24", "--json")[0] == 0
+    trained = answer(mebp(*train(world, tmp_path, texts(world)[1], store=store), "--json"))
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model.resolve())
+    loss = answer(mebp(*evaluate(world, store, f"--adapter={run / 'adapter'}"), "--json"))["loss"]
+    assert loss == pytest.approx(trained["loss_after"], rel=1e-5)
+    assert mebp("merge", store, tmp_path / "merged", f"--adapter={run / 'adapter'}", "--dtype=float32")[0] == 0
+    assert (
+        not {"quantization", "quantization_config"} & json.loads((tmp_path / "merged/config.json").read_text()).keys()
+    )
+    assert mebp("generate", store, "--prompt=the cat", "--max-new-tokens=2")[0] == 0
 
 
 MISTAKES = {

@@ -153,10 +153,15 @@ def test_variants_that_are_refused(whole, tmp_path, stated, message):
         opened(directory)
 
 
-def test_settings_of_wrong_types_are_no_reason_to_fail(whole, tmp_path):
-    for number, groups in enumerate(([1], {"group_0": 3}, {"group_0": {"weights": 3}}, "all")):
-        stated = settings()["quantization_config"] | {"config_groups": groups}
-        opened(edited(whole, tmp_path / str(number), {}, quantization_config=stated))
+@pytest.mark.parametrize(
+    "groups",
+    [[1], {"group_0": 3}, {"group_0": {"weights": 3}}, {"group_0": {"weights": {"group_size": "32"}}}],
+    ids=str,
+)
+def test_settings_of_wrong_types_are_no_reason_to_fail(whole, tmp_path, groups):
+    stated = settings()["quantization_config"] | {"config_groups": groups}
+    source = opened(edited(whole, tmp_path / "model", {}, quantization_config=stated))
+    assert source.read(f"{Q}.weight").group_size == 32
 
 
 def test_scales_have_one_dtype_with_minima(whole, tmp_path):
