@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mebp_triton.kernels.names import GROUP_SIZES_OF_BITS, Scheme
+
 from .coded_matrix import CodedMatrix, unpack_bits
 from .packed_dir import SCALES, PackedDirectory, Parts
 from .source import NativeForm
@@ -50,15 +52,17 @@ class GptqDirectory(PackedDirectory):
 
 
 def native_form_of(settings: dict[str, Any], symmetric: bool) -> NativeForm | None:
-    """The form of codes in 4 bits with float16 scales, which an affine minimum needs float32 for."""
-    size = settings.get("group_size", settings.get("q_group_size"))
-    if settings.get("bits", settings.get("w_bit")) != 4 or type(size) is not int:
+    """The form of codes with float16 scales, which an affine minimum needs float32 for; None where they are decoded."""
+    stated, size = settings.get("bits", settings.get("w_bit")), settings.get("group_size", settings.get("q_group_size"))
+    if type(stated) is not int or not 2 <= stated <= 8 or type(size) is not int:
         return None
-    fitting = [ours for ours in (128, 64, 32) if size == -1 or (size > 0 and size % ours == 0)]
+    bits = 4 if stated <= 4 else 8
+    fitting = [ours for ours in GROUP_SIZES_OF_BITS[bits] if size == -1 or (size > 0 and size % ours == 0)]
     if not fitting:
         return None
-    size = size if size in fitting else fitting[0]
-    return NativeForm("symmetric", size, torch.float16) if symmetric else NativeForm("affine", size, torch.float32)
+    size = size if size in fitting else fitting[-1]
+    scheme: Scheme = "symmetric" if symmetric else "affine"
+    return NativeForm(scheme, size, torch.float16 if symmetric else torch.float32, bits)
 
 
 def gptq_matrix(parts: Parts, rows: int, columns: int, stated_size: Any, less_one: bool) -> CodedMatrix:

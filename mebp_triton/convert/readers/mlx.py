@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .coded_matrix import E2M1, CodedMatrix, even_groups, powers_of_two, unpack_bits
+from .gptq import native_form_of
 from .packed_dir import SCALES, PackedDirectory, Parts
 from .quantization import MLX
 from .source import NativeForm
@@ -32,10 +33,9 @@ class MlxDirectory(PackedDirectory):
     @staticmethod
     def native_form(settings: dict[str, Any]) -> NativeForm | None:
         if settings.get("mode", "affine") == "mxfp4":
-            return NativeForm("codebook", 32, torch.float16)
-        if settings.get("bits") != 4 or settings.get("group_size") not in (32, 64, 128):
-            return None
-        return NativeForm("affine", settings["group_size"], torch.float16, tables=True)
+            return NativeForm("codebook", 32, torch.float16, tables=True)
+        form = native_form_of(settings, symmetric=False)
+        return None if form is None else form._replace(scale_dtype=torch.float16, tables=True)
 
     def _check_settings(self) -> None:
         layers = [settings for settings in self.settings.values() if isinstance(settings, dict)]

@@ -49,7 +49,7 @@ class Parts:
     def bits(self, part: str, count: int, along: int) -> int:
         """The width of a code, by the words into which the part packs ``count`` codes along one of its dimensions."""
         words = self.shape(part)[along]
-        for bits in range(2, 9):
+        for bits in (4, 2, 3, 5, 6, 7, 8):  # a few codes may fit in several ways, of which 4 bits is the usual one
             if -(-count * bits // 32) == words:
                 return bits
         self.fail(part, f"has {words} words along dimension {along}, which hold {count} codes of no width")

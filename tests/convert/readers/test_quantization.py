@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mebp_triton.convert.readers import native_form
+from mebp_triton.convert.readers import NativeForm, native_form
 from mebp_triton.convert.readers.quantization import find_quantization, quant_method_of, quantization_in
 
 
@@ -59,21 +60,32 @@ class Config:
         vars(self).update(settings)
 
 
+HALF, SINGLE = torch.float16, torch.float32
+
+
 @pytest.mark.parametrize(
     ("settings", "form"),
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}, ("symmetric", 128, "torch.float16")),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}, ("affine", 32, "torch.float32")),
-        ({"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True}, ("symmetric", 128, "torch.float16")),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 1024, "sym": True}, ("symmetric", 128, "torch.float16")),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}, ("symmetric", 128, HALF, 4)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}, ("affine", 32, SINGLE, 4)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True}, ("symmetric", 128, HALF, 4)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 1024, "sym": True}, ("symmetric", 128, HALF, 4)),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 16, "sym": True}, ("symmetric", 16, HALF, 8)),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 96, "sym": True}, ("symmetric", 32, HALF, 4)),
         ({"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True}, None),
-        ({"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True}, None),
+        ({"quant_method": "gptq", "bits": 1, "group_size": 32}, None),
+        ({"quant_method": "gptq", "bits": "4", "group_size": 32}, None),
         ({"quant_method": "gptq"}, None),
         ({"quant_method": "unknown"}, None),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, ("affine", 64, SINGLE, 4)),
+        ({"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}, ("codebook", 32, HALF, 4)),
+        ({"quant_method": "compressed-tensors", "config_groups": 3}, None),
+        ({"bits": 4, "group_size": 64}, ("affine", 64, HALF, 4, True)),
+        ({"bits": 6, "group_size": 64, "mode": "affine"}, ("affine", 64, HALF, 8, True)),
+        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, ("codebook", 32, HALF, 4, True)),
     ],
     ids=str,
 )
-def test_the_form_that_quantize_will_take_over(settings: dict[str, Any], form: tuple[str, int, str] | None) -> None:
-    found = native_form(Config(quantization_config=settings))
-    assert (None if found is None else (found.scheme, found.group_size, str(found.scale_dtype))) == form
+def test_the_form_that_quantize_will_take_over(settings: dict[str, Any], form: tuple[Any, ...] | None) -> None:
+    assert native_form(Config(quantization_config=settings)) == (None if form is None else NativeForm(*form))
     assert native_form(Config()) is None
