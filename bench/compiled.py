@@ -28,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -52,7 +53,14 @@ RANDOM_CASES = 1000
 FOUR_BITS, EIGHT_BITS = ([form for form in FORMS if form.bits == bits] for bits in (4, 8))
 PARTS = ("shipped", "random")
 # What decides over a result, besides the compiler.
-SOURCES = ("kernels/*.py", "kernels/tables/*.json", "autotune/emulator/*.py", "autotune/c*.py", "bench/compiled.py")
+SOURCES = (
+    "kernels/*.py",
+    "kernels/tables/*.json",
+    "autotune/emulator/*.py",
+    "autotune/cases.py",
+    "autotune/correctness.py",
+    "bench/compiled.py",
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,6 @@ def units_of(part: str) -> list[Unit]:
 
 def run_unit(part: str, number: int) -> dict[str, Any]:
     """Compiles one unit for its targets, executes each different PTX once, and judges the results."""
-    torch.set_num_threads(1)
     unit, start = units_of(part)[number], time.process_time()
     row: dict[str, Any] = {"part": part, "number": number, "executed": [], "share": 0.0, "faults": []}
     prepared, known = prepare(unit.case), set()
@@ -212,12 +219,20 @@ class Progress:
         self.rows[row["part"], row["number"]] = row
 
 
+def start_worker(cache: str) -> None:
+    """Prepares a process: one thread, and a place for what the compiler keeps."""
+    torch.set_num_threads(1)
+    os.environ["TRITON_CACHE_DIR"] = cache
+
+
 def run(wanted: Iterable[tuple[str, int]], progress: Progress, processes: int) -> None:
     """Runs the units that have no result yet."""
     todo = [key for key in wanted if key not in progress.rows]
     print(f"{len(todo)} units to run", flush=True)
     start = time.perf_counter()
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    # Kernels are compiled anew, and what the compiler keeps of each (2 GB of them all) goes away.
+    with TemporaryDirectory() as cache, ProcessPoolExecutor(processes, spawn, start_worker, (cache,)) as pool:
         futures = [pool.submit(run_unit, *key) for key in todo]
         for number, future in enumerate(as_completed(futures), start=1):
             row = future.result()
