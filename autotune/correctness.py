@@ -182,7 +182,9 @@ class _Rows:
         self.wanted = reference.decode(self.weight, case.dtype)
         if case.kernel == "embedding":
             ids = torch.randint(-1, rows + 1, (2 * case.m,), generator=operands.generator).to(operands.device)
-            self.ids = ids[: case.m] if case.layout == "contiguous" else ids[::2]
+            # The first ones out of range, on both sides.
+            ids[:4:2] = torch.tensor([rows, -1])[: case.m]
+            self.ids = ids[::2].contiguous() if case.layout == "contiguous" else ids[::2]
             valid = (self.ids >= 0) & (self.ids < rows)
             self.wanted = torch.where(valid[:, None], self.wanted[self.ids.clamp(0, rows - 1)], math.nan)
 
@@ -209,8 +211,8 @@ class _SoftmaxTiles:
         self.targets[-1] = case.sizes[0] % total
         self.logits = [operands.activations(case.m, size) * 8 for size in case.sizes]
         for z in self.logits:
-            # The largest one stands twice, and the first place counts.
-            z[0, -1] = z[0].max()
+            # Where the largest one stands at several places, the first one counts.
+            z[: len(z) // 2, ::2] = z[: len(z) // 2].amax(1, keepdim=True)
         self.slopes = [
             operands.numbers(case.m, size, dtype=torch.float32) if case.bias else None for size in case.sizes
         ]

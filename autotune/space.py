@@ -28,13 +28,6 @@ DX_BALANCED: dict[int, tuple[Shape, ...]] = {
     64: ((64, 32, 2), (128, 32, 4), (128, 64, 4)),
     128: ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 8)),
 }
-# Shapes of the shipped tables that are not among the others, by (kernel, few tokens), for as long as they are shipped.
-IN_TABLES: dict[tuple[str, bool], tuple[Shape, ...]] = {
-    ("matmul", True): (),
-    ("matmul", False): ((64, 64, 4), (128, 64, 8), (128, 128, 8)),
-    ("matmul_dx", True): ((64, 32, 4),),
-    ("matmul_dx", False): ((64, 32, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8)),
-}
 SPLITS = (1, 2, 4, 8, 16)
 # Up to so many tokens a launch is bound by the memory that the weights come from.
 SMALL_M = 32
@@ -57,14 +50,14 @@ def candidates(problem: Problem, target_sm: int) -> list[TileConfig]:
     device = NOMINAL[target_sm]
     forward, small = problem.kernel == "matmul", problem.m <= SMALL_M
     stages = (3, 4) if small else (2, 3)
-    left = _operand_orders(problem, device)
+    left = _weight_left(problem, device)
     scaled_sums = (False, True) if forward and small else (False,)
     configs = []
     for block_m in _token_blocks(problem.m, device):
-        tiles = dict.fromkeys((*_tiles(problem, block_m, device), *IN_TABLES[problem.kernel, small]))
-        for (block_out, step, num_warps), depth, weight_left, sums in product(tiles, stages, left, scaled_sums):
+        tiles = _tiles(problem, block_m, device)
+        for (block_out, step, num_warps), depth, sums in product(tiles, stages, scaled_sums):
             block_n, block_k = (block_out, step) if forward else (step, block_out)
-            base = TileConfig(block_m, block_n, block_k, num_warps, depth, weight_left=weight_left, scale_sums=sums)
+            base = TileConfig(block_m, block_n, block_k, num_warps, depth, weight_left=left, scale_sums=sums)
             if base.suits(problem) and _within(problem, base):
                 configs += [replace(base, split=split) for split in _splits(problem, base, device)]
     return configs
@@ -85,16 +78,13 @@ def _tiles(problem: Problem, block_m: int, device: Device) -> tuple[Shape, ...]:
     return MATMUL_LARGE if forward else DX_LARGE
 
 
-def _operand_orders(problem: Problem, device: Device) -> tuple[bool, ...]:
-    """The values of ``weight_left`` to try. The forward kernel always has the weight on the left.
+def _weight_left(problem: Problem, device: Device) -> bool:
+    """Whether the decoded weight is the left operand, as it always is in the forward kernel.
 
     For dX, the matrix instructions of sm_90 and sm_100 take a right operand from shared memory for all warps, and are
-    not there for fewer than 64 rows on the left. Elsewhere both orders cost the same, and the left one fewer registers;
-    the right one is tried for as long as shipped tables have it.
+    not there for fewer than 64 rows on the left. Elsewhere both orders cost the same, and the left one fewer registers.
     """
-    if problem.kernel == "matmul":
-        return (True,)
-    return (False,) if device.compute_capability in (90, 100) and problem.m > SMALL_M else (True, False)
+    return problem.kernel == "matmul" or device.compute_capability not in (90, 100) or problem.m <= SMALL_M
 
 
 def _token_blocks(m: int, device: Device) -> list[int]:
