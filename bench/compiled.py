@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -138,11 +139,13 @@ def tamed(case: Case, pick: random.Random) -> Case:
         return replace(case, rank=0, bias=False, layout="contiguous")
     if case.kernel == "softmax_tile":
         return replace(case, rank=0, split=1)
+    block_n, block_k = pick.choice((16, 32, 64, 128)), pick.choice((64, 128))
     config = TileConfig(
         pick.choice((16, 32, 64)),
-        pick.choice((16, 32, 64, 128)),
-        pick.choice((64, 128)),
-        pick.choice((2, 4, 8)),
+        block_n,
+        block_k,
+        # The assembly decodes four bytes of a thread. With fewer, it would compute with some that nobody has set.
+        min(pick.choice((2, 4, 8)), block_n * block_k // 2 // (4 * 32)),
         pick.choice((1, 2, 3, 4)),
         pick.choice((1, 1, 2, 4)),
         weight_left=case.kernel == "matmul" or pick.random() < 0.5,
@@ -220,9 +223,17 @@ class Progress:
 
 
 def start_worker(cache: str) -> None:
-    """Prepares a process: one thread, and a place for what the compiler keeps."""
+    """Prepares a process: one thread, and a place for what the compiler keeps. It ends when this script is killed."""
     torch.set_num_threads(1)
     os.environ["TRITON_CACHE_DIR"] = cache
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run(wanted: Iterable[tuple[str, int]], progress: Progress, processes: int) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 from collections import Counter
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("tool", choices=TOOLS)
     tool = parser.parse_args().tool
     with tempfile.TemporaryDirectory() as root:
+        os.chdir(root)  # some tools leave logs where they run
         for name, directory, reference in TOOLS[tool](Path(root)):
             found = {"tool": f"{tool} {version(tool)}", "variant": name} | compared(directory, reference)
             print(json.dumps(found), flush=True)

@@ -113,7 +113,7 @@ def test_a_configuration_is_clean_and_right(targets, config, problem, kind):
     for target in targets:
         assert unfit(problem, replace(made, target_sm=target, shared_limit=SHARED_LIMITS[target])) is None
     assert made.unpacking_per_weight is not None and made.unpacking_per_weight < 8
-    weight = {"scheme": problem.scheme, "group_size": problem.group_size, "dtype": problem.dtype}
+    weight = {"dtype": problem.dtype, **problem.form._asdict()}
     case = tile_case(problem.kernel, config, aligned=True, **options, **weight)
     if made.loop.tensor == "UTCHMMA":
         with Emulator(targets[0]), pytest.raises(NotModelled, match=r"tcgen05\.alloc"):

@@ -38,6 +38,15 @@ def llama_of(kind: object, hidden: int, ffn: int, tied: bool) -> dict[str, tuple
     return tensors
 
 
+def llama_of_every_type() -> dict[str, tuple[tuple[int, ...], object]]:
+    """The tensors of a llama of width 256 in all types that are taken over bit for bit, and one that is not."""
+    kinds = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "TQ2_0"]
+    tensors = llama_of(None, 256, 256, tied=True)
+    matrices = [name for name, (shape, _) in tensors.items() if len(shape) == 2]
+    types = {name: kinds[place % len(kinds)] for place, name in enumerate(matrices)}
+    return tensors | {name: (tensors[name][0], gguf.GGMLQuantizationType[kind]) for name, kind in types.items()}
+
+
 def llama_tensors() -> dict[str, tuple[tuple[int, ...], object]]:
     kv = HIDDEN // HEADS * KV_HEADS
     tensors = {"token_embd.weight": ((len(TOKENS), HIDDEN), Q8_0), "output_norm.weight": ((HIDDEN,), F32)}

@@ -150,6 +150,12 @@ SUBJECTS = {
         unchecked=FOREIGN,
         weight=3,
     ),
+    "GGUF in parts": Subject(
+        "gguf-parts",
+        {"quantize": lambda bent, world, out: ["quantize", bent / "tiny-00002-of-00003.gguf", out, "--json"]},
+        unchecked=FOREIGN,
+        weight=3,
+    ),
     **{
         f"data {name}": Subject("data", _data(name), (f"{name}/*" if name == "saved" else name,), TEXT)
         for name in ("train.txt", "pairs.jsonl", "chats.jsonl", "texts.parquet", "saved")

@@ -369,6 +369,7 @@ def gguf_setting(path: Path, draw: random.Random) -> None:
     keys += [b"llama.context_length", b"llama.feed_forward_length", b"llama.attention.head_count_kv"]
     keys += [b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.tokens", b"tokenizer.ggml.merges", b"general.alignment"]
     keys += [b"tokenizer.ggml.token_type", b"llama.attention.layer_norm_rms_epsilon"]
+    keys += [b"split.no", b"split.count", b"split.tensors.count"]
     key = draw.choice([key for key in keys if key in data])
     place = data.find(key) + len(key)
     place += draw.choice((0, 4, 4, 4, 8))

@@ -94,7 +94,7 @@ def _wide_codes(root: Path) -> None:
 
 def _models(root: Path) -> None:
     import torch
-    from gguf_files import llama_tensors, write
+    from gguf_files import llama_of_every_type, llama_tensors, write
     from models import bnb_directory
     from runs import model_directory, word_tokenizer
     from transformers import AutoModelForCausalLM
@@ -115,6 +115,8 @@ def _models(root: Path) -> None:
     _packed_directories(root)
     (root / "gguf").mkdir()
     write(root / "gguf" / "tiny.gguf", "llama", llama_tensors())
+    (root / "gguf-parts").mkdir()
+    write(root / "gguf-parts" / "tiny.gguf", "llama", llama_of_every_type(), hidden=256, ffn=256, tensors_each=8)
 
 
 def _packed_directories(root: Path) -> None:

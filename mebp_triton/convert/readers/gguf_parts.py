@@ -56,7 +56,7 @@ def _paths(path: Path, number: Any, count: Any) -> list[Path]:
         raise ValueError(f"{path} is part {number + 1} of {count}, and its name must end with {ending}; {ALL}")
     prefix = path.name.removesuffix(ending)
     paths = [path.with_name(f"{prefix}-{index + 1:05d}-of-{count:05d}.gguf") for index in range(count)]
-    missing = [each.name for each in paths if not each.exists()]
+    missing = [each.name for each in paths if not each.is_file()]
     if missing:
         raise ValueError(
             f"{path} is part {number + 1} of {count}, but beside it is no {enumerate_names(missing)}; {ALL}"

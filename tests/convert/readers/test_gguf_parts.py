@@ -1,5 +1,6 @@
 """A model in several GGUF files is found by any of them, or refused by one line."""
 
+import os
 import shutil
 import struct
 
@@ -85,6 +86,12 @@ def test_a_missing_part_is_named(parts, missing, given):
     assert_refused(
         parts / name(given), f"is part {given} of 3, but beside it is no {name(missing)}", "download all parts"
     )
+
+
+def test_a_part_that_is_no_file(parts):
+    (parts / name(3)).unlink()
+    os.mkfifo(parts / name(3))
+    assert_refused(parts / name(1), f"beside it is no {name(3)}")
 
 
 def test_a_part_under_another_name(parts):
