@@ -1,8 +1,8 @@
 """Errors planted into PTX: each is a small mistake of an author or a compiler, in one instruction.
 
 A mistake in the bound of a mask is made in all instructions that one expression of Python has become, because the edge
-of a tensor meets few of them. The compiler's own guards, which keep a loop's pipeline from loading what no step needs,
-are left alone: all loads have their masks, and what is loaded in vain changes nothing.
+of a tensor meets few of them. A group of copies that is not ended becomes a part of the next one, so only the last of
+several in a row is an error.
 """
 
 from __future__ import annotations
@@ -46,26 +46,30 @@ class Mutation:
 def mutations(ptx: str) -> list[Mutation]:
     """Every mutation of a kernel, in the order of its lines."""
     found, place, bounds = [], "", dict[tuple[str, ...], list[tuple[int, str]]]()
-    of_the_pipeline = pipeline_guards(ptx)
     for number, line in enumerate(ptx.split("\n")):
         code = " ".join(line.partition("//")[0].split())
         if code.startswith(".loc"):
             place = code
-        elif set(re.findall(r"%p\d+", code)) & of_the_pipeline and code.startswith(("setp", "selp")):
-            continue
         elif match := re.fullmatch(r"setp\.lt\.(\S+) (\S+, %\S+, (%\S+));", code):
             bounds.setdefault((place, match[3]), []).append((number, f"setp.le.{match[1]} {match[2]};"))
         elif code.endswith(";") and not code.startswith("."):
             found += [Mutation(group, kind, ((number, text),)) for group, kind, text in _of(code) if text != code]
     found += [Mutation("guards", "bound one too far", tuple(changes)) for changes in bounds.values()]
+    joined = _groups_that_join(ptx)
+    found = [one for one in found if one.kind != "group not ended" or one.line not in joined]
     return sorted(found, key=lambda one: one.line)
 
 
-def pipeline_guards(ptx: str) -> set[str]:
-    """Predicates that tell whether the loop gets to a step: what they compare with is a number, or the end less one."""
-    ends = set(re.findall(r"add\.s(?:32|64)\s+(%\w+), %\w+, -\d+;", ptx))
-    compared = re.findall(r"setp\.\w\w\.[su](?:32|64)\s+(%p\d+), %\w+, (\S+);", ptx)
-    return {predicate for predicate, bound in compared if bound in ends or not bound.startswith("%")}
+def _groups_that_join(ptx: str) -> set[int]:
+    """Lines of commits behind which, before any wait or label, there is another commit."""
+    found, last = set(), None
+    for number, line in enumerate(ptx.split("\n")):
+        if "commit_group" in line:
+            found |= set() if last is None else {last}
+            last = number
+        elif "wait_group" in line or line.startswith("$L__BB"):
+            last = None
+    return found
 
 
 def _of(code: str) -> Iterator[tuple[str, str, str]]:
@@ -149,16 +153,12 @@ def _half_mask(match: re.Match[str]) -> Iterator[str]:
 
 
 def _number_off(match: re.Match[str]) -> Iterator[str]:
-    """The last bit of a float, or of both floats of a pair; one in place of a zero."""
+    """A low bit of a float, or of both floats of a pair; one in place of a zero."""
     bits = int(match[3], 16)
-    changed = bits ^ (0x10001 if match[3][:4] == match[3][4:] else 1)
+    changed = bits ^ (0x10001 if match[3][:4] == match[3][4:] else 0x1000)
     if bits in (0, 0x80008000):
         changed = 0x3F803F80 if bits else 0x3F800000
     yield f"{match[1]}{match[2]}{changed:08X};"
-
-
-def _next_parameter(match: re.Match[str]) -> Iterator[str]:
-    yield f"{match[1]}{int(match[2]) + 1}];"
 
 
 def _exchanged_sides(match: re.Match[str]) -> Iterator[str]:
@@ -177,7 +177,7 @@ OPERATORS: tuple[tuple[str, str, str, Change], ...] = (
     ("guards", "guard dropped", r"@!?%p\d+ ((?:ld|st)\.\S+ .*)", _as(r"\1")),
     ("guards", "half of a mask dropped", r"and\.pred (\S+), (\S+), (\S+);",
      _as(r"mov.pred \1, \2;", r"mov.pred \1, \3;")),
-    ("guards", "copy of what is not there", r"selp\.b32 (\S+), (\S+), 0, %p\d+;", _as(r"mov.b32 \1, \2;")),
+    ("guards", "mask dropped", r"selp\.b32 (\S+), (\S+), 0, %p\d+;", _as(r"mov.b32 \1, \2;")),
     ("addresses", "address moved", rf"(?:@!?%p\d+ )?(?:{ACCESS})\..*", _moved),
     ("addresses", "stride left out", r"mul\.lo\.s64 (\S+), (\S+), (\S+);", _as(r"mov.b64 \1, \2;")),
     ("addresses", "stride left out", r"mad\.lo\.s64 (\S+), (\S+), (\S+), (\S+);", _as(r"add.s64 \1, \2, \4;")),
@@ -209,6 +209,5 @@ OPERATORS: tuple[tuple[str, str, str, Change], ...] = (
     ("operands", "sum forgotten", r"mov\.pred (\S+), -1;", _as(r"mov.pred \1, 0;")),
     ("operands", "sum forgotten", r"fma\.rn\.f32 (\S+), (\S+), (\S+), (\S+);", _as(r"mul.rn.f32 \1, \2, \3;")),
     ("operands", "number off", r"(sub\.rn\.f32 \S+, \S+, |mov\.b32 \S+, )(0f|0x)([0-9A-F]{8});", _number_off),
-    ("operands", "other parameter", r"(ld\.param\.\S+ \S+, \[\w+_param_)(\d+)\];", _next_parameter),
     ("operands", "maximum exchanged", r"max\.(.*)", _as(r"min.\1")),
 )  # fmt: skip
