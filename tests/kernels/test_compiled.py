@@ -19,7 +19,8 @@ from mebp_triton.kernels.layout import SCALE_DTYPES
 from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# With different instructions each. On sm_90, tiles of 64 x 64 with four warps are multiplied by ``wgmma``.
+# With different instructions each. On sm_90, tiles of 64 x 64 with four warps are multiplied by ``wgmma``. A device of
+# sm_75 has no bfloat16: panels take the kernels' place there, and only the emulator executes that code.
 TARGETS = (75, 80, 90, 120)
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)
 TILES = ((16, 64, 64, 4, 3), (64, 64, 64, 4, 2), (32, 32, 128, 8, 1), (16, 32, 64, 2, 4))
