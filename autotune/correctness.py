@@ -31,7 +31,7 @@ from .measure import poisoned
 
 # The size of LoRA's term beside the weight's own: small enough that an error of either shows.
 LORA_SIZE = 0.06
-# Results whose error must be small beside their own size. A few sums may all happen to cancel.
+# Different results whose error must be small beside their own size. A few sums may all happen to cancel.
 FEWEST = 64
 # Float32 exponentials are approximated on a GPU.
 EXPONENTIAL_TOLERANCE = 1e-5
@@ -132,7 +132,8 @@ class _Product:
             if one.shape != same.shape:
                 return Verdict(False, math.inf, f"a result is {tuple(one.shape)}, wanted {tuple(same.shape)}")
         whole, same, truth = (torch.cat(parts, 1) for parts in (found, self.same, self.truth))
-        verdict = judge(whole, same, truth, product=truth.numel() >= FEWEST)
+        different = truth.shape[1] * (1 if self.case.layout == "expanded" else truth.shape[0])
+        verdict = judge(whole, same, truth, product=different >= FEWEST)
         share = verdict.get("share")
         return Verdict(verdict["ok"], math.inf if share is None else share, verdict.get("reason"))
 

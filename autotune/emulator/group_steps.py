@@ -37,6 +37,8 @@ class GroupMultiplier:
         self.groups: Array = np.zeros((1, 1), dtype=np.int32)
         # What each register held at the last fence, or got from a product since.
         self.fenced: list[Any] = []
+        # Whether there was a fence since the last product was committed.
+        self.fence_is_new = False
 
     def step(self, one: Instruction) -> Step:
         """Makes a step of any ``wgmma`` instruction."""
@@ -53,17 +55,27 @@ class GroupMultiplier:
 
     def _fence(self, mask: Mask) -> None:
         self.fenced = list(self.state.registers)
+        self.fence_is_new = True
 
     def _check_fenced(self, index: int) -> None:
         """Raises for a register that was set since the last fence, unless by a product: those come in order."""
         if index not in self.arriving and not (self.fenced and self.fenced[index] is self.state.registers[index]):
             self._complain(index, "was set with no fence before an asynchronous product that uses it")
 
+    def _start_from_zero(self, index: int) -> bool:
+        """Whether a sum is a constant zero behind a new fence.
+
+        The compiler moves the zeros of sums that are used once over the fence. No machine register is set for them.
+        """
+        value = self.state.registers[index]
+        return self.fence_is_new and value is not None and value.size == 1 and not value.any()
+
     def _arrive(self, index: int, value: Array) -> None:
         self.state.registers[index] = value
         self.fenced[index] = value
 
     def _commit(self, mask: Mask) -> None:
+        self.fence_is_new = False
         self.groups = self.groups + (1 if mask is None else mask.any(axis=1, keepdims=True))
 
     def _multiplication(self, one: Instruction) -> Step:
@@ -84,8 +96,10 @@ class GroupMultiplier:
 
         def step(mask: Mask) -> None:
             mask = state.whole_blocks(mask)
+            zeros = {target.index for target in sums.items if self._start_from_zero(target.index)}
             for index in [*places, *(target.index for target in sums.items)]:
-                self._check_fenced(index)
+                if index not in zeros:
+                    self._check_fenced(index)
             if in_registers:
                 a = self.fragments.matrix(places, matrix.left_operand, kind)
                 a = a.reshape(state.shape[0], groups, 64, 16)

@@ -63,6 +63,9 @@ def test_both_operands_in_shared_memory():
 
 UNFENCED = PRODUCT[PRODUCT.index("wgmma.mma") :]
 SECOND = PRODUCT.replace("%r4", "%r5")
+# Sums that are set behind the fence.
+START = PRODUCT[: PRODUCT.index("wgmma.mma")].replace("mov.pred %p2, 0", "mov.pred %p2, -1")
+START += "".join(f"mov.b32 %r4{place}, NUMBER;\n" for place in range(4))
 WAIT_FOR_FIRST = WAIT.replace("0", "1")
 
 
@@ -75,6 +78,16 @@ WAIT_FOR_FIRST = WAIT.replace("0", "1")
         ("register race", WRITE + FENCE + PRODUCT.replace("wgmma.fence.sync.aligned;", "") + WAIT + STORE),
         ("register race", WRITE + FENCE + PRODUCT + WAIT + "add.s32 %r41, %r41, 0;\n" + UNFENCED + WAIT),
         ("register race", WRITE + FENCE + PRODUCT + WAIT + "add.s32 %r30, %r30, 0;\n" + UNFENCED + WAIT),
+        ("register race", WRITE + FENCE + START.replace("NUMBER", "0x3F800000") + UNFENCED + WAIT),
+        (
+            "register race",
+            WRITE
+            + FENCE
+            + START.replace("wgmma.fence.sync.aligned;", "").replace("NUMBER", "0x00000000")
+            + UNFENCED
+            + WAIT,
+        ),
+        ("register race", WRITE + FENCE + PRODUCT + WAIT + "mov.b32 %r41, 0;\n" + UNFENCED + WAIT),
         ("shared race", WRITE + "bar.sync 0;\n" + PRODUCT + WAIT + STORE),
         ("shared race", WRITE + "fence.proxy.async.shared::cta;\n" + PRODUCT + WAIT + STORE),
         ("shared race", WRITE + FENCE + PRODUCT + WRITE + WAIT + STORE),
@@ -99,6 +112,11 @@ def test_sums_that_nobody_touches_need_no_other_fence():
     again = "mov.pred %p2, -1;\n" + UNFENCED
     found = compute(WRITE + FENCE + PRODUCT + again + WAIT + again + WAIT + STORE)
     assert (found == 48 * (np.arange(128) % 4 * 2 + 2)).all()
+
+
+def test_sums_may_start_from_zero_behind_the_fence():
+    found = compute(WRITE + FENCE + START.replace("NUMBER", "0x00000000") + UNFENCED + WAIT + STORE)
+    assert (found == 16 * (np.arange(128) % 4 * 2 + 2)).all()
 
 
 def test_shared_memory_may_be_written_when_the_product_was_waited_for():
