@@ -63,12 +63,12 @@ class GroupMultiplier:
             self._complain(index, "was set with no fence before an asynchronous product that uses it")
 
     def _start_from_zero(self, index: int) -> bool:
-        """Whether a sum is a constant zero behind a new fence.
+        """Whether a sum is zero in all threads, behind a new fence.
 
         The compiler moves the zeros of sums that are used once over the fence. No machine register is set for them.
         """
         value = self.state.registers[index]
-        return self.fence_is_new and value is not None and value.size == 1 and not value.any()
+        return self.fence_is_new and value is not None and not value.any()
 
     def _arrive(self, index: int, value: Array) -> None:
         self.state.registers[index] = value
