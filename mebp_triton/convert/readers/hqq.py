@@ -18,6 +18,7 @@ from mebp_triton.kernels.bitsandbytes import common_group_size
 from mebp_triton.models.names import check_shape
 
 from .coded_matrix import CodedMatrix, Decoded, even_groups
+from .gptq import native_form_of
 from .packed_dir import SCALES, PackedDirectory, Parts
 from .source import NativeForm
 
@@ -40,7 +41,11 @@ class HqqDirectory(PackedDirectory):
 
     @staticmethod
     def native_form(settings: dict[str, Any]) -> NativeForm | None:
-        return NativeForm("affine", 64, torch.float32)
+        stated = settings.get("quant_config")
+        stated = stated.get("weight_quant_params", stated) if isinstance(stated, dict) else {}
+        if not isinstance(stated, dict) or stated.get("axis") == 0:
+            return None
+        return native_form_of({"bits": stated.get("nbits", 4), "group_size": stated.get("group_size", 64)}, False)
 
     def _matrix(self, parts: Parts, rows: int, columns: int) -> CodedMatrix | Decoded:
         if "shape" in parts:
