@@ -52,6 +52,8 @@ class HqqDirectory(PackedDirectory):
             shape = parts.read("shape", ("I64", "I32"), (2,)).tolist()
             check_shape(str(self.path), parts.module, shape, (rows, columns))
         packed = parts.shape("W_q")
+        if (dtype := parts.entries["W_q"].dtype) != "U8":
+            self.refuse(f"{parts.module}.W_q as {dtype} (as 3 bits and view_as_float are stored), wanted U8")
         bits = next((bits for bits in (8, 4, 2) if prod(packed) * 8 == rows * columns * bits), None)
         if bits is None:
             parts.fail("W_q", f"has shape {packed}, which holds no matrix of shape {(rows, columns)} in 2, 4 or 8 bits")
