@@ -73,7 +73,7 @@ def test_one_trip():
 
 
 def test_what_tensor_cores_read():
-    """Two groups of warps read 64 columns of 64 numbers each, and dX 64 rows besides; forward has registers for those."""
+    """Two groups of warps read 64 columns of 64 numbers each; in dX 64 rows as well, which forward has in registers."""
     assert trip_counts(FORWARD, TileConfig(64, 128, 64, num_warps=8), 90).operands == 2 * 64 * 64 * 2 / 128
     tile = TileConfig(64, 64, 128, num_warps=8, weight_left=False)
     assert trip_counts(replace(FORWARD, kernel="matmul_dx"), tile, 90).operands == 2 * (64 + 64) * 64 * 2 / 128
