@@ -47,7 +47,7 @@ def test_what_is_right_has_no_fault(compilations):
 PLANTED = {
     "barrier removed": r"shared race: .* at line \d+ \(.*\.py:\d+\): .* in matmul bf16 M32 ",
     "guard dropped": r"out of bounds: .* at line \d+ \(.*\.py:\d+\): (ld|st)\.global\S* .* in matmul ",
-    "wrong selector": r"wrong result: .* error .*, allowed .* in matmul bf16 M32 N48 K192 symmetric G64 r16 \[16x32x64",
+    "wrong selector": r"wrong result: .* error .*, allowed .* in matmul bf16 M32 N48 K320 symmetric G64 r16 \[16x32x64",
 }
 
 
