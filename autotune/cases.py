@@ -98,8 +98,9 @@ def tile_case(
 ) -> Case:
     """A small product that uses all of a configuration.
 
-    It has two tiles each way, and more steps than the pipeline has stages. A split reduction has two steps in a part,
-    and parts without any. Where the configuration's scaled sums do not suit the weight's kind, scales multiply weights.
+    It has two tiles each way, and more steps than the pipeline has stages, in each part of a split reduction but the
+    last ones, which may have fewer or none. Where the configuration's scaled sums do not suit the weight's kind, scales
+    multiply weights.
 
     Args:
         kernel, config: what is launched.
@@ -107,7 +108,7 @@ def tile_case(
         members: weights of the launch.
         fields: further attributes of the case.
     """
-    steps = config.num_stages + 2 if config.split == 1 else 2 * config.split - config.split // 2
+    steps = config.num_stages + 2 if config.split == 1 else config.num_stages * config.split + 1
     more = 16 if aligned else 5
     if kernel == "matmul":
         sizes = (config.block_n + more, 3 * more, more)[:members]

@@ -7,7 +7,7 @@ from itertools import product
 
 import torch
 
-from mebp_triton.kernels.configs import MIN_DOT, Problem, TileConfig, power_of_two_at_least
+from mebp_triton.kernels.configs import MIN_DOT, Problem, TileConfig, default_config, power_of_two_at_least
 
 from .cost_model import NOMINAL, Device, grid
 
@@ -38,7 +38,8 @@ MIN_STEPS = 4
 def candidates(problem: Problem, target_sm: int) -> list[TileConfig]:
     """The configurations of a problem's kernel for a compute capability, in the same order every time.
 
-    The panel route is not among them, since it has no configuration. It is always a candidate besides.
+    The panel route is not among them, since it has no configuration. It is always a candidate besides. Where every tile
+    is larger than the problem, the default is the one candidate.
 
     Raises:
         ValueError: the kernel has no configurations to choose from, or the target is unknown.
@@ -60,7 +61,7 @@ def candidates(problem: Problem, target_sm: int) -> list[TileConfig]:
             base = TileConfig(block_m, block_n, block_k, num_warps, depth, weight_left=left, scale_sums=sums)
             if base.suits(problem) and _within(problem, base):
                 configs += [replace(base, split=split) for split in _splits(problem, base, device)]
-    return configs
+    return configs or [default_config(problem)]
 
 
 def _tiles(problem: Problem, block_m: int, device: Device) -> tuple[Shape, ...]:

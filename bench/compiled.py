@@ -1,6 +1,6 @@
 """Executes every shipped configuration as compiled, for each kind of weight, and random problems; judges all of them.
 
-    python bench/compiled.py --output bench/results/compiled.json [--processes 2] [--part shipped] [--first 200]
+    python bench/compiled.py --output bench/results/compiled.json [--processes 2] [--part shipped] [--most 200]
 
 The emulator runs the PTX that the compiler makes for each target (``autotune/emulator/``); no GPU is needed. Part
 ``shipped`` launches each configuration of the tables of sm_80 to sm_90 on small problems with two tiles each way: in
@@ -127,7 +127,9 @@ def random_units() -> list[Unit]:
             len(units),
         )
         case = tamed(case, pick)
-        units.append(Unit(case, (pick.choice(RANDOM_TARGETS),)))
+        # The assembler refuses bfloat16 for sm_75, where panels take the kernels' place.
+        targets = [target for target in RANDOM_TARGETS if target > 75 or case.dtype != torch.bfloat16]
+        units.append(Unit(case, (pick.choice(targets),)))
     return units
 
 
@@ -166,20 +168,19 @@ def run_unit(part: str, number: int) -> dict[str, Any]:
     """Compiles one unit for its targets, executes each different PTX once, and judges the results."""
     unit, start = units_of(part)[number], time.process_time()
     row: dict[str, Any] = {"part": part, "number": number, "executed": [], "share": 0.0, "faults": []}
-    prepared, known = prepare(unit.case), set()
+    prepared, faults = prepare(unit.case), dict[str, str | None]()
     for target in unit.targets:
-        try:
-            code = compiled(prepared, target)
-            if code in known:
-                continue
-            known.add(code)
+        code = compiled(prepared, target)
+        if code not in faults:
             row["executed"].append(target)
-            with Emulator(target):
-                verdict = prepared.judge(prepared.launch())
-            fault = verdict.reason
-            row["share"] = max(row["share"], verdict.share if verdict.ok else 0.0)
-        except (Fault, NotModelled) as error:
-            fault = str(error)
+            try:
+                with Emulator(target):
+                    verdict = prepared.judge(prepared.launch())
+                faults[code] = verdict.reason
+                row["share"] = max(row["share"], verdict.share if verdict.ok else 0.0)
+            except (Fault, NotModelled) as error:
+                faults[code] = str(error)
+        fault = faults[code]
         if fault is not None:
             row["faults"].append({"case": str(unit.case), "seed": unit.case.seed, "target": target, "fault": fault})
     return row | {"seconds": round(time.process_time() - start, 3)}

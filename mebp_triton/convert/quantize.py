@@ -32,7 +32,8 @@ class QuantizeReport:
     Attributes:
         errors: relative RMS error by module; 0.0 for codes taken over as they were.
         taken_over: modules whose codes were taken over bit for bit.
-        decoded: modules whose codes could not be taken over and were decoded exactly, with what the codes are.
+        decoded: modules whose codes were decoded exactly and rounded again, with what the codes are: none of our
+            schemes holds them, or another form was asked for.
         forms: scheme, group size and width of codes, by module.
         float_bytes, int4_bytes: the bytes of what stayed float and of what became int4.
         kept_float: the matrices that stayed float, by the reason; see ``models/kept_float.py``.
@@ -242,6 +243,8 @@ class _Job:
             self.report.decoded[site.name] = codes
         if weight is value:
             self.report.taken_over.append(site.name)
+        elif isinstance(value, Int4Weight):
+            self.report.decoded[site.name] = f"codes of {value.form}"
         self.progress(len(self.report.errors), self.total)
         return weight, error
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mebp_triton.autotune.cases import LAYOUTS, Case, Operands, laid_out
+from mebp_triton.autotune.cases import LAYOUTS, Case, Operands, laid_out, tile_case
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.reference import decode
 
@@ -55,3 +55,19 @@ def test_operands_are_the_same_for_the_same_case():
     assert decode(weight).isfinite().all()
     # The fourth group holds columns 96 to 127, which do not exist.
     assert weight.scales[3].isnan().all() and weight.minimum[3].isnan().all()
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("split", [1, 2, 4, 8, 16])
+def test_a_part_of_a_tile_case_has_more_steps_than_the_pipeline_has_stages(kernel, aligned, split):
+    """So every buffer of the pipeline is used again."""
+    for stages in (2, 3, 4):
+        config = TileConfig(16, 32, 64, num_stages=stages, split=split)
+        for members in (1, 2, 3):
+            case = tile_case(kernel, config, aligned, members)
+            if kernel == "matmul":
+                steps = -(-case.k // config.block_k)
+            else:
+                steps = sum(-(-size // config.block_n) for size in case.sizes)
+            assert -(-steps // split) > stages

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 import triton
 from ptx_mutations import mutations
 
@@ -34,7 +35,7 @@ def compilations(monkeypatch):
 def test_what_is_right_has_no_fault(compilations):
     """The launch is the one of the report, and with it come the parts' sum and a launch for three weights."""
     for kernel in ("matmul", "matmul_dx"):
-        problem = Problem(kernel, 16, 4096, 4096, "affine")
+        problem = Problem(kernel, 16, 4096, 4096, "affine", 16, torch.float16, bits=8)
         report(problem, SMALL, 80, rank=64, bias=kernel == "matmul")
         for ragged in (False, True):
             assert fault(problem, SMALL, 80, rank=64, bias=kernel == "matmul", ragged=ragged) is None
@@ -46,7 +47,7 @@ def test_what_is_right_has_no_fault(compilations):
 PLANTED = {
     "barrier removed": r"shared race: .* at line \d+ \(.*\.py:\d+\): .* in matmul bf16 M32 ",
     "guard dropped": r"out of bounds: .* at line \d+ \(.*\.py:\d+\): (ld|st)\.global\S* .* in matmul ",
-    "wrong selector": r"wrong result: .* error .*, allowed .* in matmul bf16 M32 N48 K192 symmetric G64 r16 \[16x32x64",
+    "wrong selector": r"wrong result: .* error .*, allowed .* in matmul bf16 M32 N48 K320 symmetric G64 r16 \[16x32x64",
 }
 
 
@@ -72,8 +73,10 @@ def test_one_trip():
 
 
 def test_what_tensor_cores_read():
-    """Two groups of warps read 64 columns of 64 numbers each; the rows of the weight lie in registers."""
+    """Two groups of warps read 64 columns of 64 numbers each; in dX 64 rows as well, which forward has in registers."""
     assert trip_counts(FORWARD, TileConfig(64, 128, 64, num_warps=8), 90).operands == 2 * 64 * 64 * 2 / 128
+    tile = TileConfig(64, 64, 128, num_warps=8, weight_left=False)
+    assert trip_counts(replace(FORWARD, kernel="matmul_dx"), tile, 90).operands == 2 * (64 + 64) * 64 * 2 / 128
 
 
 @pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])
@@ -88,11 +91,12 @@ def test_all_trips_are_alike(kernel, monkeypatch):
 
 
 def test_the_kernel_is_the_one_of_the_report(compilations):
-    """What does not divide evenly is masked, in the report and where it is counted."""
+    """What does not divide evenly is masked, in the report, where it is counted and where it is launched."""
     for problem in (FORWARD, replace(FORWARD, k=4000), replace(FORWARD, kernel="matmul_dx", n=4001, k=4001)):
         report(problem, SMALL, 87)
         trip_counts(problem, SMALL, 87)
-    assert len(compilations) == 3
+        assert fault(problem, SMALL, 87) is None
+    assert len([name for name in compilations if name != "_sum_parts_kernel"]) == 3
 
 
 def test_what_is_not_modelled_is_named():

@@ -8,6 +8,7 @@ import torch
 from mebp_triton.autotune import rank as ranking
 from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport
 from mebp_triton.autotune.emulator.faults import NotModelled
+from mebp_triton.autotune.execute import TripCounts
 from mebp_triton.autotune.rank import compiled, rank, unfit
 from mebp_triton.autotune.sass import LoopCounts
 from mebp_triton.kernels.configs import Problem, TileConfig
@@ -137,6 +138,18 @@ def test_what_cannot_be_launched_stays_first(faults):
     (first, *others) = [candidate for candidate in rank(PROBLEM, 87, execute=True).kept if candidate.route]
     assert first.not_executed == "not executed: line 9: setmaxnreg: this instruction is not modelled"
     assert len(launched) == 1 and not any(candidate.not_executed for candidate in others)
+
+
+def test_a_split_that_is_unfit_is_dropped(faults, monkeypatch):
+    """It was ranked by the report of the one that is not split."""
+    split = SPACE[1]
+    monkeypatch.setattr(ranking, "candidates", lambda problem, target_sm: [split])
+    monkeypatch.setattr(ranking, "counted", lambda *arguments: TripCounts(300, 300, 0, 300, 300))
+    monkeypatch.setattr(
+        ranking, "compiled", lambda problem, config, sm: made(87, "HMMA", spill_bytes=8 if config.split > 1 else 0)
+    )
+    found = rank(PROBLEM, 87, execute=True)
+    assert [(dropped.config, dropped.reason) for dropped in found.dropped] == [(split, "spills 8 bytes a thread")]
 
 
 def test_problems_of_the_same_code_share_a_report(monkeypatch):

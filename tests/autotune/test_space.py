@@ -1,12 +1,14 @@
 """The search space is small, the same every time, and holds nothing that a cheap rule can exclude."""
 
+import itertools
+
 import pytest
 
 from mebp_triton.autotune.compile import report
 from mebp_triton.autotune.cost_model import NOMINAL, grid, trip_clocks
 from mebp_triton.autotune.execute import trip_counts
 from mebp_triton.autotune.space import DX_BALANCED, MATMUL_BALANCED, MIN_STEPS, candidates
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.configs import Problem, TileConfig, default_config
 
 M = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHAPES = ((128, 1024), (1024, 1024), (4096, 4096), (8192, 2048), (2048, 8192), (131072, 2048))
@@ -41,6 +43,16 @@ def test_tiles_follow_the_problem():
     assert max(config.block_m for config in candidates(Problem("matmul", 4096, 4096, 4096), 90)) == 256
     assert max(config.block_m for config in candidates(Problem("matmul", 4096, 4096, 4096), 120)) == 128
     assert {config.block_k for config in candidates(Problem("matmul_dx", 16, 4096, 64), 87)} == {64}
+
+
+def test_a_problem_smaller_than_every_tile_has_a_candidate():
+    """Without one, panels would win unopposed."""
+    for target_sm in NOMINAL:
+        for m, n in itertools.product((16, 64, 128), (16, 48, 64)):
+            for problem in (Problem("matmul", m, n, 1024), Problem("matmul_dx", m, n, 1024)):
+                assert candidates(problem, target_sm), (problem, target_sm)
+    narrow = Problem("matmul", 64, 16, 1024)
+    assert candidates(narrow, 87) == [default_config(narrow)]
 
 
 def balanced():

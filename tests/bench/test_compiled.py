@@ -53,6 +53,25 @@ def test_equal_code_is_executed_once(compiled, monkeypatch):
     assert (counts["launched"], counts["executed"], counts["wrong"]) == (3, 2, 0)
 
 
+class Wrong:
+    """Takes the place of ``prepare``: every result is wrong."""
+
+    def __init__(self, case):
+        self.launch = prepare(case).launch
+
+    def judge(self, found):
+        return Verdict(False, float("inf"), "3 elements differ")
+
+
+def test_a_fault_counts_for_all_targets_of_the_code(compiled, monkeypatch):
+    unit = compiled.Unit(Case("decode"), (86, 89))
+    monkeypatch.setattr(compiled, "units_of", lambda part: [unit])
+    monkeypatch.setattr(compiled, "prepare", Wrong)
+    row = compiled.run_unit("shipped", 0)
+    assert row["executed"] == [86] and [fault["target"] for fault in row["faults"]] == [86, 89]
+    assert compiled.counts([(unit, row)])["wrong"] == 2 and compiled.counts([(unit, row)], [89])["wrong"] == 1
+
+
 @pytest.fixture
 def sweep(compiled, monkeypatch, tmp_path):
     """Runs the script over two units of rows, in this process; returns its exit code, its results, and the units."""
@@ -107,13 +126,6 @@ def test_a_run_goes_on_where_it_was(sweep):
 
 
 def test_a_wrong_result_shows(sweep, compiled, monkeypatch):
-    class Wrong:
-        def __init__(self, case):
-            self.launch = prepare(case).launch
-
-        def judge(self, found):
-            return Verdict(False, float("inf"), "3 elements differ")
-
     monkeypatch.setattr(compiled, "prepare", Wrong)
     code, record, _, _ = sweep()
     assert code == 1 and record["random"]["wrong"] == 2 and record["random"]["worst_share"] == 0

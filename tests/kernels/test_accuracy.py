@@ -97,6 +97,12 @@ def test_a_product_has_a_limit_of_its_own():
     assert verdict["share"] == pytest.approx(2, abs=0.01)
 
 
+def test_torchs_own_overflow_allows_nothing():
+    truth = torch.full((4,), 7e4, dtype=torch.float64)
+    verdict = judge(torch.zeros(4, dtype=torch.float16), truth.half(), truth)
+    assert not verdict["ok"] and "torch's own result is not finite" in verdict["reason"]
+
+
 def test_nothing_is_right_and_so_is_exactly_zero():
     assert judge(torch.empty(0, 3), torch.empty(0, 3), torch.empty(0, 3, dtype=torch.float64)) == {
         "ok": True,

@@ -192,6 +192,8 @@ def _table(title: str, rows: list[Any]) -> Table:
         remarks.append("* predicted, and compared with the data sheet: nothing was measured")
     if any(row.bound is not None for row in rows):
         remarks.append("bound: what takes longest in the model, in 1,000 clocks of the busiest multiprocessor")
+    if any(row.bound is None for row in rows):
+        remarks.append("no bound: shipped, or logged by an older version; `mebp tune --offline` ranks it here")
     notes = list(dict.fromkeys(row.note for row in rows if row.note is not None))
     if notes:
         remarks.append(f"+ {notes[0]}" + (f", and {len(notes) - 1} more: see --json" if len(notes) > 1 else ""))

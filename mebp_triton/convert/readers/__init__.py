@@ -14,7 +14,7 @@ from typing import Any
 from .quantization import quant_method_of, quantization_in
 from .source import NativeForm, Source
 
-__all__ = ["NativeForm", "Source", "native_form", "open_source"]
+__all__ = ["NativeForm", "Source", "is_quantized", "native_form", "open_source"]
 
 
 # Readers, as module and class, by what tells the format: a model directory's ``quant_method`` in config.json, or the
@@ -47,6 +47,11 @@ def native_form(config: Any) -> NativeForm | None:
         return None
     form: NativeForm | None = reader_of("directory", found.method).native_form(found.settings)
     return form
+
+
+def is_quantized(config: Any) -> bool:
+    """Whether a directory with this config holds codes in place of weights."""
+    return quantization_in(vars(config)) is not None
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

@@ -67,6 +67,8 @@ class CompressedTensorsDirectory(PackedDirectory):
             )
         sizes = [_weights(group).get("group_size") for group in groups]
         self._sizes = [size for size in sizes if type(size) is int and size > 0]
+        widths = [_weights(group).get("num_bits") for group in groups]
+        self._widths = [width for width in widths if type(width) is int and 2 <= width <= 8]
         self._is_affine = bool(groups) and all(_weights(group).get("symmetric") is False for group in groups)
 
     def _belongs(self, key: str, used: set[str]) -> bool:
@@ -79,8 +81,8 @@ class CompressedTensorsDirectory(PackedDirectory):
             check_shape(str(self.path), parts.module, shape, (rows, columns))
         count = parts.shape("weight_scale")[1]
         if parts.entries["weight_packed"].dtype == "U8":
-            return _mxfp4(parts, rows, columns, count)
-        bits = parts.bits("weight_packed", columns, along=1)
+            return _mxfp4(parts, rows, columns)
+        bits = self._bits(parts, columns)
         words = parts.read("weight_packed", ("I32",), (rows, -(-columns * bits // 32)))
         scales = parts.read("weight_scale", SCALES, (rows, count)).t()
         stated = next((size for size in self._sizes if -(-columns // size) == count), None)
@@ -92,6 +94,15 @@ class CompressedTensorsDirectory(PackedDirectory):
             parts.fail("weight_packed", "has no weight_zero_point, and config.json says that it is not symmetric")
         return matrix
 
+    def _bits(self, parts: Parts, columns: int) -> int:
+        """The width of the codes: one that the settings state and the words hold."""
+        words = parts.shape("weight_packed")[1]
+        for width in self._widths:
+            # Where 32 is no multiple of the width, older versions left the rest of each word unused.
+            if -(-columns * width // 32) != words == -(-columns // (32 // width)):
+                self.refuse(f"num_bits {width}, and {parts.module}.weight_packed has unused bits in each word")
+        return parts.bits("weight_packed", columns, 1, self._widths)
+
 
 def _zeros(parts: Parts, bits: int, rows: int, count: int) -> Tensor:
     """The zeros ``[groups, N]``, as they are added to codes; older versions did not pack them."""
@@ -101,7 +112,7 @@ def _zeros(parts: Parts, bits: int, rows: int, count: int) -> Tensor:
     return unpack_bits(words.t(), bits)[:, :rows]
 
 
-def _mxfp4(parts: Parts, rows: int, columns: int, count: int) -> CodedMatrix:
+def _mxfp4(parts: Parts, rows: int, columns: int) -> CodedMatrix:
     codes = unpack_bits(parts.read("weight_packed", ("U8",), (rows, -(-columns // 2))), 4)[:, :columns]
     exponents = parts.read("weight_scale", ("U8",), (rows, -(-columns // 32)))
     return CodedMatrix(codes, 4, powers_of_two(exponents).t(), even_groups(columns, 32), 32, levels=E2M1)

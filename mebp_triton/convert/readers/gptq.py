@@ -33,6 +33,8 @@ class GptqDirectory(PackedDirectory):
 
     @staticmethod
     def native_form(settings: dict[str, Any]) -> NativeForm | None:
+        if settings.get("desc_act") is True and settings.get("static_groups") is not True:
+            return None  # in act-order
         return native_form_of(settings, settings.get("sym") is not False)
 
     def _check_settings(self) -> None:

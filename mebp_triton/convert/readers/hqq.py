@@ -18,6 +18,7 @@ from mebp_triton.kernels.bitsandbytes import common_group_size
 from mebp_triton.models.names import check_shape
 
 from .coded_matrix import CodedMatrix, Decoded, even_groups
+from .gptq import native_form_of
 from .packed_dir import SCALES, PackedDirectory, Parts
 from .source import NativeForm
 
@@ -40,13 +41,19 @@ class HqqDirectory(PackedDirectory):
 
     @staticmethod
     def native_form(settings: dict[str, Any]) -> NativeForm | None:
-        return NativeForm("affine", 64, torch.float32)
+        stated = settings.get("quant_config")
+        stated = stated.get("weight_quant_params", stated) if isinstance(stated, dict) else {}
+        if not isinstance(stated, dict) or stated.get("axis") == 0:
+            return None
+        return native_form_of({"bits": stated.get("nbits", 4), "group_size": stated.get("group_size", 64)}, False)
 
     def _matrix(self, parts: Parts, rows: int, columns: int) -> CodedMatrix | Decoded:
         if "shape" in parts:
             shape = parts.read("shape", ("I64", "I32"), (2,)).tolist()
             check_shape(str(self.path), parts.module, shape, (rows, columns))
         packed = parts.shape("W_q")
+        if (dtype := parts.entries["W_q"].dtype) != "U8":
+            self.refuse(f"{parts.module}.W_q as {dtype} (as 3 bits and view_as_float are stored), wanted U8")
         bits = next((bits for bits in (8, 4, 2) if prod(packed) * 8 == rows * columns * bits), None)
         if bits is None:
             parts.fail("W_q", f"has shape {packed}, which holds no matrix of shape {(rows, columns)} in 2, 4 or 8 bits")

@@ -6,7 +6,7 @@ is told by the tensors that are there, because what the settings say of single l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,11 +46,14 @@ class Parts:
             self.fail(part, f"is {entry.dtype} {entry.shape}, wanted {' or '.join(dtypes)} {shape}")
         return self._tensor(f"{self.module}.{part}")
 
-    def bits(self, part: str, count: int, along: int) -> int:
-        """The width of a code, by the words into which the part packs ``count`` codes along one of its dimensions."""
+    def bits(self, part: str, count: int, along: int, stated: Sequence[int] = ()) -> int:
+        """The width of a code, by the words into which the part packs ``count`` codes along one of its dimensions.
+
+        It is one of those ``stated``, if any are.
+        """
         words = self.shape(part)[along]
         for bits in (4, 2, 3, 5, 6, 7, 8):  # a few codes may fit in several ways, of which 4 bits is the usual one
-            if -(-count * bits // 32) == words:
+            if -(-count * bits // 32) == words and (not stated or bits in stated):
                 return bits
         self.fail(part, f"has {words} words along dimension {along}, which hold {count} codes of no width")
 

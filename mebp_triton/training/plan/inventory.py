@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
-from mebp_triton.convert.quantize import DEFAULT_FORM, Recipe
-from mebp_triton.convert.readers import native_form
+from mebp_triton.convert.quantize import DECODED_FORM, DEFAULT_FORM, Recipe
+from mebp_triton.convert.readers import is_quantized, native_form
 from mebp_triton.kernels.layout import Int4Weight, group_count, packed_columns
 from mebp_triton.kernels.names import Scheme
 from mebp_triton.models.skeleton import build_skeleton, float_names, int4_sites
@@ -59,7 +59,8 @@ class Inventory:
         native = native_form(config)
         recipe = Recipe(scheme, group_size)
         taken_over = native is not None and recipe.takes(native.form)
-        scheme, group_size, bits = recipe.form(native.form if native else DEFAULT_FORM)
+        default = DECODED_FORM if is_quantized(config) else DEFAULT_FORM
+        scheme, group_size, bits = recipe.form(native.form if native else default)
         model = build_skeleton(copy.deepcopy(config), torch.float32)
         path, stack = find_blocks(model)
         sites, tied = int4_sites(model)

@@ -12,8 +12,8 @@ from mebp_triton.kernels.reference import decode
 from mebp_triton.store.reader import Store
 
 
-def settings(group_size=32, symmetric=True, group=None, **more):
-    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric}
+def settings(group_size=32, symmetric=True, group=None, bits=4, **more):
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric}
     weights |= {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
     only = {"targets": ["Linear"], "weights": weights, "input_activations": None} | (group or {})
     stated = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": only}}
@@ -63,14 +63,32 @@ def test_an_order_of_columns(tmp_path):
     assert all(torch.equal(source.read(f"{name}.weight"), weight.float()) for name, weight in truth.items())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 8])
 def test_other_widths(tmp_path, bits):
-    truth = packed_directory(tmp_path / "model", compressed(bits=bits, symmetric=False), settings(symmetric=False))
+    stated = settings(symmetric=False, bits=bits)
+    truth = packed_directory(tmp_path / "model", compressed(bits=bits, symmetric=False), stated)
     source = opened(tmp_path / "model")
     for name, weight in truth.items():
         read = source.read(f"{name}.weight")
-        assert read.bits == (8 if bits == 8 else 4)
+        assert read.bits == (8 if bits > 4 else 4)
         assert torch.equal(decode(read, torch.float32), weight.float())
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_words_with_unused_bits_as_older_versions_packed_them(whole, tmp_path, bits):
+    """7 bits take the words that 8 bits do, and must not be read as these."""
+    words = torch.zeros(96, -(-96 // (32 // bits)), dtype=torch.int32)
+    directory = edited(whole, tmp_path / "model", {f"{Q}.weight_packed": words}, **settings(bits=bits))
+    message = f"num_bits {bits}, and {Q}.weight_packed has unused bits in each word, which is not supported"
+    with pytest.raises(ValueError, match=message):
+        opened(directory).read(f"{Q}.weight")
+
+
+def test_the_width_must_be_one_that_is_stated(whole, tmp_path):
+    words = torch.zeros(96, 24, dtype=torch.int32)
+    directory = edited(whole, tmp_path / "model", {f"{Q}.weight_packed": words})
+    with pytest.raises(ValueError, match="has 24 words along dimension 1, which hold 96 codes of no width"):
+        opened(directory).read(f"{Q}.weight")
 
 
 def test_mxfp4(tmp_path):

@@ -150,6 +150,13 @@ def test_the_command_says_what_was_decoded(mebp, tmp_path):
     assert f"relative error up to {worst:.3f}" in err and "1 of 15 matrices are floats" in err
 
 
+def test_the_command_says_that_codes_were_given_up_for_another_form(mebp, tmp_path):
+    packed_directory(tmp_path / "model", gptq(), settings())
+    code, _, err = mebp("quantize", tmp_path / "model", tmp_path / "store", "--scheme=symmetric")
+    assert code == 0 and "1 of 15 matrices are floats" in err and "taken over" not in err
+    assert "14 of 15 matrices are codes of 4 bits, affine, groups of 32 in" in err
+
+
 def test_older_files_state_it_beside_the_config(tmp_path):
     truth = packed_directory(tmp_path / "model", gptq(32), {})
     (tmp_path / "model" / "quantize_config.json").write_text('{"bits": 4, "group_size": 32, "desc_act": false}')

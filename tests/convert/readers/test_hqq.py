@@ -73,7 +73,7 @@ Q = "model.layers.1.self_attn.q_proj"
         ({f"{Q}.scale": None}, f"lacks {Q}.scale"),
         ({f"{Q}.W_q": None}, f"lacks {Q}.weight"),
         ({f"{Q}.W_q": torch.zeros(127, 64, dtype=torch.uint8)}, "which holds no matrix of shape"),
-        ({f"{Q}.W_q": torch.zeros(128, 64)}, "W_q is F32"),
+        ({f"{Q}.W_q": torch.zeros(128, 64)}, "W_q as F32 .* wanted U8, which is not supported: give"),
         ({f"{Q}.shape": torch.tensor([64, 256])}, r"has shape \(64, 256\), the model wants \(128, 128\)"),
         ({f"{Q}.scale": torch.ones(128, 1)}, "wanted one for each row or column"),
         ({f"{Q}.zero": torch.ones(128, 1)}, r"zero is F32 \(128, 1\)"),

@@ -4,6 +4,8 @@ import pytest
 import torch
 from int4_models import quantized
 from models import ARCHITECTURES, bnb_directory
+from packed_layouts import gptq, hqq
+from packed_models import packed_directory
 from transformers import AutoConfig
 
 from mebp_triton.convert.quantize import quantize
@@ -34,6 +36,26 @@ def test_what_is_taken_over_from_bitsandbytes_has_its_dtypes(tmp_path, options):
     real = Inventory.of_store(Store(tmp_path / "store"))
     made = Inventory.of_config(AutoConfig.from_pretrained(source), **options)
     assert made.files == real.files
+
+
+@pytest.mark.parametrize(
+    ("layout", "stated"),
+    [
+        (gptq(64, True, act_order=True), {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}),
+        (gptq(64, True, bits=8), {"quant_method": "gptq", "bits": 8, "group_size": 64, "sym": True}),
+        (hqq(32, 8), {"quant_method": "hqq", "quant_config": {"nbits": 8, "group_size": 32, "axis": 1}}),
+        (hqq(64, axis=0), {"quant_method": "hqq", "quant_config": {"nbits": 4, "group_size": 64, "axis": 0}}),
+    ],
+    ids=["act-order", "8 bits", "hqq, 8 bits", "hqq, axis 0"],
+)
+def test_forms_of_packed_directories(tmp_path, layout, stated):
+    packed_directory(tmp_path / "model", layout, {"quantization_config": stated})
+    quantize(tmp_path / "model", tmp_path / "store", scale_search=False)
+    real = Inventory.of_store(Store(tmp_path / "store"))
+    made = Inventory.of_config(AutoConfig.from_pretrained(tmp_path / "model"))
+    assert {name: info.form for name, info in made.matrices.items()} == {
+        name: info.form for name, info in real.matrices.items()
+    }
 
 
 @pytest.mark.parametrize(
