@@ -222,7 +222,8 @@ def _compiled(session: Session) -> None:
     for case in session.while_time("compiled", cases[: session.sizes.cases], share=0.6):
         verdict = check(case, session.device)
         share = verdict.share if math.isfinite(verdict.share) else None
-        _record(session, rows, {"case": str(case)}, {"ok": verdict.ok, "share": share, "reason": verdict.reason})
+        what = {"case": str(case), "dtype": dtype_name(case.dtype)}
+        _record(session, rows, what, {"ok": verdict.ok, "share": share, "reason": verdict.reason})
 
 
 def _repeats(session: Session) -> None:
