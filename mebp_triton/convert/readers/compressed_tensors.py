@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mebp_triton.models.names import check_shape
-
 from .coded_matrix import E2M1, CodedMatrix, even_groups, powers_of_two, unpack_bits
 from .gptq import native_form_of
 from .packed_dir import SCALES, PackedDirectory, Parts
@@ -76,9 +74,7 @@ class CompressedTensorsDirectory(PackedDirectory):
         return super()._belongs(key, used) or (is_of_the_cache and bool(self.settings.get("kv_cache_scheme")))
 
     def _matrix(self, parts: Parts, rows: int, columns: int) -> CodedMatrix:
-        if "weight_shape" in parts:
-            shape = parts.read("weight_shape", ("I64", "I32"), (2,)).tolist()
-            check_shape(str(self.path), parts.module, shape, (rows, columns))
+        self._check_stated_shape(parts, "weight_shape", (rows, columns))
         count = parts.shape("weight_scale")[1]
         if parts.entries["weight_packed"].dtype == "U8":
             return _mxfp4(parts, rows, columns)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mebp_triton.kernels.bitsandbytes import common_group_size
-from mebp_triton.models.names import check_shape
 
 from .coded_matrix import CodedMatrix, Decoded, even_groups
 from .gptq import native_form_of
@@ -48,9 +47,7 @@ class HqqDirectory(PackedDirectory):
         return native_form_of({"bits": stated.get("nbits", 4), "group_size": stated.get("group_size", 64)}, False)
 
     def _matrix(self, parts: Parts, rows: int, columns: int) -> CodedMatrix | Decoded:
-        if "shape" in parts:
-            shape = parts.read("shape", ("I64", "I32"), (2,)).tolist()
-            check_shape(str(self.path), parts.module, shape, (rows, columns))
+        self._check_stated_shape(parts, "shape", (rows, columns))
         packed = parts.shape("W_q")
         if (dtype := parts.entries["W_q"].dtype) != "U8":
             self.refuse(f"{parts.module}.W_q as {dtype} (as 3 bits and view_as_float are stored), wanted U8")

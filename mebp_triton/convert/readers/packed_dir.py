@@ -1,4 +1,4 @@
-"""What the readers of directories with packed codes have in common.
+"""The common parts of the readers of directories with packed codes.
 
 In such a directory some modules have, in place of ``MODULE.weight``, several tensors: codes, scales, zeros. Which ones
 is told by the tensors that are there, because what the settings say of single layers differs from tool to tool.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.models.names import check_complete
+from mebp_triton.models.names import check_complete, check_shape
 
 from .coded_matrix import CodedMatrix, Decoded, even_groups
 from .safetensors_dir import Entry, SafetensorsDirectory
@@ -131,6 +131,12 @@ class PackedDirectory(SafetensorsDirectory):
     def _matrix(self, parts: Parts, rows: int, columns: int) -> CodedMatrix | Decoded:
         """Reads the matrix of one module, ``[rows, columns]``."""
         raise NotImplementedError
+
+    def _check_stated_shape(self, parts: Parts, part: str, shape: tuple[int, int]) -> None:
+        """Compares the shape that a part states, if it is there, with that of the module's matrix."""
+        if part in parts:
+            stated = parts.read(part, ("I64", "I32"), (2,)).tolist()
+            check_shape(str(self.path), parts.module, stated, shape)
 
     def refuse(self, what: str, remedy: str = UNQUANTISED) -> NoReturn:
         """Raises the ValueError of a variant that cannot be read."""
