@@ -93,7 +93,7 @@ def _bits(found: list[Tensor], wanted: list[Tensor]) -> Verdict:
 
 
 class _Product:
-    """What both products share: LoRA's operands, and the judgement on ``left @ right``.
+    """The parts that both products share: weights, and the judgement on ``left @ right``.
 
     Results of 16 bits are held against a product that is rounded once, and results of float32 against a product whose
     terms are added one after another: a kernel does the same.

@@ -125,7 +125,7 @@ def grid(problem: Problem, config: TileConfig) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a launch is predicted to take.
+    """The predicted time of a launch, and the clocks of what could bound it.
 
     Attributes:
         time_us: microseconds.
@@ -139,8 +139,13 @@ class Prediction:
 
     @property
     def bound(self) -> Limit:
-        """What takes the most clocks."""
-        return max(self.clocks, key=lambda limit: self.clocks[limit])
+        """The limit with the most clocks."""
+        return bound_of(self.clocks)
+
+
+def bound_of(clocks: Mapping[Limit, float]) -> Limit:
+    """The limit with the most clocks."""
+    return max(clocks, key=lambda limit: clocks[limit])
 
 
 @dataclass(frozen=True)

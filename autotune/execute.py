@@ -23,7 +23,7 @@ TRIPS = 2
 
 @dataclass(frozen=True)
 class TripCounts:
-    """What one block moves in one trip of the main loop.
+    """Amounts that one block moves in one trip of the main loop.
 
     Attributes:
         wavefronts: of shared memory, which moves one per clock, for the accesses of its warps.
@@ -74,8 +74,8 @@ def fault(
         bits=problem.bits,
     )
     if not ragged:
-        sizes = tuple(size + _rest(problem.n, config.block_n) for size in case.sizes)
-        case = replace(case, sizes=sizes, k=case.k + _rest(problem.k, config.block_k))
+        sizes = tuple(size + rest(problem.n, config.block_n) for size in case.sizes)
+        case = replace(case, sizes=sizes, k=case.k + rest(problem.k, config.block_k))
     try:
         with Emulator(target_sm):
             verdict = check(case)
@@ -139,11 +139,11 @@ def _one_block(problem: Problem, config: TileConfig, target_sm: int, trips: int)
 def _cut(problem: Problem, config: TileConfig, trips: int) -> Problem:
     """A problem of one tile and so many whole trips that is specialised like the real one."""
     forward = problem.kernel == "matmul"
-    n = config.block_n * (1 if forward else trips) + _rest(problem.n, config.block_n)
-    k = config.block_k * (trips if forward else 1) + _rest(problem.k, config.block_k)
+    n = config.block_n * (1 if forward else trips) + rest(problem.n, config.block_n)
+    k = config.block_k * (trips if forward else 1) + rest(problem.k, config.block_k)
     return replace(problem, m=config.block_m, n=n, k=k)
 
 
-def _rest(size: int, block: int) -> int:
-    """What to add to whole blocks, to get a size that ``block`` and 16 divide if they divide ``size``."""
+def rest(size: int, block: int) -> int:
+    """Returns what makes whole blocks a size that ``block`` and 16 divide if they divide ``size``: 0, 16 or 1."""
     return 0 if size % block == 0 else 16 if size % 16 == 0 else 1

@@ -19,7 +19,7 @@ from mebp_triton.kernels.tables import Route
 from .compile import TENSOR_MEMORY_LIMIT, StaticReport, report
 from .cost_model import NOMINAL, Prediction, predict, predict_panel
 from .emulator.faults import NotModelled
-from .execute import TripCounts, fault, trip_counts
+from .execute import TripCounts, fault, rest, trip_counts
 from .space import candidates
 
 # Called with the number of compilations that are done, and that of all.
@@ -97,13 +97,11 @@ def rank(
     dropped = []
     configs = candidates(problem, target_sm)
     for done, config in enumerate(configs, 1):
-        plain = representative(config)
-        static = compiled(problem, plain, target_sm)
-        reason = static if isinstance(static, str) else unfit(problem, static)
-        if isinstance(static, str) or reason is not None:
-            dropped.append(Dropped(config, None if isinstance(static, str) else static, str(reason)))
+        examined = examine(problem, config, target_sm, problem)
+        if isinstance(examined, Fit):
+            fit.append(examined)
         else:
-            fit.append(Fit(config, static, counted(problem, plain, target_sm)))
+            dropped.append(examined)
         if progress is not None:
             progress(done, len(configs))
     kept = [
@@ -154,6 +152,16 @@ class Fit:
     counts: TripCounts | str
 
 
+def examine(problem: Problem, config: TileConfig, target_sm: int, code: Problem) -> Fit | Dropped:
+    """Compiles a configuration, and counts a trip if it is fit for ``problem``; ``code`` says what is compiled."""
+    plain = representative(config)
+    static = compiled(code, plain, target_sm)
+    if isinstance(static, str):
+        return Dropped(config, None, static)
+    reason = unfit(problem, static)
+    return Fit(config, static, counted(code, plain, target_sm)) if reason is None else Dropped(config, static, reason)
+
+
 def predict_alike(problem: Problem, fit: Sequence[Fit], target_sm: int) -> list[Prediction]:
     """Predicts launches of a problem that can be compared.
 
@@ -181,18 +189,14 @@ def counted(problem: Problem, config: TileConfig, target_sm: int) -> TripCounts 
 def executed(
     problem: Problem, config: TileConfig, target_sm: int, rank: int = 16, bias: bool = False, ragged: bool = False
 ) -> str | None:
-    """What ``execute.fault`` finds, shared like the report. It raises NotModelled."""
+    """Executes by ``execute.fault``, shared like the report. NotModelled as there."""
     return _executed(_of_same_code(problem, config), config, target_sm, rank, bias, ragged)
 
 
 def _of_same_code(problem: Problem, config: TileConfig) -> Problem:
     """One problem for all that compile to the same code."""
-    return replace(problem, m=EVEN_SIZE, n=_alike(problem.n, config.block_n), k=_alike(problem.k, config.block_k))
-
-
-def _alike(size: int, block: int) -> int:
-    """Returns one size for all sizes that ``block`` and 16 divide, or do not divide, in the same way."""
-    return EVEN_SIZE if size % block == 0 else EVEN_SIZE + 16 if size % 16 == 0 else EVEN_SIZE + 1
+    n, k = EVEN_SIZE + rest(problem.n, config.block_n), EVEN_SIZE + rest(problem.k, config.block_k)
+    return replace(problem, m=EVEN_SIZE, n=n, k=k)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 from mebp_triton.kernels.tables import DTYPE_NAMES, Entry, Route, Table
 
 from .ceilings import Ceilings
-from .cost_model import NOMINAL
+from .cost_model import NOMINAL, bound_of
 from .log import Log, Record
 from .measure import bytes_moved, flops
 from .tune import target_of
@@ -128,7 +128,7 @@ def _row(entry: Entry, record: Record | None, ceilings: Ceilings | None) -> Row:
         tflop_s=tflop_s,
         of_copy=of_copy,
         of_matmul=of_matmul,
-        bound=max(clocks, key=lambda limit: clocks[limit]) if clocks else None,
+        bound=bound_of(clocks) if clocks else None,
         clocks=clocks,
         note=trials[0].note if trials else None,
         lost=() if record is None else tuple(_losses(entry, record)),

@@ -17,7 +17,7 @@ from mebp_triton.kernels.tables import DTYPE_NAMES, Entry, Route
 
 from .cost_model import NOMINAL, predict_panel
 from .emulator.faults import NotModelled
-from .rank import Fit, compiled, counted, executed, predict_alike, representative, unfit
+from .rank import Fit, compiled, examine, executed, predict_alike, representative, unfit
 from .results import versions
 from .space import candidates
 
@@ -73,14 +73,12 @@ def _predictions(problems: Sequence[Problem], target_sm: int, say: Say) -> list[
         fit: list[Fit] = []
         for config in space:
             plain = representative(config)
-            stands = _plain_problem(problem, config, target_sm)
-            static = compiled(stands, plain, target_sm)
-            reason = static if isinstance(static, str) else unfit(problem, static)
-            counts = reason or counted(stands, plain, target_sm)
-            if not isinstance(static, str) and reason is None:
-                fit.append(Fit(config, static, counts))
+            examined = examine(problem, config, target_sm, _plain_problem(problem, config, target_sm))
+            if isinstance(examined, Fit):
+                fit.append(examined)
             if plain not in done:
                 done.add(plain)
+                counts = examined.counts if isinstance(examined, Fit) else examined.reason
                 remark = f": {counts}" if isinstance(counts, str) else ""
                 say(f"{len(done)} of {total} candidates, {problem.kernel} {plain}{remark}")
         routes: dict[Route, float] = {None: predict_panel(problem, NOMINAL[target_sm]).time_us}

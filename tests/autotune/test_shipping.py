@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mebp_triton.autotune import shipping
+from mebp_triton.autotune import rank, shipping
 from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport
 from mebp_triton.autotune.emulator.faults import NotModelled
 from mebp_triton.autotune.execute import TripCounts
@@ -48,7 +48,8 @@ def seen(monkeypatch):
         return fault
 
     Told.compiled, Told.executed = [], []
-    monkeypatch.setattr(shipping, "compiled", compiled)
+    for module in (rank, shipping):
+        monkeypatch.setattr(module, "compiled", compiled)
     monkeypatch.setattr(shipping, "executed", executed)
     return Told
 
@@ -66,7 +67,7 @@ def table_problems():
 
 def test_static_table(seen, monkeypatch):
     monkeypatch.setattr(shipping, "candidates", lambda problem, target_sm: SPACE)
-    monkeypatch.setattr(shipping, "counted", lambda *arguments: TripCounts(300, 300, 0, 300, 300))
+    monkeypatch.setattr(rank, "counted", lambda *arguments: TripCounts(300, 300, 0, 300, 300))
     problems, said = table_problems(), []
     entries = static_table(problems, 87, said.append)
     assert sorted(map(str, (entry.problem for entry in entries))) == sorted(map(str, problems))
