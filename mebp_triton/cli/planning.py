@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from mebp_triton.convert.readers import state_quantization
 from mebp_triton.models.adapter import find_adapter
 from mebp_triton.store.manifest import MANIFEST
 from mebp_triton.store.reader import Store
@@ -45,6 +46,7 @@ def planner_of(given: Store | Path, config: Any, scheme: str | None, group_size:
         given = Store(given)
     if isinstance(given, Store):
         return Planner(Inventory.of_store(given), config)
+    state_quantization(config, given)
     return Planner(Inventory.of_config(config, scheme, group_size), config)
 
 

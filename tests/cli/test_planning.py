@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 from commands import put
+from packed_layouts import hqq
+from packed_models import packed_directory
 
 from mebp_triton.cli.planning import describe, planner_of, settings_of
+from mebp_triton.kernels.names import Form
 from mebp_triton.models.config import read_config
 from mebp_triton.store.reader import Store
 from mebp_triton.training.settings import TrainConfig
@@ -36,6 +39,12 @@ def test_a_store_is_planned_for_as_it_is_and_a_model_as_it_would_be(planners):
     assert {info.group_size for info in would_be.matrices.values()} == {32}
     headers = 4096  # of each file, at most
     assert all(0 <= size - would_be.sizes[name] < headers for name, size in named.sizes.items())
+
+
+def test_a_model_whose_tensors_alone_show_that_it_is_quantised(tmp_path):
+    packed_directory(tmp_path, hqq(64), {}, hidden_size=128, intermediate_size=192)
+    planned = planner_of(tmp_path, read_config(tmp_path, ""), None, None).inventory
+    assert {info.form for info in planned.matrices.values()} == {Form("affine", 64)}
 
 
 def test_a_plan_in_a_line(planners):

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .quantization import quant_method_of, quantization_in
+from .quantization import KEYS, quantization_in, quantization_of
 from .source import NativeForm, Source
 
-__all__ = ["NativeForm", "Source", "is_quantized", "native_form", "open_source"]
+__all__ = ["NativeForm", "Source", "is_quantized", "native_form", "open_source", "state_quantization"]
 
 
 # Readers, as module and class, by what tells the format: a model directory's ``quant_method`` in config.json, or the
@@ -54,6 +54,24 @@ def is_quantized(config: Any) -> bool:
     return quantization_in(vars(config)) is not None
 
 
+def state_quantization(config: Any, path: Path) -> None:
+    """Adds to the config of the directory ``path`` what is said of its quantisation elsewhere than in ``config.json``.
+
+    GPTQ and AWQ had files of their own; HQQ's tensors alone show it.
+    """
+    if not is_quantized(config) and (method := _method(path)) is not None:
+        found = quantization_of(path)
+        setattr(config, KEYS[0], {**(found.settings if found else {}), "quant_method": method})
+
+
+def _method(path: Path) -> str | None:
+    """The method by which the weights in a directory were quantised, by what states it or by its tensors."""
+    from .safetensors_dir import method_of_tensors
+
+    found = quantization_of(path)
+    return (found.method if found else None) or method_of_tensors(path)
+
+
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Opens a checkpoint: a transformers model directory, float or quantised to 4 bits, or a GGUF file.
 
@@ -66,9 +84,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             raise ValueError(f"{path} is a store already: train it, or decode it first by `mebp merge {path} OUT`")
         if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
             raise ValueError(f"{path} is a directory of GGUF files: give one of them, such as {files[0]}")
-        from .safetensors_dir import method_of_tensors
-
-        source: Source = reader_of("directory", quant_method_of(path) or method_of_tensors(path))(path)
+        source: Source = reader_of("directory", _method(path))(path)
         return source
     if path.is_file() and path.suffix != ".safetensors":
         # Any other file is taken for a GGUF, whose reader looks at the first bytes.

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mebp_triton.kernels.layout import Int4Weight, middle_code
+from mebp_triton.kernels.layout import Int4Weight, group_count, middle_code, pack, packed_columns
 from mebp_triton.kernels.names import GROUP_SIZES_OF_BITS
 
 # The 16 values of E2M1, the 4-bit float of MXFP4 (OCP Microscaling Formats, version 1.0), by their codes.
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-DECODED_ELEMENTS = 1 << 22  # how much is decoded at a time
+PANEL_ELEMENTS = 1 << 22  # how much is unpacked or decoded at a time
 
 
 class Decoded(NamedTuple):
@@ -36,7 +37,7 @@ class CodedMatrix:
     ``(code - 2 ** (bits - 1)) * scale``, all in float32.
 
     Attributes:
-        codes: ``[N, K]`` uint8.
+        codes: ``[N, K]`` uint8; or what unpacks them, from one row to before another.
         bits: the width of a code.
         scales: ``[groups, N]``, of a float dtype.
         groups: ``[K]`` int64, the group of each column.
@@ -45,7 +46,7 @@ class CodedMatrix:
         levels: ``[2 ** bits]`` float32, or None.
     """
 
-    codes: Tensor
+    codes: Tensor | Callable[[int, int], Tensor]
     bits: int
     scales: Tensor
     groups: Tensor
@@ -67,6 +68,18 @@ class CodedMatrix:
             return self
         return replace(self, minimum=-(zeros.float() * self.scales.float()))
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scales.shape[1], len(self.groups)
+
+    def _panels(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and their codes, some at a time."""
+        rows, columns = self.shape
+        step = max(1, PANEL_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            yield part, self.codes[part] if isinstance(self.codes, Tensor) else self.codes(part.start, part.stop)
+
     def to_int4(self) -> Int4Weight | None:
         """The same weights in our layout, with the codes of 4 or 8 bits that hold theirs; None where none do.
 
@@ -76,14 +89,23 @@ class CodedMatrix:
         size = self._our_group_size(GROUP_SIZES_OF_BITS[bits])
         if size is None:
             return None
+        rows, columns = self.shape
         starts = self.groups[::size]
         numbers = [self.scales] if self.minimum is None else [self.scales, self.minimum]
         dtype = torch.float16 if all(map(_is_held_by_half, numbers)) else torch.float32
-        parts = [tensor.index_select(0, starts).to(dtype) for tensor in numbers]
+        pad = (0, 0, 0, group_count(columns, size) - len(starts))
+        parts = [torch.nn.functional.pad(tensor.index_select(0, starts).to(dtype), pad) for tensor in numbers]
+        return Int4Weight(self._packed(bits), parts[0], columns, size, *parts[1:], codebook=self.levels)
+
+    def _packed(self, bits: int) -> Tensor:
         symmetric = self.minimum is None and self.levels is None
-        offset = middle_code(bits) - self._middle if symmetric else 0
-        codes = self.codes + offset if offset else self.codes
-        return Int4Weight.from_codes(codes, parts[0], size, *parts[1:], codebook=self.levels, bits=bits, copy=False)
+        offset, pad_code = (middle_code(bits) - self._middle, middle_code(bits)) if symmetric else (0, 0)
+        if bits == 8 and not offset and isinstance(self.codes, Tensor):
+            return pack(self.codes, pad_code, bits, copy=False)
+        packed = torch.empty(self.shape[0], packed_columns(self.shape[1], bits), dtype=torch.uint8)
+        for part, codes in self._panels():
+            packed[part] = pack(codes + offset if offset else codes, pad_code, bits, copy=False)
+        return packed
 
     def decoded(self) -> Decoded:
         """The matrix where ``to_int4`` gives None."""
@@ -96,12 +118,9 @@ class CodedMatrix:
 
     def decode(self) -> Tensor:
         """The weights ``[N, K]`` in float32."""
-        rows, columns = self.codes.shape
-        decoded = torch.empty(rows, columns)
-        step = max(1, DECODED_ELEMENTS // columns)
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            codes, scales = self.codes[part], self.scales[:, part].float().t()[:, self.groups]
+        decoded = torch.empty(self.shape)
+        for part, codes in self._panels():
+            scales = self.scales[:, part].float().t()[:, self.groups]
             levels = codes.float() if self.levels is None else self.levels[codes.long()]
             if self.minimum is not None:
                 decoded[part] = levels * scales + self.minimum[:, part].float().t()[:, self.groups]

@@ -22,7 +22,7 @@ IQ4_LEVELS = torch.tensor([-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25
 MXFP4_LEVELS = E2M1 + 0.0  # ggml has no -0
 
 
-class Parts(NamedTuple):
+class Panel(NamedTuple):
     """Some rows of a matrix: codes uint8; scales, and a minimum if there is one.
 
     All are ``[N, blocks, ...]``, in the order of columns.
@@ -46,11 +46,11 @@ def read_blocks(kind: str, shape: tuple[int, int], rows: Callable[[int, int], Te
     numbers = []
     step = PANEL_ELEMENTS // shape[1] + 1
     for start in range(0, shape[0], step):
-        panel = codes[start : start + step]
-        data = rows(start, start + len(panel))
-        parts = block.read(data.view(len(panel), shape[1] // block.weights, block.nbytes))
-        panel.copy_(parts.codes.flatten(1))
-        numbers.append([part.flatten(1) for part in parts[1:] if part is not None])
+        part = codes[start : start + step]
+        data = rows(start, start + len(part))
+        read = block.read(data.view(len(part), shape[1] // block.weights, block.nbytes))
+        part.copy_(read.codes.flatten(1))
+        numbers.append([each.flatten(1) for each in read[1:] if each is not None])
     scales, *rest = (torch.cat(part).t() for part in zip(*numbers, strict=True))
     minimum = rest[0] if rest else None
     size = codes.shape[1] // len(scales)
@@ -74,13 +74,13 @@ def _bits(part: Tensor, width: int) -> Tensor:
     return part.unsqueeze(-2) >> shifts.unsqueeze(-1) & (1 << width) - 1
 
 
-def _q4_0(blocks: Tensor) -> Parts:
-    return Parts(_nibbles(blocks[..., 2:]), _half(blocks[..., :2]))
+def _q4_0(blocks: Tensor) -> Panel:
+    return Panel(_nibbles(blocks[..., 2:]), _half(blocks[..., :2]))
 
 
-def _q4_1(blocks: Tensor) -> Parts:
+def _q4_1(blocks: Tensor) -> Panel:
     scale, minimum = _half(blocks[..., :4]).unbind(-1)
-    return Parts(_nibbles(blocks[..., 4:]), scale, minimum)
+    return Panel(_nibbles(blocks[..., 4:]), scale, minimum)
 
 
 def _five_bits(blocks: Tensor) -> Tensor:
@@ -89,18 +89,18 @@ def _five_bits(blocks: Tensor) -> Tensor:
     return _nibbles(blocks[..., 4:]) | fifth << 4
 
 
-def _q5_0(blocks: Tensor) -> Parts:
-    return Parts(_five_bits(blocks[..., 2:]), _half(blocks[..., :2]))
+def _q5_0(blocks: Tensor) -> Panel:
+    return Panel(_five_bits(blocks[..., 2:]), _half(blocks[..., :2]))
 
 
-def _q5_1(blocks: Tensor) -> Parts:
+def _q5_1(blocks: Tensor) -> Panel:
     scale, minimum = _half(blocks[..., :4]).unbind(-1)
-    return Parts(_five_bits(blocks[..., 4:]), scale, minimum)
+    return Panel(_five_bits(blocks[..., 4:]), scale, minimum)
 
 
-def _q8_0(blocks: Tensor) -> Parts:
+def _q8_0(blocks: Tensor) -> Panel:
     # A signed byte plus 128 is that byte with its highest bit turned.
-    return Parts(blocks[..., 2:] ^ 128, _half(blocks[..., :2]))
+    return Panel(blocks[..., 2:] ^ 128, _half(blocks[..., :2]))
 
 
 def _two_levels(head: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,36 +115,36 @@ def _two_levels(head: Tensor) -> tuple[Tensor, Tensor]:
     return scale * steps, -(least * offsets)
 
 
-def _q4_k(blocks: Tensor) -> Parts:
+def _q4_k(blocks: Tensor) -> Panel:
     scales, minimum = _two_levels(blocks[..., :16])
-    return Parts(_nibbles(blocks[..., 16:].unflatten(-1, (4, 32))), scales, minimum)
+    return Panel(_nibbles(blocks[..., 16:].unflatten(-1, (4, 32))), scales, minimum)
 
 
-def _q5_k(blocks: Tensor) -> Parts:
+def _q5_k(blocks: Tensor) -> Panel:
     scales, minimum = _two_levels(blocks[..., :16])
     nibbles = _nibbles(blocks[..., 48:].unflatten(-1, (4, 32)))
     fifth = _bits(blocks[..., 16:48], 1).view_as(nibbles)
-    return Parts(nibbles | fifth << 4, scales, minimum)
+    return Panel(nibbles | fifth << 4, scales, minimum)
 
 
-def _q6_k(blocks: Tensor) -> Parts:
+def _q6_k(blocks: Tensor) -> Panel:
     low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))  # [N, blocks, half, 2, 64]
     high = _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2)  # [N, blocks, half, 4, 32]
     steps = blocks[..., 192:208].contiguous().view(torch.int8)
     scales = _half(blocks[..., 208:]).float() * steps
-    return Parts(low.view_as(high) | high << 4, scales)
+    return Panel(low.view_as(high) | high << 4, scales)
 
 
-def _iq4_xs(blocks: Tensor) -> Parts:
+def _iq4_xs(blocks: Tensor) -> Panel:
     upper = _bits(blocks[..., 2:4], 2).transpose(-1, -2)  # of groups 0 to 3, and of groups 4 to 7
     lower = _nibbles(blocks[..., 4:8]).transpose(-1, -2)  # of groups 0 and 1, and so on
     steps = (lower.flatten(-2) | upper.flatten(-2) << 4).to(torch.int8) - 32
     scales = _half(blocks[..., :2]).float() * steps
-    return Parts(_nibbles(blocks[..., 8:].unflatten(-1, (8, 16))), scales)
+    return Panel(_nibbles(blocks[..., 8:].unflatten(-1, (8, 16))), scales)
 
 
-def _mxfp4(blocks: Tensor) -> Parts:
-    return Parts(_nibbles(blocks[..., 1:]), powers_of_two(blocks[..., 0]))
+def _mxfp4(blocks: Tensor) -> Panel:
+    return Panel(_nibbles(blocks[..., 1:]), powers_of_two(blocks[..., 0]))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class BlockType:
     weights: int
     nbytes: int
     bits: int
-    read: Callable[[Tensor], Parts]
+    read: Callable[[Tensor], Panel]
 
 
 TYPES = {

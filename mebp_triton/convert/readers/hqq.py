@@ -51,9 +51,9 @@ class HqqDirectory(PackedDirectory):
         packed = parts.shape("W_q")
         if (dtype := parts.entries["W_q"].dtype) != "U8":
             self.refuse(f"{parts.module}.W_q as {dtype} (as 3 bits and view_as_float are stored), wanted U8")
-        bits = next((bits for bits in (8, 4, 2) if prod(packed) * 8 == rows * columns * bits), None)
+        bits = next((bits for bits in (8, 4, 2, 1) if prod(packed) * 8 == rows * columns * bits), None)
         if bits is None:
-            parts.fail("W_q", f"has shape {packed}, which holds no matrix of shape {(rows, columns)} in 2, 4 or 8 bits")
+            parts.fail("W_q", f"has shape {packed}, which holds no {rows} x {columns} codes of 1, 2, 4 or 8 bits")
         codes = _unpack(parts.read("W_q", ("U8",), packed), bits)
         scale_shape = parts.shape("scale")
         by_rows, runs = scale_shape == (len(codes), 1), max(scale_shape)

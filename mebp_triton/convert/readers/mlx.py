@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .coded_matrix import E2M1, CodedMatrix, even_groups, powers_of_two, unpack_bits
 from .gptq import native_form_of
@@ -46,7 +47,10 @@ class MlxDirectory(PackedDirectory):
     def _matrix(self, parts: Parts, rows: int, columns: int) -> CodedMatrix:
         bits = parts.bits("weight", columns, along=1)
         words = parts.read("weight", ("U32",), (rows, -(-columns * bits // 32)))
-        codes = unpack_bits(words, bits)[:, :columns]
+
+        def codes(start: int, stop: int) -> Tensor:
+            return unpack_bits(words[start:stop], bits)[:, :columns]
+
         count = parts.shape("scales")[1]
         if columns % count:
             parts.fail("scales", f"has {count} groups, into which {columns} columns do not fall")

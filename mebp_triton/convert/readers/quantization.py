@@ -1,4 +1,4 @@
-"""Finds how a model directory says that its weights are quantised, in each of the places where tools write it."""
+"""Finds the quantisation that a model directory states, in each of the places where tools write it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MLX = "mlx"
 
 
 class Quantization(NamedTuple):
-    """What a model directory says of its quantisation.
+    """The quantisation that a model directory states.
 
     Attributes:
         method: the name of the format; None where none is stated.
@@ -63,9 +63,8 @@ def find_quantization(path: Path, config: Mapping[str, Any]) -> Quantization | N
     return None
 
 
-def quant_method_of(path: Path) -> str | None:
-    """The method by which the weights in ``path`` were quantised; None if that cannot be read or is not stated."""
+def quantization_of(path: Path) -> Quantization | None:
+    """The quantisation of the weights in ``path``; None if that cannot be read or is not stated."""
     with contextlib.suppress(ValueError, OSError):
-        found = find_quantization(path, read_json_object(path / "config.json", ""))
-        return None if found is None else found.method
+        return find_quantization(path, read_json_object(path / "config.json", ""))
     return None

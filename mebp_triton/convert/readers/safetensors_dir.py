@@ -44,7 +44,9 @@ from .quantization import KEYS, Quantization, find_quantization
 from .source import NativeForm
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX = f"{SINGLE}.index.json"
+# What lies beside a model and is none; and one of several shards.
+NO_MODEL = re.compile(r"adapter_model\.safetensors|.*-\d{5}-of-\d{5}\.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HQQ_PICKLE = "qmodel.pt"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -220,15 +222,23 @@ def _config_json(path: Path, quant_method: str | None) -> tuple[dict[str, Any], 
 
 
 def _entries(path: Path) -> dict[str, Entry]:
-    """Every tensor in the directory: in one file, as transformers prefers, or each in the shard of the index."""
+    """Every tensor in the directory: in one file, as transformers prefers, or each in the shard of the index.
+
+    Files of older tools have names of their own, such as ``gptq_model-4bit-128g.safetensors``. They are read where only
+    one can be meant.
+    """
     if (path / SINGLE).exists():
         if (path / INDEX).exists():
             warnings.warn(
                 f"{path}: {SINGLE} is read, as transformers does, and the shards of {INDEX} are not", stacklevel=2
             )
         return _header(_shard(path, SINGLE))
-    if (path / INDEX).exists():
-        return _indexed_entries(path)
+    indices = [path / INDEX] if (path / INDEX).exists() else sorted(path.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        return _indexed_entries(indices[0])
+    files = [file.name for file in path.glob("*.safetensors") if not NO_MODEL.fullmatch(file.name)]
+    if len(files) == 1:
+        return _header(_shard(path, files[0]))
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickles:
         way = "save it with save_pretrained as safetensors"
@@ -241,25 +251,25 @@ def _entries(path: Path) -> dict[str, Entry]:
     raise ValueError(f"{path} has neither {SINGLE} nor {INDEX}: give a directory with safetensors weights")
 
 
-def _indexed_entries(path: Path) -> dict[str, Entry]:
-    weight_map = read_json_object(path / INDEX, DOWNLOAD).get("weight_map")
+def _indexed_entries(index: Path) -> dict[str, Entry]:
+    weight_map = read_json_object(index, DOWNLOAD).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path / INDEX} has no weight_map of tensor names to shards; {DOWNLOAD}")
-    shards = [_shard(path, name) for name in weight_map.values()]
+        raise ValueError(f"{index} has no weight_map of tensor names to shards; {DOWNLOAD}")
+    shards = [_shard(index.parent, name, index.name) for name in weight_map.values()]
     entries: dict[str, Entry] = {}
     for shard in dict.fromkeys(shards):
         for key, entry in _header(shard).items():
             if weight_map.get(key, shard.name) != shard.name or key in entries:
-                raise ValueError(f"{shard} has {key}, which {INDEX} has in {weight_map.get(key)}; {DOWNLOAD}")
+                raise ValueError(f"{shard} has {key}, which {index.name} has in {weight_map.get(key)}; {DOWNLOAD}")
             entries[key] = entry
-    check_complete(f"the shards listed in {path / INDEX}", weight_map, entries)
+    check_complete(f"the shards listed in {index}", weight_map, entries)
     return entries
 
 
-def _shard(path: Path, name: object) -> Path:
+def _shard(path: Path, name: object, index: str = INDEX) -> Path:
     """The path of a shard. Its name comes from a file, so it must not lead out of the directory."""
     if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
-        raise ValueError(f"{path / INDEX}: shard {name!r:.200} is not a plain *.safetensors file name; {DOWNLOAD}")
+        raise ValueError(f"{path / index}: shard {name!r:.200} is not a plain *.safetensors file name; {DOWNLOAD}")
     # Hub caches hold links to files, which may be followed, but not to a FIFO, say.
     if not (path / name).is_file():
         raise ValueError(f"{path / name} is missing or not a regular file; {DOWNLOAD}")

@@ -1,5 +1,7 @@
 """Codes of any width and grouping: the weights they stand for, and which of them our layout holds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,9 +37,9 @@ def exact(coded, zeros):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("fraction", [0, 0.25])
-@pytest.mark.parametrize("decoded_elements", [1, 150, 1 << 22])
-def test_a_decoded_matrix_is_rounded_once(bits, fraction, decoded_elements, monkeypatch):
-    monkeypatch.setattr(coded_matrix, "DECODED_ELEMENTS", decoded_elements)
+@pytest.mark.parametrize("panel_elements", [1, 150, 1 << 22])
+def test_a_decoded_matrix_is_rounded_once(bits, fraction, panel_elements, monkeypatch):
+    monkeypatch.setattr(coded_matrix, "PANEL_ELEMENTS", panel_elements)
     coded = matrix(bits)
     middle = torch.full_like(coded.scales, 1 << (bits - 1))
     zeros = torch.randint(0, 1 << bits, coded.scales.shape) + fraction
@@ -47,6 +49,26 @@ def test_a_decoded_matrix_is_rounded_once(bits, fraction, decoded_elements, monk
         weight = whole.to_int4()
         assert weight.bits == (4 if bits <= 4 else 8)
         assert torch.equal(decode(weight, torch.float32), whole.decode())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("affine", [False, True])
+def test_codes_may_be_unpacked_some_rows_at_a_time(bits, affine, monkeypatch):
+    monkeypatch.setattr(coded_matrix, "PANEL_ELEMENTS", 200)
+    asked = []
+
+    def rows(start, stop):
+        asked.append((start, stop))
+        return whole.codes[start:stop]
+
+    whole = matrix(bits)
+    whole = whole.with_zeros(torch.full_like(whole.scales, 1)) if affine else whole
+    panels = replace(whole, codes=rows)
+    weight = panels.to_int4()
+    assert weight.form == whole.to_int4().form and asked == [(0, 2), (2, 4), (4, 5)]
+    for name, tensor in whole.to_int4().tensors().items():
+        assert torch.equal(weight.tensors()[name], tensor), name
+    assert torch.equal(panels.decode(), whole.decode())
 
 
 def test_levels():

@@ -9,7 +9,7 @@ import torch
 from models import relative_rms
 from packed_layouts import gptq
 from packed_models import assert_exact, drawn, edited, opened, packed_directory
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mebp_triton.convert.merge import merge
@@ -75,6 +75,28 @@ def test_a_store_computes_what_the_decoded_model_computes_and_merges_back(tmp_pa
     ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert relative_rms(load(tmp_path / "store")(ids).logits, theirs(ids).logits) < 1e-5
+
+
+OLD = "gptq_model-4bit-128g"
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_older_files_have_names_of_their_own(tmp_path, shards):
+    """AutoGPTQ named a model by its form, and wrote its settings into quantize_config.json."""
+    model, store = tmp_path / "model", tmp_path / "store"
+    truth = packed_directory(model, gptq(128, True), {})
+    (model / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128, "desc_act": False}))
+    if shards:
+        held = load_file(model / "model.safetensors")
+        parts = {key: f"{OLD}-0000{1 + (key > 'model.layers.1')}-of-00002.safetensors" for key in held}
+        for part in set(parts.values()):
+            save_file({key: held[key] for key in held if parts[key] == part}, model / part)
+        (model / f"{OLD}.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+        (model / "model.safetensors").unlink()
+    else:
+        (model / "model.safetensors").rename(model / f"{OLD}.safetensors")
+    quantize(model, store)
+    assert_exact(store, truth, "symmetric", "F16", {128})
 
 
 def test_groups_without_g_idx_follow_each_other(tmp_path):

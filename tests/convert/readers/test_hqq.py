@@ -46,7 +46,7 @@ def test_others_are_decoded_exactly_and_said(tmp_path, options, codes):
     assert set(source.decoded.values()) == {codes}
 
 
-@pytest.mark.parametrize(("bits", "ours"), [(2, 4), (8, 8)])
+@pytest.mark.parametrize(("bits", "ours"), [(1, 4), (2, 4), (8, 8)])
 def test_other_widths(tmp_path, bits, ours):
     truth = packed_directory(tmp_path / "model", hqq(bits=bits), {}, **SIZE)
     source = opened(tmp_path / "model")
@@ -72,7 +72,7 @@ Q = "model.layers.1.self_attn.q_proj"
         ({f"{Q}.zero": None}, f"lacks {Q}.zero"),
         ({f"{Q}.scale": None}, f"lacks {Q}.scale"),
         ({f"{Q}.W_q": None}, f"lacks {Q}.weight"),
-        ({f"{Q}.W_q": torch.zeros(127, 64, dtype=torch.uint8)}, "which holds no matrix of shape"),
+        ({f"{Q}.W_q": torch.zeros(127, 64, dtype=torch.uint8)}, "which holds no 128 x 128 codes"),
         ({f"{Q}.W_q": torch.zeros(128, 64)}, "W_q as F32 .* wanted U8, which is not supported: give"),
         ({f"{Q}.shape": torch.tensor([64, 256])}, r"has shape \(64, 256\), the model wants \(128, 128\)"),
         ({f"{Q}.scale": torch.ones(128, 1)}, "wanted one for each row or column"),

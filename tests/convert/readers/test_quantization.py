@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mebp_triton.convert.readers import NativeForm, native_form
-from mebp_triton.convert.readers.quantization import find_quantization, quant_method_of, quantization_in
+from mebp_triton.convert.readers.quantization import find_quantization, quantization_in, quantization_of
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_what_config_json_states(tmp_path: Path, config: dict[str, Any], method:
     assert found is not None and (found.method, found.where) == (method, where)
     assert found == find_quantization(tmp_path, config)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert quant_method_of(tmp_path) == method
+    assert quantization_of(tmp_path) == found
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"quantization": {"scheme": "of its own"}}])
@@ -44,13 +44,13 @@ def test_older_files_beside_the_config(tmp_path: Path, file: str, method: str) -
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / file).write_text('{"bits": 4}')
     assert find_quantization(tmp_path, {}) == (method, {"bits": 4}, file)
-    assert quant_method_of(tmp_path) == method
+    assert quantization_of(tmp_path) == find_quantization(tmp_path, {})
     stated = {"quantization_config": {"quant_method": "other"}}
     assert find_quantization(tmp_path, stated) == ("other", {"quant_method": "other"}, "quantization_config")
     (tmp_path / file).write_text("{")
     with pytest.raises(ValueError, match=file):
         find_quantization(tmp_path, {})
-    assert quant_method_of(tmp_path) is None
+    assert quantization_of(tmp_path) is None
 
 
 class Config:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -347,6 +348,27 @@ def test_a_fifo_does_not_block(tmp_path, name):
 def test_a_directory_without_weights(tmp_path):
     LlamaConfig(**LLAMA).save_pretrained(tmp_path)
     assert_refused(tmp_path, "neither model.safetensors nor model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["adapter_model"], ["model-00001-of-00002"], ["one", "two"], ["model-00001-of-00002", "model-00002-of-00002"]],
+    ids=str,
+)
+def test_files_of_which_none_is_surely_the_model(tmp_path, names):
+    saved(tmp_path)
+    for name in names:
+        shutil.copy(tmp_path / "model.safetensors", tmp_path / f"{name}.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    assert_refused(tmp_path, "neither model.safetensors nor model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("beside", ["adapter_model", "model-00001-of-00002"])
+def test_the_only_file_may_have_any_name(tmp_path, beside):
+    model = saved(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / f"{beside}.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "ours.safetensors")
+    assert_reads(tmp_path, model)
 
 
 def test_companions_are_those_of_the_model(tmp_path):

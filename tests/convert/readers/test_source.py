@@ -11,8 +11,9 @@ import pytest
 import torch
 from models import save_tiny_model
 from safetensors.torch import save_file
+from transformers import PretrainedConfig
 
-from mebp_triton.convert.readers import READERS, open_source, reader_of
+from mebp_triton.convert.readers import READERS, open_source, reader_of, state_quantization
 from mebp_triton.convert.readers.source import Source
 
 METHODS = [name for name, member in vars(Source).items() if inspect.isfunction(member) and not name.startswith("_")]
@@ -76,3 +77,26 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
 def test_a_store_is_no_source_of_a_store(shared_store: Any) -> None:
     with pytest.raises(ValueError, match="is a store already: train it, or decode it first by `mebp merge"):
         open_source(shared_store("llama"))
+
+
+@pytest.mark.parametrize(
+    ("file", "tensors", "stated"),
+    [
+        ("quantize_config.json", {}, {"quant_method": "gptq", "bits": 4}),
+        (None, {"model.a.W_q": torch.zeros(1)}, {"quant_method": "hqq"}),
+        (None, {}, None),
+    ],
+)
+def test_a_config_is_told_what_states_the_quantisation_elsewhere(
+    tmp_path: Path, file: str | None, tensors: dict[str, torch.Tensor], stated: Any
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file(tensors, tmp_path / "model.safetensors")
+    if file is not None:
+        (tmp_path / file).write_text('{"bits": 4}')
+    config = PretrainedConfig()
+    state_quantization(config, tmp_path)
+    assert getattr(config, "quantization_config", None) == stated
+    config = PretrainedConfig(quantization_config={"quant_method": "awq"})
+    state_quantization(config, tmp_path)
+    assert config.quantization_config == {"quant_method": "awq"}, "config.json comes first"
