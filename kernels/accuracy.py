@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Int4Weight, group_count, middle_code, packed_columns
+from .layout import Int4Weight, group_count, middle_code, packed_columns, super_count
 from .names import Scheme
 
 # Limits of one product's error, relative to the norm of the truth. Correct kernels stay far below them.
@@ -106,20 +106,21 @@ def random_weight(
 ) -> Int4Weight:
     """A random ``W[n, k]``, drawn in packed form: scales of both signs, decoded entries of a real weight's size.
 
-    The padding of K is random as well, since no operation may read it.
+    The padding of K is random as well, since no operation may read it. ``scale_dtype`` int8 gives scales of two levels.
     """
     groups = group_count(k, group_size)
 
-    def numbers(*shape: int, dtype: torch.dtype = scale_dtype) -> Tensor:
+    def numbers(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
         return normal(*shape, dtype=dtype, device=device, generator=generator)
 
-    return Int4Weight(
-        packed=torch.randint(
-            0, 256, (n, packed_columns(k, bits)), dtype=torch.uint8, device=device, generator=generator
-        ),
-        scales=numbers(groups, n).mul_(0.16 / middle_code(bits)),
-        in_features=k,
-        group_size=group_size,
-        minimum=numbers(groups, n).mul_(0.1) if scheme == "affine" else None,
-        codebook=numbers(16, dtype=torch.float32).sort().values if scheme == "codebook" else None,
-    )
+    def scales(size: float) -> tuple[Tensor, Tensor | None]:
+        if scale_dtype != torch.int8:
+            return numbers(groups, n, dtype=scale_dtype).mul_(size), None
+        drawn = torch.randint(-128, 128, (groups, n), dtype=torch.int8, device=device, generator=generator)
+        return drawn, numbers(super_count(k), n).mul_(size / 64)
+
+    packed = torch.randint(0, 256, (n, packed_columns(k, bits)), dtype=torch.uint8, device=device, generator=generator)
+    own, super_scales = scales(0.16 / middle_code(bits))
+    minimum, super_minimum = scales(0.1) if scheme == "affine" else (None, None)
+    codebook = numbers(16, dtype=torch.float32).sort().values if scheme == "codebook" else None
+    return Int4Weight(packed, own, k, group_size, minimum, codebook, super_scales, super_minimum)

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 
 from .layout import Int4Weight
-from .ops import cross_entropy_op, embedding_op, matmul_dx_op, matmul_op, no_autocast, shaped
+from .ops import cross_entropy_op, embedding_op, fields_of, matmul_dx_op, matmul_op, no_autocast, shaped
 from .panel import int4_matmul_dx_group_panel
 from .routing import resolve_backend, routed
 from .tables import Route
-
-
-def _fields(weight: Int4Weight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
-    return weight.packed, weight.scales, weight.minimum, weight.codebook, weight.in_features, weight.group_size
 
 
 def int4_matmul(
@@ -42,7 +38,7 @@ def int4_matmul(
     flat = x.reshape(-1, x.shape[-1])
     t = None if t is None else t.reshape(-1, t.shape[-1])
     with no_autocast(x):
-        y = matmul_op(flat, *_fields(weight), bias, t, b, backend)
+        y = matmul_op(flat, *fields_of(weight), bias, t, b, backend)
     return shaped(y, x)
 
 
@@ -64,7 +60,7 @@ def int4_matmul_dx(
     flat = dy.reshape(-1, dy.shape[-1])
     g = None if g is None else g.reshape(-1, g.shape[-1])
     with no_autocast(dy):
-        dx = matmul_dx_op(flat, *_fields(weight), g, a, backend)
+        dx = matmul_dx_op(flat, *fields_of(weight), g, a, backend)
     return dx.view(*dy.shape[:-1], weight.in_features)
 
 
@@ -106,7 +102,7 @@ def _matmul_group(
 ) -> list[Tensor]:
     def one_by_one() -> list[Tensor]:
         members = zip(weights, biases, ts, bs, strict=True)
-        return [matmul_op(x, *_fields(weight), bias, t, b, backend) for weight, bias, t, b in members]
+        return [matmul_op(x, *fields_of(weight), bias, t, b, backend) for weight, bias, t, b in members]
 
     def launch(route: Route) -> list[Tensor]:
         if route is None:
@@ -169,9 +165,9 @@ def _matmul_dx_group(
         return routed("matmul_dx", dys[0], weights, launch)
     # Each member goes by its own route. LoRA's term, which belongs to all members, goes with the last.
     *first, last = zip(dys, weights, strict=True)
-    total = matmul_dx_op(last[0], *_fields(last[1]), g, a, backend)
+    total = matmul_dx_op(last[0], *fields_of(last[1]), g, a, backend)
     for dy, weight in first:
-        total += matmul_dx_op(dy, *_fields(weight), None, None, backend)
+        total += matmul_dx_op(dy, *fields_of(weight), None, None, backend)
     return total
 
 
@@ -184,7 +180,7 @@ def _alike(weights: Sequence[Int4Weight], bs: Sequence[Tensor]) -> bool:
 
 def int4_embedding(ids: Tensor, weight: Int4Weight, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """Decodes rows ``ids`` (int64, any shape) of the table ``[V, K]``: ``[*ids.shape, K]``. Not differentiable."""
-    return embedding_op(ids, *_fields(weight), dtype, backend)
+    return embedding_op(ids, *fields_of(weight), dtype, backend)
 
 
 def int4_cross_entropy(
@@ -209,7 +205,7 @@ def int4_cross_entropy(
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must have shape {tuple(hidden.shape[:1])}, got {tuple(targets.shape)}")
     need_grad = torch.is_grad_enabled() and hidden.requires_grad
-    fields, chain = _fields(weight), list(factors)
+    fields, chain = fields_of(weight), list(factors)
     with no_autocast(hidden):
         losses, _, argmax = cross_entropy_op(hidden, *fields, targets, bias, ignore_index, chain, backend, need_grad)
     return losses, argmax

@@ -42,6 +42,8 @@ def weight_arguments(weights: Sequence[Int4Weight]) -> dict[str, Any]:
 
 def scheme_arguments(weight: Int4Weight) -> dict[str, Any]:
     """Arguments that are the same for all weights of a launch, as ``can_group`` makes sure."""
+    if weight.two_level:
+        raise NotImplementedError("scales of two levels have no Triton kernels yet: use backend 'panel'")
     return {
         "stride_pn": weight.packed.stride(0),
         "stride_pj": weight.packed.stride(1),

@@ -8,12 +8,13 @@ high nibble, so a run of 32 bytes decodes into two runs of 32 neighbouring colum
 a byte for each column, in order. The width of the packed rows tells which it is.
 
 A run of 32 columns lies within one group for group sizes of 32, 64 and 128, so it has one scale. Codes of 8 bits may
-also have groups of 16.
+also have groups of 16. Where scales are bytes, 256 columns share a super scale, whatever the group size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ LAYOUT = "planar64-v1"
 CHUNK = 64
 RUN = CHUNK // 2
 SCALE_DTYPES = (torch.float16, torch.float32)
+SUPER_GROUP = 256  # columns that share a super scale
 
 
 def padded(in_features: int) -> int:
@@ -34,6 +36,11 @@ def padded(in_features: int) -> int:
 def group_count(in_features: int, group_size: int) -> int:
     """Number of groups that cover the padded K, which ``scales`` has a row for. The last one may be partial."""
     return -(-padded(in_features) // group_size)
+
+
+def super_count(in_features: int) -> int:
+    """Number of stretches of 256 columns, which ``super_scales`` has a row for. The last one may be partial."""
+    return -(-in_features // SUPER_GROUP)
 
 
 def packed_columns(in_features: int, bits: int = 4) -> int:
@@ -100,13 +107,18 @@ class Int4Weight:
     codebook   ``codebook[code] * scales[k // G, n]``, of 4 bits only
     ========== =============================================
 
+    Scales and minima are float16 or float32, or they have two levels: a byte for each group and a float16 number for
+    each 256 columns. Their product in float32 is the scale or the minimum, and needs no rounding.
+
     Attributes:
         packed: ``[N, packed_columns(K, bits)]`` uint8, in the order that the module's docstring gives.
-        scales: ``[ceil(padded(K) / G), N]`` float16 or float32; may be negative.
+        scales: ``[ceil(padded(K) / G), N]`` float16, float32 or int8; may be negative.
         in_features: K.
         group_size: G, one of 32, 64, 128; with 8 bits also 16.
         minimum: of the shape and dtypes of ``scales``; present for the affine scheme only.
         codebook: ``[16]`` float32; present for the codebook scheme only.
+        super_scales: ``[ceil(K / 256), N]`` float16; present where ``scales`` are int8.
+        super_minimum: likewise for ``minimum``.
 
     Raises:
         ValueError: shapes, dtypes or the group size do not fit together.
@@ -118,6 +130,8 @@ class Int4Weight:
     group_size: int
     minimum: Tensor | None = None
     codebook: Tensor | None = None
+    super_scales: Tensor | None = None
+    super_minimum: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.packed.dtype != torch.uint8 or self.packed.dim() != 2:
@@ -131,20 +145,36 @@ class Int4Weight:
         _check_group_size(self.group_size, self.bits)
         if self.minimum is not None and self.codebook is not None:
             raise ValueError("a weight has a minimum (affine) or a codebook, not both")
-        shape = (group_count(self.in_features, self.group_size), self.packed.shape[0])
-        for name, tensor in (("scales", self.scales), ("minimum", self.minimum)):
-            if tensor is None:
-                continue
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-            if tensor.dtype not in SCALE_DTYPES:
-                raise ValueError(f"{name} must be float16 or float32, got {tensor.dtype}")
+        self._check_scales("scales", self.scales, self.super_scales)
+        self._check_scales("minimum", self.minimum, self.super_minimum)
+        if self.minimum is not None and self.two_level != (self.super_minimum is not None):
+            raise ValueError("scales and minimum must both have two levels, or neither")
         if self.codebook is not None and self.bits != 4:
             raise ValueError(f"a codebook is for codes of 4 bits, these have {self.bits}")
         if self.codebook is not None and (self.codebook.shape != (16,) or self.codebook.dtype != torch.float32):
             raise ValueError(
                 f"codebook must be float32 of shape (16,), got {self.codebook.dtype} {self.codebook.shape}"
             )
+
+    def _check_scales(self, name: str, values: Tensor | None, supers: Tensor | None) -> None:
+        """Checks ``scales`` or ``minimum``, and what belongs to it."""
+        if values is None:
+            if supers is not None:
+                raise ValueError(f"super_{name} needs a {name}")
+            return
+        shape = (group_count(self.in_features, self.group_size), self.out_features)
+        if tuple(values.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}")
+        if supers is None:
+            if values.dtype not in SCALE_DTYPES:
+                wanted = "float16 or float32, or int8 with super_" + name
+                raise ValueError(f"{name} must be {wanted}, got {values.dtype}")
+            return
+        if values.dtype != torch.int8:
+            raise ValueError(f"{name} must be int8 beside super_{name}, got {values.dtype}")
+        shape = (super_count(self.in_features), self.out_features)
+        if tuple(supers.shape) != shape or supers.dtype != torch.float16:
+            raise ValueError(f"super_{name} must be float16 of shape {shape}, got {supers.dtype} {tuple(supers.shape)}")
 
     @classmethod
     def from_codes(
@@ -156,6 +186,8 @@ class Int4Weight:
         codebook: Tensor | None = None,
         bits: int = 4,
         copy: bool = True,
+        super_scales: Tensor | None = None,
+        super_minimum: Tensor | None = None,
     ) -> Int4Weight:
         """Packs ``codes`` ``[N, K]`` of 4 or 8 bits with ``scales`` (and ``minimum``) of shape ``[ceil(K / G), N]``.
 
@@ -176,6 +208,8 @@ class Int4Weight:
             group_size=group_size,
             minimum=None if minimum is None else torch.nn.functional.pad(minimum, pad).contiguous(),
             codebook=codebook,
+            super_scales=None if super_scales is None else super_scales.contiguous(),
+            super_minimum=None if super_minimum is None else super_minimum.contiguous(),
         )
 
     @property
@@ -193,6 +227,11 @@ class Int4Weight:
         if self.codebook is not None:
             return "codebook"
         return "symmetric" if self.minimum is None else "affine"
+
+    @property
+    def two_level(self) -> bool:
+        """Whether scales are bytes, with a super scale for each 256 columns."""
+        return self.super_scales is not None
 
     @property
     def form(self) -> Form:
@@ -218,50 +257,69 @@ class Int4Weight:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by attribute name."""
-        named = {"packed": self.packed, "scales": self.scales, "minimum": self.minimum, "codebook": self.codebook}
+        named = {name: getattr(self, name) for name in TENSORS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def float_scales(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The scales of all groups in ``dtype``, float32 or wider, which holds them exactly: ``[groups, N]``."""
+        return self._floats(self.scales, self.super_scales, dtype)
+
+    def float_minimum(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """The minima of all groups, likewise; None but for the affine scheme."""
+        return None if self.minimum is None else self._floats(self.minimum, self.super_minimum, dtype)
+
+    def _floats(self, values: Tensor, supers: Tensor | None, dtype: torch.dtype) -> Tensor:
+        values = values.to(dtype)
+        if supers is None:
+            return values
+        group = torch.arange(len(values), device=values.device)
+        return values * supers.to(dtype).index_select(0, group * self.group_size // SUPER_GROUP)
 
     def to(self, device: torch.device | str, copy: bool = False) -> Int4Weight:
         """The weight on ``device``; itself where it is there already, unless ``copy``."""
         return replace(self, **{name: tensor.to(device, copy=copy) for name, tensor in self.tensors().items()})
 
+    def _of_rows(self, choose: Callable[[Tensor, int], Tensor]) -> Int4Weight:
+        """The weight whose tensors are what ``choose`` takes from them, given the axis that output rows lie along."""
+        parts = {name: (tensor, 0 if name == "packed" else 1) for name, tensor in self.tensors().items()}
+        parts.pop("codebook", None)
+        return replace(self, **{name: choose(*part) for name, part in parts.items()})
+
     def rows(self, start: int, stop: int) -> Int4Weight:
         """Output rows ``start:stop`` as a view."""
-        return replace(
-            self,
-            packed=self.packed[start:stop],
-            scales=self.scales[:, start:stop],
-            minimum=None if self.minimum is None else self.minimum[:, start:stop],
-        )
+        return self._of_rows(lambda tensor, axis: tensor[start:stop] if axis == 0 else tensor[:, start:stop])
 
     def gather(self, ids: Tensor) -> Int4Weight:
         """A copy of the output rows ``ids`` (int64, ``[T]``), in that order."""
-        return replace(
-            self,
-            packed=self.packed.index_select(0, ids),
-            scales=self.scales.index_select(1, ids),
-            minimum=None if self.minimum is None else self.minimum.index_select(1, ids),
-        )
+        return self._of_rows(lambda tensor, axis: tensor.index_select(axis, ids))
+
+    @property
+    def column_step(self) -> int:
+        """Columns that a view begins at a multiple of: whole chunks and groups, and with two levels 256 columns."""
+        return SUPER_GROUP if self.two_level else max(CHUNK, self.group_size)
 
     def columns(self, start: int, stop: int) -> Int4Weight:
-        """Input columns ``start:stop`` as a view; ``start`` a multiple of 64 and of the group size."""
-        if start % CHUNK or start % self.group_size:
-            raise ValueError(f"columns must start at a multiple of 64 and of the group size, got {start}")
+        """Input columns ``start:stop`` as a view; ``start`` a multiple of ``column_step``."""
+        if start % self.column_step:
+            raise ValueError(f"columns must start at a multiple of {self.column_step}, got {start}")
         stop = min(stop, self.in_features)
-        groups = slice(start // self.group_size, start // self.group_size + group_count(stop - start, self.group_size))
-        return replace(
-            self,
-            packed=self.packed.narrow(1, start * self.bits // 8, packed_columns(stop - start, self.bits)),
-            scales=self.scales[groups],
-            in_features=stop - start,
-            minimum=None if self.minimum is None else self.minimum[groups],
-        )
+        width = stop - start
+
+        def part(values: Tensor, size: int, count: int) -> Tensor:
+            return values[start // size : start // size + count]
+
+        parts = {"packed": self.packed.narrow(1, start * self.bits // 8, packed_columns(width, self.bits))}
+        for name, tensor in self.tensors().items():
+            if name in ("scales", "minimum"):
+                parts[name] = part(tensor, self.group_size, group_count(width, self.group_size))
+            elif name.startswith("super_"):
+                parts[name] = part(tensor, SUPER_GROUP, super_count(width))
+        return replace(self, in_features=width, **parts)  # type: ignore[arg-type]
 
     def permute_rows(self, order: Tensor) -> Int4Weight:
         """A copy with its output rows in the given order. It is exact, because groups lie along K."""
-        return replace(
-            self,
-            packed=self.packed[order],
-            scales=self.scales[:, order],
-            minimum=None if self.minimum is None else self.minimum[:, order],
-        )
+        return self.gather(order)
+
+
+# Names of the attributes that are tensors.
+TENSORS = tuple(field.name for field in fields(Int4Weight) if field.name not in ("in_features", "group_size"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,28 +23,27 @@ from .panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel
 from .routing import resolve_backend, routed
 from .tables import Route
 
+# A weight in a schema: the fields of ``Int4Weight`` in their order.
+WEIGHT = (
+    "Tensor packed, Tensor scales, SymInt in_features, SymInt group_size, Tensor? minimum, Tensor? codebook, "
+    "Tensor? super_scales, Tensor? super_minimum"
+)
+FIELDS = len(fields(Int4Weight))
+PACKED, IN_FEATURES = 0, 2
 
-def _weight(
-    packed: Tensor, scales: Tensor, minimum: Tensor | None, codebook: Tensor | None, in_features: int, group_size: int
-) -> Int4Weight:
-    return Int4Weight(packed, scales, in_features, group_size, minimum, codebook)
+
+def fields_of(weight: Int4Weight) -> tuple[Any, ...]:
+    """A weight as arguments of an operation."""
+    return tuple(getattr(weight, field.name) for field in fields(weight))
 
 
-@custom_op("mebp_triton::int4_matmul", mutates_args=())
-def matmul_op(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    minimum: Tensor | None,
-    codebook: Tensor | None,
-    in_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    t: Tensor | None,
-    b: Tensor | None,
-    backend: str,
-) -> Tensor:
-    weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
+@custom_op(
+    "mebp_triton::int4_matmul",
+    mutates_args=(),
+    schema=f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? t, Tensor? b, str backend) -> Tensor",
+)
+def matmul_op(x: Tensor, *given: Any) -> Tensor:
+    weight, (bias, t, b, backend) = Int4Weight(*given[:FIELDS]), given[FIELDS:]
     if resolve_backend(backend, x.device, x.dtype) == "panel":
         return int4_matmul_panel(x, weight, bias, t, b)
 
@@ -57,20 +57,13 @@ def matmul_op(
     return routed("matmul", x, [weight], launch)
 
 
-@custom_op("mebp_triton::int4_matmul_dx", mutates_args=())
-def matmul_dx_op(
-    dy: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    minimum: Tensor | None,
-    codebook: Tensor | None,
-    in_features: int,
-    group_size: int,
-    g: Tensor | None,
-    a: Tensor | None,
-    backend: str,
-) -> Tensor:
-    weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
+@custom_op(
+    "mebp_triton::int4_matmul_dx",
+    mutates_args=(),
+    schema=f"(Tensor dy, {WEIGHT}, Tensor? g, Tensor? a, str backend) -> Tensor",
+)
+def matmul_dx_op(dy: Tensor, *given: Any) -> Tensor:
+    weight, (g, a, backend) = Int4Weight(*given[:FIELDS]), given[FIELDS:]
     if resolve_backend(backend, dy.device, dy.dtype) == "panel":
         return int4_matmul_dx_panel(dy, weight, g, a)
 
@@ -84,75 +77,50 @@ def matmul_dx_op(
     return routed("matmul_dx", dy, [weight], launch)
 
 
-@custom_op("mebp_triton::int4_embedding", mutates_args=())
-def embedding_op(
-    ids: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    minimum: Tensor | None,
-    codebook: Tensor | None,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
-    if resolve_backend(backend, packed.device, dtype) == "triton":
+@custom_op(
+    "mebp_triton::int4_embedding",
+    mutates_args=(),
+    schema=f"(Tensor ids, {WEIGHT}, ScalarType dtype, str backend) -> Tensor",
+)
+def embedding_op(ids: Tensor, *given: Any) -> Tensor:
+    weight, (dtype, backend) = Int4Weight(*given[:FIELDS]), given[FIELDS:]
+    if resolve_backend(backend, weight.device, dtype) == "triton":
         from .embedding import int4_embedding_triton
 
         return int4_embedding_triton(ids, weight, dtype)
     return int4_embedding_panel(ids, weight, dtype)
 
 
-@custom_op("mebp_triton::int4_cross_entropy", mutates_args=())
-def cross_entropy_op(
-    hidden: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    minimum: Tensor | None,
-    codebook: Tensor | None,
-    in_features: int,
-    group_size: int,
-    targets: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    factors: Sequence[float],
-    backend: str,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    weight = _weight(packed, scales, minimum, codebook, in_features, group_size)
+@custom_op(
+    "mebp_triton::int4_cross_entropy",
+    mutates_args=(),
+    schema=f"(Tensor hidden, {WEIGHT}, Tensor targets, Tensor? bias, SymInt ignore_index, float[] factors, "
+    "str backend, bool need_grad) -> (Tensor, Tensor, Tensor)",
+)
+def cross_entropy_op(hidden: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weight, (targets, bias, ignore_index, factors, backend, need_grad) = Int4Weight(*given[:FIELDS]), given[FIELDS:]
     by_kernel = resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
     return int4_cross_entropy_panel(hidden, weight, targets, bias, ignore_index, factors, need_grad, by_kernel)
 
 
 @matmul_op.register_fake
-def _(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], packed.shape[0])
+def _(x: Tensor, *given: Any) -> Tensor:
+    return x.new_empty(x.shape[0], given[PACKED].shape[0])
 
 
 @matmul_dx_op.register_fake
-def _(dy: Tensor, packed: Tensor, scales: Tensor, minimum: Any, codebook: Any, in_features: int, *rest: Any) -> Tensor:
-    return dy.new_empty(dy.shape[0], in_features)
+def _(dy: Tensor, *given: Any) -> Tensor:
+    return dy.new_empty(dy.shape[0], given[IN_FEATURES])
 
 
 @embedding_op.register_fake
-def _(
-    ids: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    minimum: Any,
-    codebook: Any,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    return packed.new_empty((*ids.shape, in_features), dtype=dtype)
+def _(ids: Tensor, *given: Any) -> Tensor:
+    return given[PACKED].new_empty((*ids.shape, given[IN_FEATURES]), dtype=given[FIELDS])
 
 
 @cross_entropy_op.register_fake
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_grad = rest[-1]
+def _(hidden: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_grad = given[-1]
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     count, width = hidden.shape
     return (
@@ -184,49 +152,59 @@ def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _keep_weight(ctx: Any, weight: Sequence[Any], *others: Tensor | None) -> None:
+    """Keeps a weight's fields, and other tensors, for the backward pass."""
+    tensors = [field if isinstance(field, Tensor) else None for field in weight]
+    ctx.save_for_backward(*tensors, *others)
+    ctx.sizes = [None if isinstance(field, Tensor) else field for field in weight]
+
+
+def _kept(ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    """What ``_keep_weight`` kept: the weight's fields, and the others."""
+    saved = ctx.saved_tensors
+    weight = [size if tensor is None else tensor for tensor, size in zip(saved[:FIELDS], ctx.sizes, strict=True)]
+    return weight, saved[FIELDS:]
+
+
 def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scales, minimum, codebook, in_features, group_size, bias, t, b, backend = inputs
-    ctx.save_for_backward(packed, scales, minimum, codebook, t, b)
-    ctx.meta = (in_features, group_size, backend)
+    _, *weight, bias, t, b, ctx.backend = inputs
+    _keep_weight(ctx, weight, t, b)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    packed, scales, minimum, codebook, t, b = ctx.saved_tensors
-    in_features, group_size, backend = ctx.meta
-    need = ctx.needs_input_grad
+    weight, (t, b) = _kept(ctx)
+    need_x, *_, need_bias, need_t, need_b, _ = ctx.needs_input_grad
     dx = dbias = dt = db = None
-    if need[0]:
-        dx = matmul_dx_op(dy, packed, scales, minimum, codebook, in_features, group_size, None, None, backend)
-    if need[7]:
+    if need_x:
+        dx = matmul_dx_op(dy, *weight, None, None, ctx.backend)
+    if need_bias:
         dbias = dy.sum(0).to(ctx.bias_dtype)
     if t is not None and b is not None:
-        if need[8]:
+        if need_t:
             dt = (dy @ b.to(dy.dtype)).to(t.dtype)
-        if need[9]:
+        if need_b:
             db = (dy.t() @ t.to(dy.dtype)).to(b.dtype)
-    return dx, None, None, None, None, None, None, dbias, dt, db, None
+    return dx, *[None] * FIELDS, dbias, dt, db, None
 
 
 def _matmul_dx_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dy, packed, scales, minimum, codebook, in_features, group_size, g, a, backend = inputs
-    ctx.save_for_backward(packed, scales, minimum, codebook, g, a)
-    ctx.meta = (in_features, group_size, backend)
+    _, *weight, g, a, ctx.backend = inputs
+    _keep_weight(ctx, weight, g, a)
 
 
 def _matmul_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-    packed, scales, minimum, codebook, g, a = ctx.saved_tensors
-    in_features, group_size, backend = ctx.meta
-    need = ctx.needs_input_grad
+    weight, (g, a) = _kept(ctx)
+    need_dy, *_, need_g, need_a, _ = ctx.needs_input_grad
     ddy = dg = da = None
-    if need[0]:
-        ddy = matmul_op(ddx, packed, scales, minimum, codebook, in_features, group_size, None, None, None, backend)
+    if need_dy:
+        ddy = matmul_op(ddx, *weight, None, None, None, ctx.backend)
     if g is not None and a is not None:
-        if need[7]:
+        if need_g:
             dg = (ddx @ a.to(ddx.dtype).t()).to(g.dtype)
-        if need[8]:
+        if need_a:
             da = (g.to(ddx.dtype).t() @ ddx).to(a.dtype)
-    return ddy, None, None, None, None, None, None, dg, da, None
+    return ddy, *[None] * FIELDS, dg, da, None
 
 
 def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -241,7 +219,7 @@ def _cross_entropy_backward(ctx: Any, dlosses: Tensor, *_: Any) -> tuple[Tensor 
     if not ctx.need_grad:
         raise RuntimeError("cross-entropy ran with need_grad=False: it kept nothing to run backward from")
     (grad,) = ctx.saved_tensors
-    return ((dlosses.unsqueeze(1) * grad).to(ctx.dtype), *([None] * 12))
+    return (dlosses.unsqueeze(1) * grad).to(ctx.dtype), *[None] * (FIELDS + 6)
 
 
 matmul_op.register_autograd(_without_autocast(_matmul_backward), setup_context=_matmul_setup)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .layout import CHUNK, RUN, Int4Weight, middle_code
+from .layout import CHUNK, RUN, SUPER_GROUP, Int4Weight, middle_code
 
 # Elements of one panel: on a CPU 4 MiB of float32; on a GPU 16 MiB of 16-bit weights, which stay in a large L2.
 CPU_ELEMENTS = 1 << 20
@@ -130,10 +130,14 @@ class PanelDecoder:
             self._groups[first_chunk, last_chunk] = planes.flatten() // self.weight.group_size
         return self._groups[first_chunk, last_chunk]
 
-    def _per_piece(self, values: Tensor, groups: Tensor, start: int, stop: int) -> Tensor:
+    def _per_piece(self, values: Tensor, supers: Tensor | None, groups: Tensor, start: int, stop: int) -> Tensor:
         """Scales or minima of the rows ``start:stop``, one for each piece, as ``[rows, pieces, 1]``."""
         chosen = values[:, start:stop].index_select(0, groups).t()
-        return torch.empty(chosen.shape, dtype=self.wide, device=values.device).copy_(chosen).unsqueeze(-1)
+        made = torch.empty(chosen.shape, dtype=self.wide, device=values.device).copy_(chosen)
+        if supers is not None:
+            stretches = groups * self.weight.group_size // SUPER_GROUP
+            made.mul_(supers[:, start:stop].index_select(0, stretches).t())
+        return made.unsqueeze(-1)
 
     def __call__(self, start: int, stop: int, first_chunk: int, last_chunk: int) -> Tensor:
         """The decoded panel of rows ``start:stop`` and some chunks, ``[rows, columns]``, valid until the next call."""
@@ -157,9 +161,10 @@ class PanelDecoder:
             wide.copy_(codes.sub_(middle_code(self.weight.bits)).view(torch.int8))  # a byte below 0 wraps as int8 does
         groups = self._piece_groups(first_chunk, last_chunk)
         pieces = wide.unflatten(1, (-1, self.piece))
-        pieces.mul_(self._per_piece(self.weight.scales, groups, start, stop))
-        if self.weight.minimum is not None:
-            pieces.add_(self._per_piece(self.weight.minimum, groups, start, stop))
+        weight = self.weight
+        pieces.mul_(self._per_piece(weight.scales, weight.super_scales, groups, start, stop))
+        if weight.minimum is not None:
+            pieces.add_(self._per_piece(weight.minimum, weight.super_minimum, groups, start, stop))
         return wide if self.rounded is None else self.rounded[: wide.numel()].view(rows, -1).copy_(wide)
 
     def _decode_by_kernel(self, start: int, stop: int, first: int, last: int) -> Tensor:
@@ -238,8 +243,8 @@ def int4_matmul_dx_group_panel(
     budget = workspace().elements(dx.device)
     most = max(weight.out_features for weight in weights)
     row_step = max(1, min(most, budget // CHUNK))
-    # A panel holds whole groups, and a group of 128 columns is two chunks.
-    least = max(1, head.group_size // CHUNK)
+    # A kernel decodes views of the columns, which begin at whole groups.
+    least = max(weight.column_step for weight in weights) // CHUNK if by_kernel else 1
     chunk_step = min(chunks, max(least, budget // (CHUNK * row_step) // least * least))
     # Rounding each of several partial sums would be less exact than one reduction.
     work = dtype if row_step >= most else torch.promote_types(dtype, torch.float32)

@@ -14,16 +14,18 @@ from .layout import Int4Weight, middle_code, unpack
 def decode(weight: Int4Weight, dtype: torch.dtype = torch.float64) -> Tensor:
     """The decoded weight ``[N, K]``, computed in float32 or wider and then rounded once to ``dtype``.
 
-    The product of a code and a float16 scale is exact in float32, so every implementation gives the same bits.
+    The product of a code and a float16 scale is exact in float32, so every implementation gives the same bits. So is
+    that of a code of 4 bits and a scale of two levels.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     codes = unpack(weight.packed, weight.in_features)
     group = torch.arange(weight.in_features, device=weight.device) // weight.group_size
-    scales = weight.scales.to(wide).t()[:, group]
+    scales = weight.float_scales(wide).t()[:, group]
+    minimum = weight.float_minimum(wide)
     if weight.codebook is not None:
         decoded = weight.codebook.to(wide)[codes.long()] * scales
-    elif weight.minimum is not None:
-        decoded = codes.to(wide) * scales + weight.minimum.to(wide).t()[:, group]
+    elif minimum is not None:
+        decoded = codes.to(wide) * scales + minimum.t()[:, group]
     else:
         decoded = (codes.to(wide) - middle_code(weight.bits)) * scales
     return decoded.to(dtype)

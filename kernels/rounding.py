@@ -68,9 +68,9 @@ def round_to_grid(matrix: Tensor, grid: Int4Weight) -> Rounded:
 def _round_rows(exact: Tensor, grid: Int4Weight, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The codes of some rows, uint8, and how far their values lie outside of the levels."""
     group = torch.arange(grid.in_features, device=exact.device) // grid.group_size
-    scale = grid.scales.float().t()[:, group]
-    if grid.minimum is not None:
-        exact = exact - grid.minimum.float().t()[:, group]
+    scale, minimum = grid.float_scales().t()[:, group], grid.float_minimum()
+    if minimum is not None:
+        exact = exact - minimum.t()[:, group]
     levels = torch.arange(2.0**grid.bits, device=exact.device) if grid.codebook is None else grid.codebook
     if grid.scheme == "symmetric":
         levels = levels - middle_code(grid.bits)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mebp_triton.kernels.functions import int4_embedding
-from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.layout import TENSORS, Int4Weight
 from mebp_triton.kernels.reference import decode
 
 DECODED_ROWS = 4096  # rows that ``Int4Table.decoded_weight`` decodes at a time
@@ -23,7 +23,7 @@ class Int4Module(nn.Module):
         borrowed: whether the tensors are those of a store, which nothing writes to. A copy of the module shares them.
     """
 
-    INT4_BUFFERS: ClassVar = ("packed", "scales", "minimum", "codebook")
+    INT4_BUFFERS: ClassVar = TENSORS
 
     in_features: int
     out_features: int
@@ -46,7 +46,7 @@ class Int4Module(nn.Module):
     def set_int4(self, weight: Int4Weight) -> None:
         """Puts the tensors of ``weight`` in place, without a copy."""
         self._set_packed(weight.packed)
-        for name in ("scales", "minimum", "codebook"):
+        for name in TENSORS[1:]:
             self._buffers[name] = getattr(weight, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -79,17 +79,18 @@ class Int4Module(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Also accepts scales in the form of their bytes, which ``save_pretrained`` writes."""
-        for name in ("scales", "minimum"):
+        for name in set(TENSORS) - {"packed", "codebook"}:
             own, given = self._buffers.get(name), state_dict.get(prefix + name)
-            if own is not None and given is not None and given.dtype == torch.uint8 and given.shape != own.shape:
+            if own is None or given is None or given.dtype != torch.uint8:
+                continue
+            if own.dtype == torch.int8 or given.shape != own.shape:
                 state_dict[prefix + name] = given.contiguous().view(own.dtype)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def int4(self) -> Int4Weight:
         """The weight made of the tensors that are in place now."""
-        scales, minimum, codebook = (self._buffers[name] for name in ("scales", "minimum", "codebook"))
-        assert scales is not None
-        return Int4Weight(self._packed(), scales, self.in_features, self.group_size, minimum, codebook)
+        others: dict[str, Any] = {name: self._buffers[name] for name in TENSORS[1:]}
+        return Int4Weight(self._packed(), in_features=self.in_features, group_size=self.group_size, **others)
 
 
 class RowSource(Protocol):

@@ -128,19 +128,20 @@ def test_the_truth_is_float64():
         judge(torch.zeros(3), torch.zeros(3), torch.zeros(3))
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_random_weights(form):
+def test_random_weights(form, scale_dtype):
     """Packed data hold every byte, padding included. Scales have both signs. A seed determines the weight."""
 
     def draw(seed):
         generator = torch.Generator().manual_seed(seed)
-        return random_weight(64, 200, CPU, form.scheme, form.group_size, torch.float32, generator, form.bits)
+        return random_weight(64, 200, CPU, form.scheme, form.group_size, scale_dtype, generator, form.bits)
 
     weight = draw(1)
     assert weight.shape == (64, 200) and Form(weight.scheme, weight.group_size, weight.bits) == form
-    assert weight.scales.shape == (group_count(200, form.group_size), 64) and weight.scales.dtype == torch.float32
+    assert weight.scales.shape == (group_count(200, form.group_size), 64) and weight.scales.dtype == scale_dtype
     assert weight.packed.unique().numel() == 256 and weight.packed[:, 26 * form.bits :].unique().numel() > 200
-    assert (weight.scales < 0).any() and (weight.scales > 0).any()
+    assert (weight.float_scales() < 0).any() and (weight.float_scales() > 0).any()
     assert 0.005 < float(decode(weight).square().mean().sqrt()) < 0.5
     for same, other in zip(draw(1).tensors().values(), draw(2).tensors().values(), strict=True):
         assert any(torch.equal(same, tensor) for tensor in weight.tensors().values())

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mebp_triton.kernels.layout import LAYOUT, Int4Weight, group_count, pack, packed_columns, padded, unpack
+from mebp_triton.kernels.layout import LAYOUT, TENSORS, Int4Weight, group_count, pack, packed_columns, padded, unpack
 from mebp_triton.kernels.names import FORMS
 from mebp_triton.kernels.reference import decode
 
@@ -136,20 +136,37 @@ def form(request):
     return request.param
 
 
-@pytest.fixture
-def weight(make_weight, form):
-    return make_weight(11, 200, form.group_size, form.scheme, bits=form.bits)
+@pytest.fixture(params=[torch.float16, torch.int8], ids=["one-level", "two-level"])
+def weight(request, make_weight, form):
+    return make_weight(11, 600, form.group_size, form.scheme, request.param, bits=form.bits)
 
 
 def test_properties(weight, form):
     scheme, group_size, bits = form
-    assert weight.scheme == scheme and weight.bits == bits and weight.chunks == 4
-    assert weight.shape == (11, 200) and weight.out_features == 11 and weight.device == weight.packed.device
-    groups = group_count(200, group_size)
-    extra = {"symmetric": 0, "affine": 2 * groups * 11, "codebook": 64}[scheme]
-    assert weight.nbytes == 11 * 32 * bits + 2 * groups * 11 + extra
+    assert weight.scheme == scheme and weight.bits == bits and weight.chunks == 10
+    assert weight.shape == (11, 600) and weight.out_features == 11 and weight.device == weight.packed.device
     names = {"packed", "scales"} | {"symmetric": set(), "affine": {"minimum"}, "codebook": {"codebook"}}[scheme]
-    assert set(weight.tensors()) == names
+    of_groups = group_count(600, group_size) * 11 * (1 if weight.two_level else 2)
+    if weight.two_level:
+        names |= {"super_scales", "super_minimum"} if scheme == "affine" else {"super_scales"}
+        of_groups += 3 * 11 * 2
+    extra = {"symmetric": 0, "affine": of_groups, "codebook": 64}[scheme]
+    assert weight.nbytes == 11 * 80 * bits + of_groups + extra
+    assert set(weight.tensors()) == names == set(TENSORS) & names
+
+
+def test_scales_of_two_levels_are_exact_products(make_weight, form):
+    weight = make_weight(11, 600, form.group_size, form.scheme, torch.int8, bits=form.bits)
+    for dtype in (torch.float32, torch.float64):
+        pairs = [(weight.float_scales(dtype), weight.scales, weight.super_scales)]
+        if form.scheme == "affine":
+            pairs.append((weight.float_minimum(dtype), weight.minimum, weight.super_minimum))
+        for found, values, supers in pairs:
+            assert found.dtype == dtype and found.shape == values.shape
+            for group in range(len(values)):
+                truth = values[group].double() * supers[group * form.group_size // 256].double()
+                assert torch.equal(found[group].double(), truth)
+    assert form.scheme == "affine" or weight.float_minimum() is None
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 11), (3, 7), (10, 11), (8, 20), (4, 4)])
@@ -164,7 +181,7 @@ def test_rows_are_views(weight, start, stop):
 def test_gathered_rows_are_copies(weight):
     ids = torch.tensor([3, 0, 10, 3], device=weight.device)
     part = weight.gather(ids)
-    assert part.shape == (4, 200) and torch.equal(decode(part), decode(weight)[ids])
+    assert part.shape == (4, 600) and torch.equal(decode(part), decode(weight)[ids])
     assert set(part.tensors()) == set(weight.tensors())
 
 
@@ -204,6 +221,8 @@ def test_to_copies_only_if_asked(weight):
 
 ZEROS = torch.zeros(2, 3, dtype=torch.float16)
 PACKED = torch.zeros(3, 64, dtype=torch.uint8)
+BYTES, SUPERS = ZEROS.char(), ZEROS[:1]
+TWO_LEVEL = {"scales": BYTES, "super_scales": SUPERS}
 
 
 @pytest.mark.parametrize(
@@ -223,6 +242,17 @@ PACKED = torch.zeros(3, 64, dtype=torch.uint8)
         ({"minimum": ZEROS[:, :2]}, "minimum must have shape"),
         ({"minimum": ZEROS.double()}, "minimum must be float16 or float32"),
         ({"minimum": ZEROS, "codebook": torch.zeros(16)}, "not both"),
+        ({"scales": BYTES}, "scales must be float16 or float32, or int8 with super_scales, got torch.int8"),
+        ({"super_scales": SUPERS}, "scales must be int8 beside super_scales, got torch.float16"),
+        (
+            {**TWO_LEVEL, "super_scales": ZEROS},
+            "super_scales must be float16 of shape .1, 3., got .*2, 3.",
+        ),
+        ({**TWO_LEVEL, "super_scales": SUPERS.float()}, "super_scales must be float16 of shape .*got torch.float32"),
+        ({**TWO_LEVEL, "super_minimum": SUPERS}, "super_minimum needs a minimum"),
+        ({**TWO_LEVEL, "minimum": ZEROS}, "both have two levels, or neither"),
+        ({"minimum": BYTES, "super_minimum": SUPERS}, "both have two levels, or neither"),
+        ({**TWO_LEVEL, "minimum": BYTES}, "minimum must be float16 or float32, or int8 with super_minimum"),
         ({"codebook": torch.zeros(15)}, "codebook must be float32 of shape"),
         ({"codebook": torch.zeros(16).half()}, "codebook must be float32 of shape"),
     ],
@@ -248,15 +278,29 @@ def test_from_codes_refuses_missing_and_surplus_groups(groups):
         Int4Weight.from_codes(random_codes(3, 65), torch.ones(4, 3), 32)  # as many as after padding
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 64), (0, 128), (128, 200), (128, 400)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 64), (0, 128), (256, 384), (256, 600), (512, 1200)])
 def test_columns_are_views(weight, form, start, stop):
     part = weight.columns(start, stop)
     assert part.packed.data_ptr() == weight.packed.data_ptr() + start * form.bits // 8 and part.bits == form.bits
     assert torch.equal(decode(part), decode(weight)[:, start:stop])
 
 
-@pytest.mark.parametrize(("group_size", "start"), [(32, 32), (64, 32), (128, 64)])
-def test_columns_start_with_a_group(group_size, start):
-    weight = Int4Weight.from_codes(torch.zeros(5, 256, dtype=torch.uint8), torch.ones(256 // group_size, 5), group_size)
-    with pytest.raises(ValueError, match="columns must start at"):
-        weight.columns(start, 256)
+@pytest.mark.parametrize(
+    ("group_size", "start", "step"), [(32, 32, 64), (64, 32, 64), (128, 64, 128), (32, 128, 256), (128, 128, 256)]
+)
+def test_columns_start_with_a_group(make_weight, group_size, start, step):
+    weight = make_weight(5, 512, group_size, scale_dtype=torch.int8 if step == 256 else torch.float16)
+    assert weight.column_step == step
+    with pytest.raises(ValueError, match=f"columns must start at a multiple of {step}, got {start}"):
+        weight.columns(start, 512)
+
+
+def test_two_levels_from_codes(make_weight):
+    """Groups that are all padding are filled up, and need no super scale of their own."""
+    whole = make_weight(7, 513, 32, "affine", torch.int8)
+    parts = {name: tensor.t().contiguous().t() for name, tensor in whole.tensors().items() if name != "packed"}
+    parts["scales"], parts["minimum"] = parts["scales"][:17], parts["minimum"][:17]
+    weight = Int4Weight.from_codes(unpack(whole.packed, 513), group_size=32, **parts)
+    assert weight.scales.shape == (18, 7) and weight.super_scales.shape == (3, 7)
+    assert all(tensor.is_contiguous() for tensor in weight.tensors().values())
+    assert torch.equal(decode(weight), decode(whole))

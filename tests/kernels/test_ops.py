@@ -7,13 +7,10 @@ from pairs import pairs
 from mebp_triton.kernels import reference
 from mebp_triton.kernels.functions import int4_cross_entropy, int4_embedding, int4_matmul, int4_matmul_dx
 from mebp_triton.kernels.names import FORMS
+from mebp_triton.kernels.ops import fields_of
 
 PANEL = "panel"
 KINDS = [form for form in FORMS if form.group_size == 32]
-
-
-def fields(weight):
-    return weight.packed, weight.scales, weight.minimum, weight.codebook, weight.in_features, weight.group_size
 
 
 @pytest.mark.parametrize(
@@ -25,7 +22,8 @@ def test_opcheck_matmul(make_weight, normal, kind, dtype, with_bias, with_lora):
     bias = normal(7, dtype=dtype).requires_grad_(True) if with_bias else None
     t, b = (normal(*s, dtype=dtype).requires_grad_(True) if with_lora else None for s in ((3, 4), (7, 4)))
     x = normal(3, 70, dtype=dtype).requires_grad_(True)
-    args = (x, *fields(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)), bias, t, b, PANEL)
+    scale_dtype = torch.int8 if with_bias else torch.float16
+    args = (x, *fields_of(make_weight(7, 70, 32, kind.scheme, scale_dtype, bits=kind.bits)), bias, t, b, PANEL)
     torch.library.opcheck(torch.ops.mebp_triton.int4_matmul.default, args)
 
 
@@ -34,7 +32,7 @@ def test_opcheck_matmul_dx(make_weight, normal, kind, with_lora):
     g, a = (normal(*shape).requires_grad_(True) if with_lora else None for shape in ((3, 4), (4, 70)))
     args = (
         normal(3, 7).requires_grad_(True),
-        *fields(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)),
+        *fields_of(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)),
         g,
         a,
         PANEL,
@@ -45,7 +43,7 @@ def test_opcheck_matmul_dx(make_weight, normal, kind, with_lora):
 @pytest.mark.parametrize("shape", [(5,), (2, 3)])
 def test_opcheck_embedding(make_weight, kind, device, shape):
     ids = torch.randint(0, 7, shape, device=device)
-    args = (ids, *fields(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)), torch.bfloat16, PANEL)
+    args = (ids, *fields_of(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)), torch.bfloat16, PANEL)
     torch.library.opcheck(torch.ops.mebp_triton.int4_embedding.default, args)
 
 
@@ -56,7 +54,7 @@ def test_opcheck_cross_entropy(make_weight, normal, kind, device, need_grad, wit
     hidden = normal(4, 70).requires_grad_(need_grad)
     args = (
         hidden,
-        *fields(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)),
+        *fields_of(make_weight(7, 70, 32, kind.scheme, bits=kind.bits)),
         targets,
         bias,
         -100,
@@ -87,8 +85,9 @@ def wide(normal, *shape, seed=1):
     return normal(*shape, dtype=torch.float64, seed=seed).requires_grad_(True)
 
 
-def test_gradcheck_matmul(make_weight, normal, kind):
-    weight = make_weight(5, 70, 32, kind.scheme, bits=kind.bits)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.int8], ids=str)
+def test_gradcheck_matmul(make_weight, normal, kind, scale_dtype):
+    weight = make_weight(5, 70, 32, kind.scheme, scale_dtype, bits=kind.bits)
 
     def function(x, bias, t, b):
         return int4_matmul(x, weight, bias, t, b, PANEL)
@@ -97,8 +96,9 @@ def test_gradcheck_matmul(make_weight, normal, kind):
     assert torch.autograd.gradcheck(function, inputs, atol=1e-7, rtol=1e-6)
 
 
-def test_gradcheck_matmul_dx(make_weight, normal, kind):
-    weight = make_weight(5, 70, 32, kind.scheme, bits=kind.bits)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.int8], ids=str)
+def test_gradcheck_matmul_dx(make_weight, normal, kind, scale_dtype):
+    weight = make_weight(5, 70, 32, kind.scheme, scale_dtype, bits=kind.bits)
 
     def function(dy, g, a):
         return int4_matmul_dx(dy, weight, g, a, PANEL)
@@ -152,7 +152,7 @@ def test_gradients_come_in_the_dtype_of_their_operand(make_weight, normal):
 def test_cross_entropy_that_kept_nothing_has_no_backward(make_weight, normal, device):
     weight, targets = make_weight(7, 70), torch.tensor([1, -100, 6], device=device)
     hidden = normal(3, 70).requires_grad_(True)
-    args = (hidden, *fields(weight), targets, None, -100, [1.0], PANEL, False)
+    args = (hidden, *fields_of(weight), targets, None, -100, [1.0], PANEL, False)
     losses, *_ = torch.ops.mebp_triton.int4_cross_entropy(*args)
     with pytest.raises(RuntimeError, match="need_grad=False"):
         losses.sum().backward()

@@ -25,6 +25,7 @@ from mebp_triton.kernels.panel import (
 
 # Unlike Triton's interpreter, plain torch computes bfloat16 correctly.
 ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SCALES = (torch.float16, torch.float32, torch.int8)
 
 
 @pytest.fixture(params=ALL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -71,14 +72,14 @@ def check_dx(assert_accurate, dy, weight, g=None, a=None):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "form", "panel_size"),
-    pairs(ALL_DTYPES, FORMS, PANEL_SIZES),
+    ("dtype", "form", "scale_dtype", "panel_size"),
+    pairs(ALL_DTYPES, FORMS, SCALES, PANEL_SIZES),
     indirect=["panel_size"],
     ids=str,
 )
-def test_every_form(assert_accurate, make_weight, normal, dtype, form, panel_size):
-    m, n, k, r = 9, 23, 200, 5
-    weight = make_weight(n, k, form.group_size, form.scheme, bits=form.bits)
+def test_every_form(assert_accurate, make_weight, normal, dtype, form, scale_dtype, panel_size):
+    m, n, k, r = 9, 23, 600, 5
+    weight = make_weight(n, k, form.group_size, form.scheme, scale_dtype, bits=form.bits)
     shapes = [(n,), (m, r), (n, r), (m, n), (m, r), (r, k)]
     bias, t, b, dy, g, a = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
     check_matmul(assert_accurate, normal(m, k, dtype=dtype), weight, bias, t, b)
@@ -143,23 +144,23 @@ def test_operands_of_other_dtypes_are_rounded_to_that_of_x(make_weight, normal, 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "form", "any_panel_size"),
-    pairs(ALL_DTYPES, FORMS, [1, *PANEL_SIZES]),
+    ("dtype", "form", "scale_dtype", "any_panel_size"),
+    pairs(ALL_DTYPES, FORMS, SCALES, [1, *PANEL_SIZES]),
     indirect=["any_panel_size"],
     ids=str,
 )
-def test_identity_gives_the_decoded_weight_bit_for_bit(make_weight, dtype, form, any_panel_size):
-    scale_dtype = torch.float32 if form.group_size == 32 else torch.float16
-    weight = make_weight(40, 150, form.group_size, form.scheme, scale_dtype, bits=form.bits)
+def test_identity_gives_the_decoded_weight_bit_for_bit(make_weight, dtype, form, scale_dtype, any_panel_size):
+    weight = make_weight(40, 350, form.group_size, form.scheme, scale_dtype, bits=form.bits)
     decoded = reference.decode(weight, dtype)
-    assert torch.equal(int4_matmul_panel(torch.eye(150, dtype=dtype, device=decoded.device), weight).t(), decoded)
+    assert torch.equal(int4_matmul_panel(torch.eye(350, dtype=dtype, device=decoded.device), weight).t(), decoded)
     assert torch.equal(int4_matmul_dx_panel(torch.eye(40, dtype=dtype, device=decoded.device), weight), decoded)
     everything = torch.arange(40, device=decoded.device)
     assert torch.equal(int4_embedding_panel(everything, weight, dtype), decoded)
 
 
-def test_float64_is_computed_in_float64(make_weight, normal, scheme, panel_size):
-    weight = make_weight(23, 200, 32, scheme)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.int8], ids=str)
+def test_float64_is_computed_in_float64(make_weight, normal, scheme, scale_dtype, panel_size):
+    weight = make_weight(23, 200, 32, scheme, scale_dtype)
     x, dy = normal(6, 200, dtype=torch.float64), normal(6, 23, dtype=torch.float64)
     torch.testing.assert_close(int4_matmul_panel(x, weight), reference.matmul(x, weight), rtol=0, atol=1e-12)
     torch.testing.assert_close(int4_matmul_dx_panel(dy, weight), reference.matmul_dx(dy, weight), rtol=0, atol=1e-12)
@@ -315,6 +316,7 @@ def test_group_dx_of_weights_that_are_not_alike(make_weight, normal):
     """Only K must be the same. Each weight is decoded with its own groups, scheme and width."""
     weights = [make_weight(20, 200, 32, "affine"), make_weight(9, 200, 128), make_weight(1, 200, 64, "codebook")]
     weights += [make_weight(7, 200, 16, bits=8), make_weight(3, 200, 64, "affine", bits=8)]
+    weights += [make_weight(5, 200, 32, "affine", torch.int8)]
     dys = [normal(4, weight.out_features, dtype=torch.float64, seed=i) for i, weight in enumerate(weights)]
     truth = sum(reference.matmul_dx(dy, weight) for dy, weight in zip(dys, weights, strict=True))
     torch.testing.assert_close(int4_matmul_dx_group_panel(dys, weights), truth, rtol=1e-12, atol=1e-12)

@@ -10,14 +10,18 @@ from mebp_triton.kernels import reference
 from mebp_triton.kernels.layout import Int4Weight, unpack
 from mebp_triton.kernels.names import FORMS
 
-SIZES = ((1, 1), (3, 31), (2, 65), (5, 96), (4, 130), (3, 256))
+SIZES = ((1, 1), (3, 31), (2, 65), (5, 96), (4, 130), (3, 256), (2, 321))
+SCALES = (torch.float16, torch.float32, torch.int8)
 
 
 def naive_decode(weight: Int4Weight) -> torch.Tensor:
     """Decodes one element at a time from the bytes, with the layout's arithmetic written out."""
     rows, columns = weight.shape
-    packed, scales = weight.packed.tolist(), weight.scales.tolist()
-    minimum = None if weight.minimum is None else weight.minimum.tolist()
+    packed = weight.packed.tolist()
+    scales, minimum, super_scales, super_minimum = (
+        None if tensor is None else tensor.tolist()
+        for tensor in (weight.scales, weight.minimum, weight.super_scales, weight.super_minimum)
+    )
     codebook = None if weight.codebook is None else weight.codebook.tolist()
     decoded = torch.empty(rows, columns, dtype=torch.float64)
     for n in range(rows):
@@ -27,26 +31,28 @@ def naive_decode(weight: Int4Weight) -> torch.Tensor:
             else:
                 byte, middle = packed[n][k // 64 * 32 + k % 32], 8
                 code = byte % 16 if k % 64 < 32 else byte // 16
-            scale = scales[k // weight.group_size][n]
+            scale = scales[k // weight.group_size][n] * (super_scales[k // 256][n] if super_scales else 1)
             if codebook is not None:
                 decoded[n, k] = codebook[code] * scale
             elif minimum is not None:
-                decoded[n, k] = code * scale + minimum[k // weight.group_size][n]
+                least = minimum[k // weight.group_size][n] * (super_minimum[k // 256][n] if super_minimum else 1)
+                decoded[n, k] = code * scale + least
             else:
                 decoded[n, k] = (code - middle) * scale
     return decoded.to(weight.device)
 
 
-@pytest.mark.parametrize(("size", "form", "scale_dtype"), pairs(SIZES, FORMS, [torch.float16, torch.float32]), ids=str)
+@pytest.mark.parametrize(("size", "form", "scale_dtype"), pairs(SIZES, FORMS, SCALES), ids=str)
 def test_decode(make_weight, form, scale_dtype, size):
     weight = make_weight(*size, form.group_size, form.scheme, scale_dtype, bits=form.bits)
     assert torch.equal(reference.decode(weight), naive_decode(weight))
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_decode_rounds_once(make_weight, dtype, bits):
-    weight = make_weight(7, 200, 64, bits=bits)
+def test_decode_rounds_once(make_weight, dtype, bits, scale_dtype):
+    weight = make_weight(7, 300, 64, scale_dtype=scale_dtype, bits=bits)
     assert torch.equal(reference.decode(weight, dtype), naive_decode(weight).float().to(dtype))
 
 

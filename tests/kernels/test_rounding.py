@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mebp_triton.kernels.accuracy import random_weight
 from mebp_triton.kernels.layout import Int4Weight, unpack
 from mebp_triton.kernels.names import FORMS
 from mebp_triton.kernels.quantize import quantize_matrix
@@ -55,6 +56,16 @@ def test_nothing_else_changes(grid):
     assert rounded.scales is grid.scales and rounded.minimum is grid.minimum and rounded.codebook is grid.codebook
     if grid.scheme == "symmetric":
         assert torch.equal(rounded.packed, grid.packed), "padding too"
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_scales_of_two_levels_are_kept(form):
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    grid = random_weight(64, 600, cpu, form.scheme, form.group_size, torch.int8, generator, form.bits)
+    change = low_rank(64, 600, 1e-3 if form.bits == 4 else 1e-4)
+    rounded, _, _ = round_to_grid(decode(grid, torch.float32) + change, grid)
+    assert 0.8 < kept(rounded, grid, change) < 1.2
+    assert all(rounded.tensors()[name] is tensor for name, tensor in grid.tensors().items() if name != "packed")
 
 
 def test_a_value_becomes_one_of_the_two_levels_beside_it(grid):

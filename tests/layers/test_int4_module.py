@@ -10,6 +10,7 @@ from lora_layers import make_weight
 from torch import nn
 
 from mebp_triton.kernels import reference
+from mebp_triton.kernels.accuracy import random_weight
 from mebp_triton.kernels.names import SCHEMES
 from mebp_triton.layers.int4_module import AbsentWeight, Int4Embedding, Int4Module, replace_embedding, restore_embedding
 from mebp_triton.layers.linear import Int4Linear
@@ -148,11 +149,14 @@ def test_each_kind_of_module_has_a_place_of_its_own_for_the_codes():
             operation(Int4Module())
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_scales_are_loaded_from_their_bytes_too(scheme):
-    module, other = (Int4Linear(make_weight(scheme=scheme, seed=seed), None, torch.float32) for seed in (0, 7))
+def test_scales_are_loaded_from_their_bytes_too(scheme, scale_dtype):
+    generator = torch.Generator().manual_seed(0)
+    weights = [random_weight(9, 70, torch.device("cpu"), scheme, 32, scale_dtype, generator) for _ in range(2)]
+    module, other = (Int4Linear(weight, None, torch.float32) for weight in weights)
     state = other.state_dict()
-    for name in ("scales", "minimum"):
+    for name in ("scales", "minimum", "super_scales", "super_minimum"):
         if name in state:
             state[name] = state[name].view(torch.uint8).t().contiguous().t()  # in any layout
     module.load_state_dict(state)
