@@ -37,13 +37,18 @@ def fields_of(weight: Int4Weight) -> tuple[Any, ...]:
     return tuple(getattr(weight, field.name) for field in fields(weight))
 
 
+def take_weight(given: Sequence[Any]) -> tuple[Int4Weight, Sequence[Any]]:
+    """Arguments of an operation, from its weight on: the weight, and what follows it."""
+    return Int4Weight(*given[:FIELDS]), given[FIELDS:]
+
+
 @custom_op(
     "mebp_triton::int4_matmul",
     mutates_args=(),
     schema=f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? t, Tensor? b, str backend) -> Tensor",
 )
 def matmul_op(x: Tensor, *given: Any) -> Tensor:
-    weight, (bias, t, b, backend) = Int4Weight(*given[:FIELDS]), given[FIELDS:]
+    weight, (bias, t, b, backend) = take_weight(given)
     if resolve_backend(backend, x.device, x.dtype) == "panel":
         return int4_matmul_panel(x, weight, bias, t, b)
 
@@ -63,7 +68,7 @@ def matmul_op(x: Tensor, *given: Any) -> Tensor:
     schema=f"(Tensor dy, {WEIGHT}, Tensor? g, Tensor? a, str backend) -> Tensor",
 )
 def matmul_dx_op(dy: Tensor, *given: Any) -> Tensor:
-    weight, (g, a, backend) = Int4Weight(*given[:FIELDS]), given[FIELDS:]
+    weight, (g, a, backend) = take_weight(given)
     if resolve_backend(backend, dy.device, dy.dtype) == "panel":
         return int4_matmul_dx_panel(dy, weight, g, a)
 
@@ -83,7 +88,7 @@ def matmul_dx_op(dy: Tensor, *given: Any) -> Tensor:
     schema=f"(Tensor ids, {WEIGHT}, ScalarType dtype, str backend) -> Tensor",
 )
 def embedding_op(ids: Tensor, *given: Any) -> Tensor:
-    weight, (dtype, backend) = Int4Weight(*given[:FIELDS]), given[FIELDS:]
+    weight, (dtype, backend) = take_weight(given)
     if resolve_backend(backend, weight.device, dtype) == "triton":
         from .embedding import int4_embedding_triton
 
@@ -98,7 +103,7 @@ def embedding_op(ids: Tensor, *given: Any) -> Tensor:
     "str backend, bool need_grad) -> (Tensor, Tensor, Tensor)",
 )
 def cross_entropy_op(hidden: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    weight, (targets, bias, ignore_index, factors, backend, need_grad) = Int4Weight(*given[:FIELDS]), given[FIELDS:]
+    weight, (targets, bias, ignore_index, factors, backend, need_grad) = take_weight(given)
     by_kernel = resolve_backend(backend, hidden.device, hidden.dtype) == "triton"
     return int4_cross_entropy_panel(hidden, weight, targets, bias, ignore_index, factors, need_grad, by_kernel)
 

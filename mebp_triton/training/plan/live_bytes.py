@@ -18,9 +18,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mebp_triton.kernels import ops  # noqa: F401 - registers the operations
 from mebp_triton.kernels.cross_entropy import int4_cross_entropy_panel
-from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.ops import take_weight
 from mebp_triton.kernels.panel import (
     Workspace,
     int4_embedding_panel,
@@ -32,28 +31,24 @@ from mebp_triton.kernels.panel import (
 OPS = torch.ops.mebp_triton
 
 
-def _matmul(x: Tensor, *rest: Any) -> Tensor:
-    return int4_matmul_panel(x, Int4Weight(rest[0], rest[1], *_tail(rest)), *rest[6:9])
+def _matmul(x: Tensor, *given: Any) -> Tensor:
+    weight, (bias, t, b, _) = take_weight(given)
+    return int4_matmul_panel(x, weight, bias, t, b)
 
 
-def _matmul_dx(dy: Tensor, *rest: Any) -> Tensor:
-    return int4_matmul_dx_panel(dy, Int4Weight(rest[0], rest[1], *_tail(rest)), *rest[6:8])
+def _matmul_dx(dy: Tensor, *given: Any) -> Tensor:
+    weight, (g, a, _) = take_weight(given)
+    return int4_matmul_dx_panel(dy, weight, g, a)
 
 
-def _embedding(ids: Tensor, *rest: Any) -> Tensor:
-    return int4_embedding_panel(ids, Int4Weight(rest[0], rest[1], *_tail(rest)), rest[6])
+def _embedding(ids: Tensor, *given: Any) -> Tensor:
+    weight, (dtype, _) = take_weight(given)
+    return int4_embedding_panel(ids, weight, dtype)
 
 
-def _cross_entropy(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    weight = Int4Weight(rest[0], rest[1], *_tail(rest))
-    targets, bias, ignore_index, factors, _, need_grad = rest[6:]
+def _cross_entropy(hidden: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weight, (targets, bias, ignore_index, factors, _, need_grad) = take_weight(given)
     return int4_cross_entropy_panel(hidden, weight, targets, bias, ignore_index, factors, need_grad)
-
-
-def _tail(rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The last fields of ``Int4Weight`` from an op's arguments, which have them in another order."""
-    minimum, codebook, in_features, group_size = rest[2:6]
-    return in_features, group_size, minimum, codebook
 
 
 TWINS: dict[Any, Callable[..., Any]] = {
