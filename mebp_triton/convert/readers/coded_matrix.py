@@ -83,14 +83,14 @@ class CodedMatrix:
     def to_int4(self) -> Int4Weight | None:
         """The same weights in our layout, with the codes of 4 or 8 bits that hold theirs; None where none do.
 
+        Codes of 4 bits become codes of 8 where only those have the groups, of 16.
         Codes of 8 bits may be shared: a copy of a large table is more than reading it takes.
         """
-        bits = 4 if self.bits <= 4 else 8
-        size = self._our_group_size(GROUP_SIZES_OF_BITS[bits])
-        if size is None:
+        form = self._our_form()
+        if form is None:
             return None
-        rows, columns = self.shape
-        starts = self.groups[::size]
+        bits, size = form
+        columns, starts = self.shape[1], self.groups[::size]
         numbers = [self.scales] if self.minimum is None else [self.scales, self.minimum]
         dtype = torch.float16 if all(map(_is_held_by_half, numbers)) else torch.float32
         pad = (0, 0, 0, group_count(columns, size) - len(starts))
@@ -128,11 +128,15 @@ class CodedMatrix:
                 decoded[part] = (levels - self._middle if self.levels is None else levels) * scales
         return decoded
 
-    def _our_group_size(self, sizes: tuple[int, ...]) -> int | None:
-        """The matrix's own group size, or else the largest of ours whose groups each lie in one of the matrix's."""
-        for size in sorted(sizes, key=lambda size: (size != self.group_size, -size)):
-            if torch.equal(self.groups[::size].repeat_interleave(size)[: len(self.groups)], self.groups):
-                return size
+    def _our_form(self) -> tuple[int, int] | None:
+        """The least width of ours that has the groups, and the group size.
+
+        That is the matrix's own, or else the largest of ours whose groups each lie in one of the matrix's.
+        """
+        for bits in (4, 8)[self.bits > 4 : None if self.levels is None else 1]:
+            for size in sorted(GROUP_SIZES_OF_BITS[bits], key=lambda size: (size != self.group_size, -size)):
+                if torch.equal(self.groups[::size].repeat_interleave(size)[: len(self.groups)], self.groups):
+                    return bits, size
         return None
 
 

@@ -58,11 +58,16 @@ def native_form_of(settings: dict[str, Any], symmetric: bool) -> NativeForm | No
     stated, size = settings.get("bits", settings.get("w_bit")), settings.get("group_size", settings.get("q_group_size"))
     if type(stated) is not int or not 2 <= stated <= 8 or type(size) is not int:
         return None
-    bits = 4 if stated <= 4 else 8
-    fitting = [ours for ours in GROUP_SIZES_OF_BITS[bits] if size == -1 or (size > 0 and size % ours == 0)]
-    if not fitting:
+    forms = [
+        (bits, ours)
+        for bits, sizes in GROUP_SIZES_OF_BITS.items()
+        for ours in sizes
+        if stated <= bits and (size == -1 or (size > 0 and size % ours == 0))
+    ]
+    if not forms:
         return None
-    size = size if size in fitting else fitting[-1]
+    # Of the least width that has fitting groups: the size itself, or the largest.
+    bits, size = min(forms, key=lambda form: (form[0], form[1] != size, -form[1]))
     scheme: Scheme = "symmetric" if symmetric else "affine"
     return NativeForm(scheme, size, torch.float16 if symmetric else torch.float32, bits)
 

@@ -97,6 +97,15 @@ def test_the_group_size_is_the_matrix_own_or_the_largest_that_lies_within(bits, 
     assert weight.group_size == ours and torch.equal(decode(weight, torch.float32), coded.decode())
 
 
+@pytest.mark.parametrize("size", [16, 48])
+@pytest.mark.parametrize("affine", [False, True])
+def test_codes_of_4_bits_in_groups_that_only_8_bits_have(size, affine):
+    coded = matrix(group_size=size)
+    coded = coded.with_zeros(torch.full_like(coded.scales, 3)) if affine else coded
+    weight = coded.to_int4()
+    assert (weight.bits, weight.group_size) == (8, 16) and torch.equal(decode(weight, torch.float32), coded.decode())
+
+
 def test_scales_are_float16_where_that_holds_them_exactly():
     for value, dtype in ((2.0**-24, "float16"), (2.0**-25, "float32"), (65504.0, "float16"), (65536.0, "float32")):
         coded = matrix(dtype=torch.bfloat16 if value != 65504 else torch.float32)
@@ -118,8 +127,8 @@ def test_a_minimum_that_float16_cannot_hold_makes_both_float32():
     ("coded", "words"),
     [
         (matrix(bits=5, group_size=24), "codes in groups of 24"),
-        (matrix(group_size=16), "codes in groups of 16"),
-        (matrix(group_size=48), "codes in groups of 48"),
+        (matrix(group_size=8), "codes in groups of 8"),
+        (replace(matrix(group_size=16), levels=E2M1), "codes in groups of 16"),
         (matrix(groups=torch.arange(100) % 3), "codes in act-order, which desc_act=False or static groups would avoid"),
     ],
 )

@@ -153,22 +153,30 @@ def test_other_widths_are_exact(tmp_path, version):
     assert set(report.taken_over) == truth.keys() and not report.decoded
 
 
-def test_groups_of_16_are_decoded(tmp_path):
-    truth = packed_directory(tmp_path / "model", gptq(16), settings(16))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_of_16_are_held_by_8_bits(tmp_path, symmetric):
+    truth = packed_directory(tmp_path / "model", gptq(16, symmetric), settings(16, symmetric))
+    quantize(tmp_path / "model", tmp_path / "store")
+    form = ("symmetric", "F16") if symmetric else ("affine", "F32")
+    assert_exact(tmp_path / "store", truth, *form, {16})
+
+
+def test_groups_of_20_are_decoded(tmp_path):
+    truth = packed_directory(tmp_path / "model", gptq(20), settings(20))
     source = opened(tmp_path / "model")
     assert all(torch.equal(source.read(f"{name}.weight"), weight.float()) for name, weight in truth.items())
-    assert set(source.decoded.values()) == {"codes in groups of 16"}
+    assert set(source.decoded.values()) == {"codes in groups of 20"}
 
 
 def test_the_command_says_what_was_decoded(mebp, tmp_path):
-    layouts = {True: gptq(16), False: gptq()}
+    layouts = {True: gptq(20), False: gptq()}
     layout = lambda name, *rest: layouts["down" in name](name, *rest)  # noqa: E731
     packed_directory(tmp_path / "model", layout, settings())
     code, _, err = mebp("quantize", tmp_path / "model", tmp_path / "store")
     infos = Store(tmp_path / "store").matrices
     worst = max(info.relative_error for name, info in infos.items() if "down" in name)
     assert code == 0
-    assert f"2 of 15 matrices are codes in groups of 16 in {tmp_path / 'model'}, decoded and rounded to int4" in err
+    assert f"2 of 15 matrices are codes in groups of 20 in {tmp_path / 'model'}, decoded and rounded to int4" in err
     assert f"relative error up to {worst:.3f}" in err and "1 of 15 matrices are floats" in err
 
 

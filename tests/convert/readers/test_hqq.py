@@ -34,7 +34,7 @@ def test_biases_and_transposed_layers(tmp_path, architecture):
     ("options", "codes"),
     [
         ({"axis": 0}, "codes in groups of 64 that go over several rows, as HQQ's axis=0 makes them"),
-        ({"group_size": 16}, "codes in groups of 16"),
+        ({"group_size": 8}, "codes in groups of 8"),
     ],
     ids=str,
 )
