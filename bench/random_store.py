@@ -135,7 +135,7 @@ def write_random_store(
 def random_matrix(site: Int4Site, rms: float, scheme: Scheme, group_size: int, device: torch.device) -> Int4Weight:
     """A random weight whose scales have one size and random signs, since the mean of the codes is not zero."""
     # Importing it starts torch's threads, which a process that forks later must not have.
-    from mebp_triton.kernels.quantize import NF4
+    from mebp_triton.kernels.group_fit import NF4
 
     k = site.in_features
     weight = random_weight(site.out_features, k, device, scheme, group_size)

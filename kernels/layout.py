@@ -89,6 +89,18 @@ def middle_code(bits: int) -> int:
     return 1 << (bits - 1)
 
 
+def float_values(values: Tensor, supers: Tensor | None, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Stored scales or minima ``[groups, N]`` in ``dtype``, float32 or wider, which holds them exactly.
+
+    ``supers``: what belongs to them for each 256 columns, if they are bytes.
+    """
+    values = values.to(dtype)
+    if supers is None:
+        return values
+    group = torch.arange(len(values), device=values.device)
+    return values * supers.to(dtype).index_select(0, group * group_size // SUPER_GROUP)
+
+
 def _check_group_size(group_size: int, bits: int) -> None:
     allowed = GROUP_SIZES_OF_BITS[bits]
     if group_size not in allowed:
@@ -262,18 +274,13 @@ class Int4Weight:
 
     def float_scales(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The scales of all groups in ``dtype``, float32 or wider, which holds them exactly: ``[groups, N]``."""
-        return self._floats(self.scales, self.super_scales, dtype)
+        return float_values(self.scales, self.super_scales, self.group_size, dtype)
 
     def float_minimum(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """The minima of all groups, likewise; None but for the affine scheme."""
-        return None if self.minimum is None else self._floats(self.minimum, self.super_minimum, dtype)
-
-    def _floats(self, values: Tensor, supers: Tensor | None, dtype: torch.dtype) -> Tensor:
-        values = values.to(dtype)
-        if supers is None:
-            return values
-        group = torch.arange(len(values), device=values.device)
-        return values * supers.to(dtype).index_select(0, group * self.group_size // SUPER_GROUP)
+        if self.minimum is None:
+            return None
+        return float_values(self.minimum, self.super_minimum, self.group_size, dtype)
 
     def to(self, device: torch.device | str, copy: bool = False) -> Int4Weight:
         """The weight on ``device``; itself where it is there already, unless ``copy``."""

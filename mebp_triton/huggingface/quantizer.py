@@ -26,8 +26,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from mebp_triton.kernels.group_fit import NF4
 from mebp_triton.kernels.layout import Int4Weight, group_count, packed_columns
-from mebp_triton.kernels.quantize import NF4, quantize_matrix
+from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.models.names import current_names
 from mebp_triton.models.saving import ignore_in_ddp

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mebp_triton.huggingface.int4_config import METHOD, Int4Config
+from mebp_triton.kernels.group_fit import NF4
 from mebp_triton.kernels.layout import Int4Weight, packed_columns
-from mebp_triton.kernels.quantize import NF4
 from mebp_triton.models.names import check_complete
 from mebp_triton.system import strict_json
 
