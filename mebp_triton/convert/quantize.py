@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.convert.readers import open_source
-from mebp_triton.convert.readers.source import Source
+from mebp_triton.convert.readers.source import Source, check_finite
 from mebp_triton.convert.writers.store import StoreWriter
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import GROUP_SIZES_OF_BITS, Form, Scheme
@@ -220,7 +220,7 @@ class _Job:
         for name in floats:
             if name.startswith(prefix) and name not in self.written:
                 value = self.source.read(name)
-                _check_finite(name, value)
+                check_finite(name, value)
                 kept[name] = decode(value, torch.float32) if isinstance(value, Int4Weight) else value
         self.written |= matrices.keys() | kept.keys()
         self.float_sizes |= {name: tensor.nbytes for name, tensor in kept.items()}
@@ -231,7 +231,7 @@ class _Job:
     def _matrix(self, site: Int4Site) -> tuple[Int4Weight, float]:
         value = self.source.read(f"{site.name}.weight")
         if isinstance(value, Int4Weight):
-            _check_finite(f"{site.name}.weight", value)
+            check_finite(f"{site.name}.weight", value)
         if site.transposed and not isinstance(value, Int4Weight):
             value = value.t().contiguous()
         try:
@@ -247,11 +247,3 @@ class _Job:
             self.report.decoded[site.name] = f"codes of {value.form}"
         self.progress(len(self.report.errors), self.total)
         return weight, error
-
-
-def _check_finite(name: str, value: Tensor | Int4Weight) -> None:
-    """Raises ValueError where a tensor that is taken over is not finite; ``quantize_matrix`` checks the others."""
-    parts = value.tensors().items() if isinstance(value, Int4Weight) else [("it", value)]
-    for part, tensor in parts:
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name} of the source is damaged: {part} must be finite; download it again")

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.store.reader import Store
 from mebp_triton.system import strict_json
 from mebp_triton.system.foreign_errors import one_line
@@ -102,6 +103,16 @@ def check_sizes(where: str, config: PretrainedConfig, shapes: Iterable[tuple[int
     if excess := _first_above(config.get_text_config(), longest, max(longest, len(known))):
         raise ValueError(
             f"{where}: {excess}, more than the weights have: the weights and the config do not belong together"
+        )
+
+
+def check_vocabulary(config: PretrainedConfig, data: TokenizedData, what: str) -> None:
+    """Raises ValueError where ``data`` has token ids that the model does not have: its tokenizer is another model's."""
+    size, highest = config.get_text_config().vocab_size, data.highest_id()
+    if highest >= size:
+        raise ValueError(
+            f"{what} has the token id {highest}, and the model {size} tokens: its tokenizer belongs to another model, "
+            f"or got new tokens (then resize the float model's embedding, save it, and quantize it again)"
         )
 
 

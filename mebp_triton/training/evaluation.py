@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mebp_triton.data.batching import collate, evenly_spaced
 from mebp_triton.data.tokenized import TokenizedData
+from mebp_triton.models.config import check_vocabulary
 from mebp_triton.system.errors import RunError
 
 from .processes import ALONE, Processes
@@ -30,16 +31,6 @@ class Evaluation:
     def perplexity(self) -> float | None:
         """None where it is too large for a number."""
         return math.exp(self.loss) if self.loss < 700 else None
-
-
-def check_vocabulary(model: Any, data: TokenizedData, what: str) -> None:
-    """Raises ValueError where ``data`` has token ids that the model does not have: its tokenizer is another model's."""
-    size, highest = model.config.get_text_config().vocab_size, data.highest_id()
-    if highest >= size:
-        raise ValueError(
-            f"{what} has the token id {highest}, and the model {size} tokens: its tokenizer belongs to another model, "
-            f"or got new tokens (then resize the float model's embedding, save it, and quantize it again)"
-        )
 
 
 WindowScore = tuple[float, int, int]  # of one window: the sum of its losses, tokens predicted right, tokens predicted
@@ -84,7 +75,7 @@ def evaluate(
         ValueError: there is no token to predict, or one that the model does not have.
         RunError: the loss is not finite.
     """
-    check_vocabulary(model, data, "the evaluation data")
+    check_vocabulary(model.config, data, "the evaluation data")
     places = evenly_spaced(data, max_windows)
     mine = places[processes.rank :: processes.size]
     was_training = model.training

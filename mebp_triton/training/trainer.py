@@ -15,13 +15,14 @@ from mebp_triton.blocks.selection import LayerCyclicManager
 from mebp_triton.data.batching import batches_per_epoch, valid_tokens
 from mebp_triton.data.packing import PackedData, check_packing
 from mebp_triton.data.tokenized import TokenizedData
+from mebp_triton.models.config import check_vocabulary
 from mebp_triton.system.errors import Interrupted, NotFinite
 from mebp_triton.system.memory import MemoryWatch, peak_resident_bytes
 from mebp_triton.system.random_state import RandomState
 
 from .checkpoint import Checkpoint, Position, store_fingerprint
 from .course import Course
-from .evaluation import Evaluation, check_vocabulary
+from .evaluation import Evaluation
 from .interim import InterimEvaluations
 from .processes import ALONE, Processes
 from .run_directory import RunDirectory
@@ -71,7 +72,7 @@ class Trainer:
             )
         if isinstance(data, PackedData):
             check_packing(model)
-        check_vocabulary(model, data, "the training data")
+        check_vocabulary(model.config, data, "the training data")
         self.model, self.data, self.config, self.run = model, data, config, run
         self.pad_token_id, self.processes = pad_token_id, processes
         self.device: torch.device = model.mebp.device

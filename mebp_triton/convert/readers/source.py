@@ -63,3 +63,11 @@ class Source(Protocol):
 
     def save_companions(self, directory: str | os.PathLike[str]) -> None:
         """Writes ``config.json``, and ``generation_config.json`` and the tokenizer's files if there are any."""
+
+
+def check_finite(name: str, value: Tensor | Int4Weight) -> None:
+    """Raises ValueError where a tensor that is taken over is not finite; ``quantize_matrix`` checks the others."""
+    parts = value.tensors().items() if isinstance(value, Int4Weight) else [("it", value)]
+    for part, tensor in parts:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} of the source is damaged: {part} must be finite; download it again")

@@ -1,0 +1,1 @@
+"""What activations say about weights: a source is run block by block, for calibration and for its own loss."""
