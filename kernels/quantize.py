@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .compensation import compensated_rows
 from .group_fit import NF4, power_of_two
 from .layout import SCALE_DTYPES, Int4Weight, group_count, packed_columns, super_count
 from .names import BITS, GROUP_SIZES_OF_BITS, SCHEMES, Form, Scheme
@@ -15,6 +16,7 @@ from .scales import fit_scales
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 STORED_SCALES = (*SCALE_DTYPES, torch.int8)
 CHUNK_ELEMENTS = 1 << 18  # 1 MiB in float32: the temporaries of the search stay in cache
+COMPENSATED_ELEMENTS = 1 << 22  # rounding column by column takes longer with fewer rows at a time
 
 
 def quantize_matrix(
@@ -25,6 +27,7 @@ def quantize_matrix(
     scale_dtype: torch.dtype = torch.float16,
     bits: int = 4,
     importance: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Int4Weight, float]:
     """Quantizes ``weight`` ``[N, K]``, a chunk of rows at a time.
 
@@ -39,6 +42,7 @@ def quantize_matrix(
         bits: the width of a code, 4 or 8. The codebook scheme has 4.
         importance: ``[K]`` float32, finite, at least 0: the search counts the squared error of a column that many
             times. It is the mean square of the column's input, where that is known. A group of zeros counts evenly.
+        factor: ``[K, K]`` float32, see ``compensation``: each column makes up for the errors of those on its left.
 
     Returns:
         The packed weight, and its error ``||decoded - weight|| / ||weight||`` (0 for a matrix of zeros), in which all
@@ -48,13 +52,16 @@ def quantize_matrix(
         ValueError: an argument does not fit, or a weight is not finite.
     """
     form = Form(scheme, group_size, bits)
-    _check(weight, form, scale_dtype, importance)
+    _check(weight, form, scale_dtype, importance, factor)
     peaks = _row_peaks(weight)
     scale_dtype = _holding_dtype(peaks, scale_dtype)
     whole = _empty(weight, form, scale_dtype)
     error = total = 0.0
-    for start, rows in _chunks(weight):
-        part, decoded = _quantize_rows(rows, form, scale_search, scale_dtype, importance)
+    for start, rows in _chunks(weight, CHUNK_ELEMENTS if factor is None else COMPENSATED_ELEMENTS):
+        if factor is None:
+            part, decoded = _quantize_rows(rows, form, scale_search, scale_dtype, importance)
+        else:
+            part, decoded = compensated_rows(rows, form, scale_search, scale_dtype, importance, factor)
         target = whole.rows(start, start + len(rows)).tensors()
         for name in target.keys() - {"codebook"}:
             target[name].copy_(part.tensors()[name])
@@ -80,7 +87,9 @@ def check_form(scheme: object, group_size: object, bits: object = 4) -> None:
         )
 
 
-def _check(weight: Tensor, form: Form, scale_dtype: torch.dtype, importance: Tensor | None) -> None:
+def _check(
+    weight: Tensor, form: Form, scale_dtype: torch.dtype, importance: Tensor | None, factor: Tensor | None
+) -> None:
     check_form(*form)
     if scale_dtype not in STORED_SCALES:
         raise ValueError(f"scale_dtype must be one of {STORED_SCALES}, got {scale_dtype}")
@@ -88,6 +97,9 @@ def _check(weight: Tensor, form: Form, scale_dtype: torch.dtype, importance: Ten
         raise ValueError(f"weight must have a dtype of {WEIGHT_DTYPES}, got {weight.dtype}")
     if weight.dim() != 2 or not weight.numel():
         raise ValueError(f"weight must be a matrix [N, K] that is not empty, got shape {tuple(weight.shape)}")
+    pairs = 2 * tuple(weight.shape[1:])
+    if factor is not None and (factor.shape != pairs or factor.dtype != torch.float32):
+        raise ValueError(f"factor must be float32 of shape {pairs}, got {factor.dtype} of {tuple(factor.shape)}")
     if importance is None:
         return
     if importance.shape != weight.shape[1:] or importance.dtype != torch.float32:
@@ -99,9 +111,9 @@ def _check(weight: Tensor, form: Form, scale_dtype: torch.dtype, importance: Ten
         raise ValueError("importance must be finite and at least 0")
 
 
-def _chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _chunks(weight: Tensor, elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, Tensor]]:
     """Some rows at a time in float32, with the number of the first."""
-    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    step = max(1, elements // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         yield start, weight[start : start + step].to(torch.float32)
 

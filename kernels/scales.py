@@ -13,8 +13,8 @@ A span begins at a multiple of the group size, and of 256 columns where the scal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -90,6 +90,12 @@ class Scales:
 
         minimum = None if self.minimum is None else wide(self.minimum, self.super_minimum)
         return Levels(self.form, wide(self.scales, self.super_scales), minimum)
+
+    @classmethod
+    def joined(cls, spans: Sequence[Scales]) -> Scales:
+        """The scales of neighbouring spans as those of one."""
+        (form, *_), *tensors = ([getattr(span, field.name) for span in spans] for field in fields(cls))
+        return cls(form, *(None if parts[0] is None else torch.cat(parts) for parts in tensors))
 
     def weight(self, codes: Tensor) -> Int4Weight:
         """The weight of ``codes`` ``[N, C]``, uint8, where the span is all columns of a matrix."""

@@ -1,7 +1,6 @@
 """One block's float weights are in memory at a time, and what cannot be followed is refused."""
 
 import pytest
-import torch
 from models import save_tiny_model
 from source_runs import opened_source, random_rows, source_run
 
