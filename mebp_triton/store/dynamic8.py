@@ -11,6 +11,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 BLOCK = 256  # values that share a scale
 
@@ -19,11 +20,13 @@ BLOCK = 256  # values that share a scale
 def dynamic_map(signed: bool, device: torch.device) -> Tensor:
     """The values of the 256 codes, ascending, float32: those of ``bitsandbytes.functional.create_dynamic_map``."""
     values = [0.0, 1.0]
-    for decade in range(7):
-        means = torch.linspace(0.1, 1.0, (2**decade if signed else 2 ** (decade + 1)) + 1, dtype=torch.float32)
-        for mean in ((means[:-1] + means[1:]) / 2 * 10.0 ** (decade - 6)).tolist():
-            values += [mean, -mean] if signed else [mean]
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    # A plan traces the optimizer with fake tensors. One of them that stayed here would turn every later code into one.
+    with _disable_current_modes():
+        for decade in range(7):
+            means = torch.linspace(0.1, 1.0, (2**decade if signed else 2 ** (decade + 1)) + 1, dtype=torch.float32)
+            for mean in ((means[:-1] + means[1:]) / 2 * 10.0 ** (decade - 6)).tolist():
+                values += [mean, -mean] if signed else [mean]
+        return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def encoded_bytes(count: int) -> int:

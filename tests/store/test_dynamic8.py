@@ -5,6 +5,7 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mebp_triton.store.dynamic8 import BLOCK, decode, dynamic_map, encode, encoded_bytes
 
@@ -23,6 +24,17 @@ def test_the_table_is_that_of_bitsandbytes(signed):
     assert ours.shape == (256,)
     torch.testing.assert_close(ours, create_dynamic_map(signed=signed), rtol=1e-6, atol=0)
     assert (ours.diff() > 0).all()
+
+
+def test_a_plan_that_traces_the_optimizer_first_changes_no_code():
+    """A fake table would be kept, and every later encoding would write nothing, without an error."""
+    values = torch.linspace(-1, 2, 300)
+    wanted, _ = through(values, True)
+    dynamic_map.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        encode(torch.ones(300), torch.empty(encoded_bytes(300), dtype=torch.uint8), True)
+    assert type(dynamic_map(True, CPU)) is torch.Tensor
+    assert torch.equal(through(values, True)[0], wanted)
 
 
 @pytest.mark.parametrize(
