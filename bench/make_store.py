@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the store's directory; must not exist or be empty")
     parser.add_argument("--scheme", choices=SCHEMES, default="symmetric")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64)
+    parser.add_argument("--two-level", action="store_true", help="scales of a byte each, and a float16 per 256 columns")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     started = time.perf_counter()
@@ -53,9 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         torch.manual_seed(chosen.seed)
         tokenizer = make_tokenizer(config, chosen.seed)
-        write_random_store(
-            config, chosen.output, torch.device("cpu"), chosen.scheme, chosen.group_size, tokenizer=tokenizer
-        )
+        form = chosen.scheme, chosen.group_size
+        write_random_store(config, chosen.output, torch.device("cpu"), *form, tokenizer, chosen.two_level)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     size = sum(path.stat().st_size for path in chosen.output.iterdir())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.convert.writers.store import StoreWriter
 from mebp_triton.kernels.accuracy import random_weight
-from mebp_triton.kernels.layout import CHUNK, RUN, Int4Weight, pack, unpack
+from mebp_triton.kernels.layout import CHUNK, RUN, Int4Weight, pack, super_count, unpack
 from mebp_triton.kernels.names import Scheme
 from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites
 from mebp_triton.store.manifest import SHARED, block_file
@@ -92,6 +92,7 @@ def write_random_store(
     scheme: Scheme = "symmetric",
     group_size: int = 64,
     tokenizer: Any = None,
+    two_level: bool = False,
 ) -> None:
     """Writes a store whose entries are as large as an initialised model's: activations stay finite in all blocks.
 
@@ -103,6 +104,7 @@ def write_random_store(
         device: where the codes are drawn.
         scheme, group_size: of all matrices.
         tokenizer: saved beside the weights.
+        two_level: whether scales are bytes, with a float16 number for each 256 columns.
 
     Raises:
         ValueError: transformers makes no such model from the config, or ``target`` is in use.
@@ -117,7 +119,7 @@ def write_random_store(
     def write(writer: StoreWriter, file: str, prefix: str) -> None:
         mine = [site for site in sites if site.name.startswith(prefix) and site.name not in done]
         kept = [name for name in floats if name.startswith(prefix) and name not in done]
-        matrices = {site.name: (random_matrix(site, rms, scheme, group_size, device), 0.0) for site in mine}
+        matrices = {site.name: (random_matrix(site, rms, scheme, group_size, device, two_level), 0.0) for site in mine}
         writer.write_file(file, matrices, {name: initial_value(model, name) for name in kept})
         done.update(matrices, kept)
 
@@ -132,7 +134,9 @@ def write_random_store(
         writer.finish()
 
 
-def random_matrix(site: Int4Site, rms: float, scheme: Scheme, group_size: int, device: torch.device) -> Int4Weight:
+def random_matrix(
+    site: Int4Site, rms: float, scheme: Scheme, group_size: int, device: torch.device, two_level: bool = False
+) -> Int4Weight:
     """A random weight whose scales have one size and random signs, since the mean of the codes is not zero."""
     # Importing it starts torch's threads, which a process that forks later must not have.
     from mebp_triton.kernels.group_fit import NF4
@@ -143,13 +147,16 @@ def random_matrix(site: Int4Site, rms: float, scheme: Scheme, group_size: int, d
         # Padding as a store has it.
         last = weight.packed[:, -RUN:]
         last.copy_(pack(unpack(last, k % CHUNK), pad_code=8 if scheme == "symmetric" else 0))
-    scales = torch.where(weight.scales < 0, -1.0, 1.0).half() * (rms / RMS[scheme])
-    return replace(
-        weight,
-        scales=scales,
-        minimum=scales * -7.5 if scheme == "affine" else None,
-        codebook=NF4.to(device) if scheme == "codebook" else None,
-    ).to("cpu")
+    signs, size = torch.where(weight.scales < 0, -1.0, 1.0).half(), rms / RMS[scheme]
+    weight = replace(weight, scales=signs * size, codebook=NF4.to(device) if scheme == "codebook" else None)
+    if scheme == "affine":
+        weight = replace(weight, minimum=weight.scales * -7.5)
+    if two_level:
+        supers = torch.full((super_count(k), site.out_features), size / 127, dtype=torch.float16, device=device)
+        steps = (signs * 127).to(torch.int8)
+        least = {"minimum": -steps, "super_minimum": supers * 7.5} if scheme == "affine" else {}
+        weight = replace(weight, **{"scales": steps, "super_scales": supers} | least)
+    return weight.to("cpu")
 
 
 def initial_value(model: Any, name: str) -> Tensor:

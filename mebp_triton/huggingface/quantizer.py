@@ -252,6 +252,10 @@ class Int4Quantizer(HfQuantizer):
         forms = {weight.form for weight in int4.values()}
         if any(w.codebook is not None and not torch.equal(w.codebook.cpu(), NF4) for w in int4.values()):
             raise ValueError("the model has FP4 weights, which saved int4 models do not have: save the adapter alone")
+        if any(w.two_level for w in int4.values()):
+            raise ValueError(
+                "the model has scales of two levels, which saved int4 models do not have: save the adapter alone"
+            )
         if len(forms) != 1:
             found = "; ".join(map(str, sorted(forms)))
             raise ValueError(f"a saved model has int4 weights of one scheme, group size and width, this one: {found}")

@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import torch
 
-from mebp_triton.kernels.layout import SCALE_DTYPES
+from mebp_triton.kernels.layout import SCALE_DTYPES, group_count, packed_columns, super_count
 from mebp_triton.kernels.names import FORMS, Form, Scheme
 from mebp_triton.system import reading, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 
 FORMAT = "mebp-int4-store"
-FORMAT_VERSIONS = (1, 2)  # see ``format_version``
+FORMAT_VERSIONS = (1, 2, 3)  # see ``format_version``
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
 # Companions are the files beside the weights that are read: config.json and these.
@@ -35,7 +35,8 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
-DTYPES = {name: safetensors_file.DTYPES[name] for name in ("U8", "F16", "BF16", "F32", "F64")}
+DTYPES = {name: safetensors_file.DTYPES[name] for name in ("U8", "I8", "F16", "BF16", "F32", "F64")}
+TWO_LEVEL = torch.int8  # the dtype of scales that have two levels
 
 
 def block_file(index: int) -> str:
@@ -87,6 +88,20 @@ class MatrixInfo:
     def form(self) -> Form:
         return Form(cast(Scheme, self.scheme), self.group_size, self.bits)
 
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The dtypes and shapes of the matrix's tensors, by the attributes of ``Int4Weight``."""
+        rows, columns = self.shape
+        dtype = DTYPES[self.scale_dtype]
+        parts: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+        parts = {"packed": (torch.uint8, (rows, packed_columns(columns, self.bits)))}
+        for name in ("scales", "minimum") if self.scheme == "affine" else ("scales",):
+            parts[name] = dtype, (group_count(columns, self.group_size), rows)
+            if dtype == TWO_LEVEL:
+                parts[f"super_{name}"] = torch.float16, (super_count(columns), rows)
+        if self.scheme == "codebook":
+            parts["codebook"] = torch.float32, (16,)
+        return parts
+
     def to_json(self) -> dict[str, Any]:
         """The entry in a manifest, which names the width of codes only where it is not 4."""
         entry = dataclasses.asdict(self)
@@ -100,13 +115,17 @@ class MatrixInfo:
         numbers_fit = all(type(size) is int and 0 < size < 1 << 40 for size in info.shape)
         numbers_fit &= type(info.relative_error) in (int, float)
         numbers_fit &= type(info.group_size) is int and type(info.bits) is int
-        if info.form not in FORMS or DTYPES.get(info.scale_dtype) not in SCALE_DTYPES or not numbers_fit:
+        is_known = info.form in FORMS and DTYPES.get(info.scale_dtype) in (*SCALE_DTYPES, TWO_LEVEL)
+        if not is_known or not numbers_fit:
             raise FileError(f"{where}: matrix {name!r:.100} is malformed: {entry!r:.300}")
         return info
 
 
 def format_version(matrices: Iterable[MatrixInfo]) -> int:
-    """The version of a store's format: 2 where it has codes of 8 bits, which readers of version 1 do not know."""
+    """The version of a store's format, by what older readers do not know: 2 with codes of 8 bits, 3 with two levels."""
+    matrices = list(matrices)
+    if any(DTYPES[info.scale_dtype] == TWO_LEVEL for info in matrices):
+        return 3
     return 2 if any(info.bits != 4 for info in matrices) else 1
 
 

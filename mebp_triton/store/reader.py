@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mebp_triton.kernels.layout import LAYOUT, Int4Weight, group_count, packed_columns
+from mebp_triton.kernels.layout import LAYOUT, Int4Weight
 from mebp_triton.system import reading, strict_json
 from mebp_triton.system.errors import FileError
 from mebp_triton.system.mapped_file import MappedFile
@@ -151,17 +151,7 @@ class Store:
 
     def _check_matrix(self, name: str, info: MatrixInfo) -> list[str]:
         """Checks that the tensors of a matrix are there, in their shapes and dtypes. Returns their names."""
-        rows, columns = info.shape
-        groups = (group_count(columns, info.group_size), rows)
-        scale = DTYPES[info.scale_dtype]
-        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "packed": (torch.uint8, (rows, packed_columns(columns, info.bits))),
-            "scales": (scale, groups),
-        }
-        if info.scheme == "affine":
-            wanted["minimum"] = (scale, groups)
-        if info.scheme == "codebook":
-            wanted["codebook"] = (torch.float32, (16,))
+        wanted = info.tensors()
         entries = self.files[info.file].entries
         for part, (dtype, shape) in wanted.items():
             entry = entries.get(f"{name}.{part}")
@@ -176,15 +166,8 @@ class Store:
         """Views the int4 matrix of module ``name``, see ``StoreFile.tensor``."""
         info = self.matrices[name]
         file = self.files[info.file]
-        has = file.entries.__contains__
-        return Int4Weight(
-            packed=file.tensor(f"{name}.packed", source),
-            scales=file.tensor(f"{name}.scales", source),
-            in_features=info.shape[1],
-            group_size=info.group_size,
-            minimum=file.tensor(f"{name}.minimum", source) if has(f"{name}.minimum") else None,
-            codebook=file.tensor(f"{name}.codebook", source) if has(f"{name}.codebook") else None,
-        )
+        parts = {part: file.tensor(f"{name}.{part}", source) for part in info.tensors()}
+        return Int4Weight(in_features=info.shape[1], group_size=info.group_size, **parts)
 
     def float_tensor(self, name: str) -> Tensor:
         """Copies the float parameter ``name``, in the dtype it is stored in."""

@@ -83,9 +83,11 @@ def test_an_untrained_model_knows_nothing_and_has_finite_gradients(make, archite
 
 
 @pytest.mark.parametrize("scheme", ["symmetric", "affine", "codebook"])
-def test_weights_have_the_size_of_initialised_ones(make, scheme):
+@pytest.mark.parametrize("options", [[], ["--two-level"]], ids=["", "two levels"])
+def test_weights_have_the_size_of_initialised_ones(make, scheme, options):
     """K is no multiple of 64, and the padding follows the format."""
-    store = Store(make("store", "--scheme", scheme, "--group-size", "128"))
+    store = Store(make("store", "--scheme", scheme, "--group-size", "128", *options))
+    assert {info.scale_dtype for info in store.matrices.values()} == {"I8" if options else "F16"}
     assert {(info.scheme, info.group_size) for info in store.matrices.values()} == {(scheme, 128)}
     weight = store.weight("model.embed_tokens")
     assert weight.shape == (VOCABULARY, 48)

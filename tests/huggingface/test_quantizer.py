@@ -37,6 +37,7 @@ from mebp_triton import Int4Config, Int4LoRALinear
 from mebp_triton.huggingface import model_layers, quantizer
 from mebp_triton.huggingface.bitsandbytes_layers import is_linear4bit
 from mebp_triton.huggingface.quantizer import saved_tensors
+from mebp_triton.kernels.accuracy import random_weight
 from mebp_triton.kernels.names import FORMS, Form
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.layers.linear import Int4Linear
@@ -274,11 +275,19 @@ def int4_head(directory: Path) -> Any:
     return model
 
 
+def two_level(directory: Path) -> Any:
+    model = mebp.replace_linears(from_pretrained(directory))
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.set_int4(random_weight(*layer.int4().shape, torch.device("cpu"), scale_dtype=torch.int8))
+    return model
+
+
 UNSAVED: dict[str, tuple[Any, str]] = {
     "bitsandbytes": (
         lambda path: mebp.replace_linears(with_bitsandbytes(path), exclude_modules=["q_proj"]),
         "q_proj is bitsandbytes' layer, others are int4",
     ),
+    "two levels": (two_level, "the model has scales of two levels"),
     "FP4": (lambda path: mebp.replace_linears(with_bitsandbytes(path, "fp4")), "the model has FP4 weights"),
     "schemes": (
         mixed_schemes,

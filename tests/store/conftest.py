@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stores import golden_store, mixed_store
+from stores import golden_store, mixed_store, two_level_store
 
 
 @pytest.fixture(scope="session")
@@ -16,8 +16,13 @@ def golden(tmp_path_factory):
 @pytest.fixture
 def mixed(tmp_path):
     """A store of codes of 4 and of 8 bits, that a test may bend."""
-    (tmp_path / "mixed").mkdir()
     return mixed_store(tmp_path / "mixed")
+
+
+@pytest.fixture
+def two_level(tmp_path):
+    """A store that has scales of two levels too, and that a test may bend."""
+    return two_level_store(tmp_path / "two_level")
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ MANIFESTS = {
     "a shape as text": matrix("shape", "ab"),
     "a huge shape": matrix("shape", [1 << 70, 1 << 70]),
     "another scale dtype": matrix("scale_dtype", "F32"),
+    "bytes as scales": matrix("scale_dtype", "I8"),
     "an unknown scale dtype": matrix("scale_dtype", "F8"),
     "a list as the scale dtype": matrix("scale_dtype", []),
     "an error as text": matrix("relative_error", "small"),
@@ -156,6 +157,31 @@ def test_the_version_tells_that_there_are_codes_of_8_bits(mixed, golden):
     }
     edit(mixed, lambda manifest: manifest.update(format_version=1))
     refuses(mixed, MANIFEST, "format_version is 1, its matrices are of 2")
+
+
+G = "model.layers.0.g"
+TWO_LEVEL = {
+    "one level": lambda entries: entries[G].update(scale_dtype="F16"),
+    "another scheme": lambda entries: entries[G].update(scheme="symmetric"),
+    "another group size": lambda entries: entries[G].update(group_size=64),
+    "fewer columns": lambda entries: entries["model.layers.0.h"].update(shape=[ROWS, 256]),
+    "a stretch more": lambda entries: entries["model.layers.0.i"].update(shape=[ROWS, 513]),
+    "two levels where there is one": lambda entries: entries[M].update(scale_dtype="I8"),
+}
+
+
+@pytest.mark.parametrize("name", TWO_LEVEL)
+def test_scales_of_two_levels_are_what_the_manifest_says(two_level, name):
+    edit(two_level, lambda manifest: TWO_LEVEL[name](manifest["matrices"]) and None)
+    refuses(two_level, BLOCK, r"should be|is not in manifest\.json")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_version_tells_that_there_are_scales_of_two_levels(two_level, version):
+    manifest = json.loads((two_level / MANIFEST).read_text())
+    assert manifest["format_version"] == 3
+    edit(two_level, lambda manifest: manifest.update(format_version=version))
+    refuses(two_level, MANIFEST, f"format_version is {version}, its matrices are of 3")
 
 
 @pytest.mark.parametrize("key", ["format", "format_version", "layout", "source", "tied_head", "files", "matrices"])

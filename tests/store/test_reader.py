@@ -10,9 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import BLOCK, EIGHT_BITS, FLOATS, GOLDEN, NORM, WEIGHTS, edit, flip, int4, one_matrix, refuses, reseal
+from stores import (
+    BLOCK,
+    EIGHT_BITS,
+    FLOATS,
+    GOLDEN,
+    NORM,
+    TWO_LEVEL,
+    WEIGHTS,
+    edit,
+    flip,
+    int4,
+    one_matrix,
+    refuses,
+    reseal,
+)
 
 from mebp_triton.convert.writers.store import StoreWriter
+from mebp_triton.kernels.layout import unpack
 from mebp_triton.kernels.reference import decode
 from mebp_triton.store.manifest import MANIFEST, SHARED
 from mebp_triton.store.reader import Store, open_store
@@ -23,9 +38,9 @@ from mebp_triton.system.reading import CHECKSUM_CHUNK
 # --- what was written is what is read -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WEIGHTS | EIGHT_BITS)
-def test_a_weight_is_what_was_written(golden, mixed, name):
-    opened, written = Store(golden if name in WEIGHTS else mixed), (WEIGHTS | EIGHT_BITS)[name]
+@pytest.mark.parametrize("name", WEIGHTS | EIGHT_BITS | TWO_LEVEL)
+def test_a_weight_is_what_was_written(golden, two_level, name):
+    opened, written = Store(golden if name in WEIGHTS else two_level), (WEIGHTS | EIGHT_BITS | TWO_LEVEL)[name]
     found = opened.weight(name)
     assert found.form == written.form == opened.matrices[name].form and found.shape == written.shape
     assert found.tensors().keys() == written.tensors().keys()
@@ -104,6 +119,42 @@ def test_the_bytes_of_codes_of_8_bits(mixed):
             decoded = decoded * scales + minimum[:, :columns]
         assert torch.equal(decoded, decode(opened.weight(name)))
         assert (packed[:, columns:] == (128 if weight.minimum is None else 0)).all()
+
+
+def test_the_bytes_of_scales_of_two_levels(two_level):
+    """A signed byte for each group, and a float16 number for each 256 columns, which multiply."""
+    opened = Store(two_level)
+    for name, weight in TWO_LEVEL.items():
+        file, (rows, columns) = opened.files[BLOCK], weight.shape
+        assert opened.matrices[name].scale_dtype == "I8"
+
+        def numbers(part, name=name, file=file, columns=columns, size=weight.group_size):
+            steps, supers = (file.tensor(f"{name}.{start}{part}") for start in ("", "super_"))
+            assert (steps.dtype, supers.dtype) == (torch.int8, torch.float16) and len(supers) == -(-columns // 256)
+            every = [tensor.double().t().repeat_interleave(each, 1) for tensor, each in ((steps, size), (supers, 256))]
+            return every[0][:, :columns] * every[1][:, :columns]
+
+        codes = unpack(file.tensor(f"{name}.packed"), columns).double()
+        if weight.scheme == "affine":
+            decoded = codes * numbers("scales") + numbers("minimum")
+        elif weight.scheme == "codebook":
+            decoded = file.tensor(f"{name}.codebook").double()[codes.long()] * numbers("scales")
+        else:
+            decoded = (codes - 128) * numbers("scales")
+        assert torch.equal(decoded, decode(opened.weight(name))) and decoded.shape == (rows, columns)
+
+
+def test_damaged_super_scales_are_noticed(two_level):
+    start, name = Store(two_level).files[BLOCK], "model.layers.0.g.super_minimum"
+    data = bytearray((two_level / BLOCK).read_bytes())
+    place = start.start + start.entries[name][2]
+    data[place : place + 2] = struct.pack("<e", float("inf"))
+    (two_level / BLOCK).write_bytes(data)
+    with pytest.raises(FileError, match="is damaged: checksum of bytes 0 to"):
+        Store(two_level).files[BLOCK].verify()
+    reseal(two_level)
+    with pytest.raises(FileError, match=f"{name} is not finite"):
+        Store(two_level).files[BLOCK].verify()
 
 
 @pytest.mark.parametrize("part", ["packed", "scales", "minimum"])

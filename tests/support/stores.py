@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from mebp_triton.convert.writers.store import StoreWriter
+from mebp_triton.kernels.accuracy import random_weight
 from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.names import Form
 from mebp_triton.store.manifest import MANIFEST, SHARED, block_file
 from mebp_triton.store.reader import Store
 from mebp_triton.system import reading, strict_json
@@ -19,6 +21,7 @@ from mebp_triton.system.errors import FileError
 
 ROWS, COLUMNS, GROUP = 5, 70, 32
 BLOCK = block_file(0)
+SEEDED = torch.Generator().manual_seed(7)
 GOLDEN = bytes(range(100, 164))  # one row of 128 codes
 
 
@@ -54,6 +57,15 @@ EIGHT_BITS = {
     "model.layers.0.e": int4("symmetric", 5, group_size=16, bits=8),
     "model.layers.0.f": int4("affine", 6, 3, 129, 128, torch.float32, bits=8),
 }
+TWO_LEVEL = {
+    f"model.layers.0.{letter}": random_weight(5, columns, torch.device("cpu"), *form[:2], torch.int8, SEEDED, form.bits)
+    for letter, columns, form in (
+        ("g", 70, Form("affine", 32)),
+        ("h", 300, Form("symmetric", 16, 8)),
+        ("i", 512, Form("codebook", 64)),
+        ("j", 640, Form("affine", 128, 8)),
+    )
+}
 NORM = "model.layers.0.norm.weight"
 FLOATS = {
     NORM: torch.randn(7, generator=torch.Generator().manual_seed(0)),
@@ -76,8 +88,18 @@ def golden_store(directory: Path) -> Path:
 
 def mixed_store(directory: Path) -> Path:
     """A store of codes of 4 and of 8 bits."""
+    return _with_others(directory, EIGHT_BITS)
+
+
+def two_level_store(directory: Path) -> Path:
+    """A store of scales of one level and of two."""
+    return _with_others(directory, EIGHT_BITS | TWO_LEVEL)
+
+
+def _with_others(directory: Path, others: dict[str, Int4Weight]) -> Path:
+    directory.mkdir(exist_ok=True)
     writer = StoreWriter(directory, "a test", tied_head=False)
-    weights = {"model.layers.0.a": WEIGHTS["model.layers.0.a"]} | EIGHT_BITS
+    weights = {"model.layers.0.a": WEIGHTS["model.layers.0.a"]} | others
     writer.write_file(BLOCK, {name: (weight, 0.125) for name, weight in weights.items()}, FLOATS)
     writer.finish()
     return directory

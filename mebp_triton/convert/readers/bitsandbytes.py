@@ -79,6 +79,8 @@ class BitsandbytesDirectory(SafetensorsDirectory):
         absmax = self._tensor(f"{key}.absmax")
         if "nested_blocksize" in state:
             quant_map, nested = self._tensor(f"{key}.nested_quant_map"), self._tensor(f"{key}.nested_absmax")
+            # This is a level of a map times a scale, plus an offset: no product of a byte and a scale, which two levels
+            # could hold, so it becomes float32.
             absmax = resolve_absmax(absmax, quant_map, nested, state["nested_blocksize"], state["nested_offset"])
         rows, columns = state["shape"]
         return int4_from_bnb(

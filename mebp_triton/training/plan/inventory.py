@@ -15,10 +15,10 @@ from torch import Tensor
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.convert.quantize import DECODED_FORM, DEFAULT_FORM, Recipe
 from mebp_triton.convert.readers import is_quantized, native_form
-from mebp_triton.kernels.layout import Int4Weight, group_count, packed_columns
+from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import Scheme
 from mebp_triton.models.skeleton import build_skeleton, float_names, int4_sites
-from mebp_triton.store.manifest import SHARED, MatrixInfo, block_file
+from mebp_triton.store.manifest import SHARED, MatrixInfo, block_file, dtype_name
 from mebp_triton.store.reader import Store
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
@@ -73,20 +73,10 @@ class Inventory:
 
         for site in sites:
             shape, file = (site.out_features, site.in_features), file_of(site.name)
-            groups = (group_count(site.in_features, group_size), site.out_features)
-            files[file][f"{site.name}.packed"] = (
-                torch.uint8,
-                (site.out_features, packed_columns(site.in_features, bits)),
-            )
             own = native if native and taken_over and (native.tables or site.role == "linear") else None
-            scale_dtype = own.scale_dtype if own else torch.float16
-            files[file][f"{site.name}.scales"] = scale_dtype, groups
-            if scheme == "affine":
-                files[file][f"{site.name}.minimum"] = scale_dtype, groups
-            if scheme == "codebook":
-                files[file][f"{site.name}.codebook"] = torch.float32, (16,)
-            scale_name = "F32" if scale_dtype == torch.float32 else "F16"
-            matrices[site.name] = MatrixInfo(file, scheme, shape, group_size, scale_name, 0.0, bits)
+            scale_name = dtype_name(own.scale_dtype if own else torch.float16)
+            info = matrices[site.name] = MatrixInfo(file, scheme, shape, group_size, scale_name, 0.0, bits)
+            files[file] |= {f"{site.name}.{part}": tensor for part, tensor in info.tensors().items()}
         dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
         for name in float_names(model, sites):
             floats[name] = file_of(name)
@@ -111,13 +101,7 @@ class ShapesOnly:
 
     def weight(self, name: str, source: Any = None) -> Int4Weight:
         info = self.matrices[name]
-        shapes = self.inventory.files[info.file]
-        parts = {
-            part: torch.empty(shape, dtype=dtype)
-            for part in ("packed", "scales", "minimum", "codebook")
-            if (entry := shapes.get(f"{name}.{part}")) is not None
-            for dtype, shape in [entry]
-        }
+        parts = {part: torch.empty(shape, dtype=dtype) for part, (dtype, shape) in info.tensors().items()}
         return Int4Weight(in_features=info.shape[1], group_size=info.group_size, **parts)
 
     def float_tensor(self, name: str) -> Tensor:

@@ -115,10 +115,8 @@ def _sum_of_largest(sizes: list[int], count: int) -> int:
 
 def _outside(inventory: Inventory, tables: set[str]) -> int:
     """Bytes of the linear layers outside of any block."""
-    names = [name for name, info in inventory.matrices.items() if info.file == SHARED and name not in tables]
-    tensors = inventory.files[SHARED]
-    parts = ("packed", "scales", "minimum", "codebook")
-    return sum(nbytes(tensors[key]) for name in names for part in parts if (key := f"{name}.{part}") in tensors)
+    matrices = [info for name, info in inventory.matrices.items() if info.file == SHARED and name not in tables]
+    return sum(nbytes(tensor) for info in matrices for tensor in info.tensors().values())
 
 
 def _block_of(file: str, count: int) -> int:
@@ -130,9 +128,9 @@ def _table_bytes(inventory: Inventory, tables: set[str], tokens: int) -> tuple[i
     """Resident bytes of the embedding and the head in files: while a segment is read, and while rows are gathered."""
     segment = gathered = 0
     for name in tables:
-        tensors = inventory.files[inventory.matrices[name].file]
-        packed = tensors[f"{name}.packed"]
-        scales = sum(nbytes(tensors[f"{name}.{part}"]) for part in ("scales", "minimum") if f"{name}.{part}" in tensors)
+        tensors = inventory.matrices[name].tensors()
+        packed = tensors.pop("packed")
+        scales = sum(map(nbytes, tensors.values()))
         rows, row_bytes = packed[1]
         segment = max(segment, min(segment_rows(row_bytes), rows) * row_bytes + scales)
         gathered = max(gathered, min(nbytes(packed), tokens * (FAULT_AROUND + row_bytes)) + scales)
