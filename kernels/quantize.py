@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from .names import BITS, GROUP_SIZES_OF_BITS, SCHEMES, Form, Scheme
 from .scales import fit_scales
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+Result = TypeVar("Result")
 STORED_SCALES = (*SCALE_DTYPES, torch.int8)
 CHUNK_ELEMENTS = 1 << 18  # 1 MiB in float32: the temporaries of the search stay in cache
 COMPENSATED_ELEMENTS = 1 << 22  # rounding column by column takes longer with fewer rows at a time
@@ -51,13 +54,14 @@ def quantize_matrix(
     Raises:
         ValueError: an argument does not fit, or a weight is not finite.
     """
-    form = Form(scheme, group_size, bits)
+    form, weight = Form(scheme, group_size, bits), weight.detach()
     _check(weight, form, scale_dtype, importance, factor)
     peaks = _row_peaks(weight)
     scale_dtype = _holding_dtype(peaks, scale_dtype)
     whole = _empty(weight, form, scale_dtype)
-    error = total = 0.0
-    for start, rows in _chunks(weight, CHUNK_ELEMENTS if factor is None else COMPENSATED_ELEMENTS):
+
+    def quantize_chunk(start: int, rows: Tensor) -> tuple[float, float]:
+        """Quantizes some rows; returns the squares of their error and of themselves."""
         if factor is None:
             part, decoded = _quantize_rows(rows, form, scale_search, scale_dtype, importance)
         else:
@@ -67,9 +71,12 @@ def quantize_matrix(
             target[name].copy_(part.tensors()[name])
         # In units of the row no square under- or overflows.
         unit = power_of_two(peaks[start : start + len(rows), None])
-        error += _squares(decoded.sub_(rows).div_(unit), unit)
-        total += _squares(torch.div(rows, unit, out=decoded), unit)
-    return whole, (error / total) ** 0.5 if total else 0.0
+        error = _squares(decoded.sub_(rows).div_(unit), unit)
+        return error, _squares(torch.div(rows, unit, out=decoded), unit)
+
+    elements = CHUNK_ELEMENTS if factor is None else COMPENSATED_ELEMENTS
+    errors, totals = zip(*_each_chunk(weight, quantize_chunk, elements), strict=True)
+    return whole, (sum(errors) / sum(totals)) ** 0.5 if any(totals) else 0.0
 
 
 def check_form(scheme: object, group_size: object, bits: object = 4) -> None:
@@ -111,16 +118,39 @@ def _check(
         raise ValueError("importance must be finite and at least 0")
 
 
-def _chunks(weight: Tensor, elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, Tensor]]:
-    """Some rows at a time in float32, with the number of the first."""
+def _each_chunk(weight: Tensor, work: Callable[[int, Tensor], Result], elements: int) -> list[Result]:
+    """Calls ``work`` for some rows at a time, of ``elements`` weights: with the first one's number, and in float32.
+
+    On a CPU, chunks are spread over as many threads as torch uses, and an operation uses one. Operations on a chunk are
+    so short that to split each of them costs more than it gains, and many times as much where the cores are busy.
+    """
     step = max(1, elements // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        yield start, weight[start : start + step].to(torch.float32)
+    starts, threads = range(0, weight.shape[0], step), torch.get_num_threads()
+    inference = torch.is_inference_mode_enabled()
+
+    def call(start: int) -> Result:
+        with torch.inference_mode(inference), torch.no_grad():
+            return work(start, weight[start : start + step].to(torch.float32))
+
+    if weight.device.type != "cpu" or threads == 1:
+        return [call(start) for start in starts]
+    try:
+        with ThreadPoolExecutor(min(threads, len(starts)), "mebp-quantize", torch.set_num_threads, (1,)) as pool:
+            return list(pool.map(call, starts))
+    finally:
+        # Threads that start later take over the last number that was set in any thread.
+        torch.set_num_threads(threads)
 
 
 def _row_peaks(weight: Tensor) -> Tensor:
     """The largest magnitude of each row."""
-    peaks = torch.cat([torch.maximum(-rows.amin(1), rows.amax(1)) for _, rows in _chunks(weight)])
+    peaks = weight.new_empty(len(weight), dtype=torch.float32)
+
+    def find(start: int, rows: Tensor) -> None:
+        # What a chunk leaves behind must not be a tensor: it would lie in the space that the next chunk needs again.
+        peaks[start : start + len(rows)] = torch.maximum(-rows.amin(1), rows.amax(1))
+
+    _each_chunk(weight, find, CHUNK_ELEMENTS)
     broken = ~peaks.isfinite()
     if broken.any():
         raise ValueError(f"weight must be finite, got NaN or infinity in row {int(broken.nonzero()[0])}")
