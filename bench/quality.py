@@ -71,13 +71,14 @@ class Setting(NamedTuple):
 
 
 OURS = [f"{scheme} {size} 4 float16" for scheme in ("symmetric", "affine", "codebook") for size in (32, 64, 128)]
+TWO_LEVELS = ["symmetric 32 4 int8", "affine 32 4 int8", "affine 64 4 int8", "codebook 32 4 int8"]
 EIGHT = ["symmetric 32 8 float16"]
 NF4 = [f"{kind} 64{double}" for kind in ("nf4", "fp4") for double in ("", " double")]
-TYPES = ["Q4_0", "Q4_1", "IQ4_NL", "Q4_K", "IQ4_XS", "Q5_0", "Q5_K", "Q6_K", "Q8_0"]
+TYPES = ["Q4_0", "IQ4_NL", "Q4_K", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0"]
 TABLES = ["symmetric 32 8 float16", "symmetric 64 8 float16", "symmetric 128 8 float16", "affine 32 8 float16"]
 TABLES += ["affine 32 4 float16"]
 SETTINGS = [
-    *(Setting("mebp", form) for form in OURS + EIGHT),
+    *(Setting("mebp", form) for form in OURS + TWO_LEVELS + EIGHT),
     *(Setting("bitsandbytes", form) for form in NF4),
     *(Setting("libgguf", kind) for kind in TYPES),
     Setting("libgguf", "Q4_K_M", "Q4_K_M"),
