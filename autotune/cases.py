@@ -32,7 +32,7 @@ class Case:
         sizes: out-features of each member of a group; of "embedding" and "decode", the table's rows; of
             "softmax_tile", the columns of one tile after the other; of "split_sums", the elements of each output.
         k: in-features.
-        scheme, group_size, scale_dtype, bits: the weights'.
+        scheme, group_size, scale_dtype, bits: the weights'. A scale_dtype of int8 is for scales of two levels.
         dtype: the activations', the result's, or the logits'.
         rank: LoRA's rank; 0 for none.
         bias: whether ``matmul`` adds a bias; whether the logits of "softmax_tile" come with slopes.
@@ -87,7 +87,7 @@ class Case:
         parts += [f"r{self.rank}"] if self.rank else []
         parts += ["bias"] if self.bias else []
         parts += [f"split{self.split}"] if self.split > 1 else []
-        parts += ["scales32"] if self.scale_dtype == torch.float32 else []
+        parts += {torch.float32: ["scales32"], torch.int8: ["two-level"]}.get(self.scale_dtype, [])
         parts += [self.layout] if self.layout != "contiguous" else []
         parts += [f"[{tile_name(self.config)}]"] if self.config is not None else []
         return " ".join(parts)
@@ -143,7 +143,7 @@ class Operands:
         return laid_out(self.numbers(rows, columns), layout)
 
     def weight(self, rows: int) -> Int4Weight:
-        """A weight of so many rows. What lies behind its last column decodes to NaN, or to anything."""
+        """A weight of so many rows. What lies behind its last column decodes to NaN, or with two levels to anything."""
         case = self.case
         before = {"padded": 16, "offset": 7}.get(case.layout, 0)
         weight = random_weight(
@@ -158,7 +158,7 @@ class Operands:
         )
         unread = -(-case.k // case.group_size)
         for tensor in (weight.scales, weight.minimum):
-            if tensor is not None:
+            if tensor is not None and tensor.is_floating_point():
                 tensor[unread:] = math.nan
         return weight.to(self.device).rows(before, before + rows)
 

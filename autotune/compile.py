@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from mebp_triton.kernels import embedding, matmul, matmul_dx
 from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig
-from mebp_triton.kernels.layout import Int4Weight, group_count, packed_columns
+from mebp_triton.kernels.layout import Int4Weight, group_count, packed_columns, super_count
 from mebp_triton.kernels.names import Form
 
 from .emulator.driver import compiler_for
@@ -119,15 +119,23 @@ def compile_for(
 
 
 def blank_weight(n: int, k: int, form: Form, scale_dtype: torch.dtype, device: str = "meta") -> Int4Weight:
-    """A weight of these shapes, all zeros; on the meta device it takes no memory."""
-    scales = torch.zeros(group_count(k, form.group_size), n, dtype=scale_dtype, device=device)
+    """A weight of these shapes, all zeros; on the meta device it takes no memory. ``scale_dtype``: see ``report``."""
+
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    scales = zeros(group_count(k, form.group_size), n, dtype=scale_dtype)
+    supers = zeros(super_count(k), n, dtype=torch.float16) if scale_dtype == torch.int8 else None
+    affine = form.scheme == "affine"
     return Int4Weight(
-        packed=torch.zeros(n, packed_columns(k, form.bits), dtype=torch.uint8, device=device),
+        packed=zeros(n, packed_columns(k, form.bits), dtype=torch.uint8),
         scales=scales,
         in_features=k,
         group_size=form.group_size,
-        minimum=torch.zeros_like(scales) if form.scheme == "affine" else None,
-        codebook=torch.zeros(16, device=device) if form.scheme == "codebook" else None,
+        minimum=torch.zeros_like(scales) if affine else None,
+        codebook=zeros(16, dtype=torch.float32) if form.scheme == "codebook" else None,
+        super_scales=supers,
+        super_minimum=None if supers is None or not affine else torch.zeros_like(supers),
     )
 
 
@@ -189,7 +197,7 @@ def report(
         target_sm: compute capability.
         rank: the LoRA term's rank; 0 for none. The embedding has none.
         bias: whether there is a bias (``matmul`` only).
-        scale_dtype: dtype of the weight's scales.
+        scale_dtype: dtype of the weight's scales; int8 for scales of two levels.
         members: number of weights in the launch, each as the problem describes it.
 
     Raises:

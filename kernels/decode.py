@@ -186,9 +186,15 @@ def decode_planes(
     codebook_ptr ``[16]`` float32. Rows that were not read decode to finite values. The bits are those that plain torch
     gives (``reference.decode``).
     """
-    packed, packed_high, scales_low, scales_high, minima_low, minima_high = codes
-    # A code (4 or 8 bits) times a float16 scale (11 bits) needs no rounding in float32 (24 bits).
-    EXACT: tl.constexpr = scales_low.dtype == tl.float16
+    packed, packed_high, scales_low, scales_high, minima_low, minima_high, super_scales, super_minima = codes
+    # A code (4 or 8 bits) times a float16 scale (11 bits) needs no rounding in float32 (24 bits). Nor does a code of
+    # 4 bits times a scale of two levels (8 bits and 11).
+    FLOAT16: tl.constexpr = scales_low.dtype == tl.float16
+    EXACT: tl.constexpr = FLOAT16 or (BITS == 4 and scales_low.dtype == tl.int8)
+    if scales_low.dtype == tl.int8:
+        scales_low, scales_high = both_levels(scales_low, super_scales), both_levels(scales_high, super_scales)
+        if HAS_MINIMUM:
+            minima_low, minima_high = both_levels(minima_low, super_minima), both_levels(minima_high, super_minima)
     if BITS == 8:
         low = _decode_bytes(packed, scales_low, minima_low, HAS_MINIMUM, EXACT, DTYPE, ASM)
         high = _decode_bytes(packed_high, scales_high, minima_high, HAS_MINIMUM, EXACT, DTYPE, ASM)
@@ -200,7 +206,7 @@ def decode_planes(
         low, high = unpack_fp32(packed, False, ASM)
         low = affine(low, scales_low, minima_low, EXACT).to(DTYPE)
         high = affine(high, scales_high, minima_high, EXACT).to(DTYPE)
-    elif ASM and EXACT and tl.float16 == DTYPE:
+    elif ASM and FLOAT16 and tl.float16 == DTYPE:
         low, high = tl.inline_asm_elementwise(
             SCALED_FP16,
             "=&r,=&r,=&r,=&r,r,r,r,r,r",
@@ -209,7 +215,7 @@ def decode_planes(
             is_pure=True,
             pack=4,
         )
-    elif ASM and EXACT and tl.bfloat16 == DTYPE:
+    elif ASM and FLOAT16 and tl.bfloat16 == DTYPE:
         upper_low, rest_low = two_bfloat16(scales_low)
         upper_high, rest_high = two_bfloat16(scales_high)
         low, high = tl.inline_asm_elementwise(
@@ -225,6 +231,12 @@ def decode_planes(
         low = (low * scales_low.to(tl.float32)).to(DTYPE)
         high = (high * scales_high.to(tl.float32)).to(DTYPE)
     return low, high
+
+
+@triton.jit
+def both_levels(values, supers):
+    """Scales (or minima) of two levels in float32: bytes times float16 numbers, which needs no rounding."""
+    return values.to(tl.float32) * supers.to(tl.float32)
 
 
 @triton.jit

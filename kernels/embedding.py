@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MIN_DOT, Problem, TileConfig, default_config
-from .launch import FLOAT_DTYPES, runs_compiled, scheme_arguments
+from .launch import FLOAT_DTYPES, runs_compiled, scheme_arguments, stride_of
 from .layout import Int4Weight
 from .weight_tiles import load_planes, plane_columns
 
@@ -24,6 +24,8 @@ def _embedding_kernel(
     packed_ptr,
     scales_ptr,
     minimum_ptr,
+    super_scales_ptr,
+    super_minimum_ptr,
     codebook_ptr,
     rows_ptr,
     M,
@@ -36,6 +38,10 @@ def _embedding_kernel(
     stride_sn,
     stride_zg,
     stride_zn,
+    stride_ug,
+    stride_un,
+    stride_vg,
+    stride_vn,
     stride_rm,
     stride_rk,
     BITS: tl.constexpr,
@@ -50,7 +56,8 @@ def _embedding_kernel(
     """``rows[m, k] = W[ids[m], k]``, or ``W[m, k]`` without HAS_IDS; one tile per program.
 
     ids_ptr: ``[M]`` int64. An id outside ``0..N-1`` reads nothing and gives a row of NaN.
-    packed_ptr, scales_ptr, minimum_ptr, codebook_ptr: the table ``W[N, K]``, see ``load_planes``.
+    packed_ptr, scales_ptr, minimum_ptr, super_scales_ptr, super_minimum_ptr, codebook_ptr: the table ``W[N, K]``, see
+        ``load_planes``.
     rows_ptr: ``[M, K]``.
     """
     pid = tl.program_id(0)
@@ -65,20 +72,19 @@ def _embedding_kernel(
         ids = tl.load(ids_ptr + rows_m * stride_im, mask=mask_m, other=-1)
     valid = (ids >= 0) & (ids < N)
     low, high = load_planes(
-        packed_ptr,
-        scales_ptr,
-        minimum_ptr,
+        (packed_ptr, scales_ptr, minimum_ptr, super_scales_ptr, super_minimum_ptr),
+        (
+            (stride_pn, stride_pj),
+            (stride_sg, stride_sn),
+            (stride_zg, stride_zn),
+            (stride_ug, stride_un),
+            (stride_vg, stride_vn),
+        ),
         codebook_ptr,
         ids,
         valid,
         k0,
         K,
-        stride_pn,
-        stride_pj,
-        stride_sg,
-        stride_sn,
-        stride_zg,
-        stride_zn,
         BITS,
         GROUP,
         HAS_MINIMUM,
@@ -103,6 +109,8 @@ def embedding_arguments(ids: Tensor | None, weight: Int4Weight, rows: Tensor, co
         "packed_ptr": weight.packed,
         "scales_ptr": weight.scales,
         "minimum_ptr": weight.minimum,
+        "super_scales_ptr": weight.super_scales,
+        "super_minimum_ptr": weight.super_minimum,
         "codebook_ptr": weight.codebook,
         "rows_ptr": rows,
         "M": rows.shape[0],
@@ -110,7 +118,9 @@ def embedding_arguments(ids: Tensor | None, weight: Int4Weight, rows: Tensor, co
         "K": weight.in_features,
         "stride_im": 0 if ids is None else ids.stride(0),
         "stride_sg": weight.scales.stride(0),
-        "stride_zg": 0 if weight.minimum is None else weight.minimum.stride(0),
+        "stride_zg": stride_of(weight.minimum, 0),
+        "stride_ug": stride_of(weight.super_scales, 0),
+        "stride_vg": stride_of(weight.super_minimum, 0),
         **scheme_arguments(weight),
         "stride_rm": rows.stride(0),
         "stride_rk": rows.stride(1),

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .configs import MOST_MEMBERS
-from .layout import Int4Weight
+from .layout import TENSORS, Int4Weight
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -26,29 +26,36 @@ def of_members(values: Sequence[Any], missing: Any = None) -> tuple[Any, ...]:
 
 def weight_arguments(weights: Sequence[Int4Weight]) -> dict[str, Any]:
     """A kernel's arguments for a group of weights: pointers, sizes and strides by member; flags of the scheme."""
-    minima = [weight.minimum for weight in weights]
+
+    def strides_of(name: str) -> tuple[int, ...]:
+        return of_members([stride_of(getattr(weight, name), 0) for weight in weights], 0)
+
     return {
-        "packed_of": of_members([weight.packed for weight in weights]),
-        "scales_of": of_members([weight.scales for weight in weights]),
-        "minimum_of": of_members(minima),
-        "codebook_of": of_members([weight.codebook for weight in weights]),
+        **{f"{name}_of": of_members([getattr(weight, name) for weight in weights]) for name in TENSORS},
         "N_of": (*[weight.out_features for weight in weights], *[0] * (MOST_MEMBERS - len(weights))),
-        "stride_sg_of": of_members([weight.scales.stride(0) for weight in weights], 0),
-        "stride_zg_of": of_members([0 if minimum is None else minimum.stride(0) for minimum in minima], 0),
+        "stride_sg_of": strides_of("scales"),
+        "stride_zg_of": strides_of("minimum"),
+        "stride_ug_of": strides_of("super_scales"),
+        "stride_vg_of": strides_of("super_minimum"),
         **scheme_arguments(weights[0]),
         "MEMBERS": len(weights),
     }
 
 
+def stride_of(tensor: Tensor | None, axis: int) -> int:
+    """The stride of a tensor that may be missing, and then has 0."""
+    return 0 if tensor is None else tensor.stride(axis)
+
+
 def scheme_arguments(weight: Int4Weight) -> dict[str, Any]:
     """Arguments that are the same for all weights of a launch, as ``can_group`` makes sure."""
-    if weight.two_level:
-        raise NotImplementedError("scales of two levels have no Triton kernels yet: use backend 'panel'")
     return {
         "stride_pn": weight.packed.stride(0),
         "stride_pj": weight.packed.stride(1),
         "stride_sn": weight.scales.stride(1),
-        "stride_zn": 0 if weight.minimum is None else weight.minimum.stride(1),
+        "stride_zn": stride_of(weight.minimum, 1),
+        "stride_un": stride_of(weight.super_scales, 1),
+        "stride_vn": stride_of(weight.super_minimum, 1),
         "BITS": weight.bits,
         "GROUP": weight.group_size,
         "HAS_MINIMUM": weight.minimum is not None,
@@ -86,11 +93,9 @@ def can_group(weights: Sequence[Int4Weight]) -> bool:
             weight.group_size,
             weight.scheme,
             weight.bits,
-            weight.scales.dtype,
             weight.device,
             weight.packed.stride(),
-            weight.scales.stride(1),
-            None if weight.minimum is None else (weight.minimum.dtype, weight.minimum.stride(1)),
+            *((tensor.dtype, tensor.stride(-1)) for tensor in weight.tensors().values()),
         )
         for weight in weights
     }

@@ -20,7 +20,7 @@ from .decode import unpack_centred
 from .launch import can_group, check_operand, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
-from .weight_tiles import group_rows, load_planes, packed_planes, plane_columns, select
+from .weight_tiles import float_scales, load_planes, packed_planes, plane_columns, select, weight_of
 
 
 @triton.jit
@@ -29,6 +29,8 @@ def _matmul_kernel(
     packed_of,
     scales_of,
     minimum_of,
+    super_scales_of,
+    super_minimum_of,
     codebook_of,
     bias_ptr,
     t_ptr,
@@ -46,6 +48,10 @@ def _matmul_kernel(
     stride_sn,
     stride_zg_of,
     stride_zn,
+    stride_ug_of,
+    stride_un,
+    stride_vg_of,
+    stride_vn,
     stride_bias,
     stride_tm,
     stride_tr,
@@ -72,7 +78,8 @@ def _matmul_kernel(
     Arguments that end in ``_of`` are tuples with a value for each of three members, of which MEMBERS are there.
 
     x_ptr: ``[M, K]``.
-    packed_of, scales_of, minimum_of, codebook_of: the weights ``W_i[N_of[i], K]``, see ``load_planes``.
+    packed_of, scales_of, minimum_of, super_scales_of, super_minimum_of, codebook_of: the weights ``W_i[N_of[i], K]``,
+        see ``load_planes``.
     bias_ptr: ``[sum N_of]``. b_ptr: ``[sum N_of, R]``, LoRA's B. The members' rows lie below each other.
     t_ptr: ``[M, MEMBERS * R]``, LoRA's scaled ``X·A_iᵀ`` of the members side by side.
     y_of: ``[M, N_of[i]]``, contiguous.
@@ -96,14 +103,19 @@ def _matmul_kernel(
         block -= select((0, blocks_0, blocks_1), member, MEMBERS)
         first = select((0, N_of[0], N_of[0] + N_of[1]), member, MEMBERS)
     outs = select(N_of, member, MEMBERS)
-    packed_ptr = select(packed_of, member, MEMBERS)
-    scales_ptr = select(scales_of, member, MEMBERS)
-    stride_sg = select(stride_sg_of, member, MEMBERS)
-    minimum_ptr = minimum_of[0]
-    stride_zg = stride_zg_of[0]
-    if HAS_MINIMUM:
-        minimum_ptr = select(minimum_of, member, MEMBERS)
-        stride_zg = select(stride_zg_of, member, MEMBERS)
+    tensors, strides = weight_of(
+        (packed_of, scales_of, minimum_of, super_scales_of, super_minimum_of),
+        (
+            (stride_pn, stride_pj),
+            (stride_sg_of, stride_sn),
+            (stride_zg_of, stride_zn),
+            (stride_ug_of, stride_un),
+            (stride_vg_of, stride_vn),
+        ),
+        member,
+        HAS_MINIMUM,
+        MEMBERS,
+    )
     codebook_ptr = codebook_of[0]
     if HAS_CODEBOOK:
         codebook_ptr = select(codebook_of, member, MEMBERS)
@@ -136,34 +148,27 @@ def _matmul_kernel(
         if SCALE_SUMS:
             # No column mask is needed: columns from K on meet zeros in x, and the masked scale of a group that is all
             # padding is zero.
-            low, high = packed_planes(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BITS, BLOCK_K)
+            low, high = packed_planes(tensors[0], strides[0], offs_n, mask_n, k0, K, BITS, BLOCK_K)
             w_low, w_high = unpack_centred(low, high, BITS, dtype, ASM)
             # [BLOCK_N, 1]
-            scales = group_rows(scales_ptr, offs_n, mask_n, k0, 0, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+            scales = float_scales(tensors, strides, offs_n, mask_n, k0, 0, K, GROUP, BLOCK_K)
             total = tl.dot(w_low, x_low, input_precision="ieee")
             if GROUP == 32:
-                acc = tl.fma(total, tl.broadcast_to(scales.to(tl.float32), acc.shape), acc)
-                scales = group_rows(scales_ptr, offs_n, mask_n, k0, 1, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+                acc = tl.fma(total, tl.broadcast_to(scales, acc.shape), acc)
+                scales = float_scales(tensors, strides, offs_n, mask_n, k0, 1, K, GROUP, BLOCK_K)
                 total = tl.dot(w_high, x_high, input_precision="ieee")
             else:
                 total = tl.dot(w_high, x_high, total, input_precision="ieee")
-            acc = tl.fma(total, tl.broadcast_to(scales.to(tl.float32), acc.shape), acc)
+            acc = tl.fma(total, tl.broadcast_to(scales, acc.shape), acc)
         else:
             w_low, w_high = load_planes(
-                packed_ptr,
-                scales_ptr,
-                minimum_ptr,
+                tensors,
+                strides,
                 codebook_ptr,
                 offs_n,
                 mask_n,
                 k0,
                 K,
-                stride_pn,
-                stride_pj,
-                stride_sg,
-                stride_sn,
-                stride_zg,
-                stride_zn,
                 BITS,
                 GROUP,
                 HAS_MINIMUM,

@@ -23,7 +23,7 @@ from .decode import decode_planes
 from .launch import can_group, check_operand, column_stride, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
-from .weight_tiles import join_planes, load_codes, select, to_bank_order, to_column_order
+from .weight_tiles import join_planes, load_codes, select, to_bank_order, to_column_order, weight_of
 
 
 @triton.jit
@@ -32,6 +32,8 @@ def _matmul_dx_kernel(
     packed_of,
     scales_of,
     minimum_of,
+    super_scales_of,
+    super_minimum_of,
     codebook_of,
     g_ptr,
     a_ptr,
@@ -48,6 +50,10 @@ def _matmul_dx_kernel(
     stride_sn,
     stride_zg_of,
     stride_zn,
+    stride_ug_of,
+    stride_un,
+    stride_vg_of,
+    stride_vn,
     stride_gm,
     stride_gr,
     stride_ar,
@@ -71,7 +77,8 @@ def _matmul_dx_kernel(
     Arguments that end in ``_of`` are tuples with a value for each of three members, of which MEMBERS are there.
 
     dy_of: ``[M, N_of[i]]``, which may differ in their stride along M alone.
-    packed_of, scales_of, minimum_of, codebook_of: the weights ``W_i[N_of[i], K]``, see ``load_codes``.
+    packed_of, scales_of, minimum_of, super_scales_of, super_minimum_of, codebook_of: the weights ``W_i[N_of[i], K]``,
+        see ``load_codes``.
     g_ptr: ``[M, R]``, LoRA's scaled ``dY_i·B_i`` of all members side by side. a_ptr: ``[R, K]``, their A.
     dx_ptr: ``[M, K]``, contiguous.
     SPLIT: the reduction is cut into that many parts, axis 1 of the grid. Each part writes a float32 dX of its own.
@@ -111,8 +118,14 @@ def _matmul_dx_kernel(
 
     acc = tl.full((BLOCK_K, BLOCK_M) if WEIGHT_LEFT else (BLOCK_M, BLOCK_K), 0.0, tl.float32)
     ends = (steps_0, steps_1, steps)
-    tensors = (packed_of, scales_of, minimum_of)
-    strides = (stride_pn, stride_pj, stride_sg_of, stride_sn, stride_zg_of, stride_zn)
+    tensors = (packed_of, scales_of, minimum_of, super_scales_of, super_minimum_of)
+    strides = (
+        (stride_pn, stride_pj),
+        (stride_sg_of, stride_sn),
+        (stride_zg_of, stride_zn),
+        (stride_ug_of, stride_un),
+        (stride_vg_of, stride_vn),
+    )
     codes = _codes_of_step(
         begin, ends, tensors, strides, N_of, k0, K, BITS, GROUP, HAS_MINIMUM, MEMBERS, BLOCK_N, BLOCK_K
     )
@@ -205,31 +218,9 @@ def _codes_of_step(
     BLOCK_K: tl.constexpr,
 ):
     """Loads what a step decodes, see ``load_codes``."""
-    packed_of, scales_of, minimum_of = tensors
-    stride_pn, stride_pj, stride_sg_of, stride_sn, stride_zg_of, stride_zn = strides
     member, offs_n, mask_n = _rows_of_step(step, ends, N_of, MEMBERS, BLOCK_N)
-    minimum_ptr = minimum_of[0]
-    if HAS_MINIMUM:
-        minimum_ptr = select(minimum_of, member, MEMBERS)
-    return load_codes(
-        select(packed_of, member, MEMBERS),
-        select(scales_of, member, MEMBERS),
-        minimum_ptr,
-        offs_n,
-        mask_n,
-        k0,
-        K,
-        stride_pn,
-        stride_pj,
-        select(stride_sg_of, member, MEMBERS),
-        stride_sn,
-        select(stride_zg_of, member, MEMBERS),
-        stride_zn,
-        BITS,
-        GROUP,
-        HAS_MINIMUM,
-        BLOCK_K,
-    )
+    tensors, strides = weight_of(tensors, strides, member, HAS_MINIMUM, MEMBERS)
+    return load_codes(tensors, strides, offs_n, mask_n, k0, K, BITS, GROUP, HAS_MINIMUM, BLOCK_K)
 
 
 def matmul_dx_arguments(

@@ -11,25 +11,45 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import decode_planes
+from .decode import both_levels, decode_planes
+
+
+@triton.jit
+def weight_of(tensors, strides, member, HAS_MINIMUM: tl.constexpr, MEMBERS: tl.constexpr):
+    """The tensors and the strides of one member of a group, as ``load_codes`` takes them.
+
+    tensors: as ``load_codes`` takes them, but each a tuple with a value for each member. strides: likewise the stride
+    along the groups; the others are those of all members. What is not there has scales in its place.
+    """
+    packed_ptr = select(tensors[0], member, MEMBERS)
+    scales_ptr = select(tensors[1], member, MEMBERS)
+    scales_strides = (select(strides[1][0], member, MEMBERS), strides[1][1])
+    minimum_ptr, super_scales_ptr, super_minimum_ptr = scales_ptr, scales_ptr, scales_ptr
+    minimum_strides, super_scales_strides, super_minimum_strides = scales_strides, scales_strides, scales_strides
+    if HAS_MINIMUM:
+        minimum_ptr = select(tensors[2], member, MEMBERS)
+        minimum_strides = (select(strides[2][0], member, MEMBERS), strides[2][1])
+    if scales_ptr.dtype.element_ty == tl.int8:
+        super_scales_ptr = select(tensors[3], member, MEMBERS)
+        super_scales_strides = (select(strides[3][0], member, MEMBERS), strides[3][1])
+        if HAS_MINIMUM:
+            super_minimum_ptr = select(tensors[4], member, MEMBERS)
+            super_minimum_strides = (select(strides[4][0], member, MEMBERS), strides[4][1])
+    return (
+        (packed_ptr, scales_ptr, minimum_ptr, super_scales_ptr, super_minimum_ptr),
+        (strides[0], scales_strides, minimum_strides, super_scales_strides, super_minimum_strides),
+    )
 
 
 @triton.jit
 def load_planes(
-    packed_ptr,
-    scales_ptr,
-    minimum_ptr,
+    tensors,
+    strides,
     codebook_ptr,
     offs_n,
     mask_n,
     k0,
     K,
-    stride_pn,
-    stride_pj,
-    stride_sg,
-    stride_sn,
-    stride_zg,
-    stride_zn,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
@@ -43,25 +63,7 @@ def load_planes(
 
     With MASK_K, columns from K on decode to zeros, whatever their padding holds.
     """
-    codes = load_codes(
-        packed_ptr,
-        scales_ptr,
-        minimum_ptr,
-        offs_n,
-        mask_n,
-        k0,
-        K,
-        stride_pn,
-        stride_pj,
-        stride_sg,
-        stride_sn,
-        stride_zg,
-        stride_zn,
-        BITS,
-        GROUP,
-        HAS_MINIMUM,
-        BLOCK_K,
-    )
+    codes = load_codes(tensors, strides, offs_n, mask_n, k0, K, BITS, GROUP, HAS_MINIMUM, BLOCK_K)
     low, high = decode_planes(codes, codebook_ptr, BITS, HAS_MINIMUM, HAS_CODEBOOK, DTYPE, ASM)
     if MASK_K:
         columns = plane_columns(k0, BLOCK_K)
@@ -72,19 +74,12 @@ def load_planes(
 
 @triton.jit
 def load_codes(
-    packed_ptr,
-    scales_ptr,
-    minimum_ptr,
+    tensors,
+    strides,
     offs_n,
     mask_n,
     k0,
     K,
-    stride_pn,
-    stride_pj,
-    stride_sg,
-    stride_sn,
-    stride_zg,
-    stride_zn,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
@@ -92,31 +87,41 @@ def load_codes(
 ):
     """Loads what ``W[offs_n, k0 : k0 + BLOCK_K]`` is decoded from: bytes; scales and minima of both planes.
 
-    packed_ptr ``[N, packed_columns(K, BITS)]`` uint8, see ``layout``. scales_ptr, minimum_ptr ``[groups, N]`` float16
-    or float32. k0 is a multiple of 64. Rows whose mask is false are not read.
+    tensors: pointers to packed ``[N, packed_columns(K, BITS)]`` uint8, see ``layout``; scales and minimum
+    ``[groups, N]`` float16, float32 or int8; with int8 super_scales and super_minimum ``[ceil(K / 256), N]`` float16.
+    strides: the two of each, in the same order. k0 is a multiple of BLOCK_K. Rows whose mask is false are not read.
 
     Returns a tuple: bytes of the low plane and of the high one, see ``packed_planes``; scales of the low plane and of
-    the high one, minima of the low plane and of the high one, see ``group_rows``. Without minima, scales stand in their
-    places.
+    the high one, minima of the low plane and of the high one, see ``group_rows``; super scales and super minima, which
+    the planes share. What is not there has scales in its place.
     """
-    packed, packed_high = packed_planes(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BITS, BLOCK_K)
+    packed_ptr, scales_ptr, minimum_ptr, super_scales_ptr, super_minimum_ptr = tensors
+    packed_strides, scales_strides, minimum_strides, super_scales_strides, super_minimum_strides = strides
+    packed, packed_high = packed_planes(packed_ptr, packed_strides, offs_n, mask_n, k0, K, BITS, BLOCK_K)
     # Both planes of a chunk have one scale, unless a group is a single run or less.
-    scales_low = group_rows(scales_ptr, offs_n, mask_n, k0, 0, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+    scales_low = group_rows(scales_ptr, scales_strides, offs_n, mask_n, k0, 0, K, GROUP, BLOCK_K)
     scales_high = scales_low
     if GROUP <= 32:
-        scales_high = group_rows(scales_ptr, offs_n, mask_n, k0, 1, K, stride_sg, stride_sn, GROUP, BLOCK_K)
+        scales_high = group_rows(scales_ptr, scales_strides, offs_n, mask_n, k0, 1, K, GROUP, BLOCK_K)
     minima_low = scales_low
     minima_high = scales_high
     if HAS_MINIMUM:
-        minima_low = group_rows(minimum_ptr, offs_n, mask_n, k0, 0, K, stride_zg, stride_zn, GROUP, BLOCK_K)
+        minima_low = group_rows(minimum_ptr, minimum_strides, offs_n, mask_n, k0, 0, K, GROUP, BLOCK_K)
         minima_high = minima_low
         if GROUP <= 32:
-            minima_high = group_rows(minimum_ptr, offs_n, mask_n, k0, 1, K, stride_zg, stride_zn, GROUP, BLOCK_K)
-    return packed, packed_high, scales_low, scales_high, minima_low, minima_high
+            minima_high = group_rows(minimum_ptr, minimum_strides, offs_n, mask_n, k0, 1, K, GROUP, BLOCK_K)
+    super_scales = scales_low
+    super_minima = scales_low
+    if scales_low.dtype == tl.int8:
+        super_scales = group_rows(super_scales_ptr, super_scales_strides, offs_n, mask_n, k0, 0, K, 256, BLOCK_K)
+        super_minima = super_scales
+        if HAS_MINIMUM:
+            super_minima = group_rows(super_minimum_ptr, super_minimum_strides, offs_n, mask_n, k0, 0, K, 256, BLOCK_K)
+    return packed, packed_high, scales_low, scales_high, minima_low, minima_high, super_scales, super_minima
 
 
 @triton.jit
-def packed_planes(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
+def packed_planes(packed_ptr, strides, offs_n, mask_n, k0, K, BITS: tl.constexpr, BLOCK_K: tl.constexpr):
     """The bytes of the low and the high plane of the chunks from k0 on, each ``[BLOCK_N, BLOCK_K // 2]``.
 
     packed_ptr ``[N, packed_columns(K, BITS)]`` uint8. With 4 bits both planes are in the same bytes.
@@ -125,17 +130,17 @@ def packed_planes(packed_ptr, offs_n, mask_n, k0, K, stride_pn, stride_pj, BITS:
     offs_p = k0 // 2 + offs_j if BITS == 4 else plane_columns(k0, BLOCK_K)
     # A whole chunk is read where K ends within it, because the packed row is padded to its end.
     mask = mask_n[:, None] & (k0 + offs_j // 32 * 64 < K)[None, :]
-    row_ptrs = packed_ptr + offs_n.to(tl.int64)[:, None] * stride_pn
-    low = tl.load(row_ptrs + offs_p.to(tl.int64)[None, :] * stride_pj, mask=mask, other=0)
+    row_ptrs = packed_ptr + offs_n.to(tl.int64)[:, None] * strides[0]
+    low = tl.load(row_ptrs + offs_p.to(tl.int64)[None, :] * strides[1], mask=mask, other=0)
     high = low
     if BITS == 8:
-        high = tl.load(row_ptrs + (offs_p + 32).to(tl.int64)[None, :] * stride_pj, mask=mask, other=0)
+        high = tl.load(row_ptrs + (offs_p + 32).to(tl.int64)[None, :] * strides[1], mask=mask, other=0)
     return low, high
 
 
 @triton.jit
-def group_rows(ptr, offs_n, mask_n, k0, plane, K, stride_g, stride_n, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The scales (or minima) of one plane (0: low, 1: high) of a tile.
+def group_rows(ptr, strides, offs_n, mask_n, k0, plane, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The scales (or minima) of one plane (0: low, 1: high) of a tile; super scales, with 256 columns as the group.
 
     ptr ``[groups, N]``. A plane's run of 32 columns lies within one group, so one row per chunk of 64 is loaded; of
     groups of 16 it is two. Returns ``[BLOCK_N, 1]`` if the whole tile lies within one group, and otherwise
@@ -150,7 +155,7 @@ def group_rows(ptr, offs_n, mask_n, k0, plane, K, stride_g, stride_n, GROUP: tl.
     offs_g = (offs_c // GROUP).to(tl.int64)
     # [BLOCK_N, PIECES]
     rows = tl.load(
-        ptr + offs_g[None, :] * stride_g + offs_n.to(tl.int64)[:, None] * stride_n,
+        ptr + offs_g[None, :] * strides[0] + offs_n.to(tl.int64)[:, None] * strides[1],
         mask=mask_n[:, None] & (offs_c < K)[None, :],
         other=0.0,
     )
@@ -158,6 +163,16 @@ def group_rows(ptr, offs_n, mask_n, k0, plane, K, stride_g, stride_n, GROUP: tl.
         rows = tl.broadcast_to(rows[:, :, None], (rows.shape[0], PIECES, PIECE))
         rows = tl.reshape(rows, (rows.shape[0], PIECES * PIECE))
     return rows
+
+
+@triton.jit
+def float_scales(tensors, strides, offs_n, mask_n, k0, plane, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``group_rows`` of the scales in float32; ``tensors`` and ``strides`` are those of ``load_codes``."""
+    scales = group_rows(tensors[1], strides[1], offs_n, mask_n, k0, plane, K, GROUP, BLOCK_K)
+    if scales.dtype == tl.int8:
+        return both_levels(scales, group_rows(tensors[3], strides[3], offs_n, mask_n, k0, plane, K, 256, BLOCK_K))
+    else:
+        return scales.to(tl.float32)
 
 
 @triton.jit
