@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from mebp_triton.kernels.configs import MOST_MEMBERS, Problem, TileConfig
 
 from .cases import tile_case
@@ -84,7 +86,9 @@ def fault(
     return None if verdict.ok else f"wrong result: {verdict.reason} in {case}"
 
 
-def trip_counts(problem: Problem, config: TileConfig, target_sm: int) -> TripCounts:
+def trip_counts(
+    problem: Problem, config: TileConfig, target_sm: int, scale_dtype: torch.dtype = torch.float16
+) -> TripCounts:
     """Counts one trip, by executing one block with a short reduction and with one that is ``TRIPS`` trips longer.
 
     The kernel is the one of ``compile.report``, and is not compiled again. Counting takes about a tenth of the time of
@@ -94,11 +98,12 @@ def trip_counts(problem: Problem, config: TileConfig, target_sm: int) -> TripCou
         problem: ``matmul`` or ``matmul_dx``. Of its sizes only that matters which ``report`` looks at.
         config: tile sizes.
         target_sm: compute capability.
+        scale_dtype: see ``report``.
 
     Raises:
         NotModelled: the emulator does not know an instruction.
     """
-    short, long = (_one_block(problem, config, target_sm, config.num_stages + more) for more in (0, TRIPS))
+    short, long = (_one_block(problem, config, target_sm, config.num_stages + more, scale_dtype) for more in (0, TRIPS))
 
     def per_trip(of: Callable[[Counts], float]) -> float:
         return (of(long) - of(short)) / TRIPS
@@ -126,9 +131,10 @@ def _operand_wavefronts(counts: Counts) -> float:
     return total
 
 
-def _one_block(problem: Problem, config: TileConfig, target_sm: int, trips: int) -> Counts:
+def _one_block(problem: Problem, config: TileConfig, target_sm: int, trips: int, scale_dtype: torch.dtype) -> Counts:
     """Counts the first block of a launch whose reduction has so many trips, and the first part of a split one."""
-    kernel, arguments = blank_launch(_cut(problem, config, trips * config.split), config, device="cpu")
+    cut = _cut(problem, config, trips * config.split)
+    kernel, arguments = blank_launch(cut, config, scale_dtype=scale_dtype, device="cpu")
     emulator = Emulator(target_sm, count=True, check=False)
     emulator.launch(kernel, (1,), (), {**arguments, **config.launch_options()})
     counts = emulator.launches[0].counts

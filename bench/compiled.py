@@ -118,7 +118,7 @@ def random_units() -> list[Unit]:
             form.scheme,
             form.group_size,
             pick.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)),
-            pick.choice((torch.float16, torch.float16, torch.float32)),
+            pick.choice((torch.float16, torch.float16, torch.float32, torch.int8)),
             pick.choice((0, 0, 1, 4, 16, 33, 40)),
             pick.random() < 0.5,
             pick.choice((2, 4, 8)),

@@ -1,5 +1,7 @@
 """Cases as data, and the operands that they describe."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,7 @@ def test_a_line_says_what_is_special():
     case = Case("matmul_dx", config, m=5, sizes=(70, 34), rank=4, layout="offset", scale_dtype=torch.float32)
     expected = "matmul_dx bf16 M5 N70+34 K200 symmetric G64 r4 scales32 offset [16x32x64 w4 s2 split2 right]"
     assert str(case) == expected
+    assert str(Case("decode", scale_dtype=torch.int8)) == "decode bf16 M17 N70 K200 symmetric G64 two-level"
     assert str(Case("split_sums", split=4)) == "split_sums bf16 M17 N70 K200 symmetric G64 split4"
 
 
@@ -55,6 +58,7 @@ def test_operands_are_the_same_for_the_same_case():
     assert decode(weight).isfinite().all()
     # The fourth group holds columns 96 to 127, which do not exist.
     assert weight.scales[3].isnan().all() and weight.minimum[3].isnan().all()
+    assert decode(Operands(replace(case, scale_dtype=torch.int8), CPU).weight(9)).isfinite().all()
 
 
 @pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])

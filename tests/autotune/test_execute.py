@@ -72,6 +72,12 @@ def test_one_trip():
     assert found == TripCounts(352, 352, 0, tiles / 32, tiles / 32)
 
 
+def test_one_trip_with_scales_of_two_levels():
+    """Besides the tiles, a super scale for each row, and a byte: the 16 of each of four warps take a sector."""
+    found = trip_counts(FORWARD, TILE, 80, scale_dtype=torch.int8)
+    assert found == TripCounts(352, 352, 0, 328, 328) and 328 == (64 * 64 * 2 + 64 * 32 + 64 * 2) / 32 + 4
+
+
 def test_what_tensor_cores_read():
     """Two groups of warps read 64 columns of 64 numbers each; in dX 64 rows as well, which forward has in registers."""
     assert trip_counts(FORWARD, TileConfig(64, 128, 64, num_warps=8), 90).operands == 2 * 64 * 64 * 2 / 128

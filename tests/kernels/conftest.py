@@ -75,14 +75,19 @@ def every_byte() -> Callable[..., Int4Weight]:
 
     def make(group_size: int, scheme: Scheme, scale_dtype: torch.dtype, bits: int = 4) -> Int4Weight:
         groups = max(1, 64 // group_size)
-        scales = torch.linspace(-0.7, 0.9, 8 * groups).view(groups, 8).to(scale_dtype)
+        two_level, affine = scale_dtype == torch.int8, scheme == "affine"
+        scales = torch.linspace(-0.7, 0.9, 8 * groups).view(groups, 8)
+        scales = (scales * 141).to(scale_dtype) if two_level else scales.to(scale_dtype)  # -99 to 127
+        supers = torch.linspace(-0.03, 0.02, 8).half().view(1, 8) if two_level else None
         return Int4Weight(
             packed=torch.arange(256, dtype=torch.uint8).view(8, 32).repeat(1, bits // 4),
             scales=scales,
             in_features=64,
             group_size=group_size,
-            minimum=scales.flip(1).contiguous() if scheme == "affine" else None,
+            minimum=scales.flip(1).contiguous() if affine else None,
             codebook=torch.linspace(-1, 1.3, 16) if scheme == "codebook" else None,
+            super_scales=supers,
+            super_minimum=supers.flip(1).contiguous() if two_level and affine else None,
         ).to(DEVICE)
 
     return make

@@ -26,7 +26,8 @@ TARGETS = (75, 80, 90, 120)
 TILES = ((16, 64, 64, 4, 3), (64, 64, 64, 4, 2), (32, 32, 128, 8, 1), (16, 32, 64, 2, 4))
 # (M, N of each of at most three members, K): as in a model's layers; nothing divides anything; smaller than a tile.
 SIZES = ((80, (80, 48, 16), 320), (37, (67, 1, 34), 200), (1, (5, 130, 3), 97))
-KINDS = (SCHEMES, GROUP_SIZES, DTYPES, SCALE_DTYPES, LAYOUTS, TARGETS)
+SCALES = (*SCALE_DTYPES, torch.int8)
+KINDS = (SCHEMES, GROUP_SIZES, DTYPES, SCALES, LAYOUTS, TARGETS)
 LAUNCHES = (SIZES, TILES, (1, 2, 3), (1, 2, 8), (0, 5, 16, 40), (False, True))
 
 
@@ -70,16 +71,17 @@ def others():
 def of_8_bits():
     """What decodes these codes, and reads scales of a half run, in the dtypes that have assembly of their own."""
     forms = [form for form in FORMS if form.bits == 8 and form.group_size <= 64]
-    for form, dtype, tile, size, kernel, target in pairs(
-        forms, DTYPES[:2], TILES[:3], SIZES[:2], ("matmul", "matmul_dx"), TARGETS[1:]
+    for form, dtype, tile, size, kernel, target, scale_dtype in pairs(
+        forms, DTYPES[:2], TILES[:3], SIZES[:2], ("matmul", "matmul_dx"), TARGETS[1:], SCALES[::2]
     ):
         m, sizes, k = size
         config = TileConfig(*tile, weight_left=kernel == "matmul" or tile[1] == 64)
-        yield target, Case(kernel, config, m, sizes[:2], k, dtype=dtype, rank=5, **form._asdict())
+        kind = {"dtype": dtype, "scale_dtype": scale_dtype, **form._asdict()}
+        yield target, Case(kernel, config, m, sizes[:2], k, rank=5, **kind)
     for (group_size, block_k), dtype in pairs(((32, 64), (128, 128)), DTYPES):
         config = TileConfig(16, 64, block_k, scale_sums=True)
         yield 80, Case("matmul", config, 33, k=200, group_size=group_size, dtype=dtype, bits=8)
-    for form, scale_dtype, kernel, dtype in pairs(forms, SCALE_DTYPES, ("embedding", "decode"), DTYPES):
+    for form, scale_dtype, kernel, dtype in pairs(forms, SCALES, ("embedding", "decode"), DTYPES):
         yield 80, Case(kernel, None, scale_dtype=scale_dtype, dtype=dtype, layout="padded", **form._asdict())
 
 

@@ -29,7 +29,7 @@ def check(guarded):
     return run
 
 
-SCALE_DTYPES = (torch.float16, torch.float32)
+SCALE_DTYPES = (torch.float16, torch.float32, torch.int8)
 
 
 @pytest.mark.parametrize(("dtype", "form", "scale_dtype"), pairs(DTYPES, FORMS, SCALE_DTYPES), ids=str)
@@ -55,8 +55,9 @@ def test_shapes_of_ids(check, make_weight, shape, device):
     assert rows.shape == (*shape, 70)
 
 
-def test_strides(check, make_weight, scheme, device):
-    weight = make_weight(60, 70, 32, scheme)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.int8], ids=str)
+def test_strides(check, make_weight, scheme, scale_dtype, device):
+    weight = make_weight(60, 70, 32, scheme, scale_dtype)
     ids = torch.randint(0, 30, (8, 9)).to(device)
     check(ids.t(), weight)
     check(ids[::2, ::3], weight)
@@ -65,10 +66,12 @@ def test_strides(check, make_weight, scheme, device):
     check(ids, weight.permute_rows(torch.randperm(60).to(device)))
 
 
-@pytest.mark.parametrize(("block_k", "form"), pairs([64, 128, 256], FORMS), ids=str)
-def test_every_tile_gives_the_answer(check, make_weight, form, block_k, device):
+@pytest.mark.parametrize(
+    ("block_k", "form", "scale_dtype"), pairs([64, 128, 256, 512], FORMS, [torch.float16, torch.int8]), ids=str
+)
+def test_every_tile_gives_the_answer(check, make_weight, form, scale_dtype, block_k, device):
     ids = torch.randint(0, 20, (33,)).to(device)
-    weight = make_weight(20, 330, form.group_size, form.scheme, bits=form.bits)
+    weight = make_weight(20, 330, form.group_size, form.scheme, scale_dtype, bits=form.bits)
     check(ids, weight, config=TileConfig(32, 16, block_k))
 
 

@@ -46,6 +46,7 @@ def test_what_cannot_share_a_launch(make_weight, normal):
         "other bits": make_weight(20, 100, 32, bits=8),
         "other scheme": make_weight(20, 100, 32, "affine"),
         "other scales": make_weight(20, 100, 32, scale_dtype=torch.float32),
+        "two levels": make_weight(20, 100, 32, scale_dtype=torch.int8),
     }
     assert can_group([weight, make_weight(3, 100, 32)]) and not can_group([])
     assert not can_group([weight] * 4)
@@ -71,6 +72,17 @@ def test_arguments_of_a_group():
     assert (alone["stride_sg_of"], alone["stride_zg_of"]) == ((20, 0, 0), (20, 0, 0))
     assert pair["HAS_MINIMUM"] and not pair["HAS_CODEBOOK"] and pair["GROUP"] == 32
     assert weight_arguments([meta_weight(20, "symmetric")])["stride_zg_of"] == (0, 0, 0)
+
+
+def test_arguments_of_two_levels(make_weight):
+    one, other = (make_weight(n, 600, 32, "affine", torch.int8) for n in (20, 33))
+    pair = weight_arguments([one, other.rows(1, 10)])
+    for name in ("super_scales", "super_minimum"):
+        assert pair[f"{name}_of"][0] is getattr(one, name) and pair[f"{name}_of"][1].shape == (3, 9)
+    assert (pair["stride_ug_of"], pair["stride_vg_of"]) == ((20, 33, 33), (20, 33, 33))
+    assert (pair["stride_un"], pair["stride_vn"]) == (1, 1)
+    alone = weight_arguments([make_weight(20, 100, 32)])
+    assert alone["super_scales_of"] == (None, None, None) and alone["stride_ug_of"] == (0, 0, 0)
 
 
 def test_operands_are_checked():

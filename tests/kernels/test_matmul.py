@@ -1,5 +1,7 @@
 """``Y = X·Wᵀ + bias + t·bᵀ`` against float64 on the decoded codes."""
 
+from dataclasses import replace
+
 import pytest
 import sequential
 import torch
@@ -12,9 +14,12 @@ from mebp_triton.kernels import reference
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import int4_matmul_group_triton, int4_matmul_triton
-from mebp_triton.kernels.names import FORMS
+from mebp_triton.kernels.names import FORMS, SCHEMES
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+# Tensors that lie in memory the other way round: each has strides of its own.
+TURNS = (("packed", "scales"), ("super_scales", "minimum"), ("scales", "super_minimum"))
 
 
 @pytest.fixture
@@ -84,16 +89,19 @@ def test_rounded_once(guarded, normal, device):
         torch.testing.assert_close(y.double(), product + opposite.double(), rtol=1e-3, atol=1e-4)
 
 
-def test_float32_scales(check, make_weight, normal, dtype, kind):
-    check(normal(17, 130, dtype=dtype), make_weight(35, 130, 32, kind.scheme, torch.float32, bits=kind.bits))
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.int8], ids=str)
+def test_other_scales(check, make_weight, normal, dtype, kind, scale_dtype):
+    check(normal(17, 330, dtype=dtype), make_weight(35, 330, 32, kind.scheme, scale_dtype, bits=kind.bits))
 
 
 @pytest.mark.parametrize(
-    ("tile", "block_k", "form"), pairs([(16, 16), (32, 64), (128, 32)], [64, 128, 256], FORMS), ids=str
+    ("tile", "block_k", "form", "scale_dtype"),
+    pairs([(16, 16), (32, 64), (128, 32)], [64, 128, 256, 512], FORMS, [torch.float16, torch.int8]),
+    ids=str,
 )
-def test_every_tile_gives_the_answer(check, make_weight, normal, form, tile, block_k):
+def test_every_tile_gives_the_answer(check, make_weight, normal, form, scale_dtype, tile, block_k):
     x, t, b = normal(37, 330), normal(37, 4, seed=2), normal(45, 4, seed=3)
-    weight = make_weight(45, 330, form.group_size, form.scheme, bits=form.bits)
+    weight = make_weight(45, 330, form.group_size, form.scheme, scale_dtype, bits=form.bits)
     check(x, weight, None, t, b, TileConfig(*tile, block_k))
 
 
@@ -115,25 +123,22 @@ def test_strides_of_x(check, make_weight, normal, dtype, view):
     check(x, make_weight(9, 70))
 
 
-def test_strides_of_the_others(check, make_weight, normal, scheme):
+@pytest.mark.parametrize(
+    ("scheme", "scale_dtype", "turns"), pairs(SCHEMES, [torch.float16, torch.int8], TURNS), ids=str
+)
+def test_strides_of_the_others(check, make_weight, normal, scheme, scale_dtype, turns):
     m, n, r = 18, 40, 6
-    weight = make_weight(2 * n, 100, 32, scheme)
+    weight = make_weight(2 * n, 100, 32, scheme, scale_dtype)
     bias, t, b = normal(2 * n)[::2], normal(r, m).t(), normal(n, 2 * r)[:, ::2]
     x = normal(m, 100)
     check(x, weight.rows(7, 7 + n), bias, t, b)
     check(x, weight.permute_rows(torch.randperm(2 * n)[:n].to(x.device)), bias, t, b)
-    columns_first = Int4Weight(
-        packed=weight.packed.t().contiguous().t(),
-        scales=weight.scales.t().contiguous().t(),
-        in_features=100,
-        group_size=32,
-        minimum=weight.minimum,
-        codebook=weight.codebook,
-    )
+    turned = {name: tensor.t().contiguous().t() for name, tensor in weight.tensors().items() if name in turns}
+    columns_first = replace(weight, **turned)
     assert torch.equal(check(x, columns_first), check(x, weight))
 
 
-SCALE_DTYPES = (torch.float16, torch.float32)
+SCALE_DTYPES = (torch.float16, torch.float32, torch.int8)
 
 
 @pytest.mark.parametrize(("dtype", "form", "scale_dtype"), pairs(DTYPES, FORMS, SCALE_DTYPES), ids=str)
@@ -316,19 +321,22 @@ def test_any_shape(guarded, make_weight, normal, dtype, m, n, k, rank, form, ste
 
 
 @pytest.mark.parametrize(
-    ("sizes", "k", "dtype", "bits"),
-    pairs([(32, 64), (64, 64), (128, 64), (128, 128)], [1, 33, 64, 97, 330], DTYPES, [4, 8]),
+    ("sizes", "k", "dtype", "bits", "scale_dtype"),
+    pairs([(32, 64), (64, 64), (128, 64), (128, 128)], [1, 33, 64, 97, 330], DTYPES, [4, 8], SCALE_DTYPES[::2]),
     ids=str,
 )
-def test_scaled_sums(check, make_weight, normal, dtype, sizes, k, bits):
+def test_scaled_sums(check, make_weight, normal, dtype, sizes, k, bits, scale_dtype):
     group_size, block_k = sizes
-    weight = make_weight(19, k, group_size, bits=bits)
+    weight = make_weight(19, k, group_size, scale_dtype=scale_dtype, bits=bits)
     check(normal(5, k, dtype=dtype), weight, config=TileConfig(16, 16, block_k, scale_sums=True))
 
 
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES[::2], ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_scaled_sums_give_the_decoded_weight_to_the_bit(guarded, every_byte, dtype, group_size, device, bits):
-    weight = every_byte(group_size, "symmetric", torch.float16, bits)
+def test_scaled_sums_give_the_decoded_weight_to_the_bit(
+    guarded, every_byte, dtype, group_size, device, bits, scale_dtype
+):
+    weight = every_byte(group_size, "symmetric", scale_dtype, bits)
     config = TileConfig(64, 16, 64, scale_sums=True)
     y = guarded(int4_matmul_triton, torch.eye(64, dtype=dtype, device=device), weight, config=config)
     assert torch.equal(y.t(), reference.decode(weight, dtype))
@@ -354,17 +362,18 @@ def test_a_configuration_that_does_not_suit_is_refused(make_weight, normal):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "config", "form", "dtype"),
-    pairs([(20, 33), (18, 1, 17)], [None, TileConfig(16, 32, 128, split=2)], FORMS[::3], DTYPES),
+    ("sizes", "config", "form", "dtype", "scale_dtype"),
+    pairs([(20, 33), (18, 1, 17)], [None, TileConfig(16, 32, 128, split=2)], FORMS[::3], DTYPES, SCALE_DTYPES),
     ids=lambda value: "split" if isinstance(value, TileConfig) else str(value),
 )
-def test_group(guarded, assert_accurate, make_weight, normal, dtype, form, sizes, config):
+def test_group(guarded, assert_accurate, make_weight, normal, dtype, form, scale_dtype, sizes, config):
     """One launch gives the bits that a launch for each member gives.
 
     Errors are judged over all members: torch's in a single column of few rows may be as good as none.
     """
     m, k, r = 15, 130, 3
-    weights = [make_weight(n, k, form.group_size, form.scheme, seed=i, bits=form.bits) for i, n in enumerate(sizes)]
+    kind = form.group_size, form.scheme, scale_dtype
+    weights = [make_weight(n, k, *kind, seed=i, bits=form.bits) for i, n in enumerate(sizes)]
     x, total = normal(m, k, dtype=dtype), sum(sizes)
     bias, t, b = normal(total, seed=2), normal(m, len(sizes) * r, seed=3), normal(total, r, seed=4)
     found = int4_matmul_group_triton(x, weights, bias, t, b, config)

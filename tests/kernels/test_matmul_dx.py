@@ -1,5 +1,7 @@
 """``dX = dY·W + g·a`` against float64 on the decoded codes."""
 
+from dataclasses import replace
+
 import pytest
 import sequential
 import torch
@@ -15,6 +17,9 @@ from mebp_triton.kernels.matmul_dx import int4_matmul_dx_group_triton, int4_matm
 from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+# Tensors that lie in memory the other way round: each has strides of its own.
+TURNS = (("packed", "scales"), ("super_scales", "minimum"), ("scales", "super_minimum"))
 
 
 @pytest.fixture
@@ -77,19 +82,20 @@ def test_rounded_once(guarded, normal, device):
     torch.testing.assert_close(dx.double(), product + opposite.double(), rtol=1e-3, atol=1e-4)
 
 
-def test_float32_scales(check, make_weight, normal, dtype, kind):
-    check(normal(17, 35, dtype=dtype), make_weight(35, 130, 32, kind.scheme, torch.float32, bits=kind.bits))
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.int8], ids=str)
+def test_other_scales(check, make_weight, normal, dtype, kind, scale_dtype):
+    check(normal(17, 35, dtype=dtype), make_weight(35, 330, 32, kind.scheme, scale_dtype, bits=kind.bits))
 
 
 @pytest.mark.parametrize(
-    ("tile", "block_k", "weight_left", "form"),
-    pairs([(16, 16), (32, 64), (128, 32)], [64, 128, 256], [False, True], FORMS),
+    ("tile", "block_k", "weight_left", "form", "scale_dtype"),
+    pairs([(16, 16), (32, 64), (128, 32)], [64, 128, 256, 512], [False, True], FORMS, [torch.float16, torch.int8]),
     ids=str,
 )
-def test_every_tile_gives_the_answer(check, make_weight, normal, form, tile, block_k, weight_left):
+def test_every_tile_gives_the_answer(check, make_weight, normal, form, scale_dtype, tile, block_k, weight_left):
     dy, g, a = normal(37, 45), normal(37, 4, seed=2), normal(4, 330, seed=3)
     config = TileConfig(*tile, block_k, weight_left=weight_left)
-    check(dy, make_weight(45, 330, form.group_size, form.scheme, bits=form.bits), g, a, config)
+    check(dy, make_weight(45, 330, form.group_size, form.scheme, scale_dtype, bits=form.bits), g, a, config)
 
 
 @pytest.mark.parametrize(
@@ -111,26 +117,23 @@ def test_strides_of_dy(check, make_weight, normal, dtype, view):
     check(dy, make_weight(70, 100))
 
 
-def test_strides_of_the_others(check, make_weight, normal, scheme):
+@pytest.mark.parametrize(
+    ("scheme", "scale_dtype", "turns"), pairs(SCHEMES, [torch.float16, torch.int8], TURNS), ids=str
+)
+def test_strides_of_the_others(check, make_weight, normal, scheme, scale_dtype, turns):
     m, n, k, r = 18, 40, 100, 6
-    weight = make_weight(2 * n, k, 32, scheme)
+    weight = make_weight(2 * n, k, 32, scheme, scale_dtype)
     g, a = normal(r, m).t(), normal(k, 2 * r)[:, ::2].t()
     dy = normal(m, n)
     check(dy, weight.rows(7, 7 + n), g, a)
     check(dy, weight.rows(7, 7 + n).permute_rows(torch.randperm(n).to(dy.device)), g, a)
-    columns_first = Int4Weight(
-        packed=weight.packed.t().contiguous().t(),
-        scales=weight.scales.t().contiguous().t(),
-        in_features=k,
-        group_size=32,
-        minimum=weight.minimum,
-        codebook=weight.codebook,
-    )
+    turned = {name: tensor.t().contiguous().t() for name, tensor in weight.tensors().items() if name in turns}
+    columns_first = replace(weight, **turned)
     dy = normal(m, 2 * n)
     assert torch.equal(check(dy, columns_first), check(dy, weight))
 
 
-SCALE_DTYPES = (torch.float16, torch.float32)
+SCALE_DTYPES = (torch.float16, torch.float32, torch.int8)
 
 
 @pytest.mark.parametrize(("dtype", "form", "scale_dtype"), pairs(DTYPES, FORMS, SCALE_DTYPES), ids=str)
@@ -309,13 +312,13 @@ def test_both_sides_of_the_dot_give_the_same(make_weight, normal, dtype):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "config", "scheme", "dtype"),
-    pairs([(20, 33), (18, 1, 17)], [None, TileConfig(16, 32, 128, split=2)], SCHEMES, DTYPES),
+    ("sizes", "config", "scheme", "dtype", "scale_dtype"),
+    pairs([(20, 33), (18, 1, 17)], [None, TileConfig(16, 32, 128, split=2)], SCHEMES, DTYPES, SCALE_DTYPES),
     ids=lambda value: "split" if isinstance(value, TileConfig) else str(value),
 )
-def test_group(guarded, assert_accurate, make_weight, normal, dtype, scheme, sizes, config):
+def test_group(guarded, assert_accurate, make_weight, normal, dtype, scheme, scale_dtype, sizes, config):
     m, k, r = 15, 130, 6
-    weights = [make_weight(n, k, 64, scheme, seed=i) for i, n in enumerate(sizes)]
+    weights = [make_weight(n, k, 64, scheme, scale_dtype, seed=i) for i, n in enumerate(sizes)]
     dys = [normal(m, n, dtype=dtype, seed=i) for i, n in enumerate(sizes)]
     g, a = normal(m, r, seed=3), normal(r, k, seed=4)
     dx = guarded(int4_matmul_dx_group_triton, dys, weights, g, a, config)

@@ -362,14 +362,14 @@ class TestDecodedByAKernel:
     """The panel route of a GPU, where Triton decodes and torch multiplies."""
 
     @pytest.mark.parametrize(
-        ("dtype", "form", "panel_size"),
-        pairs(ALL_DTYPES[:2], FORMS, PANEL_SIZES),
+        ("dtype", "form", "scale_dtype", "panel_size"),
+        pairs(ALL_DTYPES[:2], FORMS, SCALES[::2], PANEL_SIZES),
         indirect=["panel_size"],
         ids=str,
     )
-    def test_both_directions(self, assert_accurate, make_weight, normal, dtype, form, panel_size):
+    def test_both_directions(self, assert_accurate, make_weight, normal, dtype, form, scale_dtype, panel_size):
         m, n, k, r = 5, 23, 330, 3
-        weight = make_weight(n, k, form.group_size, form.scheme, bits=form.bits)
+        weight = make_weight(n, k, form.group_size, form.scheme, scale_dtype, bits=form.bits)
         shapes = [(m, k), (n,), (m, r), (n, r), (m, n), (m, r), (r, k)]
         x, bias, t, b, dy, g, a = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
         y, dx = int4_matmul_panel(x, weight, bias, t, b, True), int4_matmul_dx_panel(dy, weight, g, a, True)
@@ -380,17 +380,17 @@ class TestDecodedByAKernel:
         assert_accurate("dx", dx, reference.matmul_dx(dy, weight, g, a), truth)
 
     @pytest.mark.parametrize(
-        ("k", "dtype", "form"),
-        pairs([64, 65, 200], ALL_DTYPES[:2], FORMS),
+        ("k", "dtype", "form", "scale_dtype"),
+        pairs([64, 65, 300], ALL_DTYPES[:2], FORMS, SCALES),
         ids=str,
     )
-    def test_decoded_weights_are_right_to_the_bit(self, make_weight, dtype, device, form, k):
-        weight = make_weight(70, k, form.group_size, form.scheme, bits=form.bits)
+    def test_decoded_weights_are_right_to_the_bit(self, make_weight, dtype, device, form, scale_dtype, k):
+        weight = make_weight(70, k, form.group_size, form.scheme, scale_dtype, bits=form.bits)
         decoder = panel.PanelDecoder(weight, dtype, 70, weight.chunks, by_kernel=True)
         whole = reference.decode(weight, dtype)
         assert torch.equal(decoder(0, 70, 0, weight.chunks), whole)
-        if k == 200:
-            assert torch.equal(decoder(7, 40, 2, 4), whole[7:40, 128:200])
+        if k == 300:
+            assert torch.equal(decoder(7, 40, 4, 5), whole[7:40, 256:300])
 
     def test_group_dx(self, make_weight, normal):
         weights = [make_weight(n, 200, 128, seed=n) for n in (20, 33)]

@@ -41,16 +41,17 @@ def test_orders_of_columns(block_k):
     assert torch.equal(banks, wanted.reshape(4, block_k))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "scale_dtype"), [(4, torch.float16), (8, torch.float16), (4, torch.int8)], ids=str)
 @pytest.mark.parametrize(
     "config",
     [TileConfig(64, 64, 64, weight_left=True), TileConfig(64, 32, 128, num_stages=3, weight_left=False)],
     ids=["64", "128"],
 )
-def test_dx_has_no_conflicts_in_shared_memory(config, bits):
+def test_dx_has_no_conflicts_in_shared_memory(config, bits, scale_dtype):
     """Every access takes as few wavefronts as its bytes need: stores and reads of the decoded tile, scales, dY."""
     generator = torch.Generator().manual_seed(0)
-    weight = accuracy.random_weight(4 * config.block_n, 2 * config.block_k, CPU, generator=generator, bits=bits)
+    n, k = 4 * config.block_n, 2 * config.block_k
+    weight = accuracy.random_weight(n, k, CPU, scale_dtype=scale_dtype, generator=generator, bits=bits)
     dy = torch.zeros(config.block_m, weight.out_features, dtype=torch.bfloat16)
     with Emulator(80, count=True, blocks=lambda grid: np.array([[0, 0, 0]])) as emulator:
         int4_matmul_dx_triton(dy, weight, config=config)
