@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mebp_triton.kernels.layout import Int4Weight, group_count, middle_code, pack, packed_columns
+from mebp_triton.kernels.layout import SUPER_GROUP, Int4Weight, group_count, middle_code, pack, packed_columns
 from mebp_triton.kernels.names import GROUP_SIZES_OF_BITS
 
 # The 16 values of E2M1, the 4-bit float of MXFP4 (OCP Microscaling Formats, version 1.0), by their codes.
@@ -39,11 +39,14 @@ class CodedMatrix:
     Attributes:
         codes: ``[N, K]`` uint8; or what unpacks them, from one row to before another.
         bits: the width of a code.
-        scales: ``[groups, N]``, of a float dtype.
+        scales: ``[groups, N]``, of a float dtype; or int8 with ``super_scales``.
         groups: ``[K]`` int64, the group of each column.
         group_size: the number of columns in a group.
-        minimum: ``[groups, N]`` of a float dtype, or None.
+        minimum: ``[groups, N]``, as ``scales``, or None.
         levels: ``[2 ** bits]`` float32, or None.
+        super_scales: ``[ceil(K / 256), N]`` float16, by which the scales of 256 columns are multiplied in float32; or
+            None. Then groups follow each other, and none lies in two stretches of 256.
+        super_minimum: likewise for ``minimum``.
     """
 
     codes: Tensor | Callable[[int, int], Tensor]
@@ -53,6 +56,8 @@ class CodedMatrix:
     group_size: int
     minimum: Tensor | None = None
     levels: Tensor | None = None
+    super_scales: Tensor | None = None
+    super_minimum: Tensor | None = None
 
     @property
     def _middle(self) -> int:
@@ -83,19 +88,28 @@ class CodedMatrix:
     def to_int4(self) -> Int4Weight | None:
         """The same weights in our layout, with the codes of 4 or 8 bits that hold theirs; None where none do.
 
-        Codes of 4 bits become codes of 8 where only those have the groups, of 16.
-        Codes of 8 bits may be shared: a copy of a large table is more than reading it takes.
+        Codes of 4 bits become codes of 8 where only those have the groups, of 16. Codes of 8 bits may be shared: a copy
+        of a large table is more than reading it takes.
         """
         form = self._our_form()
         if form is None:
             return None
         bits, size = form
         columns, starts = self.shape[1], self.groups[::size]
-        numbers = [self.scales] if self.minimum is None else [self.scales, self.minimum]
-        dtype = torch.float16 if all(map(_is_held_by_half, numbers)) else torch.float32
         pad = (0, 0, 0, group_count(columns, size) - len(starts))
-        parts = [torch.nn.functional.pad(tensor.index_select(0, starts).to(dtype), pad) for tensor in numbers]
-        return Int4Weight(self._packed(bits), parts[0], columns, size, *parts[1:], codebook=self.levels)
+        numbers = {"scales": self.scales, "minimum": self.minimum}
+        parts = {name: tensor.index_select(0, starts) for name, tensor in numbers.items() if tensor is not None}
+        dtype = self._scale_dtype(parts.values())
+        parts = {name: torch.nn.functional.pad(tensor.to(dtype), pad) for name, tensor in parts.items()}
+        supers = {"super_scales": self.super_scales, "super_minimum": self.super_minimum}
+        parts |= {name: tensor.contiguous() for name, tensor in supers.items() if tensor is not None}
+        return Int4Weight(self._packed(bits), in_features=columns, group_size=size, codebook=self.levels, **parts)
+
+    def _scale_dtype(self, numbers: Iterable[Tensor]) -> torch.dtype:
+        """The least dtype of ours that holds these scales and minima exactly."""
+        if self.super_scales is not None:
+            return torch.int8
+        return torch.float16 if all(map(_is_held_by_half, numbers)) else torch.float32
 
     def _packed(self, bits: int) -> Tensor:
         symmetric = self.minimum is None and self.levels is None
@@ -120,13 +134,20 @@ class CodedMatrix:
         """The weights ``[N, K]`` in float32."""
         decoded = torch.empty(self.shape)
         for part, codes in self._panels():
-            scales = self.scales[:, part].float().t()[:, self.groups]
+            scales = self._numbers(self.scales, self.super_scales, part)
             levels = codes.float() if self.levels is None else self.levels[codes.long()]
             if self.minimum is not None:
-                decoded[part] = levels * scales + self.minimum[:, part].float().t()[:, self.groups]
+                decoded[part] = levels * scales + self._numbers(self.minimum, self.super_minimum, part)
             else:
                 decoded[part] = (levels - self._middle if self.levels is None else levels) * scales
         return decoded
+
+    def _numbers(self, of_groups: Tensor, of_stretches: Tensor | None, rows: slice) -> Tensor:
+        """The scale or the minimum of every column, ``[rows, K]`` float32."""
+        numbers = of_groups[:, rows].float().t()[:, self.groups]
+        if of_stretches is not None:
+            numbers *= of_stretches[:, rows].float().t()[:, even_groups(len(self.groups), SUPER_GROUP)]
+        return numbers
 
     def _our_form(self) -> tuple[int, int] | None:
         """The least width of ours that has the groups, and the group size.

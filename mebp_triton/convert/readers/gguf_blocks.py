@@ -23,7 +23,7 @@ MXFP4_LEVELS = E2M1 + 0.0  # ggml has no -0
 
 
 class Panel(NamedTuple):
-    """Some rows of a matrix: codes uint8; scales, and a minimum if there is one.
+    """Some rows of a matrix: codes uint8; scales, and a minimum if there is one; see ``CodedMatrix``.
 
     All are ``[N, blocks, ...]``, in the order of columns.
     """
@@ -31,6 +31,8 @@ class Panel(NamedTuple):
     codes: Tensor
     scales: Tensor
     minimum: Tensor | None = None
+    super_scales: Tensor | None = None
+    super_minimum: Tensor | None = None
 
 
 def read_blocks(kind: str, shape: tuple[int, int], rows: Callable[[int, int], Tensor]) -> CodedMatrix:
@@ -43,19 +45,20 @@ def read_blocks(kind: str, shape: tuple[int, int], rows: Callable[[int, int], Te
     """
     block = TYPES[kind]
     codes = torch.empty(shape, dtype=torch.uint8)
-    numbers = []
+    numbers: dict[str, list[Tensor]] = {}
     step = PANEL_ELEMENTS // shape[1] + 1
     for start in range(0, shape[0], step):
         part = codes[start : start + step]
         data = rows(start, start + len(part))
-        read = block.read(data.view(len(part), shape[1] // block.weights, block.nbytes))
-        part.copy_(read.codes.flatten(1))
-        numbers.append([each.flatten(1) for each in read[1:] if each is not None])
-    scales, *rest = (torch.cat(part).t() for part in zip(*numbers, strict=True))
-    minimum = rest[0] if rest else None
-    size = codes.shape[1] // len(scales)
-    groups = even_groups(codes.shape[1], size)
-    return CodedMatrix(codes, block.bits, scales, groups, size, minimum, LEVELS_OF.get(kind))
+        read = block.read(data.view(len(part), shape[1] // block.weights, block.nbytes))._asdict()
+        part.copy_(read.pop("codes").flatten(1))
+        for name, numbers_of_part in read.items():
+            if numbers_of_part is not None:
+                numbers.setdefault(name, []).append(numbers_of_part.flatten(1))
+    joined = {name: torch.cat(parts).t() for name, parts in numbers.items()}
+    size = shape[1] // len(joined["scales"])
+    groups = even_groups(shape[1], size)
+    return CodedMatrix(codes, block.bits, groups=groups, group_size=size, levels=LEVELS_OF.get(kind), **joined)
 
 
 def _half(part: Tensor) -> Tensor:
@@ -103,44 +106,40 @@ def _q8_0(blocks: Tensor) -> Panel:
     return Panel(blocks[..., 2:] ^ 128, _half(blocks[..., :2]))
 
 
-def _two_levels(head: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and minima ``[N, blocks, 8]`` float32 from two float16 numbers and 8 pairs of 6 bits in 12 bytes.
+def _two_levels(head: Tensor) -> dict[str, Tensor]:
+    """Scales and minima from two float16 numbers of a block, and 8 pairs of 6 bits in 12 bytes.
 
-    Both products are exact in float32. ggml subtracts the minimum; adding its negative gives the same bits.
+    ggml subtracts a minimum. Its negative is added here, and the float16 number has the sign, which a zero keeps so.
     """
-    scale, least = _half(head[..., :4]).float().split(1, -1)
+    scale, least = _half(head[..., :4]).unbind(-1)
     first, second, rest = head[..., 4:].unflatten(-1, (3, 4)).unbind(-2)
-    steps = torch.cat((first & 63, rest & 15 | first >> 6 << 4), -1)
-    offsets = torch.cat((second & 63, rest >> 4 | second >> 6 << 4), -1)
-    return scale * steps, -(least * offsets)
+    steps = torch.cat((first & 63, rest & 15 | first >> 6 << 4), -1).view(torch.int8)
+    offsets = torch.cat((second & 63, rest >> 4 | second >> 6 << 4), -1).view(torch.int8)
+    return {"scales": steps, "minimum": offsets, "super_scales": scale, "super_minimum": -least}
 
 
 def _q4_k(blocks: Tensor) -> Panel:
-    scales, minimum = _two_levels(blocks[..., :16])
-    return Panel(_nibbles(blocks[..., 16:].unflatten(-1, (4, 32))), scales, minimum)
+    return Panel(_nibbles(blocks[..., 16:].unflatten(-1, (4, 32))), **_two_levels(blocks[..., :16]))
 
 
 def _q5_k(blocks: Tensor) -> Panel:
-    scales, minimum = _two_levels(blocks[..., :16])
     nibbles = _nibbles(blocks[..., 48:].unflatten(-1, (4, 32)))
     fifth = _bits(blocks[..., 16:48], 1).view_as(nibbles)
-    return Panel(nibbles | fifth << 4, scales, minimum)
+    return Panel(nibbles | fifth << 4, **_two_levels(blocks[..., :16]))
 
 
 def _q6_k(blocks: Tensor) -> Panel:
     low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))  # [N, blocks, half, 2, 64]
     high = _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2)  # [N, blocks, half, 4, 32]
     steps = blocks[..., 192:208].contiguous().view(torch.int8)
-    scales = _half(blocks[..., 208:]).float() * steps
-    return Panel(low.view_as(high) | high << 4, scales)
+    return Panel(low.view_as(high) | high << 4, steps, super_scales=_half(blocks[..., 208:]))
 
 
 def _iq4_xs(blocks: Tensor) -> Panel:
     upper = _bits(blocks[..., 2:4], 2).transpose(-1, -2)  # of groups 0 to 3, and of groups 4 to 7
     lower = _nibbles(blocks[..., 4:8]).transpose(-1, -2)  # of groups 0 and 1, and so on
     steps = (lower.flatten(-2) | upper.flatten(-2) << 4).to(torch.int8) - 32
-    scales = _half(blocks[..., :2]).float() * steps
-    return Panel(_nibbles(blocks[..., 8:].unflatten(-1, (8, 16))), scales)
+    return Panel(_nibbles(blocks[..., 8:].unflatten(-1, (8, 16))), steps, super_scales=_half(blocks[..., :2]))
 
 
 def _mxfp4(blocks: Tensor) -> Panel:

@@ -13,18 +13,18 @@ from mebp_triton.kernels.reference import decode
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
-# The form and the dtype of scales. Random exponents of MXFP4 need float32.
+# The form and the dtype of scales, int8 where they have two levels. Random exponents of MXFP4 need float32.
 HELD_AS = {
     "Q4_0": (Form("symmetric", 32), torch.float16),
     "Q4_1": (Form("affine", 32), torch.float16),
     "Q5_0": (Form("symmetric", 32, 8), torch.float16),
     "Q5_1": (Form("affine", 32, 8), torch.float16),
     "Q8_0": (Form("symmetric", 32, 8), torch.float16),
-    "Q4_K": (Form("affine", 32), torch.float32),
-    "Q5_K": (Form("affine", 32, 8), torch.float32),
-    "Q6_K": (Form("symmetric", 16, 8), torch.float32),
+    "Q4_K": (Form("affine", 32), torch.int8),
+    "Q5_K": (Form("affine", 32, 8), torch.int8),
+    "Q6_K": (Form("symmetric", 16, 8), torch.int8),
     "IQ4_NL": (Form("codebook", 32), torch.float16),
-    "IQ4_XS": (Form("codebook", 32), torch.float32),
+    "IQ4_XS": (Form("codebook", 32), torch.int8),
     "MXFP4": (Form("codebook", 32), torch.float32),
 }
 
