@@ -49,8 +49,11 @@ class QuantizeReport:
 
 
 DEFAULT_FORM = Form("symmetric", 64)
-# Of a matrix that has other codes in the source than we hold: of our forms with 4 bits, the one with the least error.
-DECODED_FORM = Form("affine", 32)
+# Of a matrix that has other codes in the source than we hold. It was rounded to 4 bits once, with care, and to round it
+# to 4 bits again does as much harm to the model; see docs/decisions.md.
+DECODED_FORM = Form("symmetric", 64, 8)
+# The same where 4 bits are asked for: of our forms with 4 bits, the one with the least error.
+DECODED_FORM_4_BITS = Form("affine", 32)
 # The part of a change that may lie outside of a grid's levels. A small change of random weights has 1 to 4 % there. A
 # change of many steps has more, needs other scales, and is not undone by the nearest codes.
 MOST_OUTSIDE = 0.1
@@ -81,6 +84,11 @@ class Recipe:
         size = self.group_size or default.group_size
         bits = self.bits or (4 if scheme == "codebook" else default.bits)
         return Form(scheme, size if size in GROUP_SIZES_OF_BITS[bits] else min(GROUP_SIZES_OF_BITS[bits]), bits)
+
+    @property
+    def decoded_form(self) -> Form:
+        """The form of a matrix that has other codes in the source than we hold, for what the user did not ask for."""
+        return DECODED_FORM_4_BITS if self.bits == 4 else DECODED_FORM
 
     def takes(self, form: Form) -> bool:
         """Whether ``form`` is as the user asked for."""
@@ -122,14 +130,13 @@ def quantize(
         source: the file or directory. One tensor of it is in memory at a time, and one block of int4 weights.
         store: must not exist, or be empty. It appears whole or not at all.
         scheme: "symmetric", "affine" or "codebook" (NF4). By default, each matrix whose codes in the source we hold is
-            taken over bit for bit, whatever the others have; one with other codes becomes affine. Float matrices
-            follow the first linear layer; of a source without codes, they become symmetric.
-        group_size: 32, 64 or 128, or, of codes of 8 bits, 16; by default that of the codes, 32 for other codes, 64
-            without any.
+            taken over bit for bit, whatever the others have; one with other codes becomes symmetric, with 8 bits.
+            Float matrices follow the first linear layer; of a source without codes, they become symmetric.
+        group_size: 32, 64 or 128, or, of codes of 8 bits, 16; by default that of the codes, or 64.
         scale_search: whether each group's scale is searched for the least squared error.
         blocks: the path of the block list, where it is not found by itself.
         progress: called with (matrices done, matrices in all).
-        bits: the width of codes, 4 or 8; by default the source's, or 4.
+        bits: the width of codes, 4 or 8; by default the source's, 8 for other codes, or 4.
 
     Returns:
         A record of what became of every matrix.
@@ -168,11 +175,11 @@ def write_store(
         raise ValueError(f"{type(model).__name__} has no plain linear layers: its architecture is not supported")
     if form_of is None:
         first = opened.read(f"{linear[0]}.weight")
-        default = DECODED_FORM if f"{linear[0]}.weight" in opened.decoded else DEFAULT_FORM
+        default = recipe.decoded_form if f"{linear[0]}.weight" in opened.decoded else DEFAULT_FORM
         native = first.form if isinstance(first, Int4Weight) else default
 
         def form_of(name: str) -> Form | Int4Weight:
-            return DECODED_FORM if f"{name}.weight" in opened.decoded else native
+            return recipe.decoded_form if f"{name}.weight" in opened.decoded else native
 
     job = _Job(opened, recipe, form_of, len(sites), progress)
     with atomic.atomic_directory(target) as directory:

@@ -315,8 +315,8 @@ def test_what_was_asked_for_wins_over_what_the_source_has(native, tmp_path, opti
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_matrix_with_other_codes_becomes_affine_whatever_the_first_linear_layer_is(native, small, tmp_path, first):
-    """A mixed file keeps each matrix in the form that holds it, or that loses least."""
+def test_a_matrix_with_other_codes_gets_8_bits_whatever_the_first_linear_layer_is(native, small, tmp_path, first):
+    """A mixed file keeps each matrix in the form that holds it, or in one that loses hardly anything."""
     linear, float_rest = "model.layers.0.self_attn.q_proj", OWN - {"model.embed_tokens"}
     other = {linear if first else Native.SYMMETRIC, "model.embed_tokens"}
     named = {name: parameter.detach() for name, parameter in original(small).named_parameters()}
@@ -324,13 +324,16 @@ def test_a_matrix_with_other_codes_becomes_affine_whatever_the_first_linear_laye
     native.coded |= {f"{name}.weight": named[f"{name}.weight"] for name in other}
     native.decoded = {f"{name}.weight": "Q6_K" for name in other}
     opened, report = store_of(native, tmp_path / "store")
-    forms = {name: (info.scheme, info.group_size) for name, info in opened.matrices.items()}
-    assert {forms[name] for name in other} == {("affine", 32)}
-    assert {forms[name] for name in float_rest} == {("affine", 32) if first else ("symmetric", 128)}
+    forms = {name: info.form for name, info in opened.matrices.items()}
+    assert {forms[name] for name in other} == {Form("symmetric", 64, 8)}
+    assert {forms[name] for name in float_rest} == {Form("symmetric", 64, 8) if first else Form("symmetric", 128)}
+    assert all(0 < report.errors[name] < 0.006 for name in other)
     assert report.decoded == dict.fromkeys(other, "Q6_K")
     assert set(report.taken_over) == report.errors.keys() - other - float_rest
     asked, _ = store_of(native, tmp_path / "asked", scheme="codebook")
     assert {asked.matrices[name].scheme for name in other | float_rest} == {"codebook"}
+    narrow, _ = store_of(native, tmp_path / "narrow", bits=4)
+    assert {narrow.matrices[name].form for name in other} == {Form("affine", 32)}
 
 
 def test_a_form_may_be_given_for_every_matrix(native, tmp_path):

@@ -78,7 +78,9 @@ def quantize_with_progress(
         say(f"{count} are floats in {source} and were rounded to int4: {worst}")
     for codes in sorted(set(report.decoded.values())):
         names = {name for name, kind in report.decoded.items() if kind == codes}
-        say(f"{_count(report, names)} are {codes} in {source}, decoded and rounded to int4: {_worst(report, names)}")
+        bits = " and ".join(map(str, sorted({report.forms[name].bits for name in names})))
+        loss = f"decoded and rounded to {bits} bits: {_worst(report, names)}"
+        say(f"{_count(report, names)} are {codes} in {source}, {loss}")
     for line in describe_kept_float(report.kept_float, report.int4_bytes + report.float_bytes):
         say(line)
     return report

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
-from mebp_triton.convert.quantize import DECODED_FORM, DEFAULT_FORM, Recipe
+from mebp_triton.convert.quantize import DEFAULT_FORM, Recipe
 from mebp_triton.convert.readers import is_quantized, native_form
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import Scheme
@@ -59,7 +59,7 @@ class Inventory:
         native = native_form(config)
         recipe = Recipe(scheme, group_size)
         taken_over = native is not None and recipe.takes(native.form)
-        default = DECODED_FORM if is_quantized(config) else DEFAULT_FORM
+        default = recipe.decoded_form if is_quantized(config) else DEFAULT_FORM
         scheme, group_size, bits = recipe.form(native.form if native else default)
         model = build_skeleton(copy.deepcopy(config), torch.float32)
         path, stack = find_blocks(model)
