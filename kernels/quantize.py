@@ -31,6 +31,7 @@ def quantize_matrix(
     bits: int = 4,
     importance: Tensor | None = None,
     factor: Tensor | None = None,
+    release: Callable[[Tensor], None] | None = None,
 ) -> tuple[Int4Weight, float]:
     """Quantizes ``weight`` ``[N, K]``, a chunk of rows at a time.
 
@@ -46,6 +47,8 @@ def quantize_matrix(
         importance: ``[K]`` float32, finite, at least 0: the search counts the squared error of a column that many
             times. It is the mean square of the column's input, where that is known. A group of zeros counts evenly.
         factor: ``[K, K]`` float32, see ``compensation``: each column makes up for the errors of those on its left.
+        release: called with some rows of ``weight`` each time these were read, so that the pages of a mapped file can
+            be given back. The matrix is read twice.
 
     Returns:
         The packed weight, and its error ``||decoded - weight|| / ||weight||`` (0 for a matrix of zeros), in which all
@@ -56,7 +59,7 @@ def quantize_matrix(
     """
     form, weight = Form(scheme, group_size, bits), weight.detach()
     _check(weight, form, scale_dtype, importance, factor)
-    peaks = _row_peaks(weight)
+    peaks = _row_peaks(weight, release)
     scale_dtype = _holding_dtype(peaks, scale_dtype)
     whole = _empty(weight, form, scale_dtype)
 
@@ -75,7 +78,7 @@ def quantize_matrix(
         return error, _squares(torch.div(rows, unit, out=decoded), unit)
 
     elements = CHUNK_ELEMENTS if factor is None else COMPENSATED_ELEMENTS
-    errors, totals = zip(*_each_chunk(weight, quantize_chunk, elements), strict=True)
+    errors, totals = zip(*_each_chunk(weight, quantize_chunk, elements, release), strict=True)
     return whole, (sum(errors) / sum(totals)) ** 0.5 if any(totals) else 0.0
 
 
@@ -118,7 +121,12 @@ def _check(
         raise ValueError("importance must be finite and at least 0")
 
 
-def _each_chunk(weight: Tensor, work: Callable[[int, Tensor], Result], elements: int) -> list[Result]:
+def _each_chunk(
+    weight: Tensor,
+    work: Callable[[int, Tensor], Result],
+    elements: int,
+    release: Callable[[Tensor], None] | None,
+) -> list[Result]:
     """Calls ``work`` for some rows at a time, of ``elements`` weights: with the first one's number, and in float32.
 
     On a CPU, chunks are spread over as many threads as torch uses, and an operation uses one. Operations on a chunk are
@@ -130,7 +138,11 @@ def _each_chunk(weight: Tensor, work: Callable[[int, Tensor], Result], elements:
 
     def call(start: int) -> Result:
         with torch.inference_mode(inference), torch.no_grad():
-            return work(start, weight[start : start + step].to(torch.float32))
+            rows = weight[start : start + step]
+            result = work(start, rows.to(torch.float32))
+            if release is not None:
+                release(rows)
+            return result
 
     if weight.device.type != "cpu" or threads == 1:
         return [call(start) for start in starts]
@@ -142,7 +154,7 @@ def _each_chunk(weight: Tensor, work: Callable[[int, Tensor], Result], elements:
         torch.set_num_threads(threads)
 
 
-def _row_peaks(weight: Tensor) -> Tensor:
+def _row_peaks(weight: Tensor, release: Callable[[Tensor], None] | None) -> Tensor:
     """The largest magnitude of each row."""
     peaks = weight.new_empty(len(weight), dtype=torch.float32)
 
@@ -150,7 +162,7 @@ def _row_peaks(weight: Tensor) -> Tensor:
         # What a chunk leaves behind must not be a tensor: it would lie in the space that the next chunk needs again.
         peaks[start : start + len(rows)] = torch.maximum(-rows.amin(1), rows.amax(1))
 
-    _each_chunk(weight, find, CHUNK_ELEMENTS)
+    _each_chunk(weight, find, CHUNK_ELEMENTS, release)
     broken = ~peaks.isfinite()
     if broken.any():
         raise ValueError(f"weight must be finite, got NaN or infinity in row {int(broken.nonzero()[0])}")

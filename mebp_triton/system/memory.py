@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 LARGE = 1 << 20
@@ -39,6 +42,39 @@ def return_free_memory() -> None:
     except (OSError, AttributeError):
         return
     trim(0)
+
+
+def page_dropper(tensor: Tensor) -> Callable[[Tensor], None] | None:
+    """Finds out whether ``tensor`` lies in a file that is mapped privately, as safetensors maps a file.
+
+    Returns:
+        What gives the resident pages of a contiguous part of ``tensor`` back to the system. They must not have been
+        written to: the next access reads them from the file again. None for memory of another kind.
+    """
+    start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    try:
+        madvise = ctypes.CDLL(None).madvise
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            mappings = [line.split(maxsplit=5) for line in file]
+    except (OSError, AttributeError):
+        return None
+    for bounds, permissions, _, _, inode, *_ in mappings:
+        first, last = (int(bound, 16) for bound in bounds.split("-"))
+        if first <= start and stop <= last:
+            if inode == "0" or not permissions.endswith("p"):
+                return None
+            break
+    else:
+        return None
+
+    def drop(part: Tensor) -> None:
+        page = mmap.PAGESIZE
+        first = -(-part.data_ptr() // page) * page
+        last = (part.data_ptr() + part.nbytes) // page * page
+        if last > first:
+            madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+    return drop
 
 
 @dataclass(frozen=True)

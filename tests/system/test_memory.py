@@ -8,10 +8,11 @@ import sys
 
 import psutil
 import pytest
+import safetensors.torch
 import torch
 
 from mebp_triton.system import memory
-from mebp_triton.system.memory import MemoryWatch, Resident, peak_resident_bytes, resident
+from mebp_triton.system.memory import MemoryWatch, Resident, page_dropper, peak_resident_bytes, resident
 
 SIZE = 64 << 20
 
@@ -21,6 +22,26 @@ def test_resident_is_what_the_kernel_says():
     assert now.total == now.anonymous + now.file_backed
     assert abs(now.total - psutil.Process().memory_info().rss) < 8 << 20
     assert peak_resident_bytes() >= now.total - (1 << 20)
+
+
+def test_pages_of_a_mapped_tensor_are_dropped_part_by_part(tmp_path):
+    whole = torch.arange(SIZE // 4, dtype=torch.int32).view(16, -1)
+    safetensors.torch.save_file({"rows": whole}, tmp_path / "file")
+    with safetensors.safe_open(tmp_path / "file", "pt") as file:
+        mapped = file.get_tensor("rows")
+    drop = page_dropper(mapped)
+    assert torch.equal(mapped, whole)
+    before = resident()
+    drop(mapped[:8])
+    assert abs(before.file_backed - resident().file_backed - SIZE // 2) < SIZE // 8
+    assert torch.equal(mapped, whole)
+
+
+def test_memory_that_no_file_holds_is_not_dropped(tmp_path):
+    """Such pages would come back as zeros, or would be those that another process shares."""
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    shared = torch.from_file(str(tmp_path / "file"), shared=True, size=1 << 20, dtype=torch.uint8)
+    assert page_dropper(torch.ones(1 << 20)) is None and page_dropper(shared) is None
 
 
 def test_anonymous_and_file_backed_pages_are_told_apart(tmp_path):
