@@ -23,6 +23,7 @@ from mebp_triton.models.names import persistent_buffers
 from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites, linear_names
 from mebp_triton.store.manifest import SHARED, BaseModel, block_file
 from mebp_triton.system import atomic
+from mebp_triton.system.memory import page_dropper
 
 
 @dataclass
@@ -111,7 +112,8 @@ class Recipe:
                     return rounded.weight, rounded.error
             default = default.form
         scheme, size, bits = self.form(default)
-        return quantize_matrix(value, scheme, size, self.scale_search, bits=bits)
+        release = page_dropper(value)
+        return quantize_matrix(value, scheme, size, self.scale_search, bits=bits, release=release)
 
 
 def quantize(

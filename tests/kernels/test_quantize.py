@@ -363,3 +363,33 @@ def test_works_in_chunks_of_rows(monkeypatch):
     monkeypatch.setattr(quantize, "_quantize_rows", spy)
     quantize_matrix(normal(900, 1024))
     assert sum(seen) == 900 * 1024 and max(seen) <= quantize.CHUNK_ELEMENTS
+
+
+def test_rows_are_released_once_they_were_read(monkeypatch):
+    """All rows twice: for their peaks, and to be quantized; and after that nobody reads them."""
+    monkeypatch.setattr(quantize, "CHUNK_ELEMENTS", 640)
+    weight = normal(37, 64)
+    expected, places = quantize_matrix(weight.clone(), release=None)[0], []
+
+    def release(rows):
+        places.append((rows.data_ptr() - weight.data_ptr()) // (4 * 64))
+        if len(places) > 4:
+            rows.fill_(torch.nan)
+
+    assert equal(quantize_matrix(weight, release=release)[0], expected)
+    assert sorted(places) == sorted([0, 10, 20, 30] * 2) and weight.isnan().all()
+
+
+def test_threads_do_not_change_the_result(scheme, monkeypatch):
+    """Many small chunks on two threads, and torch has as many threads afterwards as before."""
+    monkeypatch.setattr(quantize, "CHUNK_ELEMENTS", 1000)
+    weight, threads, results = normal(90, 100), torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(quantize_matrix(weight, scheme, 32))
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    assert equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    with torch.inference_mode():
+        assert equal(quantize_matrix(torch.nn.Parameter(weight), scheme, 32)[0], results[0][0])
+    assert not quantize_matrix(torch.nn.Parameter(weight), scheme, 32)[0].scales.requires_grad
