@@ -158,7 +158,12 @@ class Model:
         return weight.t() if site.transposed else weight
 
     def put(self, round_site: Callable[[Int4Site, Tensor], Rounded | None]) -> dict[str, Any]:
-        """Gives every site what ``round_site`` makes of its weight, None to keep it; returns bits and errors."""
+        """Gives every site what ``round_site`` makes of its weight, None to keep it.
+
+        Returns:
+            Bits a weight of all parameters, of the linear layers, and of embedding and head; and the means of the
+            relative errors of the last two.
+        """
         bits, numbers = {"linear": 0.0, "tables": 0.0}, {"linear": 0, "tables": 0}
         errors: dict[str, list[float]] = {"linear": [], "tables": []}
         for site in self.sites:
@@ -211,7 +216,7 @@ def measure(setting: Setting, model: Model, references: dict[str, Reference]) ->
     for name, reference in references.items():
         found[name] = reference.compare(model.model)
     print(f"  {quantized - started:.0f} s, {time.process_time() - quantized:.0f} s", file=sys.stderr)
-    return setting._asdict() | found | {"commit": commit()}
+    return setting._asdict() | found
 
 
 def main() -> None:
@@ -235,6 +240,7 @@ def run(directory: Path, output: Path, texts: dict[str, str], words: list[str], 
     wanted = list(dict.fromkeys(setting for part in words for setting in SETTINGS if part in str(setting)))
     wanted = [setting for setting in wanted if again or str(setting) not in record["settings"]]
     model, tokenizer = Model(directory), AutoTokenizer.from_pretrained(directory)
+    sources = {"commit": commit()}  # before others are checked out
     references, head = {}, model.model.get_output_embeddings().weight.clone()
     for name, text in texts.items():
         parts = windows(tokenizer, text, WINDOWS.get(name, WINDOWS_OF_OTHERS), LENGTH)
@@ -246,7 +252,7 @@ def run(directory: Path, output: Path, texts: dict[str, str], words: list[str], 
         for name, reference in references.items()
     }
     for setting in wanted:
-        found = record["settings"][str(setting)] = measure(setting, model, references)
+        found = record["settings"][str(setting)] = measure(setting, model, references) | sources
         print(f"{setting}: {found['bits']:.2f} bits", *(f"{n} {found[n]['kl']:.4f}" for n in texts), flush=True)
         strict_json.write_json(output, record)
 
