@@ -33,9 +33,9 @@ def windows(tokenizer: Any, text: str, count: int, length: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def hidden_states(model: Any, texts: list[Tensor]) -> Tensor:
-    """What the head sees of every position that has a next token, ``[T, d]`` float32."""
-    return torch.cat([model.base_model(text).last_hidden_state[0, :-1] for text in texts])
+def hidden_states(model: Any, texts: list[Tensor], every: int) -> Tensor:
+    """What the head sees of every ``every``-th position that has a next token, ``[T, d]`` float32."""
+    return torch.cat([model.base_model(text).last_hidden_state[0, :-1:every] for text in texts])
 
 
 @torch.no_grad()
@@ -67,6 +67,7 @@ class Reference:
 
     Attributes:
         texts: its windows.
+        every: one position of so many is evaluated.
         hidden: see ``hidden_states``.
         head: the head's matrix, ``[V, d]`` float32.
         negative_entropy, best, means: Σ p·log p, the likeliest token and p·E of each position.
@@ -74,6 +75,7 @@ class Reference:
     """
 
     texts: list[Tensor]
+    every: int
     hidden: Tensor
     head: Tensor
     negative_entropy: Tensor = field(init=False)
@@ -95,12 +97,12 @@ class Reference:
 
     def _of_targets(self, hidden: Tensor, head: Tensor) -> Tensor:
         """The logit of each position's next token, float64."""
-        return _dots(hidden, head[torch.cat([text[0, 1:] for text in self.texts])])
+        return _dots(hidden, head[torch.cat([text[0, 1 :: self.every] for text in self.texts])])
 
     @torch.no_grad()
     def compare(self, model: Any) -> dict[str, float]:
         """Perplexity, mean KL divergence from the source in nats, and how often the likeliest token is the same."""
-        head, hidden = model.get_output_embeddings().weight, hidden_states(model, self.texts)
+        head, hidden = model.get_output_embeddings().weight, hidden_states(model, self.texts, self.every)
         means = self.means if torch.equal(head, self.head) else self._means(head)
         sums, same = torch.empty(len(hidden), dtype=torch.float64), 0
         for rows, logits, probabilities in _pieces(hidden, head):

@@ -50,6 +50,7 @@ from mebp_triton.system.machine import environment
 LENGTH = 1024
 WINDOWS = {"topics": 4}
 WINDOWS_OF_OTHERS = 2
+MANY_TOKENS, FEWER = 100_000, 4  # of such a vocabulary, whose head takes most of the time, one position of so many
 
 
 class Setting(NamedTuple):
@@ -242,10 +243,11 @@ def run(directory: Path, output: Path, texts: dict[str, str], words: list[str], 
     model, tokenizer = Model(directory), AutoTokenizer.from_pretrained(directory)
     sources = {"commit": commit()}  # before others are checked out
     references, head = {}, model.model.get_output_embeddings().weight.clone()
+    every = FEWER if len(head) > MANY_TOKENS else 1
     for name, text in texts.items():
         parts = windows(tokenizer, text, WINDOWS.get(name, WINDOWS_OF_OTHERS), LENGTH)
         check_head(model.model, parts[0])
-        references[name] = Reference(parts, hidden_states(model.model, parts), head)
+        references[name] = Reference(parts, every, hidden_states(model.model, parts, every), head)
     record |= {"model": directory.resolve().name, "processor": processor(), "environment": environment()}
     record["texts"] = {
         name: {"positions": len(reference.hidden), "perplexity": math.exp(reference.loss)}
