@@ -32,7 +32,8 @@ FLOORS = {
         readers.gguf readers.quantization readers.safetensors_dir readers.bitsandbytes readers.int4_dir
         readers.packed_dir readers.gptq readers.awq readers.auto_round readers.mlx readers.compressed_tensors
         readers.hqq readers.merged_store readers writers.store writers.model_directory calibration.source_weights
-        calibration.stream calibration.source_run calibration.source_loss quantize merge""",
+        calibration.stream calibration.source_run calibration.source_loss calibration.layer_inputs
+        calibration.calibration quantize merge""",
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw optimizers.table
         evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes plan.inventory
         plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint interim trainer

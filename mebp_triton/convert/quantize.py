@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
+from mebp_triton.convert.calibration.calibration import CALIBRATION_WINDOWS, Calibration
+from mebp_triton.convert.calibration.layer_inputs import Columns
+from mebp_triton.convert.calibration.source_run import SourceRun
 from mebp_triton.convert.readers import open_source
 from mebp_triton.convert.readers.source import Source, check_finite
 from mebp_triton.convert.writers.store import StoreWriter
+from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import GROUP_SIZES_OF_BITS, Form, Scheme
 from mebp_triton.kernels.quantize import check_form, quantize_matrix
@@ -38,6 +43,11 @@ class QuantizeReport:
         forms: scheme, group size and width of codes, by module.
         float_bytes, int4_bytes: the bytes of what stayed float and of what became int4.
         kept_float: the matrices that stayed float, by the reason; see ``models/kept_float.py``.
+        compensated: with a calibration, the linear layers that were rounded by all they read: their columns make up
+            for each other's errors.
+        weighted: those whose inputs have too many pairs of columns for the memory: each column counts by its inputs
+            alone.
+        unseen: those that were quantized though the calibration text never reaches them.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
@@ -47,6 +57,9 @@ class QuantizeReport:
     float_bytes: int = 0
     int4_bytes: int = 0
     kept_float: dict[str, KeptFloat] = field(default_factory=dict)
+    compensated: list[str] = field(default_factory=list)
+    weighted: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
 
 
 DEFAULT_FORM = Form("symmetric", 64)
@@ -96,10 +109,13 @@ class Recipe:
         asked = self.scheme, self.group_size, self.bits
         return all(want in (None, has) for want, has in zip(asked, form, strict=True))
 
-    def apply(self, value: Tensor | Int4Weight, default: Form | Int4Weight) -> tuple[Int4Weight, float]:
+    def apply(
+        self, value: Tensor | Int4Weight, default: Form | Int4Weight, columns: Callable[[], Columns] = Columns
+    ) -> tuple[Int4Weight, float]:
         """The int4 weight of a matrix, and its relative error, which is 0 for codes taken over as they were.
 
         ``default``: the form for what the user did not ask for; or a weight whose grid is kept where it will do.
+        ``columns``: tells what is known of the matrix's columns, if it is quantized anew.
         """
         if isinstance(value, Int4Weight):
             if self.takes(value.form):
@@ -112,8 +128,8 @@ class Recipe:
                     return rounded.weight, rounded.error
             default = default.form
         scheme, size, bits = self.form(default)
-        release = page_dropper(value)
-        return quantize_matrix(value, scheme, size, self.scale_search, bits=bits, release=release)
+        known = columns()._asdict()
+        return quantize_matrix(value, scheme, size, self.scale_search, bits=bits, release=page_dropper(value), **known)
 
 
 def quantize(
@@ -125,6 +141,8 @@ def quantize(
     blocks: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     bits: int | None = None,
+    calibration: Callable[[Path], TokenizedData | None] = lambda companions: None,
+    calibration_windows: int = CALIBRATION_WINDOWS,
 ) -> QuantizeReport:
     """Makes the store directory ``store`` from ``source``, a transformers model directory or a GGUF file.
 
@@ -139,6 +157,10 @@ def quantize(
         blocks: the path of the block list, where it is not found by itself.
         progress: called with (matrices done, matrices in all).
         bits: the width of codes, 4 or 8; by default the source's, 8 for other codes, or 4.
+        calibration: called with a directory that has the source's config and tokenizer. The text that it returns goes
+            through the model, block by block, and linear layers are rounded so that what they give on it changes
+            little. In memory are then one block in float32, and the products of pairs of its inputs' columns.
+        calibration_windows: how many windows of the text, evenly spaced, go through the model.
 
     Returns:
         A record of what became of every matrix.
@@ -149,7 +171,12 @@ def quantize(
     recipe = Recipe(scheme, group_size, scale_search, bits)
     atomic.check_absent(Path(store))
     opened = open_source(source)
-    return write_store(opened, Path(store), recipe, blocks, None, progress, base_model(Path(source)))
+
+    def follow(directory: Path) -> Calibration | None:
+        text = calibration(directory)
+        return None if text is None else Calibration(SourceRun(opened, text, calibration_windows, directory, blocks))
+
+    return write_store(opened, Path(store), recipe, blocks, None, progress, base_model(Path(source)), follow)
 
 
 def write_store(
@@ -160,12 +187,13 @@ def write_store(
     form_of: Callable[[str], Form | Int4Weight] | None,
     progress: Callable[[int, int], None],
     base: BaseModel | None = None,
+    follow: Callable[[Path], Calibration | None] = lambda directory: None,
 ) -> QuantizeReport:
     """Writes the store of an opened source; see ``quantize``.
 
     ``form_of`` tells the form that a matrix without codes of ours gets unless the recipe asks for another, by module,
     once the source has read it; or the weight whose grid it keeps. None: what ``quantize`` says. ``base``: see
-    ``StoreWriter``.
+    ``StoreWriter``. ``follow``: makes the calibration, in a directory that has the companions.
     """
     model = build_skeleton(opened.config, torch.float32)
     opened.bind(model)
@@ -186,9 +214,11 @@ def write_store(
     job = _Job(opened, recipe, form_of, len(sites), progress)
     with atomic.atomic_directory(target) as directory:
         opened.save_companions(directory)
+        job.calibration = follow(directory)
         writer = StoreWriter(directory, opened.description, tied, base)
         for index in range(len(stack)):
-            job.write(writer, block_file(index), sites, floats, f"{path}.{index}.")
+            with nullcontext() if job.calibration is None else job.calibration.block():
+                job.write(writer, block_file(index), sites, floats, f"{path}.{index}.")
         job.write(writer, SHARED, sites, floats, "")
         writer.finish()
     job.report.kept_float = kept_float(model, job.float_sizes)
@@ -216,6 +246,7 @@ class _Job:
         progress: Callable[[int, int], None],
     ) -> None:
         self.source, self.recipe, self.form_of, self.total, self.progress = source, recipe, form_of, total, progress
+        self.calibration: Calibration | None = None
         self.report = QuantizeReport()
         self.written: set[str] = set()
         self.float_sizes: dict[str, int] = {}
@@ -244,7 +275,7 @@ class _Job:
         if site.transposed and not isinstance(value, Int4Weight):
             value = value.t().contiguous()
         try:
-            weight, error = self.recipe.apply(value, self.form_of(site.name))
+            weight, error = self.recipe.apply(value, self.form_of(site.name), lambda: self._columns(site))
         except ValueError as problem:
             raise ValueError(f"{site.name}: {problem}") from None
         self.report.errors[site.name], self.report.forms[site.name] = error, weight.form
@@ -255,4 +286,17 @@ class _Job:
         elif isinstance(value, Int4Weight):
             self.report.decoded[site.name] = f"codes of {value.form}"
         self.progress(len(self.report.errors), self.total)
+        if self.calibration is not None and weight is not value:
+            self.calibration.replace(site.name, weight)
         return weight, error
+
+    def _columns(self, site: Int4Site) -> Columns:
+        """What a calibration knows of the columns of a matrix that is about to be rounded; nothing without one."""
+        if self.calibration is None:
+            return Columns()
+        columns = self.calibration.columns(site.name)
+        if site.role == "linear":
+            report, (importance, factor) = self.report, columns
+            names = report.unseen if importance is None else report.weighted if factor is None else report.compensated
+            names.append(site.name)
+        return columns
