@@ -38,10 +38,10 @@ FLOORS = {
         evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes plan.inventory
         plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint interim trainer
         untrained finetune gradient_check""",
-    "cli": """console suggestions flags starting_adapter chat_template inference peft_baseline streaming doctor.advice
-        doctor.findings commands.quantize commands.verify commands.eval commands.generate commands.merge planning
-        commands.plan commands.tune stops training_texts training_run commands.train commands.doctor commands.demo
-        parser main __main__""",
+    "cli": """console suggestions flags starting_adapter chat_template inference source_texts peft_baseline streaming
+        doctor.advice doctor.findings commands.quantize commands.verify commands.eval commands.generate commands.merge
+        planning commands.plan commands.tune stops training_texts training_run commands.train commands.doctor
+        commands.demo parser main __main__""",
 }
 ORDER = [f"mebp_triton.{room}.{file}" for room, files in FLOORS.items() for file in files.split()]
 # What each folder may import besides the standard library and the rooms below.

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from mebp_triton.convert.calibration import CALIBRATION_WINDOWS
 from mebp_triton.kernels.names import BACKENDS, FLOAT_NAMES, GROUP_SIZES, SCHEMES
 
 
@@ -118,6 +119,23 @@ def add_validation(parser: argparse.ArgumentParser, required: bool, use: str) ->
         metavar="N",
         help="evaluate on this many evenly spaced windows (default: all)",
     )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that ``source_texts.SourceTexts`` reads."""
+    parser.add_argument(
+        "--calibration-file",
+        metavar="FILE",
+        help="a text like those that the model is for: linear layers are rounded so that they change little on it",
+    )
+    parser.add_argument(
+        "--calibration-windows",
+        type=at_least_one,
+        default=CALIBRATION_WINDOWS,
+        metavar="N",
+        help=f"calibrate with this many evenly spaced windows (default: {CALIBRATION_WINDOWS})",
+    )
+    add_validation(parser, required=False, use="a text to measure the loss of the source and of the store on")
 
 
 def add_plot(parser: argparse.ArgumentParser, what: str) -> None:

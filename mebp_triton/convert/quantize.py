@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
-from mebp_triton.convert.calibration.calibration import CALIBRATION_WINDOWS, Calibration
+from mebp_triton.convert.calibration import CALIBRATION_WINDOWS
+from mebp_triton.convert.calibration.calibration import Calibration
 from mebp_triton.convert.calibration.layer_inputs import Columns
 from mebp_triton.convert.calibration.source_run import SourceRun
 from mebp_triton.convert.readers import open_source

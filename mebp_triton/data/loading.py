@@ -36,7 +36,7 @@ def load_data(
             adds one); the end-of-sequence token closes a ``text`` row and a ``completion`` string. What chat messages
             need is up to the chat template.
         max_length: tokens; longer rows are cut, text is cut into windows of this length.
-        name: the file's name in error messages; "validation-file" takes that split of a directory.
+        name: the file's name in error messages, which also decides on the split of a directory; see ``check_source``.
         masking: which tokens enter the loss; by default ``Masking()``.
         scratch: a directory for a temporary file that takes the tokens, so that they are no resident memory. It has no
             name, and the system removes it with the process. None keeps them in memory. The rows are the same.
@@ -62,7 +62,7 @@ def load_data(
     where = f"{name} {paths[0] if len(paths) == 1 else path}"
     data = writer.finish()
     if not len(data):
-        what = "train on" if name == "train-file" else "evaluate"
+        what = {"train-file": "train on", "calibration-file": "calibrate with"}.get(name, "evaluate")
         raise ValueError(f"{where}: nothing to {what}, {_emptiness(writer)}")
     return data
 

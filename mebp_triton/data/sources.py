@@ -15,7 +15,7 @@ from .text_rows import csv_rows, json_rows, jsonl_rows
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 WANTED = "a .txt, .jsonl, .json, .csv or .parquet file"
 # The names of the split in a directory, by what the file is for.
-SPLITS = {"train-file": ("train",), "validation-file": ("validation", "valid")}
+SPLITS = {"train-file": ("train",), "calibration-file": ("train",), "validation-file": ("validation", "valid")}
 # What datasets' save_to_disk writes beside one dataset, and beside several splits.
 DATASET, DATASETS = "dataset_info.json", "dataset_dict.json"
 BATCH_ROWS = 256
@@ -31,7 +31,8 @@ def check_source(path: str | Path, name: str = "train-file") -> list[Path]:
         path: a file (``SUFFIXES``); a directory that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote; or
             a directory with ``train.jsonl`` and ``valid.jsonl`` (or of the other suffixes, or ``validation``), or with
             shards, ``train-00000-of-00002.parquet``, there or in its ``data``, as a dataset of the hub has them.
-        name: "train-file" or "validation-file": the split of a directory that is meant, and the name in errors.
+        name: "train-file", "calibration-file" or "validation-file": the split of a directory that is meant, and the
+            name in errors.
 
     Raises:
         ValueError: there is no such thing.

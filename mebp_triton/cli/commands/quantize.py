@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mebp_triton.cli.console import answer, progress_bar, say
-from mebp_triton.cli.flags import add_quantization
+from mebp_triton.cli.flags import add_calibration, add_quantization
+from mebp_triton.cli.source_texts import SourceTexts, as_values, describe, describe_calibration
+from mebp_triton.convert.calibration import CALIBRATION_WINDOWS
 from mebp_triton.system.units import MIB
 
 if TYPE_CHECKING:
@@ -24,10 +26,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="model directory (safetensors; in 4 bits too) or .gguf file")
     parser.add_argument("store", metavar="OUT", help="the store directory to make")
     add_quantization(parser)
+    add_calibration(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    report = quantize_with_progress(arguments.source, Path(arguments.store), arguments)
+    texts = SourceTexts(arguments)
+    store = Path(arguments.store)
+    report = quantize_with_progress(arguments.source, store, arguments, texts=texts)
+    evaluations = texts.evaluations(arguments.source, store)
     value = {
         "store": arguments.store,
         "matrices": len(report.errors),
@@ -40,16 +46,27 @@ def run(arguments: argparse.Namespace) -> None:
         "kept_float": {reason: dataclasses.asdict(count) for reason, count in report.kept_float.items()},
         "relative_error_worst": max(report.errors.values()),
         "relative_error": report.errors,
+        "compensated": len(report.compensated),
+        "weighted": report.weighted,
+        "unseen": report.unseen,
+        **as_values(evaluations),
     }
-    answer(arguments, value, _table(arguments.store, report))
+    table = _table(arguments.store, report)
+    table.caption = describe(evaluations) if evaluations else None
+    answer(arguments, value, table)
 
 
 def quantize_with_progress(
-    source: str, store: Path, arguments: argparse.Namespace, announcement: str = ""
+    source: str,
+    store: Path,
+    arguments: argparse.Namespace,
+    announcement: str = "",
+    texts: SourceTexts | None = None,
 ) -> QuantizeReport:
     """Makes ``store`` from ``source`` as the quantization flags say, under a progress bar.
 
-    ``announcement``: a line that is said once the source has turned out to be one.
+    ``announcement``: a line that is said once the source has turned out to be one. ``texts``: those of
+    ``flags.add_calibration``; None for a command without them.
     """
     from mebp_triton.convert.quantize import quantize
     from mebp_triton.models.kept_float import describe_kept_float
@@ -69,6 +86,8 @@ def quantize_with_progress(
             group_size=arguments.group_size,
             scale_search=arguments.scale_search,
             progress=progress,
+            calibration=lambda companions: None if texts is None else texts.read(companions),
+            calibration_windows=getattr(arguments, "calibration_windows", CALIBRATION_WINDOWS),
         )
     if report.taken_over:
         say(f"{_count(report, report.taken_over)} were taken over bit for bit")
@@ -81,6 +100,8 @@ def quantize_with_progress(
         bits = " and ".join(map(str, sorted({report.forms[name].bits for name in names})))
         loss = f"decoded and rounded to {bits} bits: {_worst(report, names)}"
         say(f"{_count(report, names)} are {codes} in {source}, {loss}")
+    for line in describe_calibration(report):
+        say(line)
     for line in describe_kept_float(report.kept_float, report.int4_bytes + report.float_bytes):
         say(line)
     return report

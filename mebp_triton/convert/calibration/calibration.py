@@ -21,7 +21,6 @@ from mebp_triton.system.machine import available_memory_bytes
 from .layer_inputs import Columns, LayerInputs
 from .source_run import SourceRun
 
-CALIBRATION_WINDOWS = 64
 FLOAT_BYTES = 4
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mebp_triton.blocks.runner import find_blocks
+from mebp_triton.convert.readers import open_source
 from mebp_triton.convert.readers.source import Source
 from mebp_triton.data.batching import collate, evenly_spaced
 from mebp_triton.data.tokenized import TokenizedData
@@ -57,6 +58,13 @@ class SourceRun:
         unreached = unreached_by_text(source.config, self.path, linear)
         self.weights.load_rest(self.path, unreached, torch.cat([batch["input_ids"].flatten() for batch in batches]))
         self.stream = BlockStream(self.model, stack, batches, FileBlockInputs(scratch))
+
+    @classmethod
+    def of_path(cls, source: Path | str, data: TokenizedData, most_windows: int | None, scratch: Path) -> SourceRun:
+        """The run of a model directory or a GGUF file."""
+        opened = open_source(source)
+        opened.bind(build_skeleton(copy.deepcopy(opened.config), torch.float32))
+        return cls(opened, data, most_windows, scratch)
 
     @property
     def prefix(self) -> str:
