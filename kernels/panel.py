@@ -132,11 +132,12 @@ class PanelDecoder:
 
     def _per_piece(self, values: Tensor, supers: Tensor | None, groups: Tensor, start: int, stop: int) -> Tensor:
         """Scales or minima of the rows ``start:stop``, one for each piece, as ``[rows, pieces, 1]``."""
-        chosen = values[:, start:stop].index_select(0, groups).t()
-        made = torch.empty(chosen.shape, dtype=self.wide, device=values.device).copy_(chosen)
+        chosen = values[:, start:stop].index_select(0, groups)
         if supers is not None:
+            # Multiplied as they lie, which takes half as long as after the transposition.
             stretches = groups * self.weight.group_size // SUPER_GROUP
-            made.mul_(supers[:, start:stop].index_select(0, stretches).t())
+            chosen = chosen.to(self.wide).mul_(supers[:, start:stop].to(self.wide).index_select(0, stretches))
+        made = torch.empty(chosen.t().shape, dtype=self.wide, device=values.device).copy_(chosen.t())
         return made.unsqueeze(-1)
 
     def __call__(self, start: int, stop: int, first_chunk: int, last_chunk: int) -> Tensor:
