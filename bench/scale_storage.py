@@ -3,10 +3,10 @@
     python bench/scale_storage.py [--target 87]
     python bench/scale_storage.py --panels
 
-The first prints, for the configurations that most entries of a shipped table take, clocks of one trip of the main loop,
-for one program on one multiprocessor: of the tensor cores at their nominal rate; then, for each storage, of shared memory
-and of the schedulers, and the largest of the three as a multiple of that with float16. Each instruction counts once. The
-conversions of bytes, whose number for one thread comes last, run in a unit of their own, 16 lanes a clock.
+The first prints, for the configurations that most entries of a shipped table take, clocks of one trip of the main
+loop, for one program on one multiprocessor: of the tensor cores at their nominal rate; then, for each storage, of
+shared memory and of the schedulers, and the largest of the three as a multiple of that with float16. Each instruction
+counts once. The conversions of bytes, whose number for one thread comes last, run in a unit of their own.
 
 The second times products by panels on this CPU, with one thread, as multiples of that with float16. The storages take
 turns, and each has the least of many times.
