@@ -31,6 +31,24 @@ FORMS = tuple(
     if (scheme, bits) != ("codebook", 8)
 )
 
+# How a float matrix is quantized where nobody asks for anything, by the width of its codes. docs/decisions.md has the
+# figures that chose them.
+DEFAULT_FORMS = {4: Form("affine", 32), 8: Form("symmetric", 64, 8)}
+DEFAULT_FORM = DEFAULT_FORMS[4]
+
+
+def fill_form(
+    scheme: Scheme | None = None, group_size: int | None = None, bits: int | None = None, default: Form = DEFAULT_FORM
+) -> Form:
+    """The form that is asked for. What is None is as in ``default``, or as in the default of the width asked for."""
+    if bits is None:
+        bits = 4 if scheme == "codebook" else default.bits
+    if bits != default.bits:
+        default = DEFAULT_FORMS.get(bits, default)
+    size = default.group_size if group_size is None else group_size
+    return Form(default.scheme if scheme is None else scheme, size, bits)
+
+
 Backend = Literal["auto", "triton", "panel"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 FloatName = Literal["float32", "bfloat16", "float16"]

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mebp_triton.convert.calibration import CALIBRATION_WINDOWS
-from mebp_triton.kernels.names import BACKENDS, FLOAT_NAMES, GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import (
+    BACKENDS,
+    BITS,
+    DEFAULT_FORM,
+    DEFAULT_FORMS,
+    FLOAT_NAMES,
+    GROUP_SIZES_OF_BITS,
+    SCHEMES,
+)
 
 
 def at_least_one(text: str) -> int:
@@ -49,13 +57,18 @@ def add_settings(parser: argparse.ArgumentParser, settings: type, needed: Collec
             parser.add_argument(flag, type=kind, metavar=field.name.split("_")[-1].upper(), **options)
 
 
+FORM_FLAGS = ("--scheme", "--group-size", "--bits", "--embedding-bits")
+
+
 def add_quantization(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say how a float matrix becomes int4."""
+    """Adds the flags that say how a float matrix becomes int4; ``asked_form`` reads ``FORM_FLAGS``."""
+    add_linear_form(parser, "the source's")
     parser.add_argument(
-        "--scheme", choices=SCHEMES, help="how 4-bit codes become weights (default: the source's, or symmetric)"
-    )
-    parser.add_argument(
-        "--group-size", type=int, choices=GROUP_SIZES, help="weights per scale (default: the source's, or 64)"
+        "--embedding-bits",
+        type=int,
+        choices=BITS,
+        help="width of the codes of embedding and head (default: the source's, or 8); --scheme and --group-size hold "
+        "for 4",
     )
     parser.add_argument(
         "--scale-search",
@@ -63,6 +76,32 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="search each scale for the least squared error (default: on)",
     )
+
+
+def add_linear_form(parser: argparse.ArgumentParser, own: str) -> None:
+    """Adds the flags for the form of linear layers; ``own`` says whose form is the default."""
+    scheme, size, bits = DEFAULT_FORM
+    wide = DEFAULT_FORMS[8].scheme
+    parser.add_argument(
+        "--scheme",
+        choices=SCHEMES,
+        help=f"how the codes of linear layers become weights (default: {own}, or {scheme}, with 8 bits {wide})",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES_OF_BITS[8],
+        help=f"weights per scale in linear layers; 16 with 8 bits only (default: {own}, or {size})",
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=BITS, help=f"width of the codes of linear layers (default: {own}, or {bits})"
+    )
+
+
+def asked_form(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of ``FORM_FLAGS``, by the names that ``quantize`` has for them; None for what was not asked for."""
+    names = [flag.removeprefix("--").replace("-", "_") for flag in FORM_FLAGS]
+    return {name: getattr(arguments, name) for name in names}
 
 
 def add_inference(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,17 @@ def settings_of(arguments: argparse.Namespace) -> TrainConfig:
     return TrainConfig(**settings)
 
 
-def planner_of(given: Store | Path, config: Any, scheme: str | None, group_size: int | None) -> Planner:
-    """A planner for a store, or for the store that would be made of a model directory or a ``config.json``."""
+def planner_of(given: Store | Path, config: Any, asked: Mapping[str, Any]) -> Planner:
+    """A planner for a store, or for the store that would be made of a model directory or a ``config.json``.
+
+    ``asked``: the form that the flags ask for; see ``flags.asked_form``.
+    """
     if isinstance(given, Path) and (given / MANIFEST).exists():
         given = Store(given)
     if isinstance(given, Store):
         return Planner(Inventory.of_store(given), config)
     state_quantization(config, given)
-    return Planner(Inventory.of_config(config, scheme, group_size), config)
+    return Planner(Inventory.of_config(config, **asked), config)
 
 
 def describe(plan: Plan) -> str:

@@ -15,6 +15,7 @@ import torch
 from mebp_triton.cli.chat_template import template_of_run
 from mebp_triton.cli.commands.quantize import quantize_with_progress
 from mebp_triton.cli.console import progress_bar, say
+from mebp_triton.cli.flags import FORM_FLAGS, asked_form
 from mebp_triton.cli.inference import model_config
 from mebp_triton.cli.planning import describe, planner_of, settings_of
 from mebp_triton.cli.starting_adapter import doubt, start_record
@@ -29,7 +30,7 @@ from mebp_triton.models.adapter import CHAT_TEMPLATE, load_adapter
 from mebp_triton.models.generation import add_stops, saved_stops, write_stops
 from mebp_triton.models.kept_float import describe_kept_float, kept_float
 from mebp_triton.models.load import load
-from mebp_triton.store.manifest import MANIFEST
+from mebp_triton.store.manifest import MANIFEST, SHARED
 from mebp_triton.store.reader import Store
 from mebp_triton.system import atomic
 from mebp_triton.system.errors import CannotTrace, Interrupted
@@ -195,7 +196,7 @@ def _plan(given: Store | Path, arguments: argparse.Namespace, asked: TrainConfig
     """The plan. A model that cannot be traced has none, which one line says; with a budget that is an error."""
     directory = given.directory if isinstance(given, Store) else given
     try:
-        return planner_of(given, model_config(directory), arguments.scheme, arguments.group_size).resolve(asked)
+        return planner_of(given, model_config(directory), asked_form(arguments)).resolve(asked)
     except CannotTrace as error:
         if asked.memory_budget is not None:
             raise
@@ -224,8 +225,8 @@ def _open_if_store(given: Path, arguments: argparse.Namespace) -> Store | None:
             open_source(given)
         return None
     store = Store(given)
-    if arguments.scheme or arguments.group_size:
-        raise ValueError(f"--scheme and --group-size are for models that are quantized first; {given} is a store")
+    if any(asked_form(arguments).values()):
+        raise ValueError(f"{', '.join(FORM_FLAGS)} are for models that are quantized first; {given} is a store")
     return store
 
 
@@ -246,15 +247,18 @@ def _quantized(given: Path, arguments: argparse.Namespace, asked: TrainConfig, g
             f"{beside} is there from an earlier run: --resume takes it; or give it in place of the model, or remove it"
         )
     store, wanted = Store(beside), open_source(given).description
-    matrices = store.matrices.values()
     # Models often have the same directory name. A store of an older version does not know more than that.
     other = store.source != wanted or store.base not in (None, base_model(given))
-    other |= arguments.scheme not in (None, *{info.scheme for info in matrices})
-    other |= arguments.group_size not in (None, *{info.group_size for info in matrices})
+    matrices = store.matrices.values()
+    linear = [info for info in matrices if info.file != SHARED]
+    other |= arguments.scheme not in (None, *{info.scheme for info in linear})
+    other |= arguments.group_size not in (None, *{info.group_size for info in linear})
+    other |= arguments.bits not in (None, *{info.bits for info in linear})
+    other |= arguments.embedding_bits not in (None, *{info.bits for info in matrices if info.file == SHARED})
     if other:
         known = store.source if store.base is None else f"{store.source} ({store.base.name_or_path})"
         raise ValueError(
-            f"{beside} is a store of {known}, and {given} is another model, or --scheme or --group-size differ: give "
+            f"{beside} is a store of {known}, and {given} is another model, or {' or '.join(FORM_FLAGS)} differ: give "
             f"{beside} in place of the model to go on with it, or remove it"
         )
     say(f"{given} was quantized before: using {beside}")

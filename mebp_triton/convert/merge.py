@@ -16,13 +16,14 @@ import torch
 from mebp_triton.convert.readers.merged_store import MergedStore
 from mebp_triton.convert.writers.model_directory import write_model_directory
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import Form, Scheme
+from mebp_triton.kernels.names import Form
 from mebp_triton.models.names import persistent_buffers, tensor_shapes
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.reader import Store, open_store
 from mebp_triton.system import atomic
 
-from .quantize import QuantizeReport, Recipe, write_store
+from .quantize import QuantizeReport, write_store
+from .recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,9 +78,7 @@ def merge_to_store(
     store: Store | Path | str,
     target: Path | str,
     adapter: Path | str | None = None,
-    scheme: Scheme | None = None,
-    group_size: int | None = None,
-    scale_search: bool = True,
+    recipe: Recipe | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     form_of_changed: Form | None = None,
 ) -> QuantizeReport:
@@ -87,11 +86,11 @@ def merge_to_store(
 
     A matrix that the adapter changes a little keeps its scales, and its new values are rounded to their levels so that
     changes smaller than a step are not lost (``kernels.rounding``). Where it changes much, it is quantized anew. The
-    rest is taken over bit for bit. A scheme or group size that is asked for becomes that of all matrices.
+    rest is taken over bit for bit. What the recipe asks for becomes the form of all matrices that it is asked of.
 
     Args:
         store, target, adapter: see ``merge``.
-        scheme, group_size, scale_search: see ``quantize``.
+        recipe: the form that is asked for; None for nothing.
         progress: called with (matrices done, matrices in all).
         form_of_changed: the form in which each matrix that the adapter changes is quantized anew, unless its own codes
             are wider; None for its own.
@@ -99,7 +98,6 @@ def merge_to_store(
     Raises:
         ValueError: see ``merge``; nothing is left behind.
     """
-    recipe = Recipe(scheme, group_size, scale_search)
     atomic.check_absent(Path(target))
     source = MergedStore(store, adapter)
 
@@ -111,7 +109,7 @@ def merge_to_store(
         own = weight(name)
         return own if form_of_changed is None or own.bits > form_of_changed.bits else form_of_changed
 
-    return write_store(source, Path(target), recipe, None, form_of, progress, base)
+    return write_store(source, Path(target), recipe or Recipe(), None, form_of, progress, base)
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,7 @@ def merge_to_measured_store(
     forms: Sequence[Form],
     loss_of: Callable[[Path], float],
     highest_loss: float,
-    scheme: Scheme | None = None,
-    group_size: int | None = None,
-    scale_search: bool = True,
+    recipe: Recipe | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Attempt]:
     """Makes the store of ``merge_to_store``, in one form of the changed matrices after another, till its loss is low.
@@ -149,7 +145,7 @@ def merge_to_measured_store(
         forms: what is tried where the usual store loses too much, the narrowest first.
         loss_of: measures a store.
         highest_loss: the loss that is low enough. If none is, the store with the lowest loss is kept.
-        store, target, adapter, scheme, group_size, scale_search, progress: see ``merge_to_store``.
+        store, target, adapter, recipe, progress: see ``merge_to_store``.
 
     Returns:
         The attempts, the one that ``target`` holds last.
@@ -163,7 +159,7 @@ def merge_to_measured_store(
         best = staging / "best"
         for form in (None, *forms):
             made = staging / "made"
-            report = merge_to_store(opened, made, adapter, scheme, group_size, scale_search, progress, form)
+            report = merge_to_store(opened, made, adapter, recipe, progress, form)
             nbytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
             attempt = Attempt(form, report, nbytes, loss_of(made))
             if not attempts or attempt.loss < attempts[-1].loss:

@@ -17,19 +17,17 @@ from mebp_triton.convert.calibration.layer_inputs import Columns
 from mebp_triton.convert.calibration.source_run import SourceRun
 from mebp_triton.convert.readers import open_source
 from mebp_triton.convert.readers.source import Source, check_finite
+from mebp_triton.convert.recipe import DECODED_FORM, TABLE_FORM, Recipe
 from mebp_triton.convert.writers.store import StoreWriter
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import GROUP_SIZES_OF_BITS, Form, Scheme
-from mebp_triton.kernels.quantize import check_form, quantize_matrix
+from mebp_triton.kernels.names import DEFAULT_FORM, Form, Scheme
 from mebp_triton.kernels.reference import decode
-from mebp_triton.kernels.rounding import round_to_grid
 from mebp_triton.models.kept_float import KeptFloat, kept_float
 from mebp_triton.models.names import persistent_buffers
 from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites, linear_names
 from mebp_triton.store.manifest import SHARED, BaseModel, block_file
 from mebp_triton.system import atomic
-from mebp_triton.system.memory import page_dropper
 
 
 @dataclass
@@ -63,76 +61,6 @@ class QuantizeReport:
     unseen: list[str] = field(default_factory=list)
 
 
-DEFAULT_FORM = Form("symmetric", 64)
-# Of a matrix that has other codes in the source than we hold. It was rounded to 4 bits once, with care, and to round it
-# to 4 bits again does as much harm to the model; see docs/decisions.md.
-DECODED_FORM = Form("symmetric", 64, 8)
-# The same where 4 bits are asked for: of our forms with 4 bits, the one with the least error.
-DECODED_FORM_4_BITS = Form("affine", 32)
-# The part of a change that may lie outside of a grid's levels. A small change of random weights has 1 to 4 % there. A
-# change of many steps has more, needs other scales, and is not undone by the nearest codes.
-MOST_OUTSIDE = 0.1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How matrices are quantized.
-
-    Attributes:
-        scheme, group_size, bits: what the user asked for, or None for what fits the source.
-        scale_search: see ``quantize``.
-    """
-
-    scheme: Scheme | None
-    group_size: int | None
-    scale_search: bool = True
-    bits: int | None = None
-
-    def __post_init__(self) -> None:
-        scheme = DEFAULT_FORM.scheme if self.scheme is None else self.scheme
-        size = DEFAULT_FORM.group_size if self.group_size is None else self.group_size
-        check_form(scheme, size, DEFAULT_FORM.bits if self.bits is None else self.bits)
-
-    def form(self, default: Form) -> Form:
-        """The form that a matrix gets: as asked, and otherwise as ``default``, as far as that goes together."""
-        scheme = self.scheme or ("symmetric" if (default.scheme, self.bits) == ("codebook", 8) else default.scheme)
-        size = self.group_size or default.group_size
-        bits = self.bits or (4 if scheme == "codebook" else default.bits)
-        return Form(scheme, size if size in GROUP_SIZES_OF_BITS[bits] else min(GROUP_SIZES_OF_BITS[bits]), bits)
-
-    @property
-    def decoded_form(self) -> Form:
-        """The form of a matrix that has other codes in the source than we hold, for what the user did not ask for."""
-        return DECODED_FORM_4_BITS if self.bits == 4 else DECODED_FORM
-
-    def takes(self, form: Form) -> bool:
-        """Whether ``form`` is as the user asked for."""
-        asked = self.scheme, self.group_size, self.bits
-        return all(want in (None, has) for want, has in zip(asked, form, strict=True))
-
-    def apply(
-        self, value: Tensor | Int4Weight, default: Form | Int4Weight, columns: Callable[[], Columns] = Columns
-    ) -> tuple[Int4Weight, float]:
-        """The int4 weight of a matrix, and its relative error, which is 0 for codes taken over as they were.
-
-        ``default``: the form for what the user did not ask for; or a weight whose grid is kept where it will do.
-        ``columns``: tells what is known of the matrix's columns, if it is quantized anew.
-        """
-        if isinstance(value, Int4Weight):
-            if self.takes(value.form):
-                return value, 0.0
-            value = decode(value, torch.float32)
-        if isinstance(default, Int4Weight):
-            if self.takes(default.form):
-                rounded = round_to_grid(value, default)
-                if rounded.outside <= MOST_OUTSIDE:
-                    return rounded.weight, rounded.error
-            default = default.form
-        scheme, size, bits = self.form(default)
-        known = columns()._asdict()
-        return quantize_matrix(value, scheme, size, self.scale_search, bits=bits, release=page_dropper(value), **known)
-
-
 def quantize(
     source: Path | str,
     store: Path | str,
@@ -144,20 +72,25 @@ def quantize(
     bits: int | None = None,
     calibration: Callable[[Path], TokenizedData | None] = lambda companions: None,
     calibration_windows: int = CALIBRATION_WINDOWS,
+    embedding_bits: int | None = None,
 ) -> QuantizeReport:
     """Makes the store directory ``store`` from ``source``, a transformers model directory or a GGUF file.
 
     Args:
         source: the file or directory. One tensor of it is in memory at a time, and one block of int4 weights.
         store: must not exist, or be empty. It appears whole or not at all.
-        scheme: "symmetric", "affine" or "codebook" (NF4). By default, each matrix whose codes in the source we hold is
-            taken over bit for bit, whatever the others have; one with other codes becomes symmetric, with 8 bits.
-            Float matrices follow the first linear layer; of a source without codes, they become symmetric.
-        group_size: 32, 64 or 128, or, of codes of 8 bits, 16; by default that of the codes, or 64.
+        scheme: of the linear layers: "symmetric", "affine" or "codebook" (NF4). By default, each matrix whose codes in
+            the source we hold is taken over bit for bit, whatever the others have; one with other codes becomes
+            symmetric, with 8 bits. Where a source has codes, its float linear layers follow the first linear layer;
+            without codes, they become affine, or with 8 bits symmetric.
+        group_size: of the linear layers: 32, 64 or 128, or, of codes of 8 bits, 16; by default that of the codes, or
+            32, with 8 bits 64.
         scale_search: whether each group's scale is searched for the least squared error.
         blocks: the path of the block list, where it is not found by itself.
         progress: called with (matrices done, matrices in all).
-        bits: the width of codes, 4 or 8; by default the source's, 8 for other codes, or 4.
+        bits: the width of the linear layers' codes, 4 or 8; by default the source's, 8 for other codes, or 4.
+        embedding_bits: the same of the embedding and of a head of its own; by default the source's, or 8, symmetric in
+            groups of 64. With 4, ``scheme`` and ``group_size`` hold for them too.
         calibration: called with a directory that has the source's config and tokenizer. The text that it returns goes
             through the model, block by block, and linear layers are rounded so that what they give on it changes
             little. In memory are then one block in float32, and the products of pairs of its inputs' columns.
@@ -169,7 +102,7 @@ def quantize(
     Raises:
         ValueError: the source cannot be read, or the arguments do not fit; nothing is left behind.
     """
-    recipe = Recipe(scheme, group_size, scale_search, bits)
+    recipe = Recipe(scheme, group_size, scale_search, bits, embedding_bits)
     atomic.check_absent(Path(store))
     opened = open_source(source)
 
@@ -206,11 +139,14 @@ def write_store(
         raise ValueError(f"{type(model).__name__} has no plain linear layers: its architecture is not supported")
     if form_of is None:
         first = opened.read(f"{linear[0]}.weight")
-        default = recipe.decoded_form if f"{linear[0]}.weight" in opened.decoded else DEFAULT_FORM
+        default = DECODED_FORM if f"{linear[0]}.weight" in opened.decoded else DEFAULT_FORM
         native = first.form if isinstance(first, Int4Weight) else default
+        tables = {site.name for site in sites if site.role != "linear"}
 
         def form_of(name: str) -> Form | Int4Weight:
-            return recipe.decoded_form if f"{name}.weight" in opened.decoded else native
+            if name in tables:
+                return TABLE_FORM
+            return DECODED_FORM if f"{name}.weight" in opened.decoded else native
 
     job = _Job(opened, recipe, form_of, len(sites), progress)
     with atomic.atomic_directory(target) as directory:
@@ -276,7 +212,7 @@ class _Job:
         if site.transposed and not isinstance(value, Int4Weight):
             value = value.t().contiguous()
         try:
-            weight, error = self.recipe.apply(value, self.form_of(site.name), lambda: self._columns(site))
+            weight, error = self.recipe.apply(value, self.form_of(site.name), site.role, lambda: self._columns(site))
         except ValueError as problem:
             raise ValueError(f"{site.name}: {problem}") from None
         self.report.errors[site.name], self.report.forms[site.name] = error, weight.form

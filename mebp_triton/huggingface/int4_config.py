@@ -9,7 +9,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mebp_triton.kernels.layout import LAYOUT
-from mebp_triton.kernels.names import Scheme
+from mebp_triton.kernels.names import Scheme, fill_form
 from mebp_triton.kernels.quantize import check_form
 
 METHOD = "mebp_int4"
@@ -35,8 +35,8 @@ class Int4Config(QuantizationConfigMixin):
 
     def __init__(
         self,
-        scheme: Scheme = "symmetric",
-        group_size: int = 64,
+        scheme: Scheme | None = None,
+        group_size: int | None = None,
         scale_search: bool = True,
         modules_to_not_convert: Iterable[str] | None = None,
         layout: str = LAYOUT,
@@ -47,6 +47,7 @@ class Int4Config(QuantizationConfigMixin):
     ) -> None:
         if unknown:
             raise ValueError(f"{sorted(unknown)[0]!r} is not a setting of Int4Config")
+        scheme, group_size, bits = fill_form(scheme, group_size, bits)
         check_form(scheme, group_size, bits)
         if layout != LAYOUT:
             raise ValueError(f"int4 weights of layout {layout!r} cannot be read, only {LAYOUT!r}: quantize anew")

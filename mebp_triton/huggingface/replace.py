@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mebp_triton.kernels.names import Form, Scheme
+from mebp_triton.kernels.names import Form, Scheme, fill_form
 from mebp_triton.kernels.quantize import check_form, quantize_matrix
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
@@ -34,8 +34,8 @@ def replace_linears(
     lora: LoraConfig | Any | None = None,
     *,
     exclude_modules: str | tuple[str, ...] | list[str] | None = None,
-    scheme: Scheme = "symmetric",
-    group_size: int = 64,
+    scheme: Scheme | None = None,
+    group_size: int | None = None,
     scale_search: bool = True,
     adapter_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
@@ -72,7 +72,8 @@ def replace_linears(
         ValueError: a layer or an argument does not fit. The model is unchanged then, unless a weight that is quantised
             here is not finite, which shows only on the way.
     """
-    check_form(scheme, group_size, bits)
+    form = fill_form(scheme, group_size, bits)
+    check_form(*form)
     config = None if lora is None else as_lora_config(lora)
     has_peft = inner_model(model) is not model or bool(peft_wrappers(model))
     layers = _layers_to_replace(model, exclude_modules, has_peft)
@@ -82,7 +83,7 @@ def replace_linears(
     for path, layer in layers.items():
         transposed = isinstance(layer, Conv1D)
         if type(layer) is not Int4Linear:
-            _become(layer, _frozen(layer, path, Form(scheme, group_size, bits), scale_search, backend))
+            _become(layer, _frozen(layer, path, form, scale_search, backend))
         if config is not None and config.targets(path):
             _become(layer, with_adapter(layer, path, config, adapter_dtype, generator, transposed))
     if has_peft:

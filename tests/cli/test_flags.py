@@ -71,6 +71,8 @@ def test_shared_flags_and_their_defaults():
     assert vars(parser.parse_args([])) == {
         "scheme": None,
         "group_size": None,
+        "bits": None,
+        "embedding_bits": None,
         "scale_search": True,
         "adapter": None,
         "device": None,

@@ -9,6 +9,7 @@ from packed_layouts import hqq
 from packed_models import packed_directory
 
 from mebp_triton.cli.planning import describe, planner_of, settings_of
+from mebp_triton.convert.recipe import TABLE_FORM
 from mebp_triton.kernels.names import Form
 from mebp_triton.models.config import read_config
 from mebp_triton.store.reader import Store
@@ -29,22 +30,23 @@ def planners(world, tmp_path_factory):
     config = read_config(world / "store", "")
     alone = tmp_path_factory.mktemp("config")
     shutil.copy(world / "store" / "config.json", alone)
-    return [planner_of(given, config, None, 32) for given in (world / "store", Store(world / "store"), alone)]
+    return [planner_of(given, config, {"group_size": 32}) for given in (world / "store", Store(world / "store"), alone)]
 
 
 def test_a_store_is_planned_for_as_it_is_and_a_model_as_it_would_be(planners):
     named, opened, would_be = [planner.inventory for planner in planners]
     assert named == opened
     assert named.files == would_be.files and named.matrices.keys() == would_be.matrices.keys()
-    assert {info.group_size for info in would_be.matrices.values()} == {32}
+    assert would_be.matrices["model.layers.0.mlp.up_proj"].group_size == 32
+    assert would_be.matrices["model.embed_tokens"].form == TABLE_FORM
     headers = 4096  # of each file, at most
     assert all(0 <= size - would_be.sizes[name] < headers for name, size in named.sizes.items())
 
 
 def test_a_model_whose_tensors_alone_show_that_it_is_quantised(tmp_path):
     packed_directory(tmp_path, hqq(64), {}, hidden_size=128, intermediate_size=192)
-    planned = planner_of(tmp_path, read_config(tmp_path, ""), None, None).inventory
-    assert {info.form for info in planned.matrices.values()} == {Form("affine", 64)}
+    planned = planner_of(tmp_path, read_config(tmp_path, ""), {}).inventory
+    assert {info.form for info in planned.matrices.values()} == {Form("affine", 64), TABLE_FORM}
 
 
 def test_a_plan_in_a_line(planners):

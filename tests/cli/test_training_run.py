@@ -82,7 +82,7 @@ def test_a_model_is_quantized_first_into_a_store_beside_the_run(mebp, world, tmp
 
 
 @pytest.mark.parametrize(
-    ("source", "flags"), [("wide/model", []), ("model", ["--scheme=affine"]), ("model", ["--group-size=128"])]
+    ("source", "flags"), [("wide/model", []), ("model", ["--scheme=symmetric"]), ("model", ["--embedding-bits=4"])]
 )
 def test_a_store_beside_the_run_that_is_another_models_is_not_used(mebp, world, tmp_path, source, flags):
     """Both models' directories are called ``model``."""

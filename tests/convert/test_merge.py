@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mebp_triton.convert import merge
 from mebp_triton.convert.quantize import quantize
-from mebp_triton.kernels.names import Form
+from mebp_triton.convert.recipe import TABLE_FORM, Recipe
+from mebp_triton.kernels.names import DEFAULT_FORM, Form
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.lora_config import LoraConfig
@@ -191,10 +192,10 @@ def test_a_large_change_is_quantized_anew_where_the_adapter_is(llama, tmp_path):
     assert new.tied_head == old.tied_head and new.source == "safetensors directory model, merged with adapter adapter"
     for name, info in new.matrices.items():
         before, after = old.weight(name), new.weight(name)
-        assert (after.scheme, after.group_size) == (before.scheme, before.group_size) == ("symmetric", 32)
+        assert after.form == before.form == (TABLE_FORM if "embed" in name else DEFAULT_FORM)
         if name.endswith(("q_proj", "down_proj")):
-            wanted, error = quantize_matrix(floats[f"{name}.weight"], "symmetric", 32)
-            assert torch.equal(after.packed, wanted.packed) and torch.equal(after.scales, wanted.scales)
+            wanted, error = quantize_matrix(floats[f"{name}.weight"], *before.form[:2])
+            assert all(torch.equal(after.tensors()[part], tensor) for part, tensor in wanted.tensors().items())
             assert info.relative_error == error and 0 < error < 0.15
         else:
             assert name in report.taken_over
@@ -225,7 +226,7 @@ def test_changes_smaller_than_a_step_are_kept(shared_store, tmp_path, architectu
 
 def test_the_form_that_loses_least_is_kept(llama, tmp_path):
     store, adapter = llama[0], adapter_of(llama[0], tmp_path / "q", target_modules=["q_proj"])
-    forms, losses = [Form("affine", 32), Form("codebook", 64)], {"symmetric": 3.0, "affine": 1.0, "codebook": 2.0}
+    forms, losses = [Form("symmetric", 32), Form("codebook", 64)], {"affine": 3.0, "symmetric": 1.0, "codebook": 2.0}
     seen = []
 
     def loss_of(made):
@@ -234,18 +235,18 @@ def test_the_form_that_loses_least_is_kept(llama, tmp_path):
         return losses[scheme]
 
     tried = merge.merge_to_measured_store(store, tmp_path / "out", adapter, forms, loss_of, 0.5)
-    assert seen == ["symmetric", "affine", "codebook"] and sorted(made.loss for made in tried) == [1.0, 2.0, 3.0]
-    assert (tried[-1].form, tried[-1].loss) == (Form("affine", 32), 1.0)
+    assert seen == ["affine", "symmetric", "codebook"] and sorted(made.loss for made in tried) == [1.0, 2.0, 3.0]
+    assert (tried[-1].form, tried[-1].loss) == (Form("symmetric", 32), 1.0)
     own = {name for name in Store(store).matrices if "q_proj" not in name}
     assert own == set(tried[-1].report.taken_over), "the adapter changes none of these"
     assert tried[-1].nbytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    merge.merge_to_store(store, tmp_path / "direct", adapter, form_of_changed=Form("affine", 32))
+    merge.merge_to_store(store, tmp_path / "direct", adapter, form_of_changed=Form("symmetric", 32))
     for path in (tmp_path / "direct").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direct", "out", "q"], "nothing else is left"
     seen.clear()
     tried = merge.merge_to_measured_store(store, tmp_path / "first", adapter, forms, loss_of, 3.0)
-    assert seen == ["symmetric"] and len(tried) == 1, "the first is good enough"
+    assert seen == ["affine"] and len(tried) == 1, "the first is good enough"
 
 
 def test_wide_codes_are_not_made_narrow(shared_store, tmp_path):
@@ -255,7 +256,8 @@ def test_wide_codes_are_not_made_narrow(shared_store, tmp_path):
     report = merge.merge_to_store(store, tmp_path / "out", adapter, form_of_changed=Form("affine", 32))
     changed = report.errors.keys() - report.taken_over
     assert changed and all("q_proj" in name for name in changed)
-    assert {info.form for info in Store(tmp_path / "out").matrices.values()} == {Form("symmetric", 16, 8)}
+    forms = {name: info.form for name, info in Store(tmp_path / "out").matrices.items()}
+    assert forms.pop("model.embed_tokens") == TABLE_FORM and set(forms.values()) == {Form("symmetric", 16, 8)}
     assert max(report.errors.values()) < 0.02
 
 
@@ -281,7 +283,7 @@ def test_each_matrix_keeps_its_own_form(tmp_path):
     adapter = adapter_of(tmp_path / "store", tmp_path / "adapter", target_modules=["c_proj"])
     report = merge.merge_to_store(tmp_path / "store", tmp_path / "out", adapter)
     new = Store(tmp_path / "out")
-    assert {form.scheme for form in report.forms.values()} == {"codebook"}
+    assert {name for name, form in report.forms.items() if form.scheme != "codebook"} == {"transformer.wte"}
     assert set(report.errors) - set(report.taken_over) == {name for name in new.matrices if name.endswith("c_proj")}
     merge.merge(tmp_path / "store", tmp_path / "wide", adapter, "float32")
     for name, tensor in load_file(tmp_path / "wide" / "model.safetensors").items():
@@ -292,9 +294,12 @@ def test_each_matrix_keeps_its_own_form(tmp_path):
 
 def test_another_scheme(llama, tmp_path):
     store, adapter = llama
-    report = merge.merge_to_store(store, tmp_path / "out", adapter, "affine", 64)
-    assert not report.taken_over and {form.scheme for form in report.forms.values()} == {"affine"}
-    assert {info.group_size for info in Store(tmp_path / "out").matrices.values()} == {64}
+    report = merge.merge_to_store(store, tmp_path / "out", adapter, Recipe("symmetric", 64))
+    assert report.taken_over == ["model.embed_tokens"]
+    forms = {name: info.form for name, info in Store(tmp_path / "out").matrices.items()}
+    assert forms.pop("model.embed_tokens") == TABLE_FORM and set(forms.values()) == {Form("symmetric", 64)}
+    report = merge.merge_to_store(store, tmp_path / "all", adapter, Recipe("symmetric", 64, embedding_bits=4))
+    assert not report.taken_over and set(report.forms.values()) == {Form("symmetric", 64)}
 
 
 def test_without_an_adapter_a_store_is_copied_bit_for_bit(llama, tmp_path):
@@ -335,8 +340,6 @@ def test_wrong_arguments(llama, tmp_path):
         merge.merge(adapter, tmp_path / "out")
     with pytest.raises(errors.FileError, match="exists already"):
         merge.merge(store, store, adapter)
-    with pytest.raises(ValueError, match="group_size must be one of"):
-        merge.merge_to_store(store, tmp_path / "out", adapter, group_size=48)
     assert not list(tmp_path.iterdir())
 
 

@@ -11,9 +11,10 @@ from runs import word_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mebp_triton.convert.quantize import Recipe, base_model, quantize, write_store
+from mebp_triton.convert.quantize import base_model, quantize, write_store
 from mebp_triton.convert.readers import open_source
-from mebp_triton.kernels.names import Form
+from mebp_triton.convert.recipe import TABLE_FORM, Recipe
+from mebp_triton.kernels.names import DEFAULT_FORM, Form
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.skeleton import build_skeleton
@@ -71,13 +72,20 @@ def test_every_parameter_of_every_architecture_is_in_the_store_once(architecture
 def test_a_matrix_is_what_quantize_matrix_makes_of_it(small, tmp_path, scheme, search):
     report = quantize(small, tmp_path / "store", scheme=scheme, group_size=64, scale_search=search)
     opened, named = Store(tmp_path / "store"), dict(original(small).named_parameters())
-    assert {form.scheme for form in report.forms.values()} == {scheme}
     for name, info in opened.matrices.items():
-        weight, error = quantize_matrix(named[f"{name}.weight"].detach(), scheme, 64, search)
+        form = TABLE_FORM if name == "model.embed_tokens" else Form(scheme, 64)
+        weight, error = quantize_matrix(named[f"{name}.weight"].detach(), *form[:2], search, bits=form.bits)
         found = opened.weight(name)
-        assert found.scheme == info.scheme == scheme and found.group_size == 64
+        assert found.form == info.form == report.forms[name] == form
         assert all(torch.equal(found.tensors()[part], tensor) for part, tensor in weight.tensors().items())
         assert info.relative_error == report.errors[name] == error
+
+
+def test_without_wishes_embedding_and_head_have_8_bits(tmp_path):
+    report = quantize(save_tiny_model("qwen2", tmp_path / "model", num_hidden_layers=1), tmp_path / "store")
+    tables = {name: report.forms.pop(name) for name in ("model.embed_tokens", "lm_head")}
+    assert set(tables.values()) == {TABLE_FORM} and set(report.forms.values()) == {DEFAULT_FORM}
+    assert max(report.errors[name] for name in tables) < 0.01 < min(report.errors[name] for name in report.forms)
 
 
 def test_a_conv1d_is_stored_as_out_in(shared_store):
@@ -169,6 +177,7 @@ def test_one_model_gives_one_store_to_the_byte(llama, store, tmp_path):
         ({"group_size": 16}, "group_size must be one of 32, 64, 128, got 16 for codes of 4 bits"),
         ({"bits": 3}, "bits must be one of 4, 8, got 3"),
         ({"bits": 8, "scheme": "codebook"}, "the codebook scheme has 4 bits"),
+        ({"embedding_bits": 16}, "embedding_bits must be one of 4, 8, got 16"),
         ({"blocks": "model.norm"}, "blocks='model.norm' is a LlamaRMSNorm"),
     ],
 )
@@ -270,8 +279,7 @@ def native(small):
 
 def store_of(source, target, **options):
     """The store of a source, and the report of its making."""
-    recipe = Recipe(options.get("scheme"), options.get("group_size"), bits=options.get("bits"))
-    report = write_store(source, target, recipe, None, None, lambda done, total: None)
+    report = write_store(source, target, Recipe(**options), None, None, lambda done, total: None)
     return Store(target), report
 
 
@@ -285,7 +293,8 @@ def test_codes_are_taken_over_bit_for_bit_and_the_rest_follows_them(native, tmp_
         assert all(torch.equal(found.tensors()[part], tensor) for part, tensor in wanted.tensors().items())
     for name in OWN:
         info = opened.matrices[name]
-        assert (info.scheme, info.group_size) == ("affine", 32) and 0 < info.relative_error < 0.15
+        assert info.form == (Form("affine", 32) if name == Native.FLOAT else TABLE_FORM)
+        assert 0 < info.relative_error < 0.15
     assert opened.matrices[Native.SYMMETRIC].scheme == "symmetric"
 
 
@@ -298,7 +307,7 @@ def test_codes_are_taken_over_bit_for_bit_and_the_rest_follows_them(native, tmp_
         ({"group_size": 64}, lambda name: False),
         ({"scheme": "codebook", "group_size": 32}, lambda name: False),
         ({"bits": 4}, lambda name: True),
-        ({"bits": 8, "group_size": 16}, lambda name: False),
+        ({"scheme": "affine", "bits": 8, "group_size": 16}, lambda name: False),
     ],
     ids=["affine", "symmetric", "groups of 32", "groups of 64", "codebook", "4 bits", "8 bits"],
 )
@@ -307,7 +316,8 @@ def test_what_was_asked_for_wins_over_what_the_source_has(native, tmp_path, opti
     assert set(report.taken_over) == {name for name in report.errors.keys() - OWN if kept(name)}
     for name, info in opened.matrices.items():
         if name not in report.taken_over:
-            assert info.form == Form(**({"scheme": "affine", "group_size": 32} | options))
+            wanted = Form(**({"scheme": "affine", "group_size": 32} | options))
+            assert info.form == (TABLE_FORM if name == "model.embed_tokens" else wanted)
             value = native.read(f"{name}.weight")
             value = value if isinstance(value, torch.Tensor) else decode(value, torch.float32)
             weight, error = quantize_matrix(value, info.scheme, info.group_size, bits=info.bits)
@@ -317,8 +327,8 @@ def test_what_was_asked_for_wins_over_what_the_source_has(native, tmp_path, opti
 @pytest.mark.parametrize("first", [True, False])
 def test_a_matrix_with_other_codes_gets_8_bits_whatever_the_first_linear_layer_is(native, small, tmp_path, first):
     """A mixed file keeps each matrix in the form that holds it, or in one that loses hardly anything."""
-    linear, float_rest = "model.layers.0.self_attn.q_proj", OWN - {"model.embed_tokens"}
-    other = {linear if first else Native.SYMMETRIC, "model.embed_tokens"}
+    linear, table, float_rest = "model.layers.0.self_attn.q_proj", "model.embed_tokens", OWN - {"model.embed_tokens"}
+    other = {linear if first else Native.SYMMETRIC, table}
     named = {name: parameter.detach() for name, parameter in original(small).named_parameters()}
     native.coded = {f"{linear}.weight": quantize_matrix(named[f"{linear}.weight"], "symmetric", 128)[0]}
     native.coded |= {f"{name}.weight": named[f"{name}.weight"] for name in other}
@@ -331,8 +341,8 @@ def test_a_matrix_with_other_codes_gets_8_bits_whatever_the_first_linear_layer_i
     assert report.decoded == dict.fromkeys(other, "Q6_K")
     assert set(report.taken_over) == report.errors.keys() - other - float_rest
     asked, _ = store_of(native, tmp_path / "asked", scheme="codebook")
-    assert {asked.matrices[name].scheme for name in other | float_rest} == {"codebook"}
-    narrow, _ = store_of(native, tmp_path / "narrow", bits=4)
+    assert {asked.matrices[name].scheme for name in (other | float_rest) - {table}} == {"codebook"}
+    narrow, _ = store_of(native, tmp_path / "narrow", bits=4, embedding_bits=4)
     assert {narrow.matrices[name].form for name in other} == {Form("affine", 32)}
 
 
@@ -349,17 +359,6 @@ def test_a_form_may_be_given_for_every_matrix(native, tmp_path):
     matrices = Store(tmp_path / "store").matrices
     assert matrices["model.embed_tokens"].form == Form("symmetric", 128, 8)
     assert matrices[Native.FLOAT].form == Form("codebook", 64)
-
-
-def test_what_was_asked_for_goes_together_with_the_rest():
-    wide = Form("symmetric", 16, 8)
-    assert Recipe(None, None).form(wide) == wide
-    assert Recipe("affine", None).form(wide) == Form("affine", 16, 8)
-    assert Recipe(None, 64).form(wide) == Form("symmetric", 64, 8)
-    # A codebook has 4 bits, and codes of 4 bits have no groups of 16.
-    assert Recipe("codebook", None).form(wide) == Form("codebook", 32, 4)
-    assert Recipe(None, None, bits=4).form(wide) == Form("symmetric", 32, 4)
-    assert Recipe(None, None, bits=8).form(Form("codebook", 64)) == Form("symmetric", 64, 8)
 
 
 def test_a_float_parameter_that_the_source_has_as_codes_is_decoded(native, tmp_path):

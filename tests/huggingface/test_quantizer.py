@@ -53,7 +53,7 @@ def source(shared_store: Any) -> Path:
 @pytest.fixture(scope="module")
 def model(source: Path) -> Any:
     """An int4 model that tests only read."""
-    return quantized(source)
+    return quantized(source, scheme="symmetric")
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_a_model_of_int4_config_keeps_its_settings(source: Path, tmp_path: Path)
 
 def mixed_schemes(directory: Path) -> Any:
     model = mebp.replace_linears(from_pretrained(directory), exclude_modules="mlp")
-    return mebp.replace_linears(model, scheme="affine")
+    return mebp.replace_linears(model, scheme="symmetric")
 
 
 def int4_head(directory: Path) -> Any:
@@ -278,7 +278,8 @@ def int4_head(directory: Path) -> Any:
 def two_level(directory: Path) -> Any:
     model = mebp.replace_linears(from_pretrained(directory))
     layer = model.model.layers[0].self_attn.q_proj
-    layer.set_int4(random_weight(*layer.int4().shape, torch.device("cpu"), scale_dtype=torch.int8))
+    weight = layer.int4()
+    layer.set_int4(random_weight(*weight.shape, torch.device("cpu"), *weight.form[:2], scale_dtype=torch.int8))
     return model
 
 
@@ -291,7 +292,7 @@ UNSAVED: dict[str, tuple[Any, str]] = {
     "FP4": (lambda path: mebp.replace_linears(with_bitsandbytes(path, "fp4")), "the model has FP4 weights"),
     "schemes": (
         mixed_schemes,
-        "one scheme, group size and width, .* affine, groups of 64; 4 bits, symmetric",
+        "one scheme, group size and width, .* affine, groups of 32; 4 bits, symmetric",
     ),
     "head": (int4_head, "lm_head is int4, and from_pretrained would take it for a float layer"),
 }

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mebp_triton as mebp
 from mebp_triton.huggingface.quantizer import BEFORE_5
+from mebp_triton.kernels.names import DEFAULT_FORM
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
@@ -365,7 +366,7 @@ def copy_of_decoded(model: Any) -> Any:
     other = copy.deepcopy(model)
     for name, module in other.named_modules():
         if type(module) is nn.Linear and not module.weight.requires_grad and "lora_" not in name and "head" not in name:
-            module.weight.data = decode(quantize_matrix(module.weight.data)[0], torch.float32)
+            module.weight.data = decode(quantize_matrix(module.weight.data, *DEFAULT_FORM[:2])[0], torch.float32)
     return other
 
 

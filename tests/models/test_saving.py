@@ -89,7 +89,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(store: Path, straight: Train
 
 def test_the_best_checkpoint_is_loaded_at_the_end(store: Path, tmp_path: Path) -> None:
     # The rate is so high that the loss rises.
-    job = trainer(loaded(store), tmp_path, load_best_model_at_end=True, learning_rate=1.0)
+    job = trainer(loaded(store), tmp_path, load_best_model_at_end=True, learning_rate=3.0)
     job.train()
     losses = history(job, "eval_loss")
     assert losses[-1] != min(losses) and job.state.best_metric == min(losses)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mebp_triton.cli.console import answer, progress_bar, readable, say, two_columns
-from mebp_triton.cli.flags import add_adapter, add_quantization, add_validation
+from mebp_triton.cli.flags import FORM_FLAGS, add_adapter, add_quantization, add_validation, asked_form
 from mebp_triton.kernels.names import FLOAT_NAMES
 from mebp_triton.system.units import MIB
 
@@ -30,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--as-store",
         action="store_true",
         help="make a store: matrices that the adapter changes are rounded to their own levels, or, where that loses "
-        "too much, quantized anew; the next two imply this",
+        f"too much, quantized anew; {', '.join(FORM_FLAGS)} imply this",
     )
     add_quantization(parser)
     add_validation(
@@ -47,10 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
     from mebp_triton.store.reader import Store
     from mebp_triton.system import atomic
 
-    as_store = arguments.as_store or arguments.scheme is not None or arguments.group_size is not None
+    as_store = arguments.as_store or any(asked_form(arguments).values())
     if as_store and arguments.dtype is not None:
         raise ValueError(
-            "--dtype makes a model directory, and --as-store, --scheme and --group-size make a store: choose one"
+            f"--dtype makes a model directory, and --as-store, {', '.join(FORM_FLAGS)} make a store: choose one"
         )
     store, output = Store(arguments.store), Path(arguments.output)  # refuses what is no store before the text is read
     atomic.check_absent(output)
@@ -129,17 +129,22 @@ def _into_store(
 ) -> dict[str, Any]:
     """Makes the store, in wider forms too where none was asked for and a narrow one loses too much."""
     from mebp_triton.convert.merge import merge_to_measured_store, merge_to_store
-    from mebp_triton.kernels.names import Form
+    from mebp_triton.convert.recipe import Recipe
+    from mebp_triton.kernels.names import DEFAULT_FORMS, Form
+    from mebp_triton.store.manifest import SHARED
 
-    form = arguments.scheme, arguments.group_size
+    asked = asked_form(arguments)
+    recipe = Recipe(**asked, scale_search=arguments.scale_search)
     value: dict[str, Any] = {}
     with progress_bar("merging") as update:
         if text is None:
-            report = merge_to_store(store, output, arguments.adapter, *form, arguments.scale_search, update)
+            report = merge_to_store(store, output, arguments.adapter, recipe, update)
         else:
-            forms, highest = [], math.inf
-            if arguments.adapter is not None and form == (None, None):
-                forms.append(Form("affine", 32))
+            forms: list[Form] = []
+            highest = math.inf
+            if arguments.adapter is not None and not any(asked.values()):
+                own = {info.form for info in store.matrices.values() if info.file != SHARED}
+                forms = [form for form in DEFAULT_FORMS.values() if own != {form}]
                 won = losses["loss_untrained"] - losses["loss_with_adapter"]
                 highest = losses["loss_with_adapter"] + (1 - ENOUGH) * won if won > 0 else math.inf
             attempts = merge_to_measured_store(
@@ -149,17 +154,22 @@ def _into_store(
                 forms,
                 lambda made: text.loss(made, None, "evaluating the merged store", update),
                 highest,
-                *form,
-                arguments.scale_search,
+                recipe,
                 update,
             )
             report = attempts[-1].report
             value["loss_merged"] = attempts[-1].loss
             value["tried"] = [
-                dict(zip(("scheme", "group_size"), made.form[:2] if made.form else form, strict=True))
+                (made.form._asdict() if made.form else {name: asked[name] for name in Form._fields})
                 | {"bytes": made.nbytes, "loss": made.loss}
                 for made in attempts
             ]
+    if text is not None and attempts[-1].form is not None:
+        kept, own_levels = attempts[-1], next(made for made in attempts if made.form is None)
+        say(
+            f"the adapter's matrices were quantized anew ({kept.form}): {kept.nbytes / MIB:.1f} MiB and loss "
+            f"{kept.loss:.4g}; with their own levels {own_levels.nbytes / MIB:.1f} MiB and {own_levels.loss:.4g}"
+        )
     anew = {name: error for name, error in report.errors.items() if name not in report.taken_over}
     return value | {"quantized_anew": len(anew), "relative_error_worst": max(anew.values(), default=0.0)}
 
@@ -181,15 +191,15 @@ def _verdict(value: dict[str, Any], arguments: argparse.Namespace, as_store: boo
     if value["kept"] >= ENOUGH:
         return f"{measured}: {value['kept']:.1%} of what training won is kept"
     tried = [
-        f"{made['scheme'] or 'own scheme'}, groups of {made['group_size'] or 'own size'}: "
-        f"{made['bytes'] / MIB:.1f} MiB, loss {made['loss']:.4g}"
+        f"{made['bits'] or 'own'} bits, {made['scheme'] or 'own scheme'}, groups of "
+        f"{made['group_size'] or 'own size'}: {made['bytes'] / MIB:.1f} MiB, loss {made['loss']:.4g}"
         for made in value.get("tried", [])
     ]
     way = f"`mebp merge {arguments.store} OUT --adapter {arguments.adapter}` makes a model directory, which keeps it"
     if not as_store:
         way = "--dtype float32 keeps it"
-    elif (arguments.scheme, arguments.group_size) != (None, None):
-        way = f"leave --scheme and --group-size out, or: {way}"
+    elif asked := [flag for flag, value in zip(FORM_FLAGS, asked_form(arguments).values(), strict=True) if value]:
+        way = f"leave {' and '.join(asked)} out, or: {way}"
     lost = f"warning: {1 - value['kept']:.1%} of what training won is lost: {measured}"
     return f"{lost}{' (tried ' + '; '.join(tried) + ')' if tried else ''}; {way}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mebp_triton.cli.console import answer
-from mebp_triton.cli.flags import add_plot, add_quantization, add_settings, plot_path
+from mebp_triton.cli.flags import add_plot, add_quantization, add_settings, asked_form, plot_path
 from mebp_triton.system.units import MIB
 from mebp_triton.training.settings import CHOSEN, TrainConfig
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_length(given, settings.max_length)
     with contextlib.suppress(ValueError):
         load_tokenizer(given)  # so that the memory it leaves in use in a training process is in use here as well
-    plan = planner_of(given, config, arguments.scheme, arguments.group_size).resolve(settings)
+    plan = planner_of(given, config, asked_form(arguments)).resolve(settings)
     if plot is not None:
         draw(plan, plot)
     answer(arguments, as_json(plan), table(plan))

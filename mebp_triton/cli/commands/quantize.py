@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mebp_triton.cli.console import answer, progress_bar, say
-from mebp_triton.cli.flags import add_calibration, add_quantization
+from mebp_triton.cli.flags import add_calibration, add_quantization, asked_form
 from mebp_triton.cli.source_texts import SourceTexts, as_values, describe, describe_calibration
 from mebp_triton.convert.calibration import CALIBRATION_WINDOWS
 from mebp_triton.system.units import MIB
@@ -82,8 +82,7 @@ def quantize_with_progress(
         report = quantize(
             source,
             store,
-            scheme=arguments.scheme,
-            group_size=arguments.group_size,
+            **asked_form(arguments),
             scale_search=arguments.scale_search,
             progress=progress,
             calibration=lambda companions: None if texts is None else texts.read(companions),

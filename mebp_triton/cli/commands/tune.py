@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mebp_triton.cli.console import answer, progress_bar, say
-from mebp_triton.cli.flags import add_plot, at_least_one, plot_path
-from mebp_triton.kernels.names import FLOAT_NAMES, GROUP_SIZES, SCHEMES
+from mebp_triton.cli.flags import add_linear_form, add_plot, at_least_one, plot_path
+from mebp_triton.kernels.names import FLOAT_NAMES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,12 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=FLOAT_NAMES, help="dtype of activations (default: bfloat16; float16 before sm_80)"
     )
-    parser.add_argument(
-        "--scheme", choices=SCHEMES, help="how 4-bit codes become weights (default: the store's, or symmetric)"
-    )
-    parser.add_argument(
-        "--group-size", type=int, choices=GROUP_SIZES, help="weights per scale (default: the store's, or 64)"
-    )
+    add_linear_form(parser, "the store's")
     parser.add_argument("--target", metavar="SM", help="architecture, such as sm_87 (default: this device's)")
     parser.add_argument(
         "--offline", action="store_true", help="compile, execute and rank for --target; measure nothing"
@@ -70,8 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
     if reports_all:
         table = load_tables(architecture)
     if problems:
-        wanted = {bucket(problem) for problem in problems}
-        table = {problem: entry for problem, entry in table.items() if problem in wanted}
+        # An entry stands in for other forms, so a report shows those of all forms, unless one is asked for.
+        every_form = arguments.report and not any((arguments.scheme, arguments.group_size, arguments.bits))
+        wanted = {_without_form(bucket(problem)) if every_form else bucket(problem) for problem in problems}
+        table = {key: row for key, row in table.items() if (_without_form(key) if every_form else key) in wanted}
     if arguments.report and not table:
         raise ValueError(f"nothing was tuned for {architecture} yet, {path} has no such entry: run `mebp tune` first")
     rows = report.rows(table, log, report.nominal_ceilings(architecture))
@@ -122,13 +119,15 @@ def _problems(arguments: argparse.Namespace, architecture: str) -> list[Any]:
     from mebp_triton.autotune import shapes
     from mebp_triton.autotune.tune import target_of
     from mebp_triton.cli.inference import model_config
-    from mebp_triton.convert.quantize import DEFAULT_FORM, Recipe
+    from mebp_triton.convert.recipe import Recipe
+    from mebp_triton.kernels.names import DEFAULT_FORM
     from mebp_triton.kernels.tables import DTYPES, M_BUCKETS
+    from mebp_triton.store.manifest import SHARED
     from mebp_triton.store.reader import Store
 
     dtype = DTYPES[arguments.dtype or ("bfloat16" if target_of(architecture) >= 80 else "float16")]
     tokens = shapes.parse_tokens(arguments.m) if arguments.m else M_BUCKETS
-    recipe = Recipe(arguments.scheme, arguments.group_size)
+    recipe = Recipe(arguments.scheme, arguments.group_size, bits=arguments.bits)
     forms = [recipe.form(DEFAULT_FORM)]
     if arguments.shapes:
         pairs = shapes.parse_shapes(arguments.shapes)
@@ -137,7 +136,8 @@ def _problems(arguments: argparse.Namespace, architecture: str) -> list[Any]:
     elif arguments.store:
         store = Store(Path(arguments.store))
         pairs = shapes.with_groups(_shared_inputs(model_config(store.directory)))
-        forms = sorted({recipe.form(info.form) for info in store.matrices.values()})
+        # Embedding and head lie in the shared file; their kernels are not tuned.
+        forms = sorted({recipe.form(info.form) for info in store.matrices.values() if info.file != SHARED})
     elif arguments.report:
         return []
     else:
@@ -147,6 +147,12 @@ def _problems(arguments: argparse.Namespace, architecture: str) -> list[Any]:
         for form in forms
         for problem in shapes.problems(pairs, tokens, form.scheme, form.group_size, dtype, form.bits)
     ]
+
+
+def _without_form(problem: Any) -> Any:
+    from mebp_triton.kernels.names import DEFAULT_FORM
+
+    return dataclasses.replace(problem, **DEFAULT_FORM._asdict())
 
 
 def _shared_inputs(config: Any) -> list[list[tuple[int, int]]]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
-from mebp_triton.convert.quantize import DEFAULT_FORM, Recipe
 from mebp_triton.convert.readers import is_quantized, native_form
+from mebp_triton.convert.recipe import DECODED_FORM, TABLE_FORM, Recipe
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import Scheme
+from mebp_triton.kernels.names import DEFAULT_FORM
 from mebp_triton.models.skeleton import build_skeleton, float_names, int4_sites
 from mebp_triton.store.manifest import SHARED, MatrixInfo, block_file, dtype_name
 from mebp_triton.store.reader import Store
@@ -54,13 +54,14 @@ class Inventory:
         return cls(files, sizes, store.matrices, store.floats, store.tied_head)
 
     @classmethod
-    def of_config(cls, config: Any, scheme: Scheme | None = None, group_size: int | None = None) -> Inventory:
-        """The inventory of the store that ``quantize`` would make of a model with this config."""
+    def of_config(cls, config: Any, **asked: Any) -> Inventory:
+        """The inventory of the store that ``quantize`` would make of a model with this config.
+
+        ``asked``: the arguments that ``quantize`` would get, of those that ``convert.recipe.Recipe`` has.
+        """
         native = native_form(config)
-        recipe = Recipe(scheme, group_size)
-        taken_over = native is not None and recipe.takes(native.form)
-        default = recipe.decoded_form if is_quantized(config) else DEFAULT_FORM
-        scheme, group_size, bits = recipe.form(native.form if native else default)
+        recipe = Recipe(**asked)
+        default = DECODED_FORM if is_quantized(config) else DEFAULT_FORM
         model = build_skeleton(copy.deepcopy(config), torch.float32)
         path, stack = find_blocks(model)
         sites, tied = int4_sites(model)
@@ -73,8 +74,10 @@ class Inventory:
 
         for site in sites:
             shape, file = (site.out_features, site.in_features), file_of(site.name)
-            own = native if native and taken_over and (native.tables or site.role == "linear") else None
-            scale_name = dtype_name(own.scale_dtype if own else torch.float16)
+            own = native if native and (native.tables or site.role == "linear") else None
+            form = own.form if own else default if site.role == "linear" else TABLE_FORM
+            scale_name = dtype_name(own.scale_dtype if own and recipe.takes(form, site.role) else torch.float16)
+            scheme, group_size, bits = recipe.form(form, site.role)
             info = matrices[site.name] = MatrixInfo(file, scheme, shape, group_size, scale_name, 0.0, bits)
             files[file] |= {f"{site.name}.{part}": tensor for part, tensor in info.tensors().items()}
         dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32

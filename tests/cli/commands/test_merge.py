@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mebp_triton.cli.commands import merge as command
+from mebp_triton.convert.recipe import TABLE_FORM
+from mebp_triton.kernels.names import DEFAULT_FORM, DEFAULT_FORMS, Form
 from mebp_triton.store.reader import Store
 from mebp_triton.system import strict_json
 
@@ -34,19 +36,23 @@ def test_the_loss_of_a_directory_beside_that_of_the_adapter(world, mebp, tmp_pat
     assert str(model.dtype) == f"torch.{dtype}"
 
 
-@pytest.mark.parametrize("options", [["--as-store"], ["--scheme=affine"], ["--group-size=64", "--no-scale-search"]])
+@pytest.mark.parametrize("options", [["--as-store"], ["--embedding-bits=4"], ["--group-size=64", "--no-scale-search"]])
 def test_the_loss_of_a_store_is_what_eval_says_of_it(world, mebp, tmp_path, options):
     out = tmp_path / "out"
     value = answer(mebp("merge", world / "store", out, adapter(world), *options, *validation(world)))
     evaluated = answer(mebp("eval", out, *validation(world)))
     assert value["loss_merged"] == evaluated["loss"] and "dtype" not in value
-    assert value["quantized_anew"] == (21 if options == ["--as-store"] else 22)
+    # The embedding has no adapter, and its form is asked for by --embedding-bits.
+    assert value["quantized_anew"] == (22 if options[0] == "--embedding-bits=4" else 21)
     assert 0 < value["relative_error_worst"] < 0.2
     if "--no-scale-search" in options:
         searched = answer(mebp("merge", world / "store", tmp_path / "searched", adapter(world), options[0], "--json"))
         assert searched["relative_error_worst"] < value["relative_error_worst"]
-    schemes = {info.scheme for info in Store(out).matrices.values()}
-    assert schemes == {"affine" if options == ["--scheme=affine"] else "symmetric"}
+    forms = {name: info.form for name, info in Store(out).matrices.items()}
+    assert forms.pop("model.embed_tokens") == (DEFAULT_FORM if options[0] == "--embedding-bits=4" else TABLE_FORM)
+    # Their own levels lose too much in a model as narrow as this one.
+    wanted = DEFAULT_FORMS[8] if "--as-store" in options else Form("affine", 64 if "--group-size=64" in options else 32)
+    assert set(forms.values()) == {wanted}
 
 
 def test_the_validation_file_is_what_eval_takes(world, mebp, tmp_path):
@@ -85,21 +91,24 @@ def test_a_merge_that_loses_too_much_says_so_and_what_keeps_it(world, mebp, tmp_
     monkeypatch.setattr(command, "ENOUGH", 2.0)  # nothing keeps that much
     code, out, err = mebp("merge", world / "store", tmp_path / "out", adapter(world), "--as-store", "--json")
     value = json.loads(out)
-    assert code == 0 and {made["scheme"] for made in value["tried"]} == {None, "affine"}
+    assert code == 0 and {made["bits"] for made in value["tried"]} == {None, 8}
     assert value["loss_merged"] == min(made["loss"] for made in value["tried"])
     (line,) = (line for line in err.splitlines() if line.startswith("warning: "))
     for made in value["tried"]:
         assert f"{made['bytes'] / 2**20:.1f} MiB, loss {made['loss']:.4g}" in line
+    narrow, wide = sorted(value["tried"], key=lambda made: made["bytes"])
+    line_of_size = f"groups of 32): {wide['bytes'] / 2**20:.1f} MiB and loss {wide['loss']:.4g}; with their own levels "
+    assert f"{line_of_size}{narrow['bytes'] / 2**20:.1f} MiB and {narrow['loss']:.4g}" in err
     way = re.search("`mebp (.*)` makes a model directory, which keeps it", line)
     arguments = [str(tmp_path / "way") if word == "OUT" else word for word in shlex.split(way[1])]
     assert mebp(*arguments)[0] == 0
     monkeypatch.undo()
     whole = answer(mebp(*arguments[:2], tmp_path / "measured", *arguments[3:], *validation(world)))
     assert whole["kept"] == pytest.approx(1, abs=1e-3) and "dtype" in whole
-    for flags in (["--scheme=affine", "--as-store"], ["--dtype=float16"]):
+    for flags in (["--scheme=symmetric", "--as-store"], ["--dtype=float16"]):
         monkeypatch.setattr(command, "ENOUGH", 2.0)
         result = mebp("merge", world / "store", tmp_path / flags[0], adapter(world), *flags, *validation(world))
-        advice = "leave --scheme and --group-size out" if "--as-store" in flags else "; --dtype float32 keeps it"
+        advice = "leave --scheme out" if "--as-store" in flags else "; --dtype float32 keeps it"
         assert len(answer(result).get("tried", [0])) == 1 and advice in result[2]
 
 

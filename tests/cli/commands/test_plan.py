@@ -21,7 +21,7 @@ SETTINGS = ["--device=cpu", "--max-length=32", "--lora-r=4"]
 @pytest.fixture(scope="module")
 def plan(world):
     settings = TrainConfig(device="cpu", max_length=32, lora_r=4, memory_budget="8GiB")
-    return planner_of(world / "store", read_config(world / "store", ""), None, None).resolve(settings)
+    return planner_of(world / "store", read_config(world / "store", ""), {}).resolve(settings)
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from packed_layouts import awq, mlx_affine
 from packed_models import packed_directory
 from runs import model_directory
 
+from mebp_triton.kernels.names import Form
 from mebp_triton.store.reader import Store
 
 
@@ -16,17 +17,19 @@ def test_its_answer_is_about_the_store(mebp, world, tmp_path):
     opened = Store(tmp_path / "store")
     assert value["store"] == str(tmp_path / "store")
     assert value["matrices"] == len(opened.matrices) == len(value["relative_error"]) == 22
-    assert value["schemes"] == ["symmetric"] and value["taken_over"] == 0
+    assert value["schemes"] == ["affine", "symmetric"] and value["bits"] == [4, 8] and value["taken_over"] == 0
     assert value["relative_error_worst"] == max(value["relative_error"].values()) < 0.15
     assert value["relative_error"] == {name: info.relative_error for name, info in opened.matrices.items()}
     assert value["int4_bytes"] > value["float_bytes"] > 0
 
 
 def test_flags_and_table(mebp, world, tmp_path):
-    code, out, _ = mebp("quantize", world / "model", tmp_path / "store", "--scheme=affine", "--no-scale-search")
-    assert code == 0 and "q_proj" in out and "affine" in out
-    infos = Store(tmp_path / "store").matrices.values()
-    assert {info.scheme for info in infos} == {"affine"} and {info.group_size for info in infos} == {64}
+    flags = ["--scheme=symmetric", "--bits=8", "--group-size=16", "--embedding-bits=4", "--no-scale-search"]
+    code, out, _ = mebp("quantize", world / "model", tmp_path / "store", *flags)
+    assert code == 0 and "q_proj" in out and "groups of 16" in " ".join(out.split())
+    forms = {name: info.form for name, info in Store(tmp_path / "store").matrices.items()}
+    assert forms.pop("model.embed_tokens") == Form("symmetric", 32)
+    assert set(forms.values()) == {Form("symmetric", 16, 8)}
 
 
 def test_layers_that_a_4_bit_source_keeps_in_16_bits_are_counted(mebp, world, tmp_path):
@@ -92,6 +95,7 @@ MISTAKES = {
     "onto something": (lambda w, t: [w / "model", w / "store"], ["store exists already"]),
     "an unknown scheme": (lambda w, t: [w / "model", t / "o", "--scheme=nf4"], ["'nf4'", "symmetric"]),
     "an unknown group size": (lambda w, t: [w / "model", t / "o", "--group-size=48"], ["48", "32"]),
+    "small groups of 4 bits": (lambda w, t: [w / "model", t / "o", "--group-size=16"], ["32, 64, 128", "4 bits"]),
 }
 
 

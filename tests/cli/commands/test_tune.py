@@ -12,7 +12,7 @@ from mebp_triton.autotune.log import Trial
 from mebp_triton.autotune.report import describe_route
 from mebp_triton.cli.commands import tune
 from mebp_triton.kernels.configs import Problem, TileConfig
-from mebp_triton.kernels.names import Form
+from mebp_triton.kernels.names import DEFAULT_FORM, Form
 from mebp_triton.kernels.routing import Routes
 from mebp_triton.kernels.tables import M_BUCKETS, load_tables, read_table
 from mebp_triton.store.reader import Store
@@ -48,7 +48,7 @@ def test_offline(mebp, tmp_path, monkeypatch, few_candidates):
     assert all(row["provenance"] == "static" and row["device"] is None and row["of_copy"] < 1 for row in value["rows"])
     assert all(row["bound"] in row["clocks"] and row["note"] is None for row in value["rows"])
     assert len(read_table(table, "sm_87")) == 2
-    route = Routes(load_tables("sm_87")).choose(Problem("matmul", 10, 256, 128))
+    route = Routes(load_tables("sm_87")).choose(Problem("matmul", 10, 256, 128, *DEFAULT_FORM[:2]))
     assert describe_route(route) == value["rows"][0]["route"]
     # What was ranked is not ranked again; the report shows it.
     assert answer(mebp(*command, "--json"))["tuned"] == 0

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from mebp_triton import Int4Linear, Int4Weight, quantize
 from mebp_triton.convert.readers import open_source
 from mebp_triton.convert.readers.int4_dir import Int4Directory
+from mebp_triton.convert.recipe import TABLE_FORM
 from mebp_triton.models.skeleton import build_skeleton, int4_sites
 from mebp_triton.store.reader import Store
 
@@ -65,8 +66,9 @@ def test_a_store_has_the_codes_that_were_saved(
         tensors, expected = store.weight(name).tensors(), layer.int4().tensors()
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[kind]) for kind, tensor in tensors.items()), name
-    # The embedding was float, and follows the form of the others.
-    assert {(form.scheme, form.bits) for form in report.forms.values()} == {(scheme, bits)}
+    forms = {name: report.forms[name] for name in report.forms if name in layers}
+    assert {(form.scheme, form.bits) for form in forms.values()} == {(scheme, bits)}
+    assert {report.forms[name] for name in report.forms.keys() - layers.keys()} == {TABLE_FORM}, "which were float"
     assert "quantization_config" not in json.loads((tmp_path / "store" / "config.json").read_text())
 
 
@@ -91,7 +93,7 @@ def test_float32_scales_and_float_layers(llama: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_tampered_with(llama: Path, tmp_path: Path) -> None:
-    saved(llama, tmp_path / "int4")
+    saved(llama, tmp_path / "int4", scheme="symmetric")
     held = load_file(next(f for f in tmp_path.glob("int4/*.safetensors") if f"{UP}.scales" in load_file(f)))
     scales, packed = held[f"{UP}.scales"], held[f"{UP}.weight"]
     for number, (tensors, config, message) in enumerate(
