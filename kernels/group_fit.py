@@ -42,8 +42,8 @@ PEAK_LEVELS = {
     4: (-6.5, -6.9, -7.3, -7.6, -7.9, -8.2, -8.5, 6.2, 6.6, 6.9, 7.2, 7.5),
     8: (-128.0, 127.0),
 }
-# Affine: the share that is cut off each end of the group's range. With 8 bits, clipping gains nothing.
-RANGE_CUTS = {4: (-0.01, 0.01, 0.03), 8: (0.0,)}
+# Affine: the share that is cut off each end of the group's range, or added to it. With 8 bits, neither gains anything.
+RANGE_CUTS = {4: (-0.02, 0.0, 0.02, 0.04), 8: (0.0,)}
 # Codebook: the scale as a multiple of the largest magnitude, which then meets the outermost level or, from 1.3 on, the
 # second one. NF4 is not symmetric, so both signs are tried.
 PEAK_MULTIPLES = tuple(sign * x for sign in (1.0, -1.0) for x in (0.93, 0.98, 1.03, 1.3, 1.37, 1.43))
