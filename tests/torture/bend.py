@@ -131,6 +131,7 @@ SUBJECTS = {
     ),
     "nf4 store": Subject("nf4-store", STORE, weight=3),
     "8-bit store": Subject("8-bit-store", STORE, weight=3),
+    "two-level store": Subject("two-level-store", STORE, weight=3),
     "adapter": Subject("adapter", ADAPTER, weight=3),
     "PEFT's adapter": Subject("peft-adapter", ADAPTER, ("adapter_*",), FOREIGN, weight=2),
     "run": Subject("run", RUN, ("checkpoint/*", "*.json*"), weight=5),

@@ -54,6 +54,7 @@ def make_world(root: Path) -> None:
     must("store", command(["quantize", root / "model", root / "store", "--group-size=32"]))
     must("nf4 store", command(["quantize", root / "bnb", root / "nf4-store"]))
     must("8-bit store", lambda: _wide_codes(root))
+    must("two-level store", lambda: _two_levels(root))
     must("data", lambda: _data(root / "data"))
     must("adapter", lambda: _adapters(root))
     must("run", lambda: _interrupted_run(root))
@@ -90,6 +91,24 @@ def _wide_codes(root: Path) -> None:
     from mebp_triton import quantize
 
     quantize(root / "model", root / "8-bit-store", "affine", 16, bits=8)
+
+
+def _two_levels(root: Path) -> None:
+    import torch
+
+    from mebp_triton.convert.quantize import Recipe, write_store
+    from mebp_triton.convert.readers import open_source
+    from mebp_triton.kernels.quantize import quantize_matrix
+
+    source = open_source(root / "model")
+    read = source.read
+
+    def coded(name: str) -> Any:
+        value = read(name)
+        return quantize_matrix(value, "affine", 32, scale_dtype=torch.int8)[0] if value.dim() == 2 else value
+
+    source.read = coded
+    write_store(source, root / "two-level-store", Recipe(None, None), None, None, lambda done, total: None)
 
 
 def _models(root: Path) -> None:
