@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from models import ARCHITECTURES, assert_same, batch, loaded, our_gradients, peft_gradients, peft_model, relative_rms
+from runs import two_level_store
 
 import mebp_triton as mebp
 from mebp_triton.kernels.names import FORMS, Form
+from mebp_triton.store.reader import Store
 
 TOLERANCE = 1e-5  # relative RMS, float32
 
@@ -93,6 +95,16 @@ def test_every_form(shared_store: Any, form: Form) -> None:
     model, wrapped = both(shared_store("llama", **form._asdict()))
     run(model, wrapped, **batch())
     assert_same_gradients(model, wrapped)
+
+
+@pytest.mark.parametrize("form", [Form("affine", 32), Form("symmetric", 16, 8)], ids=str)
+def test_scales_of_two_levels(shared_store: Any, form: Form, tmp_path: Any) -> None:
+    source = shared_store("llama", config={"intermediate_size": 300}).parent / "model"  # more than 256 columns
+    store = two_level_store(source, tmp_path / "store", form)
+    model, wrapped = both(store, weights="file")
+    run(model, wrapped, **batch())
+    assert_same_gradients(model, wrapped)
+    assert {info.scale_dtype for info in Store(store).matrices.values()} == {"I8"}
 
 
 def test_float64(shared_store: Any) -> None:

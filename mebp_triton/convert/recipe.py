@@ -17,8 +17,8 @@ from mebp_triton.kernels.rounding import round_to_grid
 from mebp_triton.models.skeleton import Role
 from mebp_triton.system.memory import page_dropper
 
-# Of a matrix that has other codes in the source than we hold. It was rounded to 4 bits once, with care, and to round it
-# to 4 bits again does as much harm to the model; see docs/decisions.md.
+# Of a matrix that has other codes in the source than we hold. To round it to 4 bits once more would harm the model, and
+# 8 bits hardly change it; see docs/decisions.md.
 DECODED_FORM = DEFAULT_FORMS[8]
 # Of an embedding and a head. They are read by rows: 8 bits cost space on disk and hardly any memory.
 TABLE_FORM = DEFAULT_FORMS[8]

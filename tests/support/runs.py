@@ -16,9 +16,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mebp_triton.convert.quantize import quantize
+from mebp_triton.convert.quantize import Recipe, quantize, write_store
+from mebp_triton.convert.readers import open_source
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.tokenized import TokenizedData
+from mebp_triton.kernels.names import Form
+from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.models.adapter import adapter_tensors
 from mebp_triton.models.load import load
 from mebp_triton.training.processes import ALONE
@@ -86,6 +89,22 @@ class SharedStores:
     def stamps(self, place: Path) -> dict[Path, tuple[int, int]]:
         """Size and time of the last change of every file below ``place``."""
         return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in place.rglob("*") if path.is_file()}
+
+
+def two_level_store(model: Path, target: Path, form: Form) -> Path:
+    """The store of a model directory whose matrices all have scales of two levels."""
+    source = open_source(model)
+    read = source.read
+
+    def coded(name: str) -> Any:
+        value = read(name)
+        if value.dim() != 2:
+            return value
+        return quantize_matrix(value, form.scheme, form.group_size, bits=form.bits, scale_dtype=torch.int8)[0]
+
+    source.read = coded  # type: ignore[method-assign]
+    write_store(source, target, Recipe(None, None), None, None, lambda done, total: None)
+    return target
 
 
 def text_data(root: Path, count: int = 40, seed: int = 0, max_length: int = 24) -> TokenizedData:

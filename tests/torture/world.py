@@ -94,21 +94,11 @@ def _wide_codes(root: Path) -> None:
 
 
 def _two_levels(root: Path) -> None:
-    import torch
+    from runs import two_level_store
 
-    from mebp_triton.convert.quantize import Recipe, write_store
-    from mebp_triton.convert.readers import open_source
-    from mebp_triton.kernels.quantize import quantize_matrix
+    from mebp_triton.kernels.names import Form
 
-    source = open_source(root / "model")
-    read = source.read
-
-    def coded(name: str) -> Any:
-        value = read(name)
-        return quantize_matrix(value, "affine", 32, scale_dtype=torch.int8)[0] if value.dim() == 2 else value
-
-    source.read = coded
-    write_store(source, root / "two-level-store", Recipe(None, None), None, None, lambda done, total: None)
+    two_level_store(root / "model", root / "two-level-store", Form("affine", 32))
 
 
 def _models(root: Path) -> None:
