@@ -33,7 +33,7 @@ FLOORS = {
         readers.packed_dir readers.gptq readers.awq readers.auto_round readers.mlx readers.compressed_tensors
         readers.hqq readers.merged_store readers writers.store writers.model_directory calibration.source_weights
         calibration.stream calibration.source_run calibration.source_loss calibration.layer_inputs
-        calibration.calibration recipe quantize merge""",
+        calibration.calibration recipe bit_budget quantize merge""",
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw optimizers.table
         evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes plan.inventory
         plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint interim trainer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
+from mebp_triton.convert.bit_budget import forms_within
 from mebp_triton.convert.calibration import CALIBRATION_WINDOWS
 from mebp_triton.convert.calibration.calibration import Calibration
 from mebp_triton.convert.calibration.layer_inputs import Columns
@@ -40,6 +41,8 @@ class QuantizeReport:
         decoded: modules whose codes were decoded exactly and rounded again, with what the codes are: none of our
             schemes holds them, or another form was asked for.
         forms: scheme, group size and width of codes, by module.
+        sizes: the number of weights, by module, and the bytes that they take with their scales.
+        linear: the modules that are linear layers; the others are embedding and head.
         float_bytes, int4_bytes: the bytes of what stayed float and of what became int4.
         kept_float: the matrices that stayed float, by the reason; see ``models/kept_float.py``.
         compensated: with a calibration, the linear layers that were rounded by all they read: their columns make up
@@ -53,12 +56,19 @@ class QuantizeReport:
     taken_over: list[str] = field(default_factory=list)
     decoded: dict[str, str] = field(default_factory=dict)
     forms: dict[str, Form] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    linear: list[str] = field(default_factory=list)
     float_bytes: int = 0
     int4_bytes: int = 0
     kept_float: dict[str, KeptFloat] = field(default_factory=dict)
     compensated: list[str] = field(default_factory=list)
     weighted: list[str] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
+
+    def bits_per_weight(self, names: Iterable[str] | None = None) -> float:
+        """The mean bits of a weight, scales counted, over the modules ``names``, or over all that became int4."""
+        weights, nbytes = zip(*(self.sizes[name] for name in (self.sizes if names is None else names)), strict=True)
+        return 8 * sum(nbytes) / sum(weights)
 
 
 def quantize(
@@ -73,6 +83,7 @@ def quantize(
     calibration: Callable[[Path], TokenizedData | None] = lambda companions: None,
     calibration_windows: int = CALIBRATION_WINDOWS,
     embedding_bits: int | None = None,
+    bits_per_weight: float | None = None,
 ) -> QuantizeReport:
     """Makes the store directory ``store`` from ``source``, a transformers model directory or a GGUF file.
 
@@ -91,6 +102,9 @@ def quantize(
         bits: the width of the linear layers' codes, 4 or 8; by default the source's, 8 for other codes, or 4.
         embedding_bits: the same of the embedding and of a head of its own; by default the source's, or 8, symmetric in
             groups of 64. With 4, ``scheme`` and ``group_size`` hold for them too.
+        bits_per_weight: the mean bits of the linear layers' weights, scales counted, in place of ``bits``; for a source
+            without codes. The layers whose rounding harms most get 8 bits, the others 4, and the mean stays below. Each
+            layer is read once more before. With a calibration, the harm is what the text shows.
         calibration: called with a directory that has the source's config and tokenizer. The text that it returns goes
             through the model, block by block, and linear layers are rounded so that what they give on it changes
             little. In memory are then one block in float32, and the products of pairs of its inputs' columns.
@@ -103,6 +117,8 @@ def quantize(
         ValueError: the source cannot be read, or the arguments do not fit; nothing is left behind.
     """
     recipe = Recipe(scheme, group_size, scale_search, bits, embedding_bits)
+    if bits_per_weight is not None and bits is not None:
+        raise ValueError("bits_per_weight chooses the bits of each layer: leave out bits")
     atomic.check_absent(Path(store))
     opened = open_source(source)
 
@@ -110,7 +126,8 @@ def quantize(
         text = calibration(directory)
         return None if text is None else Calibration(SourceRun(opened, text, calibration_windows, directory, blocks))
 
-    return write_store(opened, Path(store), recipe, blocks, None, progress, base_model(Path(source)), follow)
+    base = base_model(Path(source))
+    return write_store(opened, Path(store), recipe, blocks, None, progress, base, follow, bits_per_weight)
 
 
 def write_store(
@@ -122,6 +139,7 @@ def write_store(
     progress: Callable[[int, int], None],
     base: BaseModel | None = None,
     follow: Callable[[Path], Calibration | None] = lambda directory: None,
+    bits_per_weight: float | None = None,
 ) -> QuantizeReport:
     """Writes the store of an opened source; see ``quantize``.
 
@@ -134,32 +152,39 @@ def write_store(
     path, stack = find_blocks(model, blocks)
     sites, tied = int4_sites(model)
     floats = float_names(model, sites) + [name for name in persistent_buffers(model) if opened.has(name)]
-    linear = linear_names(sites)
-    if not linear:
+    if not linear_names(sites):
         raise ValueError(f"{type(model).__name__} has no plain linear layers: its architecture is not supported")
-    if form_of is None:
-        first = opened.read(f"{linear[0]}.weight")
-        default = DECODED_FORM if f"{linear[0]}.weight" in opened.decoded else DEFAULT_FORM
-        native = first.form if isinstance(first, Int4Weight) else default
-        tables = {site.name for site in sites if site.role != "linear"}
-
-        def form_of(name: str) -> Form | Int4Weight:
-            if name in tables:
-                return TABLE_FORM
-            return DECODED_FORM if f"{name}.weight" in opened.decoded else native
-
-    job = _Job(opened, recipe, form_of, len(sites), progress)
+    job = _Job(opened, recipe, form_of or _usual_forms(opened, sites), len(sites), progress)
+    prefixes = [f"{path}.{index}." for index in range(len(stack))]
     with atomic.atomic_directory(target) as directory:
         opened.save_companions(directory)
+        if bits_per_weight is not None:
+            job.spend(bits_per_weight, sites, prefixes, follow(directory))
         job.calibration = follow(directory)
         writer = StoreWriter(directory, opened.description, tied, base)
-        for index in range(len(stack)):
+        for index, prefix in enumerate(prefixes):
             with nullcontext() if job.calibration is None else job.calibration.block():
-                job.write(writer, block_file(index), sites, floats, f"{path}.{index}.")
+                job.write(writer, block_file(index), sites, floats, prefix)
         job.write(writer, SHARED, sites, floats, "")
         writer.finish()
     job.report.kept_float = kept_float(model, job.float_sizes)
     return job.report
+
+
+def _usual_forms(opened: Source, sites: list[Int4Site]) -> Callable[[str], Form | Int4Weight]:
+    """Returns what tells the form of a matrix without codes of ours if nothing is asked for, by its module's name."""
+    first = f"{linear_names(sites)[0]}.weight"
+    value = opened.read(first)
+    default = DECODED_FORM if first in opened.decoded else DEFAULT_FORM
+    native = value.form if isinstance(value, Int4Weight) else default
+    tables = {site.name for site in sites if site.role != "linear"}
+
+    def form_of(name: str) -> Form | Int4Weight:
+        if name in tables:
+            return TABLE_FORM
+        return DECODED_FORM if f"{name}.weight" in opened.decoded else native
+
+    return form_of
 
 
 def base_model(source: Path) -> BaseModel:
@@ -185,8 +210,24 @@ class _Job:
         self.source, self.recipe, self.form_of, self.total, self.progress = source, recipe, form_of, total, progress
         self.calibration: Calibration | None = None
         self.report = QuantizeReport()
+        self.done = 0
         self.written: set[str] = set()
         self.float_sizes: dict[str, int] = {}
+
+    def spend(
+        self, bits_per_weight: float, sites: list[Int4Site], prefixes: list[str], calibration: Calibration | None
+    ) -> None:
+        """Chooses the forms of the linear layers by a budget; see ``quantize``."""
+        asked = self.recipe
+        self.total += len(linear_names(sites))
+        chosen = forms_within(self.source, sites, prefixes, asked, bits_per_weight, calibration, self._advance)
+        self.recipe = Recipe(scale_search=asked.scale_search, embedding_bits=asked.embedding_bits)
+        table = asked.form(TABLE_FORM, "embedding")
+        self.form_of = lambda name: chosen.get(name, table)
+
+    def _advance(self) -> None:
+        self.done += 1
+        self.progress(self.done, self.total)
 
     def write(self, writer: StoreWriter, file: str, sites: list[Int4Site], floats: list[str], prefix: str) -> None:
         matrices = {}
@@ -216,13 +257,16 @@ class _Job:
         except ValueError as problem:
             raise ValueError(f"{site.name}: {problem}") from None
         self.report.errors[site.name], self.report.forms[site.name] = error, weight.form
+        self.report.sizes[site.name] = site.out_features * site.in_features, weight.nbytes
+        if site.role == "linear":
+            self.report.linear.append(site.name)
         if (codes := self.source.decoded.get(f"{site.name}.weight")) is not None:
             self.report.decoded[site.name] = codes
         if weight is value:
             self.report.taken_over.append(site.name)
         elif isinstance(value, Int4Weight):
             self.report.decoded[site.name] = f"codes of {value.form}"
-        self.progress(len(self.report.errors), self.total)
+        self._advance()
         if self.calibration is not None and weight is not value:
             self.calibration.replace(site.name, weight)
         return weight, error

@@ -194,7 +194,7 @@ def test_a_large_change_is_quantized_anew_where_the_adapter_is(llama, tmp_path):
         before, after = old.weight(name), new.weight(name)
         assert after.form == before.form == (TABLE_FORM if "embed" in name else DEFAULT_FORM)
         if name.endswith(("q_proj", "down_proj")):
-            wanted, error = quantize_matrix(floats[f"{name}.weight"], *before.form[:2])
+            wanted, error = quantize_matrix(floats[f"{name}.weight"], *before.form[:2], scale_dtype=torch.int8)
             assert all(torch.equal(after.tensors()[part], tensor) for part, tensor in wanted.tensors().items())
             assert info.relative_error == error and 0 < error < 0.15
         else:

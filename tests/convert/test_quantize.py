@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mebp_triton.convert.quantize import base_model, quantize, write_store
 from mebp_triton.convert.readers import open_source
-from mebp_triton.convert.recipe import TABLE_FORM, Recipe
+from mebp_triton.convert.recipe import TABLE_FORM, Recipe, scale_dtype_of
 from mebp_triton.kernels.names import DEFAULT_FORM, Form
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
@@ -74,7 +74,8 @@ def test_a_matrix_is_what_quantize_matrix_makes_of_it(small, tmp_path, scheme, s
     opened, named = Store(tmp_path / "store"), dict(original(small).named_parameters())
     for name, info in opened.matrices.items():
         form = TABLE_FORM if name == "model.embed_tokens" else Form(scheme, 64)
-        weight, error = quantize_matrix(named[f"{name}.weight"].detach(), *form[:2], search, bits=form.bits)
+        exact = named[f"{name}.weight"].detach()
+        weight, error = quantize_matrix(exact, *form[:2], search, scale_dtype_of(form), form.bits)
         found = opened.weight(name)
         assert found.form == info.form == report.forms[name] == form
         assert all(torch.equal(found.tensors()[part], tensor) for part, tensor in weight.tensors().items())
@@ -85,6 +86,9 @@ def test_without_wishes_embedding_and_head_have_8_bits(tmp_path):
     report = quantize(save_tiny_model("qwen2", tmp_path / "model", num_hidden_layers=1), tmp_path / "store")
     tables = {name: report.forms.pop(name) for name in ("model.embed_tokens", "lm_head")}
     assert set(tables.values()) == {TABLE_FORM} and set(report.forms.values()) == {DEFAULT_FORM}
+    matrices = Store(tmp_path / "store").matrices
+    assert {matrices[name].scale_dtype for name in tables} == {"F16"}
+    assert {matrices[name].scale_dtype for name in report.forms} == {"I8"}
     assert max(report.errors[name] for name in tables) < 0.01 < min(report.errors[name] for name in report.forms)
 
 
@@ -320,7 +324,7 @@ def test_what_was_asked_for_wins_over_what_the_source_has(native, tmp_path, opti
             assert info.form == (TABLE_FORM if name == "model.embed_tokens" else wanted)
             value = native.read(f"{name}.weight")
             value = value if isinstance(value, torch.Tensor) else decode(value, torch.float32)
-            weight, error = quantize_matrix(value, info.scheme, info.group_size, bits=info.bits)
+            weight, error = quantize_matrix(value, *info.form[:2], True, scale_dtype_of(info.form), info.bits)
             assert error == info.relative_error and torch.equal(weight.packed, opened.weight(name).packed), name
 
 

@@ -58,7 +58,7 @@ def test_a_tied_head_reads_the_embedding_wherever_that_lies(shared_store: Any) -
     store = shared_store("llama")
     model = build_skeleton(AutoConfig.from_pretrained(store), torch.float32)
     builder = Builder(Store(store), model, None, CPU, 0)
-    moved = quantize_matrix(torch.randn(97, 48), group_size=32)[0]
+    moved = quantize_matrix(torch.randn(97, 48), group_size=64, bits=8)[0]
 
     def place(modules: dict[str, Any]) -> None:
         assert "lm_head" not in modules

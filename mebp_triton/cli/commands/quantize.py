@@ -20,12 +20,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mebp_triton.convert.quantize import QuantizeReport
+    from mebp_triton.kernels.names import Form
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="model directory (safetensors; in 4 bits too) or .gguf file")
     parser.add_argument("store", metavar="OUT", help="the store directory to make")
     add_quantization(parser)
+    parser.add_argument(
+        "--bits-per-weight",
+        type=float,
+        metavar="B",
+        help="mean bits of the linear layers of a 16-bit model, scales counted, in place of --bits: layers whose "
+        "rounding harms most get 8 bits, the others 4",
+    )
     add_calibration(parser)
 
 
@@ -41,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         "decoded": Counter(report.decoded.values()),
         "schemes": sorted({form.scheme for form in report.forms.values()}),
         "bits": sorted({form.bits for form in report.forms.values()}),
+        "bits_per_weight": {"linear": report.bits_per_weight(report.linear), "all": report.bits_per_weight()},
         "int4_bytes": report.int4_bytes,
         "float_bytes": report.float_bytes,
         "kept_float": {reason: dataclasses.asdict(count) for reason, count in report.kept_float.items()},
@@ -84,6 +93,7 @@ def quantize_with_progress(
             store,
             **asked_form(arguments),
             scale_search=arguments.scale_search,
+            bits_per_weight=getattr(arguments, "bits_per_weight", None),
             progress=progress,
             calibration=lambda companions: None if texts is None else texts.read(companions),
             calibration_windows=getattr(arguments, "calibration_windows", CALIBRATION_WINDOWS),
@@ -115,17 +125,25 @@ def _worst(report: QuantizeReport, names: Collection[str]) -> str:
 
 
 def _table(store: str, report: QuantizeReport) -> Table:
-    """A row per kind of layer, such as q_proj."""
+    """A row per kind of layer and form, such as q_proj with 4 bits, and the mean bits of a weight at the end."""
     from rich.table import Table
 
     table = Table(title=f"{store}: {report.int4_bytes / MIB:.1f} MiB int4", title_justify="left")
-    for heading in ("layer", "matrices", "form", "relative error, median", "worst"):
+    for heading in ("layer", "matrices", "form", "bits a weight", "relative error, median", "worst"):
         table.add_column(heading)
-    kinds: dict[str, list[str]] = {}
-    for name in report.errors:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    for kind, names in kinds.items():
-        errors = [report.errors[name] for name in names]
-        forms = "; ".join(map(str, sorted({report.forms[name] for name in names})))
-        table.add_row(kind, str(len(names)), forms, f"{statistics.median(errors):.4f}", f"{max(errors):.4f}")
+    kinds: dict[str, dict[Form, list[str]]] = {}
+    for name, form in report.forms.items():
+        kinds.setdefault(name.rpartition(".")[2], {}).setdefault(form, []).append(name)
+
+    def add(layer: str, form: str, names: Collection[str]) -> None:
+        errors, bits = [report.errors[name] for name in names], report.bits_per_weight(names)
+        median, worst = statistics.median(errors), max(errors)
+        table.add_row(layer, str(len(names)), form, f"{bits:.3f}", f"{median:.4f}", f"{worst:.4f}")
+
+    for kind, forms in kinds.items():
+        for form, names in sorted(forms.items()):
+            add(kind, str(form), names)
+    table.add_section()
+    add("linear layers", "", report.linear)
+    add("all", "", report.forms)
     return table

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.convert.readers import is_quantized, native_form
-from mebp_triton.convert.recipe import DECODED_FORM, TABLE_FORM, Recipe
+from mebp_triton.convert.recipe import DECODED_FORM, TABLE_FORM, Recipe, scale_dtype_of
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import DEFAULT_FORM
 from mebp_triton.models.skeleton import build_skeleton, float_names, int4_sites
@@ -76,8 +76,9 @@ class Inventory:
             shape, file = (site.out_features, site.in_features), file_of(site.name)
             own = native if native and (native.tables or site.role == "linear") else None
             form = own.form if own else default if site.role == "linear" else TABLE_FORM
-            scale_name = dtype_name(own.scale_dtype if own and recipe.takes(form, site.role) else torch.float16)
-            scheme, group_size, bits = recipe.form(form, site.role)
+            taken_over = own is not None and recipe.takes(form, site.role)
+            scheme, group_size, bits = form = recipe.form(form, site.role)
+            scale_name = dtype_name(own.scale_dtype if own and taken_over else scale_dtype_of(form))
             info = matrices[site.name] = MatrixInfo(file, scheme, shape, group_size, scale_name, 0.0, bits)
             files[file] |= {f"{site.name}.{part}": tensor for part, tensor in info.tensors().items()}
         dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32

@@ -1,6 +1,7 @@
 """``mebp quantize``: its answer, its table, and what it refuses."""
 
 import json
+import math
 
 import pytest
 from commands import answer, assert_refused, evaluate, pickled, texts, train, with_remote_code, without
@@ -30,6 +31,17 @@ def test_flags_and_table(mebp, world, tmp_path):
     forms = {name: info.form for name, info in Store(tmp_path / "store").matrices.items()}
     assert forms.pop("model.embed_tokens") == Form("symmetric", 32)
     assert set(forms.values()) == {Form("symmetric", 16, 8)}
+
+
+def test_a_budget_of_bits_is_kept_and_told(mebp, world, tmp_path):
+    value = answer(mebp("quantize", world / "model", tmp_path / "store", "--bits-per-weight=8", "--json"))
+    matrices = Store(tmp_path / "store").matrices
+    linear = [info for name, info in matrices.items() if name != "model.embed_tokens"]
+    bits = [8 * sum(math.prod(shape) * dtype.itemsize for dtype, shape in info.tensors().values()) for info in linear]
+    assert value["bits_per_weight"]["linear"] == sum(bits) / sum(math.prod(info.shape) for info in linear) <= 8
+    assert {info.bits for info in linear} == {4, 8}
+    shown = mebp("quantize", world / "model", tmp_path / "table", "--bits-per-weight=8")[1]
+    assert f"{value['bits_per_weight']['linear']:.3f}" in shown and f"{value['bits_per_weight']['all']:.3f}" in shown
 
 
 def test_layers_that_a_4_bit_source_keeps_in_16_bits_are_counted(mebp, world, tmp_path):
@@ -95,6 +107,11 @@ MISTAKES = {
     "onto something": (lambda w, t: [w / "model", w / "store"], ["store exists already"]),
     "an unknown scheme": (lambda w, t: [w / "model", t / "o", "--scheme=nf4"], ["'nf4'", "symmetric"]),
     "an unknown group size": (lambda w, t: [w / "model", t / "o", "--group-size=48"], ["48", "32"]),
+    "no bits to spend": (lambda w, t: [w / "model", t / "o", "--bits-per-weight=3"], ["--bits-per-weight", "got 3"]),
+    "bits in two ways": (
+        lambda w, t: [w / "model", t / "o", "--bits-per-weight=5", "--bits=4"],
+        ["--bits-per-weight chooses", "leave out bits"],
+    ),
     "small groups of 4 bits": (lambda w, t: [w / "model", t / "o", "--group-size=16"], ["32, 64, 128", "4 bits"]),
 }
 
