@@ -33,7 +33,7 @@ FORMS = tuple(
 
 # How a float matrix is quantized where nobody asks for anything, by the width of its codes. docs/decisions.md has the
 # figures that chose them.
-DEFAULT_FORMS = {4: Form("affine", 32), 8: Form("symmetric", 64, 8)}
+DEFAULT_FORMS = {4: Form("codebook", 32), 8: Form("symmetric", 64, 8)}
 DEFAULT_FORM = DEFAULT_FORMS[4]
 
 

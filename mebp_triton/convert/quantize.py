@@ -93,7 +93,7 @@ def quantize(
         scheme: of the linear layers: "symmetric", "affine" or "codebook" (NF4). By default, each matrix whose codes in
             the source we hold is taken over bit for bit, whatever the others have; one with other codes becomes
             symmetric, with 8 bits. Where a source has codes, its float linear layers follow the first linear layer;
-            without codes, they become affine, or with 8 bits symmetric.
+            without codes, they become codebook, or with 8 bits symmetric.
         group_size: of the linear layers: 32, 64 or 128, or, of codes of 8 bits, 16; by default that of the codes, or
             32, with 8 bits 64.
         scale_search: whether each group's scale is searched for the least squared error.

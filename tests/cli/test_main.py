@@ -16,7 +16,7 @@ from commands import adapter, assert_one_line, assert_refused, evaluate, tell_at
 from mebp_triton.cli import main as main_module
 from mebp_triton.cli.main import main
 from mebp_triton.cli.parser import COMMANDS
-from mebp_triton.convert import quantize
+from mebp_triton.convert import recipe
 from mebp_triton.convert.readers.merged_store import MergedStore
 from mebp_triton.system.errors import RunError
 from mebp_triton.training import evaluation
@@ -153,9 +153,9 @@ def test_a_signal_ends_a_command_with_one_line_and_leaves_nothing(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     merging = ["merge", world / "store", tmp_path / "out", adapter(world)]
     arguments, owner, function, at = {
-        "quantize": (["quantize", world / "model", tmp_path / "out"], quantize, "quantize_matrix", 9),
+        "quantize": (["quantize", world / "model", tmp_path / "out"], recipe, "quantize_matrix", 9),
         "merge": (merging, MergedStore, "pieces", 9),
-        "merge a store": ([*merging, "--as-store"], quantize, "quantize_matrix", 9),
+        "merge a store": ([*merging, "--as-store"], recipe, "round_to_grid", 9),
         "tune": (tune_offline(tmp_path, "--shapes=256x128", "--m=16"), tune, "tune_offline", 1),
         "eval": (evaluate(world, world / "store"), evaluation, "collate", 2),
         "parsing": (["doctor"], main_module, "build_parser", 1),

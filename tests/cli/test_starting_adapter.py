@@ -20,6 +20,7 @@ from mebp_triton.training.settings import TrainConfig
 
 HELD_OUT = "--validation-file={}/held-out.txt"
 FRESH = [flag for flag in QUICK if "lora-r" not in flag]  # the rank comes from the adapter
+SLOW = "--learning-rate=0.002"  # so that a step is one down
 
 
 def going_on(world, place, *flags, adapter=None, output="more"):
@@ -53,13 +54,13 @@ def peft_adapter(world, tmp_path_factory):
 
 def test_a_run_starts_where_another_ended_and_says_so(mebp, world, tmp_path):
     """Its loss before training is that after the other's; its optimizer and its schedule are new."""
-    value = answer(mebp(*going_on(world, tmp_path, HELD_OUT.format(world), "--json")))
+    value = answer(mebp(*going_on(world, tmp_path, HELD_OUT.format(world), SLOW, "--json")))
     found, first = record(tmp_path / "more"), record(world / "run")
     assert value["loss_before"] == first["loss_after"] and value["loss_after"] < value["loss_before"]
     assert found["settings"]["lora_r"] == 2 and found["steps"] == 3
     start = found["start"]
     assert start["adapter"] == str(world / "run" / "adapter") and start["base_model_name_or_path"]
-    again = answer(mebp(*going_on(world, tmp_path, "--json", adapter=world / "run" / "adapter", output="again")))
+    again = answer(mebp(*going_on(world, tmp_path, SLOW, "--json", adapter=world / "run" / "adapter", output="again")))
     assert record(tmp_path / "again")["start"] == start and again["steps"] == 3
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "more")
 

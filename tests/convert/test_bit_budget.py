@@ -47,7 +47,7 @@ def test_kinds_of_layers_count_by_the_harm_that_was_measured():
 
 @pytest.mark.parametrize("bits", [4.99, 9.01, float("nan"), float("inf"), -1.0])
 def test_what_is_possible_is_said(bits):
-    with pytest.raises(ValueError, match="must be 5 to 9, got .* 4 bits, affine, .* 8 bits, symmetric"):
+    with pytest.raises(ValueError, match="must be 5 to 9, got .* 4 bits, codebook, .* 8 bits, symmetric"):
         choose_wide({"a": cost(0.01)}, bits, *FORMS)
 
 

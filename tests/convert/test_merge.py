@@ -226,7 +226,7 @@ def test_changes_smaller_than_a_step_are_kept(shared_store, tmp_path, architectu
 
 def test_the_form_that_loses_least_is_kept(llama, tmp_path):
     store, adapter = llama[0], adapter_of(llama[0], tmp_path / "q", target_modules=["q_proj"])
-    forms, losses = [Form("symmetric", 32), Form("codebook", 64)], {"affine": 3.0, "symmetric": 1.0, "codebook": 2.0}
+    forms, losses = [Form("symmetric", 32), Form("affine", 64)], {"codebook": 3.0, "symmetric": 1.0, "affine": 2.0}
     seen = []
 
     def loss_of(made):
@@ -235,7 +235,7 @@ def test_the_form_that_loses_least_is_kept(llama, tmp_path):
         return losses[scheme]
 
     tried = merge.merge_to_measured_store(store, tmp_path / "out", adapter, forms, loss_of, 0.5)
-    assert seen == ["affine", "symmetric", "codebook"] and sorted(made.loss for made in tried) == [1.0, 2.0, 3.0]
+    assert seen == ["codebook", "symmetric", "affine"] and sorted(made.loss for made in tried) == [1.0, 2.0, 3.0]
     assert (tried[-1].form, tried[-1].loss) == (Form("symmetric", 32), 1.0)
     own = {name for name in Store(store).matrices if "q_proj" not in name}
     assert own == set(tried[-1].report.taken_over), "the adapter changes none of these"
@@ -246,7 +246,7 @@ def test_the_form_that_loses_least_is_kept(llama, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direct", "out", "q"], "nothing else is left"
     seen.clear()
     tried = merge.merge_to_measured_store(store, tmp_path / "first", adapter, forms, loss_of, 3.0)
-    assert seen == ["affine"] and len(tried) == 1, "the first is good enough"
+    assert seen == ["codebook"] and len(tried) == 1, "the first is good enough"
 
 
 def test_wide_codes_are_not_made_narrow(shared_store, tmp_path):

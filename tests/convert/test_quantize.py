@@ -347,7 +347,7 @@ def test_a_matrix_with_other_codes_gets_8_bits_whatever_the_first_linear_layer_i
     asked, _ = store_of(native, tmp_path / "asked", scheme="codebook")
     assert {asked.matrices[name].scheme for name in (other | float_rest) - {table}} == {"codebook"}
     narrow, _ = store_of(native, tmp_path / "narrow", bits=4, embedding_bits=4)
-    assert {narrow.matrices[name].form for name in other} == {Form("affine", 32)}
+    assert {narrow.matrices[name].form for name in other} == {DEFAULT_FORM}
 
 
 def test_a_form_may_be_given_for_every_matrix(native, tmp_path):

@@ -291,15 +291,18 @@ OTHER_METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("method", [name for name in OTHER_METHODS if hasattr(peft, f"{name}Config")])
 @pytest.mark.parametrize("first", ["peft", "int4"])
 def test_pefts_other_methods(method: str, first: str) -> None:
-    """Output and gradients of the methods beside the weight are those over the decoded weight, in float64."""
+    """Output and gradients of the methods beside the weight are those over the decoded weight, in float64.
+
+    A product of an affine weight's code and scale is exact in float32, so that float64 has the same weight.
+    """
     torch.manual_seed(0)
     base = nn.ModuleDict({"net": nn.Linear(64, 64)})
     config = getattr(peft, f"{method}Config")(target_modules=["net"], **OTHER_METHODS[method])
     if first == "peft":
         theirs = peft.get_peft_model(base, config)
-        ours = mebp.replace_linears(copy.deepcopy(theirs))
+        ours = mebp.replace_linears(copy.deepcopy(theirs), scheme="affine")
     else:
-        ours = peft.get_peft_model(mebp.replace_linears(copy.deepcopy(base)), config)
+        ours = peft.get_peft_model(mebp.replace_linears(copy.deepcopy(base), scheme="affine"), config)
         theirs = peft.get_peft_model(base, config)
         theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if ".base_layer." not in k}, strict=False)
     net, truth = (model.base_model.model["net"] for model in (ours, theirs))

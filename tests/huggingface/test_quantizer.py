@@ -37,9 +37,9 @@ from mebp_triton import Int4Config, Int4LoRALinear
 from mebp_triton.huggingface import model_layers, quantizer
 from mebp_triton.huggingface.bitsandbytes_layers import is_linear4bit
 from mebp_triton.huggingface.quantizer import saved_tensors
-from mebp_triton.kernels.accuracy import random_weight
 from mebp_triton.kernels.names import FORMS, Form
 from mebp_triton.kernels.quantize import quantize_matrix
+from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.linear import Int4Linear
 
 UP = "model.layers.1.mlp.up_proj"
@@ -152,7 +152,7 @@ def test_a_base_model_and_another_head(source: Path, model: Any, saved: Path, tm
     assert_same_codes(base, model.model)
     base.save_pretrained(tmp_path / "base")
     assert_same_codes(from_pretrained(tmp_path / "base"), model)
-    options: dict[str, Any] = {"quantization_config": Int4Config(group_size=32)}
+    options: dict[str, Any] = {"quantization_config": Int4Config("symmetric", group_size=32)}
     for path, named in ((source, options), (saved, {})):
         classifier = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **named)
         assert type(classifier.score) is nn.Linear
@@ -169,7 +169,7 @@ def test_layers_that_the_checkpoint_lacks_stay_float(source: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}], ids=str)
 def test_device_maps(source: Path, model: Any, saved: Path, device_map: Any) -> None:
-    options: dict[str, Any] = {"quantization_config": Int4Config(group_size=32)}
+    options: dict[str, Any] = {"quantization_config": Int4Config("symmetric", group_size=32)}
     for path, named in ((source, options), (saved, {})):
         assert_same_codes(from_pretrained(path, device_map=device_map, **named), model)
 
@@ -279,7 +279,7 @@ def two_level(directory: Path) -> Any:
     model = mebp.replace_linears(from_pretrained(directory))
     layer = model.model.layers[0].self_attn.q_proj
     weight = layer.int4()
-    layer.set_int4(random_weight(*weight.shape, torch.device("cpu"), *weight.form[:2], scale_dtype=torch.int8))
+    layer.set_int4(quantize_matrix(decode(weight, torch.float32), *weight.form[:2], scale_dtype=torch.int8)[0])
     return model
 
 
@@ -292,7 +292,7 @@ UNSAVED: dict[str, tuple[Any, str]] = {
     "FP4": (lambda path: mebp.replace_linears(with_bitsandbytes(path, "fp4")), "the model has FP4 weights"),
     "schemes": (
         mixed_schemes,
-        "one scheme, group size and width, .* affine, groups of 32; 4 bits, symmetric",
+        "one scheme, group size and width, .* codebook, groups of 32; 4 bits, symmetric",
     ),
     "head": (int4_head, "lm_head is int4, and from_pretrained would take it for a float layer"),
 }

@@ -50,7 +50,7 @@ def test_the_loss_of_a_store_is_what_eval_says_of_it(world, mebp, tmp_path, opti
         assert searched["relative_error_worst"] < value["relative_error_worst"]
     forms = {name: info.form for name, info in Store(out).matrices.items()}
     assert forms.pop("model.embed_tokens") == (DEFAULT_FORM if options[0] == "--embedding-bits=4" else TABLE_FORM)
-    wanted = Form("affine", 64 if "--group-size=64" in options else 32)
+    wanted = Form(DEFAULT_FORM.scheme, 64 if "--group-size=64" in options else 32)
     if value["tried"][-1]["bits"] == 8 and "--as-store" in options:  # their own levels lost too much
         wanted = DEFAULT_FORMS[8]
     assert set(forms.values()) == {wanted}

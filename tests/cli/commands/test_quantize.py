@@ -18,7 +18,7 @@ def test_its_answer_is_about_the_store(mebp, world, tmp_path):
     opened = Store(tmp_path / "store")
     assert value["store"] == str(tmp_path / "store")
     assert value["matrices"] == len(opened.matrices) == len(value["relative_error"]) == 22
-    assert value["schemes"] == ["affine", "symmetric"] and value["bits"] == [4, 8] and value["taken_over"] == 0
+    assert value["schemes"] == ["codebook", "symmetric"] and value["bits"] == [4, 8] and value["taken_over"] == 0
     assert value["relative_error_worst"] == max(value["relative_error"].values()) < 0.15
     assert value["relative_error"] == {name: info.relative_error for name, info in opened.matrices.items()}
     assert value["int4_bytes"] > value["float_bytes"] > 0

@@ -118,7 +118,7 @@ MISTAKES = {
     "no config.json": (lambda w, t: train(w, t, store=without(w, t, "config.json")), ["no manifest"]),
     "pickles": (lambda w, t: train(w, t, store=pickled(w, t)), ["only pickled weights"]),
     "code in the checkpoint": (lambda w, t: train(w, t, store=with_remote_code(w, t)), ["'mine'", "never run"]),
-    "options for a store": (lambda w, t: train(w, t, "--scheme=affine"), ["--scheme and --group-size are for models"]),
+    "options for a store": (lambda w, t: train(w, t, "--scheme=affine"), ["--embedding-bits are for models"]),
     "no tokenizer": (
         lambda w, t: train(w, t, store=without(w, t, "tokenizer*", source="store")),
         ["tokenizer", "does not exist"],
