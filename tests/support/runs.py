@@ -16,8 +16,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mebp_triton.convert.quantize import Recipe, quantize, write_store
+from mebp_triton.convert.quantize import quantize, write_store
 from mebp_triton.convert.readers import open_source
+from mebp_triton.convert.recipe import Recipe
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.names import Form

@@ -128,9 +128,11 @@ def _table(store: str, report: QuantizeReport) -> Table:
     """A row per kind of layer and form, such as q_proj with 4 bits, and the mean bits of a weight at the end."""
     from rich.table import Table
 
-    table = Table(title=f"{store}: {report.int4_bytes / MIB:.1f} MiB int4", title_justify="left")
-    for heading in ("layer", "matrices", "form", "bits a weight", "relative error, median", "worst"):
-        table.add_column(heading)
+    table = Table(title_justify="left")
+    table.title = f"{store}: {report.int4_bytes / MIB:.1f} MiB int4; relative errors, their median and the worst"
+    # In 80 columns each row is one line.
+    for heading in ("layer", "matrices", "form", "bits a weight", "error", "worst"):
+        table.add_column(heading, no_wrap=heading in ("layer", "form"))
     kinds: dict[str, dict[Form, list[str]]] = {}
     for name, form in report.forms.items():
         kinds.setdefault(name.rpartition(".")[2], {}).setdefault(form, []).append(name)
@@ -142,8 +144,8 @@ def _table(store: str, report: QuantizeReport) -> Table:
 
     for kind, forms in kinds.items():
         for form, names in sorted(forms.items()):
-            add(kind, str(form), names)
+            add(kind, f"{form.bits} bits, {form.scheme}, {form.group_size}", names)
     table.add_section()
-    add("linear layers", "", report.linear)
+    add("all linear", "", report.linear)
     add("all", "", report.forms)
     return table

@@ -27,7 +27,7 @@ def test_its_answer_is_about_the_store(mebp, world, tmp_path):
 def test_flags_and_table(mebp, world, tmp_path):
     flags = ["--scheme=symmetric", "--bits=8", "--group-size=16", "--embedding-bits=4", "--no-scale-search"]
     code, out, _ = mebp("quantize", world / "model", tmp_path / "store", *flags)
-    assert code == 0 and "q_proj" in out and "groups of 16" in " ".join(out.split())
+    assert code == 0 and "q_proj" in out and "8 bits, symmetric, 16" in out
     forms = {name: info.form for name, info in Store(tmp_path / "store").matrices.items()}
     assert forms.pop("model.embed_tokens") == Form("symmetric", 32)
     assert set(forms.values()) == {Form("symmetric", 16, 8)}
