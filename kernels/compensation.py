@@ -24,13 +24,13 @@ def compensation(products: Tensor, damping: float = DAMPING) -> Tensor:
     """Makes the factor by which columns make up for each other, from the sum of ``x xᵀ`` over inputs ``x`` ``[K]``.
 
     Args:
-        products: ``[K, K]`` float32, of any scale. Twice its memory is taken on top.
+        products: ``[K, K]`` float32, of any scale. Twice its memory is taken on top, the factor included.
         damping: what is added to the diagonal, as a part of its mean. It keeps columns from following what is chance in
             the text that the inputs come from.
 
     Returns:
-        ``[K, K]`` float32, upper triangular. Where rounding adds ``e`` to column ``k``, the columns on its right get
-        ``-e * factor[k, k + 1:] / factor[k, k]``.
+        ``[K, K]`` float32, upper triangular, and the same for products of another scale. Where rounding adds ``e`` to
+        column ``k``, the columns on its right get ``-e * factor[k, k + 1:] / factor[k, k]``.
 
     Raises:
         ValueError: the products are not finite.
@@ -38,14 +38,18 @@ def compensation(products: Tensor, damping: float = DAMPING) -> Tensor:
     if not products.isfinite().all():
         raise ValueError("the layer's inputs on the calibration text are not finite")
     # Cholesky's factor is a lower triangle, so H is turned around: with R an upper one, H = R Rᵀ. The factor in GPTQ is
-    # the U of H⁻¹ = UᵀU, which is the inverse of R.
-    turned = products.flip(0, 1)
-    added = float(products.diagonal().mean()) * damping
-    turned.diagonal().add_(added if added > 0 else 1.0)
+    # the U of H⁻¹ = UᵀU, which is the inverse of R. H is divided by its mean diagonal first: in float32 a sum of
+    # large numbers overflows.
+    mean = float(products.diagonal().mean(dtype=torch.float64))
+    turned = products.flip(0, 1).div_(max(mean, torch.finfo(torch.float32).tiny))
+    turned.diagonal().add_(damping)
     turned = torch.linalg.cholesky(turned)
     root = turned.flip(0, 1)
     del turned
-    return torch.linalg.solve_triangular(root, torch.eye(len(root)), upper=True)
+    # Solved in place for Uᵀ, whose columns are the rows of U, so that nothing is copied.
+    factor = torch.eye(len(root))
+    torch.linalg.solve_triangular(root.mT, factor.mT, upper=False, left=False, out=factor.mT)
+    return factor
 
 
 def compensated_rows(

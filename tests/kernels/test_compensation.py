@@ -34,8 +34,18 @@ def test_the_factor_is_that_of_the_damped_inverse():
     products = correlated(40)
     factor = compensation(products, 0.1).double()
     assert torch.equal(factor, factor.triu())
-    damped = products.double() + 0.1 * products.diagonal().double().mean() * torch.eye(40)
-    torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-3, atol=1e-9)
+    scaled = products.double() / products.diagonal().double().mean()
+    torch.testing.assert_close(
+        factor.t() @ factor, torch.linalg.inv(scaled + 0.1 * torch.eye(40)), rtol=1e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("power", [-110, 0, 127])
+def test_the_scale_of_the_inputs_makes_no_difference(power):
+    """The sum of the largest diagonal is more than float32 holds."""
+    products = correlated(40)
+    products /= products.max()
+    torch.testing.assert_close(compensation(products * 2.0**power), compensation(products), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32, torch.int8])
