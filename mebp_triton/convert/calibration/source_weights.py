@@ -70,8 +70,9 @@ class SourceWeights:
             ids: every token that the model will be given, of any shape.
         """
         head, table = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        text = self.model.config.get_text_config()
-        heights = {table.weight.shape[0], getattr(text, "vocab_size_per_layer_input", None)}
+        # Beside the embedding, some models have a table by token for all their blocks. A table of positions may be as
+        # high as the embedding, so its height alone tells nothing.
+        height = getattr(self.model.config.get_text_config(), "vocab_size_per_layer_input", None)
         for name in persistent_buffers(self.model):
             if self.source.has(name):
                 owner, _, attribute = name.rpartition(".")
@@ -79,7 +80,7 @@ class SourceWeights:
         for path, module in list(self.model.named_modules()):
             if module is head or path in without or f"{path}.".startswith(f"{blocks}."):
                 continue
-            if isinstance(module, nn.Embedding) and module.weight.shape[0] in heights:
+            if isinstance(module, nn.Embedding) and (module is table or module.weight.shape[0] == height):
                 keep_rows(module, self.stored(f"{path}.weight"), ids)
                 check_finite(f"{path}.weight", module.weight)
                 continue

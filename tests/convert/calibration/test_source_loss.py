@@ -30,6 +30,13 @@ def test_it_is_that_of_transformers(architecture, tmp_path, monkeypatch):
     assert (ours.token_accuracy, ours.tokens, ours.windows) == (truth.token_accuracy, truth.tokens, truth.windows)
 
 
+def test_as_many_positions_as_tokens(tmp_path):
+    """The table of positions is no table of tokens, though it is as high."""
+    run = source_run(tmp_path, "gpt2", n_positions=97)
+    assert run.model.config.n_positions == run.model.config.vocab_size
+    assert loss_of(run).loss == pytest.approx(evaluate(whole_model(tmp_path), DATA, score=plain_score).loss, rel=2e-6)
+
+
 def test_some_windows_alone(tmp_path):
     source = opened_source(save_tiny_model("llama", tmp_path / "model"))
     run = SourceRun(source, DATA, 2, tmp_path)
