@@ -2,9 +2,8 @@
 
     python bench/quality_picture.py [--output docs/plots/quality.svg]
 
-A column for each model. Above, the linear layers alone, with embedding and head kept in 16 bits; below, the whole
-model.
-Every point is a setting in ``bench/results/quality-*.json``, on Python's topics.
+A column for each model. Above, forms of the linear layers, with embedding and head kept in 16 bits; below, whole models
+as a tool makes them. Every point is a setting in ``bench/results/quality-*.json``, on Python's topics.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ from typing import Any, NamedTuple
 
 from picture import ROOT, WIDTH, Drawing, read
 
-MODELS = {"quality-gemma": "Gemma-3-270M", "quality-smollm2": "SmolLM2-135M"}
+MODELS = {"quality-gemma-spread": "Gemma-3-270M", "quality-smollm2-spread": "SmolLM2-135M"}
 TOOLS = {"mebp": ("mebp", "#1a66c2"), "bitsandbytes": ("bitsandbytes", "#7a7a7a"), "libgguf": ("GGUF", "#d08a1d")}
-HEIGHT, GAP, TOP, LEFT = 330, 56, 66, 60  # pixels: of a panel, below it, above the first, and left of one
+HEIGHT, GAP, TOP, LEFT = 330, 60, 84, 60  # pixels: of a panel, below it, above the first, and left of one
 LABEL = 10  # font size
+MOST_BITS = 6  # of the panels of linear layers: with more, the points lie close together
 
 
 class Point(NamedTuple):
@@ -32,14 +32,19 @@ class Point(NamedTuple):
 
 def short(setting: dict[str, Any]) -> str:
     """What distinguishes a setting in the picture; its tool is in the colour."""
-    words = {"symmetric": "sym", "affine": "aff", "codebook": "nf4", "float16": "", "double": "double"}
-    return " ".join(words.get(word, word) for word in setting["linear"].split()).strip()
+    if setting["tool"] == "mebp quantize":
+        flags = setting["linear"].replace("--calibration-file TEXT", "calibrated").replace("--bits-per-weight ", "")
+        return flags.replace("--", "") or "no flags"
+    words = {"symmetric": "sym", "affine": "aff", "codebook": "nf4", "float16": "", "int8": "2-level", "4": ""}
+    return " ".join(filter(None, (words.get(word, word) for word in setting["linear"].split())))
 
 
 def points(record: dict[str, Any], whole: bool) -> Iterator[Point]:
     for setting in record["settings"].values():
-        if setting["linear"] and (whole or not setting["tables"]):
-            bits = setting["bits" if whole else "bits_linear"]
+        made = setting["tool"] == "bitsandbytes" or (setting["linear"] and setting["tables"])
+        made = made or (setting["tool"], setting["tables"]) == ("mebp quantize", "store")
+        bits = setting["bits" if whole else "bits_linear"]
+        if made if whole else setting["linear"] and not setting["tables"] and bits < MOST_BITS:
             yield Point(setting["tool"].split()[0], short(setting), bits, setting["topics"]["kl"])
 
 
@@ -50,7 +55,7 @@ class Panel:
         self.drawing, self.left, self.top, self.width = drawing, left, top, width
         bits, logs = [p.bits for p in shown], [math.log10(p.divergence) for p in shown]
         self.low_bits, self.high_bits = math.floor(min(bits) * 2) / 2, math.ceil(max(bits) * 2 + 0.5) / 2
-        self.low, self.high = math.floor(min(logs)), max(logs) + 0.1
+        self.low, self.high = min(logs) - 0.15, max(logs) + 0.15
         self.taken: list[tuple[float, float, float, float]] = []
 
     def place(self, bits: float, divergence: float) -> tuple[float, float]:
@@ -61,16 +66,17 @@ class Panel:
     def axes(self, title: str) -> None:
         bottom, right = self.top + HEIGHT, self.left + self.width
         self.drawing.text(self.left, self.top - 8, title, size=12, colour="#555")
-        for exponent in range(self.low, math.ceil(self.high)):
-            for step in (1, 2, 5):
-                if (value := step * 10.0**exponent) <= 10**self.high:
+        for exponent in range(math.floor(self.low), math.ceil(self.high)):
+            for step in (1, 2, 3, 5, 7):
+                if 10**self.low <= (value := step * 10.0**exponent) <= 10**self.high:
                     y = self.place(self.low_bits, value)[1]
                     self.drawing.line([(self.left, y), (right, y)], "#e4e4e4", 1)
                     self.drawing.text(self.left - 6, y + 4, f"{value:g}", size=LABEL, anchor="end", colour="#555")
-        for bits in range(math.ceil(self.low_bits), math.floor(self.high_bits) + 1):
+        for half in range(math.ceil(self.low_bits * 2), math.floor(self.high_bits * 2) + 1):
+            bits = half / 2
             x = self.place(bits, 10**self.low)[0]
             self.drawing.line([(x, self.top), (x, bottom)], "#e4e4e4", 1)
-            self.drawing.text(x, bottom + 14, str(bits), size=LABEL, anchor="middle", colour="#555")
+            self.drawing.text(x, bottom + 14, f"{bits:g}", size=LABEL, anchor="middle", colour="#555")
         self.drawing.line([(self.left, bottom), (right, bottom)], "#888", 1)
 
     def dots(self, shown: Sequence[Point]) -> None:
@@ -88,7 +94,7 @@ class Panel:
         for shift in (0, 9, -9, 18, -18, 27, -27):
             for anchor, start in (("start", x + 6), ("end", x - 6 - long)):
                 box = (start, y + shift - 4, start + long, y + shift + 4)
-                inside = self.left < box[0] and box[2] < self.left + self.width + 30
+                inside = self.left < box[0] and box[2] < self.left + self.width + 30 and self.top < box[1]
                 if inside and not any(_meet(box, other) for other in self.taken):
                     self.taken.append(box)
                     text = x + 6 if anchor == "start" else x - 6
@@ -104,11 +110,11 @@ def picture() -> str:
     drawing, width = Drawing(), WIDTH / 2 - LEFT - 40
     drawing.text(14, 24, "KL divergence from the 16-bit model, over bits a weight (Python's topics)", size=15)
     for number, (label, colour) in enumerate(TOOLS.values()):
-        drawing.dot(560 + 120 * number, 20, colour)
-        drawing.text(570 + 120 * number, 24, label, colour=colour)
+        drawing.dot(20 + 110 * number, 42, colour)
+        drawing.text(30 + 110 * number, 46, label, colour=colour)
     for column, (name, title) in enumerate(MODELS.items()):
         record = read(name)
-        for row, (whole, what) in enumerate(((False, "linear layers, the rest kept"), (True, "the whole model"))):
+        for row, (whole, what) in enumerate(((False, "linear layers, the rest kept"), (True, "whole models"))):
             shown = list(points(record, whole))
             panel = Panel(drawing, column * WIDTH / 2 + LEFT, TOP + row * (HEIGHT + GAP), width, shown)
             panel.axes(f"{title}: {what}")
