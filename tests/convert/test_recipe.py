@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mebp_triton.convert.recipe import TABLE_FORM, Recipe
-from mebp_triton.kernels.names import DEFAULT_FORM, DEFAULT_FORMS, Form
+from mebp_triton.convert.recipe import TABLE_FORM, Recipe, scale_dtype_of
+from mebp_triton.kernels.names import DEFAULT_FORM, DEFAULT_FORMS, FORMS, Form
 from mebp_triton.kernels.quantize import quantize_matrix
 
 
@@ -24,6 +24,13 @@ from mebp_triton.kernels.quantize import quantize_matrix
 )
 def test_what_is_asked_for_goes_together_with_the_rest(asked, source, form):
     assert Recipe(**asked).form(source) == form
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.bits == 4], ids=str)
+def test_scales_have_two_levels_where_that_saves_bytes(form):
+    weight = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    size = {dtype: quantize_matrix(weight, *form[:2], False, dtype)[0].nbytes for dtype in (torch.float16, torch.int8)}
+    assert scale_dtype_of(form) == min(size, key=size.__getitem__)  # float16 of two that are as small
 
 
 def test_embedding_and_head_have_a_width_of_their_own():
