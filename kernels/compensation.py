@@ -17,16 +17,18 @@ from .scales import Scales, fit_scales
 
 # Columns that an error is handed on to at once. All others take the errors of so many columns together.
 STRETCH = 32
-DAMPING = 0.05
+# What is added to the diagonal of H: a part of itself, and a part of its mean.
+OWN_DAMPING, MEAN_DAMPING = 0.5, 0.01
 
 
-def compensation(products: Tensor, damping: float = DAMPING) -> Tensor:
+def compensation(products: Tensor, damping: float = OWN_DAMPING, least: float = MEAN_DAMPING) -> Tensor:
     """Makes the factor by which columns make up for each other, from the sum of ``x xᵀ`` over inputs ``x`` ``[K]``.
 
     Args:
         products: ``[K, K]`` float32, of any scale. Twice its memory is taken on top, the factor included.
-        damping: what is added to the diagonal, as a part of its mean. It keeps columns from following what is chance in
-            the text that the inputs come from.
+        damping: what is added to the diagonal, as a part of each entry. It keeps columns from following what is chance
+            in the text that the inputs come from.
+        least: likewise, as a part of the diagonal's mean. It keeps columns that are hardly ever used where they are.
 
     Returns:
         ``[K, K]`` float32, upper triangular, and the same for products of another scale. Where rounding adds ``e`` to
@@ -42,7 +44,7 @@ def compensation(products: Tensor, damping: float = DAMPING) -> Tensor:
     # large numbers overflows.
     mean = float(products.diagonal().mean(dtype=torch.float64))
     turned = products.flip(0, 1).div_(max(mean, torch.finfo(torch.float32).tiny))
-    turned.diagonal().add_(damping)
+    turned.diagonal().mul_(1 + damping).add_(least)
     turned = torch.linalg.cholesky(turned)
     root = turned.flip(0, 1)
     del turned

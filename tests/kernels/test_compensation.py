@@ -32,12 +32,11 @@ def output_error(weight, exact, products):
 
 def test_the_factor_is_that_of_the_damped_inverse():
     products = correlated(40)
-    factor = compensation(products, 0.1).double()
+    factor = compensation(products, 0.2, 0.1).double()
     assert torch.equal(factor, factor.triu())
     scaled = products.double() / products.diagonal().double().mean()
-    torch.testing.assert_close(
-        factor.t() @ factor, torch.linalg.inv(scaled + 0.1 * torch.eye(40)), rtol=1e-3, atol=1e-6
-    )
+    damped = scaled + torch.diag(0.2 * scaled.diagonal() + 0.1)
+    torch.testing.assert_close(factor.t() @ factor, torch.linalg.inv(damped), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("power", [-110, 0, 127])
