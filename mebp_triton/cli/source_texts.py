@@ -40,6 +40,13 @@ class SourceTexts:
 
     def read(self, companions: Path) -> TokenizedData | None:
         """Reads both by the tokenizer in ``companions``. Returns the text to calibrate with, or None without one."""
+        from mebp_triton.system.memory import return_free_memory
+
+        read = self._read(companions)
+        return_free_memory()  # a tokenizer may have taken more than any block will
+        return read
+
+    def _read(self, companions: Path) -> TokenizedData | None:
         from mebp_triton.data.loading import load_data
 
         from .inference import check_length, load_tokenizer, load_validation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -122,8 +123,10 @@ def quantize(
     atomic.check_absent(Path(store))
     opened = open_source(source)
 
+    read = functools.cache(calibration)  # with a budget the text goes through the model twice
+
     def follow(directory: Path) -> Calibration | None:
-        text = calibration(directory)
+        text = read(directory)
         return None if text is None else Calibration(SourceRun(opened, text, calibration_windows, directory, blocks))
 
     base = base_model(Path(source))

@@ -71,6 +71,15 @@ def test_the_text_and_what_was_done_with_it_are_said(mebp, world, tmp_path, text
     assert "21 of 22 matrices were rounded so that what they give on the text changes little" in err
 
 
+def test_a_budget_is_spent_by_the_text(mebp, world, tmp_path, text):
+    """The text goes through the model twice, and is read once."""
+    options = (f"--calibration-file={text}", "--calibration-windows=4", "--max-length=16", "--bits-per-weight=9")
+    code, _, err = mebp("quantize", world / "model", tmp_path / "store", *options)
+    assert code == 0 and err.count(f"{text}: ") == 1, err
+    widths = [info.bits for name, info in Store(tmp_path / "store").matrices.items() if "layers" in name]
+    assert set(widths) == {4, 8}
+
+
 def test_a_long_text_is_not_read_to_its_end(quantized, text, monkeypatch):
     monkeypatch.setattr(source_texts, "SPREAD", 2)
     long = text.with_name("long.jsonl")
