@@ -40,14 +40,8 @@ class SourceTexts:
 
     def read(self, companions: Path) -> TokenizedData | None:
         """Reads both by the tokenizer in ``companions``. Returns the text to calibrate with, or None without one."""
-        from mebp_triton.system.memory import return_free_memory
-
-        read = self._read(companions)
-        return_free_memory()  # a tokenizer may have taken more than any block will
-        return read
-
-    def _read(self, companions: Path) -> TokenizedData | None:
         from mebp_triton.data.loading import load_data
+        from mebp_triton.system.memory import return_free_memory
 
         from .inference import check_length, load_tokenizer, load_validation
 
@@ -55,6 +49,7 @@ class SourceTexts:
         if given.validation_file is not None:
             self._validation = load_validation(companions, given)
             say(f"{given.validation_file}: {self._validation.report.describe()}")
+            return_free_memory()  # a tokenizer may take more than any block will, and must not be there twice
         if given.calibration_file is None:
             return None
         check_length(companions, given.max_length)
@@ -65,6 +60,7 @@ class SourceTexts:
             name="calibration-file",
             most_tokens=SPREAD * given.calibration_windows * given.max_length,
         )
+        return_free_memory()
         used = min(len(data), given.calibration_windows)
         say(f"{given.calibration_file}: {data.report.describe()}; {used} of them are used, evenly spaced")
         return data
