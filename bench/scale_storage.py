@@ -30,7 +30,7 @@ from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
 from mebp_triton.kernels.names import Form
 from mebp_triton.kernels.panel import int4_matmul_dx_panel, int4_matmul_panel
 
-FORMS = (Form("affine", 32), Form("symmetric", 16, 8))
+FORMS = (Form("affine", 32), Form("codebook", 32), Form("symmetric", 16, 8))
 STORAGES = {"float16": torch.float16, "float32": torch.float32, "two levels": torch.int8}
 MOST = 3  # configurations of a kernel
 
@@ -83,7 +83,7 @@ def main() -> None:
     if args.panels:
         torch.set_num_threads(1)
         print("| form | tokens | matmul: float32, two levels | dX: float32, two levels |\n|---|---|---|---|")
-        for form in (*FORMS, Form("codebook", 32)):
+        for form in FORMS:
             for tokens in (1, 256):
                 print(panels(form, tokens), flush=True)
         return
