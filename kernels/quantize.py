@@ -92,8 +92,9 @@ def check_form(scheme: object, group_size: object, bits: object = 4) -> None:
         raise ValueError("the codebook scheme has 4 bits: choose symmetric or affine for 8")
     sizes = GROUP_SIZES_OF_BITS[bits]
     if type(group_size) is not int or group_size not in sizes:
+        wider = "; it goes with 8 bits" if group_size in GROUP_SIZES_OF_BITS[8] else ""
         raise ValueError(
-            f"group_size must be one of {', '.join(map(str, sizes))}, got {group_size!r} for codes of {bits} bits"
+            f"group_size must be one of {', '.join(map(str, sizes))}, got {group_size!r} for codes of {bits} bits{wider}"
         )
 
 

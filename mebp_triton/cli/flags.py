@@ -21,6 +21,8 @@ from mebp_triton.kernels.names import (
     SCHEMES,
 )
 
+MAX_LENGTH = 512  # tokens of a window, where nothing is asked for
+
 
 def at_least_one(text: str) -> int:
     """A type for ``add_argument``: a whole number of at least 1."""
@@ -140,7 +142,9 @@ def add_device(parser: argparse.ArgumentParser, use: str = "") -> None:
 def add_validation(parser: argparse.ArgumentParser, required: bool, use: str) -> None:
     """Adds the flags that ``inference.load_validation`` reads; ``use`` is the help of ``--validation-file``."""
     parser.add_argument("--validation-file", required=required, metavar="FILE", help=use)
-    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    parser.add_argument(
+        "--max-length", type=int, default=MAX_LENGTH, metavar="N", help=f"tokens per window (default: {MAX_LENGTH})"
+    )
     parser.add_argument(
         "--completion-only-loss",
         action=argparse.BooleanOptionalAction,

@@ -83,7 +83,9 @@ def check_length(directory: Path, max_length: int) -> None:
     """Raises ValueError where a window of ``max_length`` tokens is longer than the model takes."""
     longest = getattr(model_config(directory).get_text_config(), "max_position_embeddings", None)
     if longest is not None and max_length > longest:
-        raise ValueError(f"max_length {max_length} is longer than the {longest} tokens that the model takes")
+        raise ValueError(
+            f"max_length {max_length} is longer than the {longest} tokens that the model takes: give at most {longest}"
+        )
 
 
 def load_validation(store: Path, arguments: argparse.Namespace) -> TokenizedData:

@@ -8,7 +8,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mebp_triton.convert.calibration import CALIBRATION_WINDOWS
+
 from .console import progress_bar, say
+from .flags import MAX_LENGTH
 
 if TYPE_CHECKING:
     from mebp_triton.convert.quantize import QuantizeReport
@@ -23,7 +26,7 @@ class SourceTexts:
     """The files of ``--calibration-file`` and ``--validation-file``; see ``flags.add_calibration``.
 
     Raises:
-        ValueError: one of them is not there, or is no text.
+        ValueError: one of them is not there, or is no text; or neither is given for which a flag is meant.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -37,6 +40,7 @@ class SourceTexts:
         ):
             if file is not None:
                 check_source(file, name)
+        _check_flags_are_used(arguments)
 
     def read(self, companions: Path) -> TokenizedData | None:
         """Reads both by the tokenizer in ``companions``. Returns the text to calibrate with, or None without one."""
@@ -90,6 +94,18 @@ class SourceTexts:
             del run, score
         of_store = evaluate_with_progress(load_for_inference(store), data, windows, "evaluating the store")
         return {"source": of_source, "store": of_store}
+
+
+def _check_flags_are_used(arguments: argparse.Namespace) -> None:
+    """Raises ValueError where a flag says how to use a file that is not given: who forgot the file must hear of it."""
+    calibration, validation = arguments.calibration_file is not None, arguments.validation_file is not None
+    for flag, given, used, files in (
+        ("calibration_windows", CALIBRATION_WINDOWS, calibration, "--calibration-file"),
+        ("max_eval_windows", None, validation, "--validation-file"),
+        ("max_length", MAX_LENGTH, calibration or validation, "--calibration-file or --validation-file"),
+    ):
+        if getattr(arguments, flag) != given and not used:
+            raise ValueError(f"{flag} {getattr(arguments, flag)} has nothing to be used for: give {files} as well")
 
 
 def as_values(evaluations: dict[str, Evaluation]) -> dict[str, Any]:

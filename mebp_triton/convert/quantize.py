@@ -119,7 +119,7 @@ def quantize(
     """
     recipe = Recipe(scheme, group_size, scale_search, bits, embedding_bits)
     if bits_per_weight is not None and bits is not None:
-        raise ValueError("bits_per_weight chooses the bits of each layer: leave out bits")
+        raise ValueError("bits_per_weight chooses the width of each layer's codes: give no other width beside it")
     atomic.check_absent(Path(store))
     opened = open_source(source)
 

@@ -27,7 +27,8 @@ def quantized(mebp, world, tmp_path):
     """Makes ``tmp_path / name`` of the model of ``world``. The command's answer."""
 
     def run(*options, name="store"):
-        return answer(mebp("quantize", world / "model", tmp_path / name, "--max-length=16", *options, "--json"))
+        length = ["--max-length=16"] if options else []
+        return answer(mebp("quantize", world / "model", tmp_path / name, *length, *options, "--json"))
 
     return run
 
@@ -111,3 +112,10 @@ def test_windows_longer_than_the_model_takes_are_refused(mebp, world, tmp_path, 
     assert_refused(
         mebp, ["quantize", world / "model", tmp_path / "store", *options], ["--max-length 5000 is longer"], tmp_path
     )
+
+
+@pytest.mark.parametrize("flag", ["--calibration-windows=4", "--max-eval-windows=4", "--max-length=16"])
+def test_a_flag_for_a_file_that_is_not_given_is_refused(mebp, world, tmp_path, flag):
+    name, _, value = flag.partition("=")
+    message = f"{name} {value} has nothing to be used for: give --"
+    assert_refused(mebp, ["quantize", world / "model", tmp_path / "store", flag], [message], tmp_path)

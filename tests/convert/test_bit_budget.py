@@ -108,7 +108,7 @@ def test_a_source_with_codes_and_a_width_beside_the_budget_are_refused(uneven, t
     nf4 = bnb_directory(tmp_path, bnb_4bit_quant_type="nf4")
     with pytest.raises(ValueError, match="bits_per_weight is for models of 16 or 32 bits, and .* has codes already"):
         quantize(nf4, tmp_path / "store", bits_per_weight=6.0)
-    with pytest.raises(ValueError, match="leave out bits"):
+    with pytest.raises(ValueError, match="give no other width"):
         quantize(uneven[0], tmp_path / "store", bits_per_weight=6.0, bits=4)
     assert not (tmp_path / "store").exists()
 

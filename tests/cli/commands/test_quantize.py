@@ -110,7 +110,7 @@ MISTAKES = {
     "no bits to spend": (lambda w, t: [w / "model", t / "o", "--bits-per-weight=3"], ["--bits-per-weight", "got 3"]),
     "bits in two ways": (
         lambda w, t: [w / "model", t / "o", "--bits-per-weight=5", "--bits=4"],
-        ["--bits-per-weight chooses", "leave out bits"],
+        ["--bits-per-weight chooses", "give no other width"],
     ),
     "small groups of 4 bits": (lambda w, t: [w / "model", t / "o", "--group-size=16"], ["32, 64, 128", "4 bits"]),
 }
