@@ -94,7 +94,8 @@ def check_form(scheme: object, group_size: object, bits: object = 4) -> None:
     if type(group_size) is not int or group_size not in sizes:
         wider = "; it goes with 8 bits" if group_size in GROUP_SIZES_OF_BITS[8] else ""
         raise ValueError(
-            f"group_size must be one of {', '.join(map(str, sizes))}, got {group_size!r} for codes of {bits} bits{wider}"
+            f"group_size must be one of {', '.join(map(str, sizes))}, got {group_size!r} for codes of {bits} bits"
+            f"{wider}"
         )
 
 

@@ -84,7 +84,7 @@ def test_noise_stays_within_half_a_step(quality, directory, tmp_path):
     quality.spread(directory, store)
     for name, tensor in load_file(directory / "model.safetensors").items():
         codes = store.weight(name.removesuffix(".weight"))
-        steps = codes.float_scales().abs().t().repeat_interleave(32, 1)[:, : codes.in_features]
+        steps = codes.float_scales().abs().t().repeat_interleave(codes.group_size, 1)[:, : codes.in_features]
         parts = (tensor.float() - exact[name]).abs() / steps
         assert 0.2 < float(parts.mean()) < 0.3
         assert float(parts.max()) < 0.51
