@@ -77,7 +77,7 @@ def test_a_store_is_measured_as_it_is(quality, directory, tmp_path):
 def test_noise_stays_within_half_a_step(quality, directory, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    quantize(directory, tmp_path / "store", "affine", group_size=32)
+    quantize(directory, tmp_path / "store", "affine", group_size=32, embedding_bits=4)
     store = Store(tmp_path / "store")
     exact = {f"{name}.weight": decode(store.weight(name), torch.float32) for name in store.matrices}
     save_file({name: tensor.half() for name, tensor in exact.items()}, directory / "model.safetensors")
