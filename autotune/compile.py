@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from mebp_triton.kernels import embedding, matmul, matmul_dx
 from mebp_triton.kernels.configs import KERNELS, Problem, TileConfig
-from mebp_triton.kernels.layout import Int4Weight, group_count, packed_columns, super_count
+from mebp_triton.kernels.layout import Int4Weight, tensor_shapes
 from mebp_triton.kernels.names import Form
 
 from .emulator.driver import compiler_for
@@ -120,23 +120,9 @@ def compile_for(
 
 def blank_weight(n: int, k: int, form: Form, scale_dtype: torch.dtype, device: str = "meta") -> Int4Weight:
     """A weight of these shapes, all zeros; on the meta device it takes no memory. ``scale_dtype``: see ``report``."""
-
-    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    scales = zeros(group_count(k, form.group_size), n, dtype=scale_dtype)
-    supers = zeros(super_count(k), n, dtype=torch.float16) if scale_dtype == torch.int8 else None
-    affine = form.scheme == "affine"
-    return Int4Weight(
-        packed=zeros(n, packed_columns(k, form.bits), dtype=torch.uint8),
-        scales=scales,
-        in_features=k,
-        group_size=form.group_size,
-        minimum=torch.zeros_like(scales) if affine else None,
-        codebook=zeros(16, dtype=torch.float32) if form.scheme == "codebook" else None,
-        super_scales=supers,
-        super_minimum=None if supers is None or not affine else torch.zeros_like(supers),
-    )
+    shapes = tensor_shapes(n, k, form, scale_dtype)
+    parts = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in shapes.items()}
+    return Int4Weight(in_features=k, group_size=form.group_size, **parts)
 
 
 def blank_launch(

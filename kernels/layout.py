@@ -89,6 +89,25 @@ def middle_code(bits: int) -> int:
     return 1 << (bits - 1)
 
 
+def tensor_shapes(
+    rows: int, columns: int, form: Form, scale_dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtypes and shapes of the tensors of a weight ``[rows, columns]``, by the attributes of ``Int4Weight``.
+
+    ``scale_dtype``: float16 or float32, or int8 for scales of two levels.
+    """
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "packed": (torch.uint8, (rows, packed_columns(columns, form.bits)))
+    }
+    for name in ("scales", "minimum") if form.scheme == "affine" else ("scales",):
+        shapes[name] = scale_dtype, (group_count(columns, form.group_size), rows)
+        if scale_dtype == torch.int8:
+            shapes[f"super_{name}"] = torch.float16, (super_count(columns), rows)
+    if form.scheme == "codebook":
+        shapes["codebook"] = torch.float32, (16,)
+    return shapes
+
+
 def float_values(values: Tensor, supers: Tensor | None, group_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Stored scales or minima ``[groups, N]`` in ``dtype``, float32 or wider, which holds them exactly.
 
@@ -297,7 +316,7 @@ class Int4Weight:
         return self._of_rows(lambda tensor, axis: tensor[start:stop] if axis == 0 else tensor[:, start:stop])
 
     def gather(self, ids: Tensor) -> Int4Weight:
-        """A copy of the output rows ``ids`` (int64, ``[T]``), in that order."""
+        """A copy of the output rows ``ids`` (int64, ``[T]``), in that order. It is exact: groups lie along K."""
         return self._of_rows(lambda tensor, axis: tensor.index_select(axis, ids))
 
     @property
@@ -322,10 +341,6 @@ class Int4Weight:
             elif name.startswith("super_"):
                 parts[name] = part(tensor, SUPER_GROUP, super_count(width))
         return replace(self, in_features=width, **parts)  # type: ignore[arg-type]
-
-    def permute_rows(self, order: Tensor) -> Int4Weight:
-        """A copy with its output rows in the given order. It is exact, because groups lie along K."""
-        return self.gather(order)
 
 
 # Names of the attributes that are tensors.

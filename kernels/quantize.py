@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .compensation import compensated_rows
 from .group_fit import NF4, power_of_two
-from .layout import SCALE_DTYPES, Int4Weight, group_count, packed_columns, super_count
+from .layout import SCALE_DTYPES, Int4Weight, tensor_shapes
 from .names import BITS, GROUP_SIZES_OF_BITS, SCHEMES, Form, Scheme
 from .scales import fit_scales
 
@@ -92,7 +92,7 @@ def check_form(scheme: object, group_size: object, bits: object = 4) -> None:
         raise ValueError("the codebook scheme has 4 bits: choose symmetric or affine for 8")
     sizes = GROUP_SIZES_OF_BITS[bits]
     if type(group_size) is not int or group_size not in sizes:
-        wider = "; it goes with 8 bits" if group_size in GROUP_SIZES_OF_BITS[8] else ""
+        wider = "; it goes with 8 bits" if bits == 4 and group_size == 16 else ""
         raise ValueError(
             f"group_size must be one of {', '.join(map(str, sizes))}, got {group_size!r} for codes of {bits} bits"
             f"{wider}"
@@ -182,20 +182,11 @@ def _holding_dtype(row_peaks: Tensor, scale_dtype: torch.dtype) -> torch.dtype:
 
 
 def _empty(weight: Tensor, form: Form, scale_dtype: torch.dtype) -> Int4Weight:
-    rows, columns = weight.shape
-    scales = weight.new_empty((group_count(columns, form.group_size), rows), dtype=scale_dtype)
-    supers = weight.new_empty((super_count(columns), rows), dtype=torch.float16)
-    affine, two_level = form.scheme == "affine", scale_dtype == torch.int8
-    return Int4Weight(
-        packed=weight.new_empty((rows, packed_columns(columns, form.bits)), dtype=torch.uint8),
-        scales=scales,
-        in_features=columns,
-        group_size=form.group_size,
-        minimum=torch.empty_like(scales) if affine else None,
-        codebook=NF4.to(weight.device) if form.scheme == "codebook" else None,
-        super_scales=supers if two_level else None,
-        super_minimum=torch.empty_like(supers) if two_level and affine else None,
-    )
+    shapes = tensor_shapes(*weight.shape, form, scale_dtype)
+    parts = {name: weight.new_empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+    if "codebook" in parts:
+        parts["codebook"] = NF4.to(weight.device)
+    return Int4Weight(in_features=weight.shape[1], group_size=form.group_size, **parts)
 
 
 def _quantize_rows(

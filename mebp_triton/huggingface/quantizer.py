@@ -27,7 +27,8 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from mebp_triton.kernels.group_fit import NF4
-from mebp_triton.kernels.layout import Int4Weight, group_count, packed_columns
+from mebp_triton.kernels.layout import Int4Weight, tensor_shapes
+from mebp_triton.kernels.names import Form
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.models.names import current_names
@@ -99,13 +100,12 @@ class Int4Quantizer(HfQuantizer):
     def _expect_bytes(self, path: str, module: Any) -> None:
         """Turns a float layer on the meta device into one whose tensors have the shapes of packed codes and bytes."""
         rows, columns = reversed(module.weight.shape) if type(module) is Conv1D else module.weight.shape
-        scales = torch.empty(
-            group_count(columns, self.config.group_size), rows, dtype=self._scale_dtype(path), device="meta"
-        )
-        packed = torch.empty(rows, packed_columns(columns, self.config.bits), dtype=torch.uint8, device="meta")
-        minimum = torch.empty_like(scales) if self.config.scheme == "affine" else None
+        form = Form(self.config.scheme, self.config.group_size, self.config.bits)
+        shapes = tensor_shapes(rows, columns, form, self._scale_dtype(path))
+        shapes.pop("codebook", None)  # no file has it; see ``_take_bytes``
+        parts = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in shapes.items()}
         module.__class__ = Int4Linear
-        module._init_int4(Int4Weight(packed, scales, columns, self.config.group_size, minimum), torch.float32, "auto")
+        module._init_int4(Int4Weight(in_features=columns, group_size=form.group_size, **parts), torch.float32, "auto")
         for name in self._scale_names():
             module._buffers[name] = module._buffers[name].view(torch.uint8)
         if BEFORE_5:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from mebp_triton.kernels.layout import SCALE_DTYPES, group_count, packed_columns, super_count
+from mebp_triton.kernels.layout import SCALE_DTYPES, tensor_shapes
 from mebp_triton.kernels.names import FORMS, Form, Scheme
 from mebp_triton.system import reading, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
@@ -90,17 +90,7 @@ class MatrixInfo:
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The dtypes and shapes of the matrix's tensors, by the attributes of ``Int4Weight``."""
-        rows, columns = self.shape
-        dtype = DTYPES[self.scale_dtype]
-        parts: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-        parts = {"packed": (torch.uint8, (rows, packed_columns(columns, self.bits)))}
-        for name in ("scales", "minimum") if self.scheme == "affine" else ("scales",):
-            parts[name] = dtype, (group_count(columns, self.group_size), rows)
-            if dtype == TWO_LEVEL:
-                parts[f"super_{name}"] = torch.float16, (super_count(columns), rows)
-        if self.scheme == "codebook":
-            parts["codebook"] = torch.float32, (16,)
-        return parts
+        return tensor_shapes(*self.shape, self.form, DTYPES[self.scale_dtype])
 
     def to_json(self) -> dict[str, Any]:
         """The entry in a manifest, which names the width of codes only where it is not 4."""

@@ -63,7 +63,7 @@ def test_strides(check, make_weight, scheme, scale_dtype, device):
     check(ids[::2, ::3], weight)
     check(ids[:1].expand(5, 9), weight)
     check(ids, weight.rows(7, 40))
-    check(ids, weight.permute_rows(torch.randperm(60).to(device)))
+    check(ids, weight.gather(torch.randperm(60).to(device)))
 
 
 @pytest.mark.parametrize(

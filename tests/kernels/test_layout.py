@@ -197,9 +197,9 @@ def test_scales_become_contiguous():
         assert weight.scales.is_contiguous() and weight.minimum.is_contiguous()
 
 
-def test_permute_rows(weight):
+def test_rows_in_another_order_are_copies(weight):
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0)).to(weight.device)
-    permuted = weight.permute_rows(order)
+    permuted = weight.gather(order)
     assert torch.equal(decode(permuted), decode(weight)[order])
     assert permuted.packed.data_ptr() != weight.packed.data_ptr()
 

@@ -132,7 +132,7 @@ def test_strides_of_the_others(check, make_weight, normal, scheme, scale_dtype, 
     bias, t, b = normal(2 * n)[::2], normal(r, m).t(), normal(n, 2 * r)[:, ::2]
     x = normal(m, 100)
     check(x, weight.rows(7, 7 + n), bias, t, b)
-    check(x, weight.permute_rows(torch.randperm(2 * n)[:n].to(x.device)), bias, t, b)
+    check(x, weight.gather(torch.randperm(2 * n)[:n].to(x.device)), bias, t, b)
     turned = {name: tensor.t().contiguous().t() for name, tensor in weight.tensors().items() if name in turns}
     columns_first = replace(weight, **turned)
     assert torch.equal(check(x, columns_first), check(x, weight))

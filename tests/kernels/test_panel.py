@@ -189,7 +189,7 @@ def test_strides_of_weight_and_lora(assert_accurate, make_weight, normal, scheme
     m, n, r = 6, 20, 4
     weight = make_weight(2 * n, 100, 32, scheme)
     bias, t, b = normal(2 * n)[::2], normal(r, m).t(), normal(n, 2 * r)[:, ::2]
-    for part in (weight.rows(7, 7 + n), weight.permute_rows(torch.randperm(2 * n)[:n])):
+    for part in (weight.rows(7, 7 + n), weight.gather(torch.randperm(2 * n)[:n])):
         check_matmul(assert_accurate, normal(m, 100), part, bias, t, b)
         check_dx(assert_accurate, normal(m, n), part, t, normal(100, r).t())
 

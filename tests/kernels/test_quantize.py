@@ -327,8 +327,8 @@ def test_refuses_non_finite_weights(bad, dtype):
     [
         ({"scheme": "nf4"}, "symmetric.*affine.*codebook.*got 'nf4'"),
         ({"group_size": 48}, "32, 64, 128.*got 48"),
-        ({"group_size": 16}, "32, 64, 128, got 16 for codes of 4 bits"),
-        ({"group_size": 8, "bits": 8}, "16, 32, 64, 128, got 8 for codes of 8 bits"),
+        ({"group_size": 16}, "32, 64, 128, got 16 for codes of 4 bits; it goes with 8 bits"),
+        ({"group_size": 8, "bits": 8}, "16, 32, 64, 128, got 8 for codes of 8 bits$"),
         ({"bits": 6}, "bits must be one of 4, 8, got 6"),
         ({"bits": 8.0}, "bits must be one of 4, 8, got 8.0"),
         ({"bits": 8, "scheme": "codebook"}, "the codebook scheme has 4 bits"),

@@ -79,3 +79,16 @@ def test_a_fit_follows_importance_of_its_own_columns():
     even, weighted = fit_scales(values, form, torch.float16), fit_scales(values, form, torch.float16, importance)
     assert torch.equal(even.scales[0], weighted.scales[0])
     assert not torch.equal(even.scales[1], weighted.scales[1])
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.scheme != "affine"], ids=str)
+def test_a_super_scale_among_the_least_float16_numbers_is_rounded_up(form):
+    """Rounded to the nearest one it would be too small, or 0, and bytes could not make up for that."""
+    values = normal(32, 256).clamp(-3, 3)
+    values *= (2.0 ** torch.linspace(-15.9, -12, 32)[:, None]) / values.abs().amax(1, keepdim=True)
+    weight, _ = quantize_matrix(values, *form[:2], scale_dtype=torch.int8, bits=form.bits)
+    exact, _ = quantize_matrix(values, *form[:2], scale_dtype=torch.float32, bits=form.bits)
+    assert weight.two_level
+    errors = [(decode(one, torch.float32) - values).norm(dim=1) for one in (weight, exact)]
+    bound = 1.2 * errors[1] + 0.02 * values.norm(dim=1)
+    assert bool((errors[0] < bound).all()), (errors[0] / bound).max()

@@ -237,7 +237,7 @@ class GgufFile:
         value = matrix.decode() if weight is None else weight
         if not bool((order[1:] < order[:-1]).any()):
             return value
-        return value.permute_rows(order) if isinstance(value, Int4Weight) else value[order]
+        return value.gather(order) if isinstance(value, Int4Weight) else value[order]
 
 
 class _Outline:
