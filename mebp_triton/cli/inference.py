@@ -89,17 +89,19 @@ def check_length(directory: Path, max_length: int) -> None:
 
 
 def load_validation(store: Path, arguments: argparse.Namespace) -> TokenizedData:
-    """The windows of ``--validation-file``, by the tokenizer of store and adapter; see ``flags.add_validation``.
-
-    ``store``: a directory with a config and a tokenizer will do.
-    """
+    """The windows of ``--validation-file``, by the tokenizer of store and adapter; see ``flags.add_validation``."""
     check_source(arguments.validation_file, "validation-file")
     check_length(store, arguments.max_length)
-    masking = Masking(arguments.completion_only_loss, arguments.assistant_only_loss)
     template = template_of_run(getattr(arguments, "chat_template", None), [])  # a flag of eval alone
-    tokenizer = load_tokenizer(store, None if template else getattr(arguments, "adapter", None))
+    tokenizer = load_tokenizer(store, None if template else arguments.adapter)
     if template:
         use_template(tokenizer, template, f"chat-template {arguments.chat_template}")
+    return read_validation(tokenizer, arguments)
+
+
+def read_validation(tokenizer: Any, arguments: argparse.Namespace) -> TokenizedData:
+    """The windows of ``--validation-file`` by ``tokenizer``."""
+    masking = Masking(arguments.completion_only_loss, arguments.assistant_only_loss)
     return load_data(
         arguments.validation_file, tokenizer, arguments.max_length, name="validation-file", masking=masking
     )

@@ -47,26 +47,28 @@ class SourceTexts:
         from mebp_triton.data.loading import load_data
         from mebp_triton.system.memory import return_free_memory
 
-        from .inference import check_length, load_tokenizer, load_validation
+        from .inference import check_length, load_tokenizer, read_validation
 
-        given = self.arguments
-        if given.validation_file is not None:
-            self._validation = load_validation(companions, given)
-            say(f"{given.validation_file}: {self._validation.report.describe()}")
-            return_free_memory()  # a tokenizer may take more than any block will, and must not be there twice
-        if given.calibration_file is None:
+        given, data = self.arguments, None
+        if given.validation_file is None and given.calibration_file is None:
             return None
         check_length(companions, given.max_length)
-        data = load_data(
-            given.calibration_file,
-            load_tokenizer(companions),
-            given.max_length,
-            name="calibration-file",
-            most_tokens=SPREAD * given.calibration_windows * given.max_length,
-        )
-        return_free_memory()
-        used = min(len(data), given.calibration_windows)
-        say(f"{given.calibration_file}: {data.report.describe()}; {used} of them are used, evenly spaced")
+        tokenizer = load_tokenizer(companions)
+        if given.validation_file is not None:
+            self._validation = read_validation(tokenizer, given)
+            say(f"{given.validation_file}: {self._validation.report.describe()}")
+        if given.calibration_file is not None:
+            data = load_data(
+                given.calibration_file,
+                tokenizer,
+                given.max_length,
+                name="calibration-file",
+                most_tokens=SPREAD * given.calibration_windows * given.max_length,
+            )
+            used = min(len(data), given.calibration_windows)
+            say(f"{given.calibration_file}: {data.report.describe()}; {used} of them are used, evenly spaced")
+        del tokenizer
+        return_free_memory()  # a tokenizer may take more than any block will
         return data
 
     def evaluations(self, source: str, store: Path) -> dict[str, Evaluation]:
@@ -125,7 +127,7 @@ def describe(evaluations: dict[str, Evaluation]) -> str:
 
 
 def describe_calibration(report: QuantizeReport) -> list[str]:
-    """What became of linear layers by a calibration, in lines."""
+    """The linear layers by what a calibration did to them, in lines."""
     from mebp_triton.models.names import enumerate_names
 
     found = (

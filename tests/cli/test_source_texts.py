@@ -9,7 +9,7 @@ from models import decoded_model
 from runs import sentences, word_tokenizer
 from transformers import AutoModelForCausalLM
 
-from mebp_triton.cli import source_texts
+from mebp_triton.cli import inference, source_texts
 from mebp_triton.data.loading import load_data
 from mebp_triton.store.reader import Store
 from mebp_triton.training.evaluation import evaluate, plain_score
@@ -70,6 +70,14 @@ def test_the_text_and_what_was_done_with_it_are_said(mebp, world, tmp_path, text
     code, _, err = mebp("quantize", world / "model", tmp_path / "store", *options)
     assert code == 0 and f"{text}: " in err and "are used, evenly spaced" in err
     assert "21 of 22 matrices were rounded so that what they give on the text changes little" in err
+
+
+def test_two_texts_take_one_tokenizer(quantized, world, text, monkeypatch):
+    loads, load = [], inference.load_tokenizer
+    monkeypatch.setattr(inference, "load_tokenizer", lambda *given: loads.append(given) or load(*given))
+    texts = (f"--calibration-file={text}", f"--validation-file={world / 'held-out.txt'}")
+    value = quantized(*texts, "--calibration-windows=2", "--max-eval-windows=2")
+    assert len(loads) == 1 and value["compensated"] == 21 and value["windows"] == 2
 
 
 def test_a_budget_is_spent_by_the_text(mebp, world, tmp_path, text):
