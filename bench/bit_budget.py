@@ -24,11 +24,9 @@ from quantizers import Rounded
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from mebp_triton.convert.bit_budget import LayerCost, choose_wide
-from mebp_triton.convert.recipe import scale_dtype_of
-from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import DEFAULT_FORMS, Form
-from mebp_triton.kernels.quantize import quantize_matrix
+from mebp_triton.convert.bit_budget import LayerCost, choose_wide, spend
+from mebp_triton.convert.recipe import quantize_as
+from mebp_triton.kernels.names import DEFAULT_FORMS
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.skeleton import Int4Site
 from mebp_triton.system import strict_json
@@ -38,35 +36,27 @@ CHANCES = 2
 WINDOWS, EVERY = 2, 4
 
 
-def quantized(weight: Tensor, form: Form, search: bool = True) -> tuple[Int4Weight, float]:
-    return quantize_matrix(weight, *form[:2], search, scale_dtype_of(form), form.bits)
-
-
 def kind_of(name: str) -> str:
     return name.rpartition(".")[2]
 
 
 def by_chance(costs: dict[str, LayerCost], bits_per_weight: float, seed: int) -> set[str]:
     """Layers in random order, as long as they fit into the budget."""
-    order, chosen = list(costs), set()
+    order = list(costs)
     random.Random(seed).shuffle(order)
-    left = bits_per_weight * sum(cost.weights for cost in costs.values()) / 8
-    left -= sum(cost.narrow for cost in costs.values())
-    for name in order:
-        if (more := costs[name].wide - costs[name].narrow) <= left:
-            chosen.add(name)
-            left -= more
-    return chosen
+    return spend(costs, order, bits_per_weight)
 
 
 def measure(model: Model, divergence: Callable[[], float]) -> dict[str, Any]:
     """The divergences: of each kind of layer alone, and of each budget, spent and by chance."""
     narrow, wide = DEFAULT_FORMS[4], DEFAULT_FORMS[8]
     held = {
-        form: {site.name: quantized(model.source[site.name], form)[0] for site in model.sites if site.role == "linear"}
+        form: {
+            site.name: quantize_as(form, model.source[site.name])[0] for site in model.sites if site.role == "linear"
+        }
         for form in (narrow, wide)
     }
-    plain = {name: quantized(model.source[name], narrow, False)[1] for name in held[narrow]}
+    plain = {name: quantize_as(narrow, model.source[name], scale_search=False)[1] for name in held[narrow]}
     costs = {
         name: LayerCost(model.source[name].numel(), weight.nbytes, held[wide][name].nbytes, plain[name] ** 2)
         for name, weight in held[narrow].items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from math import prod
 from typing import NamedTuple
@@ -13,14 +13,11 @@ from torch import Tensor
 
 from mebp_triton.convert.calibration.calibration import Calibration
 from mebp_triton.convert.readers.source import Source
-from mebp_triton.convert.recipe import Recipe, scale_dtype_of
-from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.convert.recipe import Recipe, quantize_as, scale_dtype_of
+from mebp_triton.kernels.layout import Int4Weight, tensor_shapes
 from mebp_triton.kernels.names import Form, fill_form
-from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.skeleton import Int4Site
-from mebp_triton.store.manifest import MatrixInfo, dtype_name
-from mebp_triton.system.memory import page_dropper
 
 # How much an error does in a kind of layer, beside the same relative error in another kind. They are means over two
 # models of the divergence that rounding one kind causes; docs/decisions.md has the figures. Other kinds count 1.
@@ -28,7 +25,7 @@ HARM = {"v_proj": 1.5, "gate_proj": 0.4, "o_proj": 0.25, "q_proj": 0.2, "k_proj"
 
 
 class LayerCost(NamedTuple):
-    """What a linear layer takes and loses.
+    """The bytes of a linear layer, and what rounding loses.
 
     Attributes:
         weights: how many it has.
@@ -68,6 +65,9 @@ def forms_within(
     narrow = fill_form(recipe.scheme, recipe.group_size, 4)
     wide = fill_form(None if recipe.scheme == "codebook" else recipe.scheme, recipe.group_size, 8)
     linear = [site for site in sites if site.role == "linear"]
+    shapes = [(site.out_features, site.in_features) for site in linear]
+    expected = [LayerCost(prod(shape), _bytes(shape, narrow), _bytes(shape, wide), 0.0) for shape in shapes]
+    _check_budget(expected, bits_per_weight, narrow, wide)  # what no choice can keep is refused before a layer is read
     costs: dict[str, LayerCost] = {}
 
     def measure(layers: Sequence[Int4Site]) -> None:
@@ -89,22 +89,32 @@ def choose_wide(costs: Mapping[str, LayerCost], bits_per_weight: float, narrow: 
     Raises:
         ValueError: the budget is below what ``narrow`` codes take, or above what ``wide`` ones do.
     """
-    weights = sum(cost.weights for cost in costs.values())
-    least = 8 * sum(cost.narrow for cost in costs.values()) / weights
-    most = 8 * sum(cost.wide for cost in costs.values()) / weights
-    if not least <= bits_per_weight <= most:
-        raise ValueError(
-            f"bits_per_weight must be {math.ceil(100 * least) / 100:g} to {math.floor(100 * most) / 100:g}, got "
-            f"{bits_per_weight}: that is what the linear layers take with {narrow} and with {wide}, scales counted"
-        )
-    left = int(bits_per_weight * weights / 8 + 1e-6) - sum(cost.narrow for cost in costs.values())
+    _check_budget(costs.values(), bits_per_weight, narrow, wide)
 
     def gain(name: str) -> float:
         cost = costs[name]
         return HARM.get(name.rpartition(".")[2], 1.0) * cost.error / (cost.wide - cost.narrow)
 
+    return spend(costs, sorted(costs, key=gain, reverse=True), bits_per_weight)
+
+
+def _check_budget(costs: Collection[LayerCost], bits_per_weight: float, narrow: Form, wide: Form) -> None:
+    weights = sum(cost.weights for cost in costs)
+    least = 8 * sum(cost.narrow for cost in costs) / weights
+    most = 8 * sum(cost.wide for cost in costs) / weights
+    if not least <= bits_per_weight <= most:
+        raise ValueError(
+            f"bits_per_weight must be {math.ceil(100 * least) / 100:g} to {math.floor(100 * most) / 100:g}, got "
+            f"{bits_per_weight}: that is what the linear layers take with {narrow} and with {wide}, scales counted"
+        )
+
+
+def spend(costs: Mapping[str, LayerCost], order: Iterable[str], bits_per_weight: float) -> set[str]:
+    """The layers that get wide codes: each in this order that what is left of the budget has room for."""
+    weights = sum(cost.weights for cost in costs.values())
+    left = int(bits_per_weight * weights / 8 + 1e-6) - sum(cost.narrow for cost in costs.values())
     chosen = set()
-    for name in sorted(costs, key=gain, reverse=True):
+    for name in order:
         more = costs[name].wide - costs[name].narrow
         if more <= left:
             chosen.add(name)
@@ -122,14 +132,16 @@ def _cost(source: Source, site: Int4Site, narrow: Form, wide: Form, calibration:
         )
     matrix: Tensor = value.t().contiguous() if site.transposed else value
     try:
-        weight, error = quantize_matrix(
-            matrix, *narrow[:2], False, scale_dtype_of(narrow), narrow.bits, release=page_dropper(matrix)
-        )
+        weight, error = quantize_as(narrow, matrix, scale_search=False)
     except ValueError as problem:
         raise ValueError(f"{site.name}: {problem}") from None
     inputs = None if calibration is None else calibration.inputs(site.name)
     squared = error**2 if inputs is None else inputs.output_error(matrix.float(), decode(weight, torch.float32))
-    dtype = torch.float32 if weight.scales.dtype == torch.float32 else scale_dtype_of(wide)
-    info = MatrixInfo("", wide.scheme, weight.shape, wide.group_size, dtype_name(dtype), 0.0, wide.bits)
-    size = sum(kind.itemsize * prod(shape) for kind, shape in info.tensors().values())
-    return LayerCost(prod(weight.shape), weight.nbytes, size, squared)
+    dtype = torch.float32 if weight.scales.dtype == torch.float32 else None
+    return LayerCost(prod(weight.shape), weight.nbytes, _bytes(weight.shape, wide, dtype), squared)
+
+
+def _bytes(shape: tuple[int, int], form: Form, scale_dtype: torch.dtype | None = None) -> int:
+    """The bytes of a matrix in a store; ``scale_dtype`` None for the usual one."""
+    tensors = tensor_shapes(*shape, form, scale_dtype or scale_dtype_of(form))
+    return sum(dtype.itemsize * prod(size) for dtype, size in tensors.values())

@@ -25,6 +25,7 @@ TABLE_FORM = DEFAULT_FORMS[8]
 # The part of a change that may lie outside of a grid's levels. A small change of random weights has 1 to 4 % there. A
 # change of many steps has more, needs other scales, and is not undone by the nearest codes.
 MOST_OUTSIDE = 0.1
+NOTHING_KNOWN = Columns()
 
 
 def scale_dtype_of(form: Form) -> torch.dtype:
@@ -34,6 +35,25 @@ def scale_dtype_of(form: Form) -> torch.dtype:
     save.
     """
     return torch.int8 if form.bits == 4 and form.group_size < 128 else torch.float16
+
+
+def quantize_as(
+    form: Form, matrix: Tensor, scale_search: bool = True, columns: Columns = NOTHING_KNOWN
+) -> tuple[Int4Weight, float]:
+    """Quantizes ``matrix`` ``[N, K]`` as a store has ``form``, and gives the pages of a mapped file back.
+
+    Returns what ``quantize_matrix`` does. ``columns``: what is known of the matrix's columns.
+    """
+    return quantize_matrix(
+        matrix,
+        form.scheme,
+        form.group_size,
+        scale_search,
+        scale_dtype_of(form),
+        form.bits,
+        release=page_dropper(matrix),
+        **columns._asdict(),
+    )
 
 
 @dataclass(frozen=True)
@@ -100,14 +120,4 @@ class Recipe:
                 if rounded.outside <= MOST_OUTSIDE:
                     return rounded.weight, rounded.error
             default = default.form
-        form, known = self.form(default, role), columns()._asdict()
-        return quantize_matrix(
-            value,
-            form.scheme,
-            form.group_size,
-            self.scale_search,
-            scale_dtype_of(form),
-            form.bits,
-            release=page_dropper(value),
-            **known,
-        )
+        return quantize_as(self.form(default, role), value, self.scale_search, columns())

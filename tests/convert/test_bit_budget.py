@@ -113,6 +113,14 @@ def test_a_source_with_codes_and_a_width_beside_the_budget_are_refused(uneven, t
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("bits", [3.0, 20.0, float("nan")])
+def test_what_no_choice_can_keep_is_refused_before_a_layer_is_read(uneven, tmp_path, bits):
+    seen = []
+    with pytest.raises(ValueError, match=f"bits_per_weight must be .*, got {bits}"):
+        quantize(uneven[0], tmp_path / "store", bits_per_weight=bits, progress=lambda *pair: seen.append(pair))
+    assert not seen and not (tmp_path / "store").exists()
+
+
 def test_scales_that_float16_cannot_hold_are_counted(tmp_path):
     source = save_tiny_model("llama", tmp_path / "model", num_hidden_layers=1)
     tensors = load_file(source / "model.safetensors")
