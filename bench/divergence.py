@@ -34,7 +34,7 @@ def windows(tokenizer: Any, text: str, count: int, length: int) -> list[Tensor]:
 
 @torch.no_grad()
 def hidden_states(model: Any, texts: list[Tensor], every: int) -> Tensor:
-    """What the head sees of every ``every``-th position that has a next token, ``[T, d]`` float32."""
+    """The head's inputs at every ``every``-th position that has a next token, ``[T, d]`` float32."""
     return torch.cat([model.base_model(text).last_hidden_state[0, :-1:every] for text in texts])
 
 
@@ -56,7 +56,7 @@ def _pieces(hidden: Tensor, head: Tensor) -> Iterator[tuple[slice, Tensor, Tenso
 
 
 def _log_sum_exp(logits: Tensor, probabilities: Tensor, best: Tensor) -> Tensor:
-    """By the likeliest token, whose probability is the one that loses nothing; float64."""
+    """Computed in float64 from the likeliest token, because the largest probability has lost the fewest bits."""
     best = best[:, None]
     return (logits.gather(1, best).double() - probabilities.gather(1, best).double().log())[:, 0]
 

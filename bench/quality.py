@@ -50,7 +50,8 @@ from mebp_triton.system.machine import environment
 LENGTH = 1024
 WINDOWS = {"topics": 4}
 WINDOWS_OF_OTHERS = 2
-MANY_TOKENS, FEWER = 100_000, 4  # of such a vocabulary, whose head takes most of the time, one position of so many
+# The head of a larger vocabulary takes most of the time, and so one position in four is evaluated.
+MANY_TOKENS, FEWER = 100_000, 4
 
 
 class Setting(NamedTuple):

@@ -20,7 +20,7 @@ MODELS = {"quality-gemma-spread": "Gemma-3-270M", "quality-smollm2-spread": "Smo
 TOOLS = {"mebp": ("mebp", "#1a66c2"), "bitsandbytes": ("bitsandbytes", "#7a7a7a"), "libgguf": ("GGUF", "#d08a1d")}
 HEIGHT, GAP, TOP, LEFT = 330, 60, 84, 60  # pixels: of a panel, below it, above the first, and left of one
 LABEL = 10  # font size
-MOST_BITS = 6  # of the panels of linear layers: with more, the points lie close together
+MOST_BITS = 6  # where the panels of linear layers end, because the points of more bits would push the others together
 
 
 class Point(NamedTuple):
@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 def short(setting: dict[str, Any]) -> str:
-    """What distinguishes a setting in the picture; its tool is in the colour."""
+    """The label of a setting, without its tool, which the colour tells."""
     if setting["tool"] == "mebp quantize":
         flags = setting["linear"].replace("--calibration-file TEXT", "calibrated").replace("--bits-per-weight ", "")
         return flags.replace("--", "") or "no flags"

@@ -1,4 +1,4 @@
-"""What a float matrix becomes in our forms, in bitsandbytes' and in GGUF's, and the bits that it then takes.
+"""Rounds a float matrix to our forms, to bitsandbytes' or to GGUF's, and counts the bits that it then takes.
 
 A form is a string: "affine 32 4 float16" (scheme, group size, bits, dtype of scales) of ours, "nf4 64" or
 "fp4 64 double" of bitsandbytes, a type or a mix of types ("Q4_K", "Q4_K_M") of GGUF.

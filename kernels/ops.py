@@ -165,7 +165,7 @@ def _keep_weight(ctx: Any, weight: Sequence[Any], *others: Tensor | None) -> Non
 
 
 def _kept(ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
-    """What ``_keep_weight`` kept: the weight's fields, and the others."""
+    """The weight's fields and the other tensors, as ``_keep_weight`` kept them."""
     saved = ctx.saved_tensors
     weight = [size if tensor is None else tensor for tensor, size in zip(saved[:FIELDS], ctx.sizes, strict=True)]
     return weight, saved[FIELDS:]

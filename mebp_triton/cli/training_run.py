@@ -250,7 +250,7 @@ def _quantized(given: Path, arguments: argparse.Namespace, asked: TrainConfig, g
     # Models often have the same directory name. A store of an older version does not know more than that.
     other = store.source != wanted or store.base not in (None, base_model(given))
     matrices = store.matrices.values()
-    linear = [info for info in matrices if info.file != SHARED]
+    linear = store.block_matrices()
     other |= arguments.scheme not in (None, *{info.scheme for info in linear})
     other |= arguments.group_size not in (None, *{info.group_size for info in linear})
     other |= arguments.bits not in (None, *{info.bits for info in linear})

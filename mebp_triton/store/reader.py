@@ -19,6 +19,7 @@ from .manifest import (
     FORMAT,
     FORMAT_VERSIONS,
     MANIFEST,
+    SHARED,
     BaseModel,
     MatrixInfo,
     check_companions,
@@ -161,6 +162,10 @@ class Store:
                     f"found {'nothing' if entry is None else f'{entry[0]} {entry[1]}'}"
                 )
         return [f"{name}.{part}" for part in wanted]
+
+    def block_matrices(self) -> list[MatrixInfo]:
+        """The matrices of the blocks. Embedding and head lie in the shared file."""
+        return [info for info in self.matrices.values() if info.file != SHARED]
 
     def weight(self, name: str, source: Tensor | None = None) -> Int4Weight:
         """Views the int4 matrix of module ``name``, see ``StoreFile.tensor``."""

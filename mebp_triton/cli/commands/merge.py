@@ -127,11 +127,10 @@ def _text(store: Store, arguments: argparse.Namespace, as_store: bool) -> tuple[
 def _into_store(
     store: Store, output: Path, text: _Text | None, losses: dict[str, Any], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Makes the store, in wider forms too where none was asked for and a narrow one loses too much."""
+    """Makes the store, in other forms too where none was asked for and its own lose too much."""
     from mebp_triton.convert.merge import merge_to_measured_store, merge_to_store
     from mebp_triton.convert.recipe import Recipe
     from mebp_triton.kernels.names import DEFAULT_FORMS, Form
-    from mebp_triton.store.manifest import SHARED
 
     asked = asked_form(arguments)
     recipe = Recipe(**asked, scale_search=arguments.scale_search)
@@ -143,7 +142,7 @@ def _into_store(
             forms: list[Form] = []
             highest = math.inf
             if arguments.adapter is not None and not any(asked.values()):
-                own = {info.form for info in store.matrices.values() if info.file != SHARED}
+                own = {info.form for info in store.block_matrices()}
                 forms = [form for form in DEFAULT_FORMS.values() if own != {form}]
                 won = losses["loss_untrained"] - losses["loss_with_adapter"]
                 highest = losses["loss_with_adapter"] + (1 - ENOUGH) * won if won > 0 else math.inf

@@ -122,7 +122,6 @@ def _problems(arguments: argparse.Namespace, architecture: str) -> list[Any]:
     from mebp_triton.convert.recipe import Recipe
     from mebp_triton.kernels.names import DEFAULT_FORM
     from mebp_triton.kernels.tables import DTYPES, M_BUCKETS
-    from mebp_triton.store.manifest import SHARED
     from mebp_triton.store.reader import Store
 
     dtype = DTYPES[arguments.dtype or ("bfloat16" if target_of(architecture) >= 80 else "float16")]
@@ -136,8 +135,8 @@ def _problems(arguments: argparse.Namespace, architecture: str) -> list[Any]:
     elif arguments.store:
         store = Store(Path(arguments.store))
         pairs = shapes.with_groups(_shared_inputs(model_config(store.directory)))
-        # Embedding and head lie in the shared file; their kernels are not tuned.
-        forms = sorted({recipe.form(info.form) for info in store.matrices.values() if info.file != SHARED})
+        # The kernels of embedding and head are not tuned.
+        forms = sorted({recipe.form(info.form) for info in store.block_matrices()})
     elif arguments.report:
         return []
     else:

@@ -1,3 +1,3 @@
-"""What activations say about weights: a source is run block by block, for calibration and for its own loss."""
+"""Runs a source block by block on a text: to round its weights by what they read, and for its own loss."""
 
-CALIBRATION_WINDOWS = 32  # of a text, unless asked otherwise
+CALIBRATION_WINDOWS = 32  # windows of a text that are used, unless asked otherwise

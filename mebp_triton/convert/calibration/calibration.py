@@ -52,7 +52,7 @@ class Calibration:
                 self.run.stream.advance()
 
     def columns(self, name: str) -> Columns:
-        """What rounding needs to know of a matrix: nothing of one that is no layer of the block.
+        """The knowledge of a matrix's columns that rounding takes: none of one that is no layer of the block.
 
         A layer that the text never reaches has nothing either, and without the products of pairs no factor.
         """
@@ -60,11 +60,11 @@ class Calibration:
         if inputs is None:
             return Columns()
         if not inputs.whole:
-            return Columns(inputs.sums)
+            return Columns(inputs.squares())
         if self._latest is None or self._latest[0] is not inputs:
             self._latest = None  # there are never two
             self._latest = inputs, compensation(inputs.sums)
-        return Columns(inputs.sums.diagonal().contiguous(), self._latest[1])
+        return Columns(inputs.squares(), self._latest[1])
 
     def inputs(self, name: str) -> LayerInputs | None:
         """The inputs of a layer of the block; None for one that the text never reaches, and for other matrices."""

@@ -1,4 +1,4 @@
-"""What the inputs of linear layers are like on a text: sums of the products of their columns."""
+"""The inputs of linear layers on a text, as sums of the products of their columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Columns(NamedTuple):
-    """What is known of a matrix's columns when it is rounded: arguments of ``quantize_matrix``, None for nothing."""
+    """The knowledge of a matrix's columns when it is rounded: arguments of ``quantize_matrix``, or None."""
 
     importance: Tensor | None = None
     factor: Tensor | None = None

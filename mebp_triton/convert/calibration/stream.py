@@ -48,10 +48,6 @@ class BlockStream:
         self._window, self._keep, self._given = 0, False, None
         self.runner = BlockRunner(stack, self._run)
 
-    def close(self) -> None:
-        """Gives the blocks their own ``forward`` back."""
-        self.runner.remove()
-
     def pass_through(self) -> None:
         """Runs the next block on all windows, for what hooks see."""
         self._all(keep=False)

@@ -58,5 +58,5 @@ def test_a_pass_through_changes_nothing(tmp_path):
 
 def test_the_blocks_get_their_own_forward_back(tmp_path):
     run = source_run(tmp_path, "llama")
-    run.stream.close()
+    run.stream.runner.remove()
     assert all("forward" not in vars(block) for block in run.stream.runner.blocks)
