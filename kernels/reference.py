@@ -5,10 +5,15 @@ It is written to be read. Only tests and exact exports call it, since it holds t
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from .layout import Int4Weight, middle_code, unpack
+
+NormStyle = Literal["twice", "once", "offset"]
+Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
 def decode(weight: Int4Weight, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -73,3 +78,36 @@ def cross_entropy(
         loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
         (grad,) = torch.autograd.grad(loss, hidden)
     return loss.detach(), grad, logits.argmax(-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "twice") -> Tensor:
+    """``w · x / sqrt(mean(x²) + eps)``: x ``[..., K]``, weight ``[K]``. ``rms_norm_triton`` describes the styles."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if style == "twice":
+        return weight * normalised.to(x.dtype)
+    factor = weight.to(wide.dtype)
+    return (normalised * (1.0 + factor if style == "offset" else factor)).to(x.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embeddings: q ``[B, H, T, D]``, k ``[B, H', T, D]``, cos and sin ``[B or 1, T, R]`` with ``R <= D``.
+
+    Column i of the first R is paired with column i + R / 2; those behind them stay as they are.
+    """
+    cos, sin, rotary = cos.unsqueeze(1), sin.unsqueeze(1), cos.shape[-1]
+
+    def rotate(x: Tensor) -> Tensor:
+        turned, rest = x[..., :rotary], x[..., rotary:]
+        low, high = turned.chunk(2, dim=-1)
+        turned = (turned * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
+        return torch.cat((turned, rest), dim=-1)
+
+    return rotate(q), rotate(k)
+
+
+def gated_activation(gate: Tensor, up: Tensor, kind: Activation = "silu") -> Tensor:
+    """``act(gate) · up``: both ``[..., N]``."""
+    if kind == "silu":
+        return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none") * up

@@ -12,7 +12,7 @@ from sources import ROOT, SOURCES, TREES, check, imports, module_name
 FLOORS = {
     "kernels": """names layout decode_bytes decode weight_tiles running_softmax split reference configs softmax_tile
         bitsandbytes accuracy launch group_fit scales compensation quantize rounding tables matmul matmul_dx embedding
-        panel cross_entropy routing ops functions""",
+        rms_norm rope gated_activation panel cross_entropy routing ops functions""",
     "autotune": """emulator.faults emulator.floats emulator.bit_operations emulator.parser emulator.number_types
         emulator.operations emulator.global_memory emulator.shared_memory emulator.matrix emulator.counts emulator.state
         emulator.thread_steps emulator.memory_steps emulator.matrix_steps emulator.group_steps emulator.machine

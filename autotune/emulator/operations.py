@@ -293,6 +293,7 @@ OPERATIONS: dict[str, Callable[[Instruction], Operation]] = {
     "ex2": lambda one: _unary(one, np.exp2),
     "lg2": lambda one: _unary(one, np.log2),
     "rcp": lambda one: _unary(one, np.reciprocal),
+    "rsqrt": lambda one: _unary(one, lambda value: np.reciprocal(np.sqrt(value))),
     "and": lambda one: _bitwise(one, np.bitwise_and, 2),
     "or": lambda one: _bitwise(one, np.bitwise_or, 2),
     "xor": lambda one: _bitwise(one, np.bitwise_xor, 2),

@@ -147,7 +147,7 @@ class _Parser:
         if entry is None or self.text.count(".entry ") != 1 or re.search(r"\.func\b", self.text):
             raise NotModelled("the PTX must hold one kernel and no device functions")
         self.kernel = Kernel(entry[1])
-        self._read_variables(self.text[: entry.start()])
+        self._read_variables(self.text[: entry.start()], self.text[entry.start() :])
         self._read_params(entry[2])
         if threads := re.search(r"\.(?:req|max)ntid\s+(\d+)\s*(?:,\s*1\s*)*$", entry[3].rstrip()):
             self.kernel.threads = int(threads[1])
@@ -155,13 +155,15 @@ class _Parser:
         self._read_body(entry.end())
         self._check_labels()
 
-    def _read_variables(self, head: str) -> None:
+    def _read_variables(self, head: str, body: str) -> None:
         for match in re.finditer(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d*)\]", head):
             align, size = int(match[1]), int(match[3] or 0)
             offset = -(-self.kernel.shared_bytes // align) * align
             self.kernel.shared[match[2]] = offset
             self.kernel.shared_bytes = offset + size
-        if re.search(r"\.(global|const)\s+\.align", head):
+        # CUDA's functions leave a name of theirs there, which no instruction reads.
+        variables = re.findall(r"\.(?:global|const)\s+\.align\s+\d+\s+\.\w+\s+([\w$]+)", head)
+        if not set(re.findall(r"[\w$]+", body)).isdisjoint(variables):
             raise NotModelled("variables of a module in global or constant memory are not modelled")
 
     def _read_params(self, listed: str) -> None:

@@ -4,16 +4,20 @@ Shipped configurations are executed in ``test_shipped_tables.py``, and all of th
 ``bench/compiled.py``, which adds 1,000 random problems.
 """
 
+import functools
 import itertools
 
 import pytest
+import small_operations
 import torch
 from pairs import pairs
 
 from mebp_triton.autotune.cases import LAYOUTS, Case
+from mebp_triton.autotune.compile import resource_usage
 from mebp_triton.autotune.correctness import check, prepare
 from mebp_triton.autotune.emulator.driver import Emulator
 from mebp_triton.autotune.emulator.state import no_blocks
+from mebp_triton.kernels import gated_activation, reference, rms_norm, rope
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.layout import SCALE_DTYPES
 from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
@@ -133,3 +137,53 @@ def test_targets_of_one_family_have_the_same_code(case):
             prepared.launch()
         codes.add(emulator.launches[0].compiled.code)
     assert len(codes) == 1
+
+
+# --- small operations -----------------------------------------------------------------------------------------------
+
+
+def small_operation(name, dtype, columns=200):
+    """A fused operation, its twin, and arguments for ``small_operations.check``."""
+
+    def normal(*shape, kind=dtype):
+        return torch.randn(shape).to(kind)
+
+    operation, _, kind = name.partition(" ")
+    if operation == "rms_norm":
+        functions = rms_norm.rms_norm, reference.rms_norm
+        functions = [functools.partial(one, eps=1e-5, style=kind) for one in functions]
+        return *functions, [normal(2, 5, 3, columns).transpose(1, 2)], [normal(columns)]
+    if operation == "gated_activation":
+        functions = gated_activation.gated_activation, reference.gated_activation
+        functions = [functools.partial(one, kind=kind) for one in functions]
+        return *functions, [2 * normal(3, 4 * columns)[:, :columns], normal(3, columns)], (), kind == "silu"
+    angles = [normal(1, 5, 48, kind=torch.float32 if kind else dtype) for _ in "cs"]
+    q, k = (normal(2, 5, heads, 64).transpose(1, 2) for heads in (7, 2))
+    return rope.rope, reference.rope, [q, k], angles
+
+
+SMALL_OPERATIONS = (
+    *(f"rms_norm {style}" for style in ("twice", "once", "offset")),
+    *(f"gated_activation {kind}" for kind in ("silu", "gelu_tanh", "gelu")),
+    "rope",
+    "rope float32",
+)
+
+
+@pytest.mark.parametrize("name", SMALL_OPERATIONS)
+def test_small_operations(name):
+    with Emulator(80):
+        small_operations.check(*small_operation(name, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("rms_norm once", 75), ("gated_activation gelu", 87), ("rope", 90), ("gated_activation silu", 100)],
+)
+def test_small_operations_keep_to_their_registers(name, target):
+    """A row of the most columns has the largest tile."""
+    columns = rms_norm.MOST_COLUMNS if name.startswith("rms_norm") else 200
+    function, _, inputs, fixed, *_ = small_operation(name, torch.bfloat16, columns)
+    with Emulator(target, blocks=no_blocks) as emulator:
+        small_operations.results(function, inputs, fixed)
+    assert [resource_usage(launch.compiled.cubin)["STACK"] for launch in emulator.launches] == [0, 0]

@@ -166,3 +166,8 @@ def test_products_of_integers():
 def test_what_is_not_modelled_is_named(name):
     with pytest.raises(NotModelled, match=r"not modelled|is modelled"):
         operation_of(instruction(name))
+
+
+def test_the_reciprocal_of_a_root():
+    found = as_f32(op("rsqrt.approx.ftz.f32")(to_f32(np.float32([[4.0, 0.25, 0.0, -1.0]]))))
+    assert found[0, :3].tolist() == [0.5, 2.0, np.inf] and np.isnan(found[0, 3])

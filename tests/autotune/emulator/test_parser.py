@@ -88,10 +88,14 @@ def test_what_is_not_understood(body):
         "",
         ".visible .entry a() { ret; }\n.visible .entry b() { ret; }",
         ".func f() { ret; }\n.visible .entry a() { ret; }",
-        ".global .align 4 .b8 x[4];\n.visible .entry a() { ret; }",
+        ".global .align 4 .b8 x[4];\n.visible .entry a() { .reg .b32 %r<2>; mov.b32 %r1, x; ret; }",
         ".visible .entry a(.param .align 8 .b7 x) { ret; }",
     ],
 )
 def test_modules_of_other_kinds(text):
     with pytest.raises(NotModelled):
         parse(text)
+
+
+def test_a_variable_that_no_instruction_reads():
+    assert parse(".global .align 1 .b8 _$_str[2] = {95, 0};\n.visible .entry a() { ret; }").name == "a"

@@ -1,0 +1,228 @@
+"""RMSNorm (arXiv 1910.07467) over the last dimension as one kernel, and its backward pass as another.
+
+Modelling code writes it as a chain of some seven small operations. The kernel rounds where such a chain rounds, and
+``style`` says where that is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import power_of_two_at_least
+from .launch import FLOAT_DTYPES
+from .reference import NormStyle
+
+# A row is one tile: it is read once and stays in registers.
+MOST_COLUMNS = 16_384
+# Elements of a program's tile, if its rows are short.
+TILE = 2048
+
+
+@triton.jit
+def _scale(weight_ptr, offs_k, mask_k, OFFSET: tl.constexpr):
+    """``[1, BLOCK_K]`` float32: the weight, or the weight plus one."""
+    scale = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+    if OFFSET:
+        scale += 1.0
+    return scale[None, :]
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    M,
+    K,
+    stride_xm,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``y = w · x / sqrt(mean(x²) + EPS)``, row by row; BLOCK_M rows per program.
+
+    x_ptr: ``[M, K]``. weight_ptr: ``[K]``, contiguous. y_ptr: ``[M, K]``, contiguous.
+    OFFSET: the factor is ``1 + w``. ROUND: the normalised row is rounded to x's dtype before it is multiplied.
+    """
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    mask = (offs_m < M)[:, None] & mask_k[None, :]
+    rows_m = offs_m.to(tl.int64)[:, None]
+    # [BLOCK_M, BLOCK_K]
+    x = tl.load(x_ptr + rows_m * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    normalised = x * tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
+    if ROUND:
+        normalised = normalised.to(x_ptr.dtype.element_ty).to(tl.float32)
+    y = normalised * _scale(weight_ptr, offs_k, mask_k, OFFSET)
+    tl.store(y_ptr + rows_m * K + offs_k[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rms_norm_dx_kernel(
+    x_ptr,
+    weight_ptr,
+    dy_ptr,
+    dx_ptr,
+    M,
+    K,
+    stride_xm,
+    stride_dym,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``dx = (g - n · mean(g · n)) / sqrt(mean(x²) + EPS)`` with ``g = w · dy`` and n, the normalised row.
+
+    dy_ptr: ``[M, K]``. dx_ptr: ``[M, K]``, contiguous. ``_rms_norm_kernel`` describes the others. Nothing is rounded
+    before dx is.
+    """
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    mask = (offs_m < M)[:, None] & mask_k[None, :]
+    rows_m = offs_m.to(tl.int64)[:, None]
+    # [BLOCK_M, BLOCK_K]
+    x = tl.load(x_ptr + rows_m * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    # [BLOCK_M, BLOCK_K]
+    dy = tl.load(dy_ptr + rows_m * stride_dym + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
+    normalised = x * factor
+    g = dy * _scale(weight_ptr, offs_k, mask_k, OFFSET)
+    dx = factor * (g - normalised * (tl.sum(g * normalised, axis=1) / K)[:, None])
+    tl.store(dx_ptr + rows_m * K + offs_k[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _rows(x: Tensor) -> tuple[Tensor, list[int]]:
+    """``x`` as rows ``[M, K]``, without a copy where its memory allows that, and the order of its dimensions in them.
+
+    Heads of attention come as a transposed view. Rows in the order of memory keep a result laid out like its input,
+    and what was no copy before the transposition is none after it.
+    """
+    order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride(axis))
+    return x.permute(*order, -1).reshape(-1, x.shape[-1]), order
+
+
+def _like(rows: Tensor, x: Tensor, order: list[int]) -> Tensor:
+    """``rows`` ``[M, K]`` in the shape of ``x``."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return rows.view(*(x.shape[axis] for axis in order), x.shape[-1]).permute(*inverse, -1)
+
+
+def _options(x: Tensor) -> dict[str, Any]:
+    block_k = power_of_two_at_least(x.shape[1], most=MOST_COLUMNS)
+    block_m = max(TILE // block_k, 1)
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_K": block_k,
+        "num_warps": min(max(block_m * block_k // 512, 4), 16),
+        # Torch's operations, one after the other, do not fuse a product and a sum either.
+        "enable_fp_fusion": False,
+    }
+
+
+def _contiguous_columns(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.style = eps, style
+        return rms_norm_triton(x, weight, eps, style)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return rms_norm_dx_triton(dy, x, weight, ctx.eps, ctx.style), None, None, None
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel can compute this: ``rms_norm`` has no gradient for the weight."""
+    return (
+        x.dim() > 0
+        and x.shape[-1:] == weight.shape
+        and x.dtype == weight.dtype
+        and x.dtype in FLOAT_DTYPES
+        and weight.numel() <= MOST_COLUMNS
+        and not weight.requires_grad
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "twice") -> Tensor:
+    """``rms_norm_triton``, differentiable in ``x``, of which and of the weight ``takes`` holds."""
+    return _RMSNorm.apply(x, weight, eps, style)  # type: ignore[no-any-return]
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "twice") -> Tensor:
+    """Computes ``y = w · x / sqrt(mean(x²) + eps)`` along the last dimension, in float32.
+
+    Args:
+        x: ``[..., K]`` float32, float16 or bfloat16, any strides.
+        weight: ``[K]`` in x's dtype.
+        eps: is added to the mean of squares.
+        style: "twice" rounds the normalised row to x's dtype, and again when it is multiplied by the weight, as Llama
+            does; "once" rounds at the end only (OLMo 2), and so does "offset", whose factor is ``1 + w`` (Gemma).
+
+    Returns:
+        ``[..., K]`` in x's dtype. Its memory has the order of x's.
+    """
+    rows, order = _rows(x)
+    rows = _contiguous_columns(rows)
+    y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        options = _options(rows)
+        with torch.cuda.device_of(x):
+            _rms_norm_kernel[(triton.cdiv(rows.shape[0], options["BLOCK_M"]),)](
+                rows,
+                weight.contiguous(),
+                y,
+                *rows.shape,
+                rows.stride(0),
+                EPS=eps,
+                OFFSET=style == "offset",
+                ROUND=style == "twice",
+                **options,
+            )
+    return _like(y, x, order)
+
+
+def rms_norm_dx_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float, style: NormStyle = "twice") -> Tensor:
+    """Computes the gradient of ``rms_norm_triton`` with respect to x.
+
+    Args:
+        dy: ``[..., K]`` in x's dtype, any strides. The others are those of the forward pass.
+
+    Returns:
+        ``[..., K]`` in x's dtype. Its memory has the order of x's.
+    """
+    rows, order = _rows(x)
+    rows = _contiguous_columns(rows)
+    dy_rows = _contiguous_columns(dy.permute(*order, -1).reshape(rows.shape))
+    dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    if dx.numel():
+        options = _options(rows)
+        with torch.cuda.device_of(x):
+            _rms_norm_dx_kernel[(triton.cdiv(rows.shape[0], options["BLOCK_M"]),)](
+                rows,
+                weight.contiguous(),
+                dy_rows,
+                dx,
+                *rows.shape,
+                rows.stride(0),
+                dy_rows.stride(0),
+                EPS=eps,
+                OFFSET=style == "offset",
+                **options,
+            )
+    return _like(dx, x, order)
