@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from mebp_triton.convert.quantize import quantize
 from mebp_triton.kernels import functions, routing
 from mebp_triton.kernels.accuracy import judge, normal, random_weight
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.names import SCHEMES, Form
+from mebp_triton.kernels.names import DEFAULT_FORMS, SCHEMES, Form
 from mebp_triton.kernels.reference import cross_entropy, decode
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.layers.lora_function import int4_lora_linear
@@ -31,10 +31,29 @@ from mebp_triton.store.reader import Store
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = (33, 1, 300)  # tails of a tile, a decoding step, several tiles
-# Kinds of weights. Most launches are alike for both widths of codes, so those of 8 bits take part in fewer.
-KINDS, WIDE_KINDS = [Form(scheme, 64) for scheme in SCHEMES], [Form("symmetric", 16, 8), Form("affine", 32, 8)]
 SHAPE, TABLE = (160, 200), (1100, 200)  # of a layer and of a head: no multiples of a tile; K is padded
 SECONDS = 45.0  # that all checks may take
+
+
+class Kind(NamedTuple):
+    """A form of weights, and whether its scales have two levels."""
+
+    form: Form
+    two_level: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.form}{', scales of two levels' if self.two_level else ''}"
+
+    def random(self, n: int, k: int, device: torch.device) -> Int4Weight:
+        """A random weight ``[n, k]`` of this kind."""
+        scale_dtype = torch.int8 if self.two_level else torch.float16
+        return random_weight(n, k, device, self.form.scheme, self.form.group_size, scale_dtype, bits=self.form.bits)
+
+
+# What a new store has (linear layers in 4 bits, tables in 8), and each scheme.
+KINDS = [*(Kind(form, two_level=True) for form in DEFAULT_FORMS.values()), *(Kind(Form(name, 64)) for name in SCHEMES)]
+# What else foreign files bring. Most launches are alike for all kinds, so these take part in fewer.
+OTHER_KINDS = [Kind(Form("symmetric", 16, 8)), Kind(Form("affine", 32, 8)), Kind(Form("affine", 32), two_level=True)]
 
 
 # --- operations -----------------------------------------------------------------------------------------------------
@@ -221,33 +240,29 @@ def _checks(
     model = Model(scratch)
     for dtype in DTYPES[:2]:
         yield "gradients of blocks", dtype, partial(check_model, model, device, dtype, backend)
-    for form, dtype in product([*KINDS, *WIDE_KINDS], DTYPES):
+    for kind, dtype in product([*KINDS, *OTHER_KINDS], DTYPES):
         for what, check in (("LoRA layer", _layer), ("head", _head), ("embedding", _embedding)):
-            if form in KINDS or what != "head":
-                yield f"{what}, {form}, {TOKENS[0]} tokens", dtype, partial(check, device, backend, dtype, form)
-    for m, form, dtype in product(TOKENS[1:], KINDS, DTYPES):
-        yield f"LoRA layer, {form}, {m} tokens", dtype, partial(_layer, device, backend, dtype, form, m)
-
-
-def _weight(shape: tuple[int, int], device: torch.device, form: Form) -> Int4Weight:
-    return random_weight(*shape, device, form.scheme, form.group_size, bits=form.bits)
+            if kind in KINDS or what != "head":
+                yield f"{what}, {kind}, {TOKENS[0]} tokens", dtype, partial(check, device, backend, dtype, kind)
+    for m, kind, dtype in product(TOKENS[1:], KINDS, DTYPES):
+        yield f"LoRA layer, {kind}, {m} tokens", dtype, partial(_layer, device, backend, dtype, kind, m)
 
 
 def _layer(
-    device: torch.device, backend: routing.Backend, dtype: torch.dtype, form: Form, m: int = TOKENS[0]
+    device: torch.device, backend: routing.Backend, dtype: torch.dtype, kind: Kind, m: int = TOKENS[0]
 ) -> dict[str, Any]:
-    verdicts = check_lora_layer(_weight(SHAPE, device, form), dtype, m, backend=backend)
+    verdicts = check_lora_layer(kind.random(*SHAPE, device), dtype, m, backend=backend)
     wrong = [name for name, verdict in verdicts.items() if not verdict["ok"]]
     relative = max(verdict.get("relative") or 0.0 for verdict in verdicts.values())
     row: dict[str, Any] = {"ok": not wrong, "relative": relative}
     return row | ({"reason": f"beyond the rule: {', '.join(wrong)}"} if wrong else {})
 
 
-def _head(device: torch.device, backend: routing.Backend, dtype: torch.dtype, form: Form) -> dict[str, Any]:
-    loss, truth, row = check_head(_weight(TABLE, device, form), dtype, TOKENS[0], backend)
+def _head(device: torch.device, backend: routing.Backend, dtype: torch.dtype, kind: Kind) -> dict[str, Any]:
+    loss, truth, row = check_head(kind.random(*TABLE, device), dtype, TOKENS[0], backend)
     near = abs(loss - truth) <= 1e-2 * abs(truth)
     return {"ok": row["ok"] and near, "relative": row.get("relative")}
 
 
-def _embedding(device: torch.device, backend: routing.Backend, dtype: torch.dtype, form: Form) -> dict[str, Any]:
-    return {"ok": check_embedding(_weight(TABLE, device, form), dtype, TOKENS[0], backend)}
+def _embedding(device: torch.device, backend: routing.Backend, dtype: torch.dtype, kind: Kind) -> dict[str, Any]:
+    return {"ok": check_embedding(kind.random(*TABLE, device), dtype, TOKENS[0], backend)}

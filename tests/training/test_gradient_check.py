@@ -24,8 +24,11 @@ def test_everything_is_run_and_passes_and_the_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
     json.dumps(rows, allow_nan=False)
     assert [row for row in rows if not row["ok"]] == []
-    assert len(rows) == 2 + 3 * 3 * 3 + 2 * 2 * 3 + 2 * 3 * 3
-    assert "embedding, 8 bits, symmetric, groups of 16, 33 tokens" in {row["what"] for row in rows}
+    assert len(rows) == 2 + 5 * 3 * 3 + 3 * 2 * 3 + 2 * 5 * 3
+    named = {row["what"] for row in rows}
+    assert "embedding, 8 bits, symmetric, groups of 16, 33 tokens" in named
+    assert "LoRA layer, 4 bits, codebook, groups of 32, scales of two levels, 1 tokens" in named
+    assert "head, 8 bits, symmetric, groups of 64, scales of two levels, 33 tokens" in named
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float16"}
 
 
@@ -64,6 +67,7 @@ def test_a_fault_in_the_layer_is_seen(monkeypatch, fault):
     checks = failed(seconds=600)
     assert "LoRA layer, 4 bits, symmetric, groups of 64, 33 tokens, float32" in checks
     assert "LoRA layer, 8 bits, affine, groups of 32, 33 tokens, float32" in checks
+    assert "LoRA layer, 4 bits, codebook, groups of 32, scales of two levels, 33 tokens, float32" in checks
     assert "gradients of blocks, float32" in checks
 
 
