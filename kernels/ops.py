@@ -140,10 +140,14 @@ def shaped(y: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
 
 
+# Devices that have autocast. Asked once: the compiler of torch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
+
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """While active, autocast is off for the tensor's device."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in AUTOCAST_DEVICES else nullcontext()
 
 
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
