@@ -24,13 +24,16 @@ from machine import git
 
 # The parts in their order, and their shares of the time. The time that a part does not use goes to those after it.
 PARTS = {
-    "environment": 20,
-    "correctness": 110,
-    "memory": 15,
+    "environment": 15,
+    "compile": 60,
+    "correctness": 90,
+    "paged": 40,
     "graphs": 35,
-    "tune": 110,
-    "speed": 120,
-    "training": 120,
+    "profile": 40,
+    "training": 110,
+    "speed": 90,
+    "tune": 45,
+    "memory": 10,
 }
 GRACE = 0.85  # of a part's time, after which it stops by itself
 
@@ -144,15 +147,18 @@ def child_main(name: str, chosen: argparse.Namespace, deadline: float, kept: Pat
 
 
 def part(name: str) -> Any:
+    from gpu.compilation import compilation
     from gpu.correctness import correctness
     from gpu.environment import environment
     from gpu.graphs import graphs
     from gpu.memory import memory
+    from gpu.paged import paged
+    from gpu.profiles import profiles
     from gpu.speed import speed
     from gpu.training import training
     from gpu.tuning import tuning
 
-    found = (environment, correctness, memory, graphs, tuning, speed, training)
+    found = (environment, compilation, correctness, paged, graphs, profiles, training, speed, tuning, memory)
     return dict(zip(PARTS, found, strict=True))[name]
 
 

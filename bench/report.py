@@ -68,11 +68,14 @@ def suite_page(page: Page, name: str, record: dict[str, Any]) -> None:
     )
     sections = {
         "environment": _environment,
+        "compile": _compile,
         "correctness": _correctness,
-        "memory": _memory,
-        "tune": _tune,
-        "speed": _speed,
+        "paged": _paged,
+        "profile": _profile,
         "training": _training,
+        "speed": _speed,
+        "tune": _tune,
+        "memory": _memory,
     }
     for part, section in sections.items():
         if parts.get(part, {}).get("results"):
@@ -105,6 +108,30 @@ def _correctness(page: Page, name: str, results: dict[str, Any]) -> None:
     _left_out(page, results)
 
 
+def _compile(page: Page, name: str, results: dict[str, Any]) -> None:
+    seconds = f" in {results['seconds']} s by {results['processes']} processes" if "seconds" in results else ""
+    page.lines += [f"{results['compiled']} of {results['units']} launches compiled beforehand{seconds}.", ""]
+
+
+def _paged(page: Page, name: str, results: dict[str, Any]) -> None:
+    page.lines += ["Losses, gradients and parameters of three steps, compared with a resident run to the bit.", ""]
+    heads = ["weights", "checkpoints", "optimizer_state", "compared", "different"]
+    page.lines += table(heads, [[row[head] for head in heads] for row in results["rows"]])
+    _left_out(page, results)
+
+
+def _profile(page: Page, name: str, results: dict[str, Any]) -> None:
+    for side, reason in results["not_run"].items():
+        page.lines += [f"Not run: {side}: {reason}", ""]
+    heads = ["model", "tokens", "side", "launches", "step, s", "busy, s", "busy share"]
+    keys = ["model", "sequence_length", "side", "launches", "step_seconds", "busy_seconds", "busy_share"]
+    page.lines += table(heads, [[row[key] for key in keys] for row in results["rows"]])
+    for row in results["rows"]:
+        longest = [(item["name"], item["count"], item["us"]) for item in row["longest"][:10]]
+        page.lines += [f"What takes longest in a step of {row['side']}, microseconds:", ""]
+        page.lines += table(["kernel", "launches", "us"], longest)
+
+
 def _memory(page: Page, name: str, results: dict[str, Any]) -> None:
     rows = [(row["scheme"], row["m"], f"{row['n']} x {row['k']}", row["extra_mib"]) for row in results["rows"]]
     page.lines += ["Forward and backward of one LoRA layer, peak beyond inputs and outputs.", ""]
@@ -123,6 +150,11 @@ def _speed(page: Page, name: str, results: dict[str, Any]) -> None:
     ]
     for side, reason in results["not_run"].items():
         page.lines += [f"Not compared with {side}: {reason}", ""]
+    if groups := [row for row in results["groups"] if "median_us" in row]:
+        sides = list(groups[0]["median_us"])
+        page.lines += ["#### Layers with one input and their adapters", ""]
+        heads = ["N x K", "M", "pass", *sides, "of cuBLAS", "of bitsandbytes"]
+        page.lines += table(heads, [_group_row(row, sides) for row in groups])
     for kernel, title in KERNELS.items():
         mine = sorted(
             (row for row in rows if row["kernel"] == kernel), key=lambda r: (-r["n"] * r["k"], r["n"], r["m"])
@@ -135,6 +167,18 @@ def _speed(page: Page, name: str, results: dict[str, Any]) -> None:
         page.lines += table(heads, [_speed_row(row, sides) for row in mine])
         page.plot(_speed_figure(mine, title), f"{name}-{kernel}", f"{title}: speed against cuBLAS")
     _left_out(page, results)
+
+
+def _group_row(row: dict[str, Any], sides: Sequence[str]) -> list[Any]:
+    median = row["median_us"]
+    return [
+        ", ".join(f"{n} x {k}" for n, k in row["shapes"]),
+        row["m"],
+        "forward and gradients" if row["gradients"] else "forward",
+        *(float(median[side]) for side in sides),
+        median["cublas"] / median["ours"],
+        median["bitsandbytes"] / median["ours_nf4"] if "bitsandbytes" in median else None,
+    ]
 
 
 def _speed_row(row: dict[str, Any], sides: Sequence[str]) -> list[Any]:

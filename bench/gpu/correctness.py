@@ -19,7 +19,14 @@ from mebp_triton.kernels.accuracy import judge, normal, random_weight
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import FORMS, Form
 from mebp_triton.kernels.reference import decode
-from mebp_triton.training.gradient_check import KINDS, WIDE_KINDS, check_embedding, check_head, check_lora_layer
+from mebp_triton.training.gradient_check import (
+    KINDS,
+    OTHER_KINDS,
+    Kind,
+    check_embedding,
+    check_head,
+    check_lora_layer,
+)
 
 from .operands import dtype_name, strided
 from .routes import known_routes, route_name, run_dx, run_forward
@@ -45,19 +52,24 @@ class Case:
     """One kind of weight, and the numbers of tokens to check it with."""
 
     shape: Shape
-    form: Form
+    kind: Kind
     dtype: torch.dtype
     tokens: tuple[int, ...]
 
 
 def cases(session: Session) -> list[Case]:
-    """First the usual kind of weight, with every M and shape; then the other kinds, with M's and shapes in turn."""
+    """First every kind and dtype once, on the first shape; then the usual kind with every M and shape; then the rest.
+
+    A fault of a kind shows at any size, and the time may end before all sizes are through.
+    """
     sizes = session.sizes
-    narrow = [form for form in FORMS if form.bits == 4]
-    kinds = list(product([*narrow, *WIDE_KINDS], sizes.dtypes))
-    usual, step = (Form("symmetric", 64), sizes.dtypes[0]), min(4, len(sizes.tokens))
-    found = [Case(shape, *usual, sizes.tokens) for shape in sizes.shapes]
-    for turn, shape in enumerate(sizes.shapes):
+    narrow = [Kind(form) for form in FORMS if form.bits == 4]
+    kinds = list(product(dict.fromkeys([*KINDS, *narrow, *OTHER_KINDS]), sizes.dtypes))
+    usual, step = (Kind(Form("symmetric", 64)), sizes.dtypes[0]), min(4, len(sizes.tokens))
+    first, *others = sizes.shapes
+    found = [Case(first, *kind, sizes.tokens[index % step :: step]) for index, kind in enumerate(kinds)]
+    found += [Case(shape, *usual, sizes.tokens) for shape in sizes.shapes]
+    for turn, shape in enumerate(others, 1):
         for index, kind in enumerate(kinds):
             if kind != usual:
                 found.append(Case(shape, *kind, sizes.tokens[(turn + index) % step :: step]))
@@ -69,8 +81,7 @@ def _linear(session: Session) -> None:
     rows = session.results["linear"] = []
     turn = 0
     for case in session.while_time("linear", cases(session), share=0.55):
-        form = case.form
-        weight = random_weight(*case.shape, session.device, form.scheme, form.group_size, bits=form.bits)
+        weight = case.kind.random(*case.shape, session.device)
         decoded = Decoded(weight, case.dtype)
         for m in case.tokens:
             for kernel in ("matmul", "matmul_dx"):
@@ -159,11 +170,11 @@ def _groups(session: Session) -> None:
 def _lora_layer(session: Session) -> None:
     """Checks the layer's output and all its gradients."""
     rows = session.results["lora_layer"] = []
-    todo = list(product(session.sizes.shapes[:4], session.sizes.dtypes, session.sizes.tokens[:2]))
-    for shape, dtype, m in session.while_time("lora_layer", todo, share=0.3):
-        if m == 0:
-            continue
-        weight = random_weight(*shape, session.device)
+    tokens = [m for m in session.sizes.tokens if m][:2]
+    todo = [(session.sizes.shapes[0], kind, dtype, tokens[0]) for kind, dtype in product(KINDS, session.sizes.dtypes)]
+    todo += product(session.sizes.shapes[:4], KINDS[:1], session.sizes.dtypes, tokens)
+    for shape, kind, dtype, m in session.while_time("lora_layer", todo, share=0.3):
+        weight = kind.random(*shape, session.device)
         about = {**_describe(shape, weight, dtype), "m": m}
         with poisoned():
             checked = check_lora_layer(weight, dtype, m, backend="triton")
@@ -175,9 +186,9 @@ def _embedding(session: Session) -> None:
     """Checks that rows are decoded to the bit."""
     rows = session.results["embedding"] = []
     v, k = session.sizes.table
-    todo = list(product([*KINDS, *WIDE_KINDS], session.sizes.dtypes))
-    for form, dtype in session.while_time("embedding", todo, share=0.3):
-        weight = random_weight(v, k, session.device, form.scheme, form.group_size, bits=form.bits)
+    todo = list(product([*KINDS, *OTHER_KINDS], session.sizes.dtypes))
+    for kind, dtype in session.while_time("embedding", todo, share=0.3):
+        weight = kind.random(v, k, session.device)
         with poisoned():
             ok = check_embedding(weight, dtype, session.sizes.table_tokens, backend="triton")
         _record(session, rows, _describe((v, k), weight, dtype), {"ok": ok})
@@ -187,9 +198,9 @@ def _cross_entropy(session: Session) -> None:
     """Checks loss and dH over an int4 head."""
     rows = session.results["cross_entropy"] = []
     v, k = session.sizes.table
-    todo = list(product(session.sizes.dtypes, ("symmetric", "codebook")))
-    for dtype, scheme in session.while_time("cross_entropy", todo, share=0.4):
-        weight = random_weight(v, k, session.device, scheme)
+    todo = list(product(KINDS[:3], session.sizes.dtypes))
+    for kind, dtype in session.while_time("cross_entropy", todo, share=0.4):
+        weight = kind.random(v, k, session.device)
         with poisoned():
             loss, true_loss, found = check_head(weight, dtype, session.sizes.table_tokens, backend="triton")
         about = _describe((v, k), weight, dtype) | {"loss": loss, "true_loss": true_loss}
@@ -243,7 +254,8 @@ def _repeats(session: Session) -> None:
 
 
 def _describe(shape: Shape, weight: Int4Weight, dtype: torch.dtype) -> dict[str, Any]:
-    return {"n": shape[0], "k": shape[1], **weight.form._asdict(), "dtype": dtype_name(dtype)}
+    two_level = weight.super_scales is not None
+    return {"n": shape[0], "k": shape[1], **weight.form._asdict(), "two_level": two_level, "dtype": dtype_name(dtype)}
 
 
 def _record(session: Session, rows: list[dict[str, Any]], about: dict[str, Any], found: dict[str, Any]) -> None:

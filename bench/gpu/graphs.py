@@ -13,7 +13,7 @@ from mebp_triton.kernels.accuracy import normal
 from .memory import make_layer
 from .operands import close
 from .session import Session
-from .speed import SAME
+from .timed import SAME
 
 
 def graphs(session: Session) -> None:

@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from random_store import MODELS
 
+from mebp_triton.kernels.names import DEFAULT_FORM, Form
+from mebp_triton.training.gradient_check import Kind
+
+# What the linear layers of a new store have; and the kind that the shipped tables were made for.
+STORED, SYMMETRIC = Kind(DEFAULT_FORM, two_level=True), Kind(Form("symmetric", 64))
+
 Shape = tuple[int, int]
 
 TINY = {
@@ -33,13 +39,15 @@ class Sizes:
         table, table_tokens: (V, K) of the embedding and head; rows looked up, and targets.
         repeats: how often one call must give the same bits.
         cases: random problems of ``bench/compiled.py``.
-        speed_tokens, speed_shapes: the timed products.
+        speed_tokens, speed_shapes: the timed products with one weight.
+        speed_groups: layers with one input, whose products are timed with their adapters.
         tune_tokens, tune_shapes: the tuned products; the first come first, as long as time lasts.
         samples: timed samples of each side.
         memory_shape, memory_tokens: the layer whose memory is measured.
         graph_shape, graph_tokens: the layer that is compiled and captured.
         models: configurations of the training steps, by name.
         sequence_lengths, steps: of these steps; the number of timed ones.
+        paged_model, paged_tokens: the model whose paged runs are compared with a resident one, and its batch's length.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -52,6 +60,7 @@ class Sizes:
     cases: int
     speed_tokens: tuple[int, ...]
     speed_shapes: tuple[Shape, ...]
+    speed_groups: tuple[tuple[Shape, ...], ...]
     tune_tokens: tuple[int, ...]
     tune_shapes: tuple[Shape, ...]
     samples: int
@@ -62,9 +71,12 @@ class Sizes:
     models: dict[str, dict[str, Any]]
     sequence_lengths: tuple[int, ...]
     steps: int
+    paged_model: dict[str, Any]
+    paged_tokens: int
 
 
 QWEN_3B_SHAPES = ((11008, 2048), (2048, 11008), (2048, 2048), (256, 2048))
+QWEN_3B_GROUPS = (((11008, 2048), (11008, 2048)), ((2048, 2048), (256, 2048), (256, 2048)), ((2048, 11008),))
 
 REAL = Sizes(
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
@@ -80,23 +92,26 @@ REAL = Sizes(
         (151936, 896),
         (262144, 1152),
     ),
-    group_shapes=(((2048, 2048), (256, 2048), (256, 2048)), ((4864, 896), (4864, 896))),
+    group_shapes=(*QWEN_3B_GROUPS[:2], ((4864, 896), (4864, 896))),
     table=(151936, 2048),
     table_tokens=500,
     repeats=100,
     cases=1000,
-    speed_tokens=(512, 1, 2048, 8, 128, 32, 4096),
-    speed_shapes=((8192, 8192), *QWEN_3B_SHAPES),
-    tune_tokens=(512, 16, 2048, 128, 4096, 64, 32, 1024, 256),
-    tune_shapes=((8192, 8192), *QWEN_3B_SHAPES, (2560, 2048), (22016, 2048)),
+    speed_tokens=(256, 1, 1024, 16, 4096, 64),
+    speed_shapes=((8192, 8192),),
+    speed_groups=QWEN_3B_GROUPS,
+    tune_tokens=(256, 16, 1024, 4096, 64, 32, 128, 512, 2048),
+    tune_shapes=(*QWEN_3B_SHAPES, (2560, 2048), (22016, 2048), (8192, 8192)),
     samples=9,
     memory_shape=(8192, 8192),
     memory_tokens=512,
     graph_shape=(2048, 2048),
     graph_tokens=256,
     models={name: MODELS[name] for name in ("Qwen2.5-3B", "Qwen2.5-1.5B", "Qwen2.5-0.5B")},
-    sequence_lengths=(1024, 256, 4096),
+    sequence_lengths=(256, 1024, 4096),
     steps=5,
+    paged_model=MODELS["Qwen2.5-0.5B"] | {"num_hidden_layers": 4, "vocab_size": 32768},
+    paged_tokens=256,
 )
 
 # bfloat16 is left out: the interpreter computes it wrongly.
@@ -111,6 +126,7 @@ REHEARSAL = Sizes(
     cases=12,
     speed_tokens=(1, 16),
     speed_shapes=((32, 64),),
+    speed_groups=(((48, 64), (16, 64), (16, 64)),),
     tune_tokens=(16,),
     tune_shapes=((64, 64),),
     samples=2,
@@ -121,4 +137,6 @@ REHEARSAL = Sizes(
     models={"tiny": TINY},
     sequence_lengths=(16,),
     steps=1,
+    paged_model=TINY,
+    paged_tokens=8,
 )

@@ -1,14 +1,15 @@
-"""Part ``speed``: times forward and dX against cuBLAS, dequantise + cuBLAS, and bitsandbytes.
+"""Part ``speed``: times products against cuBLAS, dequantise + cuBLAS, and bitsandbytes.
 
-LoRA and bias are left out on every side: only the product with the weight is timed. Each call takes the next of several
-copies of its weight, so that the cache holds none of them.
+First layers with one input and their adapters (``groups``), as a step runs them, forward and backward. Then forward and
+dX of one weight without LoRA and bias. Each call takes the next of several copies of its weight, so that the cache
+holds none of them.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -17,61 +18,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mebp_triton.autotune.measure import SAMPLE_US, WINDOW
-from mebp_triton.autotune.timing import Timer
 from mebp_triton.kernels import functions
 from mebp_triton.kernels.accuracy import normal, random_weight
-from mebp_triton.kernels.configs import Problem
+from mebp_triton.kernels.configs import TUNED, Problem
 from mebp_triton.kernels.embedding import decode_rows_triton
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.routing import routes_of
 from mebp_triton.kernels.tables import architecture_of
 
+from .groups import grouped
 from .operands import clone, close, dtype_name, nf4_pair
 from .routes import route_name, run_dx, run_forward
 from .session import Session
 from .sizes import Shape
-
-# By dtype, the most that two correct results differ, relative to their norm.
-SAME = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-MOST_COPIES = 256
-
-Call = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Side:
-    """One way to compute a product.
-
-    Attributes:
-        calls: one per copy of the weight, in memory of its own.
-        group: sides of one group compute the same.
-    """
-
-    calls: list[Call]
-    group: str
+from .timed import MOST_COPIES, SAME, Call, Side, in_turns, missing_peers
 
 
 def speed(session: Session) -> None:
     session.results["dtype"] = dtype_name(session.dtype)
     session.results["not_run"] = missing_peers()
+    grouped(session, share=0.7)
     rows = session.results["rows"] = []
     for shape in session.sizes.speed_shapes:
         weights = Weights.make(session, shape)
         left = len(session.sizes.speed_shapes) - session.sizes.speed_shapes.index(shape)
-        todo = list(product(session.sizes.speed_tokens, ("matmul", "matmul_dx")))
+        todo = list(product(session.sizes.speed_tokens, TUNED))
         for m, kernel in session.while_time(f"{shape[0]}x{shape[1]}", todo, share=1 / left):
             rows.append(compare(session, weights, kernel, m))
-
-
-def missing_peers() -> dict[str, str]:
-    """The peers that cannot be compared with, and why."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except Exception as error:  # a build for another CUDA raises all sorts of things
-        return {"bitsandbytes": f"{type(error).__name__}: {error}"}
-    return {}
 
 
 @dataclass(frozen=True)
@@ -165,36 +139,3 @@ def compare(session: Session, weights: Weights, kernel: str, m: int) -> dict[str
     row["median_us"] = {name: statistics.median(values) for name, values in samples.items()}
     row["samples_us"] = samples
     return row
-
-
-def in_turns(sides: dict[str, list[Call]], x: Tensor, timer: Timer, samples: int) -> dict[str, list[float]]:
-    """Samples of every side in microseconds per call. The sides take turns, so that a changing clock meets them all."""
-    windows = {name: Window(calls, x) for name, calls in sides.items()}
-    for window in windows.values():
-        window.warm(timer)
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(samples):
-        for name, window in windows.items():
-            found[name].append(window.sample(timer))
-    return found
-
-
-class Window:
-    """A run of calls of one side, each on the next copy of its weight; one sample times the whole run."""
-
-    def __init__(self, calls: Sequence[Call], x: Tensor) -> None:
-        self.calls, self.x, self.next, self.count = calls, x, 0, 2
-
-    def run(self) -> None:
-        for _ in range(self.count):
-            self.calls[self.next](self.x)
-            self.next = (self.next + 1) % len(self.calls)
-
-    def warm(self, timer: Timer) -> None:
-        timer(self.run)
-        once_us = timer(self.run) / self.count
-        self.count = max(1, min(int(SAMPLE_US / max(once_us, 1e-3)), WINDOW))
-        timer(self.run)
-
-    def sample(self, timer: Timer) -> float:
-        return timer(self.run) / self.count

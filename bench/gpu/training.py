@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from random_store import write_random_store
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mebp_triton as mebp
@@ -27,9 +27,11 @@ from mebp_triton.system.memory import peak_resident_bytes
 from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups
 
 from .session import Session
+from .sizes import STORED
 
 LORA = {"lora_r": 16, "lora_alpha": 16, "seed": 0}
 SAME_LOSS = 0.05
+STORE_FORM: dict[str, Any] = {"scheme": STORED.form.scheme, "group_size": STORED.form.group_size, "two_level": True}
 
 
 def training(session: Session) -> None:
@@ -40,7 +42,7 @@ def training(session: Session) -> None:
         for name, side in session.while_time("models", todo):
             store = Path(scratch) / name
             if not store.exists():
-                write_random_store(AutoConfig.for_model(**sizes.models[name]), store, session.device)
+                write_random_store(AutoConfig.for_model(**sizes.models[name]), store, session.device, **STORE_FORM)
             run_side(session, side, store)
     check_same(session)
 
@@ -159,15 +161,7 @@ def _steps(session: Session, model: Any, length: int, moments: Path | None) -> d
             torch.cuda.reset_peak_memory_stats(session.device)
         session.synchronize()
         started = time.perf_counter()
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
-        if paged is not None:
-            with paged.step_in_backward():
-                loss.backward()
-        else:
-            loss.backward()
-            optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(one_step(model, optimizer, ids))
         seconds.append(time.perf_counter() - started)
     return {
         "losses": losses,
@@ -177,3 +171,16 @@ def _steps(session: Session, model: Any, length: int, moments: Path | None) -> d
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(session.device) if session.on_gpu else None,
         "peak_rss_bytes": peak_resident_bytes(),
     }
+
+
+def one_step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
+    """Forward, backward and AdamW; a paged optimizer steps in the backward pass. Returns the loss."""
+    loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+    if isinstance(optimizer, BlockAdamW):
+        with optimizer.step_in_backward():
+            loss.backward()
+    else:
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())

@@ -18,7 +18,7 @@ from mebp_triton.kernels.accuracy import judge
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.tables import parse_table
 
-PARTS = ["environment", "correctness", "memory", "graphs", "tune", "speed", "training"]
+PARTS = ["environment", "compile", "correctness", "paged", "graphs", "profile", "training", "speed", "tune", "memory"]
 HAS_PEER = importlib.util.find_spec("bitsandbytes") is not None
 
 
@@ -38,8 +38,9 @@ def test_nothing_is_left_out_and_no_section_is_empty(rehearsal):
     assert results["correctness"].keys() == sections
     assert all(results["correctness"][name] for name in sections)
     linear = results["correctness"]["linear"]
-    kinds = {(row["scheme"], row["group_size"], row["bits"], row["dtype"]) for row in linear}
-    assert len(kinds) == (3 * 3 + 2) * 2
+    kinds = {(row["scheme"], row["group_size"], row["bits"], row["two_level"], row["dtype"]) for row in linear}
+    assert len(kinds) == (3 * 3 + 2 + 3) * 2
+    assert ("codebook", 32, 4, True, "float32") in kinds  # what a new store has
     gradients = {row["gradient"] for row in results["correctness"]["lora_layer"]}
     assert gradients == {"y", "dx", "dbias", "da", "db"}
     assert {row["route"] == "panel" for row in results["correctness"]["routes"]} == {True, False}
@@ -53,6 +54,9 @@ def test_every_side_is_timed_with_all_its_samples(rehearsal):
         {"ours_nf4", "bitsandbytes"} if HAS_PEER else set()
     )
     assert len(found["rows"]) == 2 * 2  # M, and forward and dX
+    assert len(found["groups"]) == 2 * 2  # M, and with and without gradients
+    for row in found["groups"]:
+        assert row["median_us"].keys() == sides - {"ours_panel"} | {"ours_symmetric"}
     for row in found["rows"]:
         assert row["median_us"].keys() == row["samples_us"].keys() == sides
         assert all(value > 0 for values in row["samples_us"].values() for value in values)
@@ -68,6 +72,23 @@ def test_whole_steps_of_all_sides(rehearsal):
     for row in found["rows"]:
         assert len(row["losses"]) == len(row["step_seconds"]) == 2
         assert row["losses"][0] == pytest.approx(math.log(128), rel=0.1)  # random weights know nothing
+
+
+def test_paged_runs_equal_a_resident_one(rehearsal):
+    _, record, _ = rehearsal
+    rows = record["parts"]["paged"]["results"]["rows"]
+    assert len(rows) == 3 * 3 + 2
+    tensors = 2 * 7 * 2  # adapters of two blocks
+    assert {(row["compared"], row["different"]) for row in rows} == {(3 * (1 + tensors) + tensors, 0)}
+
+
+def test_the_profile_says_where_the_time_goes(rehearsal):
+    _, record, _ = rehearsal
+    rows = record["parts"]["profile"]["results"]["rows"]
+    assert [row["side"] for row in rows] == ["mebp", *["peft_nf4"] * HAS_PEER]
+    for row in rows:
+        assert row["launches"] > 100 and len(row["longest"]) == 30
+        assert row["busy_seconds"] > 0 and row["step_seconds"] >= row["host_seconds"] > 0
 
 
 def test_the_tuned_table_lies_beside_the_results(rehearsal):
@@ -145,9 +166,9 @@ def test_unknown_parts_are_refused(bench_path, tmp_path):
 
 
 def test_a_missing_peer_is_named(bench_path, monkeypatch):
-    speed = importlib.import_module("gpu.speed")
+    timed = importlib.import_module("gpu.timed")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert speed.missing_peers()["bitsandbytes"].startswith("ModuleNotFoundError")
+    assert timed.missing_peers()["bitsandbytes"].startswith("ModuleNotFoundError")
 
 
 # --- checks can fail ------------------------------------------------------------------------------------------------
@@ -164,6 +185,43 @@ def test_the_rule_sees_what_is_wrong(bench_path):
         json.dumps(found, allow_nan=False)
     assert not operands.close(same * 1.1, same, 1e-2)
     assert not operands.close(same * float("nan"), same, 1e-2)
+
+
+def test_a_paged_run_that_differs_is_a_failure(bench_path, tmp_path, monkeypatch):
+    paged = importlib.import_module("gpu.paged")
+    sizes = importlib.import_module("gpu.sizes")
+    session = importlib.import_module("gpu.session")
+    one = session.Session(torch.device("cpu"), sizes.REHEARSAL, time.monotonic() + 60, tmp_path, tmp_path / "kept.json")
+
+    def run(_, store, scratch, weights, inputs, moments):
+        yield "loss 0", torch.tensor(1.0 if weights != "file" else 1.0 + 1e-7)
+
+    monkeypatch.setattr(paged, "run", run)
+    paged.paged(one)
+    assert len(one.failures) == 4 and "first in loss 0" in one.failures[0]
+
+
+def test_compiling_beforehand_is_what_a_launch_finds(bench_path, tmp_path):
+    """A process without a device compiles for one; compiling the same again adds nothing to the cache."""
+    script = """
+import time
+from pathlib import Path
+import torch
+from gpu import compilation, session, sizes
+one = session.Session(torch.device("cpu"), sizes.REHEARSAL, time.monotonic() + 60, Path(), Path())
+unit = next(iter(compilation.units(one)))
+compilation._become(90)
+for one in (unit, unit._replace(bias=not unit.bias), unit):
+    print(compilation.compile_unit(one))
+"""
+    cache = tmp_path / "cache"
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(bench_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, other, again = done.stdout.split()
+    assert first == again != other
+    assert len(list(cache.rglob("_matmul_kernel.cubin"))) == 2
 
 
 def test_items_that_do_not_fit_are_counted(bench_path, tmp_path):

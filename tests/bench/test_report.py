@@ -29,6 +29,10 @@ def test_a_rehearsal_becomes_a_page_that_says_so(rehearsal, make_page):
         assert f"| {part} | done |" in text
     row = record["parts"]["speed"]["results"]["rows"][0]
     assert f"| {row['n']} x {row['k']} | {row['m']} | " in text
+    group = record["parts"]["speed"]["results"]["groups"][0]
+    assert f"| {', '.join(f'{n} x {k}' for n, k in group['shapes'])} | {group['m']} | forward | " in text
+    assert "| file | file | file | 115 | 0 |" in text  # of part paged
+    assert f"| mebp | {record['parts']['profile']['results']['rows'][0]['launches']} | " in text
     for kernel in ("matmul", "matmul_dx"):
         plot = page.with_name(f"page-rehearsal-{kernel}.png")
         assert plot.name in text
