@@ -11,7 +11,7 @@ from .layout import Int4Weight
 from .ops import cross_entropy_op, embedding_op, fields_of, matmul_dx_op, matmul_op, no_autocast, shaped
 from .panel import int4_matmul_dx_group_panel
 from .routing import resolve_backend, routed
-from .tables import Route
+from .tables import Route, architecture_of
 
 
 def int4_matmul(
@@ -222,7 +222,8 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def _check(name: str, tensor: Tensor, width: int, weight: Int4Weight, backend: str) -> None:
     check_floating(name, tensor)
-    if backend == "triton" and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16:
+    interpreted = backend == "triton" and tensor.device.type == "cpu" and not architecture_of(tensor.device)
+    if interpreted and tensor.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter computes bfloat16 wrongly: use float32 or float16, or backend 'panel'")
     if tensor.dim() == 0 or tensor.shape[-1] != width:
         raise ValueError(f"{name} must have {width} columns, got shape {tuple(tensor.shape)}")

@@ -47,7 +47,7 @@ def resolve_backend(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if not has_triton():
         raise ValueError("backend 'triton' needs the package triton, which is not installed; use 'panel'")
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and not architecture_of(device) and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("backend 'triton' runs on a GPU, and the tensors are on the CPU; use 'panel' or 'auto'")
     return "triton"
 

@@ -251,10 +251,24 @@ def load_tables(architecture: str) -> Table:
 
 @cache
 def architecture_of(device: torch.device) -> str:
-    """The compute capability of a CUDA device, such as "sm_87"; the architecture's name on ROCm; "" elsewhere."""
+    """The compute capability of a CUDA device, such as "sm_87"; the architecture's name on ROCm; "" elsewhere.
+
+    If Triton's driver has been replaced by one that takes CPU tensors, the CPU has the capability that it names.
+    """
     if device.type != "cuda":
-        return ""
+        return _stand_in(device)
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def _stand_in(device: torch.device) -> str:
+    """The compute capability for which Triton's active driver compiles, if it takes tensors of this device."""
+    try:
+        from triton.runtime.driver import driver
+
+        active = driver.active
+    except (ImportError, RuntimeError):  # there is no Triton, or no GPU and no other driver
+        return ""
+    return f"sm_{active.get_current_target().arch}" if active.get_active_torch_device().type == device.type else ""
