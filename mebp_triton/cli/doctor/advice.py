@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ LITTLE_MEMORY = 2 * GIB
 # On slower storage, block inputs in files are likely to make a step wait.
 SLOW_STORAGE = 100 * MB
 JETSON_PTXAS = "/usr/local/cuda/bin/ptxas"
-JETSON_INDEX = "https://pypi.jetson-ai-lab.io/jp6/cu126"
+# JetPack 6 (L4T 36) has a CUDA of its own. From JetPack 7.2 (L4T 39) on, a Jetson runs the same builds as an Arm server.
+JETPACK_6_TORCH = "pip install --index-url https://pypi.jetson-ai-lab.io/jp6/cu126 torch"
+ARM_SERVER_TORCH = "pip install torch"
+FIRST_ARM_SERVER_RELEASE = 39
 
 
 def gib(size: int) -> str:
@@ -39,14 +43,26 @@ def _on_jetson(findings: dict[str, Any]) -> bool:
     return bool(findings["board"] != "no Jetson")
 
 
+def _torch_source(findings: dict[str, Any]) -> str:
+    """Where a torch with CUDA for this machine comes from."""
+    if not _on_jetson(findings):
+        return "see pytorch.org"
+    release = re.search(r"L4T (\d+)", findings["board"])
+    if release is None:
+        return f"JetPack 6: {JETPACK_6_TORCH}; JetPack 7: {ARM_SERVER_TORCH}"
+    return ARM_SERVER_TORCH if int(release[1]) >= FIRST_ARM_SERVER_RELEASE else JETPACK_6_TORCH
+
+
 def _device_advice(findings: dict[str, Any], environ: dict[str, str]) -> list[str]:
     advice = []
     has_gpu = bool(findings["compute_capability"])
     if not has_gpu and not findings["nvidia_device"]:
         advice.append("no GPU found: a CUDA build of torch is needed to use one; training on the CPU works without one")
     elif not has_gpu and findings["torch_cuda"] == "none":
-        where = f"pip install --index-url {JETSON_INDEX} torch" if _on_jetson(findings) else "see pytorch.org"
-        advice.append(f"an NVIDIA device is here, but this torch is built without CUDA: install one with it ({where})")
+        advice.append(
+            "an NVIDIA device is here, but this torch is built without CUDA: install one with it"
+            f" ({_torch_source(findings)})"
+        )
     elif not has_gpu:
         advice.append(
             f"an NVIDIA device is here and torch is built for CUDA {findings['torch_cuda']}, but finds no GPU: the"
@@ -71,7 +87,10 @@ def _device_advice(findings: dict[str, Any], environ: dict[str, str]) -> list[st
         advice.append("no kernel table for this GPU: mebp tune --store STORE finds configurations for it")
     settings = environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + environ.get("PYTORCH_ALLOC_CONF", "")
     if "expandable_segments:True" in settings and _on_jetson(findings):
-        advice.append("expandable_segments:True fails on Tegra: unset PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF")
+        advice.append(
+            "expandable_segments:True is set, with which allocations were seen to fail on Jetsons: if one fails with"
+            " 'CUDA driver error: out of memory' while memory is free, unset PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF"
+        )
     return advice
 
 
