@@ -100,25 +100,32 @@ class BlockRun:
         self.output_leaves: list[Any] = []
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Runs the block without a graph; afterwards its input is held by the block input store alone."""
+        """Brings the block's weights in and runs it without a graph. Returns the output tensors."""
+        if self.treatment != "identity":
+            self.keep_input()
+            self.host.counters.checkpoint += 1
+        return self.host.run_forward(self.block.index, self.compute)
+
+    def keep_input(self) -> None:
+        """Hands the block's input to the block input store, which alone has it once ``compute`` is over."""
+        self.block_input = self.host.block_inputs.save(self.leaves[self.hidden])
+
+    def compute(self) -> tuple[Tensor, ...]:
+        """Runs the block, whose weights are in place, without a graph. Returns the output tensors."""
         assert self.live is not None
         recording: AbstractContextManager[object] = nullcontext()
-        if self.treatment != "identity":
-            self.block_input = self.host.block_inputs.save(self.leaves[self.hidden])
-            self.host.counters.checkpoint += 1
-            if self.host.keep_outputs:
-                self.recording = Recording(self.host.block_inputs)
-                recording = self.block.recompute.recorded(self.recording)
+        if self.treatment != "identity" and self.host.keep_outputs:
+            self.recording = Recording(self.host.block_inputs)
+            recording = self.block.recompute.recorded(self.recording)
+        forward = functools.partial(self.block.forward, *self.live.args, **self.live.kwargs)
         with recording:
-            output = self.host.run_forward(
-                self.block.index, functools.partial(self.block.forward, *self.live.args, **self.live.kwargs)
-            )
+            output = self.block.recompute.call(forward)
         self.leaves[self.hidden] = None
         if self.treatment == "identity":
             self.leaves.clear()
         self.output_leaves, self.output_spec = tree_flatten((output, self.live.written()))
         tensors = tuple(leaf for leaf in self.output_leaves if isinstance(leaf, Tensor))
-        self.output_leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in self.output_leaves]
+        self.output_leaves = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in self.output_leaves]
         return tensors
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> Any:
@@ -128,14 +135,14 @@ class BlockRun:
         """
         assert self.live is not None
         given = iter(tensors)
-        leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self.output_leaves]
+        leaves = [next(given) if leaf is TENSOR else leaf for leaf in self.output_leaves]
         output, written = tree_unflatten(leaves, self.output_spec)
         self.live.write(written)
         self.live, self.arguments.containers = None, []
         return output
 
-    def backward(self, grads: tuple[Tensor | None, ...], needed: Sequence[bool]) -> list[Tensor | None]:
-        """Recomputes the block and differentiates it.
+    def backward(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+        """Brings the block's weights in, recomputes the block and differentiates it.
 
         Args:
             grads: the gradients of the outputs; None where an output has none.
@@ -147,6 +154,14 @@ class BlockRun:
         Raises:
             RuntimeError: something that the recompute reads has changed since the forward pass.
         """
+        return self.host.run_backward(
+            self.block.index,
+            lambda: self.gradients(grads, needed),
+            continues=any(needed[: len(self.inputs)]),
+        )
+
+    def gradients(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+        """What ``backward`` returns, computed while the block's weights are in place."""
         self._check_unchanged()
         assert self.block_input is not None
         leaves = list(self.leaves)
@@ -157,12 +172,7 @@ class BlockRun:
             leaves[place] = leaves[place].detach().requires_grad_(need)
         sources = [leaves[place] for place in self.inputs] + self.parameters
         wanted = [source for source, need in zip(sources, needed, strict=True) if need]
-        gradients = self.host.run_backward(
-            self.block.index,
-            lambda: self._gradients(leaves, wanted, grads),
-            continues=any(needed[: len(self.inputs)]),
-        )
-        given = iter(gradients)
+        given = iter(self._differentiated(leaves, wanted, grads))
         return [next(given) if need else None for need in needed]
 
     def _check_unchanged(self) -> None:
@@ -172,8 +182,8 @@ class BlockRun:
         if self.block.module.training != self.training:
             raise RuntimeError(f"block {index} went from train() to eval(), or back, between forward and backward")
 
-    def _gradients(
-        self, leaves: list[Any], wanted: list[Tensor], grads: tuple[Tensor | None, ...]
+    def _differentiated(
+        self, leaves: list[Any], wanted: list[Tensor], grads: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
         # A block that passes the gradient on but is not trained is recomputed with frozen parameters: otherwise the
         # autograd functions inside would compute parameter gradients that nobody wants.
@@ -194,7 +204,7 @@ class BlockRun:
         return outputs
 
 
-_TENSOR = object()  # marks the place of a tensor among the leaves of an output
+TENSOR = object()  # marks the place of a tensor among the leaves of an output
 
 
 @contextmanager

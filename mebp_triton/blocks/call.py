@@ -13,18 +13,19 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 from transformers.cache_utils import Cache
 
 
-def _is_container(leaf: Any) -> bool:
+def is_container(leaf: Any) -> bool:
+    """Whether a block may write to ``leaf``."""
     return isinstance(leaf, MutableMapping | list)
 
 
 def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
     """The leaves of the arguments; containers and caches are leaves as a whole."""
     return tree_flatten(
-        (args, kwargs), lambda leaf: isinstance(leaf, Cache) or (_is_container(leaf) and leaf is not kwargs)
+        (args, kwargs), lambda leaf: isinstance(leaf, Cache) or (is_container(leaf) and leaf is not kwargs)
     )
 
 
@@ -71,7 +72,7 @@ class Arguments:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         outer, self._spec = _flat(args, kwargs)
-        self._places = [place for place, leaf in enumerate(outer) if _is_container(leaf)]
+        self._places = [place for place, leaf in enumerate(outer) if is_container(leaf)]
         self.containers = [outer[place] for place in self._places]
         inner, self._inner_spec = tree_flatten([_entries(container) for container in self.containers])
         for place in self._places:
@@ -91,9 +92,22 @@ class Arguments:
         args, kwargs = tree_unflatten(outer, self._spec)
         return Call(args, kwargs, [outer[place] for place in self._places])
 
+    def part(self, leaves: Sequence[Any]) -> Arguments:
+        """These arguments with ``leaves`` in place of the original ones. No call writes to the original containers."""
+        made = copy.copy(self)
+        made.leaves, made.containers = list(leaves), []
+        return made
+
+    def paths(self) -> list[str]:
+        """Where each leaf stands in the arguments: the same in all calls that are written alike."""
+        outer = tree_unflatten(list(range(self._count)), self._spec)
+        inner = tree_unflatten(list(range(len(self.leaves) - self._count)), self._inner_spec)
+        named = [*tree_flatten_with_path(outer)[0], *tree_flatten_with_path(("entries", inner))[0][1:]]
+        return [keystr(path) for path, _ in named]
+
     def objects(self, call: Call) -> list[Any]:
         """The arguments of ``call`` that may hold tensors but are none: its containers, and all other objects."""
         others = (
-            leaf for leaf in self.leaves[: self._count] if not isinstance(leaf, Tensor) and not _is_container(leaf)
+            leaf for leaf in self.leaves[: self._count] if not isinstance(leaf, Tensor) and not is_container(leaf)
         )
         return [*call.containers, *others]

@@ -47,6 +47,7 @@ from . import leaks
 from .backward import Block, BlockFunction, BlockRun
 from .call import Arguments, Call, map_caches
 from .recompute import Recompute
+from .row_chunks import ChunkedRun, Cut, RowPlaces, cut, values
 from .runner import BlockRunner, hidden_state
 
 T = TypeVar("T")
@@ -62,6 +63,10 @@ class BlockEngine(BlockRunner):
         keep_outputs: whether the outputs of the blocks' adapted layers wait there as well, so that a recompute has no
             matrix products.
         waiting: counts the time for which files are waited for.
+        block_rows: the most rows of a batch that are in a block at once; None for whole batches. A larger batch goes
+            through each block in chunks, see ``row_chunks``. Counters and the observer count a pass of a block once,
+            whatever the number of chunks; hooks on modules inside a block see the chunks.
+        row_places: for each block, where its arguments have the rows of a batch. Blocks take whole batches without.
     """
 
     def __init__(
@@ -71,12 +76,15 @@ class BlockEngine(BlockRunner):
         block_inputs: BlockInputStore | None = None,
         keep_outputs: bool = False,
         waiting: Waiting | None = None,
+        block_rows: int | None = None,
+        row_places: Sequence[RowPlaces] | None = None,
     ) -> None:
         super().__init__(blocks, self._run)
         self.pages: Sequence[Pages] = pages if pages is not None else [Pages()] * len(self.blocks)
         self.block_inputs = block_inputs if block_inputs is not None else DeviceBlockInputs()
         self.keep_outputs = keep_outputs
         self.waiting = Waiting() if waiting is None else waiting
+        self.block_rows, self.row_places = block_rows, row_places
         self.recomputes = [Recompute(block) for block in self.blocks]
         self._told = False  # whether a compiler's user was told that blocks are not compiled
         self._unchecked = set(range(len(self.blocks)))  # blocks whose modules were not checked for leaks yet
@@ -100,7 +108,7 @@ class BlockEngine(BlockRunner):
     @torch.compiler.disable
     def _run(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self.run_forward(index, functools.partial(original, *args, **kwargs))
+            return self._values(index, original, args, kwargs)
         arguments = Arguments(args, kwargs)
         if any(isinstance(leaf, Cache) for leaf in arguments.leaves) and self._makes_graph(arguments.leaves):
             # The recompute would fill a cache for a second time, so training runs without one.
@@ -112,13 +120,43 @@ class BlockEngine(BlockRunner):
         parameters = self.trainable(index) if treatment == "train" else []
         if self.is_below(index, bool(inputs)) or not inputs and not parameters:
             with torch.no_grad():
-                return self.run_forward(index, functools.partial(original, *args, **kwargs))
+                return self._values(index, original, args, kwargs)
         place = next(place for place, leaf in enumerate(leaves) if leaf is hidden)
         block = Block(index, self.blocks[index], self.recomputes[index], original)
         live = Call(args, kwargs, arguments.containers)
-        run = BlockRun(self, block, treatment, arguments, live, place, inputs, parameters)
+        given = self, block, treatment, arguments, live, place, inputs, parameters
+        cut = self._cut(index, hidden, arguments)
+        run = BlockRun(*given) if cut is None else ChunkedRun(cut, *given)
         outputs = BlockFunction.apply(run, *(leaves[place] for place in inputs), *parameters)
         return run.rebuild(outputs)
+
+    def _values(self, index: int, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The block's output without a graph."""
+        recompute = self.recomputes[index]
+        forward = functools.partial(recompute.call, functools.partial(original, *args, **kwargs))
+        if self.block_rows is not None:
+            arguments = Arguments(args, kwargs)
+            cut = self._cut(index, hidden_state(args, kwargs), arguments)
+            if cut is not None:
+                live = Call(args, kwargs, arguments.containers)
+                forward = functools.partial(values, recompute, original, arguments, live, cut)
+        return self.run_forward(index, forward)
+
+    def _cut(self, index: int, hidden: Tensor, arguments: Arguments) -> Cut | None:
+        """How a batch is cut into chunks; None where it goes through the block as a whole."""
+        most = self.block_rows
+        if most is None or self.row_places is None or hidden.shape[0] <= most:
+            return None
+        if any(isinstance(leaf, Cache) for leaf in arguments.leaves):
+            return None  # a cache has the keys and values of all rows
+        found = cut(self.row_places[index], arguments, hidden, most)
+        if isinstance(found, Cut):
+            return found
+        self.row_places = None
+        warnings.warn(
+            f"{found}: from here on, blocks take whole batches, and block_rows={most} changes nothing", stacklevel=2
+        )
+        return None
 
     def _makes_graph(self, leaves: list[Any]) -> bool:
         """Whether this forward pass makes a graph, in this block or in another."""
@@ -128,7 +166,7 @@ class BlockEngine(BlockRunner):
         with self.pages[index], _uncompiled():
             if index + 1 < len(self.blocks):
                 self.pages[index + 1].prefetch()
-            output = self.recomputes[index].call(forward)
+            output = forward()
         self.counters.forward += 1
         self.observer("forward", index)
         return output

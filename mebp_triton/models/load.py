@@ -33,6 +33,7 @@ from mebp_triton.system.foreign_errors import one_line
 from .build import Builder, Numerics, check_adapter_dtype, resolve_targets
 from .config import read_store_config
 from .discover import install_mlp_chunks
+from .row_places import row_places
 from .saving import ignore_in_ddp, install_saving
 from .skeleton import build_skeleton
 
@@ -69,6 +70,7 @@ def load(
     scratch_directory: Path | str | None = None,
     recompute_granularity: Granularity = "full",
     mlp_chunk_tokens: int | None = None,
+    block_rows: int | None = None,
     head: Literal["int4", "float"] = "int4",
     embedding: Literal["int4", "float"] = "int4",
 ) -> Any:
@@ -93,6 +95,8 @@ def load(
         recompute_granularity: "full" keeps each block's input; "selective" also the outputs of its adapted linear
             layers, which then are not computed again. The gradients are the same, to the bit.
         mlp_chunk_tokens: the MLPs run by chunks of so many tokens, forward and backward; None or 0 for whole MLPs.
+        block_rows: a larger batch goes through each block in chunks of so many rows, while its weights are in place
+            once for all; a warning says where a model's blocks cannot take rows apart. None for whole batches.
         head, embedding: "float" decodes the table into a plain frozen module, for code that trains it, changes its size
             or multiplies by it as a whole. It takes vocabulary x hidden size x the size of ``dtype``; over a float
             head, logits are computed. A float embedding to which the head is tied is the head's weight as well.
@@ -120,7 +124,8 @@ def load(
     install_mlp_chunks(model, stack, mlp_chunk_tokens)
     scratch = Path(tempfile.gettempdir() if scratch_directory is None else scratch_directory)
     inputs = block_input_store(checkpoints, scratch, placement.waiting)
-    engine = BlockEngine(stack, placement.pages, inputs, recompute_granularity == "selective", placement.waiting)
+    selective, places = recompute_granularity == "selective", row_places(config, path, block_rows)
+    engine = BlockEngine(stack, placement.pages, inputs, selective, placement.waiting, block_rows, places)
     watch_training(model, path, engine)
     # Another model may be loaded with these settings, where "all-linear" stands for other layers.
     adapters = None if adapters is None else dataclasses.replace(adapters, layers=None)

@@ -85,14 +85,17 @@ class _Autocast(torch.autocast):
         super().__init__("cpu" if device_type == "meta" else device_type, *args, **options)
 
 
-def run_on_meta(model: Any) -> None:
+def run_on_meta(model: Any, rows: int = 1) -> None:
     """Runs ``meta_model``'s modelling code over two tokens without computing, so that hooks see who gets which tensor.
+
+    Args:
+        rows: how many such rows of two tokens the batch has.
 
     Raises:
         ValueError: the model's code does not run on the meta device.
     """
-    ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-    mask = torch.zeros(1, 1, 2, 2, device="meta")
+    ids = torch.zeros(rows, 2, dtype=torch.int64, device="meta")
+    mask = torch.zeros(rows, 1, 2, 2, device="meta")
     try:
         with mock.patch.object(torch, "autocast", _Autocast):
             model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
