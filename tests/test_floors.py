@@ -25,7 +25,8 @@ FLOORS = {
     "data": """tokenized text masking messages template chat foreign_rows rows text_rows sources turn_end batching
         packing loading""",
     "blocks": "options runner call leaks replay recompute backward row_chunks mlp_chunks hooks selection engine",
-    "models": "direct_reads skeleton kept_float config names generation adapter saving discover row_places build load",
+    "models": """direct_reads skeleton kept_float config names generation adapter saving discover row_places build
+        fused_operations load""",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.coded_matrix readers.gguf_header readers.gguf_parts
         readers.gguf_keys readers.gguf_architectures readers.gguf_rope readers.gguf_tokenizer readers.gguf_blocks

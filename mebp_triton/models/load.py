@@ -121,9 +121,9 @@ def load(
     for module in (builder.head, *builder.modules.values()):
         module.borrowed = True
     _decode_tables(builder, head == "float", embedding == "float")
+    _fuse_small_operations(stack, numerics)
     install_mlp_chunks(model, stack, mlp_chunk_tokens)
-    scratch = Path(tempfile.gettempdir() if scratch_directory is None else scratch_directory)
-    inputs = block_input_store(checkpoints, scratch, placement.waiting)
+    inputs = block_input_store(checkpoints, Path(scratch_directory or tempfile.gettempdir()), placement.waiting)
     selective, places = recompute_granularity == "selective", row_places(config, path, block_rows)
     engine = BlockEngine(stack, placement.pages, inputs, selective, placement.waiting, block_rows, places)
     watch_training(model, path, engine)
@@ -161,6 +161,13 @@ def _numerics(
     device = torch.device(device)
     resolve_backend(backend, device)
     return Numerics(device, dtype, adapter_dtype, backend)
+
+
+def _fuse_small_operations(stack: torch.nn.Module, numerics: Numerics) -> None:
+    if resolve_backend(numerics.backend, numerics.device, numerics.dtype) == "triton":
+        from .fused_operations import install_fused_operations  # which needs the package triton
+
+        install_fused_operations(stack, numerics.device.type, numerics.dtype)
 
 
 def _take_generation_config(model: Any, directory: Path) -> None:
