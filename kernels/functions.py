@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .layout import Int4Weight
-from .ops import cross_entropy_op, embedding_op, fields_of, matmul_dx_op, matmul_op, no_autocast, shaped
+from .ops import cross_entropy_op, embedding_op, fields_of, matmul, matmul_dx, no_autocast, shaped
 from .panel import int4_matmul_dx_group_panel
 from .routing import resolve_backend, routed
 from .tables import Route, architecture_of
@@ -38,7 +38,7 @@ def int4_matmul(
     flat = x.reshape(-1, x.shape[-1])
     t = None if t is None else t.reshape(-1, t.shape[-1])
     with no_autocast(x):
-        y = matmul_op(flat, *fields_of(weight), bias, t, b, backend)
+        y = matmul(flat, weight, bias, t, b, backend)
     return shaped(y, x)
 
 
@@ -60,7 +60,7 @@ def int4_matmul_dx(
     flat = dy.reshape(-1, dy.shape[-1])
     g = None if g is None else g.reshape(-1, g.shape[-1])
     with no_autocast(dy):
-        dx = matmul_dx_op(flat, *fields_of(weight), g, a, backend)
+        dx = matmul_dx(flat, weight, g, a, backend)
     return dx.view(*dy.shape[:-1], weight.in_features)
 
 
@@ -102,7 +102,7 @@ def _matmul_group(
 ) -> list[Tensor]:
     def one_by_one() -> list[Tensor]:
         members = zip(weights, biases, ts, bs, strict=True)
-        return [matmul_op(x, *fields_of(weight), bias, t, b, backend) for weight, bias, t, b in members]
+        return [matmul(x, weight, bias, t, b, backend) for weight, bias, t, b in members]
 
     def launch(route: Route) -> list[Tensor]:
         if route is None:
@@ -165,9 +165,9 @@ def _matmul_dx_group(
         return routed("matmul_dx", dys[0], weights, launch)
     # Each member goes by its own route. LoRA's term, which belongs to all members, goes with the last.
     *first, last = zip(dys, weights, strict=True)
-    total = matmul_dx_op(last[0], *fields_of(last[1]), g, a, backend)
+    total = matmul_dx(last[0], last[1], g, a, backend)
     for dy, weight in first:
-        total += matmul_dx_op(dy, *fields_of(weight), None, None, backend)
+        total += matmul_dx(dy, weight, None, None, backend)
     return total
 
 

@@ -1,4 +1,7 @@
-"""The operations as ``torch.library`` ops, with fake implementations and autograd. ``functions`` calls them.
+"""The operations, differentiable, and as ``torch.library`` ops for what traces them. ``functions`` calls them.
+
+An op's way through torch's dispatcher takes the host several times as long as a kernel takes to launch. So ``matmul``
+and ``matmul_dx`` go that way only where something watches: a compiler, a mode, a tensor's class.
 
 ``backend`` is "triton", "panel" (plain torch), or "auto", which is Triton on a GPU and panels elsewhere. With "triton"
 the tables choose between a fused kernel and panels that a kernel decodes, by problem and device. Triton's interpreter
@@ -48,7 +51,13 @@ def take_weight(given: Sequence[Any]) -> tuple[Int4Weight, Sequence[Any]]:
     schema=f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? t, Tensor? b, str backend) -> Tensor",
 )
 def matmul_op(x: Tensor, *given: Any) -> Tensor:
-    weight, (bias, t, b, backend) = take_weight(given)
+    weight, rest = take_weight(given)
+    return _run_matmul(x, weight, *rest)
+
+
+def _run_matmul(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None, t: Tensor | None, b: Tensor | None, backend: str
+) -> Tensor:
     if resolve_backend(backend, x.device, x.dtype) == "panel":
         return int4_matmul_panel(x, weight, bias, t, b)
 
@@ -68,7 +77,11 @@ def matmul_op(x: Tensor, *given: Any) -> Tensor:
     schema=f"(Tensor dy, {WEIGHT}, Tensor? g, Tensor? a, str backend) -> Tensor",
 )
 def matmul_dx_op(dy: Tensor, *given: Any) -> Tensor:
-    weight, (g, a, backend) = take_weight(given)
+    weight, rest = take_weight(given)
+    return _run_matmul_dx(dy, weight, *rest)
+
+
+def _run_matmul_dx(dy: Tensor, weight: Int4Weight, g: Tensor | None, a: Tensor | None, backend: str) -> Tensor:
     if resolve_backend(backend, dy.device, dy.dtype) == "panel":
         return int4_matmul_dx_panel(dy, weight, g, a)
 
@@ -147,7 +160,8 @@ AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if t
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """While active, autocast is off for the tensor's device."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if kind in AUTOCAST_DEVICES else nullcontext()
+    on = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,17 +198,19 @@ def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _matmul_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     weight, (t, b) = _kept(ctx)
     need_x, *_, need_bias, need_t, need_b, _ = ctx.needs_input_grad
-    dx = dbias = dt = db = None
-    if need_x:
-        dx = matmul_dx_op(dy, *weight, None, None, ctx.backend)
-    if need_bias:
-        dbias = dy.sum(0).to(ctx.bias_dtype)
-    if t is not None and b is not None:
-        if need_t:
-            dt = (dy @ b.to(dy.dtype)).to(t.dtype)
-        if need_b:
-            db = (dy.t() @ t.to(dy.dtype)).to(b.dtype)
-    return dx, *[None] * FIELDS, dbias, dt, db, None
+    dx = matmul_dx_op(dy, *weight, None, None, ctx.backend) if need_x else None
+    dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
+    return dx, *[None] * FIELDS, dbias, *_matmul_lora_gradients(dy, t, b, need_t, need_b), None
+
+
+def _matmul_lora_gradients(
+    dy: Tensor, t: Tensor | None, b: Tensor | None, need_t: bool, need_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if t is None or b is None:
+        return None, None
+    dt = (dy @ b.to(dy.dtype)).to(t.dtype) if need_t else None
+    db = (dy.t() @ t.to(dy.dtype)).to(b.dtype) if need_b else None
+    return dt, db
 
 
 def _matmul_dx_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -205,15 +221,18 @@ def _matmul_dx_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _matmul_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     weight, (g, a) = _kept(ctx)
     need_dy, *_, need_g, need_a, _ = ctx.needs_input_grad
-    ddy = dg = da = None
-    if need_dy:
-        ddy = matmul_op(ddx, *weight, None, None, None, ctx.backend)
-    if g is not None and a is not None:
-        if need_g:
-            dg = (ddx @ a.to(ddx.dtype).t()).to(g.dtype)
-        if need_a:
-            da = (g.to(ddx.dtype).t() @ ddx).to(a.dtype)
-    return ddy, *[None] * FIELDS, dg, da, None
+    ddy = matmul_op(ddx, *weight, None, None, None, ctx.backend) if need_dy else None
+    return ddy, *[None] * FIELDS, *_matmul_dx_lora_gradients(ddx, g, a, need_g, need_a), None
+
+
+def _matmul_dx_lora_gradients(
+    ddx: Tensor, g: Tensor | None, a: Tensor | None, need_g: bool, need_a: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if g is None or a is None:
+        return None, None
+    dg = (ddx @ a.to(ddx.dtype).t()).to(g.dtype) if need_g else None
+    da = (g.to(ddx.dtype).t() @ ddx).to(a.dtype) if need_a else None
+    return dg, da
 
 
 def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -234,3 +253,77 @@ def _cross_entropy_backward(ctx: Any, dlosses: Tensor, *_: Any) -> tuple[Tensor 
 matmul_op.register_autograd(_without_autocast(_matmul_backward), setup_context=_matmul_setup)
 matmul_dx_op.register_autograd(_without_autocast(_matmul_dx_backward), setup_context=_matmul_dx_setup)
 cross_entropy_op.register_autograd(_cross_entropy_backward, setup_context=_cross_entropy_setup)
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        t: Tensor | None,
+        b: Tensor | None,
+        weight: Int4Weight,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(t, b)
+        ctx.weight, ctx.backend, ctx.bias_dtype = weight, backend, None if bias is None else bias.dtype
+        return _run_matmul(x, weight, bias, t, b, backend)
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        t, b = ctx.saved_tensors
+        need_x, need_bias, need_t, need_b, _, _ = ctx.needs_input_grad
+        dx = matmul_dx(dy, ctx.weight, None, None, ctx.backend) if need_x else None
+        dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
+        return dx, dbias, *_matmul_lora_gradients(dy, t, b, need_t, need_b), None, None
+
+
+class _MatmulDx(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, g: Tensor | None, a: Tensor | None, weight: Int4Weight, backend: str) -> Tensor:
+        ctx.save_for_backward(g, a)
+        ctx.weight, ctx.backend = weight, backend
+        return _run_matmul_dx(dy, weight, g, a, backend)
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+        g, a = ctx.saved_tensors
+        need_dy, need_g, need_a, _, _ = ctx.needs_input_grad
+        ddy = matmul(ddx, ctx.weight, None, None, None, ctx.backend) if need_dy else None
+        return ddy, *_matmul_dx_lora_gradients(ddx, g, a, need_g, need_a), None, None
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Whether something must see an operation on ``tensor`` as one: a compiler, a mode, the tensor's class."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def matmul(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None, t: Tensor | None, b: Tensor | None, backend: str
+) -> Tensor:
+    """``matmul_op``, by the shortest way that is possible here."""
+    if is_watched(x):
+        return matmul_op(x, *fields_of(weight), bias, t, b, backend)
+    if _differentiated(x, bias, t, b):
+        return _Matmul.apply(x, bias, t, b, weight, backend)
+    return _run_matmul(x, weight, bias, t, b, backend)
+
+
+def matmul_dx(dy: Tensor, weight: Int4Weight, g: Tensor | None, a: Tensor | None, backend: str) -> Tensor:
+    """``matmul_dx_op``, by the shortest way that is possible here."""
+    if is_watched(dy):
+        return matmul_dx_op(dy, *fields_of(weight), g, a, backend)
+    if _differentiated(dy, g, a):
+        return _MatmulDx.apply(dy, g, a, weight, backend)
+    return _run_matmul_dx(dy, weight, g, a, backend)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from pairs import pairs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from mebp_triton.kernels import reference
+from mebp_triton.kernels import ops, reference
 from mebp_triton.kernels.functions import int4_cross_entropy, int4_embedding, int4_matmul, int4_matmul_dx
 from mebp_triton.kernels.names import FORMS
 from mebp_triton.kernels.ops import fields_of
@@ -170,3 +172,41 @@ def test_cross_entropy_backward_weighs_every_token(make_weight, normal, device):
     truth = reference.cross_entropy(hidden[3:], weight, targets[3:])[1] * -1
     torch.testing.assert_close(hidden.grad[3:], truth)
     assert not hidden.grad[1:3].any()
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])
+def test_the_op_has_the_bits_and_the_derivatives_of_the_direct_way(make_weight, normal, kernel):
+    """Second derivatives among them: bias, t and b of the forward product, g and a of the other."""
+    weight = make_weight(7, 70, 32, "affine")
+    shapes = [(3, 70), (7,), (3, 4), (7, 4)] if kernel == "matmul" else [(3, 7), (3, 4), (4, 70)]
+    tensors = [normal(*shape, dtype=torch.float64, seed=place).requires_grad_() for place, shape in enumerate(shapes)]
+    op = getattr(torch.ops.mebp_triton, f"int4_{kernel}")
+
+    def derivatives(call):
+        y = call()
+        first = torch.autograd.grad(y.sin().sum(), tensors, create_graph=True)
+        second = torch.autograd.grad(sum((one**3).sum() for one in first), tensors, allow_unused=True)
+        second = [one for one in second if one is not None]
+        return y, *first, *second
+
+    ours = derivatives(lambda: getattr(ops, kernel)(tensors[0], weight, *tensors[1:], PANEL))
+    theirs = derivatives(lambda: op(tensors[0], *fields_of(weight), *tensors[1:], PANEL))
+    assert len(ours) > len(tensors) + 2
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other) and one.abs().max() > 0
+
+
+def test_only_what_is_watched_goes_through_the_dispatcher(make_weight, normal, monkeypatch):
+    """By the op a mode sees one operation, and a fake tensor has a shape without a computation."""
+    weight, x = make_weight(7, 70), normal(3, 70)
+    seen, own = [], ops.matmul_op
+    monkeypatch.setattr(ops, "matmul_op", lambda *given: seen.append(1) or own(*given))
+    int4_matmul(x, weight, backend=PANEL)
+    int4_matmul(x.clone().requires_grad_(), weight, backend=PANEL).sum().backward()
+    assert not seen
+    with FlopCounterMode(display=False):
+        int4_matmul(x, weight, backend=PANEL)
+    assert len(seen) == 1
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert int4_matmul(mode.from_tensor(x), weight, backend=PANEL).shape == (3, 7)
+    assert len(seen) == 2
