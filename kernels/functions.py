@@ -67,9 +67,9 @@ def int4_matmul_dx(
 def int4_matmul_group(
     x: Tensor,
     weights: Sequence[Int4Weight],
-    biases: Sequence[Tensor | None],
-    ts: Sequence[Tensor],
-    bs: Sequence[Tensor],
+    bias: Tensor | None,
+    t: Tensor,
+    b: Tensor,
     backend: str = "auto",
 ) -> list[Tensor]:
     """Computes ``int4_matmul`` of several weights with one input, in one launch where a fused kernel takes them.
@@ -78,46 +78,38 @@ def int4_matmul_group(
 
     Args:
         x: ``[..., K]``.
-        weights: ``[N_i, K]`` each; biases: ``[N_i]`` or None.
-        ts: ``[..., R_i]``, LoRA's scaled ``X·A_iᵀ``; bs: ``[N_i, R_i]``.
+        weights: ``[N_i, K]`` each.
+        bias: ``[sum N_i]``, the members' below each other. b: ``[sum N_i, R]``, LoRA's B, likewise.
+        t: ``[..., members * R]``, LoRA's scaled ``X·A_iᵀ`` of the members side by side.
 
     Returns:
         ``[..., N_i]`` each, in x's dtype.
     """
     _check("x", x, weights[0].in_features, weights[0], backend)
     flat = x.reshape(-1, x.shape[-1])
-    ts = [t.reshape(-1, t.shape[-1]) for t in ts]
+    t = t.reshape(-1, t.shape[-1])
     with no_autocast(x):
-        outputs = _matmul_group(flat, weights, biases, ts, bs, backend)
+        outputs = _matmul_group(flat, weights, bias, t, b, backend)
     return [shaped(y, x) for y in outputs]
 
 
 def _matmul_group(
-    x: Tensor,
-    weights: Sequence[Int4Weight],
-    biases: Sequence[Tensor | None],
-    ts: Sequence[Tensor],
-    bs: Sequence[Tensor],
-    backend: str,
+    x: Tensor, weights: Sequence[Int4Weight], bias: Tensor | None, t: Tensor, b: Tensor, backend: str
 ) -> list[Tensor]:
     def one_by_one() -> list[Tensor]:
-        members = zip(weights, biases, ts, bs, strict=True)
-        return [matmul(x, weight, bias, t, b, backend) for weight, bias, t, b in members]
+        sizes = [weight.out_features for weight in weights]
+        biases = [None] * len(weights) if bias is None else bias.split(sizes)
+        members = zip(weights, biases, t.split(b.shape[1], dim=1), b.split(sizes), strict=True)
+        return [matmul(x, weight, *operands, backend) for weight, *operands in members]
 
     def launch(route: Route) -> list[Tensor]:
         if route is None:
             return one_by_one()
         from .matmul import int4_matmul_group_triton
 
-        bias = None
-        if any(bias is not None for bias in biases):
-            pairs = zip(biases, weights, strict=True)
-            bias = torch.cat([x.new_zeros(w.out_features) if b is None else b.to(x.dtype) for b, w in pairs])
-        t = torch.cat([t.to(x.dtype) for t in ts], dim=1)
-        b = torch.cat([b.to(x.dtype) for b in bs])
         return int4_matmul_group_triton(x, weights, bias, t, b, route)
 
-    if resolve_backend(backend, x.device, x.dtype) == "panel" or not _alike(weights, bs):
+    if resolve_backend(backend, x.device, x.dtype) == "panel" or not _alike(weights):
         return one_by_one()
     return routed("matmul", x, weights, launch)
 
@@ -161,7 +153,7 @@ def _matmul_dx_group(
 
     if resolve_backend(backend, dys[0].device, dys[0].dtype) == "panel":
         return int4_matmul_dx_group_panel(dys, weights, g, a)
-    if _alike(weights, ()):
+    if _alike(weights):
         return routed("matmul_dx", dys[0], weights, launch)
     # Each member goes by its own route. LoRA's term, which belongs to all members, goes with the last.
     *first, last = zip(dys, weights, strict=True)
@@ -171,11 +163,11 @@ def _matmul_dx_group(
     return total
 
 
-def _alike(weights: Sequence[Int4Weight], bs: Sequence[Tensor]) -> bool:
-    """Whether one launch can take these weights with adapters of one rank."""
+def _alike(weights: Sequence[Int4Weight]) -> bool:
+    """Whether one launch can take these weights."""
     from .launch import can_group
 
-    return can_group(weights) and len({b.shape[1] for b in bs}) <= 1
+    return can_group(weights)
 
 
 def int4_embedding(ids: Tensor, weight: Int4Weight, dtype: torch.dtype, backend: str = "auto") -> Tensor:

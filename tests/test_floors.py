@@ -12,13 +12,13 @@ from sources import ROOT, SOURCES, TREES, check, imports, module_name
 FLOORS = {
     "kernels": """names layout decode_bytes decode weight_tiles running_softmax split reference configs softmax_tile
         bitsandbytes accuracy launch group_fit scales compensation quantize rounding tables matmul matmul_dx embedding
-        rms_norm rope gated_activation panel cross_entropy routing ops functions""",
+        rms_norm rope gated_activation panel cross_entropy routing lora_gradients token_products ops functions""",
     "autotune": """emulator.faults emulator.floats emulator.bit_operations emulator.parser emulator.number_types
         emulator.operations emulator.global_memory emulator.shared_memory emulator.matrix emulator.counts emulator.state
         emulator.thread_steps emulator.memory_steps emulator.matrix_steps emulator.group_steps emulator.machine
         emulator.tensors emulator.driver sass shapes compile timing ceilings measure cases correctness execute
         cost_model space log rank results shipping tune report""",
-    "layers": "lora_config lora_function int4_module linear shared_input deferred_logits head loss",
+    "layers": "lora_config stacked_adapters lora_function int4_module linear shared_input deferred_logits head loss",
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file
         mapped_file scratch memory machine storage signals""",
     "store": "residency waiting dynamic8 block_inputs optimizer_state manifest reader pages arena placement table_rows",

@@ -149,14 +149,16 @@ def _groups(session: Session) -> None:
         weights = [random_weight(n, k, session.device) for n, k in shapes]
         x = normal(m, shapes[0][1], dtype=dtype, device=session.device)
         dys = [normal(m, n, dtype=dtype, device=session.device) for n, _ in shapes]
-        ts = [normal(m, 16, dtype=dtype, device=session.device) for _ in shapes]
-        bs = [normal(n, 16, dtype=dtype, device=session.device) for n, _ in shapes]
+        t = normal(m, 16 * len(shapes), dtype=dtype, device=session.device)
+        b = normal(sum(n for n, _ in shapes), 16, dtype=dtype, device=session.device)
         with poisoned():
-            ys = functions.int4_matmul_group(x, weights, [None] * len(shapes), ts, bs, backend="triton")
+            ys = functions.int4_matmul_group(x, weights, None, t, b, backend="triton")
             dx = functions.int4_matmul_dx_group(dys, weights, backend="triton")
         about = {"shapes": shapes, "dtype": dtype_name(dtype), "m": m}
-        for index, (y, weight, t, b) in enumerate(zip(ys, weights, ts, bs, strict=True)):
-            same, truth = (x.to(to) @ decode(weight, to).t() + t.to(to) @ b.to(to).t() for to in (dtype, torch.float64))
+        members = zip(ys, weights, t.split(16, dim=1), b.split([n for n, _ in shapes]), strict=True)
+        for index, (y, weight, low, high) in enumerate(members):
+            both = (dtype, torch.float64)
+            same, truth = (x.to(to) @ decode(weight, to).t() + low.to(to) @ high.to(to).t() for to in both)
             found = judge(y, same, truth)
             _record(session, rows, about | {"kernel": "matmul", "member": index}, found)
         # The product over the concatenation, so that torch rounds once as well.

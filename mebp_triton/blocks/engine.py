@@ -39,6 +39,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from mebp_triton.layers.shared_input import layers_by_input
+from mebp_triton.layers.stacked_adapters import AdapterBuffers, BlockAdapters
 from mebp_triton.store.block_inputs import BlockInputStore, DeviceBlockInputs
 from mebp_triton.store.pages import Pages
 from mebp_triton.store.waiting import Waiting
@@ -86,8 +88,14 @@ class BlockEngine(BlockRunner):
         self.waiting = Waiting() if waiting is None else waiting
         self.block_rows, self.row_places = block_rows, row_places
         self.recomputes = [Recompute(block) for block in self.blocks]
+        self.adapter_buffers = AdapterBuffers()
+        self.adapters = [BlockAdapters(layers_by_input(block), self.adapter_buffers) for block in self.blocks]
         self._told = False  # whether a compiler's user was told that blocks are not compiled
         self._unchecked = set(range(len(self.blocks)))  # blocks whose modules were not checked for leaks yet
+
+    def remove(self) -> None:
+        super().remove()
+        self.adapter_buffers.clear()
 
     def _enter(self, run: Callable[..., Any], index: int, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         if torch.compiler.is_compiling() and not self.removed:
@@ -163,7 +171,7 @@ class BlockEngine(BlockRunner):
         return any(map(_requires_grad, leaves)) or any(self.trainable(index) for index in range(len(self.blocks)))
 
     def run_forward(self, index: int, forward: Callable[[], T]) -> T:
-        with self.pages[index], _uncompiled():
+        with self.pages[index], self.adapters[index], _uncompiled():
             if index + 1 < len(self.blocks):
                 self.pages[index + 1].prefetch()
             output = forward()
@@ -172,7 +180,7 @@ class BlockEngine(BlockRunner):
         return output
 
     def run_backward(self, index: int, backward: Callable[[], T], continues: bool) -> T:
-        with self.pages[index], _uncompiled():
+        with self.pages[index], self.adapters[index], _uncompiled():
             # Next comes the nearest lower block that is read; after the last one, block 0 in the next step.
             below = reversed(range(index)) if continues else ()
             self.pages[next((lower for lower in below if self.treatment(lower) != "identity"), 0)].prefetch()

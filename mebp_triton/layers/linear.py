@@ -18,6 +18,7 @@ from mebp_triton.kernels.layout import Int4Weight
 
 from .int4_module import Int4Module
 from .lora_function import LoraOperand, autocast_input, int4_lora_linears
+from .stacked_adapters import BlockAdapters, Stacked
 
 
 class Int4Linear(Int4Module, nn.Linear):
@@ -80,11 +81,13 @@ class Int4LoRALinear(Int4Linear):
         shared_input: the layers that read the same input and are computed together with this one; None if it is
             computed alone.
         tape: set by the layer's block during a forward pass to be recorded, or a recompute; see ``blocks.recompute``.
+        stacks: the adapters of all of the block's layers, set during its passes; see ``BlockAdapters``.
     """
 
     fan_in_fan_out = False
     shared_input: ComputedTogether | None = None
     tape: Tape | None = None
+    stacks: BlockAdapters | None = None
 
     def __init__(
         self,
@@ -110,10 +113,10 @@ class Int4LoRALinear(Int4Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.lora_dropout.p > 0:
-            # The two branches see different inputs, so the fused function does not apply.
+            # A layer that drops out is computed alone, and not taped: the two branches see different inputs.
             x = autocast_input(x)
-            t = (self.lora_dropout(x) @ self.lora_A.to(x.dtype).t()) * self.scaling
-            return int4_matmul(x, self.int4(), self.bias, t, self.lora_B, self.backend)
+            dropped = self.lora_dropout(x)
+            return int4_lora_linears(x, [self.operand()], self.backend, None, _stacked([self], x), dropped)[0]
         y = compute_together([self], x)[0] if self.shared_input is None else self.shared_input.output_of(self, x)
         if self.tape is not None:
             self.tape.record(self, y)
@@ -132,4 +135,12 @@ def compute_together(layers: Sequence[Int4LoRALinear], x: Tensor) -> tuple[Tenso
     recorded = [None if layer.tape is None else layer.tape.lookup(layer, x) for layer in layers]
     known = tuple(y for y in recorded if y is not None)
     everything = known if len(known) == len(layers) else None
-    return int4_lora_linears(x, [layer.operand() for layer in layers], layers[0].backend, everything)
+    x = autocast_input(x)
+    operands = [layer.operand() for layer in layers]
+    return int4_lora_linears(x, operands, layers[0].backend, everything, _stacked(layers, x))
+
+
+def _stacked(layers: Sequence[Int4LoRALinear], x: Tensor) -> Stacked | None:
+    """The layers' adapters in x's dtype, if their block has stacked them."""
+    stacks = layers[0].stacks
+    return None if stacks is None else stacks.stacked(layers, x.dtype)

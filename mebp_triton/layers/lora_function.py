@@ -21,6 +21,9 @@ from mebp_triton.kernels.functions import (
     int4_matmul_group,
 )
 from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.token_products import lora_a_gradient, lora_b_gradients, wide_dtype
+
+from .stacked_adapters import Stacked, stack
 
 
 @dataclass(frozen=True)
@@ -35,35 +38,53 @@ class LoraOperand:
     scaling: float
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a call knows besides tensors that have gradients.
+
+    ``stacked`` are the adapters in x's dtype; None if they are still to be stacked.
+    """
+
+    weights: tuple[Int4Weight, ...]
+    scalings: tuple[float, ...]
+    backend: str
+    stacked: Stacked | None
+
+
 class _Int4LoRAFunction(torch.autograd.Function):
-    """One layer, or several with one input. ``tensors`` are the bias, lora_a and lora_b of each layer in turn."""
+    """One layer, or several with one input.
+
+    ``known`` are the outputs, if they are known and only gradients are wanted. The context must not keep them: each
+    output leads back to it, and both would stay until a collection of garbage.
+
+    ``inner`` is the input of the LoRA branch where it is another one than x (after dropout); else None. ``tensors`` are
+    the bias, lora_a and lora_b of each layer in turn.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weights: tuple[Int4Weight, ...],
-        scalings: tuple[float, ...],
-        backend: str,
+        inner: Tensor | None,
+        call: _Call,
         known: tuple[Tensor, ...] | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        biases: Any = tensors[0::3]
-        lora_as: Any = tensors[1::3]
-        lora_bs: Any = tensors[2::3]
-        t = x @ _concatenated(lora_as, x.dtype).t()  # [..., sum of R]
-        ts = t.split([b.shape[1] for b in lora_bs], dim=-1)
-        for part, scaling in zip(ts, scalings, strict=True):
-            part.mul_(scaling)
-        ctx.save_for_backward(x, t, *tensors)
-        ctx.weights, ctx.scalings, ctx.backend = weights, scalings, backend
+        adapters: Any = [tensors[place : place + 3] for place in range(0, len(tensors), 3)]
+        stacked = call.stacked or stack(adapters, x.dtype)
+        branch = x if inner is None else inner
+        t = _scaled_products(_rows(branch), stacked.a, call.scalings)
+        ctx.save_for_backward(branch, t, stacked.a, stacked.b)
+        ctx.call, ctx.dropped = call, inner is not None
+        ctx.likes = [(None if bias is None else bias.dtype, a.shape[0], a.dtype, b.dtype) for bias, a, b in adapters]
         # The gradient of an output that nobody used stays None, so the sums of the backward pass leave it out.
         ctx.set_materialize_grads(False)
         if known is not None:
             return known
-        if len(weights) == 1:
-            return (int4_matmul(x, weights[0], biases[0], t, lora_bs[0], backend),)
-        return tuple(int4_matmul_group(x, weights, biases, ts, lora_bs, backend))
+        t = t.view(*x.shape[:-1], t.shape[-1])
+        if len(call.weights) == 1:
+            return (int4_matmul(x, call.weights[0], stacked.bias, t, stacked.b, call.backend),)
+        return tuple(int4_matmul_group(x, call.weights, stacked.bias, t, stacked.b, call.backend))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -74,56 +95,73 @@ class _Int4LoRAFunction(torch.autograd.Function):
             return _lora_gradients(ctx, saved, dys)
 
 
-def _concatenated(lora_as: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    given = [a.to(dtype) for a in lora_as]
-    return given[0] if len(given) == 1 else torch.cat(given)
+def _rows(tensor: Tensor) -> Tensor:
+    """``[..., columns]`` -> ``[tokens, columns]``."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _scaled_products(x: Tensor, a: Tensor, scalings: Sequence[float]) -> Tensor:
+    """``s_i·X·A_iᵀ`` of the members side by side: x ``[M, K]``, a ``[members * R, K]`` -> ``[M, members * R]``."""
+    t = x.new_empty(x.shape[0], a.shape[0])
+    if len(set(scalings)) == 1:
+        return t.addmm_(x, a.t(), beta=0, alpha=scalings[0])
+    count = len(scalings)
+    for part, own, scaling in zip(t.chunk(count, dim=1), a.chunk(count), scalings, strict=True):
+        part.addmm_(x, own.t(), beta=0, alpha=scaling)
+    return t
 
 
 def _lora_gradients(ctx: Any, saved: tuple[Tensor, ...], dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    x, t, *tensors = saved
-    need_x, _, _, _, _, *need = ctx.needs_input_grad
-    ts = t.split([a.shape[0] for a in tensors[1::3]], dim=-1)
-    gradients: list[Tensor | None] = [None] * len(tensors)
-    used = [index for index, dy in enumerate(dys) if dy is not None]
+    branch, t, a, b = saved
+    call: _Call = ctx.call
+    need_x, need_inner, _, _, *need = ctx.needs_input_grad
+    gradients: list[Tensor | None] = [None] * len(need)
+    used = {place: _rows(dy.to(branch.dtype)) for place, dy in enumerate(dys) if dy is not None}
     if not used:
-        return None, None, None, None, None, *gradients
-    rounded: list[Tensor] = []
-    gs: list[Tensor] = []
-    for index in used:
-        bias, _, lora_b = tensors[3 * index : 3 * index + 3]
-        need_bias, need_a, need_b = need[3 * index : 3 * index + 3]
-        dy: Any = dys[index]
-        dy = dy.to(x.dtype)
-        rounded.append(dy)
-        if need_x or need_a:
-            gs.append((dy @ lora_b.to(x.dtype)).mul_(ctx.scalings[index]))  # [..., R]
-        if need_bias:
-            total = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=_wide(bias.dtype))
-            gradients[3 * index] = total.to(bias.dtype)
-        if need_a:
-            gradients[3 * index + 1] = _reduce_tokens(gs[-1], x, tensors[3 * index + 1].dtype)
-        if need_b:
-            gradients[3 * index + 2] = _reduce_tokens(dy, ts[index], lora_b.dtype)
-    dx = None
+        return None, None, None, None, *gradients
+    rank = a.shape[0] // len(call.weights)
+    bs, ts = b.split([weight.out_features for weight in call.weights]), t.split(rank, dim=1)
+    for place, dy in used.items():
+        if need[3 * place]:
+            dtype = ctx.likes[place][0]
+            gradients[3 * place] = dy.sum(0, dtype=wide_dtype(dtype)).to(dtype)
+    of_a = [place for place in used if need[3 * place + 1]]
+    of_b = [place for place in used if need[3 * place + 2]]
+    for places, dtype in _by_dtype(of_b, [like[3] for like in ctx.likes]):
+        products = lora_b_gradients([used[i] for i in places], [ts[i] for i in places], dtype, call.backend)
+        for place, product in zip(places, products, strict=True):
+            own = ctx.likes[place][1]
+            gradients[3 * place + 2] = product if own == rank else product[:, :own].contiguous()
+    members = list(used) if need_x or need_inner else of_a
+    if not members:
+        return None, None, None, None, *gradients
+    g = t.new_empty(t.shape[0], len(members) * rank)
+    for part, place in zip(g.split(rank, dim=1), members, strict=True):
+        part.addmm_(used[place], bs[place], beta=0, alpha=call.scalings[place])
+    for _, dtype in _by_dtype(of_a, [like[2] for like in ctx.likes]):
+        product = lora_a_gradient(g, _rows(branch), dtype, call.backend)
+        for part, place in zip(product.split(rank), members, strict=True):
+            if place in of_a and ctx.likes[place][2] == dtype:
+                gradients[3 * place + 1] = part[: ctx.likes[place][1]]
+    if len(members) < len(call.weights):
+        a = torch.cat([a[place * rank : (place + 1) * rank] for place in members])
+    dx = dinner = None
+    if need_inner:
+        dinner = (g @ a).view(branch.shape)
     if need_x:
-        weights = [ctx.weights[index] for index in used]
-        if len(used) == 1:
-            dx = int4_matmul_dx(rounded[0], weights[0], gs[0], tensors[3 * used[0] + 1], ctx.backend)
+        term: Any = (None, None) if ctx.dropped else (g, a)
+        weights, rows = [call.weights[place] for place in members], [used[place] for place in members]
+        if len(members) == 1:
+            dx = int4_matmul_dx(rows[0], weights[0], *term, call.backend)
         else:
-            a = _concatenated([tensors[3 * index + 1] for index in used], x.dtype)
-            dx = int4_matmul_dx_group(rounded, weights, torch.cat(gs, dim=-1), a, ctx.backend)
-    return dx, None, None, None, None, *gradients
+            dx = int4_matmul_dx_group(rows, weights, *term, call.backend)
+        dx = dx.view(branch.shape)
+    return dx, dinner, None, None, *gradients
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _reduce_tokens(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``leftᵀ·right`` over all tokens, accumulated in float32 or wider: ``[..., P]``, ``[..., Q]`` -> ``[P, Q]``."""
-    wide = torch.promote_types(_wide(left.dtype), _wide(dtype))
-    left, right = (tensor.reshape(-1, tensor.shape[-1]).to(wide) for tensor in (left, right))
-    return (left.t() @ right).to(dtype)
+def _by_dtype(places: list[int], dtypes: list[torch.dtype]) -> list[tuple[list[int], torch.dtype]]:
+    """The places by their dtype, of which a group nearly always has one."""
+    return [([p for p in places if dtypes[p] == dtype], dtype) for dtype in dict.fromkeys(dtypes[p] for p in places)]
 
 
 def int4_lora_linear(
@@ -155,19 +193,28 @@ def int4_lora_linear(
 
 
 def int4_lora_linears(
-    x: Tensor, operands: Sequence[LoraOperand], backend: str = "auto", known: tuple[Tensor, ...] | None = None
+    x: Tensor,
+    operands: Sequence[LoraOperand],
+    backend: str = "auto",
+    known: tuple[Tensor, ...] | None = None,
+    stacked: Stacked | None = None,
+    inner: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Computes ``int4_lora_linear`` for several layers with one input.
 
-    One launch serves all of them where a kernel takes them together, and dX is written once. If given, ``known`` are
-    the outputs of all layers.
+    One launch serves all of them where a kernel takes them together, and dX is written once.
+
+    Args:
+        known: the outputs of all layers, if they are known.
+        stacked: the operands' adapters in x's dtype, if they are at hand.
+        inner: ``[..., K]``, of x's dtype: the input of the LoRA branch, if it is not x itself.
     """
     x = autocast_input(x)
     tensors = [tensor for operand in operands for tensor in (operand.bias, operand.lora_a, operand.lora_b)]
     weights = tuple(operand.weight for operand in operands)
     scalings = tuple(operand.scaling for operand in operands)
     with torch.autocast(x.device.type, enabled=False):
-        return _Int4LoRAFunction.apply(x, weights, scalings, backend, known, *tensors)
+        return _Int4LoRAFunction.apply(x, inner, _Call(weights, scalings, backend, stacked), known, *tensors)
 
 
 def autocast_input(x: Tensor) -> Tensor:

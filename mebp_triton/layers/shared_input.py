@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .linear import Int4LoRALinear, compute_together
 
@@ -82,3 +82,14 @@ class SharedInput:
             torch.is_grad_enabled(),
             autocast,
         )
+
+
+def layers_by_input(module: nn.Module) -> list[tuple[Int4LoRALinear, ...]]:
+    """The adapted layers of ``module``, those that are computed together as one group."""
+    layers = list(dict.fromkeys(layer for layer in module.modules() if isinstance(layer, Int4LoRALinear)))
+    groups: dict[tuple[Int4LoRALinear, ...], None] = {}
+    for layer in layers:
+        shared = layer.shared_input
+        whole = isinstance(shared, SharedInput) and all(member in layers for member in shared.layers)
+        groups[shared.layers if whole and isinstance(shared, SharedInput) else (layer,)] = None
+    return list(groups)

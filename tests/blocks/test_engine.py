@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from models import assert_same, batch, loaded, our_gradients, relative_rms, step
 from stacks import Block, Stack, twins
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 
 import mebp_triton as mebp
 from mebp_triton.blocks.engine import BlockEngine, watch_training
+from mebp_triton.models.adapter import adapter_layers
 from mebp_triton.store.pages import Pages
 from mebp_triton.store.waiting import Waiting
 
@@ -57,6 +60,36 @@ def test_no_grad_and_frozen_blocks_have_no_graph() -> None:
     ours.requires_grad_(False)
     assert not ours(x).requires_grad
     assert engine.counters.recompute == engine.counters.checkpoint == 0
+
+
+class Copies(TorchDispatchMode):
+    """While active, counts the launches that copy adapters."""
+
+    launches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.launches += func is torch.ops.aten._foreach_copy_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep_outputs", [False, True])
+def test_adapters_are_copied_once_in_each_pass_of_a_block(model: Any, keep_outputs: bool) -> None:
+    """With the gradients that layers give which copy their own, whatever was written since the last pass."""
+    engine = model.mebp.engine
+    engine.keep_outputs = keep_outputs
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model)
+        for layer in adapter_layers(model).values():
+            layer.lora_B.data.mul_(2)
+        with Copies() as copies:
+            found = step(model)
+        assert copies.launches == 2 * len(engine.blocks)
+        adapters, engine.adapters = engine.adapters, [nullcontext()] * len(engine.blocks)
+        truth = step(model)
+        engine.adapters, engine.keep_outputs = adapters, False
+    for layer in adapter_layers(model).values():
+        layer.lora_B.data.div_(2)
+    assert_same(found, truth)
 
 
 def test_a_block_without_its_hidden_state() -> None:

@@ -11,6 +11,8 @@ import pytest
 import small_operations
 import torch
 from pairs import pairs
+from token_gradients import SIZES as GRADIENT_SIZES
+from token_gradients import verdicts
 
 from mebp_triton.autotune.cases import LAYOUTS, Case
 from mebp_triton.autotune.compile import resource_usage
@@ -101,6 +103,17 @@ def test_problems(target, case):
     with Emulator(target):
         verdict = check(case)
     assert verdict.ok, verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes", "dtype", "out_dtype"),
+    pairs(TARGETS[1:3], GRADIENT_SIZES[:4], DTYPES, (torch.float32, torch.bfloat16)),
+    ids=str,
+)
+def test_gradients_of_lora(target, sizes, dtype, out_dtype):
+    with Emulator(target):
+        found = list(verdicts(sizes, dtype, out_dtype))
+    assert all(verdict["ok"] for verdict in found), found
 
 
 @pytest.mark.gpu

@@ -72,7 +72,7 @@ def test_wrong_widths(make_weight, call, name):
         (7, int4_matmul_dx),
         (
             70,
-            lambda x, weight: int4_matmul_group(x, [weight], [None], [torch.zeros(3, 2)], [torch.zeros(7, 2)]),
+            lambda x, weight: int4_matmul_group(x, [weight], None, torch.zeros(3, 2), torch.zeros(7, 2)),
         ),
         (7, lambda dy, weight: int4_matmul_dx_group([dy, dy], [weight, weight])),
         (70, lambda x, weight: int4_cross_entropy(x, weight, torch.zeros(3).long())),
@@ -114,23 +114,23 @@ class TestRoutes:
         torch.testing.assert_close(dx, reference.matmul_dx(dy, weight, g, a), rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize(
-        ("scheme", "route", "group_sizes", "ranks"),
-        pairs(SCHEMES, ROUTES, [(32, 32, 32), (32, 64, 32)], [(4, 4, 4), (4, 1, 2)]),
+        ("scheme", "route", "group_sizes", "with_bias"),
+        pairs(SCHEMES, ROUTES, [(32, 32, 32), (32, 64, 32)], [False, True]),
         indirect=["route"],
         ids=str,
     )
-    def test_group(self, make_weight, normal, scheme, route, group_sizes, ranks):
-        """One of three members has a bias. Members that no launch can take together are computed as well."""
-        sizes = (20, 1, 33)
+    def test_group(self, make_weight, normal, scheme, route, group_sizes, with_bias):
+        """Members that no launch can take together are computed as well."""
+        sizes, rank = (20, 1, 33), 4
         weights = [make_weight(n, 70, size, scheme, seed=n) for n, size in zip(sizes, group_sizes, strict=True)]
-        x, biases = normal(2, 3, 70), [None, normal(1, seed=5), None]
-        ts = [normal(2, 3, r, seed=r) for r in ranks]
-        bs = [normal(n, r, seed=n) for n, r in zip(sizes, ranks, strict=True)]
-        found = int4_matmul_group(x, weights, biases, ts, bs, "triton")
-        for y, *operands in zip(found, weights, biases, ts, bs, strict=True):
+        x, bias = normal(2, 3, 70), normal(54, seed=5) if with_bias else None
+        t, b = normal(2, 3, 3 * rank, seed=2), normal(54, rank, seed=3)
+        found = int4_matmul_group(x, weights, bias, t, b, "triton")
+        biases = bias.split(sizes) if with_bias else [None] * 3
+        for y, *operands in zip(found, weights, biases, t.split(rank, dim=-1), b.split(sizes), strict=True):
             torch.testing.assert_close(y, reference.matmul(x, *operands), rtol=1e-4, atol=1e-4)
         dys = [normal(2, 3, n, seed=n) for n in sizes]
-        g, a = normal(2, 3, sum(ranks)), normal(sum(ranks), 70)
+        g, a = normal(2, 3, 3 * rank), normal(3 * rank, 70)
         truth = sum(reference.matmul_dx(dy, weight) for dy, weight in zip(dys, weights, strict=True)) + g @ a
         torch.testing.assert_close(int4_matmul_dx_group(dys, weights, g, a, "triton"), truth, rtol=1e-4, atol=1e-4)
 

@@ -1,6 +1,8 @@
 """LoRA over an int4 weight as an autograd function: its results and gradients are those of the formula."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -159,6 +161,20 @@ def test_a_known_output_is_the_result_and_has_the_same_gradients():
     asked = list(given.values())
     for found, exact in zip(torch.autograd.grad(unused, asked, dy), torch.autograd.grad(real, asked, dy), strict=True):
         assert torch.equal(found, exact)
+
+
+def test_a_known_output_is_not_kept_alive():
+    """Its graph must not lead back to it."""
+    weight, given = make_weight(), operands()
+    known = normal(2, 4, 9, dtype=torch.float64)
+    y = int4_lora_linear(given["x"], weight, None, given["a"], given["b"], 1.5, known=known)
+    gone = weakref.ref(known)
+    gc.disable()
+    try:
+        del known, y
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_nothing_of_the_weights_size_is_allocated():

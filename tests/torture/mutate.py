@@ -81,6 +81,8 @@ GROUPS = {
             "mebp_triton/layers/lora_function.py",
             "mebp_triton/layers/int4_module.py",
             "mebp_triton/layers/linear.py",
+            "mebp_triton/layers/stacked_adapters.py",
+            "kernels/token_products.py",
         ),
         (
             "layers/test_lora_config.py",
@@ -88,6 +90,8 @@ GROUPS = {
             "layers/test_int4_module.py",
             "layers/test_linear.py",
             "layers/test_shared_input.py",
+            "layers/test_stacked_adapters.py",
+            "kernels/test_token_products.py",
             "layers/test_loss.py",
             "blocks/test_recompute.py",
         ),
