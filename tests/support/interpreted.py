@@ -95,11 +95,13 @@ def triton_kernels() -> Iterator[None]:
     if DEVICE == "cuda":
         yield
         return
+    # All are imported before the first is changed: one that is imported later would keep the others' swapped functions.
+    modules = [importlib.import_module(f"mebp_triton.kernels.{name}") for name in MODULES]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", strict_load)
         patch.setattr(interpreter.InterpreterBuilder, "create_masked_store", strict_store)
-        for name in MODULES:
-            interpret(importlib.import_module(f"mebp_triton.kernels.{name}"), patch)
+        for module in modules:
+            interpret(module, patch)
         # Reductions such as tl.max are functions of the language's own library. (Gluon, which a first launch imports,
         # checks them while it is imported.)
         importlib.import_module("triton.experimental.gluon")
