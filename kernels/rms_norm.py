@@ -6,6 +6,7 @@ Modelling code writes it as a chain of some seven small operations. The kernel r
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -105,20 +106,26 @@ def _rows(x: Tensor) -> tuple[Tensor, list[int]]:
     """``x`` as rows ``[M, K]``, without a copy where its memory allows that, and the order of its dimensions in them.
 
     Heads of attention come as a transposed view. Rows in the order of memory keep a result laid out like its input,
-    and what was no copy before the transposition is none after it.
+    and what was no copy before the transposition is none after it. No order stands for that of x.
     """
+    if x.is_contiguous():
+        return x.view(-1, x.shape[-1]), []
     order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride(axis))
-    return x.permute(*order, -1).reshape(-1, x.shape[-1]), order
+    rows = x.permute(*order, -1).reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous(), order
 
 
 def _like(rows: Tensor, x: Tensor, order: list[int]) -> Tensor:
     """``rows`` ``[M, K]`` in the shape of ``x``."""
+    if not order:
+        return rows.view(x.shape)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return rows.view(*(x.shape[axis] for axis in order), x.shape[-1]).permute(*inverse, -1)
 
 
-def _options(x: Tensor) -> dict[str, Any]:
-    block_k = power_of_two_at_least(x.shape[1], most=MOST_COLUMNS)
+@functools.lru_cache(maxsize=64)
+def _options(columns: int) -> dict[str, Any]:
+    block_k = power_of_two_at_least(columns, most=MOST_COLUMNS)
     block_m = max(TILE // block_k, 1)
     return {
         "BLOCK_M": block_m,
@@ -127,10 +134,6 @@ def _options(x: Tensor) -> dict[str, Any]:
         # Torch's operations, one after the other, do not fuse a product and a sum either.
         "enable_fp_fusion": False,
     }
-
-
-def _contiguous_columns(rows: Tensor) -> Tensor:
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -178,10 +181,9 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "t
         ``[..., K]`` in x's dtype. Its memory has the order of x's.
     """
     rows, order = _rows(x)
-    rows = _contiguous_columns(rows)
     y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if y.numel():
-        options = _options(rows)
+        options = _options(rows.shape[1])
         with torch.cuda.device_of(x):
             _rms_norm_kernel[(triton.cdiv(rows.shape[0], options["BLOCK_M"]),)](
                 rows,
@@ -207,11 +209,11 @@ def rms_norm_dx_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float, style:
         ``[..., K]`` in x's dtype. Its memory has the order of x's.
     """
     rows, order = _rows(x)
-    rows = _contiguous_columns(rows)
-    dy_rows = _contiguous_columns(dy.permute(*order, -1).reshape(rows.shape))
+    dy_rows = (dy.permute(*order, -1) if order else dy).reshape(rows.shape)
+    dy_rows = dy_rows if dy_rows.stride(1) == 1 else dy_rows.contiguous()
     dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if dx.numel():
-        options = _options(rows)
+        options = _options(rows.shape[1])
         with torch.cuda.device_of(x):
             _rms_norm_dx_kernel[(triton.cdiv(rows.shape[0], options["BLOCK_M"]),)](
                 rows,

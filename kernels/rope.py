@@ -168,14 +168,14 @@ def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = 
         before attention write them; so a gradient goes back to these without a copy.
     """
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
-    batch, heads, tokens, columns = q.shape
+    (batch, heads, tokens, columns), heads_k = q.shape, k.shape[1]
     q_out = torch.empty((batch, tokens, heads, columns), dtype=q.dtype, device=q.device)
-    k_out = torch.empty((batch, tokens, k.shape[1], columns), dtype=k.dtype, device=k.device)
+    k_out = torch.empty((batch, tokens, heads_k, columns), dtype=k.dtype, device=k.device)
     if q_out.numel() + k_out.numel():
-        half = cos.shape[-1] // 2
+        half, shared = cos.shape[-1] // 2, cos.shape[0] == 1
         block_d = power_of_two_at_least(half, most=1 << 30)
-        block_h = power_of_two_at_least(max(heads, k.shape[1]), least=1, most=max(TILE // block_d, 1))
-        blocks = triton.cdiv(heads, block_h) + triton.cdiv(k.shape[1], block_h)
+        block_h = power_of_two_at_least(max(heads, heads_k), least=1, most=max(TILE // block_d, 1))
+        blocks = triton.cdiv(heads, block_h) + triton.cdiv(heads_k, block_h)
         with torch.cuda.device_of(q):
             _rope_kernel[(batch * tokens, blocks)](
                 q,
@@ -186,13 +186,15 @@ def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = 
                 k_out,
                 tokens,
                 heads,
-                k.shape[1],
+                heads_k,
                 columns,
                 half,
                 *q.stride()[:3],
                 *k.stride()[:3],
-                *(0 if size == 1 else stride for size, stride in zip(cos.shape[:2], cos.stride()[:2], strict=True)),
-                *(0 if size == 1 else stride for size, stride in zip(sin.shape[:2], sin.stride()[:2], strict=True)),
+                0 if shared else cos.stride(0),
+                cos.stride(1),
+                0 if shared else sin.stride(0),
+                sin.stride(1),
                 INVERSE=inverse,
                 ROUND=cos.dtype == q.dtype != torch.float32 and not inverse,
                 BLOCK_H=block_h,
