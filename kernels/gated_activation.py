@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLOAT_DTYPES
+from .launch import FLOAT_DTYPES, has_data
 from .reference import Activation
 
 BLOCK = 1024
@@ -149,7 +149,7 @@ def gated_activation_triton(gate: Tensor, up: Tensor, kind: Activation = "silu")
         ``[..., N]`` in gate's dtype, contiguous.
     """
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if y.numel():
+    if has_data(y):
         gates, ups = _rows(gate, up)
         with torch.cuda.device_of(gate):
             _gated_activation_kernel[_grid(gates)](
@@ -180,7 +180,7 @@ def gated_activation_backward_triton(
     """
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if dgate.numel():
+    if has_data(dgate):
         gates, ups, dys = _rows(gate, up, dy)
         with torch.cuda.device_of(gate):
             _gated_activation_backward_kernel[_grid(gates)](

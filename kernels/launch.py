@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .configs import MOST_MEMBERS
 from .layout import TENSORS, Int4Weight
@@ -61,6 +62,11 @@ def scheme_arguments(weight: Int4Weight) -> dict[str, Any]:
         "HAS_MINIMUM": weight.minimum is not None,
         "HAS_CODEBOOK": weight.codebook is not None,
     }
+
+
+def has_data(out: Tensor) -> bool:
+    """Whether there is anything to launch for an output: not if it is empty, nor in a trace without data."""
+    return out.numel() > 0 and not isinstance(out, FakeTensor)
 
 
 def column_stride(operands: Sequence[Tensor]) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import power_of_two_at_least
-from .launch import FLOAT_DTYPES
+from .launch import FLOAT_DTYPES, has_data
 from .reference import NormStyle
 
 # A row is one tile: it is read once and stays in registers.
@@ -182,7 +182,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "t
     """
     rows, order = _rows(x)
     y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    if y.numel():
+    if has_data(y):
         options = _options(rows.shape[1])
         with torch.cuda.device_of(x):
             _rms_norm_kernel[(triton.cdiv(rows.shape[0], options["BLOCK_M"]),)](
@@ -212,7 +212,7 @@ def rms_norm_dx_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float, style:
     dy_rows = (dy.permute(*order, -1) if order else dy).reshape(rows.shape)
     dy_rows = dy_rows if dy_rows.stride(1) == 1 else dy_rows.contiguous()
     dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    if dx.numel():
+    if has_data(dx):
         options = _options(rows.shape[1])
         with torch.cuda.device_of(x):
             _rms_norm_dx_kernel[(triton.cdiv(rows.shape[0], options["BLOCK_M"]),)](

@@ -32,15 +32,22 @@ ROW_SIZES = (100.0, 1.0, 3e-3, 1e-3, 1e-6)
 
 @dataclass(frozen=True)
 class Where:
-    """The activations that kernels take: plain tensors of this kind of device and of this dtype."""
+    """The activations that kernels take: plain tensors of this kind of device and of this dtype.
+
+    Attributes:
+        kind: ``FakeTensor`` for a trace without data, in which nothing is launched.
+    """
 
     device_type: str
     dtype: torch.dtype
+    kind: type[Tensor] = Tensor
 
     def holds(self, *tensors: Any) -> bool:
         if torch.compiler.is_compiling():
             return False
-        return all(type(x) is Tensor and x.device.type == self.device_type and x.dtype == self.dtype for x in tensors)
+        return all(
+            type(x) is self.kind and x.device.type == self.device_type and x.dtype == self.dtype for x in tensors
+        )
 
 
 @dataclass(frozen=True)
@@ -92,15 +99,18 @@ class FusedMLP(nn.Module):
     passed_by: list[tuple[str, nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        fused = self.fused
-        if len(args) != 1 or kwargs or not fused.where.holds(args[0]) or self._is_watched():
+        if len(args) != 1 or kwargs or not self.fused.where.holds(args[0]) or self._is_watched():
             return super().forward(*args, **kwargs)
-        outputs = [getattr(self, name)(args[0]) for name in fused.before]
+        return getattr(self, self.fused.after)(self._product(args[0]))
+
+    def _product(self, x: Tensor) -> Tensor:
+        """What the last layer reads. In a function of its own, so that gate and up are gone when that layer runs."""
+        fused = self.fused
+        outputs = [getattr(self, name)(x) for name in fused.before]
         first, second = outputs if len(outputs) == 2 else outputs[0].tensor_split(2, dim=-1)
         gate, up = (first, second) if fused.gate_first else (second, first)
         fits = fused.where.holds(gate, up) and gated_activation.takes(gate, up)
-        product = (gated_activation if fits else reference).gated_activation(gate, up, fused.kind)
-        return getattr(self, fused.after)(product)
+        return (gated_activation if fits else reference).gated_activation(gate, up, fused.kind)
 
     def _is_watched(self) -> bool:
         """Whether the activation's module was replaced, or somebody's hook waits for its output."""
@@ -110,7 +120,9 @@ class FusedMLP(nn.Module):
         )
 
 
-def install_fused_operations(stack: nn.Module, device_type: str, dtype: torch.dtype) -> Counter[str]:
+def install_fused_operations(
+    stack: nn.Module, device_type: str, dtype: torch.dtype, kind: type[Tensor] = Tensor
+) -> Counter[str]:
     """Lets the modules in ``stack`` run kernels where these compute the same; weights may be absent.
 
     MLPs that run by chunks have to be made after this.
@@ -118,20 +130,20 @@ def install_fused_operations(stack: nn.Module, device_type: str, dtype: torch.dt
     Args:
         stack: a model's blocks.
         device_type: of the devices on which kernels run.
-        dtype: of activations.
+        dtype, kind: of activations; see ``Where``.
 
     Returns:
         How many modules there are of each kind that was found.
     """
-    where, found = Where(device_type, dtype), Counter[str]()
+    where, found = Where(device_type, dtype, kind), Counter[str]()
     rotating = functools.cache(functools.partial(_with_kernel, where=where))
     classes: dict[type[nn.Module], type[nn.Module]] = {}
 
     def put_before(module: nn.Module, name: str, first: Any = None, **methods: Any) -> None:
-        kind = type(module)
-        if kind not in classes:
-            classes[kind] = type(f"Fused{kind.__name__}", (kind,) if first is None else (first, kind), methods)
-        module.__class__ = classes[kind]
+        own = type(module)
+        if own not in classes:
+            classes[own] = type(f"Fused{own.__name__}", (own,) if first is None else (first, own), methods)
+        module.__class__ = classes[own]
         found[name] += 1
 
     for module in list(stack.modules()):
@@ -303,7 +315,7 @@ def _rotation(function: Callable[..., Any], where: Where) -> Callable[..., Any] 
 
     @functools.wraps(function)
     def rotate(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        if not args and not kwargs and where.holds(q, k) and type(cos) is type(sin) is Tensor:
+        if not args and not kwargs and where.holds(q, k) and type(cos) is type(sin) is where.kind:
             known = (cos.dtype, cos.shape[-1] != q.shape[-1]) in tried
             if known and q.device == k.device == cos.device == sin.device and rope.takes(q, k, cos, sin):
                 return rope.rope(q, k, cos, sin)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mebp_triton.blocks.engine import BlockEngine
 from mebp_triton.blocks.mlp_chunks import chunk_mlp
@@ -19,6 +20,7 @@ from mebp_triton.blocks.options import Granularity
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.cross_entropy import VOCABULARY_TILE
 from mebp_triton.kernels.panel import CPU_ELEMENTS, GPU_ELEMENTS, Workspace
+from mebp_triton.kernels.routing import has_triton, resolve_backend
 from mebp_triton.kernels.tables import DTYPES as COMPUTE_DTYPES
 from mebp_triton.layers.int4_module import Int4Module, Int4Table
 from mebp_triton.layers.lora_config import LoraConfig
@@ -143,6 +145,10 @@ class TracedModel:
         with traced(self.live):
             builder.fill(lambda modules: self._place_tables(store, modules))
         builder.finish(config)
+        if _runs_kernels(settings.device, self.dtype):
+            from mebp_triton.models.fused_operations import install_fused_operations  # which needs the package triton
+
+            install_fused_operations(stack, "cpu", self.dtype, FakeTensor)
         self.tables = {name for name, module in builder.modules.items() if isinstance(module, Int4Table)}
         self.model.train()
         self.base = self.live.live
@@ -260,6 +266,13 @@ class TracedModel:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(selected=None if self.settings.selection_mode == "full" else frozenset())
         return self.live.restart() - before
+
+
+def _runs_kernels(device: str, dtype: torch.dtype) -> bool:
+    """Whether a run on ``device`` computes by kernels. A device that is not here is taken for one that can."""
+    if device == "cpu" or not has_triton():
+        return False
+    return not torch.cuda.is_available() or resolve_backend("auto", torch.device(device), dtype) == "triton"
 
 
 def _rows(store: Any, name: str) -> StoredRows:

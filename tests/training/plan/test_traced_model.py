@@ -1,5 +1,7 @@
 """A few blocks stand for all: one of every kind is traced, and what it takes is what real tensors take."""
 
+import dataclasses
+
 import pytest
 from plans import SMALL, planner
 from transformers import AutoConfig
@@ -7,6 +9,7 @@ from transformers import AutoConfig
 from mebp_triton.kernels.panel import workspace
 from mebp_triton.store.reader import Store
 from mebp_triton.system.errors import CannotTrace
+from mebp_triton.training.plan import traced_model
 from mebp_triton.training.plan.inventory import Inventory
 from mebp_triton.training.plan.traced_model import TracedModel
 from mebp_triton.training.run_settings import resolve
@@ -45,3 +48,18 @@ def test_a_model_whose_code_does_not_run_without_data(store, monkeypatch):
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaModel.forward", failing)
     with pytest.raises(CannotTrace, match="a model of type llama cannot be traced: RuntimeError: no data$"):
         planner(store).predict(resolve(TrainConfig(**SMALL)))
+
+
+def test_a_device_runs_kernels_for_small_operations(store, monkeypatch):
+    """They keep less for the backward pass, and a layer after them does not find more waiting than it did."""
+    settings = dataclasses.replace(resolve(TrainConfig(**SMALL)), device="cuda", dtype="bfloat16")
+    inventory, config = Inventory.of_store(Store(store)), AutoConfig.from_pretrained(store)
+    results = []
+    for triton in (True, False):
+        monkeypatch.setattr(traced_model, "has_triton", lambda triton=triton: triton)
+        model = TracedModel(inventory, config, settings)
+        assert any(hasattr(module, "fused") for module in model.stack.modules()) is triton
+        results.append(model.run("full", "device", 0))
+    with_kernels, own = results
+    assert with_kernels.backward < own.backward and with_kernels.forward <= own.forward
+    assert with_kernels.block_input == own.block_input
