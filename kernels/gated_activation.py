@@ -135,7 +135,9 @@ def takes(gate: Tensor, up: Tensor) -> bool:
 
 def gated_activation(gate: Tensor, up: Tensor, kind: Activation = "silu") -> Tensor:
     """``gated_activation_triton``, differentiable in both tensors, of which ``takes`` holds."""
-    return _GatedActivation.apply(gate, up, kind)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _GatedActivation.apply(gate, up, kind)  # type: ignore[no-any-return]
+    return gated_activation_triton(gate, up, kind)
 
 
 def gated_activation_triton(gate: Tensor, up: Tensor, kind: Activation = "silu") -> Tensor:

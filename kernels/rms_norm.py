@@ -131,8 +131,6 @@ def _options(columns: int) -> dict[str, Any]:
         "BLOCK_M": block_m,
         "BLOCK_K": block_k,
         "num_warps": min(max(block_m * block_k // 512, 4), 16),
-        # Torch's operations, one after the other, do not fuse a product and a sum either.
-        "enable_fp_fusion": False,
     }
 
 
@@ -164,7 +162,9 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "twice") -> Tensor:
     """``rms_norm_triton``, differentiable in ``x``, of which and of the weight ``takes`` holds."""
-    return _RMSNorm.apply(x, weight, eps, style)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _RMSNorm.apply(x, weight, eps, style)  # type: ignore[no-any-return]
+    return rms_norm_triton(x, weight, eps, style)
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "twice") -> Tensor:
@@ -195,6 +195,8 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "t
                 OFFSET=style == "offset",
                 ROUND=style == "twice",
                 **options,
+                # Torch's operations, one after the other, do not fuse a product and a sum either.
+                enable_fp_fusion=False,
             )
     return _like(y, x, order)
 
@@ -226,5 +228,6 @@ def rms_norm_dx_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float, style:
                 EPS=eps,
                 OFFSET=style == "offset",
                 **options,
+                enable_fp_fusion=False,
             )
     return _like(dx, x, order)

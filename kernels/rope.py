@@ -151,7 +151,9 @@ def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """``rope_triton``, differentiable in q and k, of tensors of which ``takes`` holds."""
-    return _Rope.apply(q, k, cos, sin)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return _Rope.apply(q, k, cos, sin)  # type: ignore[no-any-return]
+    return rope_triton(q, k, cos, sin)
 
 
 def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,10 @@ import ast
 import pytest
 import torch
 from sources import TREES
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mebp_triton.kernels import split
-from mebp_triton.kernels.launch import can_group, check_operand, runs_compiled, weight_arguments
+from mebp_triton.kernels.launch import can_group, check_operand, has_data, runs_compiled, weight_arguments
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import int4_matmul_group_triton
 
@@ -103,3 +104,9 @@ def test_assembly_is_for_what_is_compiled_for_nvidia(monkeypatch):
     assert runs_compiled(split._sum_parts_kernel)
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert not runs_compiled(split._sum_parts_kernel)
+
+
+def test_nothing_is_launched_for_what_has_no_data():
+    assert has_data(torch.empty(3)) and not has_data(torch.empty(0, 3))
+    with FakeTensorMode():
+        assert not has_data(torch.empty(3))
