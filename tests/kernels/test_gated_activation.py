@@ -43,19 +43,19 @@ def test_far_from_zero(device, kind):
 @pytest.mark.parametrize(
     "view",
     [
-        lambda wide: wide.view(20, 64)[:, :32],
-        lambda wide: wide.view(20, 64)[::2],
-        lambda wide: wide.view(20, 64)[:, ::2],
-        lambda wide: wide.view(20, 64).t(),
-        lambda wide: wide.view(2, 10, 64).transpose(0, 1),
+        lambda wide: wide.view(10, 32)[:, :16],
+        lambda wide: wide.view(10, 32)[::2],
+        lambda wide: wide.view(10, 32)[:, ::2],
+        lambda wide: wide.view(10, 32).t(),
+        lambda wide: wide.view(2, 10, 16).transpose(0, 1),
     ],
     ids=["half", "row-step", "column-step", "transposed", "tokens-first"],
 )
-def test_strides(normal, dtype, view):
+def test_strides(normal, view):
     """Halves of one product are gate and up in some models."""
-    gate = view(normal(1280, dtype=dtype))
-    y, *_ = check(*both("silu"), [gate, normal(*gate.shape, dtype=dtype, seed=2)])
-    check(*both("silu"), [normal(*gate.shape, dtype=dtype, seed=2), gate])
+    gate = view(normal(320))
+    y, *_ = check(*both("silu"), [gate, normal(*gate.shape, seed=2)])
+    check(*both("silu"), [normal(*gate.shape, seed=2), gate])
     assert y.is_contiguous()
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels import gated_activation, reference, rms_norm, rope
+from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.models.fused_operations import install_fused_operations
 from mebp_triton.models.skeleton import build_skeleton
 
@@ -305,9 +306,12 @@ def test_a_loaded_model_runs_the_kernels(monkeypatch, shared_store, triton_kerne
     """In Triton's interpreter, with MLPs by chunks."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     examples = batch(1, 4, None)
-    store = shared_store("gemma3_text", config={"num_hidden_layers": 1, "layer_types": ["full_attention"]})
+    store = shared_store("llama", config={"num_hidden_layers": 1})
     model = loaded(store, backend="triton", mlp_chunk_tokens=3)
-    assert sum(hasattr(module, "fused") for module in model.modules()) == 7
+    assert sum(hasattr(module, "fused") for module in model.modules()) == 3
+    for module in model.modules():
+        if isinstance(module, Int4Module):
+            module.backend = "panel"  # the products have tests of their own, and take long
     assert_same(step(model, **examples), step(loaded(store), **examples), tolerance=1e-4)
 
 
