@@ -266,17 +266,29 @@ def _middle_of(module: nn.Module, layers: dict[str, nn.Linear], where: Where, tr
 
 def _with_kernel(forward: Any, where: Where) -> Callable[..., Any] | None:
     """``forward`` with a kernel in the place of the function that rotates q and k; None if it calls none."""
-    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+    if not isinstance(forward, types.FunctionType):
         return None
+    if (inner := getattr(forward, "__wrapped__", None)) is not None:
+        # A decorator's function, which holds the method that it decorates in its closure.
+        cells = forward.__closure__ or ()
+        made = _with_kernel(inner, where) if any(cell.cell_contents is inner for cell in cells) else None
+        if made is None:
+            return None
+        around = tuple(types.CellType(made) if cell.cell_contents is inner else cell for cell in cells)
+        return _copied(forward, forward.__globals__, around)
     for name in forward.__code__.co_names:
         function = forward.__globals__.get(name)
         rotation = _rotation(function, where) if isinstance(function, types.FunctionType) else None
         if rotation is not None:
-            names, defaults = {**forward.__globals__, name: rotation}, forward.__defaults__
-            made = types.FunctionType(forward.__code__, names, forward.__name__, defaults, forward.__closure__)
-            made.__kwdefaults__ = forward.__kwdefaults__
-            return functools.update_wrapper(made, forward)
+            return _copied(forward, {**forward.__globals__, name: rotation}, forward.__closure__)
     return None
+
+
+def _copied(function: types.FunctionType, names: dict[str, Any], closure: Any) -> Callable[..., Any]:
+    """A function with the same code, and other global names and closure."""
+    made = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(made, function)
 
 
 def _takes_four(function: Callable[..., Any]) -> bool:

@@ -1,6 +1,7 @@
 """Which small operations of which architecture get kernels, that wrong ones do not, and what a piece has to survive."""
 
 import copy
+import functools
 from collections import Counter
 
 import pytest
@@ -37,7 +38,6 @@ FOUND = {
     "gpt_neox": {"rotary": 3},  # of a part of the columns
     "phi": {"rotary": 3},
     "cohere": {"MLP, silu": 3},  # pairs of neighbouring columns; a norm that subtracts the mean
-    "qwen3_5_text": {"norm, offset": 8, "MLP, silu": 3, "rotary": 1},
     "gpt2": {},
     "opt": {},
 }
@@ -179,6 +179,10 @@ def rotated(q, k, cos, sin, unsqueeze_dim=1):
     return q * cos + half(q) * sin, k * cos + half(k) * sin
 
 
+def keeping_dtype(q, k, cos, sin):
+    return tuple(x.to(q.dtype) for x in rotated(q, k, cos, sin))
+
+
 def other_sign(q, k, cos, sin):
     return rotated(q, k, cos, -sin)
 
@@ -202,6 +206,25 @@ def third(q, k, cos, sin):
 class Attention(nn.Module):
     def forward(self, *tensors):
         return rotated(*tensors)
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return run
+
+
+class Decorated(nn.Module):
+    @decorated
+    def forward(self, *tensors):
+        return rotated(*tensors)
+
+
+class KeepsDtype(nn.Module):
+    def forward(self, *tensors):
+        return keeping_dtype(*tensors)
 
 
 class Signs(nn.Module):
@@ -229,10 +252,10 @@ class Third(nn.Module):
         return third(*tensors)
 
 
-@pytest.mark.parametrize("kind", [Attention, Signs, Halves, Rounds, Keys, Third])
+@pytest.mark.parametrize("kind", [Attention, Decorated, Signs, Halves, Rounds, Keys, Third])
 def test_functions_that_are_and_are_not_the_same(kind):
     found = install_fused_operations(kind(), "cpu", torch.bfloat16)
-    assert found == ({"rotary": 1} if kind is Attention else {})
+    assert found == ({"rotary": 1} if kind in (Attention, Decorated) else {})
 
 
 # --- what a piece survives ------------------------------------------------------------------------------------------
@@ -336,8 +359,9 @@ def test_a_norm_that_is_trained_runs_its_own_code(shared_store, launches):
     assert launches["rms_norm"] == 2 * 5
 
 
-def test_other_activations_run_the_modules_own_code(launches):
-    norm, mlp, attention = Norm(), MLP(), Attention()
+@pytest.mark.parametrize("kind", [Attention, Decorated])
+def test_other_activations_run_the_modules_own_code(launches, kind):
+    norm, mlp, attention = Norm(), MLP(), kind()
     parts = nn.ModuleList([norm, mlp, attention])
     install_fused_operations(parts, "cpu", torch.bfloat16)
     q, angles = torch.randn(2, 3, 5, 8).bfloat16(), torch.randn(2, 1, 5, 8).bfloat16()
@@ -355,14 +379,12 @@ def test_other_activations_run_the_modules_own_code(launches):
 
 
 def test_angles_as_wide_as_they_were_tried(launches):
-    config = AutoConfig.for_model("olmo2", **COMMON)
-    attention = build_skeleton(config, torch.bfloat16).model.layers[0].self_attn
-    install_fused_operations(nn.ModuleList([attention]), "cpu", torch.bfloat16)
-    rotate = type(attention).forward.__globals__["apply_rotary_pos_emb"]
+    attention = KeepsDtype()
+    install_fused_operations(attention, "cpu", torch.bfloat16)
     q, angles = torch.randn(2, 3, 5, 8).bfloat16(), torch.randn(2, 1, 5, 8)
     for dtype in (torch.float32, torch.bfloat16):
-        own = rotate.__wrapped__(q, q, *angles.to(dtype))
-        assert all(map(torch.equal, rotate(q, q, *angles.to(dtype)), own))
+        own = KeepsDtype.forward(attention, q, q, *angles.to(dtype))
+        assert all(map(torch.equal, attention(q, q, *angles.to(dtype)), own))
     assert launches["rope"] == 2
 
 
