@@ -25,9 +25,19 @@ class Head(Protocol):
         ...
 
     def cross_entropy(
-        self, hidden: Tensor, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        factors: tuple[float, ...],
+        most_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Losses and argmax ``[T]`` of hidden states ``[T, K]``. ``factors``: see ``DeferredLogits``."""
+        """Losses and argmax ``[T]`` of hidden states ``[T, K]``.
+
+        Args:
+            factors: see ``DeferredLogits``.
+            most_tokens: tokens that are multiplied by the head at once; None for all.
+        """
         ...
 
 

@@ -13,7 +13,7 @@ from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.routing import resolve_backend
 
 from .deferred_logits import DeferredLogits
-from .int4_module import Int4Table
+from .int4_module import Int4Table, RowSource
 from .lora_function import autocast_input
 
 
@@ -51,28 +51,50 @@ class Int4Head(Int4Table, nn.Linear):  # type: ignore[override,misc]
         return linear
 
     def cross_entropy(
-        self, hidden: Tensor, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        factors: tuple[float, ...],
+        most_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Losses and argmax ``[T]`` of hidden states ``[T, K]``; see ``int4_cross_entropy``."""
-        if self.rows is None:
-            return int4_cross_entropy(hidden, self.int4(), targets, self.bias, ignore_index, factors, self.backend)
-        return _SegmentedLoss.apply(hidden, self, targets, ignore_index, factors)
+        """Losses and argmax ``[T]`` of hidden states ``[T, K]``; see ``int4_cross_entropy`` and ``Head``."""
+        if self.rows is not None:
+            return _SegmentedLoss.apply(hidden, self, targets, ignore_index, factors, most_tokens)
+        most, weight = most_tokens or max(1, len(targets)), self.int4()
+        parts = [
+            int4_cross_entropy(own, weight, labels, self.bias, ignore_index, factors, self.backend)
+            for own, labels in zip(hidden.split(most), targets.split(most), strict=True)
+        ]
+        losses, argmax = zip(*parts, strict=True)
+        return (losses[0], argmax[0]) if len(parts) == 1 else (torch.cat(losses), torch.cat(argmax))
 
 
 class _SegmentedLoss(torch.autograd.Function):
-    """``int4_cross_entropy`` over a head that is read segment by segment."""
+    """``int4_cross_entropy`` over a head that is read segment by segment, each for all chunks of tokens."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Int4Head, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
+        ctx: Any,
+        hidden: Tensor,
+        head: Int4Head,
+        targets: Tensor,
+        ignore_index: int,
+        factors: tuple[float, ...],
+        most_tokens: int | None,
     ) -> tuple[Tensor, Tensor]:
         assert head.rows is not None
+        need_grad, most = ctx.needs_input_grad[0], most_tokens or max(1, len(targets))
         by_kernel = resolve_backend(head.backend, hidden.device, hidden.dtype) == "triton"
         with torch.autocast(hidden.device.type, enabled=False):
-            one_pass = OnePass(hidden, targets, head.bias, ignore_index, factors, ctx.needs_input_grad[0], by_kernel)
+            chunks = [
+                OnePass(own, labels, head.bias, ignore_index, factors, need_grad, by_kernel)
+                for own, labels in zip(hidden.split(most), targets.split(most), strict=True)
+            ]
             for first, rows in head.rows.segments():
-                one_pass.add(rows, first)
-            losses, grad, argmax = one_pass.finish(head.rows.gather(one_pass.targets))
+                for chunk in chunks:
+                    chunk.add(rows, first)
+            losses, grad, argmax = _finished(chunks, head.rows)
         ctx.save_for_backward(grad)
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(argmax)
@@ -82,7 +104,23 @@ class _SegmentedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (grad * dlosses.unsqueeze(1)).to(ctx.dtype), None, None, None, None
+        return (grad * dlosses.unsqueeze(1)).to(ctx.dtype), None, None, None, None, None
+
+
+def _finished(chunks: list[OnePass], rows: RowSource) -> tuple[Tensor, ...]:
+    """What ``OnePass.finish`` returns, for the tokens of all ``chunks``, which are used up."""
+    count, start = sum(len(chunk.hidden) for chunk in chunks), 0
+    wholes: tuple[Tensor, ...] = ()
+    while chunks:
+        chunk = chunks.pop(0)  # frees what it has added up
+        parts = chunk.finish(rows.gather(chunk.targets))
+        if len(parts[0]) == count:
+            return parts
+        wholes = wholes or tuple(part.new_empty((count if len(part) else 0, *part.shape[1:])) for part in parts)
+        for whole, part in zip(wholes, parts, strict=True):
+            whole[start : start + len(part)] = part
+        start += len(parts[0])
+    return wholes
 
 
 class _SegmentedLogits(torch.autograd.Function):

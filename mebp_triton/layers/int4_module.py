@@ -13,6 +13,7 @@ from mebp_triton.kernels.functions import int4_embedding
 from mebp_triton.kernels.layout import TENSORS, Int4Weight
 from mebp_triton.kernels.reference import decode
 
+GATHERED = 1024  # rows that an embedding gathers at a time: each may make more of a file resident than it has
 DECODED_ROWS = 4096  # rows that ``Int4Table.decoded_weight`` decodes at a time
 
 
@@ -211,8 +212,12 @@ class Int4Embedding(Int4Table, nn.Embedding):  # type: ignore[override,misc]
     def forward(self, input: Tensor) -> Tensor:
         if self.rows is None:
             return int4_embedding(input, self.int4(), self.compute_dtype, self.backend)
-        places = torch.arange(input.numel(), device=input.device).view(input.shape)
-        return int4_embedding(places, self.rows.gather(input), self.compute_dtype, self.backend)
+        parts = [self._gathered(self.rows, ids) for ids in input.reshape(-1).split(GATHERED)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*input.shape, self.in_features)
+
+    def _gathered(self, rows: RowSource, ids: Tensor) -> Tensor:
+        places = torch.arange(len(ids), device=ids.device)
+        return int4_embedding(places, rows.gather(ids), self.compute_dtype, self.backend)
 
 
 def replace_embedding(module: nn.Embedding, weight: Int4Weight, compute_dtype: torch.dtype, backend: str) -> None:

@@ -41,11 +41,13 @@ class OnePassLoss:
     Attributes:
         statistics: counts of the last call.
         normalizer: the number of targets to divide by; None for those of the batch.
+        rows: the most rows of a batch whose tokens are multiplied by the head at once; None for all.
     """
 
     def __init__(self) -> None:
         self.statistics = LossStatistics()
         self.normalizer: float | None = None
+        self.rows: int | None = None
 
     @torch.compiler.disable
     def __call__(
@@ -65,7 +67,8 @@ class OnePassLoss:
         if isinstance(logits, DeferredLogits):
             head = logits.head
             hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
-            losses, argmax = head.cross_entropy(hidden, targets, ignore_index, logits.factors)
+            most = None if self.rows is None else self.rows * logits.hidden.shape[-2]
+            losses, argmax = head.cross_entropy(hidden, targets, ignore_index, logits.factors, most)
         else:
             real = logits.reshape(-1, logits.shape[-1]).float()
             losses = nn.functional.cross_entropy(real, targets, ignore_index=ignore_index, reduction="none")

@@ -125,6 +125,7 @@ class Stager:
         self.arenas.remove(arena)
         self.arenas.append(arena)
         arena.owner = owner
+        self.waiting.paged += owner.size
         arena.filled = self.thread.submit(self._fill, arena, owner)
 
     def _fill(self, arena: _Arena, owner: ArenaPages) -> None:

@@ -45,6 +45,7 @@ class MappedPages(Pages):
             with self.waiting.counted():
                 self.file.verify()
                 self.file.mapped.populate()
+            self.waiting.paged += self.file.mapped.size
         self.depth += 1
 
     def __exit__(self, *_: object) -> None:

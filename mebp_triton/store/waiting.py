@@ -1,4 +1,4 @@
-"""The time for which the computation waits for data."""
+"""The time for which the computation waits for data, and the weights of blocks that were brought in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from dataclasses import dataclass
 
 @dataclass
 class Waiting:
-    """Seconds for which the computation has waited for data."""
+    """What bringing data in has taken.
+
+    Attributes:
+        seconds: for which the computation has waited for data.
+        paged: bytes of blocks' weights that were brought in: made resident from a file, or copied to a device.
+    """
 
     seconds: float = 0.0
+    paged: int = 0
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -27,3 +33,8 @@ class Waiting:
         """Returns the seconds so far; counting starts again at 0."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
+
+    def pop_paged(self) -> int:
+        """Returns the bytes so far; counting starts again at 0."""
+        paged, self.paged = self.paged, 0
+        return paged

@@ -187,13 +187,15 @@ class Trainer:
         """Resets waiting times and block counts: those of an evaluation must not count for the next step."""
         engine = self.model.mebp.engine
         engine.waiting.pop_seconds()
+        engine.waiting.pop_paged()
         engine.counters.pop_counts()
 
     def _measured(self) -> dict[str, Any]:
         """Returns what the step took, for its line in ``metrics.jsonl``."""
         engine = self.model.mebp.engine
         waited = engine.waiting.pop_seconds()
-        measured = {"seconds_waiting_for_data": waited, "peak_rss_bytes": peak_resident_bytes()}
+        measured = {"seconds_waiting_for_data": waited, "bytes_paged": engine.waiting.pop_paged()}
+        measured["peak_rss_bytes"] = peak_resident_bytes()
         measured |= {f"blocks_{name}": count for name, count in engine.counters.pop_counts().items()}
         if self.processes.size > 1:
             measured["reduced_bytes"] = self.update.reduced_bytes

@@ -72,11 +72,12 @@ def test_logits_and_the_plain_layer_it_can_become(
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("in_segments", [True, False])
-def test_cross_entropy(with_bias: bool, in_segments: bool) -> None:
-    """Losses, the likeliest tokens, and the gradient, which each loss may weigh on its own."""
+@pytest.mark.parametrize("most", [None, 2, 4])
+def test_cross_entropy(with_bias: bool, in_segments: bool, most: int | None) -> None:
+    """Losses, the likeliest tokens, and the gradient, which each loss may weigh on its own; by chunks of tokens too."""
     made, x = head(with_bias, in_segments), hidden(6)
     targets = torch.tensor([0, 39, -100, 40, 96, 5])
-    losses, argmax = made.cross_entropy(x, targets, -100, (0.5, 3.0))
+    losses, argmax = made.cross_entropy(x, targets, -100, (0.5, 3.0), most)
     logits = torch.tanh(product(x, with_bias) * 0.5) * 3.0
     truth = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
     torch.testing.assert_close(losses, truth, rtol=1e-12, atol=1e-12)
@@ -85,6 +86,18 @@ def test_cross_entropy(with_bias: bool, in_segments: bool) -> None:
     weights = torch.arange(6.0, dtype=torch.float64)
     ours, exact = (torch.autograd.grad((loss * weights).sum(), x)[0] for loss in (losses, truth))
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_by_chunks_of_tokens_a_head_is_walked_once() -> None:
+    made, x, walks = head(False, True), hidden(6), []
+    assert isinstance(made.rows, Segments)
+    segments = made.rows.segments
+    made.rows.segments = lambda: walks.append(1) or segments()  # type: ignore[method-assign,func-returns-value]
+    with torch.no_grad():  # then there is no gradient to put together
+        losses, _ = made.cross_entropy(x, torch.arange(6), -100, (1.0,), 4)
+        assert len(walks) == 1 and torch.equal(
+            losses[4:], made.cross_entropy(x[4:], torch.arange(4, 6), -100, (1.0,))[0]
+        )
 
 
 @pytest.mark.parametrize("in_segments", [True, False])

@@ -31,7 +31,7 @@ def model(loaded: Any) -> Iterator[Any]:
     """One model for all tests here, as it was loaded."""
     loaded.zero_grad()
     yield loaded.eval()
-    loaded.mebp.loss.normalizer = None
+    loaded.mebp.loss.normalizer = loaded.mebp.loss.rows = None
 
 
 def has_real_logits(model: Any) -> bool:
@@ -94,6 +94,16 @@ def test_normalization(model: Any) -> None:
     assert model(**examples).loss.item() == pytest.approx(mean / 2, rel=1e-6)
     given = model(**examples, num_items_in_batch=4 * count).loss.item()
     assert given == pytest.approx(mean / 4, rel=1e-6), "what the caller gives comes first"
+
+
+def test_the_tokens_of_some_rows_at_a_time_give_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, given = model.get_output_embeddings(), []
+    cross_entropy = head.cross_entropy
+    monkeypatch.setattr(head, "cross_entropy", lambda *args: given.append(args[4]) or cross_entropy(*args))
+    whole = model(**batch(3)).loss
+    model.mebp.loss.rows = 2
+    assert model(**batch(3)).loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert given == [None, 2 * 20]
 
 
 def test_num_items_as_a_tensor(model: Any) -> None:

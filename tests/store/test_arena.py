@@ -99,6 +99,8 @@ def test_the_next_block_is_read_while_this_one_runs(model: Any, monkeypatch: pyt
     order = [index for event, index in events if event == "read"]
     # 2 and 1 are still there when the backward pass begins, and 0 is when the next step does.
     assert order == [0, 1, 2, 0]
+    sizes = [model.mebp.store.files[block_file(index)].data().numel() for index in order]
+    assert model.mebp.engine.waiting.pop_paged() == sum(sizes)
     assert events.index(("read", 1)) < events.index(("forward", 1))
     events.clear()
     model.mebp.engine.treatment = lambda index: "identity" if index == 1 else "train"

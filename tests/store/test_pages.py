@@ -38,6 +38,7 @@ def test_pages_in_a_mapped_file_are_resident_only_within(tmp_path: Path) -> None
     assert size > 4 << 20 and within - before >= size * 0.95
     assert resident().file_backed - before < size * 0.05
     assert pages.waiting.pop_seconds() > 0
+    assert pages.waiting.pop_paged() == 2 * size, "the inner one brings nothing in"
 
 
 def test_pages_are_verified_when_they_are_entered_first(tmp_path: Path) -> None:

@@ -16,6 +16,11 @@ def test_seconds_add_up_and_are_taken_once():
     assert waiting.pop_seconds() >= 0.02 and waiting.pop_seconds() == 0
 
 
+def test_bytes_are_taken_once() -> None:
+    waiting = Waiting(paged=5)
+    assert (waiting.pop_paged(), waiting.pop_paged()) == (5, 0)
+
+
 def test_a_failure_counts_as_well():
     waiting = Waiting()
     with pytest.raises(OSError), waiting.counted():

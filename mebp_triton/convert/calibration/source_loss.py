@@ -39,7 +39,12 @@ class FloatHead(nn.Module):
         return torch.cat([logits for _, logits in self._pieces(x)], -1)
 
     def cross_entropy(
-        self, hidden: Tensor, targets: Tensor, ignore_index: int, factors: tuple[float, ...]
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        factors: tuple[float, ...],
+        most_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Losses and argmax ``[T]`` of hidden states ``[T, K]``; see ``Head``."""
         softmax = RunningSoftmax(targets.clamp(min=0), torch.float32, factors[0])
