@@ -60,6 +60,8 @@ def describe(plan: Plan) -> str:
     parts = [f"{name.replace('_', ' ')} {getattr(settings, name)}" for name in CHOSEN[:4]]
     if settings.mlp_chunk_tokens:
         parts.append(f"MLPs by {settings.mlp_chunk_tokens} tokens")
+    if settings.join_micro_batches:
+        parts.append("micro-batches joined")
     if settings.return_freed_memory:
         parts.append("freed memory returned")
     return f"planned peak {plan.peak / MIB:.0f} MiB: {', '.join(parts)}"

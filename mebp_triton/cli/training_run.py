@@ -20,7 +20,7 @@ from mebp_triton.cli.inference import model_config
 from mebp_triton.cli.planning import describe, planner_of, settings_of
 from mebp_triton.cli.starting_adapter import doubt, start_record
 from mebp_triton.cli.stops import RowEnds, stop_where_rows_end
-from mebp_triton.cli.training_texts import begun_at, chunks_begun_with, load_texts
+from mebp_triton.cli.training_texts import begun_at, begun_with, load_texts
 from mebp_triton.convert.quantize import base_model
 from mebp_triton.convert.readers import open_source
 from mebp_triton.data.sources import check_source
@@ -92,8 +92,9 @@ def _train_in(
     arguments: argparse.Namespace,
     processes: Processes,
 ) -> dict[str, Any] | Interrupted:
-    if checkpoint is not None and asked.mlp_chunk_tokens is None:
-        asked = dataclasses.replace(asked, mlp_chunk_tokens=chunks_begun_with(checkpoint))
+    if checkpoint is not None:
+        begun = {name: value for name, value in begun_with(checkpoint).items() if getattr(asked, name) is None}
+        asked = dataclasses.replace(asked, **begun)
     check_source(asked.train_file)
     if asked.validation_file:
         check_source(asked.validation_file, "validation-file")
@@ -133,6 +134,7 @@ def _train_in(
         scratch_directory=run.directory,
         recompute_granularity=settings.recompute_granularity,
         mlp_chunk_tokens=settings.mlp_chunk_tokens,
+        block_rows=settings.per_device_train_batch_size if settings.join_micro_batches else None,
     )
     if (given / MANIFEST).exists():  # else it was said when the store was made
         for line in describe_kept_float(kept_float(model, store.float_sizes()), store.nbytes()):

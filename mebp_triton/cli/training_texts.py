@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.packing import pack
@@ -24,10 +25,15 @@ def begun_at(checkpoint: Path | None) -> str:
     return began if isinstance(began, str) else datetime.now().isoformat()
 
 
-def chunks_begun_with(checkpoint: Path) -> int | None:
-    """The chunks that a run was begun with, by choice or by its plan: others would change the order of its sums."""
+def begun_with(checkpoint: Path) -> dict[str, Any]:
+    """The settings that order the sums of a run, as it was begun with, by choice or by its plan."""
     settings = strict_json.read_sealed(checkpoint / "state.json").get("config")
-    return settings.get("mlp_chunk_tokens") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict):
+        return {}
+    # An older version joined nothing.
+    return {"mlp_chunk_tokens": settings.get("mlp_chunk_tokens")} | {
+        "join_micro_batches": settings.get("join_micro_batches", False)
+    }
 
 
 def load_texts(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .tokenized import IGNORE_INDEX, Example, TokenizedData
 
+MOST_PADDING = 0.25  # a step that reads its weights once more costs less than to compute with so much more padding
+
 
 def evenly_spaced(data: Sized, count: int | None) -> list[int]:
     """The indices ``i * total // count``, the same every time; all indices where ``count`` is None or larger."""
@@ -56,6 +58,20 @@ def collate(
             labels[row, start] = IGNORE_INDEX  # the shift would train the row's first token, from a pad's output
     documents = {"position_ids": position_ids} if packed else {"attention_mask": attention_mask}
     return {"input_ids": input_ids, **documents, "labels": labels}
+
+
+def of_like_length(examples: Sequence[Example]) -> list[list[Example]]:
+    """Sorts rows by length into groups, in each of which padding adds at most ``MOST_PADDING`` to the tokens."""
+    groups: list[list[Example]] = []
+    tokens = 0
+    for example in sorted(examples, key=lambda example: len(example.input_ids)):
+        length = len(example.input_ids)
+        tokens += length
+        if not groups or (len(groups[-1]) + 1) * length > (1 + MOST_PADDING) * tokens:
+            groups.append([])
+            tokens = length
+        groups[-1].append(example)
+    return groups
 
 
 def valid_tokens(batch: Mapping[str, Tensor]) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
 
-from mebp_triton.data.batching import batches, collate
+from mebp_triton.data.batching import batches, collate, of_like_length
 from mebp_triton.data.tokenized import TokenizedData
 
 from .optimizers.schedules import learning_rate
@@ -42,15 +42,26 @@ class Course:
         return learning_rate(step, settings.learning_rate, kind, warmup, self.total_steps(settings))
 
     def micro_batches(
-        self, data: TokenizedData, settings: TrainConfig, step: int, processes: Processes, pad_token_id: int
+        self,
+        data: TokenizedData,
+        settings: TrainConfig,
+        step: int,
+        processes: Processes,
+        pad_token_id: int,
+        are_joined: Callable[[], bool] = lambda: False,
     ) -> Iterator[list[dict[str, Tensor]]]:
-        """Yields the micro-batches of ``step`` and of each later one: this process's, every ``size``-th of all."""
+        """Yields the micro-batches of ``step`` and of each later one: this process's, every ``size``-th of all.
+
+        Args:
+            are_joined: asked at each step whether its micro-batches are to be one, or a few if lengths differ much.
+        """
         epochs = None if settings.max_steps else settings.num_train_epochs
         size = settings.per_device_train_batch_size
         stream = batches(data, size, settings.seed, start_batch=step * self.per_step, epochs=epochs)
         while True:
             own = islice(islice(stream, self.per_step), processes.rank, None, processes.size)
-            yield [collate(examples, pad_token_id) for examples in own]
+            groups = of_like_length([example for batch in own for example in batch]) if are_joined() else own
+            yield [collate(examples, pad_token_id) for examples in groups]
 
     def check_same_steps(self, before: TrainConfig, now: TrainConfig, step: int, run: Path) -> None:
         """Checks that the first ``step`` steps are the same ones by both settings, which differ in length alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ class RunSettings(TrainConfig):
     optimizer_state: Residency
     recompute_granularity: Granularity
     mlp_chunk_tokens: int
+    join_micro_batches: bool
     return_freed_memory: bool
 
 
@@ -42,4 +44,11 @@ def resolve(asked: TrainConfig, **chosen: Any) -> RunSettings:
     for name, facts in FACTS.items():
         if values[name] is None:
             values[name] = facts.on_cpu if values["device"] == "cpu" else facts.on_gpu
+    if values["join_micro_batches"] is None:
+        values["join_micro_batches"] = values["gradient_accumulation_steps"] > 1 and are_paged(values)
     return RunSettings(**values)
+
+
+def are_paged(settings: Mapping[str, Any]) -> bool:
+    """Whether blocks' weights are brought in for each pass: a CPU computes with those in host memory where they lie."""
+    return settings["weights"] == "file" or (settings["weights"] == "host" and settings["device"] != "cpu")

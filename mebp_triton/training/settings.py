@@ -137,6 +137,11 @@ class TrainConfig:
         on_gpu=0,
         chosen=True,
     )
+    join_micro_batches: bool | None = setting(
+        None,
+        "a step's micro-batches go through each block together, so weights are read once (default: if they are paged)",
+        chosen=True,
+    )
     optimizer_in_backward: bool = setting(False, "step each block as soon as its gradients exist, and free them")
     return_freed_memory: bool | None = setting(
         None,

@@ -151,7 +151,8 @@ class Trainer:
             return results
 
     def _steps(self, on_step: Callable[[StepResult], None], should_stop: Callable[[], int]) -> Iterator[StepResult]:
-        stream = self.course.micro_batches(self.data, self.config, self.step, self.processes, self.pad_token_id)
+        place = self.step, self.processes, self.pad_token_id
+        stream = self.course.micro_batches(self.data, self.config, *place, self._joins_micro_batches)
         if self._evaluate_if_due() and (self.finished or self.stopped):
             self.checkpoint.save(self.position)
         self._forget_measurements()
@@ -171,6 +172,12 @@ class Trainer:
             if self.stopped or self.step % self.config.save_steps == 0 or self.finished:
                 self.checkpoint.save(self.position)
             yield result
+
+    def _joins_micro_batches(self) -> bool:
+        """Whether the micro-batches of the next step go through the model as one, whose blocks take them in chunks."""
+        engine = self.model.mebp.engine
+        chunks = engine.block_rows is not None and engine.row_places is not None
+        return self.config.join_micro_batches and chunks
 
     def _evaluate_if_due(self) -> bool:
         """Makes the evaluation that is due after this step, if any; says whether it did."""

@@ -5,7 +5,15 @@ import pytest
 import torch
 from texts import rows, text_data
 
-from mebp_triton.data.batching import batches, batches_per_epoch, collate, epoch_order, evenly_spaced, valid_tokens
+from mebp_triton.data.batching import (
+    batches,
+    batches_per_epoch,
+    collate,
+    epoch_order,
+    evenly_spaced,
+    of_like_length,
+    valid_tokens,
+)
 from mebp_triton.data.tokenized import Example
 
 
@@ -47,6 +55,16 @@ def test_collate_goes_by_position(pad):
     assert valid_tokens(batch) == valid_tokens(left) == 3 + 2
     with pytest.raises(ValueError, match="padding_side must be 'left' or 'right', got 'top'"):
         collate([long], pad, padding_side="top")
+
+
+def test_groups_of_like_length():
+    examples = [example([1] * length) for length in (8, 2, 9, 1, 10, 7)]
+    groups = of_like_length(examples)
+    assert [[len(one.input_ids) for one in group] for group in groups] == [[1], [2], [7, 8, 9, 10]]
+    for group in groups:
+        tokens = [len(one.input_ids) for one in group]
+        assert len(tokens) * max(tokens) <= 1.25 * sum(tokens)
+    assert of_like_length([]) == [] and of_like_length(examples[:1]) == [examples[:1]]
 
 
 def test_gradients_do_not_depend_on_padding():

@@ -70,6 +70,7 @@ def train(store: str, settings: RunSettings) -> None:
             scratch_directory=directory,
             recompute_granularity=settings.recompute_granularity,
             mlp_chunk_tokens=settings.mlp_chunk_tokens,
+            block_rows=settings.per_device_train_batch_size if settings.join_micro_batches else None,
         )
         vocabulary = model.config.get_text_config().vocab_size
         rows = settings.max_steps * settings.per_device_train_batch_size * settings.gradient_accumulation_steps

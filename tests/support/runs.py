@@ -123,6 +123,8 @@ def trainer(store: Path, data: TokenizedData, output: Path, resume: bool = False
     lora = config.lora()
     assert config.weights and config.checkpoints
     places: dict[str, Any] = {"weights": config.weights, "checkpoints": config.checkpoints}
+    if config.join_micro_batches:
+        places["block_rows"] = config.per_device_train_batch_size
     model = load(store, lora, seed=config.seed, scratch_directory=output, **places, **options)
     return Trainer(model, data, config, run, processes=processes)
 

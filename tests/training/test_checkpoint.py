@@ -67,7 +67,7 @@ def copied(interrupted, tmp_path):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(store, data, straight, copied, residency):
     places = dict.fromkeys(("weights", "checkpoints", "optimizer_state"), residency)
     torch.manual_seed(12345)  # a new process has another random state
-    made = resumed(store, data, copied.directory, **DEMANDING, **places)
+    made = resumed(store, data, copied.directory, **DEMANDING, **places, join_micro_batches=True)
     assert made.step == 4 and made.selection.step == 4
     assert [row["step"] for row in made.run.read_metrics()] == [0, 1, 2, 3]
     made.train()
@@ -172,6 +172,7 @@ CHANGES = {
     "optimizer_state": "host",
     "recompute_granularity": "selective",
     "mlp_chunk_tokens": 64,
+    "join_micro_batches": False,
     "optimizer_in_backward": True,
     "return_freed_memory": True,
     "memory_budget": "1GiB",

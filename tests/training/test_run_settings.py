@@ -18,7 +18,9 @@ def test_no_choice_is_left_open():
     assert not [name for name in (*OPEN, "device") if getattr(settings, name) is None]
     assert all(FACTS[name].on_gpu is not None for name in OPEN)
     declared = RunSettings.__annotations__
-    assert declared.keys() == {*OPEN, "device"} and not [name for name in declared if "None" in declared[name]]
+    assert declared.keys() == {*OPEN, "device", "join_micro_batches"} and not [
+        name for name in declared if "None" in declared[name]
+    ]
 
 
 def test_what_is_chosen_wins_over_what_was_asked_and_that_over_the_machine():
@@ -58,6 +60,18 @@ def test_on_a_gpu_everything_lies_there(monkeypatch):
     assert resolve_device("cuda:1") == "cuda:1"
     with pytest.raises(ValueError, match="device 'cuda:2' is not here: torch sees 2 GPUs"):
         resolve_device("cuda:2")
+
+
+def test_micro_batches_are_joined_where_weights_are_paged(monkeypatch):
+    def joined(**asked):
+        return resolve(TrainConfig(**{"gradient_accumulation_steps": 2, "device": "cpu"} | asked)).join_micro_batches
+
+    assert joined() and not joined(gradient_accumulation_steps=1)
+    assert [joined(weights=place) for place in ("device", "host", "file")] == [False, False, True]
+    assert joined(weights="device", join_micro_batches=True) and not joined(join_micro_batches=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert [joined(weights=place, device="cuda") for place in ("device", "host", "file")] == [False, True, True]
 
 
 def test_a_device_that_is_not_here(monkeypatch):

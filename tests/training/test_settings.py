@@ -78,6 +78,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("recompute_granularity", "partial", "one of full, selective"),
     ("mlp_chunk_tokens", -1, "at least 0"),
     ("mlp_chunk_tokens", 64.0, "type int"),
+    ("join_micro_batches", 1, "type bool"),
     ("optimizer_in_backward", 1, "type bool"),
     ("return_freed_memory", "yes", "type bool"),
     ("packing", 1, "type bool"),
@@ -250,6 +251,7 @@ def test_the_lists_that_follow_from_them():
         "optimizer_state",
         "recompute_granularity",
         "mlp_chunk_tokens",
+        "join_micro_batches",
         "return_freed_memory",
     )
     assert set(EVALUATED) == {"validation_file", "max_eval_windows", "max_length"}

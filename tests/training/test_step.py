@@ -11,6 +11,7 @@ from runs import adapter_of, metrics, trainer, word_tokenizer
 
 from mebp_triton.data.batching import collate, valid_tokens
 from mebp_triton.data.loading import load_data
+from mebp_triton.data.packing import pack
 from mebp_triton.system.errors import NotFinite, RunError
 from mebp_triton.training.step import StepInputs
 
@@ -56,9 +57,53 @@ def test_accumulation_over_ragged_rows_is_one_big_batch(store, tmp_path):
             torch.testing.assert_close(adapter_of(other)[name], tensor, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"selection_mode": "exact", "selected_ratio": 0.34, "checkpoints": "host"}, {"optim": "mezo"}, {"packing": True}],
+)
+def test_joined_micro_batches_take_the_same_steps_and_read_weights_once(store, data, tmp_path, settings):
+    """Rows are padded, to a few lengths in a step, or packed."""
+    rows = pack(data, 24) if settings.get("packing") else ragged(tmp_path)
+    wide = {"dtype": torch.float64, "adapter_dtype": torch.float64}
+    made = {}
+    for joined in (False, True):
+        sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "join_micro_batches": joined}
+        output = tmp_path / f"run-{joined}"
+        made[joined] = trainer(store, rows, output, max_steps=3, load_options=wide, **sizes, **settings)
+        made[joined].train()
+        assert made[joined]._joins_micro_batches() == joined
+    names = ("loss", "tokens", "token_accuracy")
+    for ours, theirs in zip(metrics(made[True], *names), metrics(made[False], *names), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+    for name, tensor in adapter_of(made[False]).items():
+        torch.testing.assert_close(adapter_of(made[True])[name], tensor, rtol=0, atol=1e-8)
+    paged = [sum(count for (count,) in metrics(made[joined], "bytes_paged")) for joined in (True, False)]
+    assert 0 < paged[0] < paged[1]
+    if settings.get("packing"):  # rows of one length, so each pass reads the weights once
+        assert paged[1] == 3 * paged[0]
+
+
+def test_weights_are_paged_as_often_as_for_one_micro_batch(store, data, tmp_path):
+    paged = []
+    for count in (1, 4):
+        output = tmp_path / str(count)
+        made = trainer(store, data, output, max_steps=2, gradient_accumulation_steps=count)
+        made.train()
+        paged.append(metrics(made, "bytes_paged", "blocks_forward", "blocks_recompute"))
+    assert paged[0] == paged[1] and paged[0][0][0] > 0
+
+
+def test_a_model_whose_rows_cannot_be_told_apart_takes_its_micro_batches_one_by_one(store, data, tmp_path):
+    made = trainer(store, data, tmp_path / "run", max_steps=1, gradient_accumulation_steps=2)
+    made.model.mebp.engine.row_places = None
+    made.train()
+    assert metrics(made, "blocks_forward") == [(6,)]
+
+
 def test_micro_batches_do_not_wait_for_each_other(store, data, tmp_path):
-    """What waits for a backward pass is gone before the next micro-batch's is kept."""
-    made = trainer(store, data, tmp_path / "run", max_steps=2, gradient_accumulation_steps=3, checkpoints="device")
+    """What waits for a backward pass is gone before the next micro-batch's is kept, unless they are joined."""
+    options = {"gradient_accumulation_steps": 3, "checkpoints": "device", "join_micro_batches": False}
+    made = trainer(store, data, tmp_path / "run", max_steps=2, **options)
     waiting, alive, most = made.model.mebp.engine.block_inputs, [], []
     original = waiting.save
 

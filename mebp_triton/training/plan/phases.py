@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from mebp_triton.blocks.selection import selected_count
-from mebp_triton.layers.int4_module import Int4Module
+from mebp_triton.layers.int4_module import GATHERED, Int4Module
 from mebp_triton.store.manifest import SHARED, block_file
 from mebp_triton.store.table_rows import segment_rows
 from mebp_triton.training.optimizers.table import OPTIMIZERS
@@ -100,13 +100,18 @@ class Sizes:
         self.floats = sum(model.dtype.itemsize * prod(shape) for _, shape in floats)
         others = [module for module in model.model.modules() if not isinstance(module, Int4Module)]
         self.floats += sum(buffer.nbytes for module in others for buffer in module.buffers(recurse=False))
-        tokens = settings.max_length * settings.per_device_train_batch_size
+        tokens = settings.max_length * settings.per_device_train_batch_size * joined(settings)
         self.segment, self.gathered = _table_bytes(inventory, model.tables, tokens)
         self.files = {"store": sum(inventory.sizes.values())}
         if settings.checkpoints == "file" and optimizer.gradients:
             self.files |= {"checkpoints": self.block_inputs, "kept outputs": self.kept_outputs}
         if settings.optimizer_state == "file" and self.state:
             self.files["optimizer state"] = self.state
+
+
+def joined(settings: RunSettings) -> int:
+    """How many micro-batches go through the blocks together."""
+    return settings.gradient_accumulation_steps if settings.join_micro_batches else 1
 
 
 def _sum_of_largest(sizes: list[int], count: int) -> int:
@@ -133,7 +138,7 @@ def _table_bytes(inventory: Inventory, tables: set[str], tokens: int) -> tuple[i
         scales = sum(map(nbytes, tensors.values()))
         rows, row_bytes = packed[1]
         segment = max(segment, min(segment_rows(row_bytes), rows) * row_bytes + scales)
-        gathered = max(gathered, min(nbytes(packed), tokens * (FAULT_AROUND + row_bytes)) + scales)
+        gathered = max(gathered, min(nbytes(packed), min(tokens, GATHERED) * (FAULT_AROUND + row_bytes)) + scales)
     return segment, gathered
 
 

@@ -7,6 +7,7 @@ add what waits in between: block inputs, gradients, moments (``phases``). The pe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from mebp_triton.training.run_settings import RunSettings, resolve
 from mebp_triton.training.settings import TRACED_BY, TrainConfig
 
 from .inventory import Inventory
-from .phases import Phase, Sizes, phases_beside, phases_here
+from .phases import Phase, Sizes, joined, phases_beside, phases_here
 from .traced_model import Traced, TracedModel
 
 RESIDENCIES_OF = ("optimizer_state", "checkpoints", "weights")
@@ -111,7 +112,8 @@ class Planner:
             if key not in self.models:
                 self.models[key] = TracedModel(self.inventory, self.config, settings)
             model = self.models[key]
-            return model, model.run(settings.recompute_granularity, settings.checkpoints, settings.mlp_chunk_tokens)
+            granularity, checkpoints = settings.recompute_granularity, settings.checkpoints
+            return model, model.run(granularity, checkpoints, settings.mlp_chunk_tokens, joined(settings))
         except ValueError:
             raise
         except Exception as error:  # a model's own code may raise anything
@@ -146,7 +148,10 @@ class Planner:
         return selective if kept <= free / 2 else dataclasses.replace(selective, recompute_granularity="full")
 
     def candidates(self, asked: TrainConfig) -> Iterator[RunSettings]:
-        """Yields settings from the fastest to the smallest. What was set by hand stays; results differ by rounding."""
+        """Yields settings from the fastest to the smallest. What was set by hand stays.
+
+        Results differ by rounding; with dropout, micro-batches that are joined draw other masks than others.
+        """
         resolved = resolve(asked)
         on_cpu = resolved.device == "cpu"
         places: list[Residency] = ["device", "file"]
@@ -165,8 +170,8 @@ class Planner:
         if on_cpu and asked.return_freed_memory is None:
             returns = [False, True]
 
-        # First, one kind of tensor after the other moves to a slower place. Only then is more recomputed, is freed
-        # memory returned, and do MLPs run by chunks, which cost more time.
+        # First, one kind of tensor after the other moves to a slower place. Only then is more recomputed, do
+        # micro-batches come one by one, is freed memory returned, and do MLPs run by chunks, which cost more time.
         undecided = [name for name in RESIDENCIES_OF if getattr(asked, name) is None]
         moves: list[dict[str, Any]] = [dict.fromkeys(undecided, places[0])]
         for place in places[1:]:
@@ -174,16 +179,20 @@ class Planner:
                 moves.append(moves[-1] | {name: place})
         for move in moves:
             last = move is moves[-1]
-            for granularity in granularities if last else granularities[:1]:
-                for returned in returns if last else returns[:1]:
-                    for chunk in chunks if last else chunks[:1]:
-                        yield dataclasses.replace(
-                            resolved,
-                            recompute_granularity=granularity,
-                            mlp_chunk_tokens=chunk,
-                            return_freed_memory=returned,
-                            **move,
-                        )
+            joins = [asked.join_micro_batches]
+            if joins == [None]:
+                joins = [resolve(asked, **move).join_micro_batches]
+                joins += [False] if last and joins[0] else []
+            options = (granularities, joins, returns, chunks)
+            for granularity, join, returned, chunk in itertools.product(*options if last else (o[:1] for o in options)):
+                yield dataclasses.replace(
+                    resolved,
+                    recompute_granularity=granularity,
+                    join_micro_batches=bool(join),
+                    mlp_chunk_tokens=chunk,
+                    return_freed_memory=returned,
+                    **move,
+                )
 
     def choose(self, asked: TrainConfig) -> Plan:
         """The plan of the first candidate that stays inside ``asked.memory_budget``.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mebp_triton.blocks.engine import BlockEngine
 from mebp_triton.blocks.mlp_chunks import chunk_mlp
 from mebp_triton.blocks.options import Granularity
+from mebp_triton.blocks.row_chunks import RowPlaces
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.cross_entropy import VOCABULARY_TILE
 from mebp_triton.kernels.panel import CPU_ELEMENTS, GPU_ELEMENTS, Workspace
@@ -26,6 +28,7 @@ from mebp_triton.layers.int4_module import Int4Module, Int4Table
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.build import Builder, Numerics, resolve_targets
 from mebp_triton.models.discover import find_mlps
+from mebp_triton.models.row_places import find_row_places
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.block_inputs import BlockInput, BlockInputStore, DeviceBlockInputs, HostBlockInputs
 from mebp_triton.store.manifest import block_file
@@ -38,6 +41,8 @@ from mebp_triton.training.run_settings import RunSettings
 
 from .inventory import Inventory, ShapesOnly
 from .live_bytes import LiveBytes, traced
+
+MOST_JOINED = 8  # micro-batches that are traced together; a trace takes some tenths of a second for each
 
 
 class _Counted:
@@ -123,6 +128,7 @@ class TracedModel:
     def __init__(self, inventory: Inventory, config: Any, settings: RunSettings) -> None:
         self.settings, self.config = settings, config
         self.mlps: list[str] | None = None
+        self.row_places: Sequence[RowPlaces] | None = None
         self.dtype = COMPUTE_DTYPES[settings.dtype]
         self.model = build_skeleton(copy.deepcopy(config), self.dtype)
         path, stack = find_blocks(self.model)
@@ -144,7 +150,7 @@ class TracedModel:
             builder = Builder(store, self.model, lora, numerics, settings.seed)
         with traced(self.live):
             builder.fill(lambda modules: self._place_tables(store, modules))
-        builder.finish(config)
+        self.loss = builder.finish(config)
         if _runs_kernels(settings.device, self.dtype):
             from mebp_triton.models.fused_operations import install_fused_operations  # which needs the package triton
 
@@ -160,18 +166,34 @@ class TracedModel:
                 if isinstance(module, Int4Table):
                     module.rows = _rows(store, name)
 
-    def run(self, granularity: Granularity, checkpoints: Residency, chunk: int) -> Traced:
+    def run(self, granularity: Granularity, checkpoints: Residency, chunk: int, joined: int = 1) -> Traced:
         """Traces one step; the same arguments get the same result.
 
         Args:
             granularity, checkpoints: as the settings ``recompute_granularity`` and ``checkpoints``.
             chunk: as ``mlp_chunk_tokens``.
+            joined: how many micro-batches go through the blocks together.
         """
-        key = granularity, checkpoints, chunk
+        joined = joined if joined > 1 and self._find_row_places() else 1
+        key = granularity, checkpoints, chunk, joined
+        if joined > MOST_JOINED:
+            half, whole = (
+                self.run(granularity, checkpoints, chunk, count) for count in (MOST_JOINED // 2, MOST_JOINED)
+            )
+            return _extended(half, whole, joined)
         if key not in self.results:
             with self._chunked(chunk), traced(self.live):
-                self.results[key] = self._step(granularity, checkpoints)
+                self.results[key] = self._step(granularity, checkpoints, joined)
         return self.results[key]
+
+    def _find_row_places(self) -> bool:
+        """Finds where blocks have the rows of a batch. Whether they can be told apart; see ``row_places``."""
+        if self.row_places is None:
+            try:
+                self.row_places = find_row_places(self.config, self.path)
+            except ValueError:  # then micro-batches are not joined, as a warning says when the model is loaded
+                self.row_places = []
+        return bool(self.row_places)
 
     @contextmanager
     def _chunked(self, tokens: int) -> Iterator[None]:
@@ -192,7 +214,7 @@ class TracedModel:
             for mlp, kind in zip(mlps, kinds, strict=True):
                 mlp.__class__ = kind
 
-    def _step(self, granularity: Granularity, checkpoints: Residency) -> Traced:
+    def _step(self, granularity: Granularity, checkpoints: Residency, joined: int) -> Traced:
         """Traces one step. Gradients and what waits are taken off every peak: ``Sizes`` adds those of all blocks."""
         on_host, has_backward = self.settings.device == "cpu", OPTIMIZERS[self.settings.optim].gradients
         stores: dict[Residency, BlockInputStore] = {
@@ -202,7 +224,15 @@ class TracedModel:
         }
         waiting, live = _Counted(stores[checkpoints]), self.live
         in_memory = checkpoints == "device" or (checkpoints == "host" and on_host)
-        engine = BlockEngine(self.stack, block_inputs=waiting, keep_outputs=granularity == "selective")
+        rows = self.settings.per_device_train_batch_size if joined > 1 else None
+        engine = BlockEngine(
+            self.stack,
+            block_inputs=waiting,
+            keep_outputs=granularity == "selective",
+            block_rows=rows,
+            row_places=self.row_places,
+        )
+        self.loss.rows = rows
         gradients = [sum(parameter.nbytes for parameter in engine.trainable(index)) for index in range(self.depth)]
         all_gradients = sum(gradients) if has_backward else 0
         peaks: dict[str, list[int]] = {"forward": [], "backward": []}
@@ -222,7 +252,7 @@ class TracedModel:
         try:
             live.restart()
             with nullcontext() if has_backward else torch.no_grad():
-                output = self.model(**self._batch(), use_cache=False)
+                output = self.model(**self._batch(joined), use_cache=False)
             loss = next_peak(0)
             if has_backward:
                 output.loss.backward()
@@ -238,15 +268,18 @@ class TracedModel:
                     parameter.grad = None
         starts = [0, *saved_after[: self.depth - 1]]
         spans = list(zip(starts, saved_after, strict=False))  # a block below the lowest adapted one saves nothing
-        inputs = tuple(waiting.saved[start] if stop > start else 0 for start, stop in spans)
-        outputs = tuple(sum(waiting.saved[start + 1 : stop]) for start, stop in spans)
+        # Each micro-batch saves its own block input first, and they are of one size.
+        inputs = tuple(joined * waiting.saved[start] if stop > start else 0 for start, stop in spans)
+        outputs = tuple(
+            sum(waiting.saved[start:stop]) - size for (start, stop), size in zip(spans, inputs, strict=False)
+        )
         backward = max([*peaks["backward"], below_blocks]) if has_backward else 0
         kept_to_the_end = left > inputs[0] + outputs[0]
         return Traced(max(peaks["forward"]), loss, backward, optimizer, rest, inputs, outputs, kept_to_the_end)
 
-    def _batch(self) -> dict[str, Tensor]:
+    def _batch(self, joined: int) -> dict[str, Tensor]:
         """A batch as ``collate`` makes it. One row alone has no padding, so it comes without a mask."""
-        shape = self.settings.per_device_train_batch_size, self.settings.max_length
+        shape = joined * self.settings.per_device_train_batch_size, self.settings.max_length
         batch = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")}
         if self.settings.packing:
             batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)  # every token a document: a mask is made
@@ -273,6 +306,19 @@ def _runs_kernels(device: str, dtype: torch.dtype) -> bool:
     if device == "cpu" or not has_triton():
         return False
     return not torch.cuda.is_available() or resolve_backend("auto", torch.device(device), dtype) == "triton"
+
+
+def _extended(half: Traced, whole: Traced, joined: int) -> Traced:
+    """What ``joined`` micro-batches take, from what MOST_JOINED and half of them do: each one more takes as much."""
+
+    def extend(small: Any, large: Any) -> Any:
+        if isinstance(large, tuple):
+            return tuple(map(extend, small, large))
+        if isinstance(large, bool):
+            return large
+        return large + (large - small) * (joined - MOST_JOINED) * 2 // MOST_JOINED
+
+    return Traced(*map(extend, dataclasses.astuple(half), dataclasses.astuple(whole)))
 
 
 def _rows(store: Any, name: str) -> StoredRows:

@@ -66,6 +66,21 @@ def test_candidates_go_from_fast_to_small(plans):
         assert other <= changing
 
 
+def test_micro_batches_are_joined_where_weights_are_in_files_and_come_one_by_one_before_chunks(plans):
+    settings = TrainConfig(**SMALL, memory_budget="1GiB", gradient_accumulation_steps=2, return_freed_memory=True)
+    candidates = list(plans.candidates(settings))
+    assert [one.join_micro_batches for one in candidates] == [False] * 3 + [True, False] * 2
+    assert {one.weights for one in candidates if one.join_micro_batches} == {"file"}
+    for by_hand in (True, False):
+        chosen = plans.candidates(dataclasses.replace(settings, join_micro_batches=by_hand))
+        assert {one.join_micro_batches for one in chosen} == {by_hand}
+    needed = [plans.predict(one).needed for one in candidates[3:5]]
+    assert needed[0] > needed[1]
+    assert plans.choose(dataclasses.replace(settings, memory_budget=str(needed[1]))).settings == dataclasses.replace(
+        candidates[4], memory_budget=str(needed[1])
+    )
+
+
 def test_where_host_and_device_memory_are_one_nothing_is_copied_to_the_host(plans, monkeypatch):
     settings = TrainConfig(**SMALL | {"device": "cuda"}, memory_budget="1GiB")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -168,7 +183,7 @@ RUNS = [
         | {
             "selection_mode": "identity",
             "selected_ratio": 0.34,
-            "gradient_accumulation_steps": 2,
+            "gradient_accumulation_steps": 4,  # joined, since weights are in files
             "mlp_chunk_tokens": 64,
         },
     ),

@@ -41,6 +41,32 @@ def test_a_trace_holds_no_bytes_and_leaves_nothing_changed(store):
     assert first.block_input == (4 * tokens * hidden,) * 2
 
 
+def test_micro_batches_that_are_joined_add_their_block_inputs_and_what_is_as_large(store, monkeypatch):
+    """What they add is found by a few of them, where there are many: by two and four here."""
+    changes = {"dtype": "float32", "max_length": 32}
+    one, two, five = (traced(store, **changes).run("selective", "file", 0, joined) for joined in (1, 2, 5))
+    assert five.block_input == tuple(5 * size for size in one.block_input)
+    assert five.outputs == tuple(5 * size for size in one.outputs)
+    for name in ("forward", "loss", "backward"):
+        more = (getattr(five, name) - getattr(two, name)) / 3
+        assert 0 < more < 12 * one.block_input[0], f"{name}: a micro-batch is in its block alone"
+    monkeypatch.setattr(traced_model, "MOST_JOINED", 4)
+    found = traced(store, **changes).run("selective", "file", 0, 5)
+    assert found.block_input == five.block_input and found.outputs == five.outputs
+    for name in ("forward", "loss", "backward"):
+        assert getattr(found, name) == pytest.approx(getattr(five, name), rel=0.05)  # buffers grow by the first trace
+
+
+def test_rows_that_cannot_be_told_apart_are_traced_one_micro_batch_at_a_time(store, monkeypatch):
+    model = traced(store)
+    monkeypatch.setattr(traced_model, "find_row_places", refuse)
+    assert model.run("full", "device", 0, 4) is model.run("full", "device", 0)
+
+
+def refuse(*_):
+    raise ValueError("no rows")
+
+
 def test_a_model_whose_code_does_not_run_without_data(store, monkeypatch):
     def failing(*args, **kwargs):
         raise RuntimeError("no data\nhere")
