@@ -219,11 +219,18 @@ class Builder:
             self.head.set_int4(table.int4())
             self.head.rows, self.head.device = table.rows, table.device
 
-    def finish(self, config: Any) -> OnePassLoss:
-        """Joins adapted layers that read one input, and installs the loss that needs no logits."""
+    def finish(self, config: Any, rows: int | None = None) -> OnePassLoss:
+        """Joins adapted layers that read one input, and installs the loss that needs no logits.
+
+        Args:
+            config: the model's.
+            rows: as in ``OnePassLoss``.
+        """
         if self.lora is not None:
             join_shared_inputs(self.model, config)
-        return install_loss(self.model, self.head)
+        loss = install_loss(self.model, self.head)
+        loss.rows = rows
+        return loss
 
     def swap(self, name: str, module: Any) -> Any:
         """Puts ``module`` in the place of the model's module ``name``, and returns it."""

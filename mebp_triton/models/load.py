@@ -117,8 +117,7 @@ def load(
     builder = Builder(opened, model, adapters, numerics, seed)
     placement = _Placement(opened, path, len(stack), weights, numerics.device)
     builder.fill(placement.place)
-    loss = builder.finish(config)
-    loss.rows = block_rows
+    loss = builder.finish(config, block_rows)
     for module in (builder.head, *builder.modules.values()):
         module.borrowed = True
     _decode_tables(builder, head == "float", embedding == "float")
