@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -38,6 +38,21 @@ class StubDriver:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
+
+
+class StubKernel(CompiledKernel):
+    """Stands for a compiled kernel that is loaded, whose launch is counted alone."""
+
+    def __init__(self, device: StubDevice, name: str) -> None:
+        self.module, self._module_pid = True, -1
+        self.src = self.function = self.packed_metadata = None
+        self.device, self.name = device, name
+        self._run = self.counted
+
+    def counted(self, *_: Any) -> None:
+        if driver._active is not self.device.driver:
+            raise RuntimeError(f"{self.name} was launched after its stub device was left")
+        self.device.launched(self.name)
 
 
 class StubDevice(AbstractContextManager["StubDevice"]):
@@ -75,12 +90,7 @@ class StubDevice(AbstractContextManager["StubDevice"]):
         """What stands for a compiled kernel from now on."""
         # A compilation finds the global values that a kernel reads, which each launch compares with what they were.
         name, _ = function.__name__, function.cache_key
-        kernel = SimpleNamespace(
-            function=None,
-            packed_metadata=None,
-            launch_metadata=lambda grid, stream, *arguments: None,
-            run=lambda *arguments: self.launched(name),
-        )
+        kernel = StubKernel(self, name)
         function.device_caches[0][0][key] = kernel
         self.functions.add(function)
         return kernel

@@ -1,8 +1,13 @@
-"""Parts that all launches share: a weight's arguments, and checks of the operands."""
+"""Parts that all launches share: a weight's arguments, checks of the operands, and launches that are known already.
+
+Triton looks at every argument of a launch to find its compiled kernel, which takes the host longer than to launch it.
+A model makes the same launches in every step, so a group of weights remembers those that were made of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .configs import MOST_MEMBERS
 from .layout import TENSORS, Int4Weight
 
+# Launches that a group remembers. Each number of tokens has launches of its own.
+MOST_KNOWN = 512
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -91,6 +98,10 @@ def check_operand(name: str, tensor: Tensor, shape: tuple[int, ...], device: tor
 
 def can_group(weights: Sequence[Int4Weight]) -> bool:
     """Whether one launch can take these weights with one input: they may differ in nothing but their rows."""
+    return group_of(weights) is not None
+
+
+def _alike(weights: Sequence[Int4Weight]) -> bool:
     if not 1 <= len(weights) <= MOST_MEMBERS:
         return False
     kinds = {
@@ -106,3 +117,91 @@ def can_group(weights: Sequence[Int4Weight]) -> bool:
         for weight in weights
     }
     return len(kinds) == 1
+
+
+@dataclass(frozen=True)
+class Known:
+    """A launch that was made before.
+
+    Attributes:
+        kernel: what was compiled for it.
+        arguments: all of them in order; None for the operands, which differ from call to call.
+        places: where the operands stand among them.
+        grid: programs along three axes.
+    """
+
+    kernel: Any
+    arguments: list[Any]
+    places: tuple[int, ...]
+    grid: tuple[int, int, int]
+
+
+class Group:
+    """Weights that one launch takes together, and the launches that were made of them.
+
+    Args:
+        weights: at most three, which are alike. The first one keeps the group, and is not kept by it.
+
+    Attributes:
+        sizes: the out-features of each. n: of all together.
+    """
+
+    def __init__(self, weights: Sequence[Int4Weight]) -> None:
+        self.others = tuple(weights[1:])
+        self.sizes = [weight.out_features for weight in weights]
+        self.n = sum(self.sizes)
+        self.known: dict[Any, Known] = {}
+
+    def launch(
+        self,
+        kernel: Any,
+        key: tuple[Any, ...],
+        operands: dict[str, Any],
+        new: Callable[[], tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]],
+    ) -> None:
+        """Launches ``kernel``, by a known launch where there is one.
+
+        Args:
+            key: what grid, arguments and options follow from, besides the group and the operands.
+            operands: the arguments that are tensors, or tuples of tensors, of this call, by name.
+            new: the grid, all arguments and the options of the launch.
+        """
+        # Whatever stands for a launch, such as the emulator or the interpreter, is never passed over.
+        key = (type(kernel).run, id(kernel), *key, *map(_signature, operands.values()))
+        known = self.known.get(key)
+        if known is not None:
+            arguments = known.arguments.copy()
+            for place, operand in zip(known.places, operands.values(), strict=True):
+                arguments[place] = operand
+            known.kernel[known.grid](*arguments)
+            return
+        grid, given, options = new()
+        compiled = kernel[grid](**given, **options)
+        if isinstance(compiled, triton.compiler.CompiledKernel):
+            names = kernel.arg_names
+            places = tuple(names.index(name) for name in operands)
+            arguments = [None if name in operands else given[name] for name in names]
+            if len(self.known) >= MOST_KNOWN:
+                self.known.clear()
+            self.known[key] = Known(compiled, arguments, places, (*grid, 1, 1)[:3])
+
+
+def _signature(operand: Any) -> Any:
+    """What a compiled kernel and its arguments depend on, of a tensor or of a tuple of tensors."""
+    if operand is None:
+        return None
+    if isinstance(operand, tuple):
+        return tuple(map(_signature, operand))
+    return operand.dtype, operand.shape, operand.stride(), operand.data_ptr() % 16
+
+
+def group_of(weights: Sequence[Int4Weight]) -> Group | None:
+    """The group that these weights make; None if one launch cannot take them together."""
+    groups = weights[0].groups if weights else {}
+    key = tuple(map(id, weights[1:]))
+    found = groups.get(key)
+    if found is None or found.others != tuple(weights[1:]):
+        if not _alike(weights):
+            return None
+        found = groups[key] = Group(weights)
+    return found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .configs import Problem, TileConfig, default_config, power_of_two_at_least
 from .decode import unpack_centred
-from .launch import can_group, check_operand, of_members, runs_compiled, weight_arguments
+from .launch import Group, check_operand, group_of, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
 from .weight_tiles import float_scales, load_planes, packed_planes, plane_columns, select, weight_of
@@ -310,11 +310,11 @@ def int4_matmul_group_triton(
     Raises:
         ValueError: the weights cannot share a launch, or shapes, dtypes or devices do not fit together.
     """
-    if not can_group(weights):
+    group = group_of(weights)
+    if group is None:
         raise ValueError(f"{len(weights)} weights cannot share a launch: see can_group")
-    k, device = weights[0].in_features, weights[0].device
-    sizes = [weight.out_features for weight in weights]
-    m, n = x.shape[0], sum(sizes)
+    head, n = weights[0], group.n
+    m, k, device = x.shape[0], head.in_features, head.device
     check_operand("x", x, (m, k), device)
     if bias is not None:
         check_operand("bias", bias, (n,), device)
@@ -324,18 +324,29 @@ def int4_matmul_group_triton(
         rank = t.shape[-1] // len(weights)
         check_operand("t", t, (m, len(weights) * rank), device)
         check_operand("b", b, (n, rank), device)
-    ys = [torch.empty((m, size), dtype=x.dtype, device=device) for size in sizes]
+    config = config or default_config(_problem(x, group, head))
+    if config.split == 1:
+        ys = [torch.empty((m, size), dtype=x.dtype, device=device) for size in group.sizes]
+    else:  # in one buffer, so that one launch adds up the parts of all
+        flat = torch.empty((m * n,), dtype=x.dtype, device=device)
+        ys = [part.view(m, -1) for part in flat.split([m * size for size in group.sizes])]
     if m * n:
-        problem = Problem("matmul", m, n, k, weights[0].scheme, weights[0].group_size, x.dtype, weights[0].bits)
-        config = config or default_config(problem)
-        if not config.suits(problem):
-            raise ValueError(f"{config} does not suit {problem}")
-        blocks_n = sum(triton.cdiv(size, config.block_n) for size in sizes)
         outs = parts_of(ys, config.split)
+
+        def new() -> tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]:
+            if not config.suits(problem := _problem(x, group, head)):
+                raise ValueError(f"{config} does not suit {problem}")
+            blocks_n = sum(-(-size // config.block_n) for size in group.sizes)
+            arguments = matmul_arguments(x, weights, bias, t, b, outs, config)
+            return (-(-m // config.block_m) * blocks_n, config.split), arguments, config.launch_options()
+
+        operands = {"x_ptr": x, "bias_ptr": bias, "t_ptr": t, "b_ptr": b, "y_of": of_members(outs)}
         with torch.cuda.device_of(x):
-            _matmul_kernel[(triton.cdiv(m, config.block_m) * blocks_n, config.split)](
-                **matmul_arguments(x, weights, bias, t, b, outs, config),
-                **config.launch_options(),
-            )
-        sum_parts(outs, ys, config.split)
+            group.launch(_matmul_kernel, (config, m), operands, new)
+        if config.split > 1:
+            sum_parts(outs[:1], [flat], config.split)
     return ys
+
+
+def _problem(x: Tensor, group: Group, head: Int4Weight) -> Problem:
+    return Problem("matmul", x.shape[0], group.n, head.in_features, head.scheme, head.group_size, x.dtype, head.bits)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .configs import Problem, TileConfig, default_config, power_of_two_at_least
 from .decode import decode_planes
-from .launch import can_group, check_operand, column_stride, of_members, runs_compiled, weight_arguments
+from .launch import check_operand, column_stride, group_of, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
 from .weight_tiles import join_planes, load_codes, select, to_bank_order, to_column_order, weight_of
@@ -307,7 +307,8 @@ def int4_matmul_dx_group_triton(
     Raises:
         ValueError: the weights cannot share a launch, or shapes, dtypes or devices do not fit together.
     """
-    if not can_group(weights) or len(dys) != len(weights):
+    group = group_of(weights)
+    if group is None or len(dys) != len(weights):
         raise ValueError(f"{len(dys)} gradients and {len(weights)} weights cannot share a launch: see can_group")
     k, device = weights[0].in_features, weights[0].device
     m, dtype = dys[0].shape[0], dys[0].dtype
@@ -324,16 +325,19 @@ def int4_matmul_dx_group_triton(
         dys = [dy.contiguous() for dy in dys]
     dx = torch.empty((m, k), dtype=dtype, device=device)
     if dx.numel():
-        n = sum(weight.out_features for weight in weights)
-        problem = Problem("matmul_dx", m, n, k, weights[0].scheme, weights[0].group_size, dtype, weights[0].bits)
+        head = weights[0]
+        problem = Problem("matmul_dx", m, group.n, k, head.scheme, head.group_size, dtype, head.bits)
         config = config or default_config(problem)
-        if not config.suits(problem):
-            raise ValueError(f"{config} does not suit {problem}")
         (out,) = parts_of([dx], config.split)
+
+        def new() -> tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]:
+            if not config.suits(problem):
+                raise ValueError(f"{config} does not suit {problem}")
+            arguments = matmul_dx_arguments(dys, weights, g, a, out, config)
+            return (-(-m // config.block_m) * -(-k // config.block_k), config.split), arguments, config.launch_options()
+
+        operands = {"dy_of": of_members(dys), "g_ptr": g, "a_ptr": a, "dx_ptr": out}
         with torch.cuda.device_of(dx):
-            _matmul_dx_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(k, config.block_k), config.split)](
-                **matmul_dx_arguments(dys, weights, g, a, out, config),
-                **config.launch_options(),
-            )
+            group.launch(_matmul_dx_kernel, (config, m), operands, new)
         sum_parts([out], [dx], config.split)
     return dx
