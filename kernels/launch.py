@@ -176,6 +176,7 @@ class Group:
             known.kernel[known.grid](*arguments)
             return
         grid, given, options = new()
+        assert "enable_fp_fusion" in options  # versions of Triton differ in whether they fuse
         compiled = kernel[grid](**given, **options)
         if isinstance(compiled, triton.compiler.CompiledKernel):
             names = kernel.arg_names

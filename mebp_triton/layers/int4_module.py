@@ -32,6 +32,7 @@ class Int4Module(nn.Module):
     backend: str
     compute_dtype: torch.dtype
     borrowed: bool = False
+    _made: Int4Weight | None = None
 
     def _init_int4(self, weight: Int4Weight, compute_dtype: torch.dtype, backend: str) -> None:
         self.out_features, self.in_features = weight.shape
@@ -49,6 +50,10 @@ class Int4Module(nn.Module):
         self._set_packed(weight.packed)
         for name in TENSORS[1:]:
             self._buffers[name] = getattr(weight, name)
+        self._keep(weight)
+
+    def _keep(self, weight: Int4Weight | None) -> None:
+        vars(self)["_made"] = weight  # as an attribute: ``Module.__setattr__`` would look through all it has
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.borrowed:
@@ -57,8 +62,12 @@ class Int4Module(nn.Module):
             if "weight" in self._parameters:  # the parameter is the copy's own: ``to`` changes it in place
                 memo[id(self.weight)] = nn.Parameter(self._packed(), requires_grad=False)
         made = memo[id(self)] = self.__new__(type(self))
-        vars(made).update(copy.deepcopy(vars(self), memo))
+        vars(made).update(copy.deepcopy(self.__getstate__(), memo))
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for a copy, which makes a weight of its own of the tensors that it has."""
+        return vars(self) | {"_made": None}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.borrowed:
@@ -70,6 +79,7 @@ class Int4Module(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves the int4 tensors, but keeps their dtypes: ``model.to(dtype)`` must not turn codes into floats."""
+        self._keep(None)
         own = {id(self._buffers[name]) for name in self.INT4_BUFFERS if self._buffers.get(name) is not None}
 
         def move(tensor: Tensor) -> Tensor:
@@ -89,9 +99,18 @@ class Int4Module(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def int4(self) -> Int4Weight:
-        """The weight made of the tensors that are in place now."""
-        others: dict[str, Any] = {name: self._buffers[name] for name in TENSORS[1:]}
-        return Int4Weight(self._packed(), in_features=self.in_features, group_size=self.group_size, **others)
+        """The weight made of the tensors that are in place now: the same object for as long as they are the same."""
+        made = self._made
+        if made is None or torch.compiler.is_compiling() or not self._is_in_place(made):
+            others: dict[str, Any] = {name: self._buffers[name] for name in TENSORS[1:]}
+            made = Int4Weight(self._packed(), in_features=self.in_features, group_size=self.group_size, **others)
+            self._keep(made)
+        return made
+
+    def _is_in_place(self, weight: Int4Weight) -> bool:
+        # Whoever writes to ``.data`` gives a parameter other memory, but does not make it another object.
+        storage = self._packed().untyped_storage()._cdata == weight.packed.untyped_storage()._cdata
+        return storage and all(self._buffers[name] is getattr(weight, name) for name in TENSORS[1:])
 
 
 class RowSource(Protocol):
@@ -238,7 +257,8 @@ def restore_embedding(table: Int4Embedding) -> nn.Parameter:
     weight, kind = nn.Parameter(table.decoded_weight(), requires_grad=False), type(table).__bases__[0]
     for name in Int4Module.INT4_BUFFERS:
         module._buffers.pop(name, None)
-    for name in ("rows", "device", "borrowed", "in_features", "out_features", "group_size", "backend", "compute_dtype"):
+    added = ("rows", "device", "borrowed", "_made")
+    for name in (*added, "in_features", "out_features", "group_size", "backend", "compute_dtype"):
         vars(module).pop(name, None)
     module.__class__ = nn.Embedding if kind is Int4Embedding else kind
     module.weight = weight

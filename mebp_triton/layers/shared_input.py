@@ -66,7 +66,7 @@ class SharedInput:
         """All tensors that the outputs depend on."""
         tensors = [x]
         for member in self.layers:
-            own = (member.lora_A, member.lora_B, member.weight, member.bias, *member._buffers.values())
+            own = (*member._parameters.values(), *member._buffers.values())
             tensors += [tensor for tensor in own if tensor is not None]
         return tensors
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.system.machine import is_unified
 
 from .pages import Pages, WeightHolder
@@ -165,12 +166,16 @@ class ArenaPages(Pages):
         self.store, self.file, self.modules, self.stager, self.host = store, file, modules, stager, host
         self.size = file.data().numel()
         self.depth = 0
+        self._absent = {name: store.weight(name).to("meta") for name in modules}
+        # The weights as views of each arena, by its address, made once: the layers know what they did with them.
+        self._views: dict[int, dict[str, Int4Weight]] = {}
         self._remove_weights()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ArenaPages:
         """The pages of a copy of the model, which shares the bytes in host memory."""
         made = memo[id(self)] = copy.copy(self)
         made.modules, made.stager = copy.deepcopy((self.modules, self.stager), memo)
+        made._views = {}
         return made
 
     def read(self, target: Tensor) -> None:
@@ -191,8 +196,12 @@ class ArenaPages(Pages):
         self.file.mapped.check()
         data = self.stager.acquire(self)
         self.depth = 1
+        views = self._views.get(data.data_ptr())
+        if views is None:
+            views = {name: self.store.weight(name, data) for name in self.modules}
+            self._views[data.data_ptr()] = views
         for name, module in self.modules.items():
-            module.set_int4(self.store.weight(name, data))
+            module.set_int4(views[name])
 
     def __exit__(self, *_: object) -> None:
         self.depth -= 1
@@ -205,4 +214,4 @@ class ArenaPages(Pages):
     def _remove_weights(self) -> None:
         """Leaves only shapes in the modules: using one outside of its block is an error, not another block's weight."""
         for name, module in self.modules.items():
-            module.set_int4(self.store.weight(name).to("meta"))
+            module.set_int4(self._absent[name])

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from mebp_triton.kernels.accuracy import normal, random_weight
+from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.functions import int4_matmul
+from mebp_triton.kernels.matmul import int4_matmul_group_triton
+from mebp_triton.kernels.matmul_dx import int4_matmul_dx_group_triton
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.kernels.tables import architecture_of
 
@@ -26,6 +29,62 @@ def test_launches_are_counted_and_nothing_runs(stub_device):
         assert int4_matmul(x, weight, backend="triton").shape == (33, 96)
         int4_matmul(x, weight, backend="triton")
     assert names[: len(names) // 2] == names[len(names) // 2 :] and names[0] == "_matmul_kernel"
+
+
+def offset(tensor, elements):
+    """The same numbers, so many elements after an aligned address."""
+    return torch.cat([torch.zeros(elements, dtype=tensor.dtype), tensor.flatten()])[elements:].view(tensor.shape)
+
+
+def members(count):
+    weights = [random_weight(96, 128, CPU, "affine", scale_dtype=torch.int8) for _ in range(count)]
+    x, t, b = (
+        normal(*shape, dtype=torch.bfloat16, device=CPU) for shape in ((33, 128), (33, 8 * count), (96 * count, 8))
+    )
+    return weights, x, t, b
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("split", [1, 4])
+def test_a_known_launch_passes_what_triton_would(stub_device, monkeypatch, count, split):
+    weights, x, t, b = members(count)
+    config = TileConfig(16, 16, 64, split=split)
+    passed, compiled = [], []
+
+    def counted(kernel, *given):  # the grid, six things of Triton's own, the kernel's arguments
+        passed.append((kernel.name, *given[:3], *given[9:]))
+
+    monkeypatch.setattr(stub_device.StubKernel, "counted", counted)
+    own = stub_device.StubDevice.compiled
+    monkeypatch.setattr(stub_device.StubDevice, "compiled", lambda *given: compiled.append(given[2]) or own(*given))
+
+    def launches(x, t, b):
+        passed.clear()
+        ys = int4_matmul_group_triton(x, weights, None, t, b, config)
+        int4_matmul_dx_group_triton([y.clone() for y in ys], weights, t, b.new_zeros(8 * count, 128), config)
+        return [
+            [part if part is None or type(part) in (int, bool) else describe(part) for part in one] for one in passed
+        ]
+
+    def describe(part):
+        if isinstance(part, tuple):
+            return tuple(map(describe, part))
+        return (part.dtype, part.shape, part.stride()) if isinstance(part, torch.Tensor) else part
+
+    with stub_device.StubDevice(90):
+        first = launches(x, t, b)
+        count_of_first = len(compiled)
+        assert launches(x.clone(), t.clone(), b.clone()) == first and len(compiled) == count_of_first
+        # The operands of the call are passed, and not those of the call before it.
+        pointers = [part for one in passed for part in one if isinstance(part, torch.Tensor)]
+        assert not any(part is own for part in pointers for own in (x, t, b))
+        # What Triton compiles for, and what a launch reads of an operand besides its address.
+        for given in ((offset(x, 1), t, b), (x.float(), t, b), (x, t[:, : 4 * count], b[:, :4]), (x[:17], t[:17], b)):
+            before = len(compiled)
+            assert launches(*given) != first or len(compiled) > before
+        for group in (weight.groups for weight in weights):
+            group.clear()
+        assert launches(x, t, b) == first
 
 
 def test_afterwards_the_cpu_has_no_triton(stub_device):

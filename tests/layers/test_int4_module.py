@@ -181,3 +181,21 @@ def test_what_does_not_fit_is_torchs_to_refuse():
 def test_moved_and_cast_at_once():
     module = Int4Linear(make_weight(), None, torch.float32).to("meta", torch.bfloat16)
     assert (module.scales.device.type, module.scales.dtype) == ("meta", torch.float16)
+
+
+def test_the_weight_is_made_anew_when_and_only_when_its_tensors_are_others():
+    """By replacing a parameter or a buffer, by writing to ``.data``, by moving the module, by a copy of it."""
+    module, other = Int4Linear(make_weight(), None, torch.float32), make_weight(seed=1)
+    first = module.int4()
+    assert module.int4() is first and torch.equal(first.packed, module.weight)
+    module.weight.data = other.packed
+    assert module.int4().packed.data_ptr() == other.packed.data_ptr()
+    module._buffers["scales"] = other.scales
+    assert module.int4().scales is other.scales
+    module.weight = nn.Parameter(first.packed, requires_grad=False)
+    assert module.int4().packed.data_ptr() == first.packed.data_ptr()
+    assert copy.deepcopy(module).int4().packed.data_ptr() != first.packed.data_ptr()
+    module.set_int4(other)
+    assert module.int4() is other
+    module.to("meta")
+    assert module.int4().device.type == "meta" and module.int4() is not other
