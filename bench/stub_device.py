@@ -18,6 +18,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from mebp_triton.kernels.launch import forget_launches
 from mebp_triton.kernels.tables import architecture_of
 
 
@@ -77,14 +78,19 @@ class StubDevice(AbstractContextManager["StubDevice"]):
 
         driver.set_active(self.driver)
         JITFunction._do_compile = compiled  # type: ignore[method-assign]
-        architecture_of.cache_clear()
+        self._forget()
         return self
 
     def __exit__(self, *_: object) -> None:
         driver._active, JITFunction._do_compile = self._saved
         for function in self.functions:
             function.device_caches.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Makes the kernels' own code look again at what the driver is."""
         architecture_of.cache_clear()
+        forget_launches()
 
     def compiled(self, function: JITFunction, key: str) -> Any:
         """What stands for a compiled kernel from now on."""

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLOAT_DTYPES, has_data
+from .launch import FLOAT_DTYPES, has_data, known
 from .reference import Activation
 
 BLOCK = 1024
@@ -110,7 +110,7 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
 
 
 def _grid(rows: Tensor) -> tuple[int]:
-    return (rows.shape[0] * triton.cdiv(rows.shape[1], BLOCK),)
+    return (rows.shape[0] * -(-rows.shape[1] // BLOCK),)
 
 
 class _GatedActivation(torch.autograd.Function):
@@ -154,7 +154,7 @@ def gated_activation_triton(gate: Tensor, up: Tensor, kind: Activation = "silu")
     if has_data(y):
         gates, ups = _rows(gate, up)
         with torch.cuda.device_of(gate):
-            _gated_activation_kernel[_grid(gates)](
+            known(_gated_activation_kernel)[_grid(gates)](
                 gates,
                 ups,
                 y,
@@ -185,7 +185,7 @@ def gated_activation_backward_triton(
     if has_data(dgate):
         gates, ups, dys = _rows(gate, up, dy)
         with torch.cuda.device_of(gate):
-            _gated_activation_backward_kernel[_grid(gates)](
+            known(_gated_activation_backward_kernel)[_grid(gates)](
                 gates,
                 ups,
                 dys,

@@ -6,6 +6,7 @@ A model makes the same launches in every step, so a group of weights remembers t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .configs import MOST_MEMBERS
 from .layout import TENSORS, Int4Weight
 
-# Launches that a group remembers. Each number of tokens has launches of its own.
-MOST_KNOWN = 512
+# Launches that are remembered. Each number of tokens has launches of its own.
+MOST_KNOWN = 1024
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -185,6 +186,54 @@ class Group:
             if len(self.known) >= MOST_KNOWN:
                 self.known.clear()
             self.known[key] = Known(compiled, arguments, places, (*grid, 1, 1)[:3])
+
+
+class Launcher:
+    """See ``known``."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(_launch, self.kernel, grid)
+
+
+def known(kernel: Any) -> Launcher:
+    """``known(kernel)[grid](...)`` launches as ``kernel[grid](...)`` does, by a known launch where there is one."""
+    return Launcher(kernel)
+
+
+# Launches that ``known`` remembers, by kernel and arguments: what was compiled, and the names of arguments by keyword.
+_KNOWN: dict[Any, tuple[Any, list[str]]] = {}
+
+
+def forget_launches() -> None:
+    """Forgets the launches that ``known`` remembers, where Triton's driver is another one from now on."""
+    _KNOWN.clear()
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **named: Any) -> None:
+    first = arguments[0] if arguments else next(iter(named.values()))  # pointers come first
+    device = (first[0] if isinstance(first, tuple) else first).get_device()
+    # Whatever stands for a launch, such as the emulator or the interpreter, is never passed over.
+    key = (type(kernel).run, id(kernel), device, *map(_kind, arguments), *named, *map(_kind, named.values()))
+    found = _KNOWN.get(key)
+    if found is not None:
+        compiled, names = found
+        compiled[(*grid, 1, 1)[:3]](*arguments, *[named[name] for name in names])
+        return
+    compiled = kernel[grid](*arguments, **named)
+    if isinstance(compiled, triton.compiler.CompiledKernel):
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = compiled, kernel.arg_names[len(arguments) :]
+
+
+def _kind(argument: Any) -> Any:
+    """What is compiled depends on of an argument: all of a number, the dtype and the alignment of a tensor."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else argument
 
 
 def _signature(operand: Any) -> Any:

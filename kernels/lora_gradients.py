@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MIN_DOT, MOST_MEMBERS, power_of_two_at_least
-from .launch import check_operand, of_members
+from .launch import check_operand, known, of_members
 from .weight_tiles import select
 
 BLOCK_M = 64
@@ -136,10 +136,10 @@ def lora_gradients_triton(lefts: Sequence[Tensor], rights: Sequence[Tensor], out
         alike = left.dtype == lefts[0].dtype and out.dtype == outs[0].dtype
         if not alike or right.dtype != left.dtype or right.stride() != rights[0].stride():
             raise ValueError(f"members differ in a dtype or stride: {left.dtype}, {right.dtype}, {right.stride()}")
-    blocks = sum(triton.cdiv(out.shape[0], BLOCK_N) for out in outs)
+    blocks = sum(-(-out.shape[0] // BLOCK_N) for out in outs)
     if blocks:
         arguments = lora_gradients_arguments(lefts, rights, outs)
         with torch.cuda.device_of(rights[0]):
-            _lora_gradients_kernel[(blocks, triton.cdiv(rank, arguments["BLOCK_R"]))](
+            known(_lora_gradients_kernel)[(blocks, -(-rank // arguments["BLOCK_R"]))](
                 **arguments, num_warps=4, num_stages=4, enable_fp_fusion=False
             )

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import power_of_two_at_least
-from .launch import FLOAT_DTYPES, has_data
+from .launch import FLOAT_DTYPES, has_data, known
 from .reference import NormStyle
 
 # A row is one tile: it is read once and stays in registers.
@@ -185,7 +185,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "t
     if has_data(y):
         options = _options(rows.shape[1])
         with torch.cuda.device_of(x):
-            _rms_norm_kernel[(triton.cdiv(rows.shape[0], options["BLOCK_M"]),)](
+            known(_rms_norm_kernel)[(-(-rows.shape[0] // options["BLOCK_M"]),)](
                 rows,
                 weight.contiguous(),
                 y,
@@ -217,7 +217,7 @@ def rms_norm_dx_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float, style:
     if has_data(dx):
         options = _options(rows.shape[1])
         with torch.cuda.device_of(x):
-            _rms_norm_dx_kernel[(triton.cdiv(rows.shape[0], options["BLOCK_M"]),)](
+            known(_rms_norm_dx_kernel)[(-(-rows.shape[0] // options["BLOCK_M"]),)](
                 rows,
                 weight.contiguous(),
                 dy_rows,

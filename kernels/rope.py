@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import power_of_two_at_least
-from .launch import FLOAT_DTYPES, has_data
+from .launch import FLOAT_DTYPES, has_data, known
 
 # Elements of a program's tile, for each of the two halves that are rotated together.
 TILE = 1024
@@ -177,9 +177,9 @@ def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = 
         half, shared = cos.shape[-1] // 2, cos.shape[0] == 1
         block_d = power_of_two_at_least(half, most=1 << 30)
         block_h = power_of_two_at_least(max(heads, heads_k), least=1, most=max(TILE // block_d, 1))
-        blocks = triton.cdiv(heads, block_h) + triton.cdiv(heads_k, block_h)
+        blocks = -(-heads // block_h) - (-heads_k // block_h)
         with torch.cuda.device_of(q):
-            _rope_kernel[(batch * tokens, blocks)](
+            known(_rope_kernel)[(batch * tokens, blocks)](
                 q,
                 k,
                 cos,

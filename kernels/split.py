@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import known
+
 BLOCK = 1024
 
 
@@ -51,7 +53,7 @@ def sum_parts(parts: Sequence[Tensor], outs: Sequence[Tensor], split: int) -> No
         size = out.numel()
         if size:
             with torch.cuda.device_of(out):
-                _sum_parts_kernel[(triton.cdiv(size, BLOCK),)](
+                known(_sum_parts_kernel)[(-(-size // BLOCK),)](
                     part,
                     out,
                     size,

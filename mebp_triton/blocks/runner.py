@@ -163,8 +163,23 @@ class BlockRunner:
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of ``module`` that require a gradient."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """The parameters of ``module`` that require a gradient, in the order of ``module.parameters()``.
+
+    Every pass of a block asks for them several times, and ``parameters()`` makes the name of each one.
+    """
+    found: dict[nn.Parameter, None] = {}
+    _collect_trainable(module, found, set())
+    return list(found)
+
+
+def _collect_trainable(module: nn.Module, found: dict[nn.Parameter, None], seen: set[nn.Module]) -> None:
+    seen.add(module)
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            found[parameter] = None
+    for child in module._modules.values():
+        if child is not None and child not in seen:
+            _collect_trainable(child, found, seen)
 
 
 def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

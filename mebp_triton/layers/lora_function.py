@@ -19,6 +19,7 @@ from mebp_triton.kernels.functions import (
     int4_matmul_dx,
     int4_matmul_dx_group,
     int4_matmul_group,
+    no_autocast,
 )
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.token_products import lora_a_gradient, lora_b_gradients, wide_dtype
@@ -91,7 +92,7 @@ class _Int4LoRAFunction(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: gradient checkpointing does not hand them out a second time
         # Autocast would round the products here, if backward() is called under it.
-        with torch.autocast(saved[0].device.type, enabled=False):
+        with no_autocast(saved[0]):
             return _lora_gradients(ctx, saved, dys)
 
 
@@ -213,7 +214,7 @@ def int4_lora_linears(
     tensors = [tensor for operand in operands for tensor in (operand.bias, operand.lora_a, operand.lora_b)]
     weights = tuple(operand.weight for operand in operands)
     scalings = tuple(operand.scaling for operand in operands)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return _Int4LoRAFunction.apply(x, inner, _Call(weights, scalings, backend, stacked), known, *tensors)
 
 
