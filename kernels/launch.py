@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -141,7 +142,7 @@ class Group:
     """Weights that one launch takes together, and the launches that were made of them.
 
     Args:
-        weights: at most three, which are alike. The first one keeps the group, and is not kept by it.
+        weights: at most three, which are alike. The group does not keep the first one.
 
     Attributes:
         sizes: the out-features of each. n: of all together.
@@ -208,8 +209,9 @@ _KNOWN: dict[Any, tuple[Any, list[str]]] = {}
 
 
 def forget_launches() -> None:
-    """Forgets the launches that ``known`` remembers, where Triton's driver is another one from now on."""
+    """Forgets all launches, where Triton's driver is another one from now on."""
     _KNOWN.clear()
+    _GROUPS.clear()
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **named: Any) -> None:
@@ -245,9 +247,15 @@ def _signature(operand: Any) -> Any:
     return operand.dtype, operand.shape, operand.stride(), operand.data_ptr() % 16
 
 
+# The groups that begin with a weight, by the others.
+_GROUPS: WeakKeyDictionary[Int4Weight, dict[Any, Group]] = WeakKeyDictionary()
+
+
 def group_of(weights: Sequence[Int4Weight]) -> Group | None:
     """The group that these weights make; None if one launch cannot take them together."""
-    groups = weights[0].groups if weights else {}
+    if not weights:
+        return None
+    groups = _GROUPS.setdefault(weights[0], {})
     key = tuple(map(id, weights[1:]))
     found = groups.get(key)
     if found is None or found.others != tuple(weights[1:]):

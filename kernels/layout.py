@@ -13,10 +13,8 @@ also have groups of 16. Where scales are bytes, 256 columns share a super scale,
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -244,14 +242,6 @@ class Int4Weight:
             super_scales=None if super_scales is None else super_scales.contiguous(),
             super_minimum=None if super_minimum is None else super_minimum.contiguous(),
         )
-
-    @functools.cached_property
-    def groups(self) -> dict[Any, Any]:
-        """What launches of this weight, with others after it, are known (see ``launch``). A copy begins with none."""
-        return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "groups"}
 
     @property
     def bits(self) -> int:

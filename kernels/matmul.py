@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .configs import Problem, TileConfig, default_config, power_of_two_at_least
 from .decode import unpack_centred
-from .launch import Group, check_operand, group_of, of_members, runs_compiled, weight_arguments
+from .launch import check_operand, group_of, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
 from .weight_tiles import float_scales, load_planes, packed_planes, plane_columns, select, weight_of
@@ -324,17 +324,14 @@ def int4_matmul_group_triton(
         rank = t.shape[-1] // len(weights)
         check_operand("t", t, (m, len(weights) * rank), device)
         check_operand("b", b, (n, rank), device)
-    config = config or default_config(_problem(x, group, head))
-    if config.split == 1:
-        ys = [torch.empty((m, size), dtype=x.dtype, device=device) for size in group.sizes]
-    else:  # in one buffer, so that one launch adds up the parts of all
-        flat = torch.empty((m * n,), dtype=x.dtype, device=device)
-        ys = [part.view(m, -1) for part in flat.split([m * size for size in group.sizes])]
+    ys = [torch.empty((m, size), dtype=x.dtype, device=device) for size in group.sizes]
     if m * n:
+        problem = Problem("matmul", m, n, k, head.scheme, head.group_size, x.dtype, head.bits)
+        config = config or default_config(problem)
         outs = parts_of(ys, config.split)
 
         def new() -> tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]:
-            if not config.suits(problem := _problem(x, group, head)):
+            if not config.suits(problem):
                 raise ValueError(f"{config} does not suit {problem}")
             blocks_n = sum(-(-size // config.block_n) for size in group.sizes)
             arguments = matmul_arguments(x, weights, bias, t, b, outs, config)
@@ -343,10 +340,5 @@ def int4_matmul_group_triton(
         operands = {"x_ptr": x, "bias_ptr": bias, "t_ptr": t, "b_ptr": b, "y_of": of_members(outs)}
         with torch.cuda.device_of(x):
             group.launch(_matmul_kernel, (config, m), operands, new)
-        if config.split > 1:
-            sum_parts(outs[:1], [flat], config.split)
+        sum_parts(outs, ys, config.split)
     return ys
-
-
-def _problem(x: Tensor, group: Group, head: Int4Weight) -> Problem:
-    return Problem("matmul", x.shape[0], group.n, head.in_features, head.scheme, head.group_size, x.dtype, head.bits)

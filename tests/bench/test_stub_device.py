@@ -8,6 +8,7 @@ import torch
 from mebp_triton.kernels.accuracy import normal, random_weight
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.functions import int4_matmul
+from mebp_triton.kernels.launch import forget_launches
 from mebp_triton.kernels.matmul import int4_matmul_group_triton
 from mebp_triton.kernels.matmul_dx import int4_matmul_dx_group_triton
 from mebp_triton.kernels.routing import resolve_backend
@@ -82,8 +83,7 @@ def test_a_known_launch_passes_what_triton_would(stub_device, monkeypatch, count
         for given in ((offset(x, 1), t, b), (x.float(), t, b), (x, t[:, : 4 * count], b[:, :4]), (x[:17], t[:17], b)):
             before = len(compiled)
             assert launches(*given) != first or len(compiled) > before
-        for group in (weight.groups for weight in weights):
-            group.clear()
+        forget_launches()
         assert launches(x, t, b) == first
 
 

@@ -119,7 +119,7 @@ def test_a_slow_reader_is_waited_for(model: Any, truth: Any, monkeypatch: pytest
 
     monkeypatch.setattr(arena_module.ArenaPages, "read", slow)
     assert torch.equal(model(**batch()).loss, truth[0])
-    assert model.mebp.engine.waiting.pop_seconds() >= 0.05
+    assert model.mebp.engine.waiting.pop_seconds() >= 0.02  # some of the 0.05 may have passed before
 
 
 def test_an_error_of_the_reader_ends_the_step_and_the_next_one_reads_again(
