@@ -14,7 +14,7 @@ LITTLE_MEMORY = 2 * GIB
 # On slower storage, block inputs in files are likely to make a step wait.
 SLOW_STORAGE = 100 * MB
 JETSON_PTXAS = "/usr/local/cuda/bin/ptxas"
-# JetPack 6 (L4T 36) has a CUDA of its own. From JetPack 7.2 (L4T 39) on, a Jetson runs the same builds as an Arm server.
+# JetPack 6 (L4T 36) has a CUDA of its own. From JetPack 7.2 (L4T 39) on, a Jetson runs what an Arm server runs.
 JETPACK_6_TORCH = "pip install --index-url https://pypi.jetson-ai-lab.io/jp6/cu126 torch"
 ARM_SERVER_TORCH = "pip install torch"
 FIRST_ARM_SERVER_RELEASE = 39
