@@ -47,7 +47,8 @@ from mebp_triton.store.arena import ArenaPages, Stager
 from mebp_triton.store.manifest import block_file
 from mebp_triton.store.placement import host_copy
 from mebp_triton.system.machine import environment
-from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups, total_norm
+from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups
+from mebp_triton.training.optimizers.tensor_lists import clip, total_norm
 
 PHASES = ("forward", "recompute", "backward", "update")
 # Multiprocessors of an H200, by which bitsandbytes chooses.
@@ -92,7 +93,8 @@ def ours(shape: Shape, layers: int, directory: Path) -> Made:
     optimizer = BlockAdamW(groups)
 
     def update() -> None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, total_norm(parameters))
+        total = total_norm(parameters)
+        clip(parameters, 1.0, total, float(total))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -36,10 +36,10 @@ FLOORS = {
         readers.hqq readers.merged_store readers writers.store writers.model_directory calibration.source_weights
         calibration.stream calibration.source_run calibration.source_loss calibration.layer_inputs
         calibration.calibration recipe bit_budget quantize merge""",
-    "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.adamw optimizers.table
-        evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes plan.inventory
-        plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint interim trainer
-        untrained finetune gradient_check""",
+    "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.tensor_lists optimizers.adamw
+        optimizers.table evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes
+        plan.inventory plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint
+        interim trainer untrained finetune gradient_check""",
     "cli": """console suggestions flags starting_adapter chat_template inference source_texts peft_baseline streaming
         doctor.advice doctor.findings commands.quantize commands.verify commands.eval commands.generate commands.merge
         planning commands.plan commands.tune stops training_texts training_run commands.train commands.doctor

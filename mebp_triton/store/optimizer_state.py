@@ -27,6 +27,9 @@ class Moments:
         residency: where the moments lie while their group is not open.
         directory: where residency "file" puts its file.
         eight_bit: keep them as ``dynamic8`` does, in a quarter of the memory; decoded while their group is open.
+
+    Attributes:
+        resident: whether they lie on the device as they are computed, so that all groups may be open at once.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Moments:
         check_residency("optimizer state", residency)
         self.groups = [list(group) for group in groups]
         self.eight_bit = eight_bit
+        self.resident = residency == "device" and not eight_bit
         self.slots: list[MappedSlot] = []
         self.buffers: list[Tensor] = []
         scratch = ScratchFile(directory) if residency == "file" else None

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mebp_triton.blocks.selection import LayerCyclicManager, gradient_norm
+from mebp_triton.blocks.selection import LayerCyclicManager
 
-from .optimizers.adamw import BlockAdamW, block_groups, total_norm
+from .optimizers.adamw import BlockAdamW, block_groups
 from .optimizers.mezo import MeZO
+from .optimizers.tensor_lists import clip, total_norm
 from .processes import Processes
 from .run_settings import RunSettings
 from .step import Numbers, Passes, StepInputs
@@ -128,14 +129,13 @@ class AfterBackward(_AdamWUpdate):
         groups, trained = self.optimizer.param_groups, self._trained(inputs)
         self.reduced_bytes = self.processes.sum_gradients([groups[index]["params"] for index in sorted(trained)])
         total = total_norm(self.parameters)
-        norm = float(total)
+        compared = sorted(inputs.selected) if self.selection.schedule == "importance" else []
+        own = [total_norm(groups[index]["params"]).to(total.device) for index in compared]
+        norm, *norms = torch.stack([total, *own]).tolist()  # the only wait for the device in an update
         self.passes.check_gradients(norm, inputs.step)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.limit, total)
-        if self.selection.schedule == "importance":
-            # The gradients are clipped by now; the schedule compares them as they were.
-            clipped = max(1.0, norm / self.limit)
-            norms = {index: clipped * gradient_norm(groups[index]["params"]) for index in inputs.selected}
-            self.selection.record_norms(norms)
+        clip(self.parameters, self.limit, total, norm)
+        if compared:
+            self.selection.record_norms(dict(zip(compared, norms, strict=True)))
         self._set_rate(inputs.rate)
         self.optimizer.step(selected=trained)
         self.optimizer.zero_grad()

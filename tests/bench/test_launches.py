@@ -7,7 +7,7 @@ import pytest
 import torch
 
 # Launches of a layer and pass at a tiny size. The aim is 60.
-MOST = {"forward": 21, "recompute": 20, "backward": 33, "update": 7}
+MOST = {"forward": 21, "recompute": 20, "backward": 33, "update": 1}
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def launches(bench_path):
 
 def test_a_layer_launches_no_more_than_it_may(launches, tmp_path):
     counted = launches.count("mebp", launches.TINY, 90, tmp_path)["launches"]
-    assert all(0 < counted[phase] <= MOST[phase] for phase in MOST), counted
+    assert all((0 if phase == "update" else 1) <= counted[phase] <= MOST[phase] for phase in MOST), counted
 
 
 def test_an_added_operation_is_counted_in_its_phases(launches, tmp_path):

@@ -137,7 +137,7 @@ def test_with_the_optimizer_in_the_backward_pass_each_block_is_clipped_by_its_ow
         made = trainer(store, data, tmp_path / str(limit), max_grad_norm=limit, **settings)
         seen.clear()
         made.train()
-        assert seen == [(14, limit or math.inf)] * 9  # three blocks, three steps
+        assert seen == [(14, limit)] * 9 * (limit == 0.05)  # three blocks, three steps; larger limits cost nothing
         losses[limit] = metrics(made, "loss", "grad_norm")
     assert losses[0.0] == losses[1e9] != losses[0.05]
     assert losses[0.0][0] == losses[0.05][0], "the norm is that before clipping"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from mebp_triton.blocks.runner import BlockRunner
 from mebp_triton.store.optimizer_state import Moments
 from mebp_triton.store.residency import Residency
 
+from .tensor_lists import clip, copy_back, in_dtype_of, split_like, total_norm
+
+TEMPORARIES = 1 << 20  # elements of a batch of groups for which a step makes temporaries, in float32
+
 
 def block_groups(model: nn.Module, engine: BlockRunner) -> list[list[nn.Parameter]]:
     """Returns trainable parameters block by block; a last group has those outside of any block, if there are some."""
@@ -27,16 +32,10 @@ def block_groups(model: nn.Module, engine: BlockRunner) -> list[list[nn.Paramete
     return [*groups, outside] if outside else groups
 
 
-def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Returns the 2-norm of all gradients together.
-
-    It does not clip, so that the norm can be checked first: clipping by a norm of NaN makes every gradient NaN.
-    """
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
 class BlockAdamW(torch.optim.Optimizer):
-    """AdamW group by group; torch's own functional form does the arithmetic.
+    """AdamW over groups of parameters; torch's own fused form does the arithmetic, in one call where it can.
+
+    Moments that lie on the device are stepped all at once. Others are brought there group by group.
 
     Args:
         groups: parameters block by block, see ``block_groups``.
@@ -48,6 +47,7 @@ class BlockAdamW(torch.optim.Optimizer):
         eight_bit: keep the moments in 8 bits, as bitsandbytes' ``AdamW8bit`` does; the arithmetic is the same.
 
     Attributes:
+        steps: for each parameter, how many steps its moments have taken: numbers on the CPU.
         lag: for each group, the steps with a zero gradient that its moments have not taken yet. Such a step only scales
             them, so it is put off until the group is selected again, and all are taken in one go. The parameters move
             at every step, since the next forward pass needs them.
@@ -73,7 +73,10 @@ class BlockAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([{"params": list(group)} for group in groups], defaults)
         self.moments = Moments(groups, residency, directory, eight_bit)
-        self.steps = [[torch.zeros(()) for _ in group] for group in groups]
+        self._counts = torch.zeros(sum(map(len, groups)))
+        self.steps = split_like(self._counts, groups)
+        self._first = list(itertools.accumulate(map(len, groups), initial=0))
+        self._copies: dict[torch.device, tuple[Tensor, list[list[Tensor]]]] = {}
         self.lag = [0] * len(self.steps)
 
     @torch.no_grad()
@@ -86,11 +89,44 @@ class BlockAdamW(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("BlockAdamW takes no closure")
-        for index, group in enumerate(self.param_groups):
-            if selected is None or index in selected:
-                self._step_group(index, group)
-            elif self.unselected_update == "momentum":
-                self._coast(index, group)
+        groups = range(len(self.param_groups))
+        chosen = [index for index in groups if selected is None or index in selected]
+        # Without narrow parameters a step has no temporaries, so it may take all groups at once.
+        for batch in self._batches(chosen, None if self._wide() else TEMPORARIES):
+            self._step_groups(batch)
+        if self.unselected_update == "momentum":
+            self._coast_all(sorted(set(groups).difference(chosen)))
+
+    def _coast_all(self, indices: Sequence[int]) -> None:
+        for batch in self._batches(indices, TEMPORARIES):
+            self._coast(batch)
+
+    def _wide(self) -> bool:
+        """Whether every parameter and gradient has the dtype in which it is computed."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return all(p.itemsize >= 4 and (p.grad is None or p.grad.dtype == p.dtype) for p in parameters)
+
+    def _batches(self, indices: Iterable[int], limit: int | None) -> Iterator[list[int]]:
+        """Groups that one call can step: of the same settings, with moments on the device; else one by one.
+
+        ``limit``: the most elements of a batch of several groups.
+        """
+        batch: list[int] = []
+        settings, size = None, 0
+        for index in indices:
+            group = self.param_groups[index]
+            if not group["params"]:
+                continue
+            own = tuple(group[name] for name in ("lr", "betas", "eps", "weight_decay"))
+            elements = sum(parameter.numel() for parameter in group["params"])
+            full = limit is not None and size + elements > limit
+            if batch and (own != settings or full or not self.moments.resident):
+                yield batch
+                batch, size = [], 0
+            batch.append(index)
+            settings, size = own, size + elements
+        if batch:
+            yield batch
 
     @contextmanager
     def step_in_backward(
@@ -127,9 +163,9 @@ class BlockAdamW(torch.optim.Optimizer):
             total = total_norm(group["params"])
             norm = float(total)
             on_norm(index, norm)
-            torch.nn.utils.clip_grads_with_norm_(group["params"], max_grad_norm, total)
+            clip(group["params"], max_grad_norm, total, norm)
             norms.append(norm)
-            self._step_group(index, group)
+            self._step_groups([index])
             for parameter in group["params"]:
                 parameter.grad = None
 
@@ -155,66 +191,102 @@ class BlockAdamW(torch.optim.Optimizer):
                 finish(index)  # not all of its parameters have a part in the loss
         if selected is not None and self.unselected_update == "momentum":
             with torch.no_grad():
-                for index in sorted(set(range(len(self.param_groups))).difference(selected)):
-                    self._coast(index, self.param_groups[index])
+                self._coast_all(sorted(set(range(len(self.param_groups))).difference(selected)))
 
-    def _coast(self, index: int, group: dict[str, Any]) -> None:
+    @contextmanager
+    def _moments(self, indices: Sequence[int], changes: bool = True) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """While active, the first and second moments of all parameters of some groups are at hand."""
+        with ExitStack() as stack:
+            opened = [stack.enter_context(self.moments.open(index, changes)) for index in indices]
+            yield [pair for first, second in opened for pair in zip(first, second, strict=True)]
+
+    def _coast(self, indices: Sequence[int]) -> None:
         """Takes a step with a zero gradient, by the moments as they would be now, which stay as they are."""
-        if not group["params"]:
-            return
-        self.lag[index] += 1
-        lag, (beta1, beta2) = self.lag[index], group["betas"]
-        with self.moments.open(index, changes=False) as (first, second):
-            for parameter, m, v, steps in zip(group["params"], first, second, self.steps[index], strict=True):
+        group = self.param_groups[indices[0]]
+        (beta1, beta2), rate = group["betas"], group["lr"]
+        parameters, spreads, sizes = [], [], []
+        for index in indices:
+            self.lag[index] += 1
+            lag = self.lag[index]
+            for parameter, steps in zip(self.param_groups[index]["params"], self.steps[index], strict=True):
                 count = float(steps) + lag
-                bias1, bias2 = 1 - beta1**count, 1 - beta2**count
-                spread = v.sqrt().mul_(math.sqrt(beta2**lag / bias2)).add_(group["eps"])
-                working = parameter.to(m.dtype)  # the parameter itself, if it is as wide as its moments
-                working.mul_(1 - group["lr"] * group["weight_decay"])
-                working.addcdiv_(m, spread, value=-group["lr"] * beta1**lag / bias1)
-                if working is not parameter:
-                    parameter.copy_(working)
+                parameters.append(parameter)
+                spreads.append(math.sqrt(beta2**lag / (1 - beta2**count)))
+                sizes.append(-rate * beta1**lag / (1 - beta1**count))
+        with self._moments(indices, changes=False) as moments:
+            first, second = ([pair[which] for pair in moments] for which in (0, 1))
+            spread = torch._foreach_sqrt(second)
+            torch._foreach_mul_(spread, spreads)
+            torch._foreach_add_(spread, group["eps"])
+            working = in_dtype_of(first, parameters)
+            torch._foreach_mul_(working, 1 - rate * group["weight_decay"])
+            torch._foreach_addcdiv_(working, first, spread, sizes)
+            copy_back(working, parameters)
 
-    def _catch_up(self, index: int, group: dict[str, Any], first: list[Tensor], second: list[Tensor]) -> None:
+    def _catch_up(self, indices: Sequence[int], moments: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Takes the steps with a zero gradient that the moments lag behind."""
-        lag, self.lag[index] = self.lag[index], 0
-        if lag == 0:
-            return
-        for moments, beta in zip((first, second), group["betas"], strict=True):
-            for moment in moments:
-                moment.mul_(beta**lag)
-        for steps in self.steps[index]:
-            steps += lag
+        given = iter(moments)
+        late = [(self.lag[index], pair) for index in indices for _, pair in zip(self.steps[index], given, strict=False)]
+        late = [(lag, pair) for lag, pair in late if lag]
+        if late:
+            for which, beta in enumerate(self.param_groups[indices[0]]["betas"]):
+                torch._foreach_mul_([pair[which] for _, pair in late], [beta**lag for lag, _ in late])
+        for index in indices:
+            for steps in self.steps[index] if self.lag[index] else ():
+                steps += self.lag[index]
+            self.lag[index] = 0
 
-    def _step_group(self, index: int, group: dict[str, Any]) -> None:
-        """Steps the parameters of a group that have gradients, as torch's AdamW does."""
-        places = [place for place, p in enumerate(group["params"]) if p.grad is not None]
-        if not places:
+    def _step_groups(self, indices: Sequence[int]) -> None:
+        """Steps the parameters of some groups that have gradients, as torch's AdamW does."""
+        groups = [(index, self.param_groups[index]["params"]) for index in indices]
+        groups = [(index, members) for index, members in groups if any(p.grad is not None for p in members)]
+        if not groups:
             return
-        parameters = [group["params"][place] for place in places]
-        with self.moments.open(index) as (first, second):
-            self._catch_up(index, group, first, second)
-            firsts, seconds = [first[place] for place in places], [second[place] for place in places]
-            working = [p.to(m.dtype) for p, m in zip(parameters, firsts, strict=True)]
-            grads = [p.grad.to(w.dtype) for p, w in zip(parameters, working, strict=True)]
+        chosen, settings = [index for index, _ in groups], self.param_groups[indices[0]]
+        with self._moments(chosen) as moments:
+            self._catch_up(chosen, moments)
+            places = [(index, place) for index, members in groups for place in range(len(members))]
+            parameters = [parameter for _, members in groups for parameter in members]
+            rows = [row for row in zip(parameters, moments, places, strict=True) if row[0].grad is not None]
+            parameters = [parameter for parameter, *_ in rows]
+            first, second = ([pair[which] for _, pair, _ in rows] for which in (0, 1))
+            working = in_dtype_of(first, parameters)
+            device = parameters[0].device
+            steps = self._steps_on(device)
             adamw(
                 working,
-                grads,
-                firsts,
-                seconds,
+                in_dtype_of(first, [p.grad for p in parameters]),
+                first,
+                second,
                 [],
-                [self.steps[index][place] for place in places],
+                [steps[index][place] for _, _, (index, place) in rows],
+                fused=device.type in ("cpu", "cuda"),
                 amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
+                beta1=settings["betas"][0],
+                beta2=settings["betas"][1],
+                lr=settings["lr"],
+                weight_decay=settings["weight_decay"],
+                eps=settings["eps"],
                 maximize=False,
             )
-            for parameter, worked in zip(parameters, working, strict=True):
-                if worked is not parameter:
-                    parameter.copy_(worked)
+            if steps is not self.steps:
+                self._counts[torch.tensor([self._first[index] + place for _, _, (index, place) in rows])] += 1
+            # The fused step does not count as a change of the parameters, which a backward pass would have to notice.
+            torch.autograd.graph.increment_version(working)
+            copy_back(working, parameters)
+
+    def _steps_on(self, device: torch.device) -> list[list[Tensor]]:
+        """``steps`` where a fused step reads them, on the parameters' device."""
+        return self.steps if device.type == "cpu" else self._copied_steps(device)
+
+    def _copied_steps(self, device: torch.device) -> list[list[Tensor]]:
+        """A copy of ``steps``, which is made in one transfer and may be written to."""
+        if device not in self._copies:
+            copy = torch.empty_like(self._counts, device=device)
+            self._copies[device] = copy, split_like(copy, self.steps)
+        copy, views = self._copies[device]
+        copy.copy_(self._counts)
+        return views
 
     def export_group(self, index: int, copy: bool = True) -> dict[str, Tensor]:
         """Returns a group's state on the CPU. Without ``copy``, the live moments themselves if they lie there."""
@@ -226,7 +298,8 @@ class BlockAdamW(torch.optim.Optimizer):
         """Loads what ``export_group`` returned. ValueError, and nothing is changed, if it is another model's."""
         self._check_group(index, state)
         self.moments.buffers[index].copy_(state["moments"])
-        self.steps[index] = [value.clone() for value in state["steps"]]
+        for own, value in zip(self.steps[index], state["steps"], strict=True):
+            own.copy_(value)
         self.lag[index] = int(state["lag"])
 
     def _check_group(self, index: int, state: dict[str, Tensor]) -> None:

@@ -8,9 +8,11 @@ import torch
 from models import batch, tiny_store
 from pairs import pairs
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mebp_triton
 from mebp_triton.store.residency import RESIDENCIES
+from mebp_triton.training.optimizers import adamw
 from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups
 
 SHAPES = [[(4, 6), (6,)], [(3, 5)], [], [(2, 2, 2), (1,), (7,)]]
@@ -53,7 +55,7 @@ def test_twenty_steps_equal_torchs_adamw_bit_for_bit(residency, weight_decay, dt
     ours, theirs = parameters(dtype), parameters(dtype)
     options = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
     optimizer = BlockAdamW(ours, residency=residency, directory=tmp_path, **options)
-    reference = torch.optim.AdamW([{"params": group} for group in theirs], **options)
+    reference = torch.optim.AdamW([{"params": group} for group in theirs], **options, fused=True)
     for step, rate in enumerate(RATES):
         for groups, each in ((ours, optimizer), (theirs, reference)):
             set_gradients(groups, step)
@@ -83,7 +85,7 @@ def test_momentum_is_torchs_adamw_with_zero_gradients_for_the_unselected(residen
     ours, theirs = parameters(dtype), parameters(dtype)
     options = {"weight_decay": weight_decay, "eps": 1e-4}
     optimizer = BlockAdamW(ours, residency=residency, directory=tmp_path, **options)
-    reference = torch.optim.AdamW([{"params": group} for group in theirs], **options)
+    reference = torch.optim.AdamW([{"params": group} for group in theirs], **options, fused=True)
     chosen = selections(200)
     assert set().union(*chosen) == {0, 1, 2, 3} and not all(chosen)
     for step, selected in enumerate(chosen):
@@ -172,7 +174,7 @@ def test_the_skipped_steps_do_not_enter_the_bias_correction_of_none(tmp_path):
     """A block selected at steps 0 and 5 of six is one that was trained twice."""
     ours, theirs = parameters(), parameters()
     optimizer = BlockAdamW(ours, unselected_update="none", directory=tmp_path)
-    reference = torch.optim.AdamW(theirs[1], weight_decay=0.0)
+    reference = torch.optim.AdamW(theirs[1], weight_decay=0.0, fused=True)
     for step in range(6):
         set_gradients(ours, step)
         optimizer.step(selected={1} if step in (0, 5) else {0})
@@ -186,7 +188,7 @@ def test_the_skipped_steps_do_not_enter_the_bias_correction_of_none(tmp_path):
 def test_a_selected_parameter_without_a_gradient_is_left_alone_as_in_torch(update, tmp_path):
     ours, theirs = parameters(), parameters()
     optimizer = BlockAdamW(ours, weight_decay=0.3, unselected_update=update, directory=tmp_path)
-    reference = torch.optim.AdamW([{"params": group} for group in theirs], weight_decay=0.3)
+    reference = torch.optim.AdamW([{"params": group} for group in theirs], weight_decay=0.3, fused=True)
     for step in range(5):
         for groups, each in ((ours, optimizer), (theirs, reference)):
             set_gradients(groups, step)
@@ -205,7 +207,7 @@ def test_narrow_parameters_keep_float32_moments(residency, dtype, tmp_path):
     ours = parameters(dtype)
     optimizer = BlockAdamW(ours, weight_decay=0.1, residency=residency, directory=tmp_path)
     wide = [[nn.Parameter(p.detach().float()) for p in group] for group in ours]
-    reference = torch.optim.AdamW([{"params": group} for group in wide], weight_decay=0.1)
+    reference = torch.optim.AdamW([{"params": group} for group in wide], weight_decay=0.1, fused=True)
     for step in range(8):
         set_gradients(ours, step, scale=1e-3)  # its square is lost in float16
         for narrow, full in zip(itertools.chain(*ours), itertools.chain(*wide), strict=True):
@@ -229,7 +231,7 @@ def test_narrow_parameters_that_are_not_selected_are_stepped_in_float32(residenc
     options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}
     optimizer = BlockAdamW(ours, residency=residency, directory=tmp_path, **options)
     wide = [[nn.Parameter(p.detach().float()) for p in group] for group in ours]
-    reference = torch.optim.AdamW([{"params": group} for group in wide], **options)
+    reference = torch.optim.AdamW([{"params": group} for group in wide], **options, fused=True)
     moved = twice = 0
     for step in range(6):
         before = [p.detach().clone() for p in ours[1]]
@@ -259,6 +261,101 @@ def test_what_it_refuses(tmp_path):
         BlockAdamW(parameters(), directory=tmp_path).step(lambda: 0.0)
 
 
+class Calls(TorchDispatchMode):
+    """While active, counts the calls of torch's fused step, and how many parameters each takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.others = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._fused_adamw_.default:
+            self.sizes.append(len(args[0]))
+        self.others += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resident_groups_are_stepped_in_one_call(dtype, tmp_path):
+    groups = parameters(dtype)
+    optimizer = BlockAdamW(groups, weight_decay=0.1)
+    for step, selected in enumerate((None, {0, 3}, {1}, None)):
+        set_gradients(groups, step)
+        with Calls() as calls:
+            optimizer.step(selected=selected)
+        assert calls.sizes == [sum(len(groups[index]) for index in (range(4) if selected is None else selected))]
+        assert calls.others < 90, "operations on one parameter each"
+    one_by_one = BlockAdamW(groups, residency="host", directory=tmp_path)
+    set_gradients(groups, 9)
+    with Calls() as calls:
+        one_by_one.step()
+    assert calls.sizes == [2, 1, 3]
+
+
+def test_steps_that_are_copied_to_the_device(monkeypatch):
+    """As on a GPU, where the fused step counts on in a copy: ours are on the CPU and count as well."""
+    made = []
+    for copied in (True, False):
+        groups = parameters()
+        optimizer = BlockAdamW(groups, weight_decay=0.1)
+        if copied:
+            monkeypatch.setattr(optimizer, "_steps_on", optimizer._copied_steps)
+        for step, selected in enumerate((None, {0}, {1, 3}, None)):
+            set_gradients(groups, step)
+            if step == 1:
+                groups[0][1].grad = None
+            optimizer.step(selected=selected)
+        made.append((groups, optimizer))
+    assert same(made[0][0], made[1][0]) and made[0][1].steps == made[1][1].steps
+    assert [float(one) for one in made[0][1].steps[0]] == [4, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("selected", [None, {0}])
+def test_a_step_counts_as_a_change_of_every_parameter(selected, dtype):
+    """By which autograd, and a block, refuse a backward pass through what is not there any more."""
+    groups = parameters(dtype)
+    optimizer = BlockAdamW(groups)
+    for step in range(2):
+        set_gradients(groups, step)
+        before = [parameter._version for parameter in itertools.chain(*groups)]
+        optimizer.step(selected=selected if step else None)
+        assert all(p._version > old for p, old in zip(itertools.chain(*groups), before, strict=True))
+
+
+def test_groups_of_other_settings_are_stepped_apart():
+    ours, theirs = parameters(), parameters()
+    optimizer = BlockAdamW(ours)
+    reference = torch.optim.AdamW([{"params": group} for group in theirs], weight_decay=0.0, fused=True)
+    for index in (1, 3):
+        for each in (optimizer, reference):
+            each.param_groups[index] |= {"lr": 0.5, "weight_decay": 0.25}
+    for step in range(3):
+        for groups, each in ((ours, optimizer), (theirs, reference)):
+            set_gradients(groups, step)
+            with Calls() as calls:
+                each.step()
+        if step == 0:
+            assert calls.sizes == [2, 1, 3]
+    assert same(ours, theirs)
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+def test_temporaries_are_bounded(limit, monkeypatch):
+    """Where all groups would need copies, or roots of their moments, batches of groups have them in turn."""
+    monkeypatch.setattr(adamw, "TEMPORARIES", limit)
+    groups, twins = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    batched, reference = BlockAdamW(groups), BlockAdamW(twins, residency="host")
+    for step, selected in enumerate((None, {0}, {1, 3}, set(), None)):
+        for each, optimizer in ((groups, batched), (twins, reference)):
+            set_gradients(each, step)
+            with Calls() as calls:
+                optimizer.step(selected=selected)
+            if optimizer is batched and selected is None:
+                assert len(calls.sizes) == (3 if limit == 1 else 1)
+    assert same(groups, twins) and batched.steps == reference.steps and batched.lag == reference.lag
+
+
 # --- in 8 bits ------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +369,7 @@ def test_eight_bits_train_as_bitsandbytes_adamw8bit(tmp_path):
     ours, theirs, exact = wide_parameters(), wide_parameters(), wide_parameters()
     optimizer = BlockAdamW(ours, lr=1e-2, weight_decay=0.1, directory=tmp_path, eight_bit=True)
     peer = bitsandbytes.optim.AdamW8bit(itertools.chain(*theirs), lr=1e-2, weight_decay=0.1)
-    reference = torch.optim.AdamW(itertools.chain(*exact), lr=1e-2, weight_decay=0.1)
+    reference = torch.optim.AdamW(itertools.chain(*exact), lr=1e-2, weight_decay=0.1, fused=True)
     start = [parameter.detach().clone() for parameter in itertools.chain(*ours)]
     for step in range(20):
         for groups, each in ((ours, optimizer), (theirs, peer), (exact, reference)):
@@ -296,7 +393,7 @@ def test_coasting_in_eight_bits_is_a_step_with_a_zero_gradient(residency, tmp_pa
     """The second moment must not become 0 where the first is not: a step with no gradient would be endless."""
     ours, theirs = wide_parameters(), wide_parameters()
     optimizer = BlockAdamW(ours, lr=1e-2, residency=residency, directory=tmp_path, eight_bit=True)
-    reference = torch.optim.AdamW(itertools.chain(*theirs), lr=1e-2)
+    reference = torch.optim.AdamW(itertools.chain(*theirs), lr=1e-2, fused=True)
     for step in range(12):
         selected = {0, 1} if step == 0 else {step % 2}
         for groups, each in ((ours, {"selected": selected}), (theirs, {})):
@@ -402,7 +499,9 @@ def test_the_gradients_of_one_block_exist_at_a_time(tmp_path):
 def test_each_group_is_clipped_by_its_own_norm(tmp_path):
     ours, theirs = parameters(), parameters()
     optimizer = BlockAdamW(ours, directory=tmp_path)
-    reference = torch.optim.AdamW([{"params": group} for group in theirs if group], lr=1e-3, weight_decay=0.0)
+    reference = torch.optim.AdamW(
+        [{"params": group} for group in theirs if group], lr=1e-3, weight_decay=0.0, fused=True
+    )
     seen = {}
     for step in range(4):
         with optimizer.step_in_backward(None, 0.5, seen.__setitem__) as norms:
