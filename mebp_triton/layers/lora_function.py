@@ -22,7 +22,6 @@ from mebp_triton.kernels.functions import (
     no_autocast,
 )
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.ops import no_autocast
 from mebp_triton.kernels.token_products import lora_a_gradient, lora_b_gradients, wide_dtype
 
 from .stacked_adapters import Stacked, stack
