@@ -25,7 +25,8 @@ FLOORS = {
     "store": "residency waiting dynamic8 block_inputs optimizer_state manifest reader pages arena placement table_rows",
     "data": """tokenized text masking messages template chat foreign_rows rows text_rows sources turn_end batching
         packing loading""",
-    "blocks": "options runner call leaks replay recompute backward row_chunks mlp_chunks hooks selection engine",
+    "blocks": """options runner call leaks replay recompute static_buffers static_block static_passes graph_players
+        graph_checks graphs backward row_chunks mlp_chunks hooks selection engine""",
     "models": """direct_reads skeleton kept_float config names generation adapter saving discover row_places build
         fused_operations load""",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",

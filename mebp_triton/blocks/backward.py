@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mebp_triton.store.block_inputs import BlockInput, BlockInputStore
 
 from .call import Arguments, Call
+from .graphs import BlockCall, BlockGraphs
 from .leaks import check_objects
 from .recompute import Recompute
 from .replay import ForwardState, Recording
@@ -34,6 +35,7 @@ class Host(Protocol):
     block_inputs: BlockInputStore
     keep_outputs: bool
     counters: Counters
+    graphs: BlockGraphs | None
 
     def run_forward(self, index: int, forward: Callable[[], T]) -> T:
         """Returns ``forward()``, the forward pass of block ``index``, with the block's weights in place."""
@@ -118,6 +120,8 @@ class BlockRun:
             self.recording = Recording(self.host.block_inputs)
             recording = self.block.recompute.recorded(self.recording)
         forward = functools.partial(self.block.forward, *self.live.args, **self.live.kwargs)
+        if self.host.graphs is not None and self.recording is None:
+            forward = functools.partial(self.host.graphs.forward, self._call(self.leaves), forward)
         with recording:
             output = self.block.recompute.call(forward)
         self.leaves[self.hidden] = None
@@ -172,8 +176,19 @@ class BlockRun:
             leaves[place] = leaves[place].detach().requires_grad_(need)
         sources = [leaves[place] for place in self.inputs] + self.parameters
         wanted = [source for source, need in zip(sources, needed, strict=True) if need]
-        given = iter(self._differentiated(leaves, wanted, grads))
+        differentiated = functools.partial(self._differentiated, leaves, wanted, grads)
+        if self.host.graphs is None or self.recording is not None:
+            given = iter(differentiated())
+        else:
+            places = [place for place, need in zip(self.inputs, needed, strict=False) if need]
+            parameters = [one for one, need in zip(self.parameters, needed[len(self.inputs) :], strict=True) if need]
+            given = iter(self.host.graphs.backward(self._call(leaves), places, parameters, grads, differentiated))
         return [next(given) if need else None for need in needed]
+
+    def _call(self, leaves: Sequence[Any]) -> BlockCall:
+        """This call for the graphs."""
+        block = self.block
+        return BlockCall(block.index, block.forward, self.arguments, leaves, self.hidden, self.state.autocast)
 
     def _check_unchanged(self) -> None:
         index = self.block.index

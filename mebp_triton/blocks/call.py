@@ -98,6 +98,11 @@ class Arguments:
         made.leaves, made.containers = list(leaves), []
         return made
 
+    def structure(self) -> Any:
+        """How the leaves make up the arguments, as ``tree_unflatten`` takes it: of arguments without containers."""
+        assert not self._places
+        return self._spec
+
     def paths(self) -> list[str]:
         """Where each leaf stands in the arguments: the same in all calls that are written alike."""
         outer = tree_unflatten(list(range(self._count)), self._spec)

@@ -48,7 +48,9 @@ from mebp_triton.store.waiting import Waiting
 from . import leaks
 from .backward import Block, BlockFunction, BlockRun
 from .call import Arguments, Call, map_caches
+from .graphs import BlockCall, BlockGraphs
 from .recompute import Recompute
+from .replay import ForwardState
 from .row_chunks import ChunkedRun, Cut, RowPlaces, cut, values
 from .runner import BlockRunner, hidden_state
 
@@ -69,7 +71,12 @@ class BlockEngine(BlockRunner):
             through each block in chunks, see ``row_chunks``. Counters and the observer count a pass of a block once,
             whatever the number of chunks; hooks on modules inside a block see the chunks.
         row_places: for each block, where its arguments have the rows of a batch. Blocks take whole batches without.
+
+    Attributes:
+        graphs: plays the passes of blocks that have a backward pass; None where every pass runs as usual.
     """
+
+    graphs: BlockGraphs | None = None
 
     def __init__(
         self,
@@ -128,7 +135,7 @@ class BlockEngine(BlockRunner):
         parameters = self.trainable(index) if treatment == "train" else []
         if self.is_below(index, bool(inputs)) or not inputs and not parameters:
             with torch.no_grad():
-                return self._values(index, original, args, kwargs)
+                return self._values(index, original, args, kwargs, self.graphs)
         place = next(place for place, leaf in enumerate(leaves) if leaf is hidden)
         block = Block(index, self.blocks[index], self.recomputes[index], original)
         live = Call(args, kwargs, arguments.containers)
@@ -138,17 +145,28 @@ class BlockEngine(BlockRunner):
         outputs = BlockFunction.apply(run, *(leaves[place] for place in inputs), *parameters)
         return run.rebuild(outputs)
 
-    def _values(self, index: int, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """The block's output without a graph."""
-        recompute = self.recomputes[index]
-        forward = functools.partial(recompute.call, functools.partial(original, *args, **kwargs))
-        if self.block_rows is not None:
-            arguments = Arguments(args, kwargs)
-            cut = self._cut(index, hidden_state(args, kwargs), arguments)
+    def _values(
+        self,
+        index: int,
+        original: Callable[..., Any],
+        args: Any,
+        kwargs: dict[str, Any],
+        graphs: BlockGraphs | None = None,
+    ) -> Any:
+        """The block's output without a graph of autograd, from ``graphs`` if they are given."""
+        recompute, forward = self.recomputes[index], functools.partial(original, *args, **kwargs)
+        if self.block_rows is not None or graphs is not None:
+            arguments, hidden = Arguments(args, kwargs), hidden_state(args, kwargs)
+            cut = self._cut(index, hidden, arguments)
             if cut is not None:
                 live = Call(args, kwargs, arguments.containers)
-                forward = functools.partial(values, recompute, original, arguments, live, cut)
-        return self.run_forward(index, forward)
+                return self.run_forward(index, functools.partial(values, recompute, original, arguments, live, cut))
+            if graphs is not None:
+                place = next(place for place, leaf in enumerate(arguments.leaves) if leaf is hidden)
+                autocast = ForwardState(hidden.device, random=False).autocast
+                call = BlockCall(index, original, arguments, arguments.leaves, place, autocast)
+                forward = functools.partial(graphs.forward, call, forward)
+        return self.run_forward(index, functools.partial(recompute.call, forward))
 
     def _cut(self, index: int, hidden: Tensor, arguments: Arguments) -> Cut | None:
         """How a batch is cut into chunks; None where it goes through the block as a whole."""

@@ -61,12 +61,16 @@ class ChunkedMLP(OpaqueModule):
         """
         tape = self.tape
         known = None if tape is None else tape.lookup(self, x)
-        before = RandomState(x.device) if self.training and isinstance(tape, Recording) else None
+        before = RandomState(x.device) if self.may_draw() and isinstance(tape, Recording) else None
         y = self._computed(x, parts) if known is None else known
         # An MLP that draws random numbers must run in the block's recompute, or what follows it would draw others.
         if tape is not None and (before is None or not before.changed()):
             tape.record(self, y)
         return y
+
+    def may_draw(self) -> bool:
+        """Whether its forward pass may draw random numbers."""
+        return self.training and self.draws
 
     @torch.no_grad()
     def _computed(self, x: Tensor, parts: Sequence[Recording | None]) -> Tensor:
@@ -100,7 +104,7 @@ class _ChunkedFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.mlp, ctx.parts, ctx.parameters = mlp, parts, parameters
-        ctx.state = ForwardState(x.device, random=mlp.training)
+        ctx.state = ForwardState(x.device, random=mlp.may_draw())
         return mlp.value(x, parts)
 
     @staticmethod
@@ -143,7 +147,7 @@ def _recomputed(mlp: ChunkedMLP, piece: Tensor, part: Recording | None) -> Tenso
 
     Chunk after chunk draws on from the random numbers of the one before, as in the forward pass.
     """
-    random = RandomState(piece.device) if mlp.training else None
+    random = RandomState(piece.device) if mlp.may_draw() else None
 
     def recompute() -> Tensor:
         if random is not None:

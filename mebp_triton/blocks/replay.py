@@ -52,9 +52,13 @@ class OpaqueModule(nn.Module):
     """A module that counts as one layer in its block's recompute, and recomputes the layers inside by itself.
 
     Its output has the shape of its input.
+
+    Attributes:
+        draws: whether it may draw random numbers while training, so that its recompute has to draw the same.
     """
 
     tape: Recording | Replay | None = None
+    draws = True
 
 
 Recorded = Int4LoRALinear | OpaqueModule
