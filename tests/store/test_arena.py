@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from models import batch, our_gradients, randomize_adapter, tiny_store
+from stages import block_modules, staged
 
 import mebp_triton as mebp
-from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.store import arena as arena_module
-from mebp_triton.store import placement
 from mebp_triton.store.manifest import block_file
 from mebp_triton.store.reader import Store
 
@@ -43,25 +42,6 @@ def truth(store: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
 @pytest.fixture
 def model(store: Path) -> Any:
     return loaded(store)
-
-
-def block_modules(model: Any, index: int) -> dict[str, Int4Module]:
-    prefix = f"model.layers.{index}."
-    return {name: m for name, m in model.named_modules() if isinstance(m, Int4Module) and name.startswith(prefix)}
-
-
-def staged(model: Any, residency: Any) -> arena_module.Stager:
-    """The model's blocks in arenas, as on a device that is not the CPU."""
-    device, waiting = torch.device("cpu"), model.mebp.engine.waiting
-    sizes = [model.mebp.store.files[block_file(index)].data().numel() for index in range(3)]
-    stager = arena_module.Stager(device, waiting, max(sizes))
-    model.mebp.engine.pages = [
-        placement.place_weights(
-            model.mebp.store, block_file(index), block_modules(model, index), residency, device, stager, waiting
-        )
-        for index in range(3)
-    ]
-    return stager
 
 
 @pytest.mark.parametrize("residency", ["host", "file"])
