@@ -10,6 +10,7 @@ under a compiler.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
@@ -175,7 +176,7 @@ def _agree(found: Any, wanted: Tensor) -> bool:
 
 
 def _normal(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Random numbers, the same in each process. Nobody else's are drawn."""
+    """Random numbers, the same in each process."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
@@ -187,7 +188,7 @@ def _run(module: nn.Module, x: Tensor, training: bool, **inside: Any) -> Any:
     clone = object.__new__(type(module))
     clone.__dict__ = {**vars(module), **inside, "training": training}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return type(module).forward(clone, x)
     except Exception:  # code that is given what it was not made for may raise anything
         return None
@@ -249,7 +250,11 @@ def _middle_of(module: nn.Module, layers: dict[str, nn.Linear], where: Where, tr
         for (name, layer), output in zip(layers.items(), numbers, strict=True)
     }
     x = _normal(2, next(iter(layers.values())).in_features, dtype=where.dtype)
-    result = _run(module, x, training, _modules={**module._modules, **stubs})
+    inside = {
+        name: stubs[name] if name in stubs else copy.deepcopy(child).train(training)  # a dropout has a mode of its own
+        for name, child in module.named_children()
+    }
+    result = _run(module, x, training, _modules={**module._modules, **inside})
     if sorted(name for name, _ in calls) != sorted(layers):
         return None
     *before, (after, product) = calls

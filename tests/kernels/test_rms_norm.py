@@ -42,12 +42,13 @@ def test_a_row_of_zeros(normal, device):
     [
         lambda wide: wide.view(2, 10, 4, 16).transpose(1, 2),
         lambda wide: wide.view(2, 10, 64).transpose(0, 1),
+        lambda wide: wide.view(2, 10, 4, 16).permute(1, 2, 0, 3),
         lambda wide: wide.view(20, 64)[::2, 8:40],
         lambda wide: wide.view(20, 64)[:, ::2],
         lambda wide: wide.view(20, 64).t(),
         lambda wide: wide.view(20, 64)[:1].expand(9, 64),
     ],
-    ids=["heads", "tokens-first", "rows", "column-step", "transposed", "stride-0"],
+    ids=["heads", "tokens-first", "cycle", "rows", "column-step", "transposed", "stride-0"],
 )
 def test_strides(normal, view):
     x = view(normal(1280))

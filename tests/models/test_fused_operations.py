@@ -106,6 +106,11 @@ class MLP(nn.Module):
         return self.w2(self.act(self.w1(x)) * self.w3(x))
 
 
+class UpFirst(MLP):
+    def forward(self, x):
+        return self.w2(self.w3(x) * self.act(self.w1(x)))
+
+
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -146,6 +151,7 @@ class ReadsAWeight(MLP):
     [
         (Norm(), "norm, twice"),
         (Norm(0.0), "norm, twice"),
+        (Norm().float(), None),
         (OtherEps(), None),
         (OtherRounding(), None),
         (Centred(), None),
@@ -154,6 +160,7 @@ class ReadsAWeight(MLP):
         (MLP(), "MLP, silu"),
         (MLP(nn.GELU), "MLP, gelu"),
         (MLP(lambda: nn.GELU(approximate="tanh")), "MLP, gelu_tanh"),
+        (UpFirst(), "MLP, silu"),
         (MLP(QuickGELU), None),
         (MLP(nn.Sigmoid), None),
         (Scaled(), None),
@@ -165,7 +172,9 @@ class ReadsAWeight(MLP):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
-def test_modules_that_are_and_are_not_the_same(module, found):
+@pytest.mark.parametrize("training", [False, True])
+def test_modules_that_are_and_are_not_the_same(module, found, training):
+    module = copy.deepcopy(module).train(training)
     assert install_fused_operations(module, "cpu", torch.bfloat16) == ({found: 1} if found else {})
 
 
@@ -250,6 +259,18 @@ class Keys(nn.Module):
 class Third(nn.Module):
     def forward(self, *tensors):
         return third(*tensors)
+
+
+NOTED = []
+
+
+def note(*tensors):
+    NOTED.append(tensors)
+
+
+class Noted(nn.Module):
+    def forward(self, *tensors):
+        note(*tensors)
 
 
 @pytest.mark.parametrize("kind", [Attention, Decorated, Signs, Halves, Rounds, Keys, Third])
@@ -388,6 +409,13 @@ def test_angles_as_wide_as_they_were_tried(launches):
     assert launches["rope"] == 2
 
 
+@pytest.mark.parametrize("kind", [MLP, UpFirst])
+def test_which_layer_is_the_gate(launches, kind):
+    mlp, x = kind(), torch.randn(2, 8).bfloat16()
+    install_fused_operations(mlp, "cpu", torch.bfloat16)
+    assert torch.equal(mlp(x), kind.forward(mlp, x)) and launches["gated_activation"] == 1
+
+
 def test_hooks_see_what_they_wait_for(launches):
     mlp, seen = MLP(), []
     install_fused_operations(mlp, "cpu", torch.bfloat16)
@@ -419,7 +447,10 @@ def test_generating_with_a_cache(shared_store, launches):
     assert torch.equal(*texts) and launches["rope"] == 3 * 5
 
 
-def test_random_numbers_are_left_alone():
-    before = torch.get_rng_state()
-    install_fused_operations(nn.ModuleList([Norm(), Attention()]), "cpu", torch.bfloat16)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_nothing_else_happens():
+    """No random number is drawn, no mode is changed, and no function is called that does not look like a rotation."""
+    modules = nn.ModuleList([Norm(), Dropping(), DropsInside(), Noted()])
+    before, modes = torch.get_rng_state(), [module.training for module in modules.modules()]
+    install_fused_operations(modules.eval(), "cpu", torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before) and not NOTED
+    assert not any(module.training for module in modules.modules()) and all(modes)
