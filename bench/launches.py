@@ -41,6 +41,7 @@ from stub_device import StubDevice
 from torch import Tensor, nn
 
 import mebp_triton as mebp
+from mebp_triton.blocks.graphs import BlockGraphs
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.cli.peft_baseline import with_adapter
 from mebp_triton.store.arena import ArenaPages, Stager
@@ -115,6 +116,27 @@ def ours_paged(shape: Shape, layers: int, directory: Path) -> Made:
     return model, update, on_host
 
 
+class OneLaunch:
+    """Stands for a player of CUDA graphs: a pass is recorded, and playing it is one launch of an empty kernel."""
+
+    def __init__(self) -> None:
+        self.launch = torch.empty(1).zero_
+
+    def warm_up(self, function: Callable[[], None], strict: bool) -> None:
+        function()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], Any]:
+        return self.launch
+
+
+def ours_as_graphs(shape: Shape, layers: int, directory: Path) -> Made:
+    """``ours_paged`` with the passes of blocks recorded. Nothing is computed, so their bits are not compared."""
+    made = ours_paged(shape, layers, directory)
+    engine = made[0].mebp.engine
+    engine.graphs = BlockGraphs(engine.blocks, OneLaunch(), prove=False)
+    return made
+
+
 def peer(shape: Shape, layers: int, directory: Path) -> Made:
     """The peer's model of random weights, and the update of a step."""
     import bitsandbytes
@@ -139,7 +161,12 @@ def peer(shape: Shape, layers: int, directory: Path) -> Made:
     return model, update, []
 
 
-SIDES: dict[str, Callable[[Shape, int, Path], Made]] = {"mebp": ours, "mebp_paged": ours_paged, "peer": peer}
+SIDES: dict[str, Callable[[Shape, int, Path], Made]] = {
+    "mebp": ours,
+    "mebp_paged": ours_paged,
+    "mebp_graphs": ours_as_graphs,
+    "peer": peer,
+}
 
 
 def step_of(meter: Meter, made: Made, tokens: int) -> Step:
@@ -185,6 +212,7 @@ def count(side: str, shape: Shape, target: int, directory: Path) -> dict[str, An
         with stubs(meter, target, side == "peer", fused=None):
             step = step_of(meter, SIDES[side](shape, layers, directory), shape.tokens)
             step()  # finds out what a recompute can leave out
+            step()  # records the passes of blocks, where they are recorded
             meter.reset()
             with meter:
                 step()

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.layers.shared_input import layers_by_input
 from mebp_triton.layers.stacked_adapters import AdapterBuffers, BlockAdapters
@@ -33,13 +32,13 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 FUNCTIONS = (types.BuiltinFunctionType, type)
 TENSORS = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Compared in other ways, or, as the tape and the stacks of a layer, set only while a block runs.
-PASSING = {"tape", "stacks", "forward", *TENSORS, *HOOKS}
+# Compared in other ways, as an int4 weight by its addresses; or set only while a block runs.
+PASSING = {"_made", "tape", "stacks", "forward", *TENSORS, *HOOKS}
 
 
 def _attributes(module: nn.Module) -> list[str]:
-    """The names of a module's attributes, without its int4 weight and what ``PASSING`` has."""
-    return [name for name, value in vars(module).items() if name not in PASSING and not isinstance(value, Int4Weight)]
+    """The names of a module's attributes, without what ``PASSING`` has."""
+    return [name for name in vars(module) if name not in PASSING]
 
 
 class CannotBeStatic(Exception):

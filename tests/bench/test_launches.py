@@ -20,6 +20,13 @@ def test_a_layer_launches_no_more_than_it_may(launches, tmp_path):
     assert all((0 if phase == "update" else 1) <= counted[phase] <= MOST[phase] for phase in MOST), counted
 
 
+def test_a_pass_that_is_recorded_launches_six_at_most(launches, tmp_path):
+    """Two dtypes are copied in, and one or two out. Adapters' gradients are added to the parameters by autograd."""
+    counted = launches.count("mebp_graphs", launches.TINY, 90, tmp_path)
+    assert counted["launches"] | {"update": 0} == {"forward": 4, "recompute": 0, "backward": 5, "update": 0}
+    assert counted["operations"]["forward"]["zero_"] == counted["operations"]["backward"]["zero_"] == 1
+
+
 def test_an_added_operation_is_counted_in_its_phases(launches, tmp_path):
     from mebp_triton.layers import lora_function
 
