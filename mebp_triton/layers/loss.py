@@ -8,7 +8,7 @@ logits, so the result is exact either way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import torch
@@ -18,17 +18,34 @@ from .deferred_logits import DeferredLogits, OnDemandLogits
 from .head import Int4Head
 
 
-@dataclass
 class LossStatistics:
-    """Counts of the last loss.
+    """Counts of one loss. They stay on its device until one of them is asked for, which waits for the device.
 
     Attributes:
         tokens: targets that are not ignored.
         correct: those of them that were the most likely token.
     """
 
-    tokens: int = 0
-    correct: int = 0
+    def __init__(self, tokens: int | Tensor = 0, correct: int | Tensor = 0) -> None:
+        self._counts = tokens, correct
+
+    @functools.cached_property
+    def _known(self) -> tuple[int, int]:
+        tokens, correct = self._counts
+        if isinstance(tokens, Tensor) and isinstance(correct, Tensor):
+            tokens, correct = torch.stack((tokens, correct)).tolist()
+        return int(tokens), int(correct)
+
+    @property
+    def tokens(self) -> int:
+        return self._known[0]
+
+    @property
+    def correct(self) -> int:
+        return self._known[1]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LossStatistics) and self._known == other._known
 
 
 class OnePassLoss:
@@ -62,8 +79,8 @@ class OnePassLoss:
     ) -> Tensor:
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        _check_targets(shift_labels, logits.shape[-1], ignore_index)
         targets = shift_labels.reshape(-1).to(logits.device)
-        _check_targets(targets, logits.shape[-1], ignore_index)
         if isinstance(logits, DeferredLogits):
             head = logits.head
             hidden = logits.hidden.reshape(-1, logits.hidden.shape[-1])
@@ -73,15 +90,19 @@ class OnePassLoss:
             real = logits.reshape(-1, logits.shape[-1]).float()
             losses = nn.functional.cross_entropy(real, targets, ignore_index=ignore_index, reduction="none")
             argmax = real.argmax(dim=-1)
-        valid = int((targets != ignore_index).sum())
-        self.statistics = LossStatistics(valid, int(((argmax == targets) & (targets != ignore_index)).sum()))
+        valid = targets != ignore_index
+        tokens = valid.sum()
+        self.statistics = LossStatistics(tokens, ((argmax == targets) & valid).sum())
         divisor = num_items_in_batch if num_items_in_batch is not None else self.normalizer
-        if divisor is None or valid == 0:  # a trainer counts 0 items in a batch that is masked as a whole
-            divisor = max(valid, 1)
-        return losses.sum() / divisor
+        if divisor is None:
+            divisor = tokens.clamp(min=1)
+        elif isinstance(divisor, Tensor):  # a trainer counts 0 items in a batch that is masked as a whole
+            divisor = divisor.to(losses.device).masked_fill(divisor.to(losses.device) == 0, 1)
+        return losses.sum() / (1 if isinstance(divisor, (int, float)) and divisor == 0 else divisor)
 
 
 def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raises ValueError for a label that is no token. Labels in host memory are checked without a wait."""
     bad = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
     if bool(bad.any()):
         raise ValueError(

@@ -119,20 +119,18 @@ class MemoryWatch:
 
     Attributes:
         peak_anonymous: the most anonymous bytes at any event.
-        timeline: (seconds, event, block, anonymous, file-backed, device bytes) of every event while ``recording``.
+        timeline: (seconds, event, block, anonymous, file-backed, device bytes) of every event.
     """
 
     device: torch.device
     peak_anonymous: int = 0
-    recording: bool = False
     timeline: list[tuple[float, str, int, int, int, int]] = field(default_factory=list)
 
     def __call__(self, event: str, index: int) -> None:
         now = resident()
         self.peak_anonymous = max(self.peak_anonymous, now.anonymous)
-        if self.recording:
-            on_device = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-            self.timeline.append((time.perf_counter(), event, index, now.anonymous, now.file_backed, on_device))
+        on_device = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        self.timeline.append((time.perf_counter(), event, index, now.anonymous, now.file_backed, on_device))
 
     def peak_device_bytes(self) -> int | None:
         """The most bytes of tensors on the device so far; None on a CPU."""

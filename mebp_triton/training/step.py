@@ -106,7 +106,8 @@ class Passes:
 
     def _run(self, inputs: StepInputs, backward: bool) -> tuple[float, float]:
         one_pass = self.model.mebp.loss
-        loss, correct = 0.0, 0
+        losses: list[Tensor] = []
+        counted = []
         random_state = RandomState(self.device)
         with self._normalized(inputs.tokens):
             for batch in inputs.micro_batches:
@@ -115,10 +116,13 @@ class Passes:
                     self._check_loss(output.loss.item(), inputs, random_state)
                 if backward and output.loss.requires_grad:
                     output.loss.backward()
-                loss += output.loss.item()
-                correct += one_pass.statistics.correct
+                losses.append(output.loss.detach())
+                counted.append(one_pass.statistics)
                 # Frees what waits for the backward pass before the next micro-batch keeps its own.
                 del output
+        # The numbers come from the device once all of its work is under way: to ask for one is to wait for it.
+        loss = sum(torch.stack(losses).tolist()) if losses else 0.0
+        correct = sum(statistics.correct for statistics in counted)
         loss, total = self.processes.sum(loss, correct)
         self._check_loss(loss, inputs, random_state)
         return loss, total / inputs.tokens

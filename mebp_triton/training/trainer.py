@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -86,7 +87,6 @@ class Trainer:
         run.create()
         self.update, self.parameters = make_update(config, model, self.selection, processes, run.directory)
         self.watch = MemoryWatch(self.device)
-        model.mebp.engine.observer = self.watch
         per_epoch = batches_per_epoch(len(data), config.per_device_train_batch_size)
         self.course = Course(per_epoch, config.gradient_accumulation_steps * processes.size)
         self.total_steps = self.course.total_steps(config)
@@ -158,10 +158,9 @@ class Trainer:
         self._forget_measurements()
         recorded = min(self.step + 1, self.total_steps - 1)  # the second step: the first one warms up
         while not self.finished and not self.stopped:
-            micro_batches = [{name: x.to(self.device) for name, x in batch.items()} for batch in next(stream)]
-            self.watch.recording = self.step == recorded
-            result = self._one_step(micro_batches)
-            self.watch.recording = False
+            micro_batches = [self._on_device(batch) for batch in next(stream)]
+            with self._watched() if self.step == recorded else contextlib.nullcontext():
+                result = self._one_step(micro_batches)
             self.position.step += 1
             self.selection.advance()
             self.run.append_metrics(asdict(result) | self._measured())
@@ -172,6 +171,20 @@ class Trainer:
             if self.stopped or self.step % self.config.save_steps == 0 or self.finished:
                 self.checkpoint.save(self.position)
             yield result
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Labels stay in host memory, where they are counted and checked without waiting for the device."""
+        return {name: x if name == "labels" else x.to(self.device) for name, x in batch.items()}
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """While active, memory is sampled after each pass of a block."""
+        engine = self.model.mebp.engine
+        before, engine.observer = engine.observer, self.watch
+        try:
+            yield
+        finally:
+            engine.observer = before
 
     def _joins_micro_batches(self) -> bool:
         """Whether the micro-batches of the next step go through the model as one, whose blocks take them in chunks."""

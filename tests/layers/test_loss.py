@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import batch, decoded_model, our_gradients, randomize_adapter, relative_rms
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mebp_triton as mebp
 from mebp_triton.layers import loss
@@ -196,3 +197,24 @@ def test_nobody_uses_them(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model.get_output_embeddings()), "logits", lambda *_: pytest.fail("logits"))
     with torch.no_grad():
         assert model(**batch()).logits.shape == (2, 20, 97)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a device: a number that the host asks for, a shape that depends on values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("divisor", [None, 12, torch.tensor(12)])
+def test_a_loss_asks_nothing_of_the_device_until_its_statistics_are_read(model: Any, divisor: Any) -> None:
+    """The one wait is the check of labels, which may lie in host memory. The product's own is not seen here."""
+    hidden, labels = torch.randn(2, 5, 48), torch.randint(0, 97, (2, 5))
+    logits = DeferredLogits(hidden, model.get_output_embeddings(), (1.0,))
+    with Waits() as waits:
+        model.mebp.loss(logits, labels, num_items_in_batch=divisor)
+    assert waits.count == 1
+    assert model.mebp.loss.statistics.tokens == 8

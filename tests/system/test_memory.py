@@ -75,19 +75,16 @@ def test_without_proc_the_peak_is_all_there_is(monkeypatch):
     assert resident() == Resident(peak, 0) and peak > 10 << 20
 
 
-def test_a_watch_keeps_the_peak_and_records_when_told(monkeypatch):
-    samples = iter([Resident(5, 1), Resident(9, 2), Resident(7, 30), Resident(1, 1)])
+def test_a_watch_keeps_the_peak_and_the_samples(monkeypatch):
+    samples = iter([Resident(5, 1), Resident(9, 2), Resident(7, 30)])
     monkeypatch.setattr("mebp_triton.system.memory.resident", lambda: next(samples))
     watch = MemoryWatch(torch.device("cpu"))
     watch("forward", 0)
-    watch.recording = True
     watch("forward", 1)
     watch("backward", 1)
-    watch.recording = False
-    watch("backward", 0)
     assert watch.peak_anonymous == 9
-    assert [entry[1:] for entry in watch.timeline] == [("forward", 1, 9, 2, 0), ("backward", 1, 7, 30, 0)]
-    assert watch.timeline[0][0] <= watch.timeline[1][0]
+    assert [entry[1:] for entry in watch.timeline[1:]] == [("forward", 1, 9, 2, 0), ("backward", 1, 7, 30, 0)]
+    assert watch.timeline[1][0] <= watch.timeline[2][0]
     assert watch.peak_device_bytes() is None
 
 
@@ -95,7 +92,6 @@ def test_a_watch_keeps_the_peak_and_records_when_told(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_watch_of_a_device():
     watch = MemoryWatch(torch.device("cuda"))
-    watch.recording = True
     held = torch.zeros(1 << 20, device="cuda")
     watch("forward", 0)
     assert watch.timeline[0][5] >= held.nbytes and (watch.peak_device_bytes() or 0) >= held.nbytes
