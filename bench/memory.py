@@ -5,6 +5,7 @@
     python bench/memory.py lengths --text valid.txt --output FILE      # beside transformers + PEFT + bitsandbytes
     python bench/memory.py budgets --text valid.txt --output FILE
     python bench/memory.py paging --text valid.txt --output FILE       # weights in files against weights resident
+    python bench/memory.py batches --text valid.txt --output FILE      # micro-batches joined, one by one, and one alone
     python bench/memory.py leak --text valid.txt --output FILE         # 200 steps
     python bench/memory.py mezo --text valid.txt --output FILE         # against forward passes alone
 
@@ -40,7 +41,7 @@ def train(store: Path, text: Path, limit: int | None = None, **settings: Any) ->
     """Runs `mebp train` once; returns its settings, plan, losses, times and peaks."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in (LORA | settings).items()]
+        flags = [flag(name.replace("_", "-"), value) for name, value in (LORA | settings).items()]
         command = [sys.executable, "-m", "mebp_triton.cli", "train", str(store), "--train-file", str(text)]
         done = watched([*command, "--output-dir", str(run), *flags, "--json"], limit)
         if done.returncode:
@@ -61,11 +62,16 @@ def train(store: Path, text: Path, limit: int | None = None, **settings: Any) ->
         "losses": [step["loss"] for step in steps],
         "step_seconds": [step["seconds"] for step in steps],
         "step_peak_rss_bytes": [step["peak_rss_bytes"] for step in steps],
+        "step_paged_bytes": [step["bytes_paged"] for step in steps],
         "seconds_per_step": seconds,
         "seconds_waiting_for_data": waited,
         "tokens_per_second": steps[0]["tokens"] / seconds,
         **ended(done),
     }
+
+
+def flag(name: str, value: Any) -> str:
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
 def ended(done: Watched) -> dict[str, Any]:
@@ -179,6 +185,29 @@ def paging(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def batches(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A step of one micro-batch, and of eight: joined, so that they go through each block together, or one by one.
+
+    Joined, they page as many bytes as one alone, and the peak is that of one, within 10 %, beside their block inputs.
+    """
+    common = {"weights": "file", "checkpoints": "file", "recompute_granularity": "full", "return_freed_memory": True}
+    eight = common | {"gradient_accumulation_steps": 8}
+    settings = [common, eight | {"join_micro_batches": True}, eight | {"join_micro_batches": False}]
+    rows = train_on_each(arguments, settings)
+    if any(row["returncode"] for row in rows):
+        raise SystemExit("a run failed")
+    for one, joined, single in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        for name, row in (("one", one), ("eight, joined", joined), ("eight, one by one", single)):
+            paged, peak = row["step_paged_bytes"][-1] / MIB, row["peak_rss_bytes"] / MIB
+            print(f"{name}: {paged:.0f} MiB paged, peak {peak:.0f} MiB, {row['seconds_per_step']:.2f} s/step")
+        if joined["step_paged_bytes"] != one["step_paged_bytes"]:
+            raise SystemExit("eight micro-batches that are joined paged other bytes than one")
+        # Their block inputs lie in files, so what is left to add is 10 %.
+        if joined["peak_rss_bytes"] > 1.1 * one["peak_rss_bytes"]:
+            raise SystemExit("the peak of eight micro-batches that are joined is more than 10 % above that of one")
+    return rows
+
+
 def leak(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Many steps: the peak must not grow after the first ones."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -212,7 +241,15 @@ def mezo(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"steps": steps, "lengths": lengths, "budgets": budgets, "paging": paging, "leak": leak, "mezo": mezo}
+PARTS = {
+    "steps": steps,
+    "lengths": lengths,
+    "budgets": budgets,
+    "paging": paging,
+    "batches": batches,
+    "leak": leak,
+    "mezo": mezo,
+}
 
 
 def main(given: Sequence[str] | None = None) -> None:
