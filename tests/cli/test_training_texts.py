@@ -8,7 +8,8 @@ import pytest
 from commands import QUICK, answer, before_step, put, record, tell
 
 from mebp_triton.cli import training_run
-from mebp_triton.cli.training_texts import begun_at
+from mebp_triton.cli.training_texts import begun_at, begun_with
+from mebp_triton.system import strict_json
 
 # As many words as the day of the month: the tokenizer knows no numbers.
 DATED = "{{ 'moon ' * strftime_now('%d') | int }}{% for m in messages %}{{ m.content + ' . ' }}{% endfor %}"
@@ -61,3 +62,10 @@ def test_a_template_without_the_date_says_nothing_of_it(mebp, world, tmp_path):
     arguments = [f"--train-file={tmp_path / 'chats.jsonl'}", f"--output-dir={tmp_path / 'run'}", *QUICK]
     code, _, err = mebp("train", world / "store", *arguments)
     assert code == 0 and "the date" not in err, err
+
+
+@pytest.mark.parametrize(("config", "joined"), [({}, False), ({"join_micro_batches": True}, True)])
+def test_what_orders_the_sums_of_a_run_is_as_it_was_begun_with(tmp_path, config, joined):
+    """An older version joined no micro-batches, and did not say so."""
+    strict_json.write_json(tmp_path / "state.json", strict_json.sealed({"config": {"mlp_chunk_tokens": 64} | config}))
+    assert begun_with(tmp_path) == {"mlp_chunk_tokens": 64, "join_micro_batches": joined}
