@@ -1,4 +1,4 @@
-"""Part ``graphs``: ``torch.compile(fullgraph=True)`` and a CUDA graph give the LoRA layer's own numbers."""
+"""Part ``graphs``: blocks as graphs, ``torch.compile(fullgraph=True)`` and a CUDA graph give eager numbers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mebp_triton.kernels.accuracy import normal
 
+from .block_graphs import block_graphs
 from .memory import make_layer
 from .operands import close
 from .session import Session
@@ -17,6 +18,7 @@ from .timed import SAME
 
 
 def graphs(session: Session) -> None:
+    block_graphs(session)
     layer = make_layer(session, *session.sizes.graph_shape)
     (n, k), m = session.sizes.graph_shape, session.sizes.graph_tokens
     x = normal(m, k, dtype=session.dtype, device=session.device).requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -63,6 +64,27 @@ class DeviceGraph:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
             function()
         return graph.replay
+
+
+def device_player(device: torch.device, keep_outputs: bool) -> DeviceGraph | None:
+    """What records a model's blocks on ``device``; None, with a warning, where nothing would be recorded.
+
+    Args:
+        device: where the model computes.
+        keep_outputs: whether blocks keep outputs of their layers (``recompute_granularity="selective"``).
+
+    Raises:
+        ValueError: the device is none of CUDA's.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"block_graphs records CUDA graphs, and this model is on {device}: leave it out")
+    reason = "ROCm is not supported" if torch.version.hip is not None else None
+    if keep_outputs:
+        reason = "a recompute_granularity of 'selective' keeps the outputs of layers: use 'full'"
+    if reason is not None:
+        warnings.warn(f"block_graphs: blocks run without graphs, since {reason}", stacklevel=3)
+        return None
+    return DeviceGraph(device)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.layers.shared_input import layers_by_input
-from mebp_triton.layers.stacked_adapters import AdapterBuffers, BlockAdapters
+from mebp_triton.layers.stacked_adapters import BlockAdapters
 
 from .recompute import Recompute
 from .replay import OpaqueModule
@@ -229,7 +229,7 @@ class StaticBlock:
     Attributes:
         module: the copy.
         recompute: runs it.
-        adapters: stacks its adapters in each pass. The memory of the stacks is its own, since it must stay.
+        adapters: stacks its adapters in each pass.
         slots: the buffers of its parameters and buffers, in the order of ``LiveBlock.tensors``.
         tensors: those parameters and buffers.
     """
@@ -253,7 +253,7 @@ class StaticBlock:
                 memo[id(part._parameters["weight"])] = nn.Parameter(weight.packed, requires_grad=False)
         self.module = copy.deepcopy(live.module, memo)
         self.recompute = Recompute(self.module)
-        self.adapters = BlockAdapters(layers_by_input(self.module), AdapterBuffers())
+        self.adapters = BlockAdapters(layers_by_input(self.module), buffers.stacks(originals))
         for part in self.module.modules():
             for name in ("forward", "stacks"):
                 vars(part).pop(name, None)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mebp_triton.layers.stacked_adapters import AdapterBuffers
+
 Copy = Callable[[list[Tensor], list[Tensor]], Any]  # copies each of the second list into its place in the first
 
 
@@ -85,6 +87,7 @@ class StaticBuffers:
     def __init__(self, copy: Copy = torch._foreach_copy_) -> None:
         self._copy = copy
         self._made: weakref.WeakValueDictionary[Hashable, StaticBuffer] = weakref.WeakValueDictionary()
+        self._stacks: weakref.WeakValueDictionary[Hashable, AdapterBuffers] = weakref.WeakValueDictionary()
 
     def get(self, role: Hashable, like: Tensor) -> StaticBuffer:
         """The buffer for tensors of the layout of ``like`` that have ``role``."""
@@ -92,6 +95,17 @@ class StaticBuffers:
         made = self._made.get(key)
         if made is None:
             made = self._made[key] = StaticBuffer(like)
+        return made
+
+    def stacks(self, tensors: Iterable[Tensor]) -> AdapterBuffers:
+        """Where the adapters among the parameters and buffers ``tensors`` of a block are stacked.
+
+        Blocks of other layouts have another place: stacks that need more memory would move.
+        """
+        key = tuple(map(layout_of, tensors))
+        made = self._stacks.get(key)
+        if made is None:
+            made = self._stacks[key] = AdapterBuffers()
         return made
 
     def fill(self, pairs: Iterable[tuple[StaticBuffer, Tensor]]) -> None:

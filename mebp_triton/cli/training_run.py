@@ -135,6 +135,7 @@ def _train_in(
         recompute_granularity=settings.recompute_granularity,
         mlp_chunk_tokens=settings.mlp_chunk_tokens,
         block_rows=settings.per_device_train_batch_size if settings.join_micro_batches else None,
+        block_graphs=settings.block_graphs,
     )
     if (given / MANIFEST).exists():  # else it was said when the store was made
         for line in describe_kept_float(kept_float(model, store.float_sizes()), store.nbytes()):

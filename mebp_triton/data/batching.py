@@ -26,9 +26,15 @@ def evenly_spaced(data: Sized, count: int | None) -> list[int]:
 
 
 def collate(
-    examples: Sequence[Example], pad_token_id: int | None, padding_side: Literal["left", "right"] = "right"
+    examples: Sequence[Example],
+    pad_token_id: int | None,
+    padding_side: Literal["left", "right"] = "right",
+    widths: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
     """Pads rows to the longest: ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` int64.
+
+    With ``widths`` (step, most) T is rounded up to a multiple of ``step``, but not beyond ``most``, so that few widths
+    occur.
 
     Mask and labels are made from positions, never from ids, so the pad id may be 0, the end-of-sequence token, or None
     (a tokenizer without one).
@@ -39,6 +45,9 @@ def collate(
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     longest = max(len(example.input_ids) for example in examples)
+    if widths is not None:
+        step, most = widths
+        longest = max(longest, min(-(-longest // step) * step, most))
     input_ids = torch.full((len(examples), longest), pad_token_id or 0)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE_INDEX)

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 
 from mebp_triton.blocks.engine import BlockEngine, watch_training
+from mebp_triton.blocks.graph_players import device_player
+from mebp_triton.blocks.graphs import BlockGraphs
 from mebp_triton.blocks.options import GRANULARITIES, Granularity
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.routing import resolve_backend
@@ -71,6 +73,7 @@ def load(
     recompute_granularity: Granularity = "full",
     mlp_chunk_tokens: int | None = None,
     block_rows: int | None = None,
+    block_graphs: bool = False,
     head: Literal["int4", "float"] = "int4",
     embedding: Literal["int4", "float"] = "int4",
 ) -> Any:
@@ -97,6 +100,7 @@ def load(
         mlp_chunk_tokens: the MLPs run by chunks of so many tokens, forward and backward; None or 0 for whole MLPs.
         block_rows: a larger batch goes through each block in chunks of so many rows, while its weights are in place
             once for all; a warning says where a model's blocks cannot take rows apart. None for whole batches.
+        block_graphs: on a CUDA device, blocks are trained by CUDA graphs, see ``blocks.graphs``. Not measured yet.
         head, embedding: "float" decodes the table into a plain frozen module, for code that trains it, changes its size
             or multiplies by it as a whole. It takes vocabulary x hidden size x the size of ``dtype``; over a float
             head, logits are computed. A float embedding to which the head is tied is the head's weight as well.
@@ -105,7 +109,8 @@ def load(
         ValueError: the store or its generation config is damaged, or an argument does not fit.
     """
     _check_choices(weights, checkpoints, recompute_granularity, head, embedding)
-    numerics = _numerics(device, dtype, adapter_dtype, backend)
+    numerics, selective = _numerics(device, dtype, adapter_dtype, backend), recompute_granularity == "selective"
+    player = device_player(numerics.device, selective) if block_graphs else None
     opened = open_store(store)
     config = read_store_config(opened)
     model = build_skeleton(config, numerics.dtype, attn_implementation)
@@ -124,8 +129,9 @@ def load(
     _fuse_small_operations(stack, numerics)
     install_mlp_chunks(model, stack, mlp_chunk_tokens)
     inputs = block_input_store(checkpoints, Path(scratch_directory or tempfile.gettempdir()), placement.waiting)
-    selective, places = recompute_granularity == "selective", row_places(config, path, block_rows)
+    places = row_places(config, path, block_rows)
     engine = BlockEngine(stack, placement.pages, inputs, selective, placement.waiting, block_rows, places)
+    engine.graphs = None if player is None else BlockGraphs(engine.blocks, player)
     watch_training(model, path, engine)
     # Another model may be loaded with these settings, where "all-linear" stands for other layers.
     adapters = None if adapters is None else dataclasses.replace(adapters, layers=None)

@@ -17,6 +17,7 @@ from .optimizers.schedules import learning_rate
 from .processes import Processes
 from .settings import TrainConfig
 
+GRAPH_WIDTHS = 64  # tokens; rows of other widths would each need graphs of their own
 LENGTHS = ("max_steps", "num_train_epochs")  # the settings that say how long a run is
 
 
@@ -57,11 +58,12 @@ class Course:
         """
         epochs = None if settings.max_steps else settings.num_train_epochs
         size = settings.per_device_train_batch_size
+        widths = (GRAPH_WIDTHS, settings.max_length) if settings.block_graphs else None
         stream = batches(data, size, settings.seed, start_batch=step * self.per_step, epochs=epochs)
         while True:
             own = islice(islice(stream, self.per_step), processes.rank, None, processes.size)
             groups = of_like_length([example for batch in own for example in batch]) if are_joined() else own
-            yield [collate(examples, pad_token_id) for examples in groups]
+            yield [collate(examples, pad_token_id, widths=widths) for examples in groups]
 
     def check_same_steps(self, before: TrainConfig, now: TrainConfig, step: int, run: Path) -> None:
         """Checks that the first ``step`` steps are the same ones by both settings, which differ in length alone.

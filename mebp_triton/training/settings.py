@@ -142,6 +142,11 @@ class TrainConfig:
         "a step's micro-batches go through each block together, so weights are read once (default: if they are paged)",
         chosen=True,
     )
+    block_graphs: bool = setting(
+        False,
+        "on a CUDA device: train blocks by CUDA graphs, and pad rows to multiples of 64 tokens (not measured yet)",
+        resume="free",
+    )
     optimizer_in_backward: bool = setting(False, "step each block as soon as its gradients exist, and free them")
     return_freed_memory: bool | None = setting(
         None,
@@ -219,6 +224,13 @@ class TrainConfig:
                 f"optim {self.optim!r} moves the parameters to and fro before it knows the loss, which rounds them, so "
                 "it cannot skip a step: use on_nan 'stop'"
             )
+        if self.block_graphs and (self.device == "cpu" or not optimizer.gradients):
+            yield (
+                "block_graphs records backward passes on a CUDA device, "
+                f"got device {self.device!r} and optim {self.optim!r}: leave it out"
+            )
+        if self.block_graphs and self.recompute_granularity == "selective":
+            yield "block_graphs does not work with recompute_granularity 'selective': leave one of them out"
         if in_backward and self.on_nan == "skip":
             yield (
                 "optimizer_in_backward has stepped upper blocks before a lower block's gradient is not finite, and "

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from mebp_triton.blocks.graph_players import DeviceGraph, SameCall
+from mebp_triton.blocks.graph_players import DeviceGraph, SameCall, device_player
 
 
 def test_the_same_call() -> None:
@@ -18,6 +18,16 @@ def test_the_same_call() -> None:
     play()
     play()
     assert torch.equal(x, before + 2)
+
+
+def test_a_player_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="records CUDA graphs, and this model is on cpu: leave it out"):
+        device_player(torch.device("cpu"), keep_outputs=False)
+    with pytest.warns(UserWarning, match="blocks run without graphs, since a recompute_granularity of 'selective'"):
+        assert device_player(torch.device("cuda"), keep_outputs=True) is None
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    with pytest.warns(UserWarning, match="ROCm is not supported"):
+        assert device_player(torch.device("cuda"), keep_outputs=False) is None
 
 
 @pytest.mark.gpu

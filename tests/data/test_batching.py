@@ -57,6 +57,17 @@ def test_collate_goes_by_position(pad):
         collate([long], pad, padding_side="top")
 
 
+def test_few_widths():
+    widths = [
+        collate([example([1] * length), example([2, 3])], 0, widths=(8, 20))["input_ids"].shape[1]
+        for length in (3, 8, 9, 17, 20, 21)
+    ]
+    assert widths == [8, 8, 16, 20, 20, 21]
+    batch = collate([example([4, 5, 6])], 9, widths=(8, 20))
+    assert batch["input_ids"].tolist() == [[4, 5, 6] + [9] * 5]
+    assert batch["attention_mask"].sum() == 3 and (batch["labels"][0, 3:] == -100).all()
+
+
 def test_groups_of_like_length():
     examples = [example([1] * length) for length in (8, 2, 9, 1, 10, 7)]
     groups = of_like_length(examples)

@@ -147,6 +147,13 @@ def test_sizes(text, size):
     TrainConfig(memory_budget=text)
 
 
+@pytest.mark.parametrize("other", [{"device": "cpu"}, {"optim": "mezo"}, {"recompute_granularity": "selective"}])
+def test_block_graphs_need_a_device_and_a_backward_pass(other):
+    with pytest.raises(ValueError, match="block_graphs"):
+        TrainConfig(block_graphs=True, **other)
+    TrainConfig(block_graphs=True, device="cuda", recompute_granularity="full")
+
+
 def test_what_could_not_train_is_refused():
     with pytest.raises(ValueError, match="lora_alpha must not be 0"):
         TrainConfig(lora_alpha=0)
@@ -222,6 +229,7 @@ def test_the_lists_that_follow_from_them():
         "return_freed_memory",
         "on_nan",
         "adapter",
+        "block_graphs",
         "report_to",
         "eval_steps",
         "save_best",

@@ -27,6 +27,7 @@ COMPONENTS = (
     "checkpoints",
     "kept outputs",
     "activations",
+    "block graphs",
     "loss",
     "allocator",
 )
@@ -67,7 +68,7 @@ class Sizes:
             largest share of one block.
         blocks, largest_block: weights of all blocks, and of the largest. shared: of the file beside them.
         outside: weights of linear layers outside of blocks, which are always resident.
-        floats: parameters and buffers that are not int4.
+        floats: parameters and buffers that are not int4; largest_floats: parameters of one block among them.
         segment, gathered: resident bytes of the embedding and the head in files, see ``_table_bytes``.
         files: bytes on disk, by what they hold.
     """
@@ -98,6 +99,10 @@ class Sizes:
         self.outside = _outside(inventory, model.tables)
         floats = [inventory.files[file][name] for name, file in inventory.floats.items()]
         self.floats = sum(model.dtype.itemsize * prod(shape) for _, shape in floats)
+        of_blocks = [0] * (count + 1)
+        for name, file in inventory.floats.items():
+            of_blocks[_block_of(file, count)] += model.dtype.itemsize * prod(inventory.files[file][name][1])
+        self.largest_floats = max(of_blocks[:count], default=0)
         others = [module for module in model.model.modules() if not isinstance(module, Int4Module)]
         self.floats += sum(buffer.nbytes for module in others for buffer in module.buffers(recurse=False))
         tokens = settings.max_length * settings.per_device_train_batch_size * joined(settings)
@@ -107,6 +112,15 @@ class Sizes:
             self.files |= {"checkpoints": self.block_inputs, "kept outputs": self.kept_outputs}
         if settings.optimizer_state == "file" and self.state:
             self.files["optimizer state"] = self.state
+
+    def graphs(self, step: Traced) -> int:
+        """What graphs of blocks hold on to beside what blocks take that run: their memory pool and static buffers.
+
+        The pool holds what the largest pass computes. The buffers hold a block's adapter, its gradients, the adapter in
+        16 or 32 bits, the other parameters, and a few tensors of the size of a block's input.
+        """
+        passes = max(step.forward, step.backward) - step.rest
+        return passes + 3 * max(self.lora[: self.count], default=0) + self.largest_floats + 4 * self.one_block_input
 
 
 def joined(settings: RunSettings) -> int:
@@ -157,6 +171,7 @@ def phases_here(sizes: Sizes, step: Traced, settings: RunSettings, kind: str, fr
         "float parameters": sizes.floats,
         "LoRA": sum(sizes.lora),
         "optimizer state": sizes.state if settings.optimizer_state in here else 0,
+        "block graphs": sizes.graphs(step) if settings.block_graphs else 0,
     }
     varying = _varying(sizes, step, settings, on_cpu, here)
     components = {

@@ -135,7 +135,7 @@ class Planner:
 
     def default(self, asked: TrainConfig) -> RunSettings:
         """The settings that run without a memory budget: outputs are kept if they take at most half of what is free."""
-        if asked.recompute_granularity is not None or not OPTIMIZERS[asked.optim].gradients:
+        if asked.recompute_granularity is not None or not OPTIMIZERS[asked.optim].gradients or asked.block_graphs:
             return resolve(asked)
         selective = resolve(asked, recompute_granularity="selective")
         model, step = self.traced(selective)
@@ -160,7 +160,7 @@ class Planner:
         granularities: list[Granularity] = ["selective", "full"]
         if asked.recompute_granularity is not None:
             granularities = [asked.recompute_granularity]
-        elif not OPTIMIZERS[asked.optim].gradients:
+        elif not OPTIMIZERS[asked.optim].gradients or asked.block_graphs:
             granularities = ["full"]
         chunks = [resolved.mlp_chunk_tokens]
         if asked.mlp_chunk_tokens is None and not asked.lora_dropout:  # chunks draw other dropout masks

@@ -113,6 +113,19 @@ def test_a_device_has_phases_of_its_own(store, monkeypatch):
     assert host["checkpoints"] == 3 * 2 * 32 * 48
 
 
+def test_graphs_of_blocks_keep_the_memory_of_a_pass(store, monkeypatch):
+    settings = dataclasses.replace(resolve(TrainConfig(**SMALL)), device="cuda", dtype="bfloat16")
+    monkeypatch.setattr(machine, "is_unified", lambda device: False)
+    plans = planner(store, framework=7 * MIB)
+    plain = plans.predict(settings)
+    graphs = plans.predict(dataclasses.replace(settings, block_graphs=True))
+    more = [a.total - b.total for a, b in zip(graphs.device, plain.device, strict=True)]
+    passes = at(plain, "backward of the lowest block")["activations"] - at(plain, "embedding")["activations"]
+    lora = at(plain, "backward of the lowest block")["LoRA"] // 3
+    assert len(set(more)) == 1 and more[0] >= passes + 3 * lora
+    assert graphs.host == plain.host
+
+
 def test_only_the_last_block_is_adapted(store, plans):
     target = r"model\.layers\.2\..*_proj"
     plan = plans.predict(resolve(TrainConfig(**SMALL, target_modules=target)))
