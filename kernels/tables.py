@@ -265,6 +265,8 @@ def architecture_of(device: torch.device) -> str:
 
 def _stand_in(device: torch.device) -> str:
     """The compute capability for which Triton's active driver compiles, if it takes tensors of this device."""
+    if torch.compiler.is_compiling():
+        return ""  # a compiler cannot trace a driver
     try:
         from triton.runtime.driver import driver
 

@@ -200,6 +200,12 @@ def test_the_device_is_known_by_its_capability(monkeypatch):
     assert architecture_of.__wrapped__(torch.device("cuda", 0)) == "sm_87"
 
 
+def test_a_compiler_does_not_look_for_drivers():
+    """Triton's driver stands in for a device in measurements alone, and cannot be traced."""
+    compiled = torch.compile(lambda x: x + len(architecture_of(x.device)), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.ones(2))
+
+
 def test_a_table_for_a_reader_that_believes_numbers(places):
     """Numbers that no float holds, and keys that stand twice."""
     _, user = places
