@@ -116,9 +116,7 @@ def load(
     model = build_skeleton(config, numerics.dtype, attn_implementation)
     _take_generation_config(model, opened.directory)
     path, stack = find_blocks(model, blocks)
-    adapters = None if lora is None else as_lora_config(lora)
-    if adapters is not None:
-        adapters = resolve_targets(adapters, model, opened, path)
+    adapters = None if lora is None else resolve_targets(as_lora_config(lora), model, opened, path)
     builder = Builder(opened, model, adapters, numerics, seed)
     placement = _Placement(opened, path, len(stack), weights, numerics.device)
     builder.fill(placement.place)
@@ -136,8 +134,6 @@ def load(
     # Another model may be loaded with these settings, where "all-linear" stands for other layers.
     adapters = None if adapters is None else dataclasses.replace(adapters, layers=None)
     model.mebp = Runtime(opened, engine, loss, adapters, numerics.device, backend)
-    if opened.base is not None:
-        model.name_or_path = opened.base.name_or_path  # which PEFT writes into the configs of its adapters
     _adapt_to_trainers(model)
     return model
 
@@ -248,6 +244,8 @@ def _adapt_to_trainers(model: Any) -> None:
     if int4:
         model.tie_weights = functools.partial(_tied_already, model)
         model._resize_token_embeddings = functools.partial(_refuse_other_sizes, tables["embedding"], int4)
+    if (base := model.mebp.store.base) is not None:
+        model.name_or_path = base.name_or_path  # which PEFT writes into the configs of its adapters
     install_saving(model)
     ignore_in_ddp(model)
 
