@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MIN_DOT, MOST_MEMBERS, power_of_two_at_least
-from .launch import check_operand, known, of_members
+from .launch import check_operand, has_data, known, of_members
 from .weight_tiles import select
 
 BLOCK_M = 64
@@ -137,7 +137,7 @@ def lora_gradients_triton(lefts: Sequence[Tensor], rights: Sequence[Tensor], out
         if not alike or right.dtype != left.dtype or right.stride() != rights[0].stride():
             raise ValueError(f"members differ in a dtype or stride: {left.dtype}, {right.dtype}, {right.stride()}")
     blocks = sum(-(-out.shape[0] // BLOCK_N) for out in outs)
-    if blocks:
+    if blocks and has_data(outs[0]):
         arguments = lora_gradients_arguments(lefts, rights, outs)
         with torch.cuda.device_of(rights[0]):
             known(_lora_gradients_kernel)[(blocks, -(-rank // arguments["BLOCK_R"]))](

@@ -39,6 +39,7 @@ class Moments:
         self.groups = [list(group) for group in groups]
         self.eight_bit = eight_bit
         self.resident = residency == "device" and not eight_bit
+        self._views: list[tuple[list[Tensor], list[Tensor]] | None] = [None] * len(self.groups)
         self.slots: list[MappedSlot] = []
         self.buffers: list[Tensor] = []
         scratch = ScratchFile(directory) if residency == "file" else None
@@ -61,21 +62,22 @@ class Moments:
         Yields:
             The first and the second moments, shaped as the parameters and on their device.
         """
+        if self.resident:
+            views = self._views[index]
+            if views is None:
+                views = self._views[index] = self._shaped(index, self._halves(self.buffers[index]))
+            yield views
+            return
         group, buffer = self.groups[index], self.buffers[index]
         device = group[0].device if group else buffer.device
         stored = buffer if buffer.device == device else buffer.to(device)
-        halves = stored.view(2, stored.numel() // 2).unbind()
-        sizes = [parameter.numel() for parameter in group]
+        halves = self._halves(stored)
         working = halves
         if self.eight_bit:
-            wide, count = _computed_dtype(group), sum(sizes)
+            wide, count = _computed_dtype(group), sum(parameter.numel() for parameter in group)
             working = tuple(decode(half, count, signed, wide) for half, signed in zip(halves, SIGNED, strict=True))
-        first, second = (
-            [piece.view(parameter.shape) for piece, parameter in zip(moment.split(sizes), group, strict=True)]
-            for moment in working
-        )
         try:
-            yield first, second
+            yield self._shaped(index, working)
         finally:
             if changes and self.eight_bit:
                 for moment, half, signed in zip(working, halves, SIGNED, strict=True):
@@ -83,6 +85,20 @@ class Moments:
             if changes and stored is not buffer:
                 buffer.copy_(stored)
             self.drop(index)
+
+    @staticmethod
+    def _halves(buffer: Tensor) -> tuple[Tensor, ...]:
+        return buffer.view(2, buffer.numel() // 2).unbind()
+
+    def _shaped(self, index: int, moments: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The first and the second moments of a group, shaped as its parameters."""
+        group = self.groups[index]
+        sizes = [parameter.numel() for parameter in group]
+        first, second = (
+            [piece.view(parameter.shape) for piece, parameter in zip(moment.split(sizes), group, strict=True)]
+            for moment in moments
+        )
+        return first, second
 
     def drop(self, index: int) -> None:
         """Gives back the resident pages of a group's moments, where they lie in a file."""
