@@ -134,7 +134,7 @@ class BlockGraphs:
     def _forget(self) -> None:
         self.made = self.played = 0
         self._counting = counting_attributes(self.blocks)
-        self._live: dict[int, LiveBlock | CannotBeStatic] = {}
+        self._live: dict[int, LiveBlock | str] = {}  # a reason where a block cannot be copied
         self._likenesses: dict[Hashable, int] = {}
         self._alone: set[int] = set()  # blocks whose bits a shared graph did not give
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
@@ -196,16 +196,14 @@ class BlockGraphs:
 
     def _live_block(self, call: BlockCall) -> LiveBlock:
         live = self._live.get(call.index)
-        if isinstance(live, LiveBlock) and not live.unchanged():
-            live = None
-        if live is None:
+        if live is None or isinstance(live, LiveBlock) and not live.unchanged():
             try:
                 live = LiveBlock(self.blocks[call.index], call.forward, self._counting)
             except CannotBeStatic as reason:
-                live = reason
+                live = str(reason)  # the exception itself would keep the tensors of this call
             self._live[call.index] = live
-        if isinstance(live, CannotBeStatic):
-            raise live
+        if isinstance(live, str):
+            raise CannotBeStatic(live)
         return live
 
     def _kind(self, index: int, live: LiveBlock) -> _Kind:

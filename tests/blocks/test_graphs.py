@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -421,6 +423,25 @@ def test_containers_that_blocks_share(shared_store: Any) -> None:
             results = [run(model, **batch(1, 6, None, seed)) for model in (plain, ours)]
             assert torch.equal(results[0][0], results[1][0])
             assert equal_bits(*(list(gradients.values()) for _, gradients in results))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_no_tensor_of_a_call_is_kept(hooked: bool) -> None:
+    """Neither by a graph nor where a block cannot be copied."""
+    _, ours, graphs = rows([Scaled(0), Scaled(1)])
+    if hooked:
+        ours.blocks[1].up.register_forward_hook(lambda *_: None)
+    kept = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            x = torch.ones(3, 6, requires_grad=True)
+            between = ours.blocks[0](x)
+            ours.blocks[1](between).sum().backward()
+            kept += [weakref.ref(x), weakref.ref(between)]
+            del x, between
+    gc.collect()
+    assert graphs.played and not any(ref() is not None for ref in kept)
 
 
 def test_dropout(shared_store: Any) -> None:

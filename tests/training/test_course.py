@@ -3,14 +3,27 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mebp_triton.data.tokenized import DataReport, TokenizedData
 from mebp_triton.training.course import Course
+from mebp_triton.training.processes import Processes
 from mebp_triton.training.settings import TrainConfig
 
 BY_EPOCHS = TrainConfig(lr_scheduler_type="constant", num_train_epochs=2, warmup_steps=3)
 BY_STEPS = replace(BY_EPOCHS, max_steps=9)
 RUN = Path("run")
+
+
+def test_rows_for_graphs_of_blocks_have_few_widths():
+    offsets = np.cumsum([0, 5, 60, 70, 90, 130])
+    ids = np.arange(offsets[-1]) % 90
+    data = TokenizedData(ids, np.ones(len(ids), bool), offsets, DataReport(5, len(ids), len(ids) - 5, 0, 0))
+    settings = TrainConfig(max_length=100, block_graphs=True, max_steps=5)
+    stream = Course(5, 1).micro_batches(data, settings, 0, Processes(), 0)
+    widths = {next(stream)[0]["input_ids"].shape[1] for _ in range(5)}
+    assert widths == {64, 100, 130}
 
 
 def test_steps_are_counted_by_epochs_unless_their_number_is_given():
