@@ -103,6 +103,7 @@ class BlockEngine(BlockRunner):
     def remove(self) -> None:
         super().remove()
         self.adapter_buffers.clear()
+        self.graphs = None
 
     def _enter(self, run: Callable[..., Any], index: int, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         if torch.compiler.is_compiling() and not self.removed:

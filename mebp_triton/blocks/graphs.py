@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .call import Arguments
 from .graph_checks import agrees, warm_up
 from .graph_players import Player
-from .static_block import CannotBeStatic, LiveBlock, StaticBlock, counting_attributes
+from .static_block import CannotBeStatic, LiveBlock, StaticBlock, check_hooks_of_all_modules, counting_attributes
 from .static_buffers import StaticBuffers
 from .static_passes import StaticBackward, StaticForward, StaticPass, leaf_keys
 
@@ -166,6 +166,7 @@ class BlockGraphs:
 
     def _run(self, call: BlockCall, wanted: Wanted, eager: Callable[[], T]) -> T:
         try:
+            check_hooks_of_all_modules()
             live = self._live_block(call)
             kind = self._kind(call.index, live)
             graph = self._graph(call, wanted, live, kind)

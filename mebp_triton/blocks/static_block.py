@@ -45,6 +45,13 @@ class CannotBeStatic(Exception):
     """Something of a block or its arguments has no place in static buffers; the message is half a sentence."""
 
 
+def check_hooks_of_all_modules() -> None:
+    """Raises CannotBeStatic where somebody has hooks on every module, which would have to run inside of blocks."""
+    everywhere = vars(nn.modules.module)
+    if any(everywhere.get(f"_global{name}") for name in HOOKS):
+        raise CannotBeStatic("there are hooks on all modules")
+
+
 def counting_attributes(blocks: Sequence[nn.Module]) -> frozenset[tuple[str, str]]:
     """The (module path, name) of attributes that several blocks have, and that are each block's number."""
     values: dict[tuple[str, str], list[tuple[int, int]]] = {}

@@ -425,6 +425,30 @@ def test_containers_that_blocks_share(shared_store: Any) -> None:
             assert equal_bits(*(list(gradients.values()) for _, gradients in results))
 
 
+def test_hooks_on_all_modules(pair: tuple[Any, Any]) -> None:
+    plain, ours = pair
+    graphs, called = with_graphs(ours), []
+    steps(ours, **LENGTHS[0])
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    try:
+        with pytest.warns(UserWarning, match="there are hooks on all modules"):
+            run(ours, **LENGTHS[0])
+    finally:
+        handle.remove()
+    assert ours.mebp.engine.blocks[1].mlp in called and not graphs.played
+    same_run(ours, plain, **LENGTHS[0])
+    assert graphs.played == 6
+
+
+def test_an_engine_that_is_removed_gives_graphs_back(pair: tuple[Any, Any]) -> None:
+    _, ours = pair
+    graphs = weakref.ref(with_graphs(ours))
+    steps(ours, **LENGTHS[0])
+    ours.mebp.engine.remove()
+    gc.collect()
+    assert graphs() is None
+
+
 @pytest.mark.parametrize("hooked", [False, True])
 def test_no_tensor_of_a_call_is_kept(hooked: bool) -> None:
     """Neither by a graph nor where a block cannot be copied."""
