@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from unittest.mock import MagicMock, create_autospec
 
 import pytest
 import torch
@@ -28,6 +30,35 @@ def test_a_player_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.2")
     with pytest.warns(UserWarning, match="ROCm is not supported"):
         assert device_player(torch.device("cuda"), keep_outputs=False) is None
+
+
+def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a device: streams wait for each other, one pool and stream serve all graphs, and waiting is an error."""
+    asked: list[str] = []
+    stream, current, modes = MagicMock(), MagicMock(), [0]
+    graph = create_autospec(torch.cuda.graph)
+    for name, fake in {
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: current,
+        "stream": nullcontext,
+        "device": nullcontext,
+        "graph": graph,
+        "CUDAGraph": MagicMock,
+        "graph_pool_handle": lambda: "pool",
+        "get_sync_debug_mode": lambda: modes[-1],
+        "set_sync_debug_mode": modes.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    player = DeviceGraph(torch.device("cuda"))
+    player.warm_up(lambda: asked.append(f"warm {modes[-1]}"), strict=False)
+    player.warm_up(lambda: asked.append(f"warm {modes[-1]}"), strict=True)
+    play = player.record(lambda: asked.append("captured"))
+    assert asked == ["warm 0", "warm error", "captured"] and modes[-1] == 0
+    assert stream.wait_stream.call_args.args == (current,) and current.wait_stream.call_args.args == (stream,)
+    captured, options = graph.call_args.args[0], graph.call_args.kwargs
+    assert options == {"pool": "pool", "stream": stream, "capture_error_mode": "thread_local"}
+    play()
+    captured.replay.assert_called_once_with()
 
 
 @pytest.mark.gpu
