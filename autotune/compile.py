@@ -54,6 +54,7 @@ class StaticReport:
         tensor_memory: columns of tensor memory per block (sm_100 only).
         loop: one trip of the main loop, the longest of several; None if no loop has matrix instructions.
         conversions: conversions from integer to float in all loops with matrix instructions.
+        warnings: what ptxas warns of.
         unpacking_per_weight: integer instructions that unpack, per weight of a tile; None without a main loop. If it is
             more than one decoding takes, several warps decode the same weight.
     """
@@ -67,6 +68,7 @@ class StaticReport:
     tensor_memory: int = 0
     loop: LoopCounts | None = None
     conversions: int = 0
+    warnings: tuple[str, ...] = ()
     unpacking_per_weight: float | None = None
 
     @property
@@ -115,6 +117,7 @@ def compile_for(
         tensor_memory=compiled.tensor_memory,
         loop=max(loops, key=lambda loop: loop.issue_slots, default=None),
         conversions=sum(loop.conversions for loop in loops),
+        warnings=tuple(compiled.warnings),
     )
 
 

@@ -68,6 +68,14 @@ def unfit(problem: Problem, static: StaticReport) -> str | None:
         return "has no main loop with matrix instructions"
     if static.target_sm >= 80 and static.conversions:
         return f"converts integers in the main loop, {static.conversions} times a trip"
+    # Rows of sizes that 16 does not divide cannot be copied by whole words, and a codebook is read where it is used.
+    # For codes of 8 bits a table for 4 bits stands in.
+    aligned = problem.n % 16 == problem.k % 16 == 0
+    strict = aligned and problem.scheme != "codebook" and problem.bits == 4
+    if static.target_sm >= 80 and strict and static.loop.loads:
+        return f"waits for loads in the main loop, {static.loop.loads} a trip"
+    if static.warnings:
+        return f"is not what ptxas likes: {static.warnings[0]}"
     narrow = problem.dtype != torch.float32
     if static.target_sm == 90 and problem.m >= 64 and narrow and static.loop.tensor != "HGMMA":
         return f"uses {static.loop.tensor} where sm_90 has HGMMA"
@@ -109,11 +117,16 @@ def rank(
         for one, prediction in zip(fit, predict_alike(problem, fit, target_sm), strict=True)
     ]
     kept.append(Candidate(None, predict_panel(problem, NOMINAL[target_sm])))
-    kept.sort(key=lambda candidate: candidate.prediction.time_us)
+    kept.sort(key=lambda candidate: (candidate.prediction.time_us, -stages(candidate.route)))
     if execute:
         dropped += _drop_wrong(problem, kept, target_sm)
     tiles = [candidate for candidate in kept if candidate.route is not None][:limit]
     return Ranking([candidate for candidate in kept if candidate.route is None or candidate in tiles], dropped)
+
+
+def stages(route: Route) -> int:
+    """The depth of a route's pipeline. Of configurations that the model does not tell apart, the deepest is taken."""
+    return 0 if route is None else route.num_stages
 
 
 def _drop_wrong(problem: Problem, kept: list[Candidate], target_sm: int) -> list[Dropped]:

@@ -53,6 +53,8 @@ class LoopCounts:
         unpacking: integer instructions that take codes out of words.
         conversions: conversions from integer to float.
         tensor: the kind of matrix instruction, "HMMA", "HGMMA", ..., or "FFMA" without tensor cores.
+        loads: loads from global memory into registers, for which a warp waits.
+        copies: copies from global to shared memory (``cp.async``), for which it does not wait.
     """
 
     issue_slots: int
@@ -61,6 +63,8 @@ class LoopCounts:
     unpacking: int
     conversions: int
     tensor: str
+    loads: int = 0
+    copies: int = 0
 
 
 @cache
@@ -132,4 +136,6 @@ def count(loop: Counter[str]) -> LoopCounts:
         unpacking=total(UNPACKING),
         conversions=total(CONVERSIONS),
         tensor=max(matrix, key=lambda name: bases[name]),
+        loads=bases["LDG"],
+        copies=bases["LDGSTS"],
     )

@@ -17,7 +17,7 @@ from mebp_triton.kernels.tables import DTYPE_NAMES, Entry, Route
 
 from .cost_model import NOMINAL, predict_panel
 from .emulator.faults import NotModelled
-from .rank import Fit, compiled, examine, executed, predict_alike, representative, unfit
+from .rank import Fit, compiled, examine, executed, predict_alike, representative, stages, unfit
 from .results import versions
 from .space import candidates
 
@@ -114,7 +114,7 @@ def _settle(
             best = min(routes.values())
             for route, time_us in routes.items():
                 saved[route] = saved.get(route, 0.0) + max(0.0, before - math.log(time_us / best))
-        config = max(saved, key=lambda route: saved[route])
+        config = max(saved, key=lambda route: (saved[route], stages(route)))
         assert config is not None, "the panel route is chosen already"
         reason = objection(problems[0], config, target_sm, say)
         say(f"{'chosen' if reason is None else 'dropped'}, {problems[0].kernel} {config}: {reason or 'sound'}")
@@ -124,7 +124,10 @@ def _settle(
             for routes in times:
                 routes.pop(config, None)
     return [
-        min(((route, routes[route]) for route in chosen if route in routes), key=lambda pair: pair[1])
+        min(
+            ((route, routes[route]) for route in chosen if route in routes),
+            key=lambda pair: (pair[1], -stages(pair[0])),
+        )
         for routes in times
     ]
 

@@ -13,7 +13,15 @@ from .cost_model import NOMINAL, Device, grid
 
 # A tile's shape: (out-features (matmul) or in-features (matmul_dx) of the tile, step of the reduction, warps).
 Shape = tuple[int, int, int]
-MATMUL_SMALL: tuple[Shape, ...] = ((32, 128, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4))
+MATMUL_SMALL: tuple[Shape, ...] = (
+    (32, 128, 4),
+    (64, 64, 4),
+    (64, 128, 4),
+    (64, 256, 4),
+    (128, 64, 4),
+    (128, 128, 4),
+    (256, 64, 4),
+)
 MATMUL_LARGE: tuple[Shape, ...] = ((64, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
 DX_SMALL: tuple[Shape, ...] = ((64, 64, 4), (128, 32, 2), (128, 64, 2), (128, 64, 4))
 DX_LARGE: tuple[Shape, ...] = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 4), (128, 64, 8))
@@ -21,12 +29,15 @@ DX_LARGE: tuple[Shape, ...] = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32,
 DX_SMALL_PLAIN: tuple[Shape, ...] = ((64, 32, 4), (128, 32, 4))
 DX_LARGE_PLAIN: tuple[Shape, ...] = ((64, 32, 8),)
 # Compute capabilities whose tensor cores are so fast that shared memory is the limit of most tiles of many tokens. The
-# tiles in whose trips nothing takes more than 1.25 times as long as the tensor cores, by the tile's tokens.
+# tiles in whose trips nothing takes more than 1.5 times as long as the tensor cores, by the tile's tokens.
 FAST_TENSOR_CORES = (80, 87)
-MATMUL_BALANCED: dict[int, tuple[Shape, ...]] = {64: ((128, 64, 8),), 128: ((64, 64, 4), (128, 64, 8))}
+MATMUL_BALANCED: dict[int, tuple[Shape, ...]] = {
+    64: ((128, 64, 4), (128, 64, 8)),
+    128: ((64, 64, 4), (128, 64, 8)),
+}
 DX_BALANCED: dict[int, tuple[Shape, ...]] = {
-    64: ((64, 32, 2), (128, 32, 4), (128, 64, 4)),
-    128: ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 8)),
+    64: ((64, 32, 2), (128, 64, 4)),
+    128: ((64, 32, 2), (64, 64, 4)),
 }
 SPLITS = (1, 2, 4, 8, 16)
 # Up to so many tokens a launch is bound by the memory that the weights come from.

@@ -235,8 +235,12 @@ def decode_planes(
 
 @triton.jit
 def both_levels(values, supers):
-    """Scales (or minima) of two levels in float32: bytes times float16 numbers, which needs no rounding."""
-    return values.to(tl.float32) * supers.to(tl.float32)
+    """Scales (or minima) of two levels in float32: bytes times float16 numbers, which needs no rounding.
+
+    A byte becomes a float as a code does: put into the low bits of 2^23 + 128 + byte.
+    """
+    wide = ((values.to(tl.int32) & 0xFF) ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
+    return wide * supers.to(tl.float32)
 
 
 @triton.jit

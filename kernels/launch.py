@@ -78,6 +78,17 @@ def has_data(out: Tensor) -> bool:
     return out.numel() > 0 and not isinstance(out, FakeTensor)
 
 
+def in_words(weights: Sequence[Int4Weight]) -> bool:
+    """Whether the rows ``[N]`` of all scales and minima of less than four bytes are whole words, which are aligned."""
+    named = [(name, tensor) for weight in weights for name, tensor in weight.tensors().items()]
+    scales = [tensor for name, tensor in named if name not in ("packed", "codebook") and tensor.element_size() < 4]
+    return all(
+        tensor.stride(1) == 1
+        and (tensor.stride(0) | tensor.shape[1]) * tensor.element_size() % 4 == tensor.data_ptr() % 4 == 0
+        for tensor in scales
+    )
+
+
 def column_stride(operands: Sequence[Tensor]) -> int:
     """The stride along N that all operands ``[M, N_i]`` share. One with a single column has none."""
     return next((one.stride(1) for one in operands if one.shape[1] > 1), 1)

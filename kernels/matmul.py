@@ -68,6 +68,8 @@ def _matmul_kernel(
     SPLIT: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
     ASM: tl.constexpr,
+    STAGES: tl.constexpr,
+    THREADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,6 +88,7 @@ def _matmul_kernel(
     SPLIT: the reduction is cut into that many parts, axis 1 of the grid. Each part writes float32 outputs of its own,
         which lie behind those of the part before, all members' together.
     SCALE_SUMS: scales multiply the sums over a group instead of the weights.
+    STAGES: the loop's, so that loads are pipelined that no product uses. THREADS: see ``group_rows``.
 
     Sums are kept in float32 and rounded once, after bias and LoRA.
     """
@@ -137,7 +140,7 @@ def _matmul_kernel(
         y_ptr += part.to(tl.int64) * M * (N_of[0] + N_of[1] + N_of[2])
 
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    for k0 in range(k_begin, k_end, BLOCK_K):
+    for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=STAGES):
         offs_k = plane_columns(k0, BLOCK_K)
         x_ptrs = x_ptr + rows_m[None, :] * stride_xm + offs_k.to(tl.int64)[:, None] * stride_xk
         x_ptrs_high = x_ptr + rows_m[None, :] * stride_xm + (offs_k + 32).to(tl.int64)[:, None] * stride_xk
@@ -150,12 +153,12 @@ def _matmul_kernel(
             # padding is zero.
             low, high = packed_planes(tensors[0], strides[0], offs_n, mask_n, k0, K, BITS, BLOCK_K)
             w_low, w_high = unpack_centred(low, high, BITS, dtype, ASM)
-            # [BLOCK_N, 1]
-            scales = float_scales(tensors, strides, offs_n, mask_n, k0, 0, K, GROUP, BLOCK_K)
+            # [BLOCK_N, 1] or [BLOCK_N, BLOCK_M]
+            scales = float_scales(tensors, strides, offs_n, mask_n, k0, 0, K, GROUP, BLOCK_K, BLOCK_M, THREADS)
             total = tl.dot(w_low, x_low, input_precision="ieee")
             if GROUP == 32:
                 acc = tl.fma(total, tl.broadcast_to(scales, acc.shape), acc)
-                scales = float_scales(tensors, strides, offs_n, mask_n, k0, 1, K, GROUP, BLOCK_K)
+                scales = float_scales(tensors, strides, offs_n, mask_n, k0, 1, K, GROUP, BLOCK_K, BLOCK_M, THREADS)
                 total = tl.dot(w_high, x_high, input_precision="ieee")
             else:
                 total = tl.dot(w_high, x_high, total, input_precision="ieee")
@@ -169,12 +172,11 @@ def _matmul_kernel(
                 mask_n,
                 k0,
                 K,
-                BITS,
-                GROUP,
-                HAS_MINIMUM,
+                (BITS, GROUP, HAS_MINIMUM),
                 HAS_CODEBOOK,
                 MASK_K,
                 BLOCK_K,
+                THREADS,
                 dtype,
                 ASM,
             )
@@ -253,6 +255,8 @@ def matmul_arguments(
         "SPLIT": config.split,
         "SCALE_SUMS": config.scale_sums,
         "ASM": runs_compiled(_matmul_kernel),
+        "STAGES": config.num_stages,
+        "THREADS": 32 * config.num_warps,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

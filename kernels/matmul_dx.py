@@ -3,9 +3,8 @@
 The packing is that of the forward pass. Here K is the output's width, so the two planes of a decoded tile are joined.
 Weights that had one input (q, k and v) are one reduction over all their rows, so dX is written once.
 
-What a step decodes has been loaded in the step before. The compiler's own pipeline would not do the same: it loads
-scales where they are used, because they are few bytes, and it derives the layout of the product's operands from bytes
-that it loads in the same step, which gives conflicts in shared memory.
+A step decodes what the step before has brought into registers. If one step did both, the compiler would derive the
+layout of the product's operands from bytes, which gives conflicts in shared memory.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from .configs import Problem, TileConfig, default_config, power_of_two_at_least
 from .decode import decode_planes
-from .launch import check_operand, column_stride, group_of, of_members, runs_compiled, weight_arguments
+from .launch import check_operand, column_stride, group_of, in_words, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
 from .split import parts_of, sum_parts
-from .weight_tiles import join_planes, load_codes, select, to_bank_order, to_column_order, weight_of
+from .weight_tiles import hold, join_planes, load_codes, select, to_bank_order, to_column_order, weight_of
 
 
 @triton.jit
@@ -67,6 +66,8 @@ def _matmul_dx_kernel(
     SPLIT: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr,
     ASM: tl.constexpr,
+    STAGES: tl.constexpr,
+    THREADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -82,6 +83,7 @@ def _matmul_dx_kernel(
     g_ptr: ``[M, R]``, LoRA's scaled ``dY_i·B_i`` of all members side by side. a_ptr: ``[R, K]``, their A.
     dx_ptr: ``[M, K]``, contiguous.
     SPLIT: the reduction is cut into that many parts, axis 1 of the grid. Each part writes a float32 dX of its own.
+    STAGES: the loop's, so that loads are pipelined that no product of the same step uses. THREADS: see ``group_rows``.
     WEIGHT_LEFT: the decoded weight is the left operand, and tiles of dXᵀ are computed. Either way it is decoded once,
         into shared memory. Matrix instructions that take a right operand from there (sm_90, sm_100) want it on the
         right.
@@ -103,8 +105,7 @@ def _matmul_dx_kernel(
     # The reduction's steps run through the rows of the first member by BLOCK_N, then of the second, then of the third.
     # No step holds rows of two members, so that one set of pointers serves it.
     steps_0 = (N_of[0] + BLOCK_N - 1) // BLOCK_N
-    steps_1 = steps_0
-    steps = steps_0
+    steps_1, steps = steps_0, steps_0
     if MEMBERS > 1:
         steps_1 = steps_0 + (N_of[1] + BLOCK_N - 1) // BLOCK_N
         steps = steps_1 + (N_of[2] + BLOCK_N - 1) // BLOCK_N
@@ -126,10 +127,9 @@ def _matmul_dx_kernel(
         (stride_ug_of, stride_un),
         (stride_vg_of, stride_vn),
     )
-    codes = _codes_of_step(
-        begin, ends, tensors, strides, N_of, k0, K, BITS, GROUP, HAS_MINIMUM, MEMBERS, BLOCK_N, BLOCK_K
-    )
-    for step in range(begin, steps):
+    FORM: tl.constexpr = (BITS, GROUP, HAS_MINIMUM)
+    codes = _codes_of_step(begin, ends, tensors, strides, N_of, k0, K, FORM, MEMBERS, THREADS, ASM, BLOCK_N, BLOCK_K)
+    for step in tl.range(begin, steps, num_stages=STAGES):
         member, offs_n, mask_n = _rows_of_step(step, ends, N_of, MEMBERS, BLOCK_N)
         dy_ptrs = (
             select(dy_of, member, MEMBERS)
@@ -145,7 +145,7 @@ def _matmul_dx_kernel(
         w_low, w_high = decode_planes(codes, codebook_ptr, BITS, HAS_MINIMUM, HAS_CODEBOOK, dtype, ASM)
         w = to_bank_order(join_planes(w_low, w_high))
         codes = _codes_of_step(
-            step + 1, ends, tensors, strides, N_of, k0, K, BITS, GROUP, HAS_MINIMUM, MEMBERS, BLOCK_N, BLOCK_K
+            step + 1, ends, tensors, strides, N_of, k0, K, FORM, MEMBERS, THREADS, ASM, BLOCK_N, BLOCK_K
         )
         if WEIGHT_LEFT:
             acc = tl.dot(tl.trans(w), tl.trans(dy), acc, input_precision="ieee")
@@ -210,17 +210,22 @@ def _codes_of_step(
     N_of,
     k0,
     K,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_MINIMUM: tl.constexpr,
+    FORM: tl.constexpr,
     MEMBERS: tl.constexpr,
+    THREADS: tl.constexpr,
+    ASM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Loads what a step decodes, see ``load_codes``."""
     member, offs_n, mask_n = _rows_of_step(step, ends, N_of, MEMBERS, BLOCK_N)
-    tensors, strides = weight_of(tensors, strides, member, HAS_MINIMUM, MEMBERS)
-    return load_codes(tensors, strides, offs_n, mask_n, k0, K, BITS, GROUP, HAS_MINIMUM, BLOCK_K)
+    tensors, strides = weight_of(tensors, strides, member, FORM[2], MEMBERS)
+    codes = load_codes(tensors, strides, offs_n, mask_n, k0, K, FORM, BLOCK_K, THREADS)
+    low, high = codes[0], codes[1]
+    if ASM:
+        low = hold(low)
+        high = low if FORM[0] == 4 else hold(high)  # with 4 bits both planes are in the same bytes
+    return low, high, codes[2], codes[3], codes[4], codes[5], codes[6], codes[7]
 
 
 def matmul_dx_arguments(
@@ -254,6 +259,8 @@ def matmul_dx_arguments(
         "SPLIT": config.split,
         "WEIGHT_LEFT": config.weight_left,
         "ASM": runs_compiled(_matmul_dx_kernel),
+        "STAGES": config.num_stages,
+        "THREADS": -1 if in_words(weights) else 32 * config.num_warps,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

@@ -50,12 +50,11 @@ def load_planes(
     mask_n,
     k0,
     K,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_MINIMUM: tl.constexpr,
+    FORM: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
     MASK_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    THREADS: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -63,8 +62,8 @@ def load_planes(
 
     With MASK_K, columns from K on decode to zeros, whatever their padding holds.
     """
-    codes = load_codes(tensors, strides, offs_n, mask_n, k0, K, BITS, GROUP, HAS_MINIMUM, BLOCK_K)
-    low, high = decode_planes(codes, codebook_ptr, BITS, HAS_MINIMUM, HAS_CODEBOOK, DTYPE, ASM)
+    codes = load_codes(tensors, strides, offs_n, mask_n, k0, K, FORM, BLOCK_K, THREADS)
+    low, high = decode_planes(codes, codebook_ptr, FORM[0], FORM[2], HAS_CODEBOOK, DTYPE, ASM)
     if MASK_K:
         columns = plane_columns(k0, BLOCK_K)
         low = tl.where((columns < K)[None, :], low, 0.0)
@@ -74,22 +73,14 @@ def load_planes(
 
 @triton.jit
 def load_codes(
-    tensors,
-    strides,
-    offs_n,
-    mask_n,
-    k0,
-    K,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_MINIMUM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    tensors, strides, offs_n, mask_n, k0, K, FORM: tl.constexpr, BLOCK_K: tl.constexpr, THREADS: tl.constexpr
 ):
     """Loads what ``W[offs_n, k0 : k0 + BLOCK_K]`` is decoded from: bytes; scales and minima of both planes.
 
     tensors: pointers to packed ``[N, packed_columns(K, BITS)]`` uint8, see ``layout``; scales and minimum
     ``[groups, N]`` float16, float32 or int8; with int8 super_scales and super_minimum ``[ceil(K / 256), N]`` float16.
     strides: the two of each, in the same order. k0 is a multiple of BLOCK_K. Rows whose mask is false are not read.
+    FORM: ``(BITS, GROUP, HAS_MINIMUM)``. THREADS: see ``group_rows``.
 
     Returns a tuple: bytes of the low plane and of the high one, see ``packed_planes``; scales of the low plane and of
     the high one, minima of the low plane and of the high one, see ``group_rows``; super scales and super minima, which
@@ -97,26 +88,32 @@ def load_codes(
     """
     packed_ptr, scales_ptr, minimum_ptr, super_scales_ptr, super_minimum_ptr = tensors
     packed_strides, scales_strides, minimum_strides, super_scales_strides, super_minimum_strides = strides
+    BITS: tl.constexpr = FORM[0]
+    GROUP: tl.constexpr = FORM[1]
+    HAS_MINIMUM: tl.constexpr = FORM[2]
+    W: tl.constexpr = BLOCK_K // 2
     packed, packed_high = packed_planes(packed_ptr, packed_strides, offs_n, mask_n, k0, K, BITS, BLOCK_K)
     # Both planes of a chunk have one scale, unless a group is a single run or less.
-    scales_low = group_rows(scales_ptr, scales_strides, offs_n, mask_n, k0, 0, K, GROUP, BLOCK_K)
+    scales_low = group_rows(scales_ptr, scales_strides, offs_n, mask_n, k0, 0, K, GROUP, BLOCK_K, W, THREADS)
     scales_high = scales_low
     if GROUP <= 32:
-        scales_high = group_rows(scales_ptr, scales_strides, offs_n, mask_n, k0, 1, K, GROUP, BLOCK_K)
+        scales_high = group_rows(scales_ptr, scales_strides, offs_n, mask_n, k0, 1, K, GROUP, BLOCK_K, W, THREADS)
     minima_low = scales_low
     minima_high = scales_high
     if HAS_MINIMUM:
-        minima_low = group_rows(minimum_ptr, minimum_strides, offs_n, mask_n, k0, 0, K, GROUP, BLOCK_K)
+        minima_low = group_rows(minimum_ptr, minimum_strides, offs_n, mask_n, k0, 0, K, GROUP, BLOCK_K, W, THREADS)
         minima_high = minima_low
         if GROUP <= 32:
-            minima_high = group_rows(minimum_ptr, minimum_strides, offs_n, mask_n, k0, 1, K, GROUP, BLOCK_K)
+            minima_high = group_rows(minimum_ptr, minimum_strides, offs_n, mask_n, k0, 1, K, GROUP, BLOCK_K, W, THREADS)
     super_scales = scales_low
     super_minima = scales_low
     if scales_low.dtype == tl.int8:
-        super_scales = group_rows(super_scales_ptr, super_scales_strides, offs_n, mask_n, k0, 0, K, 256, BLOCK_K)
+        ptr, steps = super_scales_ptr, super_scales_strides
+        super_scales = group_rows(ptr, steps, offs_n, mask_n, k0, 0, K, 256, BLOCK_K, W, THREADS)
         super_minima = super_scales
         if HAS_MINIMUM:
-            super_minima = group_rows(super_minimum_ptr, super_minimum_strides, offs_n, mask_n, k0, 0, K, 256, BLOCK_K)
+            ptr, steps = super_minimum_ptr, super_minimum_strides
+            super_minima = group_rows(ptr, steps, offs_n, mask_n, k0, 0, K, 256, BLOCK_K, W, THREADS)
     return packed, packed_high, scales_low, scales_high, minima_low, minima_high, super_scales, super_minima
 
 
@@ -139,38 +136,96 @@ def packed_planes(packed_ptr, strides, offs_n, mask_n, k0, K, BITS: tl.constexpr
 
 
 @triton.jit
-def group_rows(ptr, strides, offs_n, mask_n, k0, plane, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+def hold(packed):
+    """The same bytes, in registers: an assembly without instructions, which the compiler must not move.
+
+    Without it the pipeline would not load what a step hands to the next one, and bytes would be brought one by one into
+    the layout in which the product wants them.
+    """
+    return tl.inline_asm_elementwise("", "=r,0", [packed], dtype=packed.dtype, is_pure=False, pack=4)
+
+
+@triton.jit
+def group_rows(
+    ptr,
+    strides,
+    offs_n,
+    mask_n,
+    k0,
+    plane,
+    K,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    THREADS: tl.constexpr,
+):
     """The scales (or minima) of one plane (0: low, 1: high) of a tile; super scales, with 256 columns as the group.
 
     ptr ``[groups, N]``. A plane's run of 32 columns lies within one group, so one row per chunk of 64 is loaded; of
-    groups of 16 it is two. Returns ``[BLOCK_N, 1]`` if the whole tile lies within one group, and otherwise
-    ``[BLOCK_N, BLOCK_K // 2]``.
+    groups of 16 it is two. Returns ``[BLOCK_N, 1]`` or ``[BLOCK_N, WIDTH]``: WIDTH is BLOCK_K // 2, or any width if the
+    whole tile lies within one group.
+
+    THREADS: how many share the load, if it is to be pipelined; else 0. The compiler pipelines a load only if every
+    thread has four bytes of it, side by side. A smaller one stays in the loop, and each trip waits for it. So a number
+    is loaded as often as it takes to have four bytes for every thread. Copies take turns by four columns. A thread of a
+    product has as many side by side, or two, and so it reads one of two copies. If THREADS is negative, each number is
+    taken out of the word of four bytes in which it lies (see ``launch.in_words``). That takes fewer registers, but the
+    compiler would not bring such scales into the layout of a product's left operand.
     """
     PIECE: tl.constexpr = 16 if GROUP == 16 else 32
     PIECES: tl.constexpr = 1 if GROUP >= BLOCK_K else BLOCK_K // 2 // PIECE
-    pieces = tl.arange(0, PIECES)
+    SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    BYTES: tl.constexpr = offs_n.shape[0] * PIECES * SIZE
+    WANTED: tl.constexpr = 1 if SIZE == 4 or THREADS * 4 <= BYTES else THREADS * 4 // BYTES
+    COPIES: tl.constexpr = WANTED if WANTED * PIECES <= WIDTH else WIDTH // PIECES
+    EACH: tl.constexpr = WIDTH // PIECES // COPIES
+    TURN: tl.constexpr = 4 if (COPIES == 2 or COPIES > 1 and PIECES > 1) and EACH >= 4 else EACH
+    pieces = tl.arange(0, PIECES * COPIES) // COPIES
     offs_c = k0 + plane * 32 + pieces * 64
     if GROUP == 16:
         offs_c = k0 + plane * 32 + pieces // 2 * 64 + pieces % 2 * 16
     offs_g = (offs_c // GROUP).to(tl.int64)
-    # [BLOCK_N, PIECES]
-    rows = tl.load(
-        ptr + offs_g[None, :] * strides[0] + offs_n.to(tl.int64)[:, None] * strides[1],
-        mask=mask_n[:, None] & (offs_c < K)[None, :],
-        other=0.0,
-    )
-    if PIECES > 1:
-        rows = tl.broadcast_to(rows[:, :, None], (rows.shape[0], PIECES, PIECE))
-        rows = tl.reshape(rows, (rows.shape[0], PIECES * PIECE))
+    rows_n = offs_n.to(tl.int64)[:, None]
+    mask = mask_n[:, None] & (offs_c < K)[None, :]
+    # [BLOCK_N, PIECES * COPIES]
+    if THREADS < 0 and SIZE < 4:
+        IN_WORD: tl.constexpr = 4 // SIZE
+        word_ptrs = ptr.to(tl.pointer_type(tl.int32)) + offs_g[None, :] * (strides[0] // IN_WORD) + rows_n // IN_WORD
+        rows = tl.load(word_ptrs, mask=mask, other=0) >> (offs_n % IN_WORD * (8 * SIZE))[:, None]
+        rows = rows.to(tl.int16 if SIZE == 2 else tl.int8).to(ptr.dtype.element_ty, bitcast=True)
+    else:
+        rows = tl.load(ptr + offs_g[None, :] * strides[0] + rows_n * strides[1], mask=mask, other=0.0)
+    if PIECES * COPIES > 1:
+        if PIECES > 1 and COPIES > 1:
+            rows = tl.reshape(rows, (rows.shape[0], PIECES, COPIES))[:, :, None, :, None]
+            rows = tl.broadcast_to(rows, (rows.shape[0], PIECES, EACH // TURN, COPIES, TURN))
+        elif EACH > TURN:
+            rows = tl.broadcast_to(rows[:, None, :, None], (rows.shape[0], EACH // TURN, COPIES, TURN))
+        else:
+            rows = tl.broadcast_to(rows[:, :, None], (rows.shape[0], PIECES * COPIES, EACH))
+        rows = tl.reshape(rows, (rows.shape[0], WIDTH))
     return rows
 
 
 @triton.jit
-def float_scales(tensors, strides, offs_n, mask_n, k0, plane, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+def float_scales(
+    tensors,
+    strides,
+    offs_n,
+    mask_n,
+    k0,
+    plane,
+    K,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    THREADS: tl.constexpr,
+):
     """``group_rows`` of the scales in float32; ``tensors`` and ``strides`` are those of ``load_codes``."""
-    scales = group_rows(tensors[1], strides[1], offs_n, mask_n, k0, plane, K, GROUP, BLOCK_K)
+    scales = group_rows(tensors[1], strides[1], offs_n, mask_n, k0, plane, K, GROUP, BLOCK_K, WIDTH, THREADS)
     if scales.dtype == tl.int8:
-        return both_levels(scales, group_rows(tensors[3], strides[3], offs_n, mask_n, k0, plane, K, 256, BLOCK_K))
+        supers = group_rows(tensors[3], strides[3], offs_n, mask_n, k0, plane, K, 256, BLOCK_K, WIDTH, THREADS)
+        return both_levels(scales, supers)
     else:
         return scales.to(tl.float32)
 

@@ -6,7 +6,9 @@ with Emulator(87) as emulator:
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,16 +47,18 @@ class Compiled:
     """A compiled kernel.
 
     Attributes:
-        ptx: as text; ``kernel`` has its instructions, ``cubin`` the machine code that ptxas makes of it.
+        ptx: as text; ``kernel`` has its instructions, ``cubin`` the machine code that ptxas makes of it, and
+            ``warnings`` the lines in which ptxas warns of something.
         shared_bytes: of shared memory, which a launch asks for.
         tensor_memory: columns of tensor memory per block (sm_100 only).
-        assemble: runs ptxas. That takes a fifth of the time, and executing PTX does not need it.
+        assemble: runs ptxas, and returns the machine code and its log. That takes a fifth of the time, and executing
+            PTX does not need it.
     """
 
     ptx: str
     shared_bytes: int
     tensor_memory: int
-    assemble: Callable[[str], bytes]
+    assemble: Callable[[str], tuple[bytes, str]]
 
     @functools.cached_property
     def kernel(self) -> Kernel:
@@ -66,8 +70,17 @@ class Compiled:
         return re.sub(r"(?m)^\.(version|target) .*\n", "", self.ptx)
 
     @functools.cached_property
-    def cubin(self) -> bytes:
+    def assembled(self) -> tuple[bytes, str]:
+        """The machine code and the log of ptxas."""
         return self.assemble(self.ptx)
+
+    @property
+    def cubin(self) -> bytes:
+        return self.assembled[0]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [line for line in self.assembled[1].splitlines() if re.search(r"\bwarning\b|\(C\d+\)", line)]
 
 
 @dataclass(frozen=True)
@@ -137,8 +150,10 @@ class Compiler:
             del self._compiled[next(iter(self._compiled))]
         return compiled, bound, passed
 
-    def _assemble(self, options: Any, ptx: str) -> bytes:
-        return self.backend.make_cubin(ptx, {}, options, self.target.arch)
+    def _assemble(self, options: Any, ptx: str) -> tuple[bytes, str]:
+        with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+            knobs.nvidia.dump_ptxas_log = True
+            return self.backend.make_cubin(ptx, {}, options, self.target.arch), log.getvalue()
 
     def _specialize(self, bound: Mapping[str, Any], specialization: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
         """Signature, constants and attributes as ``ASTSource`` takes them, and the arguments that are passed."""

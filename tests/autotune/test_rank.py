@@ -7,9 +7,10 @@ import torch
 
 from mebp_triton.autotune import rank as ranking
 from mebp_triton.autotune.compile import SHARED_LIMITS, StaticReport
+from mebp_triton.autotune.cost_model import LIMITS, Prediction
 from mebp_triton.autotune.emulator.faults import NotModelled
 from mebp_triton.autotune.execute import TripCounts
-from mebp_triton.autotune.rank import compiled, rank, unfit
+from mebp_triton.autotune.rank import Fit, compiled, rank, unfit
 from mebp_triton.autotune.sass import LoopCounts
 from mebp_triton.kernels.configs import Problem, TileConfig
 
@@ -22,8 +23,11 @@ SPACE = [
 WASTEFUL = TileConfig(64, 256, 64, num_warps=2, num_stages=2)
 
 
-def made(target_sm=90, tensor="HGMMA", conversions=0, **changes):
-    loop = LoopCounts(250, 4, 120, 40, conversions, tensor)
+SERIALIZED = "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+
+
+def made(target_sm=90, tensor="HGMMA", conversions=0, loads=0, **changes):
+    loop = LoopCounts(250, 4, 120, 40, conversions, tensor, loads)
     good = StaticReport("_matmul_kernel", target_sm, 100, 0, 1024, SHARED_LIMITS[target_sm])
     return replace(good, **{"loop": loop, "conversions": conversions, **changes})
 
@@ -45,11 +49,20 @@ def small_space(monkeypatch):
         (made(75, "FFMA", 64), None),
         (made(90, "HMMA"), "uses HMMA where sm_90 has HGMMA"),
         (made(120, "HMMA"), None),
+        (made(80, "HMMA", loads=2), "waits for loads in the main loop, 2 a trip"),
+        (made(75, "FFMA", loads=2), None),
+        (made(warnings=(SERIALIZED,)), "(C7515)"),
     ],
 )
 def test_reasons(report, reason):
     found = unfit(PROBLEM, report)
     assert found is None if reason is None else found is not None and reason in found
+
+
+def test_loads_that_cannot_be_pipelined_are_allowed():
+    """Rows that 16 does not divide are not copied by whole words; a codebook is read where it is used."""
+    for problem in (replace(PROBLEM, n=4097), replace(PROBLEM, k=4104), replace(PROBLEM, scheme="codebook")):
+        assert unfit(problem, made(80, "HMMA", loads=2)) is None
 
 
 def test_hgmma_is_asked_of_many_tokens_in_16_bits_only():
@@ -73,6 +86,16 @@ def test_rank(small_space):
     assert len(limited.kept) == 2 and None in [candidate.route for candidate in limited.kept]
     tiles = [candidate for candidate in found.kept if candidate.route]
     assert tiles[0] in limited.kept
+
+
+def test_of_equals_the_deepest_pipeline_comes_first(small_space, monkeypatch):
+    deep = [replace(SPACE[0], num_stages=stages) for stages in (2, 4, 3)]
+    monkeypatch.setattr(ranking, "candidates", lambda problem, target_sm: deep)
+    monkeypatch.setattr(ranking, "examine", lambda problem, config, target_sm, code: Fit(config, made(87, "HMMA"), ""))
+    alike = Prediction(1.0, dict.fromkeys(LIMITS, 1.0))
+    monkeypatch.setattr(ranking, "predict_alike", lambda problem, fit, target_sm: [alike] * len(fit))
+    routes = [candidate.route for candidate in rank(PROBLEM, 87).kept]
+    assert [route.num_stages for route in routes if route is not None] == [4, 3, 2]
 
 
 def test_shared_memory_is_counted(small_space):

@@ -30,6 +30,7 @@ def test_only_the_main_loop_counts():
         "I2F.RP R0, R7",  # an integer division before the loop
         "HMMA.16816.F32.BF16 R4, R8, R10, R4",  # peeled
         "LDGSTS.E.128 [R1], [R2.64]",  # 0x20, the loop
+        "LDG.E.U16 R7, [R2.64+0x40]",
         "LOP3.LUT R1, R2, 0xf, RZ, 0xc0, !PT",
         "PRMT R3, R1, 0x4140, R5",
         "I2FP.F32.S32 R3, R3",
@@ -37,11 +38,12 @@ def test_only_the_main_loop_counts():
         "HMMA.16816.F32.BF16 R4, R8, R10, R4",
         "@P0 BRA 0x20",
         "I2F.S8 R2, R3",
-        "BRA 0xa0",  # where every kernel ends
+        "BRA 0xb0",  # where every kernel ends
     )
     (loop,) = main_loops(text)
     assert loop["HMMA.16816.F32.BF16"] == 1 and loop["I2FP.F32.S32"] == 1 and "I2F.S8" not in loop
-    assert count(loop) == LoopCounts(issue_slots=7, matrix=1, integer=3, unpacking=2, conversions=1, tensor="HMMA")
+    counts = {"issue_slots": 8, "matrix": 1, "integer": 3, "unpacking": 2, "conversions": 1, "loads": 1, "copies": 1}
+    assert count(loop) == LoopCounts(**counts, tensor="HMMA")
 
 
 def test_slow_paths_behind_the_kernel_are_no_loops():

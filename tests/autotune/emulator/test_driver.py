@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,7 +154,20 @@ def test_machine_code_is_made_when_it_is_asked_for(monkeypatch):
     compiled = emulator.launches[0].compiled
     assert not made
     assert compiled.cubin.startswith(b"\x7fELF") and compiled.cubin is compiled.cubin
-    assert len(made) == 1
+    assert compiled.warnings == [] and len(made) == 1
+
+
+def test_warnings_of_the_assembler_are_read(capsys):
+    """Its log has other lines too, and none of it is printed."""
+    with Emulator(80) as emulator:
+        forward(TileConfig(16, 32, 64, num_warps=2, num_stages=2))
+    compiled = emulator.launches[0].compiled
+    code, log = compiled.assemble(compiled.ptx)
+    assert code == compiled.cubin and "registers" in log and "spill" in log
+    lines = ["ptxas info    : (C7515) Potential Performance Loss", "ptxas info    : Used 8 registers", "warning: x"]
+    told = replace(compiled, assemble=lambda ptx: (b"", "\n".join(lines)))
+    assert told.warnings == [lines[0], lines[2]]
+    assert capsys.readouterr().out == ""
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
