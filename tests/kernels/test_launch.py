@@ -8,7 +8,7 @@ from sources import TREES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mebp_triton.kernels import split
-from mebp_triton.kernels.launch import can_group, check_operand, has_data, runs_compiled, weight_arguments
+from mebp_triton.kernels.launch import can_group, check_operand, has_data, in_words, runs_compiled, weight_arguments
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import int4_matmul_group_triton
 
@@ -86,6 +86,16 @@ def test_arguments_of_two_levels(make_weight):
     assert (pair["stride_un"], pair["stride_vn"]) == (1, 1)
     alone = weight_arguments([make_weight(20, 100, 32)])
     assert alone["super_scales_of"] == (None, None, None) and alone["stride_ug_of"] == (0, 0, 0)
+
+
+def test_scales_in_whole_words(make_weight):
+    even = make_weight(20, 100, 32, "affine")
+    assert in_words([even]) and in_words([even, make_weight(6, 100, 32, "affine")])
+    assert in_words([even.rows(2, 20)]) and not in_words([even.rows(1, 19)]), "the first row begins within a word"
+    assert not in_words([even, make_weight(7, 100, 32, "affine")])
+    assert in_words([make_weight(7, 100, 32, scale_dtype=torch.float32)])
+    assert in_words([make_weight(20, 600, 32, scale_dtype=torch.int8)])
+    assert not in_words([make_weight(6, 600, 32, scale_dtype=torch.int8)])
 
 
 def test_operands_are_checked():
