@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .layout import CHUNK, Int4Weight
-from .panel import PanelDecoder, from_planes, int4_embedding_panel, spans, workspace
+from .panel import PanelDecoder, from_planes, int4_embedding_panel, spans, whole_tiles, workspace
 from .running_softmax import RunningSoftmax, apply_chain
 
 # Rows of the head per tile in plain torch. With kernels a tile has as many rows as fit into a panel and into LOGITS.
@@ -64,7 +64,8 @@ class OnePass:
             return
         chunks, panel = weight.chunks, workspace().elements(self.hidden.device)
         if self.by_kernel:
-            tile = min(vocabulary, max(1, panel // (chunks * CHUNK)), max(VOCABULARY_TILE, LOGITS // rows))
+            tile = min(panel // (chunks * CHUNK), max(VOCABULARY_TILE, LOGITS // rows))
+            tile = min(vocabulary, whole_tiles(tile))
         else:
             # A power of two, so that a head in segments has the same tiles as a whole one, and rounds alike.
             tile = 1 << (min(VOCABULARY_TILE, max(1, 4 * panel // (chunks * CHUNK))).bit_length() - 1)

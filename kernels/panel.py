@@ -20,6 +20,9 @@ from .layout import CHUNK, RUN, SUPER_GROUP, Int4Weight, middle_code
 # Elements of one panel: on a CPU 4 MiB of float32; on a GPU 16 MiB of 16-bit weights, which stay in a large L2.
 CPU_ELEMENTS = 1 << 20
 GPU_ELEMENTS = 1 << 23
+# Rows of a panel are a multiple of this, or fewer: a tile of the libraries' products. They have slower kernels for an
+# output that begins elsewhere and so is misaligned.
+TILE_ROWS = 128
 
 
 class Workspace:
@@ -81,6 +84,11 @@ def use_workspace(other: Workspace) -> Iterator[None]:
 def spans(length: int, step: int) -> Iterator[tuple[int, int]]:
     """Consecutive ``(start, stop)`` of at most ``step`` that cover ``length``."""
     return ((start, min(start + step, length)) for start in range(0, length, step))
+
+
+def whole_tiles(rows: int) -> int:
+    """At least one row, and if there are enough, no more than whole tiles hold: 762 -> 640."""
+    return max(1, rows if rows < TILE_ROWS else rows - rows % TILE_ROWS)
 
 
 class PanelDecoder:
@@ -204,7 +212,7 @@ def int4_matmul_panel(
     y = x.new_empty(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
     if y.numel() == 0:
         return y
-    step = max(1, workspace().elements(x.device) // max(1, chunks * CHUNK))
+    step = whole_tiles(workspace().elements(x.device) // max(1, chunks * CHUNK))
     decoder = PanelDecoder(weight, x.dtype, min(step, rows), chunks, by_kernel)
     planes = decoder.arrange(x, chunks)
     for start, stop in spans(rows, step):
@@ -243,10 +251,11 @@ def int4_matmul_dx_group_panel(
         return dx.zero_()
     budget = workspace().elements(dx.device)
     most = max(weight.out_features for weight in weights)
-    row_step = max(1, min(most, budget // CHUNK))
+    row_step = min(most, whole_tiles(budget // CHUNK))
     # A kernel decodes views of the columns, which begin at whole groups.
     least = max(weight.column_step for weight in weights) // CHUNK if by_kernel else 1
-    chunk_step = min(chunks, max(least, budget // (CHUNK * row_step) // least * least))
+    width_step = whole_tiles(budget // row_step)
+    chunk_step = min(chunks, max(least, width_step // CHUNK // least * least))
     # Rounding each of several partial sums would be less exact than one reduction.
     work = dtype if row_step >= most else torch.promote_types(dtype, torch.float32)
     decoder = PanelDecoder(head, work, row_step, chunk_step, by_kernel)

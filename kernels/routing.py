@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from .configs import Kernel, Problem, TileConfig, default_config
+from .configs import MIN_DOT, Kernel, Problem, TileConfig, default_config
 from .layout import Int4Weight
 from .names import BACKENDS, SCHEMES
 from .tables import Route, Table, architecture_of, bucket, load_tables
@@ -59,15 +60,18 @@ class Routes:
         table: what was tuned for it.
         too_large: configurations that a device turned out to have no room for, and which are not chosen again.
         choose: ``find_route`` of a problem, remembered, since every launch asks.
+
+    Args:
+        tensor_cores: whether its products are those of tensor cores, see ``default_route``.
     """
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
+    def __init__(self, table: Table, tensor_cores: bool = True) -> None:
+        self.table, self.tensor_cores = table, tensor_cores
         self.too_large: set[TileConfig] = set()
         self.choose = functools.lru_cache(maxsize=4096)(self._choose)
 
     def _choose(self, problem: Problem) -> Route:
-        route = find_route(problem, self.table)
+        route = find_route(problem, self.table, self.tensor_cores)
         return default_config(problem) if route in self.too_large else route
 
     def refuse(self, problem: Problem) -> None:
@@ -86,10 +90,11 @@ class Routes:
 @functools.cache
 def routes_of(architecture: str) -> Routes:
     """The routes of an architecture, for the whole process. Its tables are read at the first launch, not on import."""
-    return Routes(load_tables(architecture))
+    old = re.fullmatch(r"sm_(\d+)", architecture)
+    return Routes(load_tables(architecture), tensor_cores=old is None or int(old[1]) >= 80)
 
 
-def find_route(problem: Problem, table: Table) -> Route:
+def find_route(problem: Problem, table: Table, tensor_cores: bool = True) -> Route:
     """The route that a table gives a problem.
 
     It is the entry for the problem's bucket, or for the nearest bucket of N and K with all else equal. If there is
@@ -99,7 +104,7 @@ def find_route(problem: Problem, table: Table) -> Route:
     wanted = bucket(problem)
     candidates = [item for item in table if _may_stand_in(item, wanted)]
     if not candidates:
-        return default_route(problem)
+        return default_route(problem, tensor_cores)
     route = table[min(candidates, key=lambda item: _distance(item, wanted))].route
     if route is not None and not route.suits(problem):
         return replace(route, scale_sums=False)  # the weight does not let sums be scaled
@@ -129,12 +134,13 @@ def _distance(item: Problem, wanted: Problem) -> tuple[Any, ...]:
     )
 
 
-def default_route(problem: Problem) -> Route:
+def default_route(problem: Problem, tensor_cores: bool = True) -> Route:
     """The route without a table.
 
-    Few tokens go by tiles. From 512 on, where no public fused kernel keeps up with a library, they go by panels.
+    Few tokens go by tiles. From 512 on, where no public fused kernel keeps up with a library, they go by panels; and
+    from 17 on without tensor_cores: before sm_80 the compiler multiplies without them, and the library with them.
     """
-    if problem.m >= 512 and problem.dtype != torch.float32:
+    if problem.m >= 512 or (problem.m > MIN_DOT and not tensor_cores):
         return None
     return default_config(problem)
 

@@ -14,12 +14,15 @@ from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.panel import (
     CPU_ELEMENTS,
     GPU_ELEMENTS,
+    TILE_ROWS,
+    PanelDecoder,
     Workspace,
     int4_embedding_panel,
     int4_matmul_dx_group_panel,
     int4_matmul_dx_panel,
     int4_matmul_panel,
     use_workspace,
+    whole_tiles,
     workspace,
 )
 
@@ -398,3 +401,24 @@ class TestDecodedByAKernel:
         truth = sum(reference.matmul_dx(dy.double(), weight) for dy, weight in zip(dys, weights, strict=True))
         dx = int4_matmul_dx_group_panel(dys, weights, by_kernel=True)
         torch.testing.assert_close(dx.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_panels_are_whole_tiles():
+    assert [whole_tiles(rows) for rows in (0, 1, 127, 128, 762, 5461)] == [1, 1, 127, 128, 640, 5376]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1000, 64), (300, 3000)])
+def test_the_products_of_a_panel_begin_at_a_tile(monkeypatch, set_panel_size, make_weight, normal, rows, width):
+    """Of 762 rows that fit, 640 are taken; those of the result's columns that a panel of dX gives, likewise."""
+    weight = make_weight(rows, width)
+    set_panel_size(762 * 64 if width == 64 else 300 * 762)
+    seen = []
+    decode = PanelDecoder.__call__
+    monkeypatch.setattr(PanelDecoder, "__call__", lambda self, *span: seen.append(span) or decode(self, *span))
+    x, dy = normal(5, width), normal(5, rows)
+    exact = reference.decode(weight, torch.float64)
+    torch.testing.assert_close(int4_matmul_panel(x, weight).double(), x.double() @ exact.t(), rtol=1e-4, atol=1e-3)
+    assert all(start % TILE_ROWS == 0 for start, *_ in seen) or width != 64
+    seen.clear()
+    torch.testing.assert_close(int4_matmul_dx_panel(dy, weight).double(), dy.double() @ exact, rtol=1e-4, atol=1e-3)
+    assert all(first * 64 % TILE_ROWS == 0 for *_, first, _ in seen) and len(seen) > 0

@@ -100,7 +100,15 @@ def test_without_a_table_many_tokens_go_by_panels():
     few, many = (Problem("matmul", m, 4096, 4096) for m in (511, 512))
     assert default_route(few) == default_config(few)
     assert default_route(many) is None
-    assert default_route(replace(many, dtype=torch.float32)) == default_config(many)
+    assert default_route(replace(many, dtype=torch.float32)) is None
+
+
+def test_before_sm80_a_library_has_the_tensor_cores():
+    few, more = (Problem("matmul", m, 4096, 4096, dtype=torch.float16) for m in (16, 17))
+    for architecture, route in (("sm_75", None), ("sm_80", TileConfig), ("gfx942", TileConfig)):
+        routes = routes_of(architecture)
+        assert routes.choose(few) is not None
+        assert type(routes.choose(more)) is (type(None) if route is None else route), architecture
 
 
 def test_what_a_device_has_no_room_for_is_not_chosen_again():
@@ -117,14 +125,14 @@ def test_what_a_device_has_no_room_for_is_not_chosen_again():
 def test_the_tables_of_an_architecture_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     routes_of.cache_clear()
-    path = user_table_path("sm_1")
+    path = user_table_path("sm_81")
     path.parent.mkdir(parents=True, mode=0o700)
-    path.write_text(json.dumps(table_to_json("sm_1", table_of({PROBLEM: TILE}).values())))
-    assert routes_of("sm_1").choose(PROBLEM) == TILE and routes_of("sm_2").choose(PROBLEM) == default_config(PROBLEM)
+    path.write_text(json.dumps(table_to_json("sm_81", table_of({PROBLEM: TILE}).values())))
+    assert routes_of("sm_81").choose(PROBLEM) == TILE and routes_of("sm_82").choose(PROBLEM) == default_config(PROBLEM)
     path.unlink()
-    assert routes_of("sm_1").choose(PROBLEM) == TILE
+    assert routes_of("sm_81").choose(PROBLEM) == TILE
     routes_of.cache_clear()
-    assert routes_of("sm_1").choose(PROBLEM) == default_config(PROBLEM)
+    assert routes_of("sm_81").choose(PROBLEM) == default_config(PROBLEM)
     routes_of.cache_clear()
 
 
