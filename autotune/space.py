@@ -29,15 +29,15 @@ DX_LARGE: tuple[Shape, ...] = ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32,
 DX_SMALL_PLAIN: tuple[Shape, ...] = ((64, 32, 4), (128, 32, 4))
 DX_LARGE_PLAIN: tuple[Shape, ...] = ((64, 32, 8),)
 # Compute capabilities whose tensor cores are so fast that shared memory is the limit of most tiles of many tokens. The
-# tiles in whose trips nothing takes more than 1.5 times as long as the tensor cores, by the tile's tokens.
+# tiles in whose trips nothing takes more than 1.4 times as long as the tensor cores, by the tile's tokens.
 FAST_TENSOR_CORES = (80, 87)
 MATMUL_BALANCED: dict[int, tuple[Shape, ...]] = {
     64: ((128, 64, 4), (128, 64, 8)),
     128: ((64, 64, 4), (128, 64, 8)),
 }
 DX_BALANCED: dict[int, tuple[Shape, ...]] = {
-    64: ((64, 32, 2), (128, 64, 4)),
-    128: ((64, 32, 2), (64, 64, 4)),
+    64: ((64, 32, 2), (128, 32, 4), (128, 64, 4)),
+    128: ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 32, 8), (128, 64, 8)),
 }
 SPLITS = (1, 2, 4, 8, 16)
 # Up to so many tokens a launch is bound by the memory that the weights come from.

@@ -48,10 +48,7 @@ def test_orders_of_columns(block_k):
     ids=["64", "128"],
 )
 def test_dx_has_no_conflicts_in_shared_memory(config, bits, scale_dtype):
-    """Accesses take as few wavefronts as their bytes need: stores and reads of the decoded tile, codes, dY.
-
-    Scales are few, and two threads may read one in two of its copies, which lie in one bank.
-    """
+    """Every access takes as few wavefronts as its bytes need: stores and reads of the decoded tile, scales, dY."""
     generator = torch.Generator().manual_seed(0)
     n, k = 4 * config.block_n, 2 * config.block_k
     weight = accuracy.random_weight(n, k, CPU, scale_dtype=scale_dtype, generator=generator, bits=bits)
@@ -60,8 +57,7 @@ def test_dx_has_no_conflicts_in_shared_memory(config, bits, scale_dtype):
         int4_matmul_dx_triton(dy, weight, config=config)
     counts = emulator.launches[0].counts
     assert counts is not None
-    # The sums are put in order once, by the epilogue.
-    often = [access for access in counts.to_shared.values() if access.requests >= 4 * config.num_warps]
-    for access in often:
-        assert access.parts == access.least or access.least <= 8 * config.num_warps, access.instruction
-    assert sum(access.parts for access in often) <= 1.06 * sum(access.least for access in often)
+    for access in counts.to_shared.values():
+        # The sums are put in order once, by the epilogue.
+        if access.requests >= 4 * config.num_warps:
+            assert access.parts == access.least, access.instruction
