@@ -30,15 +30,16 @@ from .static_buffers import StaticBuffers, has_buffer, layout_of
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Enum)
 FUNCTIONS = (types.BuiltinFunctionType, type)
-TENSORS = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Compared in other ways, as an int4 weight by its addresses; or set only while a block runs.
-PASSING = {"_made", "tape", "stacks", "forward", *TENSORS, *HOOKS}
+# An int4 weight, which is compared by its addresses; and what is set only while a block runs.
+PASSING = ("_made", "tape", "stacks", "forward")
+# What every module has. It is compared in other ways where a forward pass depends on it.
+COMMON = vars(nn.Module()).keys() - {"training"}
 
 
-def _attributes(module: nn.Module) -> list[str]:
-    """The names of a module's attributes, without what ``PASSING`` has."""
-    return [name for name in vars(module) if name not in PASSING]
+def _attributes(module: nn.Module) -> Set[str]:
+    """The names of a module's own attributes, and ``training``."""
+    return vars(module).keys() - COMMON - set(PASSING)
 
 
 class CannotBeStatic(Exception):
@@ -69,11 +70,15 @@ class _Module:
     """One module of a block, and a quick look at whether it is still as it was."""
 
     def __init__(self, module: nn.Module, root: bool) -> None:
-        self.state = vars(module)
+        self.module, self.kind, self.state = module, type(module), vars(module)
         self.root = root
         self.get = operator.itemgetter(*_attributes(module), "training")  # twice, so that it always returns a tuple
-        self.values = self.get(self.state)
+        # Containers are copied, so that a change within one is seen.
+        self.values = tuple(
+            copy.copy(value) if isinstance(value, dict | list | set) else value for value in self.get(self.state)
+        )
         self.children = tuple(self.state["_modules"].values())
+        self.count, self.present = self._count(), self._present()
         self.check()
 
     def check(self) -> None:
@@ -87,10 +92,20 @@ class _Module:
         state = self.state
         try:
             same = self.get(state) == self.values and tuple(state["_modules"].values()) == self.children
-        except KeyError:
+        except (KeyError, RuntimeError):  # an attribute is gone, or is another tensor
             return False
+        same = same and type(self.module) is self.kind and self._count() == self.count
         hooked = not self.root and ("forward" in state or any(state.get(hooks) for hooks in HOOKS))
-        return same and not hooked
+        return same and not hooked and self._present() == self.present
+
+    def _count(self) -> int:
+        """How many attributes the module has, without those that come and go."""
+        return len(self.state) - sum(name in self.state for name in PASSING)
+
+    def _present(self) -> list[str]:
+        """The names of the parameters and buffers that the module has, which may be None."""
+        tables = self.state["_parameters"], self.state["_buffers"]
+        return [name for table in tables for name, tensor in table.items() if tensor is not None]
 
 
 class LiveBlock:

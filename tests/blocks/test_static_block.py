@@ -69,10 +69,15 @@ def test_other_modules_and_attributes(shared_store: Any, change: Any) -> None:
         lambda block: block.self_attn.config.__setattr__("_attn_implementation", "eager"),
         lambda block: block.mlp.register_forward_hook(lambda *_: None),
         lambda block: delattr(block.self_attn, "is_causal"),
+        lambda block: setattr(block.self_attn, "is_causal_as_well", True),
+        lambda block: setattr(block.mlp, "__class__", type("Other", (type(block.mlp),), {})),
+        lambda block: setattr(block.mlp.up_proj, "bias", nn.Parameter(torch.zeros(80))),
+        lambda block: block.mlp.factors.append(2.0),
     ],
 )
 def test_a_change_is_seen_at_a_glance(shared_store: Any, change: Any) -> None:
     model = loaded(shared_store("qwen2"))
+    model.mebp.engine.blocks[0].mlp.factors = [1.0]
     block = live(model)
     model(**batch())
     assert block.unchanged()
