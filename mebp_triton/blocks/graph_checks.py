@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,7 +113,7 @@ def agrees(played: Any, truth: Any, again: Callable[[], Any]) -> bool:
 
 
 def _distances(ours: Any, theirs: Any) -> Sequence[float]:
-    """For each pair of tensors, the norm of the difference by that of ``theirs``; infinite where they do not fit."""
+    """For each pair of tensors, the norm of the difference by that of ``theirs``; infinite for NaN or another shape."""
     found = []
     for one, other in _pairs(ours, theirs):
         if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
@@ -120,5 +121,6 @@ def _distances(ours: Any, theirs: Any) -> Sequence[float]:
             continue
         difference = float((one.double() - other.double()).norm())
         norm = float(other.double().norm())
-        found.append(difference / norm if norm else 0.0 if difference == 0 else float("inf"))
+        distance = difference / norm if norm else 0.0 if difference == 0 else float("inf")
+        found.append(float("inf") if math.isnan(distance) else distance)  # a maximum may pass over NaN
     return found

@@ -50,3 +50,4 @@ def test_a_block_that_adds_up_in_any_order_has_a_spread() -> None:
     assert not agrees(off(2e-6), (truth,), lambda: off(0.0))
     assert not agrees(off(2e-6), (truth,), lambda: off(float("nan")))
     assert not agrees(off(float("nan")), (truth,), lambda: off(1e-6))
+    assert not agrees((*off(2e-6), *off(float("nan"))), (truth, truth), lambda: (*off(1e-6), truth))
