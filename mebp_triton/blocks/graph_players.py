@@ -13,6 +13,11 @@ import torch
 class Player(Protocol):
     """Records functions that read and write static buffers."""
 
+    @property
+    def device(self) -> torch.device | None:
+        """The only device on which it records; None for any."""
+        ...
+
     def warm_up(self, function: Callable[[], None], strict: bool) -> None:
         """Calls ``function`` as it will be recorded. ``strict``: waiting for the device is an error."""
         ...
@@ -24,6 +29,8 @@ class Player(Protocol):
 
 class SameCall:
     """Plays by calling the function again. It runs on any device, and saves nothing: it is for tests."""
+
+    device = None
 
     def warm_up(self, function: Callable[[], None], strict: bool) -> None:
         function()
@@ -42,8 +49,8 @@ class DeviceGraph:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(self.device)
+        self.stream = torch.cuda.Stream(device)
+        self.device: torch.device = self.stream.device  # with its number, as tensors have it
         self.pool = torch.cuda.graph_pool_handle()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceGraph:

@@ -134,7 +134,7 @@ class BlockGraphs:
     def _forget(self) -> None:
         self.made = self.played = 0
         self._counting = counting_attributes(self.blocks)
-        self._live: dict[int, LiveBlock | str] = {}  # a reason where a block cannot be copied
+        self._live: dict[int, LiveBlock] = {}  # of blocks that can be copied
         self._likenesses: dict[Hashable, int] = {}
         self._alone: set[int] = set()  # blocks whose bits a shared graph did not give
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
@@ -197,14 +197,8 @@ class BlockGraphs:
 
     def _live_block(self, call: BlockCall) -> LiveBlock:
         live = self._live.get(call.index)
-        if live is None or isinstance(live, LiveBlock) and not live.unchanged():
-            try:
-                live = LiveBlock(self.blocks[call.index], call.forward, self._counting)
-            except CannotBeStatic as reason:
-                live = str(reason)  # the exception itself would keep the tensors of this call
-            self._live[call.index] = live
-        if isinstance(live, str):
-            raise CannotBeStatic(live)
+        if live is None or not live.unchanged():
+            live = self._live[call.index] = LiveBlock(self.blocks[call.index], call.forward, self._counting)
         return live
 
     def _kind(self, index: int, live: LiveBlock) -> _Kind:
@@ -234,16 +228,16 @@ class BlockGraphs:
             return graph
         if self._is_first((id(kind), key)):
             return None
-        block, grads = kind.block, wanted.grads
+        self._check_devices(call, wanted, live)
         step = wanted.sort(
-            block,
+            kind.block,
             self.buffers,
             call.arguments,
             call.leaves,
             call.autocast,
             places=wanted.places,
             slots=slots,
-            grads=grads,
+            grads=wanted.grads,
         )
         self._fill(step, call, wanted, live)
         try:
@@ -259,6 +253,13 @@ class BlockGraphs:
         if len(kind.graphs) > self.limit:
             kind.graphs.popitem(last=False)
         return graph
+
+    def _check_devices(self, call: BlockCall, wanted: Wanted, live: LiveBlock) -> None:
+        """Raises CannotBeStatic where a pass would read a tensor that lies elsewhere: a graph would keep its value."""
+        read = [tensor for tensor in (*call.leaves, *wanted.grads, *live.tensors()) if isinstance(tensor, Tensor)]
+        device = self.player.device or call.leaves[call.hidden].device
+        if other := next((tensor.device for tensor in read if tensor.device != device), None):
+            raise CannotBeStatic(f"a tensor that it reads is on {other}, and graphs are recorded on {device}")
 
     def _is_first(self, seen: Hashable) -> bool:
         """Whether this is the first of two calls that are alike."""
@@ -288,4 +289,12 @@ class BlockGraphs:
 
 def _numerics() -> Hashable:
     """Settings of torch by which the same operations may choose other kernels."""
-    return torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    attention = torch.backends.cuda
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        attention.flash_sdp_enabled(),
+        attention.mem_efficient_sdp_enabled(),
+        attention.math_sdp_enabled(),
+        attention.cudnn_sdp_enabled(),
+    )

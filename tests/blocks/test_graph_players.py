@@ -67,6 +67,7 @@ def test_a_cuda_graph_reads_and_writes_the_same_memory() -> None:
         pytest.skip("needs a GPU")
     device = torch.device("cuda")
     x, y, player = torch.zeros(3, device=device), torch.zeros(3, device=device), DeviceGraph(device)
+    assert player.device == x.device
 
     def function() -> None:
         y.copy_(x * 2)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_plays import Poisoned, WatchedBuffers, Wrong, differs, run, same_run, with_graphs
+from graph_plays import Poisoned, Taped, WatchedBuffers, Wrong, differs, run, same_run, with_graphs
 from models import ARCHITECTURES, assert_same, batch, loaded
 from stacks import equal_bits, grads
 from stages import staged
@@ -43,7 +43,7 @@ def no_warning() -> Any:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_over_changing_lengths(shared_store: Any, architecture: str) -> None:
     plain, ours = loaded(shared_store(architecture)), loaded(shared_store(architecture))
-    graphs = with_graphs(ours)
+    graphs = with_graphs(ours, Taped())
     for at in (0, 1, 2, 1, 0, 1):
         same_run(ours, plain, **LENGTHS[at])
     # A forward and a backward graph for each of 3 blocks and 2 shapes; they are played from the third time on.
@@ -57,7 +57,7 @@ def test_like_blocks_share_the_graphs_of_an_arena(shared_store: Any, weights: An
     if not alike:  # every second block has another kind of attention
         config["layer_types"] = ["sliding_attention", "full_attention"] * 3
     plain, ours = (loaded(shared_store("llama" if alike else "gemma3_text", config=config)) for _ in range(2))
-    stager, graphs = staged(ours, weights), with_graphs(ours)
+    stager, graphs = staged(ours, weights), with_graphs(ours, Taped())
     for seed in range(4):
         same_run(ours, plain, **batch(seed=seed))
     assert len(stager.arenas) == 2 and graphs.played > 12
@@ -98,13 +98,14 @@ def test_gradients_are_added_up_outside(pair: tuple[Any, Any]) -> None:
         assert all(map(torch.equal, *kept))
 
 
-def test_a_step_of_the_optimizer_reaches_the_graphs(pair: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_the_optimizer_reaches_the_graphs(shared_store: Any, dtype: torch.dtype) -> None:
     """Also one that writes to ``.data``, which leaves no trace."""
-    plain, ours = pair
-    graphs = with_graphs(ours)
+    plain, ours = (loaded(shared_store("qwen2"), dtype=dtype) for _ in range(2))
+    graphs = with_graphs(ours, Taped())
     for step in range(5):
         same_run(ours, plain, **LENGTHS[0])
-        for model in pair:
+        for model in (plain, ours):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data.add_(parameter.grad, alpha=-0.1 * (step + 1))
@@ -329,6 +330,13 @@ class Odd(Scaled):
         return out
 
 
+class Takes(Scaled):
+    """A block that takes any argument."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return super().forward(hidden_states)
+
+
 class Row(nn.Module):
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
@@ -393,10 +401,6 @@ def test_what_cannot_be_recorded_runs_as_usual_and_says_why(how: str, reason: st
     [({"scratch": {}}, "an argument is a dict"), ({"thing": object()}, "an argument is a object")],
 )
 def test_arguments_that_no_buffer_holds(argument: dict[str, Any], reason: str) -> None:
-    class Takes(Scaled):
-        def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
-            return super().forward(hidden_states)
-
     _, ours, graphs = rows([Takes(0), Takes(1)])
     with pytest.warns(UserWarning, match=reason):
         for _ in range(3):
@@ -413,6 +417,34 @@ def test_hooks_inside_of_a_block(pair: tuple[Any, Any]) -> None:
         for seed in range(3):
             same_run(ours, plain, **batch(seed=seed))
     assert called.count(0) == 3 and called.count(1) == 6 and graphs.made == 4
+
+
+def test_hooks_that_are_gone_again() -> None:
+    _, ours, graphs = rows([Scaled(0), Scaled(1)])
+    handle = ours.blocks[0].up.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="a module inside of it has hooks"):
+        ours(torch.ones(3, 6)).backward()
+    handle.remove()
+    for _ in range(4):
+        ours(torch.ones(3, 6)).backward()
+    assert graphs.made == 4 and graphs.played >= 4
+
+
+def test_a_tensor_on_another_device() -> None:
+    """A graph would not copy it, but keep the value that it had when the graph was recorded."""
+
+    class Elsewhere(SameCall):
+        device = torch.device("cuda", 1)
+
+    _, ours, graphs = rows([Takes(0), Takes(1)])
+    with pytest.warns(UserWarning, match="a tensor that it reads is on meta, and graphs are recorded on cpu"):
+        for _ in range(3):
+            ours(torch.ones(3, 6), thing=torch.ones(2, device="meta")).backward()
+    graphs.player = Elsewhere()
+    with pytest.warns(UserWarning, match="is on cpu, and graphs are recorded on cuda:1"):
+        for _ in range(3):
+            ours(torch.ones(3, 6)).backward()
+    assert not graphs.made
 
 
 def test_containers_that_blocks_share(shared_store: Any) -> None:

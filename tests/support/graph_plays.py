@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from models import assert_same, batch, our_gradients
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mebp_triton.blocks.graph_players import SameCall
 from mebp_triton.blocks.graphs import BlockGraphs
@@ -90,5 +92,40 @@ class Wrong(SameCall):
         def play() -> None:
             function()
             function.outputs[0].tensor.view(-1).view(torch.uint8)[0] ^= 1
+
+        return play
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class _Tape(TorchDispatchMode):
+    """Takes down each operation that is run, with the tensors that it read and gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, _tensors(output)))
+        return output
+
+
+class Taped(SameCall):
+    """Plays as a CUDA graph does: the same operations over the same memory, and nothing of the code that ran them."""
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        tape = _Tape()
+        with tape:
+            function()
+
+        @torch.no_grad()
+        def play() -> None:
+            for func, args, kwargs, outputs in tape.operations:
+                for kept, now in zip(outputs, _tensors(func(*args, **kwargs)), strict=True):
+                    if kept.data_ptr() != now.data_ptr():  # neither a view nor an operation in place
+                        kept.data.copy_(now)
 
         return play
