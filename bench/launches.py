@@ -41,6 +41,7 @@ from stub_device import StubDevice
 from torch import Tensor, nn
 
 import mebp_triton as mebp
+from mebp_triton.blocks.graph_players import SameCall
 from mebp_triton.blocks.graphs import BlockGraphs
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.cli.peft_baseline import with_adapter
@@ -116,14 +117,11 @@ def ours_paged(shape: Shape, layers: int, directory: Path) -> Made:
     return model, update, on_host
 
 
-class OneLaunch:
+class OneLaunch(SameCall):
     """Stands for a player of CUDA graphs: a pass is recorded, and playing it is one launch of an empty kernel."""
 
     def __init__(self) -> None:
         self.launch = torch.empty(1).zero_
-
-    def warm_up(self, function: Callable[[], None], strict: bool) -> None:
-        function()
 
     def record(self, function: Callable[[], None]) -> Callable[[], Any]:
         return self.launch
