@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .configs import MOST_MEMBERS
 from .layout import TENSORS, Int4Weight
 
-# Launches that are remembered. Each number of tokens has launches of its own.
+# Launches that are remembered: by ``known`` for the whole process, and by each group.
 MOST_KNOWN = 1024
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -140,13 +140,11 @@ class Known:
         kernel: what was compiled for it.
         arguments: all of them in order; None for the operands, which differ from call to call.
         places: where the operands stand among them.
-        grid: programs along three axes.
     """
 
     kernel: Any
     arguments: list[Any]
     places: tuple[int, ...]
-    grid: tuple[int, int, int]
 
 
 class Group:
@@ -168,16 +166,20 @@ class Group:
     def launch(
         self,
         kernel: Any,
+        grid: tuple[int, ...],
         key: tuple[Any, ...],
         operands: dict[str, Any],
-        new: Callable[[], tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]],
+        new: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
     ) -> None:
         """Launches ``kernel``, by a known launch where there is one.
 
+        Batches of any number of tokens share a few known launches, so that these take no more memory with each length.
+
         Args:
-            key: what grid, arguments and options follow from, besides the group and the operands.
-            operands: the arguments that are tensors, or tuples of tensors, of this call, by name.
-            new: the grid, all arguments and the options of the launch.
+            grid: programs along up to three axes.
+            key: what arguments and options follow from, besides the group and the operands.
+            operands: the arguments of this call by name: tensors, tuples of tensors, and the number of tokens.
+            new: all arguments, and the options of the launch.
         """
         # Whatever stands for a launch, such as the emulator or the interpreter, is never passed over.
         key = (type(kernel).run, id(kernel), *key, *map(_signature, operands.values()))
@@ -186,9 +188,9 @@ class Group:
             arguments = known.arguments.copy()
             for place, operand in zip(known.places, operands.values(), strict=True):
                 arguments[place] = operand
-            known.kernel[known.grid](*arguments)
+            known.kernel[(*grid, 1, 1)[:3]](*arguments)
             return
-        grid, given, options = new()
+        given, options = new()
         assert "enable_fp_fusion" in options  # versions of Triton differ in whether they fuse
         compiled = kernel[grid](**given, **options)
         if isinstance(compiled, triton.compiler.CompiledKernel):
@@ -197,7 +199,7 @@ class Group:
             arguments = [None if name in operands else given[name] for name in names]
             if len(self.known) >= MOST_KNOWN:
                 self.known.clear()
-            self.known[key] = Known(compiled, arguments, places, (*grid, 1, 1)[:3])
+            self.known[key] = Known(compiled, arguments, places)
 
 
 class Launcher:
@@ -250,12 +252,17 @@ def _kind(argument: Any) -> Any:
 
 
 def _signature(operand: Any) -> Any:
-    """What a compiled kernel and its arguments depend on, of a tensor or of a tuple of tensors."""
+    """What is compiled depends on of an operand, and what other arguments follow from: all but the number of tokens.
+
+    Triton compiles anew for a number that is 1, and for one that is a multiple of 16.
+    """
     if operand is None:
         return None
     if isinstance(operand, tuple):
         return tuple(map(_signature, operand))
-    return operand.dtype, operand.shape, operand.stride(), operand.data_ptr() % 16
+    if isinstance(operand, int):
+        return operand == 1, operand % 16 == 0
+    return operand.dtype, operand.shape[1:], operand.stride(), operand.data_ptr() % 16
 
 
 # The groups that begin with a weight, by the others.

@@ -334,15 +334,15 @@ def int4_matmul_group_triton(
         config = config or default_config(problem)
         outs = parts_of(ys, config.split)
 
-        def new() -> tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]:
+        def new() -> tuple[dict[str, Any], dict[str, Any]]:
             if not config.suits(problem):
                 raise ValueError(f"{config} does not suit {problem}")
-            blocks_n = sum(-(-size // config.block_n) for size in group.sizes)
-            arguments = matmul_arguments(x, weights, bias, t, b, outs, config)
-            return (-(-m // config.block_m) * blocks_n, config.split), arguments, config.launch_options()
+            return matmul_arguments(x, weights, bias, t, b, outs, config), config.launch_options()
 
-        operands = {"x_ptr": x, "bias_ptr": bias, "t_ptr": t, "b_ptr": b, "y_of": of_members(outs)}
+        blocks_n = sum(-(-size // config.block_n) for size in group.sizes)
+        grid = -(-m // config.block_m) * blocks_n, config.split
+        operands = {"x_ptr": x, "bias_ptr": bias, "t_ptr": t, "b_ptr": b, "y_of": of_members(outs), "M": m}
         with torch.cuda.device_of(x):
-            group.launch(_matmul_kernel, (config, m), operands, new)
+            group.launch(_matmul_kernel, grid, (config,), operands, new)
         sum_parts(outs, ys, config.split)
     return ys

@@ -337,14 +337,14 @@ def int4_matmul_dx_group_triton(
         config = config or default_config(problem)
         (out,) = parts_of([dx], config.split)
 
-        def new() -> tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]:
+        def new() -> tuple[dict[str, Any], dict[str, Any]]:
             if not config.suits(problem):
                 raise ValueError(f"{config} does not suit {problem}")
-            arguments = matmul_dx_arguments(dys, weights, g, a, out, config)
-            return (-(-m // config.block_m) * -(-k // config.block_k), config.split), arguments, config.launch_options()
+            return matmul_dx_arguments(dys, weights, g, a, out, config), config.launch_options()
 
-        operands = {"dy_of": of_members(dys), "g_ptr": g, "a_ptr": a, "dx_ptr": out}
+        grid = -(-m // config.block_m) * -(-k // config.block_k), config.split
+        operands = {"dy_of": of_members(dys), "g_ptr": g, "a_ptr": a, "dx_ptr": out, "M": m}
         with torch.cuda.device_of(dx):
-            group.launch(_matmul_dx_kernel, (config, m), operands, new)
+            group.launch(_matmul_dx_kernel, grid, (config,), operands, new)
         sum_parts([out], [dx], config.split)
     return dx

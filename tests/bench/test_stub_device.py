@@ -8,7 +8,7 @@ import torch
 from mebp_triton.kernels.accuracy import normal, random_weight
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.functions import int4_matmul
-from mebp_triton.kernels.launch import forget_launches
+from mebp_triton.kernels.launch import forget_launches, group_of
 from mebp_triton.kernels.matmul import int4_matmul_group_triton
 from mebp_triton.kernels.matmul_dx import int4_matmul_dx_group_triton
 from mebp_triton.kernels.routing import resolve_backend
@@ -45,46 +45,65 @@ def members(count):
     return weights, x, t, b
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("split", [1, 4])
-def test_a_known_launch_passes_what_triton_would(stub_device, monkeypatch, count, split):
-    weights, x, t, b = members(count)
-    config = TileConfig(16, 16, 64, split=split)
-    passed, compiled = [], []
+@pytest.fixture
+def launches(stub_device, monkeypatch):
+    """Launches a product and its dX; returns what was passed, as values to compare, and the tensors among it."""
+    passed = []
 
     def counted(kernel, *given):  # the grid, six things of Triton's own, the kernel's arguments
         passed.append((kernel.name, *given[:3], *given[9:]))
 
     monkeypatch.setattr(stub_device.StubKernel, "counted", counted)
-    own = stub_device.StubDevice.compiled
-    monkeypatch.setattr(stub_device.StubDevice, "compiled", lambda *given: compiled.append(given[2]) or own(*given))
-
-    def launches(x, t, b):
-        passed.clear()
-        ys = int4_matmul_group_triton(x, weights, None, t, b, config)
-        int4_matmul_dx_group_triton([y.clone() for y in ys], weights, t, b.new_zeros(t.shape[1], 128), config)
-        return [
-            [part if part is None or type(part) in (int, bool) else describe(part) for part in one] for one in passed
-        ]
 
     def describe(part):
         if isinstance(part, tuple):
             return tuple(map(describe, part))
         return (part.dtype, part.shape, part.stride()) if isinstance(part, torch.Tensor) else part
 
+    def launch(weights, x, t, b, config):
+        passed.clear()
+        ys = int4_matmul_group_triton(x, weights, None, t, b, config)
+        int4_matmul_dx_group_triton([y.clone() for y in ys], weights, t, b.new_zeros(t.shape[1], 128), config)
+        return describe(tuple(passed)), [part for one in passed for part in one if isinstance(part, torch.Tensor)]
+
+    return launch
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("split", [1, 4])
+def test_a_known_launch_passes_what_triton_would(stub_device, launches, monkeypatch, count, split):
+    weights, x, t, b = members(count)
+    config = TileConfig(16, 16, 64, split=split)
+    compiled, own = [], stub_device.StubDevice.compiled
+    monkeypatch.setattr(stub_device.StubDevice, "compiled", lambda *given: compiled.append(given[2]) or own(*given))
     with stub_device.StubDevice(90):
-        first = launches(x, t, b)
+        first, _ = launches(weights, x, t, b, config)
         count_of_first = len(compiled)
         others = x.clone(), t.clone(), b.clone()
-        assert launches(*others) == first and len(compiled) == count_of_first
-        pointers = {id(part) for one in passed for part in one if isinstance(part, torch.Tensor)}
+        again, tensors = launches(weights, *others, config)
+        assert again == first and len(compiled) == count_of_first
+        pointers = set(map(id, tensors))
         assert all(id(other) in pointers for other in others) and not {id(x), id(t), id(b)} & pointers
         # What Triton compiles for, and what a launch reads of an operand besides its address.
         for given in ((offset(x, 1), t, b), (x.float(), t, b), (x, t[:, : 4 * count], b[:, :4]), (x[:17], t[:17], b)):
             before = len(compiled)
-            assert launches(*given) != first or len(compiled) > before
+            assert launches(weights, *given, config)[0] != first or len(compiled) > before
         forget_launches()
-        assert launches(x, t, b) == first
+        assert launches(weights, x, t, b, config)[0] == first
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_batches_of_any_length_share_known_launches(stub_device, launches, split):
+    """Rows of data have hundreds of lengths, and a model hundreds of groups: launches of each would take memory."""
+    weights, x, t, b = members(2)
+    config, lengths = TileConfig(16, 16, 64, split=split), (33, 1, 2, 16, 17, 32, 15, 31)
+    with stub_device.StubDevice(90):
+        known = [launches(weights, x[:length], t[:length], b, config)[0] for length in lengths]
+        # One token, a multiple of 16, and any other number: so many kernels does Triton compile.
+        assert len(group_of(weights).known) == 2 * 3
+        for length, found in zip(lengths, known, strict=True):
+            forget_launches()
+            assert launches(weights, x[:length], t[:length], b, config)[0] == found
 
 
 def test_afterwards_the_cpu_has_no_triton(stub_device):
