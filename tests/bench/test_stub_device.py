@@ -1,5 +1,6 @@
 """A device that launches nothing: Triton's own host code runs, and the backend is chosen as on a GPU."""
 
+import functools
 import importlib
 
 import pytest
@@ -8,9 +9,13 @@ import torch
 from mebp_triton.kernels.accuracy import normal, random_weight
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.functions import int4_matmul
+from mebp_triton.kernels.gated_activation import gated_activation_triton
 from mebp_triton.kernels.launch import forget_launches, group_of
+from mebp_triton.kernels.lora_gradients import lora_gradients_triton
 from mebp_triton.kernels.matmul import int4_matmul_group_triton
 from mebp_triton.kernels.matmul_dx import int4_matmul_dx_group_triton
+from mebp_triton.kernels.rms_norm import rms_norm_dx_triton, rms_norm_triton
+from mebp_triton.kernels.rope import rope_triton
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.kernels.tables import architecture_of
 
@@ -46,19 +51,27 @@ def members(count):
 
 
 @pytest.fixture
-def launches(stub_device, monkeypatch):
-    """Launches a product and its dX; returns what was passed, as values to compare, and the tensors among it."""
+def passed(stub_device, monkeypatch):
+    """What was launched: the compiled kernel, which a stub device keeps, the grid and the arguments."""
     passed = []
 
     def counted(kernel, *given):  # the grid, six things of Triton's own, the kernel's arguments
-        passed.append((kernel.name, *given[:3], *given[9:]))
+        passed.append((id(kernel), *given[:3], *given[9:]))
 
     monkeypatch.setattr(stub_device.StubKernel, "counted", counted)
+    return passed
 
-    def describe(part):
-        if isinstance(part, tuple):
-            return tuple(map(describe, part))
-        return (part.dtype, part.shape, part.stride()) if isinstance(part, torch.Tensor) else part
+
+def describe(part):
+    """Values to compare in the place of tensors."""
+    if isinstance(part, tuple):
+        return tuple(map(describe, part))
+    return (part.dtype, part.shape, part.stride()) if isinstance(part, torch.Tensor) else part
+
+
+@pytest.fixture
+def launches(passed):
+    """Launches a product and its dX; returns what was passed, as values to compare, and the tensors among it."""
 
     def launch(weights, x, t, b, config):
         passed.clear()
@@ -86,10 +99,10 @@ def test_a_known_launch_passes_what_triton_would(stub_device, launches, monkeypa
         assert all(id(other) in pointers for other in others) and not {id(x), id(t), id(b)} & pointers
         # What Triton compiles for, and what a launch reads of an operand besides its address.
         for given in ((offset(x, 1), t, b), (x.float(), t, b), (x, t[:, : 4 * count], b[:, :4]), (x[:17], t[:17], b)):
-            before = len(compiled)
-            assert launches(weights, *given, config)[0] != first or len(compiled) > before
-        forget_launches()
-        assert launches(weights, x, t, b, config)[0] == first
+            launches(weights, x, t, b, config)
+            found, _ = launches(weights, *given, config)
+            forget_launches()
+            assert launches(weights, *given, config)[0] == found
 
 
 @pytest.mark.parametrize("split", [1, 4])
@@ -104,6 +117,43 @@ def test_batches_of_any_length_share_known_launches(stub_device, launches, split
         for length, found in zip(lengths, known, strict=True):
             forget_launches()
             assert launches(weights, x[:length], t[:length], b, config)[0] == found
+
+
+def small_launches():
+    """Launches of the small kernels, whose arguments differ in one thing that Triton compiles for, or in sizes."""
+    x, w = normal(5, 64, dtype=torch.bfloat16, device=CPU), normal(64, dtype=torch.bfloat16, device=CPU)
+    for rows in (x, offset(x, 1), x[:1], x.half()):
+        for eps, style in ((1e-5, "twice"), (1e-6, "twice"), (1e-5, "offset")):
+            yield functools.partial(rms_norm_triton, rows, w.to(rows.dtype), eps, style)
+            yield functools.partial(rms_norm_dx_triton, rows, rows, w.to(rows.dtype), eps, style)
+        yield functools.partial(gated_activation_triton, rows, rows)
+        yield functools.partial(gated_activation_triton, rows, rows, "gelu")
+        q = rows.view(1, len(rows), 4, 16).transpose(1, 2)
+        for angles in (q[:, 0], q[:, 0].float(), q[:, 0, :, :8]):
+            yield functools.partial(rope_triton, q, q[:, :2], angles, angles)
+            yield functools.partial(rope_triton, q, q[:, :2], angles, angles, inverse=True)
+        for count in (1, 2):
+            outs = [torch.empty(64, 8) for _ in range(count)]
+            yield functools.partial(lora_gradients_triton, [rows] * count, [rows[:, :8]] * count, outs)
+
+
+def test_a_known_launch_of_a_small_kernel_passes_what_triton_would(stub_device, passed, monkeypatch):
+    cases, known, own = list(small_launches()), [], stub_device.StubKernel.__getitem__
+    monkeypatch.setattr(stub_device.StubKernel, "__getitem__", lambda *given: known.append(1) or own(*given))
+
+    def all_passed(before=lambda: None):
+        for launch in cases:
+            passed.clear()
+            before()
+            launch()
+            yield describe(tuple(passed))
+
+    with stub_device.StubDevice(90):
+        list(all_passed())
+        known.clear()
+        found = list(all_passed())
+        assert len(known) == len(cases)
+        assert list(all_passed(forget_launches)) == found and len(known) == len(cases)
 
 
 def test_afterwards_the_cpu_has_no_triton(stub_device):
