@@ -1,7 +1,7 @@
 """The operations, differentiable, and as ``torch.library`` ops for what traces them. ``functions`` calls them.
 
 An op's way through torch's dispatcher takes the host several times as long as a kernel takes to launch. So ``matmul``
-and ``matmul_dx`` go that way only where something watches: a compiler, a mode, a tensor's class.
+and ``matmul_dx`` go that way only where something watches: a compiler, a mode, vmap, a tensor's class.
 
 ``backend`` is "triton", "panel" (plain torch), or "auto", which is Triton on a GPU and panels elsewhere. With "triton"
 the tables choose between a fused kernel and panels that a kernel decodes, by problem and device. Triton's interpreter
@@ -297,11 +297,16 @@ class _MatmulDx(torch.autograd.Function):
 
 
 def is_watched(tensor: Tensor) -> bool:
-    """Whether something must see an operation on ``tensor`` as one: a compiler, a mode, the tensor's class."""
+    """Whether something must see an operation on ``tensor`` as one.
+
+    That is a compiler, a mode, the tensor's class, or vmap, by which torch computes batched gradients too.
+    """
     return (
         torch.compiler.is_compiling()
         or type(tensor) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.is_batchedtensor(tensor)
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
     )
 
 

@@ -210,3 +210,16 @@ def test_only_what_is_watched_goes_through_the_dispatcher(make_weight, normal, m
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert int4_matmul(mode.from_tensor(x), weight, backend=PANEL).shape == (3, 7)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])
+def test_batched_gradients(make_weight, normal, kernel):
+    """Under vmap, which tensors of torch's own class pass through, a kernel has no address to read."""
+    weight = make_weight(7, 70)
+    function, width = (int4_matmul, 70) if kernel == "matmul" else (int4_matmul_dx, 7)
+    x = normal(3, width, dtype=torch.float64).requires_grad_()
+    y = function(x, weight, backend=PANEL)
+    several = normal(4, *y.shape, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(y, x, several, is_grads_batched=True, retain_graph=True)
+    for one, gradient in zip(several, batched, strict=True):
+        torch.testing.assert_close(gradient, torch.autograd.grad(y, x, one, retain_graph=True)[0])
