@@ -28,6 +28,9 @@ from mebp_triton.kernels.reference import Activation, NormStyle
 
 # Sizes of the rows that are tried: every eps in use is far below the first, and above the square of the last.
 ROW_SIZES = (100.0, 1.0, 3e-3, 1e-3, 1e-6)
+# Sizes of the rows that an MLP's linear layers give when it is tried. The last is far above the limits, such as 7 and
+# 10, to which some MLPs clamp gate and up.
+OUTPUT_SIZES = (3.0, 3.0, 30.0)
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ class Where:
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm: where it was tried, the attribute that holds its eps, and how it rounds."""
+    """An RMSNorm: where it was tried, the names of its parameter and of the attribute with its eps, how it rounds."""
 
     where: Where
+    weight_name: str
     eps_name: str
     style: NormStyle
 
@@ -84,7 +88,8 @@ class FusedRMSNorm(nn.Module):
     fused: Norm
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        fused, (weight,) = self.fused, self._parameters.values()
+        fused = self.fused
+        weight = self._parameters.get(fused.weight_name)
         if len(args) == 1 and not kwargs and fused.where.holds(args[0]) and weight is not None:
             (x,) = args
             if x.device == weight.device and rms_norm.takes(x, weight):
@@ -113,9 +118,13 @@ class FusedMLP(nn.Module):
         return (gated_activation if fits else reference).gated_activation(gate, up, fused.kind)
 
     def _is_watched(self) -> bool:
-        """Whether the activation's module was replaced, or somebody's hook waits for its output."""
+        """Whether the activation's module was replaced, or a hook on it waits for its output or its gradient."""
         return any(
-            self._modules.get(name) is not module or module._forward_hooks or module._forward_pre_hooks
+            self._modules.get(name) is not module
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
             for name, module in self.passed_by
         )
 
@@ -214,7 +223,7 @@ def _norm_of(module: nn.Module, where: Where) -> Norm | None:
             for style in get_args(NormStyle):
                 wanted = reference.rms_norm(x, weight, eps, style)
                 if all(_agree(result, wanted) for result in results):
-                    return Norm(where, eps_name, style)
+                    return Norm(where, name, eps_name, style)
     return None
 
 
@@ -244,12 +253,13 @@ def _middle_of(module: nn.Module, layers: dict[str, nn.Linear], where: Where, tr
     """What the module does with random outputs of its linear layers, if that can be said."""
     calls: list[tuple[str, Tensor]] = []
     widest = max(layer.out_features for layer in layers.values())
-    numbers = 3 * _normal(len(layers), 2, widest, dtype=where.dtype)
+    numbers = _normal(len(layers), len(OUTPUT_SIZES), widest, dtype=torch.float32)
+    numbers = (numbers * torch.tensor(OUTPUT_SIZES)[:, None]).to(where.dtype)
     stubs = {
         name: _Stub(name, output[:, : layer.out_features], calls)
         for (name, layer), output in zip(layers.items(), numbers, strict=True)
     }
-    x = _normal(2, next(iter(layers.values())).in_features, dtype=where.dtype)
+    x = _normal(len(OUTPUT_SIZES), next(iter(layers.values())).in_features, dtype=where.dtype)
     inside = {
         name: stubs[name] if name in stubs else copy.deepcopy(child).train(training)  # a dropout has a mode of its own
         for name, child in module.named_children()

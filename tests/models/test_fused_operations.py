@@ -141,6 +141,11 @@ class TwoGates(MLP):
         return self.w2(self.act(self.w1(x)) * self.act(self.w3(x)))
 
 
+class Clamped(MLP):
+    def forward(self, x):
+        return self.w2(self.act(self.w1(x).clamp(max=10)) * self.w3(x))
+
+
 class ReadsAWeight(MLP):
     def forward(self, x):
         return super().forward(x.to(self.w2.weight.dtype))
@@ -168,6 +173,7 @@ class ReadsAWeight(MLP):
         (DropsAfter(), None),
         (DropsInside(), None),
         (TwoGates(), None),
+        (Clamped(), None),
         (ReadsAWeight(), None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
@@ -380,6 +386,15 @@ def test_a_norm_that_is_trained_runs_its_own_code(shared_store, launches):
     assert launches["rms_norm"] == 2 * 5
 
 
+def test_a_norm_whose_parameter_is_another_thing_runs_its_own_code(launches):
+    norm, x = Norm(), torch.randn(2, 64).bfloat16()
+    install_fused_operations(norm, "cpu", torch.bfloat16)
+    norm.shift = nn.Parameter(torch.ones(()))
+    assert torch.equal(norm(x), Norm.forward(norm, x)) and launches["rms_norm"] == 1
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Tanh())
+    assert torch.equal(norm(x), Norm.forward(norm, x)) and launches["rms_norm"] == 1
+
+
 @pytest.mark.parametrize("kind", [Attention, Decorated])
 def test_other_activations_run_the_modules_own_code(launches, kind):
     norm, mlp, attention = Norm(), MLP(), kind()
@@ -428,6 +443,14 @@ def test_hooks_see_what_they_wait_for(launches):
     assert torch.equal(mlp(x), wanted) and seen[3:] == [mlp.w1, mlp.act, mlp.w2, mlp]
     mlp.act = nn.Tanh()
     assert torch.equal(mlp(x), MLP.forward(mlp, x)) and launches["gated_activation"] == 2
+
+
+def test_a_hook_on_the_gradient_of_an_activation(launches):
+    mlp, seen = MLP(), []
+    install_fused_operations(mlp, "cpu", torch.bfloat16)
+    mlp.act.register_full_backward_hook(lambda *_: seen.append(1))
+    mlp(torch.randn(2, 8).bfloat16().requires_grad_()).sum().backward()
+    assert seen and not launches
 
 
 def test_a_compiler_sees_the_modules_own_code(monkeypatch, launches):
