@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .tokenized import IGNORE_INDEX, Example, TokenizedData
 
-MOST_PADDING = 0.25  # a step that reads its weights once more costs less than to compute with so much more padding
+MOST_PADDING = 0.25  # where more would be padded, rows go through the model in one more pass
 
 
 def evenly_spaced(data: Sized, count: int | None) -> list[int]:
@@ -69,18 +70,29 @@ def collate(
     return {"input_ids": input_ids, **documents, "labels": labels}
 
 
-def of_like_length(examples: Sequence[Example]) -> list[list[Example]]:
-    """Sorts rows by length into groups, in each of which padding adds at most ``MOST_PADDING`` to the tokens."""
+def of_like_length(examples: Sequence[Example], most: int) -> list[list[Example]]:
+    """Sorts rows by length into groups, in each of which padding adds at most ``MOST_PADDING`` to the tokens.
+
+    Where these would be more than ``most`` groups, neighbours that add the least padding become one.
+    """
     groups: list[list[Example]] = []
     tokens = 0
-    for example in sorted(examples, key=lambda example: len(example.input_ids)):
-        length = len(example.input_ids)
+    for example in sorted(examples, key=_length):
+        length = _length(example)
         tokens += length
         if not groups or (len(groups[-1]) + 1) * length > (1 + MOST_PADDING) * tokens:
             groups.append([])
             tokens = length
         groups[-1].append(example)
+    while len(groups) > most:
+        added = [len(short) * (_length(long[-1]) - _length(short[-1])) for short, long in pairwise(groups)]
+        least = added.index(min(added))
+        groups[least : least + 2] = [groups[least] + groups[least + 1]]
     return groups
+
+
+def _length(example: Example) -> int:
+    return len(example.input_ids)
 
 
 def valid_tokens(batch: Mapping[str, Tensor]) -> int:

@@ -61,9 +61,10 @@ class Course:
         widths = (GRAPH_WIDTHS, settings.max_length) if settings.block_graphs else None
         stream = batches(data, size, settings.seed, start_batch=step * self.per_step, epochs=epochs)
         while True:
-            own = islice(islice(stream, self.per_step), processes.rank, None, processes.size)
-            groups = of_like_length([example for batch in own for example in batch]) if are_joined() else own
-            yield [collate(examples, pad_token_id, widths=widths) for examples in groups]
+            own = list(islice(islice(stream, self.per_step), processes.rank, None, processes.size))
+            if are_joined():
+                own = of_like_length([example for batch in own for example in batch], most=len(own))
+            yield [collate(examples, pad_token_id, widths=widths) for examples in own]
 
     def check_same_steps(self, before: TrainConfig, now: TrainConfig, step: int, run: Path) -> None:
         """Checks that the first ``step`` steps are the same ones by both settings, which differ in length alone.

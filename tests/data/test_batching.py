@@ -70,12 +70,19 @@ def test_few_widths():
 
 def test_groups_of_like_length():
     examples = [example([1] * length) for length in (8, 2, 9, 1, 10, 7)]
-    groups = of_like_length(examples)
+    groups = of_like_length(examples, 6)
     assert [[len(one.input_ids) for one in group] for group in groups] == [[1], [2], [7, 8, 9, 10]]
     for group in groups:
         tokens = [len(one.input_ids) for one in group]
         assert len(tokens) * max(tokens) <= 1.25 * sum(tokens)
-    assert of_like_length([]) == [] and of_like_length(examples[:1]) == [examples[:1]]
+    assert of_like_length([], 0) == [] and of_like_length(examples[:1], 1) == [examples[:1]]
+
+
+@pytest.mark.parametrize(("most", "expected"), [(2, [[1, 2], [7, 8, 9, 10]]), (1, [[1, 2, 7, 8, 9, 10]])])
+def test_groups_that_are_no_more_than_asked_for(most, expected):
+    """1 and 2 are one group at the cost of one padded token, 2 and 7 at that of five."""
+    groups = of_like_length([example([1] * length) for length in (8, 2, 9, 1, 10, 7)], most)
+    assert [[len(one.input_ids) for one in group] for group in groups] == expected
 
 
 def test_gradients_do_not_depend_on_padding():

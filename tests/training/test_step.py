@@ -83,6 +83,14 @@ def test_joined_micro_batches_take_the_same_steps_and_read_weights_once(store, d
         assert paged[1] == 3 * paged[0]
 
 
+def test_joined_micro_batches_never_take_more_passes_than_one_by_one(store, tmp_path):
+    """Also where no two rows are of like length; an optimizer that steps in the backward pass would step twice."""
+    options = {"per_device_train_batch_size": 4, "optimizer_in_backward": True, "join_micro_batches": True}
+    made = trainer(store, ragged(tmp_path), tmp_path / "run", max_steps=3, **options)
+    made.train()
+    assert metrics(made, "blocks_forward", "blocks_recompute") == [(3, 3)] * 3
+
+
 def test_weights_are_paged_as_often_as_for_one_micro_batch(store, data, tmp_path):
     paged = []
     for count in (1, 4):
