@@ -2,9 +2,10 @@
 
     python bench/kernel_table.py [--target 87]
 
-The last columns are clocks of one trip of the main loop, for one program on one multiprocessor: of the tensor cores at
-their nominal rate, of shared memory (in brackets without bank conflicts), and of the schedulers; and the largest of the
-three as a multiple of the first. A line below each table sums up that ratio over the table's entries.
+A main loop waits for its loads from global memory, and not for its copies (``cp.async``). The last columns are clocks
+of one trip of the main loop, for one program on one multiprocessor: of the tensor cores at their nominal rate, of
+shared memory (in brackets without bank conflicts), and of the schedulers; and the largest of the three as a multiple of
+the first. A line below each table sums up that ratio over the table's entries.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mebp_triton.kernels.tables import SHIPPED, read_table
 
 TARGETS = (80, 86, 87, 89, 90, 100, 120)
 HEADINGS = (
-    "kernel | M | tile M x N x K | warps | stages | | registers | spilled bytes | shared KiB | I2F | integer per weight"
+    "kernel | M | tile M x N x K | warps | stages | | registers | spilled bytes | shared KiB | loads | copies | I2F | integer per weight"
     " | unit | tensor cores | shared memory | issue | bound"
 )
 
@@ -62,6 +63,8 @@ def row(target: int, kernel: str, config: TileConfig, problems: list[Problem]) -
         str(made.registers),
         str(made.spill_bytes),
         f"{made.shared_bytes / 1024:.1f}",
+        str(made.loop.loads) if made.loop else "",
+        str(made.loop.copies) if made.loop else "",
         str(made.conversions),
         "" if made.unpacking_per_weight is None else f"{made.unpacking_per_weight:.2f}",
         made.loop.tensor if made.loop else "",
