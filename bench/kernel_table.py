@@ -22,7 +22,8 @@ from mebp_triton.kernels.tables import SHIPPED, read_table
 
 TARGETS = (80, 86, 87, 89, 90, 100, 120)
 HEADINGS = (
-    "kernel | M | tile M x N x K | warps | stages | | registers | spilled bytes | shared KiB | loads | copies | I2F | integer per weight"
+    "kernel | M | tile M x N x K | warps | stages | | registers | spilled bytes | shared KiB | loads | copies"
+    " | I2F | integer per weight"
     " | unit | tensor cores | shared memory | issue | bound"
 )
 
