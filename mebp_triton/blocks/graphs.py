@@ -31,7 +31,7 @@ from .static_buffers import StaticBuffers
 from .static_passes import StaticBackward, StaticForward, StaticPass, leaf_keys
 
 T = TypeVar("T")
-SEEN = 256  # calls without a graph that are remembered
+SEEN = 256  # calls without a graph that are remembered for each block
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class BlockGraphs:
         self,
         blocks: Sequence[nn.Module],
         player: Player,
-        limit: int = 16,
+        limit: int = 32,
         buffers: StaticBuffers | None = None,
         addresses: Callable[[LiveBlock], tuple[int, ...]] = LiveBlock.addresses,
         prove: bool = True,
@@ -267,7 +267,7 @@ class BlockGraphs:
             del self._seen[seen]
             return False
         self._seen[seen] = None
-        if len(self._seen) > SEEN:
+        if len(self._seen) > SEEN * len(self.blocks):
             self._seen.popitem(last=False)
         return True
 

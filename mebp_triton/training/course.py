@@ -17,7 +17,9 @@ from .optimizers.schedules import learning_rate
 from .processes import Processes
 from .settings import TrainConfig
 
-GRAPH_WIDTHS = 64  # tokens; rows of other widths would each need graphs of their own
+# Where blocks are graphs, rows have at most so many widths, multiples of so many tokens: each width needs graphs of its
+# own, and of those that like blocks share only some are kept (``blocks.graphs``).
+MOST_WIDTHS, WIDTH = 8, 64
 LENGTHS = ("max_steps", "num_train_epochs")  # the settings that say how long a run is
 
 
@@ -58,7 +60,8 @@ class Course:
         """
         epochs = None if settings.max_steps else settings.num_train_epochs
         size = settings.per_device_train_batch_size
-        widths = (GRAPH_WIDTHS, settings.max_length) if settings.block_graphs else None
+        width = WIDTH * math.ceil(settings.max_length / (MOST_WIDTHS * WIDTH))
+        widths = (width, settings.max_length) if settings.block_graphs else None
         stream = batches(data, size, settings.seed, start_batch=step * self.per_step, epochs=epochs)
         while True:
             own = list(islice(islice(stream, self.per_step), processes.rank, None, processes.size))

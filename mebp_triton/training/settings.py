@@ -144,7 +144,7 @@ class TrainConfig:
     )
     block_graphs: bool = setting(
         False,
-        "on a CUDA device: train blocks by CUDA graphs, and pad rows to multiples of 64 tokens (not measured yet)",
+        "on a CUDA device: train blocks by CUDA graphs, and pad rows to one of eight widths (not measured yet)",
         resume="free",
     )
     optimizer_in_backward: bool = setting(False, "step each block as soon as its gradients exist, and free them")

@@ -282,6 +282,28 @@ def test_the_least_recently_used_graph_is_dropped(pair: tuple[Any, Any]) -> None
     assert graphs.made == 24
 
 
+def test_graphs_of_eight_widths_are_kept() -> None:
+    """As many as a run has. The first of the blocks, whose input needs no gradient, has a third graph for each width."""
+    _, ours, graphs = rows([Takes(0) for _ in range(3)])
+    for _ in range(3):
+        for width in range(1, 9):
+            ours(torch.ones(width, 6)).backward()
+    assert graphs.made == 3 * 8
+    graphs.played = 0
+    for width in range(1, 9):
+        ours(torch.ones(width, 6)).backward()
+    assert graphs.made == 3 * 8 and graphs.played == 6 * 8
+
+
+def test_widths_of_many_blocks_are_remembered() -> None:
+    """Each block has graphs of its own here, as where weights are resident."""
+    _, ours, graphs = rows([Named(str(index)) for index in range(20)])
+    for _ in range(2):
+        for width in range(1, 9):
+            ours(torch.ones(width, 6)).backward()
+    assert graphs.made == 2 * 20 * 8
+
+
 def test_weights_that_keep_moving_keep_no_memory(pair: tuple[Any, Any]) -> None:
     _, ours = pair
     graphs = with_graphs(ours)
@@ -335,6 +357,14 @@ class Takes(Scaled):
 
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return super().forward(hidden_states)
+
+
+class Named(Takes):
+    """A block that is like no other, since it has a name of its own."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(0)
+        self.name = name
 
 
 class Row(nn.Module):

@@ -16,14 +16,18 @@ BY_STEPS = replace(BY_EPOCHS, max_steps=9)
 RUN = Path("run")
 
 
-def test_rows_for_graphs_of_blocks_have_few_widths():
+@pytest.mark.parametrize(
+    ("most", "expected"), [(100, {64, 100, 130}), (512, {64, 128, 192}), (513, {128, 256}), (2048, {256})]
+)
+def test_rows_for_graphs_of_blocks_have_few_widths(most, expected):
+    """Of eight at most, so multiples of 64 tokens, of 128 for rows of more than 512, and so on."""
     offsets = np.cumsum([0, 5, 60, 70, 90, 130])
     ids = np.arange(offsets[-1]) % 90
     data = TokenizedData(ids, np.ones(len(ids), bool), offsets, DataReport(5, len(ids), len(ids) - 5, 0, 0))
-    settings = TrainConfig(max_length=100, block_graphs=True, max_steps=5)
+    settings = TrainConfig(max_length=most, block_graphs=True, max_steps=5)
     stream = Course(5, 1).micro_batches(data, settings, 0, Processes(), 0)
     widths = {next(stream)[0]["input_ids"].shape[1] for _ in range(5)}
-    assert widths == {64, 100, 130}
+    assert widths == expected
 
 
 def test_steps_are_counted_by_epochs_unless_their_number_is_given():
