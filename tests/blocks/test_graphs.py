@@ -283,7 +283,7 @@ def test_the_least_recently_used_graph_is_dropped(pair: tuple[Any, Any]) -> None
 
 
 def test_graphs_of_eight_widths_are_kept() -> None:
-    """As many as a run has. The first of the blocks, whose input needs no gradient, has a third graph for each width."""
+    """As many as a run has. The first block, whose input needs no gradient, has a third graph for each width."""
     _, ours, graphs = rows([Takes(0) for _ in range(3)])
     for _ in range(3):
         for width in range(1, 9):
