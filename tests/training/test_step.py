@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from graph_plays import Taped, with_graphs
 from models import randomize_adapter
 from runs import adapter_of, metrics, trainer, word_tokenizer
 
@@ -89,6 +90,25 @@ def test_joined_micro_batches_never_take_more_passes_than_one_by_one(store, tmp_
     made = trainer(store, ragged(tmp_path), tmp_path / "run", max_steps=3, **options)
     made.train()
     assert metrics(made, "blocks_forward", "blocks_recompute") == [(3, 3)] * 3
+
+
+def test_a_run_whose_blocks_are_graphs_is_the_same_to_the_bit(store, data, tmp_path):
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "recompute_granularity": "full"}
+    made = [
+        trainer(
+            store, pack(data, 24), tmp_path / name, max_steps=5, selection_mode="exact", selected_ratio=0.67, **sizes
+        )
+        for name in ("plain", "graphs")
+    ]
+    graphs = with_graphs(made[1].model, Taped())
+    for one in made:
+        assert one._joins_micro_batches()
+        one.train()
+    assert graphs.played > 20
+    names = ("loss", "grad_norm", "bytes_paged", "blocks_recompute")
+    assert metrics(made[0], *names) == metrics(made[1], *names)
+    for name, tensor in adapter_of(made[0]).items():
+        assert torch.equal(adapter_of(made[1])[name], tensor)
 
 
 def test_weights_are_paged_as_often_as_for_one_micro_batch(store, data, tmp_path):
