@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLOAT_DTYPES, has_data, known
+from .launch import FLOAT_DTYPES, WEIGHTLESS, has_data
 from .reference import Activation
 
 BLOCK = 1024
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -101,16 +102,25 @@ def _gated_activation_backward_kernel(
     tl.store(dup_ptr + row * stride_dm + offs_n, (dy * active).to(dtype), mask=mask)
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, of one shape, as rows ``[M, N]`` with contiguous columns; as a single row if all are contiguous."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return [tensor.view(1, -1) for tensor in tensors]
+def _rows(*tensors: Tensor) -> tuple[list[Tensor], int, int]:
+    """The tensors, of one shape, as M rows of N contiguous columns; M and N.
+
+    If all are contiguous, they are as they were, and a single row.
+    """
+    if all([tensor.is_contiguous() for tensor in tensors]):
+        return list(tensors), 1, tensors[0].numel()
     rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    return [row if row.stride(1) == 1 else row.contiguous() for row in rows]
+    return [row if row.stride(1) == 1 else row.contiguous() for row in rows], *rows[0].shape
 
 
-def _grid(rows: Tensor) -> tuple[int]:
-    return (rows.shape[0] * -(-rows.shape[1] // BLOCK),)
+def _launch(kernel: Any, kind: Activation, m: int, operands: dict[str, Any], **rows: Tensor) -> None:
+    """Launches a kernel. rows: the tensors of which it has the strides, by the strides' names."""
+
+    def new() -> tuple[dict[str, Any], dict[str, Any]]:
+        strides = {name: row.stride(0) for name, row in rows.items()}
+        return {**operands, **strides, "KIND": kind, "BLOCK_N": BLOCK}, OPTIONS
+
+    WEIGHTLESS.launch(kernel, (m * -(-operands["N"] // BLOCK),), (kind,), operands, new)
 
 
 class _GatedActivation(torch.autograd.Function):
@@ -152,20 +162,9 @@ def gated_activation_triton(gate: Tensor, up: Tensor, kind: Activation = "silu")
     """
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if has_data(y):
-        gates, ups = _rows(gate, up)
-        with torch.cuda.device_of(gate):
-            known(_gated_activation_kernel)[_grid(gates)](
-                gates,
-                ups,
-                y,
-                gates.shape[1],
-                gates.stride(0),
-                ups.stride(0),
-                KIND=kind,
-                BLOCK_N=BLOCK,
-                num_warps=4,
-                enable_fp_fusion=False,
-            )
+        (gates, ups), m, n = _rows(gate, up)
+        operands = {"gate_ptr": gates, "up_ptr": ups, "y_ptr": y, "N": n}
+        _launch(_gated_activation_kernel, kind, m, operands, stride_gm=gates, stride_um=ups)
     return y
 
 
@@ -183,22 +182,9 @@ def gated_activation_backward_triton(
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if has_data(dgate):
-        gates, ups, dys = _rows(gate, up, dy)
-        with torch.cuda.device_of(gate):
-            known(_gated_activation_backward_kernel)[_grid(gates)](
-                gates,
-                ups,
-                dys,
-                dgate,
-                dup,
-                gates.shape[1],
-                gates.stride(0),
-                ups.stride(0),
-                dys.stride(0),
-                gates.shape[1],
-                KIND=kind,
-                BLOCK_N=BLOCK,
-                num_warps=4,
-                enable_fp_fusion=False,
-            )
+        (gates, ups, dys), m, n = _rows(gate, up, dy)
+        operands = {"gate_ptr": gates, "up_ptr": ups, "dy_ptr": dys, "dgate_ptr": dgate, "dup_ptr": dup}
+        operands |= {"N": n, "stride_dm": n}
+        strides = {"stride_gm": gates, "stride_um": ups, "stride_dym": dys}
+        _launch(_gated_activation_backward_kernel, kind, m, operands, **strides)
     return dgate, dup

@@ -7,20 +7,20 @@ A model makes the same launches in every step, so a group of weights remembers t
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .configs import MOST_MEMBERS
+from .configs import MOST_MEMBERS, Kernel, Problem
 from .layout import TENSORS, Int4Weight
 
-# Launches that are remembered: by ``known`` for the whole process, and by each group.
+# Launches that are remembered: those without a weight for the whole process, and by each group.
 MOST_KNOWN = 1024
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -101,7 +101,7 @@ def runs_compiled(kernel: Any) -> bool:
 
 def check_operand(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raises ValueError unless ``tensor`` is a float tensor of that shape on that device."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be one of {FLOAT_DTYPES}, got {tensor.dtype}")
@@ -132,36 +132,16 @@ def _alike(weights: Sequence[Int4Weight]) -> bool:
     return len(kinds) == 1
 
 
-@dataclass(frozen=True)
-class Known:
-    """A launch that was made before.
+class Launches:
+    """Launches that were made before.
 
     Attributes:
-        kernel: what was compiled for it.
-        arguments: all of them in order; None for the operands, which differ from call to call.
-        places: where the operands stand among them.
+        known: by what they follow from: the compiled kernel, all its arguments in order, but None for the operands,
+            which differ from call to call, and the operands' places among them.
     """
 
-    kernel: Any
-    arguments: list[Any]
-    places: tuple[int, ...]
-
-
-class Group:
-    """Weights that one launch takes together, and the launches that were made of them.
-
-    Args:
-        weights: at most three, which are alike. The group does not keep the first one.
-
-    Attributes:
-        sizes: the out-features of each. n: of all together.
-    """
-
-    def __init__(self, weights: Sequence[Int4Weight]) -> None:
-        self.others = tuple(weights[1:])
-        self.sizes = [weight.out_features for weight in weights]
-        self.n = sum(self.sizes)
-        self.known: dict[Any, Known] = {}
+    def __init__(self) -> None:
+        self.known: dict[Any, tuple[Any, list[Any], tuple[int, ...]]] = {}
 
     def launch(
         self,
@@ -171,113 +151,126 @@ class Group:
         operands: dict[str, Any],
         new: Callable[[], tuple[dict[str, Any], dict[str, Any]]],
     ) -> None:
-        """Launches ``kernel``, by a known launch where there is one.
+        """Launches ``kernel`` on the operands' device, by a known launch where there is one.
 
         Batches of any number of tokens share a few known launches, so that these take no more memory with each length.
 
         Args:
             grid: programs along up to three axes.
-            key: what arguments and options follow from, besides the group and the operands.
-            operands: the arguments of this call by name: tensors, tuples of tensors, and the number of tokens.
+            key: what arguments and options follow from, besides the kernel, these launches and the operands.
+            operands: the arguments of this call by name: tensors, of which the first is one, or tuples of tensors, and
+                the number of tokens or what follows from it.
             new: all arguments, and the options of the launch.
         """
         # Whatever stands for a launch, such as the emulator or the interpreter, is never passed over.
-        key = (type(kernel).run, id(kernel), *key, *map(_signature, operands.values()))
+        key = (type(kernel).run, id(kernel), key, *map(_signature, operands.values()))
         known = self.known.get(key)
-        if known is not None:
-            arguments = known.arguments.copy()
-            for place, operand in zip(known.places, operands.values(), strict=True):
+        with _on_device_of(operands):
+            if known is None:
+                self._launch_new(kernel, grid, key, operands, *new())
+                return
+            compiled, arguments, places = known
+            arguments = arguments.copy()
+            for place, operand in zip(places, operands.values(), strict=True):
                 arguments[place] = operand
-            known.kernel[(*grid, 1, 1)[:3]](*arguments)
-            return
-        given, options = new()
+            compiled[(*grid, 1, 1)[:3]](*arguments)
+
+    def _launch_new(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        key: Any,
+        operands: dict[str, Any],
+        given: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
         assert "enable_fp_fusion" in options  # versions of Triton differ in whether they fuse
         compiled = kernel[grid](**given, **options)
         if isinstance(compiled, triton.compiler.CompiledKernel):
             names = kernel.arg_names
-            places = tuple(names.index(name) for name in operands)
             arguments = [None if name in operands else given[name] for name in names]
             if len(self.known) >= MOST_KNOWN:
                 self.known.clear()
-            self.known[key] = Known(compiled, arguments, places)
+            self.known[key] = compiled, arguments, tuple(names.index(name) for name in operands)
 
 
-class Launcher:
-    """See ``known``."""
+class Group(Launches):
+    """Weights that one launch takes together, and the launches that were made of them. It does not keep the weights.
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    Args:
+        weights: at most three, which are alike.
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return functools.partial(_launch, self.kernel, grid)
+    Attributes:
+        sizes: the out-features of each. n: of all together.
+    """
+
+    def __init__(self, weights: Sequence[Int4Weight]) -> None:
+        super().__init__()
+        self.sizes = [weight.out_features for weight in weights]
+        self.n = sum(self.sizes)
+        head = weights[0]
+        self._form = head.in_features, head.scheme, head.group_size
+        self._bits = head.bits
+        self._problems: dict[Any, Problem] = {}
+
+    def problem(self, kernel: Kernel, m: int, dtype: torch.dtype) -> Problem:
+        """What a configuration is chosen for: so many tokens of this dtype."""
+        found = self._problems.get((kernel, m, dtype))
+        if found is None:
+            if len(self._problems) >= MOST_KNOWN:
+                self._problems.clear()
+            found = self._problems[kernel, m, dtype] = Problem(kernel, m, self.n, *self._form, dtype, self._bits)
+        return found
 
 
-def known(kernel: Any) -> Launcher:
-    """``known(kernel)[grid](...)`` launches as ``kernel[grid](...)`` does, by a known launch where there is one."""
-    return Launcher(kernel)
-
-
-# Launches that ``known`` remembers, by kernel and arguments: what was compiled, and the names of arguments by keyword.
-_KNOWN: dict[Any, tuple[Any, list[str]]] = {}
+# Launches without a weight.
+WEIGHTLESS = Launches()
 
 
 def forget_launches() -> None:
     """Forgets all launches, where Triton's driver is another one from now on."""
-    _KNOWN.clear()
+    WEIGHTLESS.known.clear()
     _GROUPS.clear()
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **named: Any) -> None:
-    first = arguments[0] if arguments else next(iter(named.values()))  # pointers come first
-    device = (first[0] if isinstance(first, tuple) else first).get_device()
-    # Whatever stands for a launch, such as the emulator or the interpreter, is never passed over.
-    key = (type(kernel).run, id(kernel), device, *map(_kind, arguments), *named, *map(_kind, named.values()))
-    found = _KNOWN.get(key)
-    if found is not None:
-        compiled, names = found
-        compiled[(*grid, 1, 1)[:3]](*arguments, *[named[name] for name in names])
-        return
-    compiled = kernel[grid](*arguments, **named)
-    if isinstance(compiled, triton.compiler.CompiledKernel):
-        if len(_KNOWN) >= MOST_KNOWN:
-            _KNOWN.clear()
-        _KNOWN[key] = compiled, kernel.arg_names[len(arguments) :]
-
-
-def _kind(argument: Any) -> Any:
-    """What is compiled depends on of an argument: all of a number, the dtype and the alignment of a tensor."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else argument
 
 
 def _signature(operand: Any) -> Any:
     """What is compiled depends on of an operand, and what other arguments follow from: all but the number of tokens.
 
-    Triton compiles anew for a number that is 1, and for one that is a multiple of 16.
+    Triton compiles anew for a number that is 1, for one that is a multiple of 16, and for one that takes 64 bits.
     """
-    if operand is None:
-        return None
-    if isinstance(operand, tuple):
-        return tuple(map(_signature, operand))
+    if isinstance(operand, Tensor):
+        return operand.dtype, operand.shape[1:], operand.stride(), operand.data_ptr() % 16, operand.get_device()
     if isinstance(operand, int):
-        return operand == 1, operand % 16 == 0
-    return operand.dtype, operand.shape[1:], operand.stride(), operand.data_ptr() % 16
+        return operand == 1, operand % 16 == 0, operand >= 1 << 31
+    return None if operand is None else tuple(map(_signature, operand))
 
 
-# The groups that begin with a weight, by the others.
-_GROUPS: WeakKeyDictionary[Int4Weight, dict[Any, Group]] = WeakKeyDictionary()
+def _on_device_of(operands: dict[str, Any]) -> AbstractContextManager[Any]:
+    """While active, the operands' device is the current one, on which Triton launches."""
+    if _is_single_device():
+        return ANYWHERE
+    first = next(iter(operands.values()))
+    return torch.cuda.device_of(first[0] if isinstance(first, tuple) else first)
+
+
+ANYWHERE: AbstractContextManager[None] = nullcontext()  # may be entered any number of times
+
+
+@functools.cache
+def _is_single_device() -> bool:
+    return torch.cuda.device_count() < 2
+
+
+# By the identities of their weights. A group goes when one of these does, before another weight can have its identity.
+_GROUPS: dict[tuple[int, ...], Group] = {}
 
 
 def group_of(weights: Sequence[Int4Weight]) -> Group | None:
     """The group that these weights make; None if one launch cannot take them together."""
-    if not weights:
-        return None
-    groups = _GROUPS.setdefault(weights[0], {})
-    key = tuple(map(id, weights[1:]))
-    found = groups.get(key)
-    if found is None or found.others != tuple(weights[1:]):
-        if not _alike(weights):
-            return None
-        found = groups[key] = Group(weights)
+    key = tuple(map(id, weights))
+    found = _GROUPS.get(key)
+    if found is None and _alike(weights):
+        found = _GROUPS[key] = Group(weights)
+        for weight in weights:
+            weakref.finalize(weight, _GROUPS.pop, key, None).atexit = False
     return found

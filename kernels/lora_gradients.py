@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .configs import MIN_DOT, MOST_MEMBERS, power_of_two_at_least
-from .launch import check_operand, has_data, known, of_members
+from .launch import WEIGHTLESS, check_operand, has_data, of_members
 from .weight_tiles import select
 
 BLOCK_M = 64
@@ -111,7 +110,7 @@ def lora_gradients_arguments(
         "MEMBERS": len(outs),
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": BLOCK_N,
-        "BLOCK_R": power_of_two_at_least(rank, least=MIN_DOT, most=64),
+        "BLOCK_R": _block_r(rank),
     }
 
 
@@ -138,8 +137,15 @@ def lora_gradients_triton(lefts: Sequence[Tensor], rights: Sequence[Tensor], out
             raise ValueError(f"members differ in a dtype or stride: {left.dtype}, {right.dtype}, {right.stride()}")
     blocks = sum(-(-out.shape[0] // BLOCK_N) for out in outs)
     if blocks and has_data(outs[0]):
-        arguments = lora_gradients_arguments(lefts, rights, outs)
-        with torch.cuda.device_of(rights[0]):
-            known(_lora_gradients_kernel)[(blocks, -(-rank // arguments["BLOCK_R"]))](
-                **arguments, num_warps=4, num_stages=4, enable_fp_fusion=False
-            )
+
+        def new() -> tuple[dict[str, Any], dict[str, Any]]:
+            options = {"num_warps": 4, "num_stages": 4, "enable_fp_fusion": False}
+            return lora_gradients_arguments(lefts, rights, outs), options
+
+        tensors = {"left_of": of_members(lefts), "right_of": of_members(rights), "out_of": of_members(outs)}
+        grid = blocks, -(-rank // _block_r(rank))
+        WEIGHTLESS.launch(_lora_gradients_kernel, grid, (len(outs),), {**tensors, "M": tokens}, new)
+
+
+def _block_r(rank: int) -> int:
+    return power_of_two_at_least(rank, least=MIN_DOT, most=64)

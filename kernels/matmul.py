@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Problem, TileConfig, default_config, power_of_two_at_least
+from .configs import TileConfig, default_config, power_of_two_at_least
 from .decode import unpack_centred
 from .launch import check_operand, group_of, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
@@ -317,9 +317,8 @@ def int4_matmul_group_triton(
     group = group_of(weights)
     if group is None:
         raise ValueError(f"{len(weights)} weights cannot share a launch: see can_group")
-    head, n = weights[0], group.n
-    m, k, device = x.shape[0], head.in_features, head.device
-    check_operand("x", x, (m, k), device)
+    n, m, device = group.n, x.shape[0], weights[0].device
+    check_operand("x", x, (m, weights[0].in_features), device)
     if bias is not None:
         check_operand("bias", bias, (n,), device)
     if (t is None) != (b is None):
@@ -330,7 +329,7 @@ def int4_matmul_group_triton(
         check_operand("b", b, (n, rank), device)
     ys = [torch.empty((m, size), dtype=x.dtype, device=device) for size in group.sizes]
     if m * n:
-        problem = Problem("matmul", m, n, k, head.scheme, head.group_size, x.dtype, head.bits)
+        problem = group.problem("matmul", m, x.dtype)
         config = config or default_config(problem)
         outs = parts_of(ys, config.split)
 
@@ -342,7 +341,6 @@ def int4_matmul_group_triton(
         blocks_n = sum(-(-size // config.block_n) for size in group.sizes)
         grid = -(-m // config.block_m) * blocks_n, config.split
         operands = {"x_ptr": x, "bias_ptr": bias, "t_ptr": t, "b_ptr": b, "y_of": of_members(outs), "M": m}
-        with torch.cuda.device_of(x):
-            group.launch(_matmul_kernel, grid, (config,), operands, new)
+        group.launch(_matmul_kernel, grid, (config,), operands, new)
         sum_parts(outs, ys, config.split)
     return ys

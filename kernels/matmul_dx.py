@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Problem, TileConfig, default_config, power_of_two_at_least
+from .configs import TileConfig, default_config, power_of_two_at_least
 from .decode import decode_planes
 from .launch import check_operand, column_stride, group_of, in_words, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
@@ -328,12 +328,11 @@ def int4_matmul_dx_group_triton(
     if g is not None and a is not None:
         check_operand("g", g, (m, g.shape[-1]), device)
         check_operand("a", a, (g.shape[1], k), device)
-    if len({dy.stride(1) for dy in dys if dy.shape[1] > 1}) > 1:
+    if len(dys) > 1 and len({dy.stride(1) for dy in dys if dy.shape[1] > 1}) > 1:
         dys = [dy.contiguous() for dy in dys]
     dx = torch.empty((m, k), dtype=dtype, device=device)
     if dx.numel():
-        head = weights[0]
-        problem = Problem("matmul_dx", m, group.n, k, head.scheme, head.group_size, dtype, head.bits)
+        problem = group.problem("matmul_dx", m, dtype)
         config = config or default_config(problem)
         (out,) = parts_of([dx], config.split)
 
@@ -344,7 +343,6 @@ def int4_matmul_dx_group_triton(
 
         grid = -(-m // config.block_m) * -(-k // config.block_k), config.split
         operands = {"dy_of": of_members(dys), "g_ptr": g, "a_ptr": a, "dx_ptr": out, "M": m}
-        with torch.cuda.device_of(dx):
-            group.launch(_matmul_dx_kernel, grid, (config,), operands, new)
+        group.launch(_matmul_dx_kernel, grid, (config,), operands, new)
         sum_parts([out], [dx], config.split)
     return dx

@@ -149,10 +149,18 @@ def _(hidden: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` ``[M, N]`` with x's leading dimensions. It is no view for autograd, so it may be changed in place."""
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    """``y`` ``[M, N]``, which nothing else refers to, with x's leading dimensions.
+
+    It is no view for autograd, so it may be changed in place.
+    """
+    if x.dim() == 2:
+        return y
+    if y.requires_grad or is_watched(y):
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    return y.resize_(*x.shape[:-1], y.shape[-1])
 
 
+NOTHING = nullcontext()  # may be entered any number of times
 # Devices that have autocast. Asked once: the compiler of torch 2.11 cannot trace the question.
 AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
@@ -161,7 +169,7 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """While active, autocast is off for the tensor's device."""
     kind = tensor.device.type
     on = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
+    return torch.autocast(kind, enabled=False) if on else NOTHING
 
 
 def _without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ Modelling code writes it as a chain of some seven small operations. The kernel r
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import power_of_two_at_least
-from .launch import FLOAT_DTYPES, has_data, known
+from .launch import FLOAT_DTYPES, WEIGHTLESS, has_data
 from .reference import NormStyle
 
 # A row is one tile: it is read once and stays in registers.
@@ -105,11 +106,13 @@ def _rms_norm_dx_kernel(
 def _rows(x: Tensor) -> tuple[Tensor, list[int]]:
     """``x`` as rows ``[M, K]``, without a copy where its memory allows that, and the order of its dimensions in them.
 
+    It is x itself where that is contiguous.
+
     Heads of attention come as a transposed view. Rows in the order of memory keep a result laid out like its input,
     and what was no copy before the transposition is none after it. No order stands for that of x.
     """
     if x.is_contiguous():
-        return x.view(-1, x.shape[-1]), []
+        return x, []
     order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride(axis))
     rows = x.permute(*order, -1).reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous(), order
@@ -118,20 +121,37 @@ def _rows(x: Tensor) -> tuple[Tensor, list[int]]:
 def _like(rows: Tensor, x: Tensor, order: list[int]) -> Tensor:
     """``rows`` ``[M, K]`` in the shape of ``x``."""
     if not order:
-        return rows.view(x.shape)
+        return rows if rows.shape == x.shape else rows.view(x.shape)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return rows.view(*(x.shape[axis] for axis in order), x.shape[-1]).permute(*inverse, -1)
 
 
+def _row_stride(rows: Tensor) -> int:
+    return rows.shape[-1] if rows.is_contiguous() else rows.stride(0)
+
+
+def _launch(
+    kernel: Any, operands: dict[str, Any], k: int, eps: float, style: NormStyle, others: Callable[[], dict[str, Any]]
+) -> None:
+    """Launches a kernel on rows of K elements. others: its arguments besides those that both kernels have."""
+
+    def new() -> tuple[dict[str, Any], dict[str, Any]]:
+        rows = {"K": k, "stride_xm": _row_stride(operands["x_ptr"]), "EPS": eps, "OFFSET": style == "offset"}
+        return {**operands, **rows, **blocks, **others()}, options
+
+    blocks, options = _blocks_and_options(k)
+    m = operands["x_ptr"].numel() // k
+    operands["M"] = m
+    WEIGHTLESS.launch(kernel, (-(-m // blocks["BLOCK_M"]),), (k, eps, style), operands, new)
+
+
 @functools.lru_cache(maxsize=64)
-def _options(columns: int) -> dict[str, Any]:
+def _blocks_and_options(columns: int) -> tuple[dict[str, Any], dict[str, Any]]:
     block_k = power_of_two_at_least(columns, most=MOST_COLUMNS)
     block_m = max(TILE // block_k, 1)
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_K": block_k,
-        "num_warps": min(max(block_m * block_k // 512, 4), 16),
-    }
+    # Torch's operations, one after the other, do not fuse a product and a sum either.
+    options = {"num_warps": min(max(block_m * block_k // 512, 4), 16), "enable_fp_fusion": False}
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k}, options
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -183,21 +203,8 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "t
     rows, order = _rows(x)
     y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if has_data(y):
-        options = _options(rows.shape[1])
-        with torch.cuda.device_of(x):
-            known(_rms_norm_kernel)[(-(-rows.shape[0] // options["BLOCK_M"]),)](
-                rows,
-                weight.contiguous(),
-                y,
-                *rows.shape,
-                rows.stride(0),
-                EPS=eps,
-                OFFSET=style == "offset",
-                ROUND=style == "twice",
-                **options,
-                # Torch's operations, one after the other, do not fuse a product and a sum either.
-                enable_fp_fusion=False,
-            )
+        operands = {"x_ptr": rows, "weight_ptr": weight.contiguous(), "y_ptr": y}
+        _launch(_rms_norm_kernel, operands, x.shape[-1], eps, style, lambda: {"ROUND": style == "twice"})
     return _like(y, x, order)
 
 
@@ -211,23 +218,13 @@ def rms_norm_dx_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float, style:
         ``[..., K]`` in x's dtype. Its memory has the order of x's.
     """
     rows, order = _rows(x)
-    dy_rows = (dy.permute(*order, -1) if order else dy).reshape(rows.shape)
-    dy_rows = dy_rows if dy_rows.stride(1) == 1 else dy_rows.contiguous()
+    dy_rows = dy.permute(*order, -1) if order else dy
+    if not dy_rows.is_contiguous():
+        dy_rows = dy_rows.reshape(-1, dy.shape[-1])
+        dy_rows = dy_rows if dy_rows.stride(1) == 1 else dy_rows.contiguous()
     dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if has_data(dx):
-        options = _options(rows.shape[1])
-        with torch.cuda.device_of(x):
-            known(_rms_norm_dx_kernel)[(-(-rows.shape[0] // options["BLOCK_M"]),)](
-                rows,
-                weight.contiguous(),
-                dy_rows,
-                dx,
-                *rows.shape,
-                rows.stride(0),
-                dy_rows.stride(0),
-                EPS=eps,
-                OFFSET=style == "offset",
-                **options,
-                enable_fp_fusion=False,
-            )
+        operands = {"x_ptr": rows, "weight_ptr": weight.contiguous(), "dy_ptr": dy_rows, "dx_ptr": dx}
+        others = functools.partial(dict, stride_dym=_row_stride(dy_rows))
+        _launch(_rms_norm_dx_kernel, operands, x.shape[-1], eps, style, others)
     return _like(dx, x, order)

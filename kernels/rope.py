@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import power_of_two_at_least
-from .launch import FLOAT_DTYPES, has_data, known
+from .launch import FLOAT_DTYPES, WEIGHTLESS, has_data
 
 # Elements of a program's tile, for each of the two halves that are rotated together.
 TILE = 1024
@@ -178,31 +178,27 @@ def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = 
         block_d = power_of_two_at_least(half, most=1 << 30)
         block_h = power_of_two_at_least(max(heads, heads_k), least=1, most=max(TILE // block_d, 1))
         blocks = -(-heads // block_h) - (-heads_k // block_h)
-        with torch.cuda.device_of(q):
-            known(_rope_kernel)[(batch * tokens, blocks)](
-                q,
-                k,
-                cos,
-                sin,
-                q_out,
-                k_out,
-                tokens,
-                heads,
-                heads_k,
-                columns,
-                half,
-                *q.stride()[:3],
-                *k.stride()[:3],
-                0 if shared else cos.stride(0),
-                cos.stride(1),
-                0 if shared else sin.stride(0),
-                sin.stride(1),
-                INVERSE=inverse,
-                ROUND=cos.dtype == q.dtype != torch.float32 and not inverse,
-                BLOCK_H=block_h,
-                BLOCK_D=block_d,
-                num_warps=4,
-                # Torch's operations, one after the other, do not fuse a product and a sum either.
-                enable_fp_fusion=False,
-            )
+
+        def new() -> tuple[dict[str, Any], dict[str, Any]]:
+            strides = {
+                f"stride_{name}{axis}": tensor.stride(place)
+                for name, tensor, axes in (("q", q, "bht"), ("k", k, "bht"), ("c", cos, "bt"), ("s", sin, "bt"))
+                for place, axis in enumerate(axes)
+            }
+            if shared:
+                strides |= {"stride_cb": 0, "stride_sb": 0}
+            arguments = {
+                **operands,
+                **{"T": tokens, "HQ": heads, "HK": heads_k, "D": columns, "HALF": half},
+                **strides,
+                "INVERSE": inverse,
+                "ROUND": cos.dtype == q.dtype != torch.float32 and not inverse,
+                "BLOCK_H": block_h,
+                "BLOCK_D": block_d,
+            }
+            # Torch's operations, one after the other, do not fuse a product and a sum either.
+            return arguments, {"num_warps": 4, "enable_fp_fusion": False}
+
+        operands = {"q_ptr": q, "k_ptr": k, "cos_ptr": cos, "sin_ptr": sin, "q_out_ptr": q_out, "k_out_ptr": k_out}
+        WEIGHTLESS.launch(_rope_kernel, (batch * tokens, blocks), (inverse, shared), operands, new)
     return q_out.transpose(1, 2), k_out.transpose(1, 2)

@@ -145,18 +145,24 @@ def default_route(problem: Problem, tensor_cores: bool = True) -> Route:
     return default_config(problem)
 
 
-def routed(kernel: Kernel, operand: Tensor, weights: Sequence[Int4Weight], launch: Callable[[Route], Result]) -> Result:
-    """Launches by the route that the tables give. A route that the device has no room for is not taken again."""
-    head, n = weights[0], sum(weight.out_features for weight in weights)
-    problem = Problem(
-        kernel, operand.shape[0], n, head.in_features, head.scheme, head.group_size, operand.dtype, head.bits
-    )
-    routes = routes_of(architecture_of(operand.device))
+def _out_of_resources() -> type[Exception]:
+    """The error of a launch for which a device has no room."""
     from triton.runtime.errors import OutOfResources
 
+    return OutOfResources
+
+
+def routed(kernel: Kernel, operand: Tensor, weights: Sequence[Int4Weight], launch: Callable[[Route], Result]) -> Result:
+    """Launches by the route that the tables give. A route that the device has no room for is not taken again."""
+    from .launch import group_of
+
+    group = group_of(weights)
+    assert group is not None
+    problem = group.problem(kernel, operand.shape[0], operand.dtype)
+    routes = routes_of(architecture_of(operand.device))
     try:
         return launch(routes.choose(problem))
-    except OutOfResources as error:
+    except _out_of_resources() as error:
         warnings.warn(f"{routes.choose(problem)} does not fit this device ({error}): tune again", stacklevel=2)
         routes.refuse(problem)
     return launch(routes.choose(problem))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import known
+from .launch import WEIGHTLESS
 
 BLOCK = 1024
 
@@ -52,14 +52,6 @@ def sum_parts(parts: Sequence[Tensor], outs: Sequence[Tensor], split: int) -> No
     for part, out in zip(parts, outs, strict=True):
         size = out.numel()
         if size:
-            with torch.cuda.device_of(out):
-                known(_sum_parts_kernel)[(-(-size // BLOCK),)](
-                    part,
-                    out,
-                    size,
-                    stride_part,
-                    SPLIT=split,
-                    BLOCK_SIZE=BLOCK,
-                    num_warps=4,
-                    enable_fp_fusion=False,
-                )
+            operands = {"parts_ptr": part, "out_ptr": out, "SIZE": size, "stride_part": stride_part}
+            given = operands | {"SPLIT": split, "BLOCK_SIZE": BLOCK}, {"num_warps": 4, "enable_fp_fusion": False}
+            WEIGHTLESS.launch(_sum_parts_kernel, (-(-size // BLOCK),), (split,), operands, lambda given=given: given)

@@ -92,7 +92,8 @@ class BlockRun:
         # The recompute reads these as well, so they must not change before it; the parameters also where they are not
         # trained. Identity reads nothing. The hidden state is watched where it is kept.
         others = [leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and place != hidden]
-        self.watched = [*trainable_parameters(block.module), *others] if treatment != "identity" else []
+        trainable = parameters if treatment == "train" else trainable_parameters(block.module)
+        self.watched = [*trainable, *others] if treatment != "identity" else []
         self.versions = [tensor._version for tensor in self.watched]
         self.training = block.module.training
         self.state = ForwardState(leaves[hidden].device, random=self.training)

@@ -12,9 +12,12 @@ import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 from transformers.cache_utils import Cache
+
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))  # what holds no tensor
 
 
 def is_container(leaf: Any) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .call import PLAIN
+
 
 def check_objects(index: int, objects: Iterable[Any], outputs: Iterable[Any]) -> None:
     """Checks the objects among a block's arguments after a recompute.
@@ -27,6 +29,8 @@ def check_objects(index: int, objects: Iterable[Any], outputs: Iterable[Any]) ->
     """
     known = {id(output) for output in outputs}
     for thing in objects:
+        if isinstance(thing, PLAIN):
+            continue
         if _has_lost(thing, known) or _has_lost(getattr(thing, "__dict__", None), known):
             raise ValueError(_lost(index, f"its argument {type(thing).__name__}"))
 

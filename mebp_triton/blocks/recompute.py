@@ -108,12 +108,12 @@ class Recompute:
     def taped(self, tape: Recording | Replay) -> Iterator[None]:
         """While active, ``tape`` is the tape of the layers."""
         for layer in self.layers:
-            layer.tape = tape
+            vars(layer)["tape"] = tape  # as an attribute: ``Module.__setattr__`` would look through the parameters
         try:
             yield
         finally:
             for layer in self.layers:
-                layer.tape = None
+                vars(layer)["tape"] = None
 
     def _find_last(self, recompute: Callable[[], Any], recording: Recording | None) -> Any:
         """Recomputes in full, and sees which layer is called last."""

@@ -119,7 +119,8 @@ class Replay:
             return None  # the block changed this output in place, so what was kept is no longer the layer's output
 
     def record(self, layer: Recorded, y: Tensor) -> None:
-        self.calls[layer] += 1
+        if self.kept:
+            self.calls[layer] += 1
 
     def part(self, module: OpaqueModule) -> Recording | None:
         """The recording of the next piece of what ``module`` computes; None if there is none."""

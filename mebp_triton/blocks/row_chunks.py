@@ -23,12 +23,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mebp_triton.kernels.panel import spans
 
 from .backward import TENSOR, BlockRun
-from .call import Arguments, Call, is_container
+from .call import PLAIN, Arguments, Call, is_container
 from .recompute import Recompute
 
 # For one block, the dimension in which a tensor among its arguments has the rows; None for one that all rows share.
 RowPlaces = Mapping[str, int | None]
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))  # the same for all rows
 
 
 @dataclass(frozen=True)

@@ -168,18 +168,17 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     Every pass of a block asks for them several times, and ``parameters()`` makes the name of each one.
     """
     found: dict[nn.Parameter, None] = {}
-    _collect_trainable(module, found, set())
+    _collect_trainable(module, found)
     return list(found)
 
 
-def _collect_trainable(module: nn.Module, found: dict[nn.Parameter, None], seen: set[nn.Module]) -> None:
-    seen.add(module)
+def _collect_trainable(module: nn.Module, found: dict[nn.Parameter, None]) -> None:
     for parameter in module._parameters.values():
         if parameter is not None and parameter.requires_grad:
             found[parameter] = None
     for child in module._modules.values():
-        if child is not None and child not in seen:
-            _collect_trainable(child, found, seen)
+        if child is not None:
+            _collect_trainable(child, found)
 
 
 def hidden_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -43,6 +43,7 @@ class Int4Module(nn.Module):
         raise NotImplementedError
 
     def _packed(self) -> Tensor:
+        """The codes, or the parameter that holds them."""
         raise NotImplementedError
 
     def set_int4(self, weight: Int4Weight) -> None:
@@ -103,14 +104,16 @@ class Int4Module(nn.Module):
         made = self._made
         if made is None or torch.compiler.is_compiling() or not self._is_in_place(made):
             others: dict[str, Any] = {name: self._buffers[name] for name in TENSORS[1:]}
-            made = Int4Weight(self._packed(), in_features=self.in_features, group_size=self.group_size, **others)
+            made = Int4Weight(self._packed().data, in_features=self.in_features, group_size=self.group_size, **others)
             self._keep(made)
         return made
 
     def _is_in_place(self, weight: Int4Weight) -> bool:
         # Whoever writes to ``.data`` gives a parameter other memory, but does not make it another object.
-        storage = self._packed().untyped_storage()._cdata == weight.packed.untyped_storage()._cdata
-        return storage and all(self._buffers[name] is getattr(weight, name) for name in TENSORS[1:])
+        if self._packed().untyped_storage()._cdata != weight.packed.untyped_storage()._cdata:
+            return False
+        own, made = self._buffers, vars(weight)
+        return all([own[name] is made[name] for name in TENSORS[1:]])
 
 
 class RowSource(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ class Int4Linear(Int4Module, nn.Linear):
         self._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
 
     def _packed(self) -> Tensor:
-        return self.weight.data
+        packed: Any = self._parameters["weight"]
+        return packed
 
     def forward(self, x: Tensor) -> Tensor:
         x = autocast_input(x)
@@ -112,8 +113,8 @@ class Int4LoRALinear(Int4Linear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=adapter_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.lora_dropout.p > 0:
-            # A layer that drops out is computed alone, and not taped: the two branches see different inputs.
+        if self.drops_out():
+            # Such a layer is computed alone, and not taped: the two branches see different inputs.
             x = autocast_input(x)
             dropped = self.lora_dropout(x)
             return int4_lora_linears(x, [self.operand()], self.backend, None, _stacked([self], x), dropped)[0]
@@ -122,9 +123,15 @@ class Int4LoRALinear(Int4Linear):
             self.tape.record(self, y)
         return y
 
+    def drops_out(self) -> bool:
+        """Whether the LoRA branch gets an input of its own now, with random zeros."""
+        dropout: Any = self._modules["lora_dropout"]
+        return self.training and dropout.p > 0
+
     def operand(self) -> LoraOperand:
         """This layer's part in a call of ``int4_lora_linears``."""
-        return LoraOperand(self.int4(), self.bias, self.lora_A, self.lora_B, self.scaling)
+        own: Any = self._parameters
+        return LoraOperand(self.int4(), own["bias"], own["lora_A"], own["lora_B"], self.scaling)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.lora_A.shape[0]}"

@@ -7,8 +7,7 @@ Forward: ``Y = X·Wᵀ + bias + s·(X·Aᵀ)·Bᵀ``. Backward, with ``g = s·dY
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +21,13 @@ from mebp_triton.kernels.functions import (
     no_autocast,
 )
 from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.ops import shaped
 from mebp_triton.kernels.token_products import lora_a_gradient, lora_b_gradients, wide_dtype
 
-from .stacked_adapters import Stacked, stack
+from .stacked_adapters import Adapter, Stacked, stack
 
 
-@dataclass(frozen=True)
-class LoraOperand:
+class LoraOperand(NamedTuple):
     """One layer's part in a call of ``int4_lora_linears``: weight ``[N, K]``, bias ``[N]``, lora_a ``[R, K]``,
     lora_b ``[N, R]``."""
 
@@ -39,8 +38,7 @@ class LoraOperand:
     scaling: float
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """What a call knows besides tensors that have gradients.
 
     ``stacked`` are the adapters in x's dtype; None if they are still to be stacked.
@@ -72,20 +70,13 @@ class _Int4LoRAFunction(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         adapters: Any = [tensors[place : place + 3] for place in range(0, len(tensors), 3)]
-        stacked = call.stacked or stack(adapters, x.dtype)
-        branch = x if inner is None else inner
-        t = _scaled_products(_rows(branch), stacked.a, call.scalings)
+        rows, branch, stacked, t = _branch(x, inner, call, adapters)
         ctx.save_for_backward(branch, t, stacked.a, stacked.b)
-        ctx.call, ctx.dropped = call, inner is not None
+        ctx.call, ctx.dropped, ctx.shape = call, inner is not None, x.shape
         ctx.likes = [(None if bias is None else bias.dtype, a.shape[0], a.dtype, b.dtype) for bias, a, b in adapters]
         # The gradient of an output that nobody used stays None, so the sums of the backward pass leave it out.
         ctx.set_materialize_grads(False)
-        if known is not None:
-            return known
-        t = t.view(*x.shape[:-1], t.shape[-1])
-        if len(call.weights) == 1:
-            return (int4_matmul(x, call.weights[0], stacked.bias, t, stacked.b, call.backend),)
-        return tuple(int4_matmul_group(x, call.weights, stacked.bias, t, stacked.b, call.backend))
+        return known if known is not None else _outputs(x, rows, call, stacked, t)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -96,9 +87,26 @@ class _Int4LoRAFunction(torch.autograd.Function):
             return _lora_gradients(ctx, saved, dys)
 
 
+def _branch(
+    x: Tensor, inner: Tensor | None, call: _Call, adapters: Sequence[Adapter]
+) -> tuple[Tensor, Tensor, Stacked, Tensor]:
+    """The rows of x, those of the LoRA branch's input, the adapters, and their scaled products with it."""
+    rows = _rows(x)
+    branch = rows if inner is None else _rows(inner)
+    stacked = call.stacked or stack(adapters, x.dtype)
+    return rows, branch, stacked, _scaled_products(branch, stacked.a, call.scalings)
+
+
+def _outputs(x: Tensor, rows: Tensor, call: _Call, stacked: Stacked, t: Tensor) -> tuple[Tensor, ...]:
+    if len(call.weights) == 1:
+        return (shaped(int4_matmul(rows, call.weights[0], stacked.bias, t, stacked.b, call.backend), x),)
+    outputs = int4_matmul_group(rows, call.weights, stacked.bias, t, stacked.b, call.backend)
+    return tuple([shaped(y, x) for y in outputs])
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """``[..., columns]`` -> ``[tokens, columns]``."""
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _scaled_products(x: Tensor, a: Tensor, scalings: Sequence[float]) -> Tensor:
@@ -120,8 +128,9 @@ def _lora_gradients(ctx: Any, saved: tuple[Tensor, ...], dys: tuple[Tensor | Non
     used = {place: _rows(dy.to(branch.dtype)) for place, dy in enumerate(dys) if dy is not None}
     if not used:
         return None, None, None, None, *gradients
-    rank = a.shape[0] // len(call.weights)
-    bs, ts = b.split([weight.out_features for weight in call.weights]), t.split(rank, dim=1)
+    count = len(call.weights)
+    rank = a.shape[0] // count
+    bs, ts = b.split_with_sizes([weight.out_features for weight in call.weights]), t.chunk(count, dim=1)
     for place, dy in used.items():
         if need[3 * place]:
             dtype = ctx.likes[place][0]
@@ -137,18 +146,19 @@ def _lora_gradients(ctx: Any, saved: tuple[Tensor, ...], dys: tuple[Tensor | Non
     if not members:
         return None, None, None, None, *gradients
     g = t.new_empty(t.shape[0], len(members) * rank)
-    for part, place in zip(g.split(rank, dim=1), members, strict=True):
+    for part, place in zip(g.chunk(len(members), dim=1), members, strict=True):
         part.addmm_(used[place], bs[place], beta=0, alpha=call.scalings[place])
     for _, dtype in _by_dtype(of_a, [like[2] for like in ctx.likes]):
-        product = lora_a_gradient(g, _rows(branch), dtype, call.backend)
-        for part, place in zip(product.split(rank), members, strict=True):
-            if place in of_a and ctx.likes[place][2] == dtype:
-                gradients[3 * place + 1] = part[: ctx.likes[place][1]]
+        product = lora_a_gradient(g, branch, dtype, call.backend)
+        for part, place in zip(product.chunk(len(members)), members, strict=True):
+            _, own, like, _ = ctx.likes[place]
+            if place in of_a and like == dtype:
+                gradients[3 * place + 1] = part if own == rank else part[:own]
     if len(members) < len(call.weights):
         a = torch.cat([a[place * rank : (place + 1) * rank] for place in members])
     dx = dinner = None
     if need_inner:
-        dinner = (g @ a).view(branch.shape)
+        dinner = (g @ a).view(ctx.shape)
     if need_x:
         term: Any = (None, None) if ctx.dropped else (g, a)
         weights, rows = [call.weights[place] for place in members], [used[place] for place in members]
@@ -156,7 +166,7 @@ def _lora_gradients(ctx: Any, saved: tuple[Tensor, ...], dys: tuple[Tensor | Non
             dx = int4_matmul_dx(rows[0], weights[0], *term, call.backend)
         else:
             dx = int4_matmul_dx_group(rows, weights, *term, call.backend)
-        dx = dx.view(branch.shape)
+        dx = dx.view(ctx.shape)
     return dx, dinner, None, None, *gradients
 
 
@@ -212,10 +222,16 @@ def int4_lora_linears(
     """
     x = autocast_input(x)
     tensors = [tensor for operand in operands for tensor in (operand.bias, operand.lora_a, operand.lora_b)]
-    weights = tuple(operand.weight for operand in operands)
-    scalings = tuple(operand.scaling for operand in operands)
+    weights = tuple([operand.weight for operand in operands])
+    scalings = tuple([operand.scaling for operand in operands])
+    call = _Call(weights, scalings, backend, stacked)
     with no_autocast(x):
-        return _Int4LoRAFunction.apply(x, inner, _Call(weights, scalings, backend, stacked), known, *tensors)
+        if torch.is_grad_enabled():
+            return _Int4LoRAFunction.apply(x, inner, call, known, *tensors)
+        if known is not None:
+            return known
+        rows, _, stacked, t = _branch(x, inner, call, [operand[1:4] for operand in operands])
+        return _outputs(x, rows, call, stacked, t)
 
 
 def autocast_input(x: Tensor) -> Tensor:

@@ -27,61 +27,65 @@ class SharedInput:
     def __init__(self, layers: Sequence[Int4LoRALinear]) -> None:
         self.layers = tuple(layers)
         self._input: Tensor | None = None
-        self._state: Any = None
-        self._waiting: dict[Int4LoRALinear, Tensor] = {}
+        self._surroundings: Any = None
+        self._waiting: dict[Int4LoRALinear, tuple[Tensor, Any]] = {}
 
     def output_of(self, layer: Int4LoRALinear, x: Tensor) -> Tensor:
         """The output ``[..., N]`` of ``layer`` for ``x`` ``[..., K]``."""
         # "is", since an equal tensor elsewhere may belong to another graph.
-        if self._input is x and self._state == self._dependencies(x):
-            ready = self._waiting.pop(layer, None)
+        if self._input is x and self._surroundings == _surroundings(x):
+            ready, state = self._waiting.pop(layer, (None, None))
             if not self._waiting:
                 self.forget()
-            if ready is not None:
+            if ready is not None and state == _state(layer):
                 return ready
         self.forget()
         # A layer out of turn does not know who will be called next; dropout gives each layer an input of its own; and
         # a compiler would have to trace what waits here.
-        alone = layer is not self.layers[0] or torch.compiler.is_compiling() or self._drops_out()
-        # Inference tensors do not count their changes, so one in between would not be seen.
-        if alone or any(tensor.is_inference() for tensor in self._tensors_read(x)):
+        alone = (
+            layer is not self.layers[0]
+            or torch.compiler.is_compiling()
+            or any(member.drops_out() for member in self.layers)
+        )
+        if alone or x.is_inference():
+            return compute_together([layer], x)[0]
+        others = self.layers[1:]
+        states = list(map(_state, others))
+        if None in states or _state(layer) is None:
             return compute_together([layer], x)[0]
         outputs = compute_together(self.layers, x)
-        self._waiting = dict(zip(self.layers[1:], outputs[1:], strict=True))
-        self._input, self._state = x, self._dependencies(x)
+        self._waiting = dict(zip(others, zip(outputs[1:], states, strict=True), strict=True))
+        self._input, self._surroundings = x, _surroundings(x)
         return outputs[0]
 
     def forget(self) -> None:
         """Drops outputs that were computed and not asked for."""
-        self._input, self._state, self._waiting = None, None, {}
-
-    def _drops_out(self) -> bool:
-        return any(member.training and member.lora_dropout.p > 0 for member in self.layers)
+        self._input, self._surroundings, self._waiting = None, None, {}
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a copy of the model: the layers, but no outputs that wait."""
-        return vars(self) | {"_input": None, "_state": None, "_waiting": {}}
+        return vars(self) | {"_input": None, "_surroundings": None, "_waiting": {}}
 
-    def _tensors_read(self, x: Tensor) -> list[Tensor]:
-        """All tensors that the outputs depend on."""
-        tensors = [x]
-        for member in self.layers:
-            own = (*member._parameters.values(), *member._buffers.values())
-            tensors += [tensor for tensor in own if tensor is not None]
-        return tensors
 
-    def _dependencies(self, x: Tensor) -> Any:
-        """Everything that the outputs depend on, as a value to compare: equal values mean equal outputs.
+def _surroundings(x: Tensor) -> Any:
+    """What the outputs of all layers depend on beside the layers, as a value to compare."""
+    kind = x.device.type
+    return x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
-        Tensors are compared by identity and version, which writing to ``.data`` does not change.
-        """
-        autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-        return (
-            [(id(tensor), tensor._version) for tensor in self._tensors_read(x)],
-            [member.scaling for member in self.layers],
-            torch.is_grad_enabled(),
-            autocast,
-        )
+
+def _state(layer: Int4LoRALinear) -> Any:
+    """What the output of a layer depends on beside its surroundings, as a value to compare; None if it has no such.
+
+    Tensors are compared by identity and version, which writing to ``.data`` does not change.
+    """
+    state: list[Any] = [layer.scaling]
+    for tensor in (*layer._parameters.values(), *layer._buffers.values()):
+        if tensor is not None:
+            # Inference tensors do not count their changes, so one in between would not be seen.
+            if tensor.is_inference():
+                return None
+            state += id(tensor), tensor._version
+    return state
 
 
 def layers_by_input(module: nn.Module) -> list[tuple[Int4LoRALinear, ...]]:

@@ -47,8 +47,9 @@ def test_a_row_of_zeros(normal, device):
         lambda wide: wide.view(20, 64)[:, ::2],
         lambda wide: wide.view(20, 64).t(),
         lambda wide: wide.view(20, 64)[:1].expand(9, 64),
+        lambda wide: wide[::2],
     ],
-    ids=["heads", "tokens-first", "cycle", "rows", "column-step", "transposed", "stride-0"],
+    ids=["heads", "tokens-first", "cycle", "rows", "column-step", "transposed", "stride-0", "one-row"],
 )
 def test_strides(normal, view):
     x = view(normal(1280))

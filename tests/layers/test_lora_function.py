@@ -1,6 +1,5 @@
 """LoRA over an int4 weight as an autograd function: its results and gradients are those of the formula."""
 
-import dataclasses
 import gc
 import weakref
 
@@ -196,7 +195,7 @@ def test_gradients_have_no_gradients_of_their_own():
 
 def test_operands_are_frozen():
     operand = LoraOperand(make_weight(), None, torch.ones(1, 70), torch.ones(9, 1), 1.0)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         operand.scaling = 2.0
 
 
