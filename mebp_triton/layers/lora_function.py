@@ -109,6 +109,10 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+def _parts(tensor: Tensor, count: int, dim: int) -> Sequence[Tensor]:
+    return tensor.chunk(count, dim) if count > 1 else (tensor,)
+
+
 def _scaled_products(x: Tensor, a: Tensor, scalings: Sequence[float]) -> Tensor:
     """``s_i·X·A_iᵀ`` of the members side by side: x ``[M, K]``, a ``[members * R, K]`` -> ``[M, members * R]``."""
     t = x.new_empty(x.shape[0], a.shape[0])
@@ -130,7 +134,8 @@ def _lora_gradients(ctx: Any, saved: tuple[Tensor, ...], dys: tuple[Tensor | Non
         return None, None, None, None, *gradients
     count = len(call.weights)
     rank = a.shape[0] // count
-    bs, ts = b.split_with_sizes([weight.out_features for weight in call.weights]), t.chunk(count, dim=1)
+    bs = b.split_with_sizes([weight.out_features for weight in call.weights]) if count > 1 else (b,)
+    ts = _parts(t, count, 1)
     for place, dy in used.items():
         if need[3 * place]:
             dtype = ctx.likes[place][0]
@@ -146,11 +151,11 @@ def _lora_gradients(ctx: Any, saved: tuple[Tensor, ...], dys: tuple[Tensor | Non
     if not members:
         return None, None, None, None, *gradients
     g = t.new_empty(t.shape[0], len(members) * rank)
-    for part, place in zip(g.chunk(len(members), dim=1), members, strict=True):
+    for part, place in zip(_parts(g, len(members), 1), members, strict=True):
         part.addmm_(used[place], bs[place], beta=0, alpha=call.scalings[place])
     for _, dtype in _by_dtype(of_a, [like[2] for like in ctx.likes]):
         product = lora_a_gradient(g, branch, dtype, call.backend)
-        for part, place in zip(product.chunk(len(members)), members, strict=True):
+        for part, place in zip(_parts(product, len(members), 0), members, strict=True):
             _, own, like, _ = ctx.likes[place]
             if place in of_a and like == dtype:
                 gradients[3 * place + 1] = part if own == rank else part[:own]

@@ -166,7 +166,7 @@ class AdapterBuffers:
     def frame(self, groups: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Frame:
         """The frame for groups of these shapes; blocks that are alike share it."""
         device = groups[0][0][1].device
-        shapes = tuple(tuple(None if t is None else t.shape for one in group for t in one) for group in groups)
+        shapes = tuple([tuple([None if t is None else t.shape for one in group for t in one]) for group in groups])
         frame = self._frames.get((dtype, device, shapes))
         if frame is None:
             # Inference tensors could not be saved for a backward pass later.
@@ -194,8 +194,8 @@ class _Filled:
 
     def holds(self, layer: nn.Module) -> bool:
         """Whether the stack still is what the layer's tensors are, and nothing else was written over it."""
-        pairs = zip(adapter_of(layer), self.seen[layer], strict=True)
-        return self.frame.buffer._version == self.version and all(_is_as(tensor, seen) for tensor, seen in pairs)
+        unchanged = self.frame.buffer._version == self.version
+        return unchanged and all(map(_is_as, adapter_of(layer), self.seen[layer]))
 
 
 def _is_as(tensor: Tensor | None, seen: tuple[Tensor, int] | None) -> bool:
