@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 from transformers.cache_utils import Cache
 
-PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))  # what holds no tensor
+# Leaves that are values alone and hold no tensor. Not so torch.Size: one may have the number of rows.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 
 
 def is_container(leaf: Any) -> bool:

@@ -13,10 +13,8 @@ import functools
 import operator
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
-from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -24,11 +22,11 @@ from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.layers.shared_input import layers_by_input
 from mebp_triton.layers.stacked_adapters import BlockAdapters
 
+from .call import PLAIN
 from .recompute import Recompute
 from .replay import OpaqueModule
 from .static_buffers import StaticBuffers, has_buffer, layout_of
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Enum)
 FUNCTIONS = (types.BuiltinFunctionType, type)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # An int4 weight, which is compared by its addresses; and what is set only while a block runs.
@@ -40,6 +38,11 @@ COMMON = vars(nn.Module()).keys() - {"training"}
 def _attributes(module: nn.Module) -> Set[str]:
     """The names of a module's own attributes, and ``training``."""
     return vars(module).keys() - COMMON - set(PASSING)
+
+
+def _snapshot(value: Any) -> Any:
+    """The value of an attribute, for a comparison later: a container is copied, so that a change within it is seen."""
+    return copy.copy(value) if isinstance(value, dict | list | set) else value
 
 
 class CannotBeStatic(Exception):
@@ -73,10 +76,7 @@ class _Module:
         self.module, self.kind, self.state = module, type(module), vars(module)
         self.root = root
         self.get = operator.itemgetter(*_attributes(module), "training")  # twice, so that it always returns a tuple
-        # Containers are copied, so that a change within one is seen.
-        self.values = tuple(
-            copy.copy(value) if isinstance(value, dict | list | set) else value for value in self.get(self.state)
-        )
+        self.values = tuple(map(_snapshot, self.get(self.state)))
         self.children = tuple(self.state["_modules"].values())
         self.count, self.present = self._count(), self._present()
         self.check()
@@ -289,9 +289,10 @@ class StaticBlock:
                 tensor.requires_grad_(place in wanted)
 
     def state(self) -> dict[tuple[int, str], Any]:
-        """The plain attributes of all modules, and the identities of the others: for a comparison."""
+        """The attributes of all modules, for a comparison: plain values and containers, else identities."""
+        compared = (*PLAIN, dict, list, set)
         return {
-            (place, name): value if isinstance(value := vars(part)[name], PLAIN) else id(value)
+            (place, name): _snapshot(value) if isinstance(value := vars(part)[name], compared) else id(value)
             for place, part in enumerate(self.module.modules())
             for name in _attributes(part)
         }

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .call import Arguments
-from .static_block import PLAIN, CannotBeStatic, StaticBlock
+from .call import PLAIN, Arguments
+from .static_block import CannotBeStatic, StaticBlock
 from .static_buffers import StaticBuffer, StaticBuffers, has_buffer, layout_of
 
 

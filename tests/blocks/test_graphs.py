@@ -253,6 +253,16 @@ def test_a_graph_is_made_anew(pair: tuple[Any, Any], change: Any, more: int) -> 
     assert graphs.made == 6 + more
 
 
+def test_settings_by_which_torch_chooses_kernels(pair: tuple[Any, Any]) -> None:
+    plain, ours = pair
+    graphs = with_graphs(ours)
+    steps(ours, **LENGTHS[0])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for _ in range(3):
+            same_run(ours, plain, **LENGTHS[0])
+    assert graphs.made == 12
+
+
 def test_a_new_parameter_needs_no_new_graph(pair: tuple[Any, Any]) -> None:
     plain, ours = pair
     graphs = with_graphs(ours)
@@ -332,7 +342,7 @@ class Odd(Scaled):
 
     def __init__(self, layer_idx: int, how: str) -> None:
         super().__init__(layer_idx)
-        self.how, self.calls = how, 0
+        self.how, self.calls, self.log = how, 0, [0]
         self.register_buffer("seen", torch.zeros(1))
 
     def forward(self, hidden_states: Tensor) -> Any:
@@ -345,6 +355,8 @@ class Odd(Scaled):
             return out + hidden_states[hidden_states > 0].sum()
         if self.how == "counts":
             self.calls += 1
+        if self.how == "appends":
+            self.log.append(len(self.log))
         if self.how == "writes":
             self.seen.add_(1)
         if self.how == "strange":
@@ -404,6 +416,7 @@ REASONS = {
     "waits": "it calls local_scalar_dense, after which the host waits",
     "index": "it calls (index|nonzero|masked_select), after which the host waits",
     "counts": "it keeps something in an attribute of a module",
+    "appends": "it keeps something in an attribute of a module",
     "writes": "it changes an argument, a parameter or a buffer in place",
     "strange": "it returns a object",
 }
