@@ -13,6 +13,8 @@ from mebp_triton.kernels.functions import int4_embedding
 from mebp_triton.kernels.layout import TENSORS, Int4Weight
 from mebp_triton.kernels.reference import decode
 
+from .stacked_adapters import same_memory
+
 GATHERED = 1024  # rows that an embedding gathers at a time: each may make more of a file resident than it has
 DECODED_ROWS = 4096  # rows that ``Int4Table.decoded_weight`` decodes at a time
 
@@ -110,7 +112,7 @@ class Int4Module(nn.Module):
 
     def _is_in_place(self, weight: Int4Weight) -> bool:
         # Whoever writes to ``.data`` gives a parameter other memory, but does not make it another object.
-        if self._packed().untyped_storage()._cdata != weight.packed.untyped_storage()._cdata:
+        if not same_memory(self._packed(), weight.packed):
             return False
         own, made = self._buffers, vars(weight)
         return all([own[name] is made[name] for name in TENSORS[1:]])

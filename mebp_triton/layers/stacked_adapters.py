@@ -202,11 +202,17 @@ def _is_as(tensor: Tensor | None, seen: tuple[Tensor, int] | None) -> bool:
     """Whether ``tensor`` is, or shares the memory of, one that was seen, and was not changed since."""
     if tensor is None or seen is None:
         return tensor is seen
-    if tensor is not seen[0] and (
-        tensor.is_inference() or tensor.untyped_storage()._cdata != seen[0].untyped_storage()._cdata
-    ):
+    if tensor is not seen[0] and (tensor.is_inference() or not same_memory(tensor, seen[0])):
         return False
     return tensor._version == seen[1]
+
+
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape begin at the same number of the same memory. Fake tensors have no address."""
+    return (
+        one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        and one.storage_offset() == other.storage_offset()
+    )
 
 
 class BlockAdapters:

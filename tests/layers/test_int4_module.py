@@ -190,6 +190,10 @@ def test_the_weight_is_made_anew_when_and_only_when_its_tensors_are_others():
     assert module.int4() is first and torch.equal(first.packed, module.weight)
     module.weight.data = other.packed
     assert module.int4().packed.data_ptr() == other.packed.data_ptr()
+    both = torch.stack((first.packed, other.packed))
+    for packed in both:  # as where somebody keeps all weights in one buffer
+        module.weight.data = packed
+        assert module.int4().packed.data_ptr() == packed.data_ptr()
     module._buffers["scales"] = other.scales
     assert module.int4().scales is other.scales
     module.weight = nn.Parameter(first.packed, requires_grad=False)

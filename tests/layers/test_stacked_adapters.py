@@ -157,6 +157,17 @@ def test_a_view_of_the_same_memory_is_the_same() -> None:
         assert layers[0].stacks.stacked(layers, BF16) is stacked
 
 
+def test_another_view_of_the_same_memory_is_not() -> None:
+    """Where somebody keeps the adapters of several layers in one buffer."""
+    module, both = block(), normal(2, 3, 70)
+    layers = group(module)
+    layers[0].lora_A = nn.Parameter(both[0])
+    with BlockAdapters(layers_by_input(module), AdapterBuffers()):
+        assert layers[0].stacks.stacked(layers, BF16) is not None
+        layers[0].lora_A = nn.Parameter(both[1])
+        assert layers[0].stacks.stacked(layers, BF16) is None
+
+
 def gradients(module: nn.ModuleDict, x: Tensor, adapters: BlockAdapters | None) -> list[Tensor]:
     parameters = [p for p in module.parameters() if p.requires_grad]
     if adapters is not None:
