@@ -131,7 +131,8 @@ class AfterBackward(_AdamWUpdate):
         total = total_norm(self.parameters)
         compared = sorted(inputs.selected) if self.selection.schedule == "importance" else []
         own = [total_norm(groups[index]["params"]).to(total.device) for index in compared]
-        norm, *norms = torch.stack([total, *own]).tolist()  # the only wait for the device in an update
+        # The only wait for the device between the passes and the next step, where moments lie there and none lag.
+        norm, *norms = torch.stack([total, *own]).tolist()
         self.passes.check_gradients(norm, inputs.step)
         clip(self.parameters, self.limit, total, norm)
         if compared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mebp_triton.layers.linear import Int4LoRALinear
 from mebp_triton.layers.shared_input import layers_by_input
-from mebp_triton.layers.stacked_adapters import AdapterBuffers, BlockAdapters, Stacked, adapter_of, stack
+from mebp_triton.layers.stacked_adapters import AdapterBuffers, BlockAdapters, Frame, Stacked, adapter_of, stack
 
 BF16 = torch.bfloat16
 
@@ -51,6 +52,17 @@ def test_a_stack(ranks: tuple[int, ...], dtype: torch.dtype) -> None:
     stacked = stack([adapter_of(layer) for layer in layers], dtype)
     assert is_stack_of(stacked, layers, dtype) and stacked.bias is not None
     assert stack([adapter_of(layer) for layer in layers[::2]], dtype).bias is None
+
+
+@pytest.mark.parametrize("biases", ["", "k", "qkv"])
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (1, 4, 2)], ids=str)
+def test_what_memory_held_before_is_in_no_stack(ranks: tuple[int, ...], biases: str) -> None:
+    """The memory is another block's stack, or uninitialised; what a layer lacks is zero in any case."""
+    layers = group(block(ranks, biases=biases))
+    adapters = [[adapter_of(layer) for layer in layers]]
+    frame = Frame(adapters, torch.full((Frame.elements(adapters),), math.nan))
+    frame.fill(adapters)
+    assert is_stack_of(frame.groups[0], layers, torch.float32)
 
 
 def test_a_layer_alone_in_its_dtype_is_not_copied() -> None:

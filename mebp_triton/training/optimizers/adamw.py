@@ -77,6 +77,7 @@ class BlockAdamW(torch.optim.Optimizer):
         self.steps = split_like(self._counts, groups)
         self._first = list(itertools.accumulate(map(len, groups), initial=0))
         self._copies: dict[torch.device, tuple[Tensor, list[list[Tensor]]]] = {}
+        self._copied: dict[torch.device, int] = {}  # the version of the counts that a copy has
         self.lag = [0] * len(self.steps)
 
     @torch.no_grad()
@@ -271,6 +272,7 @@ class BlockAdamW(torch.optim.Optimizer):
             )
             if steps is not self.steps:
                 self._counts[torch.tensor([self._first[index] + place for _, _, (index, place) in rows])] += 1
+                self._copied[device] = self._counts._version
             # The fused step does not count as a change of the parameters, which a backward pass would have to notice.
             torch.autograd.graph.increment_version(working)
             copy_back(working, parameters)
@@ -280,12 +282,16 @@ class BlockAdamW(torch.optim.Optimizer):
         return self.steps if device.type == "cpu" else self._copied_steps(device)
 
     def _copied_steps(self, device: torch.device) -> list[list[Tensor]]:
-        """A copy of ``steps``, which is made in one transfer and may be written to."""
+        """A copy of ``steps`` in which a step counts on. It is made anew, in one transfer, only where ours differ.
+
+        They do after ``_catch_up`` and after a resume. The transfer waits for the device.
+        """
         if device not in self._copies:
             copy = torch.empty_like(self._counts, device=device)
             self._copies[device] = copy, split_like(copy, self.steps)
         copy, views = self._copies[device]
-        copy.copy_(self._counts)
+        if self._copied.pop(device, None) != self._counts._version:
+            copy.copy_(self._counts)
         return views
 
     def export_group(self, index: int, copy: bool = True) -> dict[str, Tensor]:

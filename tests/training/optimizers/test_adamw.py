@@ -1,6 +1,7 @@
 """BlockAdamW against torch's AdamW, bit for bit; what happens to blocks that a step did not select."""
 
 import itertools
+from unittest.mock import Mock
 
 import bitsandbytes
 import pytest
@@ -262,15 +263,17 @@ def test_what_it_refuses(tmp_path):
 
 
 class Calls(TorchDispatchMode):
-    """While active, counts the calls of torch's fused step, and how many parameters each takes."""
+    """While active, counts the calls of torch's fused step, how many parameters each takes, and what is copied."""
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.others = [], 0
+        self.sizes, self.copied, self.others = [], [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._fused_adamw_.default:
             self.sizes.append(len(args[0]))
+        if func is torch.ops.aten.copy_.default:
+            self.copied.append(tuple(args[0].shape))
         self.others += not func.is_view
         return func(*args, **(kwargs or {}))
 
@@ -308,6 +311,28 @@ def test_steps_that_are_copied_to_the_device(monkeypatch):
         made.append((groups, optimizer))
     assert same(made[0][0], made[1][0]) and made[0][1].steps == made[1][1].steps
     assert [float(one) for one in made[0][1].steps[0]] == [4, 3]
+
+
+def test_steps_are_copied_only_where_they_changed(monkeypatch):
+    """A copy to a GPU waits for all that it has to do."""
+    groups = parameters()
+    optimizer, twin = BlockAdamW(groups), BlockAdamW(parameters())
+    monkeypatch.setattr(optimizer, "_steps_on", optimizer._copied_steps)
+
+    def copies(selected):
+        set_gradients(groups, 0)
+        with Calls() as calls:
+            optimizer.step(selected=selected)
+        return calls.copied.count((sum(map(len, groups)),))
+
+    assert [copies(selected) for selected in (None, None, {0}, None, None)] == [1, 0, 0, 1, 0]
+    twin.import_state(optimizer.export_state())
+    optimizer.import_state(twin.export_state())
+    assert copies(None) == 1
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
+        patch.setattr(adamw, "adamw", Mock(side_effect=RuntimeError("planted")))
+        copies(None)
+    assert copies(None) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
