@@ -7,6 +7,7 @@ launch, when its first layer asks (``BlockAdapters``).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,36 +147,58 @@ def adapter_of(layer: nn.Module) -> Adapter:
 
 
 class AdapterBuffers:
-    """The memory in which the blocks of a model stack their adapters: one buffer for each dtype and device.
+    """The memory in which the blocks of a model stack their adapters: one buffer for each dtype, device and stream.
 
-    One block's stacks are in use at a time, so the next block writes over them.
+    One block's stacks are in use at a time, so the next block writes over them. So one thread has the buffers while it
+    runs a block; blocks that other threads run meanwhile are not stacked.
     """
 
     def __init__(self) -> None:
         self._frames: dict[Any, Frame] = {}
         self._buffers: dict[Any, Tensor] = {}
+        self._lock = threading.Lock()
+        self._thread, self._passes = 0, 0  # the thread that has the buffers, and how many passes it is in
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The state for a copy of the model, which makes buffers of its own."""
-        return {"_frames": {}, "_buffers": {}}
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterBuffers:
+        """Buffers of their own, for a copy of the model."""
+        made = memo[id(self)] = AdapterBuffers()
+        return made
 
     def clear(self) -> None:
         """Gives the memory back."""
         self._frames, self._buffers = {}, {}
 
+    def take(self) -> None:
+        """Gives the buffers to this thread until ``give_back``, unless another thread has them."""
+        with self._lock:
+            if not self._passes:
+                self._thread = threading.get_ident()
+            self._passes += self.are_mine()
+
+    def give_back(self) -> None:
+        """Ends what ``take`` began."""
+        with self._lock:
+            self._passes -= self.are_mine() and self._passes > 0
+
+    def are_mine(self) -> bool:
+        """Whether this thread was the last one to get the buffers. Within a pass, it has them."""
+        return self._thread == threading.get_ident()
+
     def frame(self, groups: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Frame:
         """The frame for groups of these shapes; blocks that are alike share it."""
         device = groups[0][0][1].device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        place = dtype, device, stream
         shapes = tuple([tuple([None if t is None else t.shape for one in group for t in one]) for group in groups])
-        frame = self._frames.get((dtype, device, shapes))
+        frame = self._frames.get((place, shapes))
         if frame is None:
             # Inference tensors could not be saved for a backward pass later.
             with torch.inference_mode(False), torch.no_grad():
-                size, buffer = Frame.elements(groups), self._buffers.get((dtype, device))
+                size, buffer = Frame.elements(groups), self._buffers.get(place)
                 if buffer is None or buffer.numel() < size:
-                    self._frames = {key: value for key, value in self._frames.items() if key[:2] != (dtype, device)}
-                    buffer = self._buffers[dtype, device] = torch.empty(size, dtype=dtype, device=device)
-                frame = self._frames[dtype, device, shapes] = Frame(groups, buffer)
+                    self._frames = {key: value for key, value in self._frames.items() if key[0] != place}
+                    buffer = self._buffers[place] = torch.empty(size, dtype=dtype, device=device)
+                frame = self._frames[place, shapes] = Frame(groups, buffer)
         return frame
 
 
@@ -234,19 +257,25 @@ class BlockAdapters:
         self._filled: dict[torch.dtype, _Filled | None] = {}
 
     def __enter__(self) -> None:
+        self.buffers.take()
         for layer in self._group_of:
             vars(layer)["stacks"] = self  # as an attribute: ``Module.__setattr__`` would look through the parameters
 
     def __exit__(self, *_: Any) -> None:
-        self._filled = {}
+        if self.buffers.are_mine():
+            self._filled = {}
+        self.buffers.give_back()
         for layer in self._group_of:
             vars(layer).pop("stacks", None)
 
     def stacked(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> Stacked | None:
         """The stack of a group's layers, or of one layer; None if it must be made of the layers' own tensors.
 
-        That is so for a layer alone whose tensors have the dtype, and where a tensor was changed within the pass.
+        That is so for a layer alone whose tensors have the dtype, where a tensor was changed within the pass, and where
+        another thread runs a block.
         """
+        if not self.buffers.are_mine():
+            return None
         group, place = self._group_of[layers[0]]
         if dtype not in self._filled:
             self._filled[dtype] = self._fill(dtype)

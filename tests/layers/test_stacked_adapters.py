@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -216,6 +217,32 @@ def test_a_graph_that_outlives_its_pass_is_refused() -> None:
         other["q"](x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_two_threads() -> None:
+    """Both run blocks of one model, as a server does: neither writes over what the other computes with."""
+    module, other, buffers = block(), block(seed=20), AdapterBuffers()
+    blocks = {id(one): BlockAdapters(layers_by_input(one), buffers) for one in (module, other)}
+    x = normal(4, 70).to(BF16)
+    wanted = other["q"](x)
+
+    def run(one: nn.ModuleDict) -> tuple[Stacked | None, Tensor]:
+        with blocks[id(one)]:
+            return one["q"].stacks.stacked(group(one), BF16), one["q"](x)
+
+    with ThreadPoolExecutor(1) as second, blocks[id(module)]:
+        stacked = module["q"].stacks.stacked(group(module), BF16)
+        none, y = second.submit(run, other).result()
+        assert none is None and torch.equal(y, wanted)
+        # The other thread ends a pass of this block as well, after which nothing is stacked anew.
+        version = stacked.a._version
+        assert second.submit(run, module).result()[0] is None
+        assert blocks[id(module)].stacked(group(module), BF16) is stacked and stacked.a._version == version
+        assert is_stack_of(stacked, group(module), BF16)
+    with ThreadPoolExecutor(1) as third:
+        assert third.submit(run, other).result()[0] is not None
+    with blocks[id(module)], blocks[id(other)]:  # a pass within a pass of the same thread
+        assert blocks[id(other)].stacked(group(other), BF16) is not None
 
 
 def test_in_inference_mode() -> None:
