@@ -22,6 +22,8 @@ from .layout import TENSORS, Int4Weight
 
 # Launches that are remembered: those without a weight for the whole process, and by each group.
 MOST_KNOWN = 1024
+# Problems that a group remembers. All layers have the same numbers of tokens in turn, so a few serve a whole step.
+MOST_PROBLEMS = 8
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -217,7 +219,7 @@ class Group(Launches):
         """What a configuration is chosen for: so many tokens of this dtype."""
         found = self._problems.get((kernel, m, dtype))
         if found is None:
-            if len(self._problems) >= MOST_KNOWN:
+            if len(self._problems) >= MOST_PROBLEMS:
                 self._problems.clear()
             found = self._problems[kernel, m, dtype] = Problem(kernel, m, self.n, *self._form, dtype, self._bits)
         return found

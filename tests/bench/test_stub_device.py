@@ -10,7 +10,7 @@ from mebp_triton.kernels.accuracy import normal, random_weight
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.functions import int4_matmul
 from mebp_triton.kernels.gated_activation import gated_activation_triton
-from mebp_triton.kernels.launch import forget_launches, group_of
+from mebp_triton.kernels.launch import MOST_PROBLEMS, forget_launches, group_of
 from mebp_triton.kernels.lora_gradients import lora_gradients_triton
 from mebp_triton.kernels.matmul import int4_matmul_group_triton
 from mebp_triton.kernels.matmul_dx import int4_matmul_dx_group_triton
@@ -114,6 +114,7 @@ def test_batches_of_any_length_share_known_launches(stub_device, launches, split
         known = [launches(weights, x[:length], t[:length], b, config)[0] for length in lengths]
         # One token, a multiple of 16, and any other number: so many kernels does Triton compile.
         assert len(group_of(weights).known) == 2 * 3
+        assert len(group_of(weights)._problems) <= MOST_PROBLEMS < 2 * len(lengths)
         for length, found in zip(lengths, known, strict=True):
             forget_launches()
             assert launches(weights, x[:length], t[:length], b, config)[0] == found
