@@ -321,6 +321,7 @@ def test_weights_that_keep_moving_keep_no_memory(pair: tuple[Any, Any]) -> None:
         other_weights(ours)
         run(ours, **LENGTHS[0])
     assert len(graphs._kinds) <= 6
+    assert graphs.made == 4, "those of the two other blocks are kept"
 
 
 # --- what runs without a graph ---------------------------------------------------------------------------------------
@@ -409,6 +410,25 @@ def test_blocks_whose_number_matters_share_no_graph() -> None:
             model(x).backward()
         assert equal_bits(grads(ours), grads(plain))
     assert graphs.played > 20
+
+
+class FourthIsOther(Scaled):
+    """A block whose number matters in one place alone."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.up(hidden_states) * (2 if self.layer_idx == 3 else 1)
+
+
+def test_a_graph_that_is_right_for_some_blocks_is_not_used_for_another() -> None:
+    torch.manual_seed(0)
+    plain, ours, graphs = rows([FourthIsOther(index) for index in range(4)])
+    for _ in range(4):
+        x = torch.randn(3, 6)
+        for model in (plain, ours):
+            model.zero_grad()
+            model(x).backward()
+        assert equal_bits(grads(ours), grads(plain))
+    assert graphs.played
 
 
 REASONS = {

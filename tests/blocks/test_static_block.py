@@ -9,6 +9,7 @@ import torch
 from models import batch, loaded
 from torch import nn
 
+from mebp_triton.blocks.replay import OpaqueModule
 from mebp_triton.blocks.static_block import CannotBeStatic, LiveBlock, StaticBlock, counting_attributes
 from mebp_triton.blocks.static_buffers import StaticBuffers
 from mebp_triton.layers.linear import Int4LoRALinear
@@ -102,6 +103,16 @@ def test_a_copy_computes_from_its_buffers_and_the_weights_in_place(model: Any) -
     copies[0].train_only({3})
     assert [tensor.requires_grad for tensor in copies[0].tensors].count(True) == 1
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora" in name)
+
+
+def test_chunks_of_a_copy_do_not_ask_for_random_states(shared_store: Any) -> None:
+    """A graph could not be captured: the host waits for the device's generator."""
+    block = live(loaded(shared_store("llama"), mlp_chunk_tokens=7))
+    parts = [
+        [part.draws for part in module.modules() if isinstance(part, OpaqueModule)]
+        for module in (block.module, StaticBlock(block, StaticBuffers()).module)
+    ]
+    assert parts == [[True], [False]]
 
 
 def unusual(block: nn.Module, what: str) -> None:
