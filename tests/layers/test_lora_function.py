@@ -236,3 +236,32 @@ def test_outputs_and_gradients_of_several(used, wanted):
     for one, other in zip(found, exact, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.allclose(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_a_backward_pass_under_autocast_has_the_same_bits():
+    """Where only backward() is called under it. There is an input of the LoRA branch's own, as after dropout."""
+    weight, given = make_weight(), operands(torch.float32)
+    leaves = list(given.values())
+
+    def gradients(dropped, enabled):
+        operand = LoraOperand(weight, given["bias"], given["a"], given["b"], 1.5)
+        (y,) = int4_lora_linears(given["x"], [operand], inner=given["x"] * 2 if dropped else None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return torch.autograd.grad(y.square().sum(), leaves)
+
+    for dropped in (False, True):
+        for ours, own in zip(gradients(dropped, True), gradients(dropped, False), strict=True):
+            assert torch.equal(ours, own)
+
+
+def test_wide_gradients_of_narrow_activations_are_not_rounded():
+    """Those of a bias, and of float32 adapters beside bfloat16 ones with the same input."""
+    x = operands(torch.bfloat16)["x"]
+    wide, narrow = operands(torch.float32), operands(torch.bfloat16)
+    layers = [LoraOperand(make_weight(), one["bias"], one["a"], one["b"], 1.5) for one in (wide, narrow)]
+    for order in (layers, layers[::-1]):
+        ys = int4_lora_linears(x, order)
+        for gradient in torch.autograd.grad(
+            sum(y.float().square().sum() for y in ys), [wide[n] for n in wide if n != "x"]
+        ):
+            assert gradient.dtype == torch.float32 and not torch.equal(gradient, gradient.bfloat16().float())
