@@ -3,7 +3,8 @@
     python bench/gpu_suite.py --output bench/results/NAME.json [--dry-run] [--parts a,b] [--minutes 9]
 
 Each part runs in a process of its own with a time limit of its own, so that one that fails, hangs or loses the device
-does not stop the others. The JSON is written after every part. The exit code is 1 if any part failed.
+does not stop the others. The JSON is written after every part. The exit code is 1 if any part failed,
+and 2 if nothing was begun.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from machine import git
+from machine import git, unwritable
 
 # The parts in their order, and their shares of the time. The time that a part does not use goes to those after it.
 PARTS = {
@@ -52,6 +53,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--parts must be some of {', '.join(PARTS)}, got {', '.join(unknown)}")
     if not chosen.minutes > 0:
         parser.error(f"--minutes must be positive, got {chosen.minutes}")
+    if (problem := unwritable(chosen.output)) is not None:
+        parser.error(f"--output cannot be written: {problem}")
     return chosen
 
 
@@ -69,8 +72,13 @@ def main() -> int:
 
 
 def run(chosen: argparse.Namespace, ends: float, scratch: Path) -> int:
+    import torch
+
     from mebp_triton.system import strict_json
 
+    if not chosen.dry_run and not torch.backends.cuda.is_built():
+        print("gpu_suite.py: error: this torch has no CUDA; --dry-run rehearses on a CPU", file=sys.stderr)
+        return 2
     part(chosen.parts[0])  # imported once, for all children
     record: dict[str, Any] = {
         "format": 1,

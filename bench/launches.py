@@ -24,7 +24,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from unittest import mock
 import torch
 import transformers
 from launch_meter import Meter, recompute_apart
-from machine import commit, processor
+from machine import commit, processor, unwritable
 from random_store import QWEN2_5, write_random_store
 from stub_bitsandbytes import StubBitsandbytes
 from stub_device import StubDevice
@@ -268,14 +268,24 @@ def host_times(sides: list[str], shape: Shape, target: int, directory: Path, rou
     return result
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file for the results, whose other entries stay")
     parser.add_argument("--name", default="now", help="the entry of the file")
     parser.add_argument("--target", type=int, default=90, help="the compute capability by which routes are chosen")
     parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
+    known: dict[str, Any] = {}
+    if arguments.output is not None:
+        try:
+            known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+        except (OSError, ValueError) as error:
+            parser.error(f"--output {arguments.output} has no results to add to: {error}")
+        if (problem := unwritable(arguments.output)) is not None:
+            parser.error(f"--output cannot be written: {problem}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         root = Path(scratch)
@@ -287,7 +297,6 @@ def main() -> None:
         "environment": environment() | {"processor": processor(), "commit": commit(), "threads": 1},
     }
     if arguments.output is not None:
-        known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
         arguments.output.write_text(json.dumps(known | {arguments.name: record}, indent=1) + "\n")
     for side, row in record["sides"].items():
         times = {phase: round(value) for phase, value in row["microseconds"].items()}

@@ -26,3 +26,17 @@ def git(*words: str) -> str | None:
 
 def commit() -> str | None:
     return git("rev-parse", "HEAD")
+
+
+def unwritable(path: Path) -> OSError | None:
+    """Why a result cannot be written to ``path``, found out before anything is measured; its directory is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = path.exists()
+        with open(path, "a"):
+            pass
+        if not known:
+            path.unlink()
+    except OSError as error:
+        return error
+    return None

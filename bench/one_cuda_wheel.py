@@ -32,16 +32,25 @@ def strip(wheel: Path, cuda: str, output: Path) -> Path:
             versions = sorted(found[2] for found in libraries.values() if found[1] == "cuda")
             raise ValueError(f"{wheel.name} has no library for CUDA {cuda!r}, only for {', '.join(versions) or 'none'}")
         output.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as made:
-            for item in source.infolist():
-                if item.filename in gone:
-                    continue
-                data = source.read(item)
-                if item.filename.endswith(".dist-info/RECORD"):
-                    kept = [line for line in data.decode().splitlines() if line.split(",")[0] not in gone]
-                    data = ("\n".join(kept) + "\n").encode()
-                made.writestr(item, data)
+        try:
+            _copy(source, target, gone)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
     return target
+
+
+def _copy(source: zipfile.ZipFile, target: Path, gone: set[str]) -> None:
+    """Writes ``source`` without the files ``gone``, which its record does not name any more."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as made:
+        for item in source.infolist():
+            if item.filename in gone:
+                continue
+            data = source.read(item)
+            if item.filename.endswith(".dist-info/RECORD"):
+                kept = [line for line in data.decode().splitlines() if line.split(",")[0] not in gone]
+                data = ("\n".join(kept) + "\n").encode()
+            made.writestr(item, data)
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -53,7 +62,7 @@ def main(given: Sequence[str] | None = None) -> None:
     try:
         target = strip(arguments.wheel, arguments.cuda, arguments.output)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        parser.error(str(error))
+        parser.error(str(error) if str(arguments.wheel.name) in str(error) else f"{arguments.wheel}: {error}")
     print(f"{target}: {target.stat().st_size / 2**20:.1f} MiB, of {arguments.wheel.stat().st_size / 2**20:.1f}")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from machine import unwritable
 from matplotlib.figure import Figure
 
 from mebp_triton.system import atomic
@@ -266,10 +267,14 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files")
     parser.add_argument("--output", type=Path, required=True, help="markdown file")
     arguments = parser.parse_args(given)
+    if (problem := unwritable(arguments.output)) is not None:
+        parser.error(f"--output cannot be written: {problem}")
     page = Page(arguments.output)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for path in arguments.results:
-        record = json.loads(path.read_text())
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"{path} cannot be read: {error}")
         if "parts" in record:
             suite_page(page, path.stem, record)
         elif "benchmarks" in record:

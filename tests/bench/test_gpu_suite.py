@@ -165,6 +165,20 @@ def test_unknown_parts_are_refused(bench_path, tmp_path):
     assert "got sped" in done.stderr
 
 
+def test_what_cannot_be_measured_or_written_is_refused_in_a_line(bench_path, tmp_path, monkeypatch, capsys):
+    suite = importlib.import_module("gpu_suite")
+    (tmp_path / "text").write_text("")
+    for output in (tmp_path, tmp_path / "text" / "x.json"):
+        monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--dry-run", f"--output={output}"])
+        with pytest.raises(SystemExit) as ended:
+            suite.main()
+        assert ended.value.code == 2 and "--output cannot be written" in capsys.readouterr().err
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    chosen = Namespace(dry_run=False, output=tmp_path / "x.json")
+    assert suite.run(chosen, time.monotonic() + 60, tmp_path) == 2
+    assert "this torch has no CUDA" in capsys.readouterr().err and not chosen.output.exists()
+
+
 def test_a_missing_peer_is_named(bench_path, monkeypatch):
     timed = importlib.import_module("gpu.timed")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

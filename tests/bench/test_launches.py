@@ -83,3 +83,17 @@ def test_large_products_are_left_out(launches):
     with meter, meter.during("forward"), mock.patch.object(torch, "empty"):
         assert (x @ x).shape == (300, 300)
     assert meter.launches["forward"] == 1
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_counted(launches, tmp_path, capsys):
+    (tmp_path / "text").write_text("no results")
+    wrong = {
+        "--rounds must be at least 1, got 0": ["--rounds=0"],
+        "has no results to add to": [f"--output={tmp_path / 'text'}"],
+        "--output cannot be written": [f"--output={tmp_path / 'text' / 'new.json'}"],
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(SystemExit) as ended:
+            launches.main(arguments)
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert (tmp_path / "text").read_text() == "no results"

@@ -41,3 +41,18 @@ def test_a_version_that_is_not_there_is_refused_and_nothing_written(tool, wheel,
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="name another directory"):
         tool.strip(wheel, "130", tmp_path)
+
+
+def test_a_wheel_that_is_none_is_named(tool, tmp_path, capsys):
+    (tmp_path / "text.whl").write_text("no zip")
+    with pytest.raises(SystemExit) as ended:
+        tool.main([str(tmp_path / "text.whl"), "130", str(tmp_path / "out")])
+    assert ended.value.code == 2 and "text.whl: File is not a zip file" in capsys.readouterr().err
+
+
+def test_a_damaged_wheel_leaves_nothing_behind(tool, wheel, tmp_path):
+    content = wheel.read_bytes()
+    wheel.write_bytes(content.replace(b"x = 1", b"x = 2"))  # its checksum is the old one's
+    with pytest.raises(zipfile.BadZipFile):
+        tool.strip(wheel, "130", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

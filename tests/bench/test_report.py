@@ -89,3 +89,15 @@ def test_other_files_are_refused(make_page, tmp_path, capsys):
     assert ended.value.code == 2
     assert "is no result" in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
+
+
+def test_what_cannot_be_read_or_written_is_refused_in_a_line(make_page, tmp_path, capsys):
+    (tmp_path / "text.json").write_text("no results")
+    for name in ("text.json", "none.json"):
+        with pytest.raises(SystemExit) as ended:
+            make_page(tmp_path / name)
+        assert ended.value.code == 2 and f"{name} cannot be read" in capsys.readouterr().err
+    (tmp_path / "page.md").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        make_page(tmp_path / "text.json")
+    assert ended.value.code == 2 and "--output cannot be written" in capsys.readouterr().err
