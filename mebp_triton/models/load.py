@@ -35,7 +35,7 @@ from mebp_triton.system.foreign_errors import one_line
 from .build import Builder, Numerics, check_adapter_dtype, resolve_targets
 from .config import read_store_config
 from .discover import install_mlp_chunks
-from .row_places import row_places
+from .row_places import check_block_rows, row_places
 from .saving import ignore_in_ddp, install_saving
 from .skeleton import build_skeleton
 
@@ -108,7 +108,7 @@ def load(
     Raises:
         ValueError: the store or its generation config is damaged, or an argument does not fit.
     """
-    _check_choices(weights, checkpoints, recompute_granularity, head, embedding)
+    _check_choices(weights, checkpoints, recompute_granularity, head, embedding, block_rows, block_graphs)
     numerics, selective = _numerics(device, dtype, adapter_dtype, backend), recompute_granularity == "selective"
     player = device_player(numerics.device, selective) if block_graphs else None
     opened = open_store(store)
@@ -139,7 +139,13 @@ def load(
 
 
 def _check_choices(
-    weights: Residency, checkpoints: Residency, granularity: Granularity, head: str, embedding: str
+    weights: Residency,
+    checkpoints: Residency,
+    granularity: Granularity,
+    head: str,
+    embedding: str,
+    block_rows: int | None,
+    block_graphs: bool,
 ) -> None:
     check_residency("weights", weights)
     check_residency("checkpoints", checkpoints)
@@ -148,6 +154,9 @@ def _check_choices(
     for name, value in (("head", head), ("embedding", embedding)):
         if value not in ("int4", "float"):
             raise ValueError(f"{name} must be int4 or float, got {value!r}")
+    check_block_rows(block_rows)
+    if not isinstance(block_graphs, bool):
+        raise ValueError(f"block_graphs must be True or False, got {block_graphs!r}")
 
 
 def _numerics(

@@ -36,16 +36,21 @@ def find_row_places(config: Any, blocks: str) -> list[RowPlaces]:
     return [_places(f"block {index}", *calls) for index, calls in enumerate(zip(small, large, strict=True))]
 
 
+def check_block_rows(rows: int | None) -> None:
+    """ValueError if ``rows`` is neither a number of rows nor None."""
+    if rows is not None and (type(rows) is not int or rows < 1):
+        raise ValueError(f"block_rows must be a number of rows, at least 1, or None for whole batches, got {rows!r}")
+
+
 def row_places(config: Any, blocks: str, rows: int | None) -> list[RowPlaces] | None:
     """What ``find_row_places`` returns; None, with a warning, where blocks take whole batches, or for ``rows`` None.
 
     Raises:
         ValueError: ``rows`` is not a number of rows.
     """
+    check_block_rows(rows)
     if rows is None:
         return None
-    if type(rows) is not int or rows < 1:
-        raise ValueError(f"block_rows must be a number of rows, at least 1, or None for whole batches, got {rows!r}")
     try:
         return find_row_places(config, blocks)
     except ValueError as error:

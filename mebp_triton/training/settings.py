@@ -224,11 +224,10 @@ class TrainConfig:
                 f"optim {self.optim!r} moves the parameters to and fro before it knows the loss, which rounds them, so "
                 "it cannot skip a step: use on_nan 'stop'"
             )
-        if self.block_graphs and (self.device == "cpu" or not optimizer.gradients):
-            yield (
-                "block_graphs records backward passes on a CUDA device, "
-                f"got device {self.device!r} and optim {self.optim!r}: leave it out"
-            )
+        if self.block_graphs and self.device == "cpu":
+            yield "block_graphs records CUDA graphs, and this run is on a CPU: leave it out"
+        if self.block_graphs and not optimizer.gradients:
+            yield f"block_graphs records backward passes, and optim {self.optim!r} has none: leave one of them out"
         if self.block_graphs and self.recompute_granularity == "selective":
             yield "block_graphs does not work with recompute_granularity 'selective': leave one of them out"
         if in_backward and self.on_nan == "skip":

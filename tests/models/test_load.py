@@ -104,6 +104,8 @@ def test_a_config_that_contradicts_the_weights(store: Path, tmp_path: Path) -> N
         ({"recompute_granularity": "half"}, "recompute_granularity must be full or selective, got 'half'"),
         ({"mlp_chunk_tokens": -1}, "mlp_chunk_tokens must be a whole number"),
         ({"block_graphs": True}, "block_graphs records CUDA graphs, and this model is on cpu: leave it out"),
+        ({"block_graphs": "no"}, "block_graphs must be True or False, got 'no'"),
+        ({"block_rows": 0, "lora": mebp.LoraConfig(target_modules=["nope"])}, "block_rows must be a number of rows"),
         ({"head": "int8"}, "head must be int4 or float, got 'int8'"),
         ({"lora": mebp.LoraConfig(target_modules=["q_proj", "nope"])}, "'nope' matches no linear layer"),
         ({"lora": mebp.LoraConfig(target_modules=["lm_head"])}, "'lm_head' matches no linear layer"),

@@ -147,9 +147,16 @@ def test_sizes(text, size):
     TrainConfig(memory_budget=text)
 
 
-@pytest.mark.parametrize("other", [{"device": "cpu"}, {"optim": "mezo"}, {"recompute_granularity": "selective"}])
-def test_block_graphs_need_a_device_and_a_backward_pass(other):
-    with pytest.raises(ValueError, match="block_graphs"):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"device": "cpu"}, "records CUDA graphs, and this run is on a CPU: leave it out"),
+        ({"optim": "mezo"}, "records backward passes, and optim 'mezo' has none"),
+        ({"recompute_granularity": "selective"}, "does not work with recompute_granularity 'selective'"),
+    ],
+)
+def test_block_graphs_need_a_device_and_a_backward_pass(other, message):
+    with pytest.raises(ValueError, match=f"block_graphs {message}"):
         TrainConfig(block_graphs=True, **other)
     TrainConfig(block_graphs=True, device="cuda", recompute_granularity="full")
 
