@@ -155,7 +155,7 @@ def shaped(y: Tensor, x: Tensor) -> Tensor:
     """
     if x.dim() == 2:
         return y
-    if y.requires_grad or is_watched(y):
+    if y.requires_grad or not y.is_contiguous() or is_watched(y):
         return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
     return y.resize_(*x.shape[:-1], y.shape[-1])
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mebp_triton.kernels import ops, reference
 from mebp_triton.kernels.functions import int4_cross_entropy, int4_embedding, int4_matmul, int4_matmul_dx
 from mebp_triton.kernels.names import FORMS
-from mebp_triton.kernels.ops import fields_of
+from mebp_triton.kernels.ops import fields_of, shaped
 
 PANEL = "panel"
 KINDS = [form for form in FORMS if form.group_size == 32]
@@ -223,3 +223,10 @@ def test_batched_gradients(make_weight, normal, kernel):
     (batched,) = torch.autograd.grad(y, x, several, is_grads_batched=True, retain_graph=True)
     for one, gradient in zip(several, batched, strict=True):
         torch.testing.assert_close(gradient, torch.autograd.grad(y, x, one, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("strides", [(2, 1), (1, 3)], ids=str)
+def test_rows_get_leading_dimensions_whatever_their_strides(strides):
+    y = torch.arange(6.0).as_strided((3, 2), strides)
+    expected = y.tolist()
+    assert shaped(y, torch.zeros(3, 1, 5)).tolist() == [[row] for row in expected]
