@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.system.machine import is_unified
+from mebp_triton.system.pinned import host_bytes
 
 from .pages import Pages, WeightHolder
 from .reader import Store, StoreFile
@@ -152,7 +153,7 @@ class Stager:
         if arena.copied is not None:
             arena.copied.synchronize()  # the last copy may still read the staging buffer
         if arena.staging is None:
-            arena.staging = torch.empty(self.size, dtype=torch.uint8, pin_memory=True)
+            arena.staging = host_bytes(self.size, self.device)
         owner.read(arena.staging[: owner.size])
         return arena.staging[: owner.size]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mebp_triton.system.errors import InPlaceChange
-from mebp_triton.system.machine import is_unified
+from mebp_triton.system.pinned import copies_alone, host_bytes
 from mebp_triton.system.scratch import ScratchFile, Slot
 
 from .residency import Residency, check_residency
@@ -59,22 +60,83 @@ class _OnDevice:
 
 
 class HostBlockInputs:
-    """Copies to host memory; to pinned memory where a GPU with memory of its own copies from it."""
+    """Copies to host memory; to pinned memory where a GPU with memory of its own copies from it.
+
+    The host does not wait for such a copy. It is made in the order of the computation, so that a block which changes
+    its input in place changes nothing that was saved.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[_HostMemory] = []  # used again by anything that fits into it
+        self.in_use = self.most_in_use = 0  # bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for a copy of the model, which has memory of its own."""
+        return vars(self) | {"free": [], "in_use": 0, "most_in_use": 0}
 
     def save(self, tensor: Tensor) -> BlockInput:
-        if tensor.device.type == "cpu":
-            return _OnHost(tensor.detach().clone(), tensor.device)
-        pinned = tensor.device.type == "cuda" and not is_unified(tensor.device)
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        return _OnHost(copy.copy_(tensor.detach()), tensor.device)
+        if not copies_alone(tensor.device):
+            return _OnHost(tensor.detach().to("cpu", copy=True), tensor.device)
+        memory = self._take(tensor.nbytes, tensor.device)
+        copy = memory.bytes[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        memory.wait(tensor.device)
+        copy.copy_(tensor.detach(), non_blocking=True)
+        memory.note_use(tensor.device)
+        saved = _OnHost(copy, tensor.device, memory)
+        weakref.finalize(saved, self._release, memory)
+        return saved
+
+    def _take(self, size: int, device: torch.device) -> _HostMemory:
+        """The smallest free memory that is large enough and not twice too large, or new memory."""
+        fitting = [memory for memory in self.free if size <= memory.size <= max(2 * size, 4096)]
+        if fitting:
+            memory = min(fitting, key=lambda memory: memory.size)
+            self.free.remove(memory)
+        else:
+            memory = _HostMemory(host_bytes(size, device))
+        self.in_use += memory.size
+        self.most_in_use = max(self.most_in_use, self.in_use)
+        return memory
+
+    def _release(self, memory: _HostMemory) -> None:
+        """Keeps memory for the next block input, but no more in all than was once in use: lengths may change."""
+        self.in_use -= memory.size
+        self.free.append(memory)
+        while sum(memory.size for memory in self.free) > self.most_in_use:
+            del self.free[0]
+
+
+@dataclass(eq=False)
+class _HostMemory:
+    """Pinned memory, and the event after which the last copy from or to it is over."""
+
+    bytes: Tensor
+    used: Any = None
+
+    @property
+    def size(self) -> int:
+        return self.bytes.numel()
+
+    def wait(self, device: torch.device) -> None:
+        if self.used is not None:
+            torch.cuda.current_stream(device).wait_event(self.used)
+
+    def note_use(self, device: torch.device) -> None:
+        self.used = torch.cuda.current_stream(device).record_event()
 
 
 class _OnHost:
-    def __init__(self, copy: Tensor, device: torch.device) -> None:
-        self.copy, self.device = copy, device
+    def __init__(self, copy: Tensor, device: torch.device, memory: _HostMemory | None = None) -> None:
+        self.copy, self.device, self.memory = copy, device, memory
 
     def load(self) -> Tensor:
-        return self.copy.to(self.device, copy=True)  # the caller may change it, and it may be loaded again
+        # A copy, since the caller may change it, and it may be loaded again.
+        if self.memory is None:
+            return self.copy.to(self.device, copy=True)
+        self.memory.wait(self.device)
+        loaded = self.copy.to(self.device, non_blocking=True)
+        self.memory.note_use(self.device)
+        return loaded
 
 
 class FileBlockInputs:

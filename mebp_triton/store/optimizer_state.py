@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mebp_triton.system.pinned import host_bytes
 from mebp_triton.system.scratch import MappedSlot, ScratchFile
 
 from .dynamic8 import decode, encode, encoded_bytes
@@ -30,6 +31,7 @@ class Moments:
 
     Attributes:
         resident: whether they lie on the device as they are computed, so that all groups may be open at once.
+        on_host: whether they lie in host memory, to and from which a GPU copies them while the host goes on.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Moments:
         self.groups = [list(group) for group in groups]
         self.eight_bit = eight_bit
         self.resident = residency == "device" and not eight_bit
+        self.on_host = residency == "host"
         self._views: list[tuple[list[Tensor], list[Tensor]] | None] = [None] * len(self.groups)
         self.slots: list[MappedSlot] = []
         self.buffers: list[Tensor] = []
@@ -52,8 +55,11 @@ class Moments:
                 self.slots.append(slot)
                 self.buffers.append(slot.bytes.view(dtype))
             else:
-                device = group[0].device if group and residency == "device" else "cpu"
-                self.buffers.append(torch.zeros(count, dtype=dtype, device=device))
+                device = group[0].device if group else torch.device("cpu")
+                if self.on_host:
+                    self.buffers.append(host_bytes(count * dtype.itemsize, device).view(dtype))
+                else:
+                    self.buffers.append(torch.zeros(count, dtype=dtype, device=device))
 
     @contextmanager
     def open(self, index: int, changes: bool = True) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -70,7 +76,7 @@ class Moments:
             return
         group, buffer = self.groups[index], self.buffers[index]
         device = group[0].device if group else buffer.device
-        stored = buffer if buffer.device == device else buffer.to(device)
+        stored = buffer if buffer.device == device else buffer.to(device, non_blocking=self.on_host)
         halves = self._halves(stored)
         working = halves
         if self.eight_bit:
@@ -83,7 +89,7 @@ class Moments:
                 for moment, half, signed in zip(working, halves, SIGNED, strict=True):
                     encode(moment, half, signed)
             if changes and stored is not buffer:
-                buffer.copy_(stored)
+                buffer.copy_(stored, non_blocking=self.on_host)
             self.drop(index)
 
     @staticmethod
@@ -99,6 +105,11 @@ class Moments:
             for moment in moments
         )
         return first, second
+
+    def settle(self, index: int) -> None:
+        """Waits until a group's moments can be read and written by the host: copies of them may be under way."""
+        if self.on_host and self.groups[index] and self.groups[index][0].is_cuda:
+            torch.cuda.synchronize(self.groups[index][0].device)
 
     def drop(self, index: int) -> None:
         """Gives back the resident pages of a group's moments, where they lie in a file."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mebp_triton.system.machine import is_unified
+from mebp_triton.system.pinned import host_bytes
 
 from .arena import ArenaPages, Stager
 from .pages import MappedPages, Pages, WeightHolder
@@ -54,7 +54,6 @@ def place_weights(
 def host_copy(file: StoreFile, device: torch.device) -> Tensor:
     """Copies a data section to host memory, verified; pinned for a GPU with memory of its own."""
     file.verify()
-    pinned = device.type == "cuda" and not is_unified(device)
-    data = torch.empty(file.data().numel(), dtype=torch.uint8, pin_memory=pinned)
+    data = host_bytes(file.data().numel(), device)
     file.mapped.read(data, file.start)
     return data

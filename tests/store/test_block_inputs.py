@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mebp_triton.store.block_inputs import FileBlockInputs, block_input_store
+from mebp_triton.store import block_inputs
+from mebp_triton.store.block_inputs import FileBlockInputs, HostBlockInputs, block_input_store
 from mebp_triton.store.residency import RESIDENCIES
 
 
@@ -70,3 +71,40 @@ def test_nothing_is_written_before_the_first_save_and_no_file_has_a_name(tmp_pat
     assert not (tmp_path / "scratch").exists()
     store.save(torch.ones(3))
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+class Stream:
+    """Stands for a CUDA stream: its events are numbers, and it notes those that it waits for."""
+
+    def __init__(self) -> None:
+        self.recorded, self.waited = 0, []
+
+    def record_event(self) -> int:
+        self.recorded += 1
+        return self.recorded
+
+    def wait_event(self, event: int) -> None:
+        self.waited.append(event)
+
+
+def test_pinned_memory_is_used_again_after_the_last_copy_from_it(monkeypatch):
+    stream = Stream()
+    monkeypatch.setattr(block_inputs, "copies_alone", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    store = HostBlockInputs()
+    first = store.save(torch.arange(6.0).view(2, 3))
+    memory = first.memory
+    assert torch.equal(first.load(), torch.arange(6.0).view(2, 3))
+    assert (stream.recorded, stream.waited) == (2, [1])  # the load waits for the copy of the save
+    second = store.save(torch.ones(6))
+    assert second.memory is not memory
+    del first
+    third = store.save(torch.full((3, 2), 7.0))
+    assert third.memory is memory and stream.waited == [1, 2]  # and this save for the copy of that load
+    assert torch.equal(third.load(), torch.full((3, 2), 7.0)) and torch.equal(second.load(), torch.ones(6))
+    del second, third
+    assert len(store.free) == 2 and store.in_use == 0
+    larger = [store.save(torch.ones(size)) for size in (13, 14, 5)]  # the last fits into what is free
+    assert [one.memory.size for one in larger] == [52, 56, 24]
+    del larger
+    assert sum(one.size for one in store.free) <= store.most_in_use == 52 + 56 + 24

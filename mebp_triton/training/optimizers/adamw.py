@@ -297,12 +297,14 @@ class BlockAdamW(torch.optim.Optimizer):
     def export_group(self, index: int, copy: bool = True) -> dict[str, Tensor]:
         """Returns a group's state on the CPU. Without ``copy``, the live moments themselves if they lie there."""
         steps = torch.stack(self.steps[index]) if self.steps[index] else torch.zeros(0)
+        self.moments.settle(index)
         moments = self.moments.buffers[index].to("cpu", copy=copy)
         return {"moments": moments, "steps": steps, "lag": torch.tensor(self.lag[index])}
 
     def import_group(self, index: int, state: dict[str, Tensor]) -> None:
         """Loads what ``export_group`` returned. ValueError, and nothing is changed, if it is another model's."""
         self._check_group(index, state)
+        self.moments.settle(index)
         self.moments.buffers[index].copy_(state["moments"])
         for own, value in zip(self.steps[index], state["steps"], strict=True):
             own.copy_(value)

@@ -37,6 +37,10 @@ FAULT_AROUND = 64 << 10
 # What a process takes on top of its imports once it has trained a step, beyond tensors: the model's Python objects,
 # pages of torch's libraries that were not touched before, MKL's and oneDNN's buffers.
 FIRST_STEPS = 34 << 20
+# What CUDA's context and the code of its libraries take where the device's memory is the host's. An estimate: PyTorch's
+# developers give 300 to 400 MB for a process whose kernels are loaded when they are used (pytorch issues 107667 and
+# 109888). It is not measured on a Jetson.
+CUDA_CONTEXT = 400 << 20
 # Without ``return_freed_memory`` glibc keeps freed memory in its heap, where small tensors that live on (gradients)
 # lie among large ones that went: the more blocks, the more gaps. Measured as a part of what activations take: 0.4 to
 # 1.3 for models of 6 to 8 blocks, 0.95 for Qwen2.5-0.5B (24), 1.7 to 2.3 for SmolLM2-135M (30), 2.0 for Qwen2.5-3B
@@ -249,7 +253,7 @@ def _add_allocator(phases: dict[str, dict[str, int]], sizes: Sizes, step: Traced
 
 
 def phases_beside(sizes: Sizes, settings: RunSettings, framework: int) -> tuple[Phase, ...]:
-    """The one phase of the process's own memory while a device computes. What CUDA's libraries take is not known."""
+    """The one phase of the process's own memory while a device computes."""
     weights = settings.weights
     components = dict.fromkeys(COMPONENTS, 0) | {
         "framework": framework,

@@ -28,7 +28,7 @@ from mebp_triton.training.run_settings import RunSettings, resolve
 from mebp_triton.training.settings import TRACED_BY, TrainConfig
 
 from .inventory import Inventory
-from .phases import Phase, Sizes, joined, phases_beside, phases_here
+from .phases import CUDA_CONTEXT, Phase, Sizes, joined, phases_beside, phases_here
 from .traced_model import Traced, TracedModel
 
 RESIDENCIES_OF = ("optimizer_state", "checkpoints", "weights")
@@ -129,9 +129,10 @@ class Planner:
             host = phases_here(sizes, step, settings, "cpu", self.framework)
             return Plan(settings, host, (), False, sizes.files)
         device = torch.device(settings.device)
-        here = phases_here(sizes, step, settings, "cuda", 0)
+        shared = machine.is_unified(device)
+        here = phases_here(sizes, step, settings, "cuda", CUDA_CONTEXT if shared else 0)
         beside = phases_beside(sizes, settings, self.framework)
-        return Plan(settings, beside, here, machine.is_unified(device), sizes.files)
+        return Plan(settings, beside, here, shared, sizes.files)
 
     def default(self, asked: TrainConfig) -> RunSettings:
         """The settings that run without a memory budget: outputs are kept if they take at most half of what is free."""

@@ -14,6 +14,7 @@ from mebp_triton.store.optimizer_state import Moments
 from mebp_triton.store.reader import Store
 from mebp_triton.system import machine
 from mebp_triton.training.optimizers.adamw import block_groups
+from mebp_triton.training.plan import phases
 from mebp_triton.training.run_settings import resolve
 from mebp_triton.training.settings import TrainConfig
 
@@ -111,6 +112,16 @@ def test_a_device_has_phases_of_its_own(store, monkeypatch):
     host = plan.host_peak.components
     assert host["weights of blocks"] == sum(blocks) and host["framework"] == 7 * MIB
     assert host["checkpoints"] == 3 * 2 * 32 * 48
+
+
+def test_where_memory_is_shared_the_context_of_cuda_is_part_of_the_peak(plans, monkeypatch):
+    settings = dataclasses.replace(resolve(TrainConfig(**SMALL)), device="cuda", dtype="bfloat16")
+    found = {}
+    for unified in (True, False):
+        monkeypatch.setattr(machine, "is_unified", lambda device, unified=unified: unified)
+        found[unified] = plans.predict(settings)
+    assert found[True].peak == found[False].peak + found[True].host_peak.total + phases.CUDA_CONTEXT
+    assert found[True].device_peak.components["framework"] == phases.CUDA_CONTEXT > 300 * MIB
 
 
 def test_graphs_of_blocks_keep_the_memory_of_a_pass(store, monkeypatch):
