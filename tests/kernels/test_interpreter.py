@@ -23,7 +23,7 @@ def test_under_the_interpreters_own_switch():
 import torch
 from mebp_triton.kernels import matmul, reference
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.matmul import can_group, int4_matmul_group_triton, int4_matmul_triton
+from mebp_triton.kernels.matmul import int4_matmul_triton
 torch.manual_seed(0)
 codes = torch.randint(0, 16, (5, 70), dtype=torch.uint8)
 weight = Int4Weight.from_codes(codes, torch.randn(3, 5), 32)

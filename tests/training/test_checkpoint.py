@@ -173,6 +173,7 @@ CHANGES = {
     "recompute_granularity": "selective",
     "mlp_chunk_tokens": 64,
     "join_micro_batches": False,
+    "block_graphs": True,
     "optimizer_in_backward": True,
     "return_freed_memory": True,
     "memory_budget": "1GiB",
@@ -198,6 +199,8 @@ def test_resuming_with_another_setting_is_refused_unless_it_is_free(interrupted,
     change = {name: CHANGES[name]}
     if name == "optimizer_in_backward":
         change["gradient_accumulation_steps"] = 1
+    if name == "block_graphs":
+        change["device"] = "cuda"  # no setting that a run is bound to
     if name in ("eval_steps", "save_best", "early_stopping_patience"):
         change |= {"validation_file": "v.txt", "eval_steps": 2}
     changed = checkpoint_of(other, copied, **change)

@@ -114,7 +114,7 @@ def draw(plan: Plan, path: Path) -> None:
     for place, component in enumerate(COMPONENTS):
         widths = [phase.components[component] / MIB for phase in phases]
         if any(widths):
-            color = f"C{place}" if place < 10 else ("0.4", "0.7")[place - 10]
+            color = f"C{place}" if place < 10 else f"{0.3 + 0.2 * (place - 10):.1f}"  # a grey
             axes.barh(names, widths, left=left, label=component, color=color)
             left = [start + width for start, width in zip(left, widths, strict=True)]
     if plan.settings.memory_budget is not None:
