@@ -40,6 +40,20 @@ def _activation(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def _load_part(gate_ptr, up_ptr, N, stride_gm, stride_um, BLOCK_N: tl.constexpr):
+    """The program's part of a row: the row, its columns, which of them there are, and gate and up in float32."""
+    blocks_n = (N + BLOCK_N - 1) // BLOCK_N
+    row = (tl.program_id(0) // blocks_n).to(tl.int64)
+    offs_n = (tl.program_id(0) % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs_n < N
+    # [BLOCK_N]
+    gate = tl.load(gate_ptr + row * stride_gm + offs_n, mask=mask, other=0.0).to(tl.float32)
+    # [BLOCK_N]
+    up = tl.load(up_ptr + row * stride_um + offs_n, mask=mask, other=0.0).to(tl.float32)
+    return row, offs_n, mask, gate, up
+
+
+@triton.jit
 def _gated_activation_kernel(
     gate_ptr,
     up_ptr,
@@ -54,14 +68,7 @@ def _gated_activation_kernel(
 
     gate_ptr, up_ptr: ``[M, N]``. y_ptr: ``[M, N]``, contiguous. A program has a part of a row.
     """
-    blocks_n = (N + BLOCK_N - 1) // BLOCK_N
-    row = (tl.program_id(0) // blocks_n).to(tl.int64)
-    offs_n = (tl.program_id(0) % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = offs_n < N
-    # [BLOCK_N]
-    gate = tl.load(gate_ptr + row * stride_gm + offs_n, mask=mask, other=0.0).to(tl.float32)
-    # [BLOCK_N]
-    up = tl.load(up_ptr + row * stride_um + offs_n, mask=mask, other=0.0).to(tl.float32)
+    row, offs_n, mask, gate, up = _load_part(gate_ptr, up_ptr, N, stride_gm, stride_um, BLOCK_N)
     active, _ = _activation(gate, KIND)
     dtype = y_ptr.dtype.element_ty
     tl.store(y_ptr + row * N + offs_n, (active.to(dtype).to(tl.float32) * up).to(dtype), mask=mask)
@@ -86,14 +93,7 @@ def _gated_activation_backward_kernel(
 
     dy_ptr: ``[M, N]``. dgate_ptr, dup_ptr: ``[M, N]``, with one stride. See ``_gated_activation_kernel``.
     """
-    blocks_n = (N + BLOCK_N - 1) // BLOCK_N
-    row = (tl.program_id(0) // blocks_n).to(tl.int64)
-    offs_n = (tl.program_id(0) % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = offs_n < N
-    # [BLOCK_N]
-    gate = tl.load(gate_ptr + row * stride_gm + offs_n, mask=mask, other=0.0).to(tl.float32)
-    # [BLOCK_N]
-    up = tl.load(up_ptr + row * stride_um + offs_n, mask=mask, other=0.0).to(tl.float32)
+    row, offs_n, mask, gate, up = _load_part(gate_ptr, up_ptr, N, stride_gm, stride_um, BLOCK_N)
     # [BLOCK_N]
     dy = tl.load(dy_ptr + row * stride_dym + offs_n, mask=mask, other=0.0).to(tl.float32)
     active, slope = _activation(gate, KIND)

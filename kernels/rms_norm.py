@@ -35,6 +35,19 @@ def _scale(weight_ptr, offs_k, mask_k, OFFSET: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(x_ptr, M, K, stride_xm, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The program's rows: their numbers, the columns, the masks of columns and of both, and x in float32."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    mask = (offs_m < M)[:, None] & mask_k[None, :]
+    rows_m = offs_m.to(tl.int64)[:, None]
+    # [BLOCK_M, BLOCK_K]
+    x = tl.load(x_ptr + rows_m * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    return rows_m, offs_k, mask_k, mask, x
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr,
     weight_ptr,
@@ -53,13 +66,7 @@ def _rms_norm_kernel(
     x_ptr: ``[M, K]``. weight_ptr: ``[K]``, contiguous. y_ptr: ``[M, K]``, contiguous.
     OFFSET: the factor is ``1 + w``. ROUND: the normalised row is rounded to x's dtype before it is multiplied.
     """
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
-    mask = (offs_m < M)[:, None] & mask_k[None, :]
-    rows_m = offs_m.to(tl.int64)[:, None]
-    # [BLOCK_M, BLOCK_K]
-    x = tl.load(x_ptr + rows_m * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    rows_m, offs_k, mask_k, mask, x = _load_rows(x_ptr, M, K, stride_xm, BLOCK_M, BLOCK_K)
     normalised = x * tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
     if ROUND:
         normalised = normalised.to(x_ptr.dtype.element_ty).to(tl.float32)
@@ -87,13 +94,7 @@ def _rms_norm_dx_kernel(
     dy_ptr: ``[M, K]``. dx_ptr: ``[M, K]``, contiguous. ``_rms_norm_kernel`` describes the others. Nothing is rounded
     before dx is.
     """
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
-    mask = (offs_m < M)[:, None] & mask_k[None, :]
-    rows_m = offs_m.to(tl.int64)[:, None]
-    # [BLOCK_M, BLOCK_K]
-    x = tl.load(x_ptr + rows_m * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    rows_m, offs_k, mask_k, mask, x = _load_rows(x_ptr, M, K, stride_xm, BLOCK_M, BLOCK_K)
     # [BLOCK_M, BLOCK_K]
     dy = tl.load(dy_ptr + rows_m * stride_dym + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
     factor = tl.rsqrt(tl.sum(x * x, axis=1) / K + EPS)[:, None]
