@@ -134,7 +134,7 @@ class Meter(TorchDispatchMode):
 
 
 def _custom(qualified: str) -> Callable[..., Any] | None:
-    """What runs an operation that was made by ``torch.library.custom_op``."""
+    """Returns the function behind an operation that was made by ``torch.library.custom_op``."""
     made = torch._library.custom_ops.OPDEFS.get(qualified)
     return None if made is None else made._init_fn
 

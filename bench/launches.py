@@ -38,7 +38,7 @@ from machine import commit, processor, unwritable
 from random_store import QWEN2_5, write_random_store
 from stub_bitsandbytes import StubBitsandbytes
 from stub_device import StubDevice
-from torch import Tensor, nn
+from torch import Tensor
 
 import mebp_triton as mebp
 from mebp_triton.blocks.graph_players import SameCall
@@ -137,16 +137,10 @@ def ours_as_graphs(shape: Shape, layers: int, directory: Path) -> Made:
 
 def peer(shape: Shape, layers: int, directory: Path) -> Made:
     """The peer's model of random weights, and the update of a step."""
-    import bitsandbytes
-    from gpu.training import nf4_linear
+    from gpu.training import quantize_linears
 
     model = transformers.AutoModelForCausalLM.from_config(shape.config(layers), dtype=torch.bfloat16)
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not model.get_output_embeddings():
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, nf4_linear(module, torch.bfloat16, bitsandbytes))
-    model.requires_grad_(False)
-    model.is_loaded_in_4bit = True  # PEFT checks this
+    quantize_linears(model, torch.bfloat16)
     model = with_adapter(model, LORA).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True)

@@ -93,7 +93,7 @@ class StubDevice(AbstractContextManager["StubDevice"]):
         forget_launches()
 
     def compiled(self, function: JITFunction, key: str) -> Any:
-        """What stands for a compiled kernel from now on."""
+        """Makes what stands for a compiled kernel from now on."""
         # A compilation finds the global values that a kernel reads, which each launch compares with what they were.
         name, _ = function.__name__, function.cache_key
         kernel = StubKernel(self, name)

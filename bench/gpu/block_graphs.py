@@ -6,50 +6,43 @@ The first step runs as usual, the second records the graphs, and from the third 
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_store import write_random_store
 from torch import Tensor
-from transformers import AutoConfig
 
 import mebp_triton as mebp
 from mebp_triton.blocks.graph_players import DeviceGraph, Player, SameCall
 from mebp_triton.blocks.graphs import BlockGraphs
 
 from .session import Session
-from .training import STORE_FORM
+from .stores import random_store
 
 WARM_UP = 3  # steps before any is timed
 
 
 def block_graphs(session: Session) -> None:
     rows = session.results["blocks"] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        store = Path(scratch) / "store"
-        write_random_store(AutoConfig.for_model(**session.sizes.paged_model), store, session.device, **STORE_FORM)
-        for weights in session.while_time("blocks", ("device", "host")):
-            model = _model(session, store, weights)
-            expected, eager, _ = _steps(session, model)
-            model = _model(session, store, weights)
-            player: Player = DeviceGraph(session.device) if session.on_gpu else SameCall()
-            engine = model.mebp.engine
-            engine.graphs = graphs = BlockGraphs(engine.blocks, player)
-            found, played, reserved = _steps(session, model)
-            different = [name for name, value in found.items() if not torch.equal(value, expected[name])]
-            row = {"weights": weights, "compared": len(found), "different": len(different)}
-            row |= {"made": graphs.made, "played": graphs.played, "static_bytes": graphs.buffers.nbytes()}
-            rows.append(row | {"reserved": reserved, "seconds_eager": eager, "seconds_graphs": played})
-            if different:
-                session.fail(
-                    f"blocks as graphs, weights {weights}: {different[0]} differs from that of blocks that run"
-                )
-            if not graphs.played:
-                session.fail(f"blocks as graphs, weights {weights}: none was played")
-            session.save(now=True)
+    store = random_store(session, "paged", session.sizes.paged_model)
+    for weights in session.while_time("blocks", ("device", "host")):
+        model = _model(session, store, weights)
+        expected, eager, _ = _steps(session, model)
+        model = _model(session, store, weights)
+        player: Player = DeviceGraph(session.device) if session.on_gpu else SameCall()
+        engine = model.mebp.engine
+        engine.graphs = graphs = BlockGraphs(engine.blocks, player)
+        found, played, reserved = _steps(session, model)
+        different = [name for name, value in found.items() if not torch.equal(value, expected[name])]
+        row = {"weights": weights, "compared": len(found), "different": len(different)}
+        row |= {"made": graphs.made, "played": graphs.played, "static_bytes": graphs.buffers.nbytes()}
+        rows.append(row | {"reserved": reserved, "seconds_eager": eager, "seconds_graphs": played})
+        if different:
+            session.fail(f"blocks as graphs, weights {weights}: {different[0]} differs from that of blocks that run")
+        if not graphs.played:
+            session.fail(f"blocks as graphs, weights {weights}: none was played")
+        session.save(now=True)
 
 
 def _model(session: Session, store: Path, weights: Any) -> Any:

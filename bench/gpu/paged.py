@@ -13,25 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_store import write_random_store
 from torch import Tensor
-from transformers import AutoConfig
 
 import mebp_triton as mebp
 from mebp_triton.store.residency import RESIDENCIES
 from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups
 
 from .session import Session
-from .training import STORE_FORM
+from .stores import random_store
 
 STEPS, RATE = 3, 1e-2
 
 
 def paged(session: Session) -> None:
     rows = session.results["rows"] = []
+    store = random_store(session, "paged", session.sizes.paged_model)
     with tempfile.TemporaryDirectory() as scratch:
-        store = Path(scratch) / "store"
-        write_random_store(AutoConfig.for_model(**session.sizes.paged_model), store, session.device, **STORE_FORM)
         expected: dict[str, Tensor] = {}
         ways = [(weights, inputs, "device") for weights, inputs in product(RESIDENCIES, RESIDENCIES)]
         ways += [(everywhere, everywhere, everywhere) for everywhere in RESIDENCIES[1:]]

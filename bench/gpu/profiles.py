@@ -6,20 +6,18 @@ Sides and model are those of part ``training``. On a CPU, a rehearsal counts ope
 from __future__ import annotations
 
 import gc
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_store import write_random_store
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig
 
 from .session import Session
-from .training import SIDES, STORE_FORM, one_step
+from .stores import random_store
+from .training import SIDES, one_step
 
 LONGEST = 30
 WARM_STEPS = 2
@@ -29,17 +27,15 @@ def profiles(session: Session) -> None:
     rows = session.results["rows"] = []
     session.results["not_run"] = {}
     name, config = next(iter(session.sizes.models.items()))
-    with tempfile.TemporaryDirectory() as scratch:
-        store = Path(scratch) / name
-        write_random_store(AutoConfig.for_model(**config), store, session.device, **STORE_FORM)
-        for side in session.while_time("sides", ["mebp", "peft_nf4"]):
-            try:
-                rows.append({"model": name, "side": side} | profile_side(session, side, store))
-            except (ImportError, torch.OutOfMemoryError) as error:
-                session.results["not_run"][side] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            gc.collect()
-            if session.on_gpu:
-                torch.cuda.empty_cache()
+    store = random_store(session, name, config)
+    for side in session.while_time("sides", ["mebp", "peft_nf4"]):
+        try:
+            rows.append({"model": name, "side": side} | profile_side(session, side, store))
+        except (ImportError, torch.OutOfMemoryError) as error:
+            session.results["not_run"][side] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        gc.collect()
+        if session.on_gpu:
+            torch.cuda.empty_cache()
 
 
 def profile_side(session: Session, side: str, store: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_store import write_random_store
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,23 +26,18 @@ from mebp_triton.system.memory import peak_resident_bytes
 from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups
 
 from .session import Session
-from .sizes import STORED
+from .stores import random_store
 
 LORA = {"lora_r": 16, "lora_alpha": 16, "seed": 0}
 SAME_LOSS = 0.05
-STORE_FORM: dict[str, Any] = {"scheme": STORED.form.scheme, "group_size": STORED.form.group_size, "two_level": True}
 
 
 def training(session: Session) -> None:
     session.results |= {"lora": LORA, "not_run": {}, "rows": []}
     sizes = session.sizes
-    with tempfile.TemporaryDirectory() as scratch:
-        todo = [(name, side) for name in sizes.models for side in SIDES]
-        for name, side in session.while_time("models", todo):
-            store = Path(scratch) / name
-            if not store.exists():
-                write_random_store(AutoConfig.for_model(**sizes.models[name]), store, session.device, **STORE_FORM)
-            run_side(session, side, store)
+    todo = [(name, side) for name in sizes.models for side in SIDES]
+    for name, side in session.while_time("models", todo):
+        run_side(session, side, random_store(session, name, sizes.models[name]))
     check_same(session)
 
 
@@ -90,7 +84,7 @@ def ours_in_least_memory(session: Session, store: Path) -> nn.Module:
 
 def peer(session: Session, store: Path) -> Any:
     """transformers' model with the store's decoded weights, quantized by bitsandbytes, under PEFT."""
-    import bitsandbytes
+    import bitsandbytes  # noqa: F401 - missing packages show before the model takes memory
     import peft  # noqa: F401
 
     opened = Store(store)
@@ -103,17 +97,24 @@ def peer(session: Session, store: Path) -> Any:
         for name in opened.floats:
             named[name].copy_(opened.float_tensor(name))
     del named
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not model.get_output_embeddings():
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, nf4_linear(module, session.dtype, bitsandbytes))
-    model.requires_grad_(False)
-    model.is_loaded_in_4bit = True  # PEFT checks this
+    quantize_linears(model, session.dtype)
     if session.on_gpu:
         # Quantizing needed the model in 16 bits, which is no part of a step.
         gc.collect()
         torch.cuda.empty_cache()
     return with_adapter(model, LORA).train()
+
+
+def quantize_linears(model: Any, dtype: torch.dtype) -> None:
+    """Puts frozen NF4 layers of bitsandbytes in the place of all linear layers but the head, ready for PEFT."""
+    import bitsandbytes
+
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not model.get_output_embeddings():
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, nf4_linear(module, dtype, bitsandbytes))
+    model.requires_grad_(False)
+    model.is_loaded_in_4bit = True  # PEFT checks this
 
 
 def nf4_linear(module: nn.Linear, dtype: torch.dtype, bitsandbytes: Any) -> nn.Module:
