@@ -216,7 +216,7 @@ class Group(Launches):
         self._problems: dict[Any, Problem] = {}
 
     def problem(self, kernel: Kernel, m: int, dtype: torch.dtype) -> Problem:
-        """What a configuration is chosen for: so many tokens of this dtype."""
+        """The problem that a configuration is chosen for: these weights, so many tokens, this dtype."""
         found = self._problems.get((kernel, m, dtype))
         if found is None:
             if len(self._problems) >= MOST_PROBLEMS:
@@ -236,7 +236,7 @@ def forget_launches() -> None:
 
 
 def _signature(operand: Any) -> Any:
-    """What is compiled depends on of an operand, and what other arguments follow from: all but the number of tokens.
+    """The part of an operand on which compiled code and other arguments depend: all but the number of tokens.
 
     Triton compiles anew for a number that is 1, for one that is a multiple of 16, and for one that takes 64 bits.
     """

@@ -166,7 +166,7 @@ class BlockRun:
         )
 
     def gradients(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-        """What ``backward`` returns, computed while the block's weights are in place."""
+        """Computes the gradients of ``backward``; the block's weights must be in place."""
         self._check_unchanged()
         assert self.block_input is not None
         leaves = list(self.leaves)

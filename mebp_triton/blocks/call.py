@@ -109,7 +109,7 @@ class Arguments:
         return self._spec
 
     def paths(self) -> list[str]:
-        """Where each leaf stands in the arguments: the same in all calls that are written alike."""
+        """Returns the path of each leaf in the arguments, which is the same in all calls that are written alike."""
         outer = tree_unflatten(list(range(self._count)), self._spec)
         inner = tree_unflatten(list(range(len(self.leaves) - self._count)), self._inner_spec)
         named = [*tree_flatten_with_path(outer)[0], *tree_flatten_with_path(("entries", inner))[0][1:]]

@@ -113,7 +113,7 @@ def agrees(played: Any, truth: Any, again: Callable[[], Any]) -> bool:
 
 
 def _distances(ours: Any, theirs: Any) -> Sequence[float]:
-    """For each pair of tensors, the norm of the difference by that of ``theirs``; infinite for NaN or another shape."""
+    """Returns, for each pair, the norm of its difference over that of ``theirs``; infinite for NaN or another shape."""
     found = []
     for one, other in _pairs(ours, theirs):
         if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:

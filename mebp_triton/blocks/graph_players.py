@@ -1,4 +1,4 @@
-"""What records a function and plays it again: CUDA graphs on a device, and the function itself anywhere."""
+"""Players, which record a function and repeat it: by a CUDA graph on a device, or by calling it again anywhere."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class DeviceGraph:
 
 
 def device_player(device: torch.device, keep_outputs: bool) -> DeviceGraph | None:
-    """What records a model's blocks on ``device``; None, with a warning, where nothing would be recorded.
+    """Returns the player for a model's blocks on ``device``; None, with a warning, where nothing would be recorded.
 
     Args:
         device: where the model computes.

@@ -57,7 +57,7 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be computed for a call.
+    """The results that a call asks for.
 
     Attributes:
         sort: which pass it is.
@@ -134,7 +134,7 @@ class BlockGraphs:
     def _forget(self) -> None:
         self.made = self.played = 0
         self._counting = counting_attributes(self.blocks)
-        self._live: dict[int, LiveBlock] = {}  # of blocks that can be copied
+        self._live: dict[int, LiveBlock] = {}  # only blocks that can be copied are here
         self._likenesses: dict[Hashable, int] = {}
         self._alone: set[int] = set()  # blocks whose bits a shared graph did not give
         self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()

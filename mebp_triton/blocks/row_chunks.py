@@ -117,7 +117,7 @@ class _Outputs:
 
 
 def values(recompute: Recompute, forward: Callable[..., Any], arguments: Arguments, live: Call, found: Cut) -> Any:
-    """What ``forward``, the block's own, returns for the whole batch. No graph is made.
+    """Returns the result of ``forward``, the block's own, for the whole batch. No graph is made.
 
     Args:
         recompute: the block's.
@@ -172,7 +172,7 @@ class ChunkedRun(BlockRun):
         return tuple(outputs.tensors)
 
     def gradients(self, grads: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-        """What ``backward`` returns, chunk by chunk, while the block's weights are in place."""
+        """Computes the gradients of ``backward`` chunk by chunk; the block's weights must be in place."""
         dims = [self.cut.dims[place] for place in self.inputs] + [None] * len(self.parameters)
         totals: list[Tensor | None] = [None] * len(needed)
         dtypes: list[torch.dtype | None] = [None] * len(needed)

@@ -157,7 +157,7 @@ class LiveBlock:
         return [table[name] for table, name in self._slots]
 
     def addresses(self) -> tuple[int, ...]:
-        """Where the int4 weights lie now."""
+        """Returns the addresses of the int4 weights, which change when another arena holds them."""
         return tuple(tensor.data_ptr() for part in self.int4 for tensor in part.int4().tensors().values())
 
     def unchanged(self) -> bool:
@@ -223,7 +223,7 @@ class _Likeness:
 
 
 def _contents(value: Any) -> Iterator[Any]:
-    """What a container or an object of ours is made of, in an order that is the same for like ones."""
+    """Yields the parts of a container or of an object of ours, in the same order for like ones."""
     if isinstance(value, Mapping):
         for pair in value.items():
             yield from pair
