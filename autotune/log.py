@@ -2,7 +2,8 @@
 
 It is JSON: ``{"format": 2, "architecture": "sm_87", "ceilings": {DEVICE: {...}}, "records": [...]}``. A record names
 its problem (a real shape), the device and the versions of its measurement (null, and the compiler's versions, if
-nothing was measured) and its trials, which are candidates in the order of the model's ranking. ``mebp tune`` on a
+nothing was measured) and its trials, which are candidates in the order of the model's ranking. A trial's route is a
+configuration, null for panels of 16 MiB, or ``{"panel_mib": 64}``. ``mebp tune`` on a
 device starts from a log that was made elsewhere, and compiles and ranks nothing again. A log of format 1 is read as
 well: its trials have no clocks and no notes.
 """
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
+from mebp_triton.kernels.configs import PANEL, TUNED, Panel, Problem, TileConfig
 from mebp_triton.kernels.names import SCHEMES
 from mebp_triton.kernels.tables import (
     DTYPES,
@@ -41,7 +42,7 @@ class Trial:
     """One candidate of a problem.
 
     Attributes:
-        route: a configuration, or None for the panel route.
+        route: a configuration of tiles, or the size of panels.
         predicted_us: the model's prediction; None if the candidate was dropped before, or never ranked.
         time_us: the measured median; None if it was not timed.
         samples_us: the samples that ``time_us`` is the median of.
@@ -97,9 +98,18 @@ class Log:
 
 def _record_to_json(record: Record) -> dict[str, Any]:
     problem = problem_to_json(record.problem)
-    trials = [asdict(trial) | {"samples_us": list(trial.samples_us)} for trial in record.trials]
+    trials = [
+        asdict(trial) | {"route": _route_to_json(trial.route), "samples_us": list(trial.samples_us)}
+        for trial in record.trials
+    ]
     rest = {"device": record.device, "versions": dict(record.versions), "measured_m": record.measured_m}
     return {"problem": problem, "trials": trials, **rest}
+
+
+def _route_to_json(route: Route) -> dict[str, Any] | None:
+    if isinstance(route, TileConfig):
+        return asdict(route)
+    return None if route == PANEL else {"panel_mib": route.mib}
 
 
 def parse_log(value: Any, architecture: str) -> Log:
@@ -163,10 +173,7 @@ def _parse_trial(item: Any, problem: Problem) -> Trial:
     if isinstance(item, dict):
         item = {"clocks": {}, "note": None} | item
     _check_keys(item, {field.name for field in fields(Trial)}, "a trial")
-    route, samples, clocks = item["route"], item["samples_us"], item["clocks"]
-    if route is not None:
-        _check_keys(route, {field.name for field in fields(TileConfig)}, "a route")
-        route = parse_config(route, problem)
+    route, samples, clocks = _parse_route(item["route"], problem), item["samples_us"], item["clocks"]
     times = [item[key] for key in ("predicted_us", "time_us") if item[key] is not None]
     if not isinstance(samples, list) or not all(is_time(number) for number in [*times, *samples]):
         raise ValueError("times must be positive numbers")
@@ -176,6 +183,15 @@ def _parse_trial(item: Any, problem: Problem) -> Trial:
         if item[key] is not None and not isinstance(item[key], str):
             raise ValueError(f"{key} must be a text or null, got {item[key]!r:.100}")
     return Trial(**item | {"route": route, "samples_us": tuple(samples)})
+
+
+def _parse_route(route: Any, problem: Problem) -> Route:
+    if route is None:
+        return PANEL
+    if isinstance(route, dict) and route.keys() == {"panel_mib"}:
+        return Panel(route["panel_mib"])
+    _check_keys(route, {field.name for field in fields(TileConfig)}, "a route")
+    return parse_config(route, problem)
 
 
 def _is_clocks(value: Any) -> bool:

@@ -6,6 +6,7 @@ gives wrong numbers has a reason instead of a time.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from mebp_triton.kernels.accuracy import judge, random_weight
-from mebp_triton.kernels.configs import Problem
+from mebp_triton.kernels.configs import PANEL, Panel, Problem
 from mebp_triton.kernels.layout import group_count, packed_columns
 from mebp_triton.kernels.panel import int4_matmul_dx_panel, int4_matmul_panel
 from mebp_triton.kernels.reference import decode
@@ -38,6 +39,8 @@ CLEARLY_WORSE = 1.25
 CHECKED_ROWS = 96
 TAIL_ROWS = 32
 CHUNK_BYTES = 32 << 20
+# Sizes of panels to measure, smallest first: one that most second-level caches hold, and one of fewer launches.
+PANELS = (PANEL, Panel(64))
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,16 @@ def flops(problem: Problem) -> int:
     return 2 * problem.m * problem.n * problem.k
 
 
+def panels(problem: Problem) -> list[Panel]:
+    """The sizes of panels to measure: those of ``PANELS`` up to the first that holds the whole weight."""
+    needed = [larger for panel, larger in itertools.pairwise(PANELS) if panel.elements < problem.n * problem.k]
+    return [PANELS[0], *needed]
+
+
 def workspace_bytes(problem: Problem, route: Route) -> int:
     """Bytes that a call allocates besides its output: partial results, or a panel and the input in its order."""
-    if route is None:
-        return 4 * (16 << 20) + bytes_moved(replace(problem, n=0)) * 2
+    if isinstance(route, Panel):
+        return 4 * (route.mib << 20) + bytes_moved(replace(problem, n=0)) * 2
     out = problem.n if problem.kernel == "matmul" else problem.k
     return 0 if route.split == 1 else 4 * route.split * problem.m * out
 
@@ -90,7 +99,7 @@ def plan(problem: Problem, limits: Limits) -> tuple[Problem, int]:
     while True:
         # The check needs the decoded weight and a few chunks in float64.
         check = problem.n * problem.k * problem.dtype.itemsize + 6 * CHUNK_BYTES
-        room = limits.memory_bytes - check - workspace_bytes(problem, None)
+        room = limits.memory_bytes - check - workspace_bytes(problem, panels(problem)[-1])
         copies = min(wanted, room // bytes_moved(problem))
         if copies >= min(wanted, 2):
             return problem, copies
@@ -173,13 +182,15 @@ class Bench:
         """Makes one call on one of the copies."""
         x, weight = self.x[copy], self.weights[copy]
         if self.problem.kernel == "matmul":
-            if route is None:
-                return int4_matmul_panel(x, weight, None, self.low, self.high, self.by_kernel)
+            if isinstance(route, Panel):
+                elements = route.elements if self.by_kernel else None
+                return int4_matmul_panel(x, weight, None, self.low, self.high, self.by_kernel, elements)
             from mebp_triton.kernels.matmul import int4_matmul_triton
 
             return int4_matmul_triton(x, weight, None, self.low, self.high, route)
-        if route is None:
-            return int4_matmul_dx_panel(x, weight, self.low, self.high, self.by_kernel)
+        if isinstance(route, Panel):
+            elements = route.elements if self.by_kernel else None
+            return int4_matmul_dx_panel(x, weight, self.low, self.high, self.by_kernel, elements)
         from mebp_triton.kernels.matmul_dx import int4_matmul_dx_triton
 
         return int4_matmul_dx_triton(x, weight, self.low, self.high, route)

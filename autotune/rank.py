@@ -13,7 +13,7 @@ from functools import cache
 import torch
 import triton
 
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.configs import PANEL, Panel, Problem, TileConfig
 from mebp_triton.kernels.tables import Route
 
 from .compile import TENSOR_MEMORY_LIMIT, StaticReport, report
@@ -116,33 +116,32 @@ def rank(
         Candidate(one.config, prediction, one.report, one.counts if isinstance(one.counts, str) else None)
         for one, prediction in zip(fit, predict_alike(problem, fit, target_sm), strict=True)
     ]
-    kept.append(Candidate(None, predict_panel(problem, NOMINAL[target_sm])))
+    kept.append(Candidate(PANEL, predict_panel(problem, NOMINAL[target_sm])))
     kept.sort(key=lambda candidate: (candidate.prediction.time_us, -stages(candidate.route)))
     if execute:
         dropped += _drop_wrong(problem, kept, target_sm)
-    tiles = [candidate for candidate in kept if candidate.route is not None][:limit]
-    return Ranking([candidate for candidate in kept if candidate.route is None or candidate in tiles], dropped)
+    tiles = [candidate for candidate in kept if candidate.route != PANEL][:limit]
+    return Ranking([candidate for candidate in kept if candidate.route == PANEL or candidate in tiles], dropped)
 
 
 def stages(route: Route) -> int:
     """The depth of a route's pipeline. Of configurations that the model does not tell apart, the deepest is taken."""
-    return 0 if route is None else route.num_stages
+    return 0 if isinstance(route, Panel) else route.num_stages
 
 
 def _drop_wrong(problem: Problem, kept: list[Candidate], target_sm: int) -> list[Dropped]:
     """Takes candidates off the front of ``kept`` until the first one is right, or cannot be executed."""
     dropped = []
-    while kept[0].route is not None and kept[0].not_executed is None:
+    while isinstance(config := kept[0].route, TileConfig) and kept[0].not_executed is None:
         first = kept[0]
-        assert first.route is not None
         try:
-            reason = _wrong(problem, first.route, target_sm)
+            reason = _wrong(problem, config, target_sm)
         except NotModelled as error:
             kept[0] = replace(first, not_executed=f"not executed: {error}")
             break
         if reason is None:
             break
-        dropped.append(Dropped(first.route, first.report, reason))
+        dropped.append(Dropped(config, first.report, reason))
         del kept[0]
     return dropped
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mebp_triton.kernels.configs import Panel
 from mebp_triton.kernels.tables import DTYPE_NAMES, Entry, Route, Table
 
 from .ceilings import Ceilings
@@ -71,9 +72,9 @@ class Row:
 
 
 def describe_route(route: Route) -> str:
-    """A route in words: "panel", or block_m x block_n x block_k, warps, stages and further settings."""
-    if route is None:
-        return "panel"
+    """A route in words: "panel 16 MiB", or block_m x block_n x block_k, warps, stages and further settings."""
+    if isinstance(route, Panel):
+        return f"panel {route.mib} MiB"
     words = [
         f"{route.block_m}x{route.block_n}x{route.block_k}",
         f"{route.num_warps}w",

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
+from mebp_triton.kernels.configs import PANEL, TUNED, Problem, TileConfig
 from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.tables import DTYPE_NAMES, Entry, Route
 
@@ -81,7 +81,7 @@ def _predictions(problems: Sequence[Problem], target_sm: int, say: Say) -> list[
                 counts = examined.counts if isinstance(examined, Fit) else examined.reason
                 remark = f": {counts}" if isinstance(counts, str) else ""
                 say(f"{len(done)} of {total} candidates, {problem.kernel} {plain}{remark}")
-        routes: dict[Route, float] = {None: predict_panel(problem, NOMINAL[target_sm]).time_us}
+        routes: dict[Route, float] = {PANEL: predict_panel(problem, NOMINAL[target_sm]).time_us}
         for one, prediction in zip(fit, predict_alike(problem, fit, target_sm), strict=True):
             routes[one.config] = prediction.time_us
         times.append(routes)
@@ -104,7 +104,7 @@ def _settle(
 ) -> list[tuple[Route, float]]:
     """A route for each problem, from few configurations: greedily the one that saves the most time, if it is sound."""
     times = [dict(routes) for routes in times]
-    chosen: list[Route] = [None]
+    chosen: list[Route] = [PANEL]
     while len(chosen) <= MOST_CONFIGS:
         excess = [_excess(routes, chosen) for routes in times]
         if max(excess, default=0.0) <= math.log1p(TOLERANCE):
@@ -115,7 +115,7 @@ def _settle(
             for route, time_us in routes.items():
                 saved[route] = saved.get(route, 0.0) + max(0.0, before - math.log(time_us / best))
         config = max(saved, key=lambda route: (saved[route], stages(route)))
-        assert config is not None, "the panel route is chosen already"
+        assert isinstance(config, TileConfig), "the panel route is chosen already"
         reason = objection(problems[0], config, target_sm, say)
         say(f"{'chosen' if reason is None else 'dropped'}, {problems[0].kernel} {config}: {reason or 'sound'}")
         if reason is None:

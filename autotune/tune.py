@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mebp_triton.kernels.configs import Problem, default_config
+from mebp_triton.kernels.configs import PANEL, Panel, Problem, TileConfig, default_config
 from mebp_triton.kernels.tables import (
     DTYPE_NAMES,
     Entry,
@@ -24,7 +24,7 @@ from mebp_triton.kernels.tables import (
 from .ceilings import Ceilings, measure_copy_gb_s, measure_matmul_tflop_s
 from .cost_model import NOMINAL
 from .log import Log, Record, Trial
-from .measure import Bench, Measurement, plan
+from .measure import Bench, Measurement, panels, plan
 from .rank import rank as rank_by_model
 from .results import Results, versions
 from .timing import CudaTimer, Limits, Timer
@@ -104,7 +104,7 @@ def tune(
     force: bool = False,
     progress: Progress | None = None,
 ) -> list[Problem]:
-    """Measures, for every problem, the ``limit`` best candidates, the default and the panel route.
+    """Measures, for every problem, the ``limit`` best candidates, the default, and panels, on a GPU of several sizes.
 
     The candidates are the log's if it has a record of the problem, which may come from another machine, and else
     ``rank``'s. Problems that were measured before on this device with these versions are skipped, unless ``force``.
@@ -120,7 +120,10 @@ def tune(
             progress(done, len(remaining), describe(problem))
         record = log.records.get(bucket(problem))
         ranked = rank(problem) if record is None else record.trials
-        record = measure_problem(problem, _shortlist(problem, ranked, limit, table.get(bucket(problem))), machine)
+        # On other devices torch decodes panels, in a workspace of its own size.
+        sizes = panels(problem) if machine.device.type == "cuda" else [PANEL]
+        shortlist = _shortlist(problem, ranked, limit, sizes, table.get(bucket(problem)))
+        record = measure_problem(problem, shortlist, machine)
         results.add(winner(record), record)
     if progress is not None and remaining:
         progress(len(remaining), len(remaining), "")
@@ -174,14 +177,16 @@ def _is_ranked(problem: Problem, log: Log, table: Table) -> bool:
     return any(trial.clocks for trial in record.trials)
 
 
-def _shortlist(problem: Problem, ranked: Iterable[Trial], limit: int, old: Entry | None) -> list[tuple[Trial, bool]]:
+def _shortlist(
+    problem: Problem, ranked: Iterable[Trial], limit: int, sizes: Iterable[Panel], old: Entry | None
+) -> list[tuple[Trial, bool]]:
     """All trials, each with whether to measure it: the best ranked ones, the route in use, the default, and panels."""
     trials = {trial.route: _untimed(trial) for trial in ranked}
-    in_use: list[Route] = [default_config(problem), None] + ([] if old is None else [old.route])
+    in_use: list[Route] = [default_config(problem), *sizes] + ([] if old is None else [old.route])
     for route in in_use:
         trials.setdefault(route, Trial(route))
-    best = [trial.route for trial in trials.values() if trial.predicted_us is not None and trial.route is not None]
-    chosen = {*best[:limit], *in_use}
+    predicted = [trial.route for trial in trials.values() if trial.predicted_us is not None]
+    chosen = {*[route for route in predicted if isinstance(route, TileConfig)][:limit], *in_use}
     return [(trial, trial.route in chosen) for trial in trials.values()]
 
 

@@ -32,7 +32,7 @@ def configurations(target: int) -> dict[tuple[str, TileConfig], list[Problem]]:
     """The shipped configurations of a target, and the buckets that take each."""
     taken: dict[tuple[str, TileConfig], list[Problem]] = {}
     for problem, entry in read_table(SHIPPED / f"sm_{target}.json", f"sm_{target}").items():
-        if entry.route is not None:
+        if isinstance(entry.route, TileConfig):
             taken.setdefault((problem.kernel, entry.route), []).append(problem)
     return taken
 

@@ -24,7 +24,7 @@ from random_store import MODELS
 from mebp_triton.autotune.compile import report
 from mebp_triton.autotune.rank import unfit
 from mebp_triton.autotune.shipping import objection, static_table
-from mebp_triton.kernels.configs import TUNED, Problem
+from mebp_triton.kernels.configs import TUNED, Problem, TileConfig
 from mebp_triton.kernels.tables import M_BUCKETS, bucket, read_table, table_to_json
 from mebp_triton.system import atomic
 
@@ -47,7 +47,8 @@ def shapes() -> set[tuple[int, int]]:
 def check(target: int) -> list[str]:
     """Shipped configurations that are not sound any more."""
     table = read_table(TABLES / f"sm_{target}.json", f"sm_{target}")
-    used = {(problem.kernel, entry.route): problem for problem, entry in table.items() if entry.route is not None}
+    tiles = {problem: entry.route for problem, entry in table.items() if isinstance(entry.route, TileConfig)}
+    used = {(problem.kernel, config): problem for problem, config in tiles.items()}
     wrong = []
     for (kernel, config), problem in used.items():
         reason = unfit(problem, report(problem, config, target, members=3)) or objection(problem, config, target, print)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .configs import Panel
 from .layout import Int4Weight
 from .ops import cross_entropy_op, embedding_op, fields_of, matmul, matmul_dx, no_autocast, shaped
 from .panel import int4_matmul_dx_group_panel
@@ -103,7 +104,7 @@ def _matmul_group(
         return [matmul(x, weight, *operands, backend) for weight, *operands in members]
 
     def launch(route: Route) -> list[Tensor]:
-        if route is None:
+        if isinstance(route, Panel):
             return one_by_one()
         from .matmul import int4_matmul_group_triton
 
@@ -145,8 +146,8 @@ def _matmul_dx_group(
     dys: Sequence[Tensor], weights: Sequence[Int4Weight], g: Tensor | None, a: Tensor | None, backend: str
 ) -> Tensor:
     def launch(route: Route) -> Tensor:
-        if route is None:
-            return int4_matmul_dx_group_panel(dys, weights, g, a, by_kernel=True)
+        if isinstance(route, Panel):
+            return int4_matmul_dx_group_panel(dys, weights, g, a, True, route.elements)
         from .matmul_dx import int4_matmul_dx_group_triton
 
         return int4_matmul_dx_group_triton(dys, weights, g, a, route)

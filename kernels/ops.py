@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from .configs import Panel
 from .cross_entropy import int4_cross_entropy_panel
 from .layout import Int4Weight
 from .panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel
@@ -62,8 +63,8 @@ def _run_matmul(
         return int4_matmul_panel(x, weight, bias, t, b)
 
     def launch(route: Route) -> Tensor:
-        if route is None:
-            return int4_matmul_panel(x, weight, bias, t, b, by_kernel=True)
+        if isinstance(route, Panel):
+            return int4_matmul_panel(x, weight, bias, t, b, True, route.elements)
         from .matmul import int4_matmul_triton
 
         return int4_matmul_triton(x, weight, bias, t, b, route)
@@ -86,8 +87,8 @@ def _run_matmul_dx(dy: Tensor, weight: Int4Weight, g: Tensor | None, a: Tensor |
         return int4_matmul_dx_panel(dy, weight, g, a)
 
     def launch(route: Route) -> Tensor:
-        if route is None:
-            return int4_matmul_dx_panel(dy, weight, g, a, by_kernel=True)
+        if isinstance(route, Panel):
+            return int4_matmul_dx_panel(dy, weight, g, a, True, route.elements)
         from .matmul_dx import int4_matmul_dx_triton
 
         return int4_matmul_dx_triton(dy, weight, g, a, route)

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .configs import PANEL
 from .layout import CHUNK, RUN, SUPER_GROUP, Int4Weight, middle_code
 
-# Elements of one panel: on a CPU 4 MiB of float32; on a GPU 16 MiB of 16-bit weights, which stay in a large L2.
+# Elements of one panel on a CPU: 4 MiB of float32.
 CPU_ELEMENTS = 1 << 20
-GPU_ELEMENTS = 1 << 23
 # Rows of a panel are a multiple of this, or fewer: a tile of the libraries' products. They have slower kernels for an
 # output that begins elsewhere and so is misaligned.
 TILE_ROWS = 128
@@ -36,7 +36,7 @@ class Workspace:
         buffers: the buffers so far, by name and dtype, as large as the largest panel that was asked for.
     """
 
-    def __init__(self, cpu_elements: int = CPU_ELEMENTS, gpu_elements: int = GPU_ELEMENTS) -> None:
+    def __init__(self, cpu_elements: int = CPU_ELEMENTS, gpu_elements: int = PANEL.elements) -> None:
         self.cpu_elements, self.gpu_elements = cpu_elements, gpu_elements
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -203,16 +203,17 @@ def int4_matmul_panel(
     t: Tensor | None = None,
     b: Tensor | None = None,
     by_kernel: bool = False,
+    elements: int | None = None,
 ) -> Tensor:
     """Computes ``Y = X·Wᵀ + bias + t·bᵀ``: x ``[M, K]``, bias ``[N]``, t ``[M, R]``, b ``[N, R]``; returns ``[M, N]``.
 
-    With ``by_kernel`` a Triton kernel decodes the panels.
+    With ``by_kernel`` a Triton kernel decodes the panels. They have at most ``elements``, or those of the workspace.
     """
     rows, chunks = weight.out_features, weight.chunks
     y = x.new_empty(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
     if y.numel() == 0:
         return y
-    step = whole_tiles(workspace().elements(x.device) // max(1, chunks * CHUNK))
+    step = whole_tiles((elements or workspace().elements(x.device)) // max(1, chunks * CHUNK))
     decoder = PanelDecoder(weight, x.dtype, min(step, rows), chunks, by_kernel)
     planes = decoder.arrange(x, chunks)
     for start, stop in spans(rows, step):
@@ -223,13 +224,18 @@ def int4_matmul_panel(
 
 
 def int4_matmul_dx_panel(
-    dy: Tensor, weight: Int4Weight, g: Tensor | None = None, a: Tensor | None = None, by_kernel: bool = False
+    dy: Tensor,
+    weight: Int4Weight,
+    g: Tensor | None = None,
+    a: Tensor | None = None,
+    by_kernel: bool = False,
+    elements: int | None = None,
 ) -> Tensor:
     """Computes ``dX = dY·W + g·a``: dy ``[M, N]``, g ``[M, R]``, a ``[R, K]``; returns ``[M, K]``.
 
-    With ``by_kernel`` a Triton kernel decodes the panels.
+    ``by_kernel`` and ``elements`` are those of ``int4_matmul_panel``.
     """
-    return int4_matmul_dx_group_panel([dy], [weight], g, a, by_kernel)
+    return int4_matmul_dx_group_panel([dy], [weight], g, a, by_kernel, elements)
 
 
 def int4_matmul_dx_group_panel(
@@ -238,6 +244,7 @@ def int4_matmul_dx_group_panel(
     g: Tensor | None = None,
     a: Tensor | None = None,
     by_kernel: bool = False,
+    elements: int | None = None,
 ) -> Tensor:
     """Computes ``dX = sum dY_i·W_i + g·a`` for weights ``[N_i, K]`` of one K, which may differ otherwise.
 
@@ -249,7 +256,7 @@ def int4_matmul_dx_group_panel(
     dx = dys[0].new_empty(dys[0].shape[0], width)
     if dx.numel() == 0 or not any(weight.out_features for weight in weights):
         return dx.zero_()
-    budget = workspace().elements(dx.device)
+    budget = elements or workspace().elements(dx.device)
     most = max(weight.out_features for weight in weights)
     row_step = min(most, whole_tiles(budget // CHUNK))
     # A kernel decodes views of the columns, which begin at whole groups.

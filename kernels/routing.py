@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from .configs import MIN_DOT, Kernel, Problem, TileConfig, default_config
+from .configs import MIN_DOT, PANEL, Kernel, Panel, Problem, TileConfig, default_config
 from .layout import Int4Weight
 from .names import BACKENDS, SCHEMES
 from .tables import Route, Table, architecture_of, bucket, load_tables
@@ -81,7 +81,7 @@ class Routes:
             ValueError: it was the default already: there is nothing else.
         """
         route = self.choose(problem)
-        if route is None or route == default_config(problem):
+        if isinstance(route, Panel) or route == default_config(problem):
             raise ValueError(f"even the default configuration {route} does not fit this device for {problem}")
         self.too_large.add(route)
         self.choose.cache_clear()
@@ -106,7 +106,7 @@ def find_route(problem: Problem, table: Table, tensor_cores: bool = True) -> Rou
     if not candidates:
         return default_route(problem, tensor_cores)
     route = table[min(candidates, key=lambda item: _distance(item, wanted))].route
-    if route is not None and not route.suits(problem):
+    if isinstance(route, TileConfig) and not route.suits(problem):
         return replace(route, scale_sums=False)  # the weight does not let sums be scaled
     return route
 
@@ -141,7 +141,7 @@ def default_route(problem: Problem, tensor_cores: bool = True) -> Route:
     from 17 on without tensor_cores: before sm_80 the compiler multiplies without them, and the library with them.
     """
     if problem.m >= 512 or (problem.m > MIN_DOT and not tensor_cores):
-        return None
+        return PANEL
     return default_config(problem)
 
 

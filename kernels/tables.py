@@ -4,7 +4,7 @@ A table is JSON: ``{"format": 1, "architecture": "sm_90", "entries": [...]}``. A
 
 - its problem: kernel, m, n, k (bounds of buckets), scheme, group_size, dtype, and bits where that is not 4;
 - its ``route``: "tile" with a ``config``, or "panel" (decode a panel of the weight, and let the vendor's library
-  multiply);
+  multiply), with ``panel_mib`` where that is not 16;
 - its ``provenance``: "measured" on a device, or "static" (compiled, and ranked by a model);
 - ``time_us``, microseconds, measured or predicted; ``device``, null for static; and ``versions``.
 
@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from .configs import TUNED, Problem, TileConfig
+from .configs import PANEL, TUNED, Panel, Problem, TileConfig
 from .names import FORMS, SCHEMES
 
 FORMAT = 1
@@ -40,8 +40,7 @@ SIZE_LIMIT = 1 << 26
 LARGEST = {"block_m": 512, "block_n": 512, "block_k": 512, "num_warps": 32, "num_stages": 8, "split": 64}
 
 Provenance = Literal["measured", "static"]
-# A tile configuration, or None for the panel route.
-Route = TileConfig | None
+Route = TileConfig | Panel
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Entry:
 
     Attributes:
         problem: with m, n and k as bucket bounds.
-        route: a configuration, or None for the panel route.
+        route: a configuration of tiles, or the size of panels.
         provenance: "measured" or "static".
         time_us: measured or predicted, microseconds.
         device: the name of the device that was measured; None for a static entry.
@@ -66,10 +65,9 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         problem = problem_to_json(self.problem)
-        route = {"route": "panel"} if self.route is None else {"route": "tile", "config": asdict(self.route)}
         return {
             **problem,
-            **route,
+            **_route_to_json(self.route),
             "provenance": self.provenance,
             "time_us": self.time_us,
             "device": self.device,
@@ -84,6 +82,12 @@ def problem_to_json(problem: Problem) -> dict[str, Any]:
     """A problem as JSON has it, which names the width of codes only where it is not 4."""
     value = asdict(problem) | {"dtype": DTYPE_NAMES[problem.dtype]}
     return {key: field for key, field in value.items() if (key, field) != ("bits", 4)}
+
+
+def _route_to_json(route: Route) -> dict[str, Any]:
+    if isinstance(route, TileConfig):
+        return {"route": "tile", "config": asdict(route)}
+    return {"route": "panel"} | ({} if route == PANEL else {"panel_mib": route.mib})
 
 
 def check_form(item: Mapping[str, Any]) -> None:
@@ -155,8 +159,11 @@ def is_time(value: Any) -> bool:
 def _parse_entry(item: Any) -> Entry:
     names = {field.name for field in fields(Problem)}
     keys = names | {"route", "provenance", "time_us", "device", "versions"}
-    if not isinstance(item, dict) or ({"bits": 4} | item).keys() - {"config"} != keys:
-        raise ValueError(f"an entry has the keys {', '.join(sorted(keys))}, and config where its route is tile")
+    if not isinstance(item, dict) or ({"bits": 4} | item).keys() - {"config", "panel_mib"} != keys:
+        raise ValueError(
+            f"an entry has the keys {', '.join(sorted(keys))}, config where its route is tile, and panel_mib at most "
+            "where it is panel"
+        )
     allowed: dict[str, Any] = {
         "kernel": TUNED,
         "scheme": SCHEMES,
@@ -187,7 +194,9 @@ def _parse_route(item: dict[str, Any], problem: Problem) -> Route:
     if item["route"] == "panel":
         if "config" in item:
             raise ValueError("an entry whose route is panel has no config")
-        return None
+        return Panel(item.get("panel_mib", PANEL.mib))
+    if "panel_mib" in item:
+        raise ValueError("an entry whose route is tile has no panel_mib")
     config = item.get("config")
     names = {field.name for field in fields(TileConfig)}
     if not isinstance(config, dict) or config.keys() != names:

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from mebp_triton.autotune.compile import blank_launch
-from mebp_triton.kernels.configs import TUNED, Kernel, Problem
+from mebp_triton.kernels.configs import TUNED, Kernel, Problem, TileConfig
 from mebp_triton.kernels.routing import find_route
 from mebp_triton.kernels.tables import Route, architecture_of, load_tables
 from mebp_triton.training.gradient_check import KINDS, OTHER_KINDS, Kind
@@ -104,7 +104,7 @@ def units(session: Session) -> Iterator[Unit]:
         scheme, group, bits = kind.form
         whole = Problem(kernel, m, sum(ns), k, scheme, group, dtype, bits)
         route: Route = find_route(whole, table)
-        if route is not None:
+        if isinstance(route, TileConfig):
             yield Unit(_alike(whole, ns[0]), route, kind.two_level, len(ns), bias and kernel == "matmul")
 
     for kernel, m, group, kind in product(TUNED, tokens, sizes.speed_groups, (STORED, SYMMETRIC)):
@@ -116,7 +116,7 @@ def units(session: Session) -> Iterator[Unit]:
             yield from unit(kernel, m, k, [n], kind, dtype, False)
     for kernel in TUNED:
         for (n, k), route in known_routes(session.device, kernel, sizes.shapes[:1], session.dtype):
-            if route is not None:
+            if isinstance(route, TileConfig):
                 problem = Problem(kernel, 512, n, k, dtype=session.dtype)
                 yield Unit(problem, route, False, 1, False)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from mebp_triton.autotune.cases import tile_name
-from mebp_triton.kernels.configs import Kernel, Problem, default_config
+from mebp_triton.autotune.measure import panels
+from mebp_triton.kernels.configs import PANEL, Kernel, Panel, Problem, TileConfig, default_config
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.matmul import int4_matmul_triton
 from mebp_triton.kernels.matmul_dx import int4_matmul_dx_triton
@@ -23,8 +24,8 @@ def run_forward(route: Route) -> Callable[..., Tensor]:
     """Returns ``functions.int4_matmul`` with a fixed route."""
 
     def run(x: Tensor, weight: Int4Weight, bias: Any = None, t: Any = None, b: Any = None, **_: Any) -> Tensor:
-        if route is None:
-            return int4_matmul_panel(x, weight, bias, t, b, by_kernel=True)
+        if isinstance(route, Panel):
+            return int4_matmul_panel(x, weight, bias, t, b, True, route.elements)
         return int4_matmul_triton(x, weight, bias, t, b, route)
 
     return run
@@ -34,15 +35,18 @@ def run_dx(route: Route) -> Callable[..., Tensor]:
     """Returns ``functions.int4_matmul_dx`` with a fixed route."""
 
     def run(dy: Tensor, weight: Int4Weight, g: Any = None, a: Any = None, **_: Any) -> Tensor:
-        if route is None:
-            return int4_matmul_dx_panel(dy, weight, g, a, by_kernel=True)
+        if isinstance(route, Panel):
+            return int4_matmul_dx_panel(dy, weight, g, a, True, route.elements)
         return int4_matmul_dx_triton(dy, weight, g, a, route)
 
     return run
 
 
 def route_name(route: Route) -> str:
-    return "panel" if route is None else tile_name(route)
+    """A route in one line: "panel" for panels of the size that runs without measurements."""
+    if isinstance(route, Panel):
+        return "panel" if route == PANEL else f"panel {route.mib} MiB"
+    return tile_name(route)
 
 
 def known_routes(
@@ -55,7 +59,11 @@ def known_routes(
         problem = Problem(kernel, 16, n, k, dtype=dtype)
         configs = dict.fromkeys(default_config(Problem(kernel, m, n, k, dtype=dtype)) for m in (16, 512))
         for entry in tables.values():
-            if entry.problem.kernel == kernel and entry.route is not None and entry.route.suits(problem):
+            if entry.problem.kernel == kernel and _suits(entry.route, problem):
                 configs[entry.route] = None
-        found += [((n, k), route) for route in (None, *configs)]
+        found += [((n, k), route) for route in (*panels(problem), *configs)]
     return found
+
+
+def _suits(route: Route, problem: Problem) -> TypeGuard[TileConfig]:
+    return isinstance(route, TileConfig) and route.suits(problem)

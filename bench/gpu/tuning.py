@@ -10,7 +10,7 @@ from mebp_triton.autotune.log import Trial, log_path
 from mebp_triton.autotune.results import Results
 from mebp_triton.autotune.shapes import problems
 from mebp_triton.autotune.tune import Machine, Rank, model_rank, tune
-from mebp_triton.kernels.configs import Problem, default_config
+from mebp_triton.kernels.configs import Problem, TileConfig, default_config
 from mebp_triton.kernels.tables import architecture_of, load_tables, user_table_path
 from mebp_triton.system import strict_json
 
@@ -42,9 +42,10 @@ def shipped(architecture: str) -> Rank:
     entries = load_tables(architecture).values()
 
     def rank(problem: Problem) -> Sequence[Trial]:
-        mine = [entry for entry in entries if entry.problem.kernel == problem.kernel and entry.route is not None]
+        mine = [entry for entry in entries if entry.problem.kernel == problem.kernel]
         routes = dict.fromkeys(entry.route for entry in mine)
-        return [Trial(route, predicted_us=1.0) for route in routes if route is not None and route.suits(problem)]
+        tiles = [route for route in routes if isinstance(route, TileConfig)]
+        return [Trial(route, predicted_us=1.0) for route in tiles if route.suits(problem)]
 
     return rank
 

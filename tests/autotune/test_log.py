@@ -10,7 +10,7 @@ import torch
 
 from mebp_triton.autotune.ceilings import Ceilings
 from mebp_triton.autotune.log import Log, Record, Trial, keep_measurements, log_path, parse_log, read_log
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.configs import PANEL, Panel, Problem, TileConfig
 from mebp_triton.kernels.tables import bucket
 
 PROBLEM = Problem("matmul", 16, 896, 896, "symmetric", 64, torch.float16)
@@ -20,7 +20,8 @@ RECORD = Record(
     PROBLEM,
     (
         Trial(TILE, 10.0, 12.5, (12.0, 12.5, 13.0), clocks=CLOCKS, note="not executed: line 7: no such instruction"),
-        Trial(None, 20.0, 50.0, (50.0, 50.0), "clearly slower than the best before it"),
+        Trial(PANEL, 20.0, 50.0, (50.0, 50.0), "clearly slower than the best before it"),
+        Trial(Panel(64), 20.0, 40.0, (40.0,)),
         Trial(replace(TILE, scale_sums=True, block_k=64), reason="spills 8 bytes a thread"),
     ),
     "A device",
@@ -36,6 +37,8 @@ def whole():
 def test_what_is_written_is_read():
     value = json.loads(json.dumps(whole().to_json(), allow_nan=False))
     assert parse_log(value, "sm_87") == whole()
+    routes = [trial["route"] for trial in value["records"][0]["trials"]]
+    assert routes[1:3] == [None, {"panel_mib": 64}]
 
 
 def test_the_width_of_codes():
@@ -135,7 +138,7 @@ def test_a_directory_is_no_log(tmp_path):
 def test_predictions_do_not_wipe_out_measurements():
     other = TileConfig(32, 64, 64)
     predicted = Record(
-        PROBLEM, (Trial(other, 5.0), Trial(TILE, 6.0, clocks={"issue": 3}), Trial(None, 7.0)), None, {"triton": "4"}
+        PROBLEM, (Trial(other, 5.0), Trial(TILE, 6.0, clocks={"issue": 3}), Trial(PANEL, 7.0)), None, {"triton": "4"}
     )
     kept = keep_measurements(RECORD, predicted)
     assert (kept.device, kept.versions, kept.measured_m) == ("A device", RECORD.versions, 16)

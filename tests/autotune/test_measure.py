@@ -13,12 +13,13 @@ from mebp_triton.autotune.measure import (
     Bench,
     bytes_moved,
     flops,
+    panels,
     plan,
     poisoned,
     workspace_bytes,
 )
 from mebp_triton.autotune.timing import Limits
-from mebp_triton.kernels.configs import Problem, TileConfig, default_config
+from mebp_triton.kernels.configs import PANEL, Panel, Problem, TileConfig, default_config
 from mebp_triton.kernels.names import SCHEMES
 
 DEVICE = torch.device(interpreted.DEVICE)
@@ -52,7 +53,7 @@ class ToldTimer:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_panel_route_is_right(kernel, scheme, dtype):
-    assert bench(problem_of(kernel, m=150, scheme=scheme, dtype=dtype)).reject(None) is None
+    assert bench(problem_of(kernel, m=150, scheme=scheme, dtype=dtype)).reject(PANEL) is None
 
 
 @pytest.mark.usefixtures("triton_kernels")
@@ -89,11 +90,11 @@ def test_wrong_numbers_are_rejected(monkeypatch, name):
         return PLANTED[name](real(x, weight, *operands), x, weight)
 
     made = bench(problem_of(m=300))
-    assert made.reject(None) is None and 1 not in made.rows
+    assert made.reject(PANEL) is None and 1 not in made.rows
     monkeypatch.setattr(measure, "int4_matmul_panel", wrong)
-    assert made.reject(None).startswith("wrong: ")
+    assert made.reject(PANEL).startswith("wrong: ")
     # A rejected route is never timed.
-    found = made.measure(None, ToldTimer([]))
+    found = made.measure(PANEL, ToldTimer([]))
     assert found.time_us is None and found.reason.startswith("wrong: ")
 
 
@@ -112,7 +113,7 @@ def test_what_does_not_run_has_a_reason(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(measure, "int4_matmul_panel", fail)
-    found = bench().measure(None, ToldTimer([]))
+    found = bench().measure(PANEL, ToldTimer([]))
     assert found.time_us is None and found.reason.startswith(f"{type(error).__name__}: ") and "\n" not in found.reason
 
 
@@ -122,7 +123,7 @@ def test_our_own_mistakes_are_not_hidden(monkeypatch):
 
     monkeypatch.setattr(measure, "int4_matmul_panel", fail)
     with pytest.raises(ValueError, match="a mistake"):
-        bench().reject(None)
+        bench().reject(PANEL)
 
 
 def test_a_workspace_that_is_too_large_is_never_tried():
@@ -138,26 +139,26 @@ def test_a_workspace_that_is_too_large_is_never_tried():
 
 
 def test_the_median_per_call():
-    found = bench().measure(None, ToldTimer([30_000.0, 10_000.0, 20_000.0], first=8000.0))
+    found = bench().measure(PANEL, ToldTimer([30_000.0, 10_000.0, 20_000.0], first=8000.0))
     assert (found.time_us, found.samples_us, found.reason) == (20_000.0, (30_000.0, 10_000.0, 20_000.0), None)
 
 
 def test_short_calls_are_timed_together():
-    found = bench().measure(None, ToldTimer([40.0 * 50] * 99, first=80.0))
+    found = bench().measure(PANEL, ToldTimer([40.0 * 50] * 99, first=80.0))
     assert found.time_us == pytest.approx(40.0) and len(found.samples_us) == 15
-    found = bench().measure(None, ToldTimer([10.0 * 64] * 99, first=2.0))
+    found = bench().measure(PANEL, ToldTimer([10.0 * 64] * 99, first=2.0))
     assert found.time_us == pytest.approx(10.0)
     # Long calls are repeated less often.
-    assert len(bench().measure(None, ToldTimer([8000.0] * 99, first=16_000.0)).samples_us) == 4
+    assert len(bench().measure(PANEL, ToldTimer([8000.0] * 99, first=16_000.0)).samples_us) == 4
 
 
 def test_stops_early_when_clearly_worse():
     made = bench()
-    found = made.measure(None, ToldTimer([9000.0] * 20, first=9000.0), best_us=1000.0)
+    found = made.measure(PANEL, ToldTimer([9000.0] * 20, first=9000.0), best_us=1000.0)
     assert len(found.samples_us) == 2 and found.reason == "clearly slower than the best before it"
     # One slow sample, or being a little slower, is no reason to stop.
     for samples in ([9000.0, 1000.0] + [12_000.0] * 9, [1200.0] * 20):
-        found = made.measure(None, ToldTimer(samples, first=9000.0), best_us=1000.0)
+        found = made.measure(PANEL, ToldTimer(samples, first=9000.0), best_us=1000.0)
         assert len(found.samples_us) > 2 and found.reason is None
 
 
@@ -173,7 +174,7 @@ def test_every_call_takes_the_next_buffers(monkeypatch):
         return y
 
     monkeypatch.setattr(measure, "int4_matmul_panel", watched)
-    made.turn(None, 2 * made.copies)
+    made.turn(PANEL, 2 * made.copies)
     for part in zip(*seen[: made.copies], strict=True):
         assert len(set(part)) == made.copies
     assert [row[:3] for row in seen[: made.copies]] == [row[:3] for row in seen[made.copies :]]
@@ -186,9 +187,32 @@ def test_bytes_and_operations():
     assert flops(problem) == 2 * 16 * 128 * 100
 
 
+def test_panels_up_to_one_that_holds_the_weight():
+    assert panels(Problem("matmul", 512, 4096, 2048)) == [Panel(16)]
+    assert panels(Problem("matmul", 512, 4096, 2112)) == [Panel(16), Panel(64)]
+    assert panels(Problem("matmul_dx", 512, 11008, 4096)) == [Panel(16), Panel(64)]
+
+
+def test_panels_are_decoded_by_kernels_where_the_operations_do_so():
+    """Then a panel has the size that is measured, and else that of torch's own panels."""
+    problem, seen = problem_of(n=64, k=128), []
+
+    def told(x, weight, bias, t, b, by_kernel, elements):
+        seen.append((by_kernel, elements))
+
+    made = bench(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "int4_matmul_panel", told)
+        made.run(Panel(64))
+        made.by_kernel = True
+        made.run(Panel(64))
+    assert seen == [(False, None), (True, 64 << 19)]
+    assert workspace_bytes(problem, Panel(64)) - workspace_bytes(problem, Panel(16)) == 4 * (48 << 20)
+
+
 def test_copies_fit_into_memory_and_at_last_m_is_halved():
     problem = problem_of(m=4096, n=4096, k=4096, dtype=torch.float16)
-    one, fixed = bytes_moved(problem), 32 * 2**20 + 6 * measure.CHUNK_BYTES + workspace_bytes(problem, None)
+    one, fixed = bytes_moved(problem), 32 * 2**20 + 6 * measure.CHUNK_BYTES + workspace_bytes(problem, Panel(64))
     assert plan(problem, Limits(10 * one, 1 << 40)) == (problem, 20)
     assert plan(problem, Limits(10 * one, fixed + 5 * one)) == (problem, 5)
     smaller, copies = plan(problem, Limits(10 * one, fixed + one))

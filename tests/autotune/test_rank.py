@@ -12,7 +12,7 @@ from mebp_triton.autotune.emulator.faults import NotModelled
 from mebp_triton.autotune.execute import TripCounts
 from mebp_triton.autotune.rank import Fit, compiled, rank, unfit
 from mebp_triton.autotune.sass import LoopCounts
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.configs import PANEL, Problem, TileConfig
 
 PROBLEM = Problem("matmul", 64, 4096, 4096)
 SPACE = [
@@ -74,17 +74,17 @@ def test_rank(small_space):
     done = []
     found = rank(PROBLEM, 87, progress=lambda *state: done.append(state))
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert {candidate.route for candidate in found.kept} == {None, *SPACE}
+    assert {candidate.route for candidate in found.kept} == {PANEL, *SPACE}
     times = [candidate.prediction.time_us for candidate in found.kept]
     assert times == sorted(times) and times[0] > 0
     for candidate in found.kept:
-        assert (candidate.report is None) == (candidate.route is None)
+        assert (candidate.report is None) == (candidate.route == PANEL)
         assert candidate.report is None or unfit(PROBLEM, candidate.report) is None
     (dropped,) = found.dropped
     assert dropped.config == WASTEFUL and dropped.report is not None and "spills" in dropped.reason
     limited = rank(PROBLEM, 87, limit=1)
-    assert len(limited.kept) == 2 and None in [candidate.route for candidate in limited.kept]
-    tiles = [candidate for candidate in found.kept if candidate.route]
+    assert len(limited.kept) == 2 and PANEL in [candidate.route for candidate in limited.kept]
+    tiles = [candidate for candidate in found.kept if candidate.route != PANEL]
     assert tiles[0] in limited.kept
 
 
@@ -95,14 +95,14 @@ def test_of_equals_the_deepest_pipeline_comes_first(small_space, monkeypatch):
     alike = Prediction(1.0, dict.fromkeys(LIMITS, 1.0))
     monkeypatch.setattr(ranking, "predict_alike", lambda problem, fit, target_sm: [alike] * len(fit))
     routes = [candidate.route for candidate in rank(PROBLEM, 87).kept]
-    assert [route.num_stages for route in routes if route is not None] == [4, 3, 2]
+    assert [route.num_stages for route in routes if route != PANEL] == [4, 3, 2]
 
 
 def test_shared_memory_is_counted(small_space):
     found = rank(PROBLEM, 87)
     for candidate in found.kept:
         assert candidate.not_executed is None
-        assert (candidate.prediction.clocks.get("shared memory", 0) > 0) == (candidate.route is not None)
+        assert (candidate.prediction.clocks.get("shared memory", 0) > 0) == (candidate.route != PANEL)
 
 
 def test_what_cannot_be_executed_stays_and_says_so(small_space, monkeypatch):
@@ -118,7 +118,7 @@ def test_what_cannot_be_executed_stays_and_says_so(small_space, monkeypatch):
     ranking._counted.cache_clear()
     found = rank(PROBLEM, 87)
     ranking._counted.cache_clear()
-    tiles = {candidate.route: candidate for candidate in found.kept if candidate.route}
+    tiles = {candidate.route: candidate for candidate in found.kept if candidate.route != PANEL}
     assert tiles.keys() == set(SPACE)
     assert tiles[SPACE[2]].not_executed == "not executed: line 7: tcgen05.alloc: this instruction is not modelled"
     assert tiles[SPACE[0]].not_executed is None
@@ -146,11 +146,11 @@ def test_the_first_one_that_is_right_comes_first(faults):
     """What is better than that is dropped; what is worse is not executed."""
     found, launched = faults
     best, second, third = [candidate.route for candidate in rank(PROBLEM, 87).kept][:3]
-    assert launched == [] and None not in (best, second)
+    assert launched == [] and PANEL not in (best, second)
     found[best] = "wrong result: not finite"
     ranking._executed.cache_clear()
     after = rank(PROBLEM, 87, limit=1, execute=True)
-    assert [candidate.route for candidate in after.kept if candidate.route] == [second]
+    assert [candidate.route for candidate in after.kept if candidate.route != PANEL] == [second]
     assert ("wrong result: not finite", best) in [(dropped.reason, dropped.config) for dropped in after.dropped]
     assert launched == [(best, False), (best, True), (second, False), (second, True)]
 
@@ -158,7 +158,7 @@ def test_the_first_one_that_is_right_comes_first(faults):
 def test_what_cannot_be_launched_stays_first(faults):
     found, launched = faults
     found |= dict.fromkeys(SPACE, NotModelled("line 9: setmaxnreg: this instruction is not modelled"))
-    (first, *others) = [candidate for candidate in rank(PROBLEM, 87, execute=True).kept if candidate.route]
+    (first, *others) = [candidate for candidate in rank(PROBLEM, 87, execute=True).kept if candidate.route != PANEL]
     assert first.not_executed == "not executed: line 9: setmaxnreg: this instruction is not modelled"
     assert len(launched) == 1 and not any(candidate.not_executed for candidate in others)
 
@@ -196,6 +196,6 @@ def test_what_does_not_compile_is_dropped(small_space, monkeypatch):
     ranking._compiled.cache_clear()
     found = rank(PROBLEM, 87)
     ranking._compiled.cache_clear()
-    assert [candidate.route for candidate in found.kept] == [None]
+    assert [candidate.route for candidate in found.kept] == [PANEL]
     assert {dropped.reason for dropped in found.dropped} == {"does not compile: the compiler's objection"}
     assert all(dropped.report is None for dropped in found.dropped)

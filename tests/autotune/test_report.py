@@ -11,7 +11,7 @@ from mebp_triton.autotune.ceilings import Ceilings
 from mebp_triton.autotune.log import Log, Record, Trial
 from mebp_triton.autotune.measure import bytes_moved
 from mebp_triton.autotune.report import ceilings_of, describe_route, draw, nominal_ceilings, rows
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.configs import PANEL, Panel, Problem, TileConfig
 from mebp_triton.kernels.tables import Entry, bucket
 
 PROBLEM = Problem("matmul", 16, 896, 4864, "symmetric", 64, torch.float16)
@@ -26,7 +26,7 @@ def found(provenance="measured", measured_m=None):
     trials = (
         Trial(SLOW, 90.0, 130.0, (130.0,), "clearly slower"),
         Trial(FAST, 100.0, 100.0, (100.0,)),
-        Trial(None, 120.0, 110.0, (110.0,)),
+        Trial(PANEL, 120.0, 110.0, (110.0,)),
         Trial(BAD, reason="spills"),
         Trial(TileConfig(16, 16, 64), 500.0),
     )
@@ -43,19 +43,19 @@ def test_a_measured_row():
     assert row.tflop_s == pytest.approx(2 * 16 * 896 * 4864 / 100e-6 / 1e12)
     assert row.of_copy == pytest.approx(row.gb_s / 50.0) and row.of_matmul == pytest.approx(row.tflop_s / 5.0)
     assert [(loss.route, loss.time_us, loss.reason) for loss in row.lost] == [
-        ("panel", 110.0, None),
+        ("panel 16 MiB", 110.0, None),
         ("32x64x64 8w 3s split4 right sums", 130.0, "clearly slower"),
         ("64x64x64 4w 2s", None, "spills"),
     ]
     assert [loss.slower_by for loss in row.lost] == [pytest.approx(0.1), pytest.approx(0.3), None]
-    assert json.loads(json.dumps(row.to_json()))["lost"][0]["route"] == "panel"
+    assert json.loads(json.dumps(row.to_json()))["lost"][0]["route"] == "panel 16 MiB"
 
 
 def test_a_predicted_row_is_held_against_the_data_sheet():
     table, log = found("static")
     (row,) = rows(table, log, NOMINAL)
     assert row.provenance == "static" and row.of_copy == pytest.approx(row.gb_s / 100.0)
-    assert [loss.route for loss in row.lost][:2] == ["32x64x64 8w 3s split4 right sums", "panel"]
+    assert [loss.route for loss in row.lost][:2] == ["32x64x64 8w 3s split4 right sums", "panel 16 MiB"]
     assert row.lost[0].slower_by == pytest.approx(-0.1)
     assert ceilings_of([row], log, NOMINAL) == {"data sheet": NOMINAL}
 
@@ -104,7 +104,7 @@ def test_nominal_ceilings():
 
 
 def test_routes_in_words():
-    assert describe_route(None) == "panel" and describe_route(BAD) == "64x64x64 4w 2s"
+    assert describe_route(Panel(64)) == "panel 64 MiB" and describe_route(BAD) == "64x64x64 4w 2s"
 
 
 @pytest.mark.parametrize("provenance", ["measured", "static"])

@@ -97,7 +97,7 @@ WRITER = textwrap.dedent("""
     from pathlib import Path
     from mebp_triton.autotune.log import Record
     from mebp_triton.autotune.results import Results
-    from mebp_triton.kernels.configs import Problem
+    from mebp_triton.kernels.configs import PANEL, Problem
     from mebp_triton.kernels.tables import Entry, bucket
     from mebp_triton.system import atomic, strict_json
     kernel, dies_at = sys.argv[2], int(sys.argv[3])
@@ -115,7 +115,7 @@ WRITER = textwrap.dedent("""
     sys.stdin.readline()
     for n in range(7, 19):
         problem = Problem(kernel, 16, 1 << n, 128)
-        results.add(Entry(bucket(problem), None, "measured", 1.0, "A device", {}), Record(problem, (), None, {}))
+        results.add(Entry(bucket(problem), PANEL, "measured", 1.0, "A device", {}), Record(problem, (), None, {}))
 """)
 
 

@@ -11,7 +11,7 @@ from mebp_triton.autotune.emulator.faults import NotModelled
 from mebp_triton.autotune.execute import TripCounts
 from mebp_triton.autotune.sass import LoopCounts
 from mebp_triton.autotune.shipping import MOST_CONFIGS, TOLERANCE, objection, static_table, variants
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.configs import PANEL, Problem, TileConfig
 from mebp_triton.kernels.names import Form
 from mebp_triton.kernels.tables import parse_table, table_to_json
 
@@ -75,9 +75,9 @@ def test_static_table(seen, monkeypatch):
     assert {entry.versions.keys() == {"triton", "torch"} for entry in entries} == {True}
     assert parse_table(table_to_json("sm_87", entries), "sm_87").keys() == set(problems)
     few = [entry for entry in entries if entry.problem.m == 16]
-    assert all(entry.route is not None for entry in few)
+    assert all(entry.route != PANEL for entry in few)
     assert said[0] == f"1 of 2 candidates, matmul {SPACE[0]}"
-    chosen = {entry.route for entry in entries} - {None}
+    chosen = {entry.route for entry in entries} - {PANEL}
     assert chosen <= {config for config in SPACE if f"chosen, matmul {config}: sound" in said}
 
 
@@ -89,24 +89,24 @@ def settle(times, monkeypatch, fault=lambda config: None):
 def test_a_shared_configuration_within_tolerance_is_preferred(monkeypatch):
     one, two, three = SPACE
     near = 10 * (1 + TOLERANCE / 2)
-    times = [{None: 100, one: 10, two: near}, {None: 100, three: 10, two: near}, {None: 5, one: 10}]
-    assert settle(times, monkeypatch) == [two, two, None]
-    times[1] = {None: 100, three: 10, two: 13}
-    assert settle(times, monkeypatch) in ([one, three, None], [two, three, None])
+    times = [{PANEL: 100, one: 10, two: near}, {PANEL: 100, three: 10, two: near}, {PANEL: 5, one: 10}]
+    assert settle(times, monkeypatch) == [two, two, PANEL]
+    times[1] = {PANEL: 100, three: 10, two: 13}
+    assert settle(times, monkeypatch) in ([one, three, PANEL], [two, three, PANEL])
 
 
 def test_what_is_not_clean_is_never_chosen(monkeypatch):
     one, two, three = SPACE
-    times = [{None: 100, one: 10, two: 40}]
+    times = [{PANEL: 100, one: 10, two: 40}]
     assert settle(times, monkeypatch, lambda config: None if config != one else "spills") == [two]
-    assert settle(times, monkeypatch, lambda config: "spills") == [None]
+    assert settle(times, monkeypatch, lambda config: "spills") == [PANEL]
 
 
 def test_few_configurations(monkeypatch):
     configs = [replace(SPACE[0], num_stages=stages) for stages in range(1, 3 * MOST_CONFIGS)]
-    times = [{None: 100.0 + i, config: 10.0} for i, config in enumerate(configs)]
+    times = [{PANEL: 100.0 + i, config: 10.0} for i, config in enumerate(configs)]
     routes = settle(times, monkeypatch)
-    assert len(set(routes) - {None}) == MOST_CONFIGS
+    assert len(set(routes) - {PANEL}) == MOST_CONFIGS
 
 
 def test_variants_are_all_that_a_table_may_serve():

@@ -15,7 +15,7 @@ from mebp_triton.autotune.measure import Measurement
 from mebp_triton.autotune.results import Results, versions
 from mebp_triton.autotune.timing import Limits, WallTimer
 from mebp_triton.autotune.tune import Machine, model_rank, target_of, tune, tune_offline, winner
-from mebp_triton.kernels.configs import Problem, TileConfig, default_config
+from mebp_triton.kernels.configs import PANEL, Panel, Problem, TileConfig, default_config
 from mebp_triton.kernels.tables import Entry, bucket
 from mebp_triton.system import strict_json
 
@@ -27,7 +27,7 @@ TILES = [TileConfig(16, 32, 64, num_warps=warps) for warps in (1, 2, 4, 8)]
 def rank(problem):
     dropped = Trial(TileConfig(128, 128, 64), reason="spills 8 bytes a thread")
     tiles = [Trial(tile, 10.0 + index, clocks={"issue": 1000}) for index, tile in enumerate(TILES)]
-    return [*tiles, Trial(None, 100.0), dropped]
+    return [*tiles, Trial(PANEL, 100.0), dropped]
 
 
 def no_rank(problem):
@@ -66,13 +66,13 @@ def measured(monkeypatch):
 
 
 def test_the_winner_is_kept_and_all_others_are_in_the_log(results, measured):
-    measured.times = {TILES[0]: "wrong: not finite", TILES[1]: 20.0, TILES[2]: 12.0, TILES[3]: 1.0, None: 40.0}
+    measured.times = {TILES[0]: "wrong: not finite", TILES[1]: 20.0, TILES[2]: 12.0, TILES[3]: 1.0, PANEL: 40.0}
     problem = PROBLEMS[0]
     told = []
     assert tune([problem], MACHINE, results, rank, limit=3, progress=lambda *news: told.append(news)) == [problem]
     assert told == [(0, 1, "matmul M=16 128x128"), (1, 1, "")]
     # The three best ranked, the panel and the default are measured. The fourth, though fastest, is beyond the limit.
-    assert [route for _, route in measured.order] == [*TILES[:3], None, default_config(problem)]
+    assert [route for _, route in measured.order] == [*TILES[:3], PANEL, default_config(problem)]
     (entry,) = results.table().values()
     assert entry == Entry(bucket(problem), TILES[2], "measured", 12.0, "A device", versions())
     log = results.log()
@@ -81,9 +81,20 @@ def test_the_winner_is_kept_and_all_others_are_in_the_log(results, measured):
     assert trials[TILES[0]] == Trial(TILES[0], 10.0, reason="wrong: not finite", clocks=clocks)
     assert trials[TILES[1]] == Trial(TILES[1], 11.0, 20.0, (20.0,), clocks=clocks)
     assert trials[TILES[3]] == Trial(TILES[3], 13.0, clocks=clocks)
-    assert trials[None].reason == "clearly slower" and trials[None].time_us == 40.0
+    assert trials[PANEL].reason == "clearly slower" and trials[PANEL].time_us == 40.0
     assert trials[TileConfig(128, 128, 64)].reason == "spills 8 bytes a thread"
     assert log.ceilings == {"A device": Ceilings(60.0, {"float32": 9.0})}
+
+
+def test_on_a_gpu_panels_are_measured_in_each_size(results, measured):
+    """On a CPU torch decodes them, in one size."""
+    measured.times = {Panel(64): 30.0, PANEL: 40.0}
+    large = Problem("matmul", 2048, 4096, 4096)
+    for device, sizes in (("cpu", [PANEL]), ("cuda", [PANEL, Panel(64)])):
+        measured.order.clear()
+        tune([large], replace(MACHINE, device=torch.device(device)), results, lambda problem: [], force=True)
+        assert [route for _, route in measured.order] == [default_config(large), *sizes]
+        assert results.table()[bucket(large)].route == sizes[-1]
 
 
 def test_what_is_slower_or_wrong_never_wins():
@@ -91,16 +102,16 @@ def test_what_is_slower_or_wrong_never_wins():
     trials = (
         Trial(TILES[0], 1.0, 5.0, (5.0,), "clearly slower"),
         Trial(TILES[1], reason="wrong"),
-        Trial(None, 3.0, 9.0),
+        Trial(PANEL, 3.0, 9.0),
     )
-    assert winner(Record(problem, trials, "A device", {})).route is None
+    assert winner(Record(problem, trials, "A device", {})).route == PANEL
     assert winner(Record(problem, trials[:2], "A device", {})) is None
     static = winner(Record(problem, (Trial(TILES[0], reason="spills"), Trial(TILES[1], 4.0)), None, {}))
     assert (static.route, static.provenance, static.time_us, static.device) == (TILES[1], "static", 4.0, None)
 
 
 def test_where_nothing_works_there_is_no_entry(results, measured):
-    measured.times = dict.fromkeys([*TILES, None, default_config(PROBLEMS[0])], "does not compile")
+    measured.times = dict.fromkeys([*TILES, PANEL, default_config(PROBLEMS[0])], "does not compile")
     tune(PROBLEMS[:1], MACHINE, results, rank)
     assert results.table() == {} and len(results.log().records) == 1
 
@@ -145,7 +156,7 @@ def test_starts_from_what_was_ranked_elsewhere(results, measured):
     assert {entry.provenance for entry in results.table().values()} == {"static"}
     assert tune_offline(PROBLEMS, results, no_rank) == []
     tune(PROBLEMS[:1], MACHINE, results, no_rank, limit=1)
-    assert [route for _, route in measured.order] == [TILES[0], None, default_config(PROBLEMS[0])]
+    assert [route for _, route in measured.order] == [TILES[0], PANEL, default_config(PROBLEMS[0])]
     assert results.table()[bucket(PROBLEMS[0])].provenance == "measured"
     # Ranking again replaces predictions and keeps measurements.
     assert tune_offline(PROBLEMS, results, rank, force=True) == PROBLEMS
@@ -178,7 +189,7 @@ def test_measures_for_true(results):
     log = results.log()
     assert log.ceilings[machine.name].gb_s > 0 and log.ceilings[machine.name].tflop_s["float32"] > 0
     trials = {trial.route: trial for trial in log.records[bucket(problem)].trials}
-    assert trials.keys() == {None, default_config(problem)} and trials[None].time_us > 0
+    assert trials.keys() == {PANEL, default_config(problem)} and trials[PANEL].time_us > 0
     tile = trials[default_config(problem)]
     assert tile.time_us > 0 if on_gpu else tile.time_us is None and tile.reason
 
@@ -199,7 +210,7 @@ def test_candidates_of_the_model(monkeypatch):
     problem = Problem("matmul", 16, 896, 896)
     told = []
     trials = model_rank("sm_86", progress=lambda *news: told.append(news))(problem)
-    assert {trial.route for trial in trials if trial.predicted_us} == {good, None} and told == [(1, 2), (2, 2)]
+    assert {trial.route for trial in trials if trial.predicted_us} == {good, PANEL} and told == [(1, 2), (2, 2)]
     (dropped,) = [trial for trial in trials if trial.reason]
     assert dropped.route == greedy and dropped.predicted_us is None
     predicted = [trial.predicted_us for trial in trials if trial.predicted_us]
@@ -223,4 +234,5 @@ def test_without_a_device_the_winner_is_executed(results, monkeypatch):
     (record,) = results.log().records.values()
     (dropped,) = [trial for trial in record.trials if trial.route == best]
     assert dropped == Trial(best, reason=fault)
-    assert not any(chosen for trial, chosen in module._shortlist(problem, record.trials, 8, entry) if trial == dropped)
+    shortlist = module._shortlist(problem, record.trials, 8, [PANEL], entry)
+    assert (dropped, False) in shortlist

@@ -9,11 +9,11 @@ from allocations import Allocations
 from pairs import pairs
 
 from mebp_triton.kernels import panel, reference
+from mebp_triton.kernels.configs import PANEL
 from mebp_triton.kernels.layout import CHUNK, Int4Weight, unpack
 from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.panel import (
     CPU_ELEMENTS,
-    GPU_ELEMENTS,
     TILE_ROWS,
     PanelDecoder,
     Workspace,
@@ -339,7 +339,7 @@ def test_a_cpu_keeps_one_buffer_of_a_name_and_dtype():
     assert memory.buffer("values", 101, torch.float32, cpu).data_ptr() != larger.data_ptr()
     assert memory.buffer("values", 5, torch.float32, torch.device("meta")).device.type == "meta"
     assert memory.buffers["values", torch.float32].numel() == 80
-    assert memory.elements(torch.device("cuda")) == GPU_ELEMENTS and workspace().elements(cpu) == CPU_ELEMENTS
+    assert memory.elements(torch.device("cuda")) == PANEL.elements and workspace().elements(cpu) == CPU_ELEMENTS
 
 
 def test_buffers_made_in_inference_mode_can_be_used_outside(make_weight, normal):

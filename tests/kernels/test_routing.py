@@ -8,8 +8,8 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from mebp_triton.kernels import routing
-from mebp_triton.kernels.configs import Problem, TileConfig, default_config
+from mebp_triton.kernels import embedding, functions, reference, routing
+from mebp_triton.kernels.configs import PANEL, Panel, Problem, TileConfig, default_config
 from mebp_triton.kernels.functions import int4_embedding, int4_matmul, int4_matmul_dx
 from mebp_triton.kernels.names import BACKENDS
 from mebp_triton.kernels.routing import Routes, default_route, find_route, resolve_backend, routed, routes_of
@@ -65,11 +65,11 @@ def table_of(routes):
 
 def test_the_bucket_and_the_nearest_size():
     near, many = replace(PROBLEM, n=8192), replace(PROBLEM, m=4096)
-    table = table_of({PROBLEM: TILE, near: TileConfig(64, 64, 64), many: None})
+    table = table_of({PROBLEM: TILE, near: TileConfig(64, 64, 64), many: Panel(64)})
     assert find_route(replace(PROBLEM, m=50, n=2100, k=900), table) == TILE
     assert find_route(replace(PROBLEM, n=512), table) == TILE
     assert find_route(replace(PROBLEM, n=16384), table) == TileConfig(64, 64, 64)
-    assert find_route(replace(many, n=512, m=10_000), table) is None
+    assert find_route(replace(many, n=512, m=10_000), table) == Panel(64)
     for other in (
         replace(PROBLEM, dtype=torch.float32),
         replace(PROBLEM, kernel="matmul_dx"),
@@ -99,16 +99,16 @@ def test_what_stands_in_for_what():
 def test_without_a_table_many_tokens_go_by_panels():
     few, many = (Problem("matmul", m, 4096, 4096) for m in (511, 512))
     assert default_route(few) == default_config(few)
-    assert default_route(many) is None
-    assert default_route(replace(many, dtype=torch.float32)) is None
+    assert default_route(many) == PANEL
+    assert default_route(replace(many, dtype=torch.float32)) == PANEL
 
 
 def test_before_sm80_a_library_has_the_tensor_cores():
     few, more = (Problem("matmul", m, 4096, 4096, dtype=torch.float16) for m in (16, 17))
-    for architecture, route in (("sm_75", None), ("sm_80", TileConfig), ("gfx942", TileConfig)):
+    for architecture, route in (("sm_75", Panel), ("sm_80", TileConfig), ("gfx942", TileConfig)):
         routes = routes_of(architecture)
-        assert routes.choose(few) is not None
-        assert type(routes.choose(more)) is (type(None) if route is None else route), architecture
+        assert type(routes.choose(few)) is TileConfig
+        assert type(routes.choose(more)) is route, architecture
 
 
 def test_what_a_device_has_no_room_for_is_not_chosen_again():
@@ -155,6 +155,36 @@ def test_what_does_not_fit_the_device_gives_way_to_the_default(make_weight, norm
         warnings.simplefilter("error")
         assert routed("matmul", normal(5, 70), [weight], launch) == "a result"
     assert tried == [big, default, default]
+
+
+@pytest.mark.parametrize("mib", [1, 16])
+def test_panels_have_the_size_that_the_table_gives(make_weight, normal, monkeypatch, mib):
+    """Slices of whole tiles; the sums, which are exact here, do not depend on it."""
+    (n, k), decoded = (1100, 1152), []
+
+    def decode_rows(weight, out):
+        decoded.append(tuple(weight.shape))
+        return out.copy_(reference.decode(weight, out.dtype))
+
+    weight = replace(make_weight(n, k), scales=torch.ones(k // 64, n, dtype=torch.float16))
+    problems = [bucket(Problem(kernel, 3, n, k, dtype=torch.float32)) for kernel in ("matmul", "matmul_dx")]
+    routes = Routes(table_of(dict.fromkeys(problems, Panel(mib))))
+    monkeypatch.setattr(routing, "routes_of", lambda architecture: routes)
+    monkeypatch.setattr(embedding, "decode_rows_triton", decode_rows)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, dy = normal(3, k).round(), normal(3, n).round()
+    y = functions.int4_matmul(x, weight, backend="triton")
+    # A panel of 1 MiB has 2^19 weights: 455 rows of this K, and 476 columns of this N.
+    assert decoded == ([(n, k)] if mib == 16 else [(384, k), (384, k), (332, k)])
+    decoded.clear()
+    dx = functions.int4_matmul_dx(dy, weight, backend="triton")
+    across = [384, 384, 384] if mib == 1 else [k]
+    assert decoded == [(n, columns) for columns in across]
+    decoded.clear()
+    grouped = functions.int4_matmul_dx_group([dy, dy], [weight, weight], backend="triton")
+    assert len(decoded) == 2 * len(across)
+    matrix = reference.decode(weight, torch.float32)
+    assert torch.equal(y, x @ matrix.t()) and torch.equal(dx, dy @ matrix) and torch.equal(grouped, 2 * dx)
 
 
 def test_a_group_is_one_problem(make_weight, normal, monkeypatch):

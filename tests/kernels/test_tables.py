@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mebp_triton.kernels import tables
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.configs import Panel, Problem, TileConfig
 from mebp_triton.kernels.tables import (
     Entry,
     architecture_of,
@@ -24,7 +24,7 @@ from mebp_triton.kernels.tables import (
 
 TILE = TileConfig(32, 64, 64, 8, 3, split=2, weight_left=False)
 ENTRY = Entry(Problem("matmul", 64, 2048, 1024), TILE, "static", 12.5, None, {"triton": "3.9.0"})
-PANEL = Entry(replace(ENTRY.problem, m=4096), None, "measured", 900.0, "A GPU", {"triton": "3.9.0"})
+PANEL = Entry(replace(ENTRY.problem, m=4096), Panel(16), "measured", 900.0, "A GPU", {"triton": "3.9.0"})
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,19 @@ def test_buckets():
 def test_round_trip():
     written = json.loads(json.dumps(table_to_json("sm_90", [PANEL, ENTRY])))
     assert parse_table(written, "sm_90") == {entry.problem: entry for entry in (ENTRY, PANEL)}
+
+
+def test_the_size_of_panels_is_named_where_it_is_not_16():
+    """So tables without it are read, and older versions read tables that need none."""
+    larger = replace(PANEL, problem=replace(PANEL.problem, m=2048), route=Panel(64))
+    written = json.loads(json.dumps(table_to_json("sm_90", [PANEL, larger])))
+    assert sorted(str(entry.get("panel_mib")) for entry in written["entries"]) == ["64", "None"]
+    assert parse_table(written, "sm_90") == {entry.problem: entry for entry in (PANEL, larger)}
+    written["entries"] = [entry for entry in written["entries"] if "panel_mib" in entry]
+    for wrong in (0, 1025, 64.0, True, "64"):
+        written["entries"][0]["panel_mib"] = wrong
+        with pytest.raises(ValueError, match=f"panel_mib must be an integer from 1 to 1024, got {wrong!r}"):
+            parse_table(written, "sm_90")
 
 
 def test_the_width_of_codes_is_named_where_it_is_not_4():
@@ -117,6 +130,7 @@ def broken(**changes):
         ({"entry__device": 3}, "device must be a name or null"),
         ({"entry__ir_override": "x"}, "an entry has the keys"),
         ({"entry__m": 64, "entry__route": "panel"}, "whose route is panel has no config"),
+        ({"entry__panel_mib": 64}, "whose route is tile has no panel_mib"),
         ({"entry__config": KeyError}, "config has the keys"),
         ({"entry__config__ir_override": "x"}, "config has the keys"),
         ({"entry__config__block_m": 24}, "block_m must be a power of two"),

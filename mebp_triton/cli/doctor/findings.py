@@ -14,6 +14,7 @@ import torch
 
 from mebp_triton.kernels import functions
 from mebp_triton.kernels.accuracy import PRODUCT_LIMITS, random_weight
+from mebp_triton.kernels.configs import Panel
 from mebp_triton.kernels.reference import decode
 from mebp_triton.kernels.routing import has_triton, resolve_backend
 from mebp_triton.kernels.tables import SHIPPED, architecture_of, read_table, user_table_path
@@ -140,14 +141,16 @@ def _device(device: torch.device, root: Path) -> dict[str, Any]:
 
 
 def kernel_table(architecture: str) -> str:
-    """The kernel tables for this compute capability, and how many of their entries were measured."""
+    """The kernel tables for this compute capability, how many of their entries were measured, and sizes of panels."""
     own = read_table(user_table_path(architecture), architecture)
     shipped = read_table(SHIPPED / f"{architecture}.json", architecture)
     parts = []
     for name, table in (("your own", own), ("shipped", shipped)):
         if table:
             measured = sum(entry.provenance == "measured" for entry in table.values())
-            parts.append(f"{name}: {len(table)} entries, {measured} of them measured")
+            sizes = sorted({entry.route.mib for entry in table.values() if isinstance(entry.route, Panel)})
+            panels = f", panels of {' and '.join(map(str, sizes))} MiB" if sizes else ""
+            parts.append(f"{name}: {len(table)} entries, {measured} of them measured{panels}")
     return "; ".join(parts) or f"none for {architecture}: kernels take their default configuration"
 
 

@@ -20,8 +20,9 @@ from mebp_triton.blocks.mlp_chunks import chunk_mlp
 from mebp_triton.blocks.options import Granularity
 from mebp_triton.blocks.row_chunks import RowPlaces
 from mebp_triton.blocks.runner import find_blocks
+from mebp_triton.kernels.configs import PANEL
 from mebp_triton.kernels.cross_entropy import VOCABULARY_TILE
-from mebp_triton.kernels.panel import CPU_ELEMENTS, GPU_ELEMENTS, Workspace
+from mebp_triton.kernels.panel import CPU_ELEMENTS, Workspace
 from mebp_triton.kernels.routing import has_triton, resolve_backend
 from mebp_triton.kernels.tables import DTYPES as COMPUTE_DTYPES
 from mebp_triton.layers.int4_module import Int4Module, Int4Table
@@ -141,7 +142,7 @@ class TracedModel:
         del stack[self.depth :]
         self.stack, self.path = stack, path
         # Where a device's kernels would run, panels of the device's size stand for them.
-        self.live = LiveBytes(Workspace(CPU_ELEMENTS if settings.device == "cpu" else GPU_ELEMENTS))
+        self.live = LiveBytes(Workspace(CPU_ELEMENTS if settings.device == "cpu" else PANEL.elements))
         self.results: dict[Any, Traced] = {}
         store: Any = ShapesOnly(inventory, "the model")
         numerics = Numerics(torch.device("cpu"), self.dtype, backend="panel")

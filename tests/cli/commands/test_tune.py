@@ -11,7 +11,7 @@ from mebp_triton.autotune import tune as autotune
 from mebp_triton.autotune.log import Trial
 from mebp_triton.autotune.report import describe_route
 from mebp_triton.cli.commands import tune
-from mebp_triton.kernels.configs import Problem, TileConfig
+from mebp_triton.kernels.configs import PANEL, Problem, TileConfig
 from mebp_triton.kernels.names import DEFAULT_FORM, Form
 from mebp_triton.kernels.routing import Routes
 from mebp_triton.kernels.tables import M_BUCKETS, load_tables, read_table
@@ -87,7 +87,7 @@ def ranked(monkeypatch):
     problems = []
 
     def model_rank(architecture, limit=None, progress=None, execute=False):
-        return lambda problem: problems.append(problem) or [Trial(None, 1.0)]
+        return lambda problem: problems.append(problem) or [Trial(PANEL, 1.0)]
 
     monkeypatch.setattr(autotune, "model_rank", model_rank)
     return problems

@@ -125,11 +125,17 @@ def test_storage_that_cannot_be_written_is_a_finding(monkeypatch, tmp_path):
 def test_the_table_of_an_architecture(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     entries = json.loads((tables.SHIPPED / "sm_87.json").read_text())["entries"]
-    assert findings_module.kernel_table("sm_87") == f"shipped: {len(entries)} entries, 0 of them measured"
+    assert findings_module.kernel_table("sm_87") == (
+        f"shipped: {len(entries)} entries, 0 of them measured, panels of 16 MiB"
+    )
     assert findings_module.kernel_table("sm_11").startswith("none for sm_11")
-    own = {"format": 1, "architecture": "sm_11", "entries": [entries[0] | {"provenance": "measured"}]}
-    write(tmp_path, "mebp-triton/tables/sm_11.json", json.dumps(own))
-    assert findings_module.kernel_table("sm_11") == "your own: 1 entries, 1 of them measured"
+    by_panels = next(entry for entry in entries if entry["route"] == "panel")
+    for m, sizes in ((16, "16"), (32, "16 and 64")):
+        entry = by_panels | {"provenance": "measured", "m": m} | ({} if m == 16 else {"panel_mib": 64})
+        own = {"format": 1, "architecture": "sm_11", "entries": [by_panels | {"m": 64}, entry]}
+        write(tmp_path, "mebp-triton/tables/sm_11.json", json.dumps(own))
+        wanted = f"your own: 2 entries, 1 of them measured, panels of {sizes} MiB"
+        assert findings_module.kernel_table("sm_11") == wanted
 
 
 def test_the_ptxas_that_triton_would_start(monkeypatch, tmp_path):
