@@ -22,7 +22,8 @@ FLOORS = {
     "layers": "lora_config stacked_adapters lora_function int4_module linear shared_input deferred_logits head loss",
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file
         mapped_file scratch memory machine pinned storage signals""",
-    "store": "residency waiting dynamic8 block_inputs optimizer_state manifest reader pages arena placement table_rows",
+    "store": """residency waiting dynamic8 side_copies block_inputs optimizer_state manifest reader pages arena
+        placement table_rows""",
     "data": """tokenized text masking messages template chat foreign_rows rows text_rows sources turn_end batching
         packing loading""",
     "blocks": """options runner call leaks replay recompute static_buffers static_block static_passes graph_players

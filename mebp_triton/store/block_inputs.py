@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from mebp_triton.system.errors import InPlaceChange
-from mebp_triton.system.pinned import copies_alone, host_bytes
+from mebp_triton.system.pinned import host_bytes
 from mebp_triton.system.scratch import ScratchFile, Slot
 
 from .residency import Residency, check_residency
+from .side_copies import Copy, SideCopies, Streams, side_streams
 from .waiting import Waiting
 
 
@@ -60,31 +62,64 @@ class _OnDevice:
 
 
 class HostBlockInputs:
-    """Copies to host memory; to pinned memory where a GPU with memory of its own copies from it.
+    """Copies to host memory; for a GPU with memory of its own to pinned memory, beside the computation.
 
-    The host does not wait for such a copy. It is made in the order of the computation, so that a block which changes
-    its input in place changes nothing that was saved.
+    There, a block runs while its input goes to the host. What goes is a copy on the device, since a block may change
+    its input in place. In the backward pass, the next input is brought while a block runs.
+
+    Args:
+        streams: makes the streams of a device; None where the host copies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, streams: Callable[[torch.device], Streams | None] = side_streams) -> None:
+        self.streams = streams
+        self.sides: dict[torch.device, SideCopies | None] = {}
         self.free: list[_HostMemory] = []  # used again by anything that fits into it
         self.in_use = self.most_in_use = 0  # bytes
+        self._order = LoadOrder()
+        self._waiting: weakref.WeakValueDictionary[int, _Sent] = weakref.WeakValueDictionary()
+        self._coming: tuple[int, Copy] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a copy of the model, which has memory of its own."""
-        return vars(self) | {"free": [], "in_use": 0, "most_in_use": 0}
+        return {"streams": self.streams}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(vars(HostBlockInputs(**state)))
 
     def save(self, tensor: Tensor) -> BlockInput:
-        if not copies_alone(tensor.device):
-            return _OnHost(tensor.detach().to("cpu", copy=True), tensor.device)
-        memory = self._take(tensor.nbytes, tensor.device)
+        device = tensor.device
+        if device not in self.sides:
+            streams = self.streams(device)
+            self.sides[device] = None if streams is None else SideCopies(streams)
+        side = self.sides[device]
+        if side is None:
+            return _OnHost(tensor.detach().to("cpu", copy=True), device)
+        number = self._order.next_save()
+        if number == 0:
+            self._waiting, self._coming = weakref.WeakValueDictionary(), None
+        memory = self._take(tensor.nbytes, device)
         copy = memory.bytes[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        memory.wait(tensor.device)
-        copy.copy_(tensor.detach(), non_blocking=True)
-        memory.note_use(tensor.device)
-        saved = _OnHost(copy, tensor.device, memory)
+        side.send(tensor.detach().clone(memory_format=torch.contiguous_format), copy)
+        saved = self._waiting[number] = _Sent(self, number, copy, side, device)
         weakref.finalize(saved, self._release, memory)
         return saved
+
+    def load(self, saved: _Sent) -> Tensor:
+        """Returns what was saved on its device, and starts to bring what is loaded next."""
+        if self._waiting.get(saved.number) is not saved:  # another forward pass has begun
+            return saved.side.take(saved.bring())
+        loaded = saved.side.take(self._brought(saved))
+        self._coming = None
+        following = self._waiting.get(self._order.next_load(saved.number))
+        if following is not None:
+            self._coming = following.number, following.bring()
+        return loaded
+
+    def _brought(self, saved: _Sent) -> Copy:
+        if self._coming is not None and self._coming[0] == saved.number:
+            return self._coming[1]
+        return saved.bring()
 
     def _take(self, size: int, device: torch.device) -> _HostMemory:
         """The smallest free memory that is large enough and not twice too large, or new memory."""
@@ -108,35 +143,73 @@ class HostBlockInputs:
 
 @dataclass(eq=False)
 class _HostMemory:
-    """Pinned memory, and the event after which the last copy from or to it is over."""
+    """Memory to which copies are made, one after the other."""
 
     bytes: Tensor
-    used: Any = None
 
     @property
     def size(self) -> int:
         return self.bytes.numel()
 
-    def wait(self, device: torch.device) -> None:
-        if self.used is not None:
-            torch.cuda.current_stream(device).wait_event(self.used)
-
-    def note_use(self, device: torch.device) -> None:
-        self.used = torch.cuda.current_stream(device).record_event()
-
 
 class _OnHost:
-    def __init__(self, copy: Tensor, device: torch.device, memory: _HostMemory | None = None) -> None:
-        self.copy, self.device, self.memory = copy, device, memory
+    def __init__(self, copy: Tensor, device: torch.device) -> None:
+        self.copy, self.device = copy, device
 
     def load(self) -> Tensor:
         # A copy, since the caller may change it, and it may be loaded again.
-        if self.memory is None:
-            return self.copy.to(self.device, copy=True)
-        self.memory.wait(self.device)
-        loaded = self.copy.to(self.device, non_blocking=True)
-        self.memory.note_use(self.device)
-        return loaded
+        return self.copy.to(self.device, copy=True)
+
+
+@dataclass(eq=False)
+class _Sent:
+    """A tensor that was sent to host memory, or is on its way there; ``number`` counts those of a forward pass."""
+
+    store: HostBlockInputs
+    number: int
+    copy: Tensor
+    side: SideCopies
+    device: torch.device
+
+    def bring(self) -> Copy:
+        return self.side.bring(self.copy, self.device)
+
+    def load(self) -> Tensor:
+        return self.store.load(self)
+
+
+class LoadOrder:
+    """Predicts in which order a backward pass loads what its forward pass saved: as the one before did.
+
+    Where there is none to go by, it is the reverse of the order of the saves.
+    """
+
+    def __init__(self) -> None:
+        self._saved = 0  # in this forward pass
+        self._loaded: int | None = None  # the last of this backward pass
+        self._after: dict[int, int] = {}  # what comes after a number, where it is not the number before it
+
+    def next_save(self) -> int:
+        """The number of what is saved now, counted from 0 in each forward pass."""
+        if self._loaded is not None:
+            self._follow(-1)
+            self._saved, self._loaded = 0, None
+        self._saved += 1
+        return self._saved - 1
+
+    def next_load(self, number: int) -> int:
+        """Returns the number of what is probably loaded after ``number``, which is loaded now; -1 for nothing."""
+        if self._loaded is not None:
+            self._follow(number)
+        self._loaded = number
+        return self._after.get(number, number - 1)
+
+    def _follow(self, number: int) -> None:
+        """Takes in that ``number`` was loaded after the last one."""
+        assert self._loaded is not None
+        self._after.pop(self._loaded, None)
+        if number != self._loaded - 1:
+            self._after[self._loaded] = number
 
 
 class FileBlockInputs:

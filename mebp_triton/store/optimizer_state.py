@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mebp_triton.system.scratch import MappedSlot, ScratchFile
 
 from .dynamic8 import decode, encode, encoded_bytes
 from .residency import Residency, check_residency
+from .side_copies import Copy, SideCopies, Streams, side_streams
 
 SIGNED = (True, False)  # the first moment is signed, the second never negative
 
@@ -28,20 +29,26 @@ class Moments:
         residency: where the moments lie while their group is not open.
         directory: where residency "file" puts its file.
         eight_bit: keep them as ``dynamic8`` does, in a quarter of the memory; decoded while their group is open.
+        streams: makes the streams of a device on which moments in host memory come and go beside the computation; None
+            where the host copies.
 
     Attributes:
         resident: whether they lie on the device as they are computed, so that all groups may be open at once.
-        on_host: whether they lie in host memory, to and from which a GPU copies them while the host goes on.
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[Tensor]], residency: Residency, directory: Path, eight_bit: bool = False
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        residency: Residency,
+        directory: Path,
+        eight_bit: bool = False,
+        streams: Callable[[torch.device], Streams | None] = side_streams,
     ) -> None:
         check_residency("optimizer state", residency)
         self.groups = [list(group) for group in groups]
         self.eight_bit = eight_bit
         self.resident = residency == "device" and not eight_bit
-        self.on_host = residency == "host"
+        self._coming: dict[int, Copy] = {}
         self._views: list[tuple[list[Tensor], list[Tensor]] | None] = [None] * len(self.groups)
         self.slots: list[MappedSlot] = []
         self.buffers: list[Tensor] = []
@@ -56,10 +63,30 @@ class Moments:
                 self.buffers.append(slot.bytes.view(dtype))
             else:
                 device = group[0].device if group else torch.device("cpu")
-                if self.on_host:
+                if residency == "host":
                     self.buffers.append(host_bytes(count * dtype.itemsize, device).view(dtype))
                 else:
                     self.buffers.append(torch.zeros(count, dtype=dtype, device=device))
+        on_host = {group[0].device for group in self.groups if group} if residency == "host" else ()
+        made = {device: streams(device) for device in on_host}
+        self.sides = {device: SideCopies(found) for device, found in made.items() if found is not None}
+
+    def prefetch(self, indices: Collection[int]) -> None:
+        """Starts to bring the moments of some groups, which are opened next. What was brought of others is given up."""
+        if not self.sides:
+            return
+        brought, self._coming = self._coming, {}
+        for index in indices:
+            side = self._side(index)
+            if side is not None:
+                self._coming[index] = brought.get(index) or side.bring(self.buffers[index], self._device(index))
+
+    def _device(self, index: int) -> torch.device:
+        group = self.groups[index]
+        return group[0].device if group else self.buffers[index].device
+
+    def _side(self, index: int) -> SideCopies | None:
+        return self.sides.get(self._device(index))
 
     @contextmanager
     def open(self, index: int, changes: bool = True) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -74,9 +101,12 @@ class Moments:
                 views = self._views[index] = self._shaped(index, self._halves(self.buffers[index]))
             yield views
             return
-        group, buffer = self.groups[index], self.buffers[index]
-        device = group[0].device if group else buffer.device
-        stored = buffer if buffer.device == device else buffer.to(device, non_blocking=self.on_host)
+        group, buffer, side = self.groups[index], self.buffers[index], self._side(index)
+        if side is None:
+            stored = buffer.to(self._device(index))
+        else:
+            coming = self._coming.pop(index, None)
+            stored = side.take(coming or side.bring(buffer, self._device(index)))
         halves = self._halves(stored)
         working = halves
         if self.eight_bit:
@@ -88,8 +118,11 @@ class Moments:
             if changes and self.eight_bit:
                 for moment, half, signed in zip(working, halves, SIGNED, strict=True):
                     encode(moment, half, signed)
-            if changes and stored is not buffer:
-                buffer.copy_(stored, non_blocking=self.on_host)
+            if changes and side is not None:
+                self._coming.pop(index, None)  # it would be what the moments were before
+                side.send(stored, buffer)
+            elif changes and stored is not buffer:
+                buffer.copy_(stored)
             self.drop(index)
 
     @staticmethod
@@ -108,8 +141,10 @@ class Moments:
 
     def settle(self, index: int) -> None:
         """Waits until a group's moments can be read and written by the host: copies of them may be under way."""
-        if self.on_host and self.groups[index] and self.groups[index][0].is_cuda:
-            torch.cuda.synchronize(self.groups[index][0].device)
+        side = self._side(index)
+        if side is not None:
+            self._coming.clear()
+            side.settle()
 
     def drop(self, index: int) -> None:
         """Gives back the resident pages of a group's moments, where they lie in a file."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from graph_plays import Taped, run, same_run, with_graphs
+from late_copies import LateStreams
 from models import assert_same, batch, loaded, our_gradients, relative_rms, step
 from stacks import Block, Stack, twins
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel
 import mebp_triton as mebp
 from mebp_triton.blocks.engine import BlockEngine, watch_training
 from mebp_triton.models.adapter import adapter_layers
+from mebp_triton.store.block_inputs import HostBlockInputs
 from mebp_triton.store.pages import Pages
 from mebp_triton.store.waiting import Waiting
 
@@ -279,6 +282,45 @@ def test_micro_batches_in_flight_at_once(llama: Any, tmp_path: Any) -> None:
         model(**batch(seed=seed)).loss.backward()
     assert_same(found[0], our_gradients(model))
     assert_same(found[1], our_gradients(model), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"), [({}, None), ({"recompute_granularity": "selective"}, 0), ({"block_rows": 1}, None)]
+)
+def test_block_inputs_that_come_and_go_beside_the_computation(llama: Any, options: dict[str, Any], seed: Any) -> None:
+    plain, ours = loaded(llama, **options), loaded(llama, **options)
+    streams = LateStreams(seed)
+    ours.mebp.engine.block_inputs = HostBlockInputs(lambda device: streams)
+    for number in range(2):
+        with streams:
+            found = run(ours, **batch(seed=number))
+        loss, gradients = run(plain, **batch(seed=number))
+        assert torch.equal(found[0], loss)
+        assert_same(found[1], gradients)
+    if not options:  # each overlaps, but that of the top block's input, which is wanted at once
+        assert len(streams.beside) == streams.copies - 2 == 2 * (3 + 2)
+
+
+def test_graphs_read_block_inputs_that_were_brought(llama: Any) -> None:
+    plain, ours = loaded(llama), loaded(llama)
+    streams, graphs = LateStreams(), with_graphs(ours, Taped())
+    ours.mebp.engine.block_inputs = HostBlockInputs(lambda device: streams)
+    for number in range(3):
+        with streams:
+            found = run(ours, **batch(seed=number))
+        loss, gradients = run(plain, **batch(seed=number))
+        assert torch.equal(found[0], loss)
+        assert_same(found[1], gradients)
+    assert graphs.played == 6
+
+
+@pytest.mark.parametrize("forgotten", ["computing", "copying"])
+def test_a_wait_that_is_missing_is_seen(llama: Any, forgotten: str) -> None:
+    plain, ours = loaded(llama), loaded(llama)
+    streams = LateStreams(forgotten=forgotten)
+    ours.mebp.engine.block_inputs = HostBlockInputs(lambda device: streams)
+    with streams, pytest.raises(AssertionError):
+        same_run(ours, plain)
 
 
 @pytest.mark.parametrize("mode", ["identity", "exact", "freeze"])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from late_copies import LateStreams
 
-from mebp_triton.store import block_inputs
-from mebp_triton.store.block_inputs import FileBlockInputs, HostBlockInputs, block_input_store
+from mebp_triton.store.block_inputs import FileBlockInputs, HostBlockInputs, LoadOrder, block_input_store
 from mebp_triton.store.residency import RESIDENCIES
 
 
@@ -73,38 +74,102 @@ def test_nothing_is_written_before_the_first_save_and_no_file_has_a_name(tmp_pat
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-class Stream:
-    """Stands for a CUDA stream: its events are numbers, and it notes those that it waits for."""
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_copies_beside_the_computation(seed: int | None) -> None:
+    """Blocks that change their inputs in place: the inputs come back as they were, in several passes."""
+    streams = LateStreams(seed)
+    store = HostBlockInputs(lambda device: streams)
+    with streams:
+        for number in range(3):
+            tensors = [torch.full((4, 3), 10.0 * number + at).t() for at in range(5)]
+            saved = []
+            for tensor in tensors:
+                saved.append(store.save(tensor))
+                tensor.mul_(-1)
+            for at in (4, 3, 3, 2, 1, 0, 0):
+                loaded = saved[at].load()
+                assert (loaded == 10 * number + at).all() and loaded.shape == (3, 4)
+                loaded.zero_()
 
-    def __init__(self) -> None:
-        self.recorded, self.waited = 0, []
 
-    def record_event(self) -> int:
-        self.recorded += 1
-        return self.recorded
+def test_copies_overlap() -> None:
+    """Each input goes while its block computes, and each but the top one's comes while the block above computes."""
+    streams = LateStreams()
+    store = HostBlockInputs(lambda device: streams)
+    with streams:
+        saved = []
+        for at in range(6):
+            saved.append(store.save(torch.full((8,), float(at))))
+            torch.ones(8).mul_(2)
+        for at in reversed(range(6)):
+            assert (saved.pop().load() == at).all()
+            torch.ones(8).mul_(2)
+    assert streams.copies == 12
+    assert set(range(1, 13)) - streams.beside == {7}
 
-    def wait_event(self, event: int) -> None:
-        self.waited.append(event)
+
+def test_a_second_pass_brings_what_the_first_one_loaded_next() -> None:
+    streams = LateStreams()
+    store = HostBlockInputs(lambda device: streams)
+    order = [3, 4, 5, 0, 1, 2]  # two blocks, whose layers' outputs are loaded in the order of the layers
+    with streams:
+        for extra in (5, 0):  # in the first pass, five are brought that are not wanted
+            before = streams.copies
+            saved = [store.save(torch.full((2,), float(at))) for at in range(6)]
+            for at in order:
+                assert (saved[at].load() == at).all()
+            assert streams.copies - before == 6 + 6 + extra
 
 
-def test_pinned_memory_is_used_again_after_the_last_copy_from_it(monkeypatch):
-    stream = Stream()
-    monkeypatch.setattr(block_inputs, "copies_alone", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    store = HostBlockInputs()
-    first = store.save(torch.arange(6.0).view(2, 3))
-    memory = first.memory
-    assert torch.equal(first.load(), torch.arange(6.0).view(2, 3))
-    assert (stream.recorded, stream.waited) == (2, [1])  # the load waits for the copy of the save
-    second = store.save(torch.ones(6))
-    assert second.memory is not memory
-    del first
-    third = store.save(torch.full((3, 2), 7.0))
-    assert third.memory is memory and stream.waited == [1, 2]  # and this save for the copy of that load
-    assert torch.equal(third.load(), torch.full((3, 2), 7.0)) and torch.equal(second.load(), torch.ones(6))
-    del second, third
-    assert len(store.free) == 2 and store.in_use == 0
-    larger = [store.save(torch.ones(size)) for size in (13, 14, 5)]  # the last fits into what is free
-    assert [one.memory.size for one in larger] == [52, 56, 24]
-    del larger
-    assert sum(one.size for one in store.free) <= store.most_in_use == 52 + 56 + 24
+def test_inputs_of_an_earlier_pass_are_loaded_as_well() -> None:
+    streams = LateStreams()
+    store = HostBlockInputs(lambda device: streams)
+    with streams:
+        first = [store.save(torch.full((2,), float(at))) for at in range(3)]
+        assert (first[2].load() == 2).all()
+        second = [store.save(torch.full((2,), 10.0 + at)) for at in range(3)]
+        for at in (1, 0):
+            assert (second[at].load() == 10 + at).all()
+            assert (first[at].load() == at).all()
+
+
+def test_host_memory_is_used_again() -> None:
+    streams = LateStreams()
+    store = HostBlockInputs(lambda device: streams)
+    with streams:
+        saved = [store.save(torch.ones(size)) for size in (13, 14, 5)]
+        del saved
+        assert sorted(one.size for one in store.free) == [20, 52, 56] and store.in_use == 0
+        memory = {id(one) for one in store.free}
+        saved = [store.save(torch.full((size,), 2.0)) for size in (12, 5, 14)]
+        assert not store.free and all((one.load() == 2).all() for one in saved)
+        del saved
+        assert {id(one) for one in store.free} == memory
+        larger = [store.save(torch.ones(size)) for size in (40, 13)]
+        del larger
+        assert sum(one.size for one in store.free) <= store.most_in_use == 160 + 52
+
+
+def test_a_copy_of_a_store_is_empty() -> None:
+    streams = LateStreams()
+    store = HostBlockInputs(lambda device: streams)
+    with streams:
+        saved = store.save(torch.ones(3))
+    other = copy.deepcopy(store)
+    assert other.in_use == 0 and not other.sides and other.streams is store.streams and store.in_use == 12
+    del saved
+
+
+@pytest.mark.parametrize(
+    ("loads", "predicted"),
+    [
+        ([[3, 2, 1, 0]] * 2, [[2, 1, 0, -1]] * 2),
+        ([[2, 3, 0, 1]] * 2, [[1, 2, -1, 0], [3, 0, 1, -1]]),
+        ([[2, 3, 0], [3, 2, 1, 0], [2, 1, 0]], [[1, 2, -1], [0, 3, 0, -1], [1, 0, -1]]),
+    ],
+)
+def test_the_order_of_loads(loads: Any, predicted: Any) -> None:
+    order = LoadOrder()
+    for of_pass, expected in zip(loads, predicted, strict=True):
+        assert [order.next_save() for _ in range(4)] == [0, 1, 2, 3]
+        assert [order.next_load(number) for number in of_pass] == expected

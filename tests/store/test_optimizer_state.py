@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from faults import failing
+from late_copies import LateStreams, MissingWait
 
 from mebp_triton.store.optimizer_state import Moments
 from mebp_triton.store.residency import RESIDENCIES
@@ -162,3 +163,58 @@ def test_a_full_disk_is_an_error_at_the_start(tmp_path):
 def test_an_unknown_residency(tmp_path):
     with pytest.raises(ValueError, match="optimizer state must be one of device, host, file, got 'disk'"):
         Moments(groups(), "disk", tmp_path)
+
+
+def stepped(moments, streams, order):
+    """Opens groups in this order, the next one coming meanwhile, and adds to their moments. Returns the buffers."""
+    for index, following in zip(order, [*order[1:], None], strict=True):
+        moments.prefetch([index] if following is None else [index, following])
+        with moments.open(index) as (first, second):
+            for m, v in zip(first, second, strict=True):
+                m.mul_(0.5).add_(index + 1.0)
+                v.mul_(0.5).add_(index + 2.0)
+    moments.prefetch([])
+    moments.settle(0)
+    return [buffer.clone() for buffer in moments.buffers]
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+@pytest.mark.parametrize("seed", [None, 0])
+def test_moments_come_and_go_beside_the_computation(seed, eight_bit, tmp_path):
+    parameters, order = [[torch.zeros(300)] for _ in range(4)], [0, 1, 2, 3, 1, 1, 0]
+    with LateStreams(seed) as streams:
+        ours = Moments(parameters, "host", tmp_path, eight_bit, streams=lambda device: streams)
+        found = stepped(ours, streams, order)
+        beside = set(streams.beside)
+    expected = stepped(Moments(parameters, "host", tmp_path, eight_bit), None, order)
+    assert all(map(torch.equal, found, expected))
+    if seed is None:  # all but the first and the last, with nothing to compute before or after
+        assert len(beside) >= streams.copies - 2
+
+
+@pytest.mark.parametrize("forgotten", ["computing", "copying"])
+def test_moments_for_which_nobody_waits(forgotten, tmp_path):
+    parameters, order = [[torch.zeros(300)] for _ in range(4)], [0, 1, 2, 3, 0]
+    with LateStreams(forgotten=forgotten) as streams:
+        ours = Moments(parameters, "host", tmp_path, streams=lambda device: streams)
+        try:
+            found = stepped(ours, streams, order)
+        except MissingWait:
+            return
+    expected = stepped(Moments(parameters, "host", tmp_path), None, order)
+    assert not all(map(torch.equal, found, expected))
+
+
+def test_what_was_brought_before_a_change_is_not_used(tmp_path):
+    with LateStreams() as streams:
+        moments = Moments([[torch.zeros(3)]], "host", tmp_path, streams=lambda device: streams)
+        with moments.open(0) as (first, second):
+            moments.prefetch([0])
+            fill(first, second, 1)
+        with moments.open(0) as (first, _):
+            assert (first[0] == 11).all()
+        moments.prefetch([0])
+        moments.settle(0)
+        moments.buffers[0].fill_(5.0)  # as when a checkpoint is read
+        with moments.open(0) as (first, _):
+            assert (first[0] == 5).all()

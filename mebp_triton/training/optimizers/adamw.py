@@ -90,17 +90,22 @@ class BlockAdamW(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("BlockAdamW takes no closure")
-        groups = range(len(self.param_groups))
-        chosen = [index for index in groups if selected is None or index in selected]
+        chosen = [index for index in range(len(self.param_groups)) if selected is None or index in selected]
         # Without narrow parameters a step has no temporaries, so it may take all groups at once.
-        for batch in self._batches(chosen, None if self._wide() else TEMPORARIES):
-            self._step_groups(batch)
+        self._each(self._step_groups, self._batches(chosen, None if self._wide() else TEMPORARIES))
         if self.unselected_update == "momentum":
-            self._coast_all(sorted(set(groups).difference(chosen)))
+            self._coast_all(chosen)
 
-    def _coast_all(self, indices: Sequence[int]) -> None:
-        for batch in self._batches(indices, TEMPORARIES):
-            self._coast(batch)
+    def _coast_all(self, selected: Collection[int]) -> None:
+        others = [index for index in range(len(self.param_groups)) if index not in selected]
+        self._each(self._coast, self._batches(others, TEMPORARIES))
+
+    def _each(self, take: Callable[[list[int]], None], batches: Iterable[list[int]]) -> None:
+        """Calls ``take`` with each batch of groups, while the moments of the next one come."""
+        for batch, following in itertools.pairwise([*batches, []]):
+            self.moments.prefetch([*batch, *following])
+            take(batch)
+        self.moments.prefetch([])
 
     def _wide(self) -> bool:
         """Whether every parameter and gradient has the dtype in which it is computed."""
@@ -169,6 +174,7 @@ class BlockAdamW(torch.optim.Optimizer):
             self._step_groups([index])
             for parameter in group["params"]:
                 parameter.grad = None
+            self.moments.prefetch([lower for lower in missing if lower < index][-1:])
 
         def hook(index: int, parameter: Tensor) -> None:
             if index not in missing:
@@ -190,9 +196,10 @@ class BlockAdamW(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             if index in missing and any(parameter.grad is not None for parameter in group["params"]):
                 finish(index)  # not all of its parameters have a part in the loss
+        self.moments.prefetch([])
         if selected is not None and self.unselected_update == "momentum":
             with torch.no_grad():
-                self._coast_all(sorted(set(range(len(self.param_groups))).difference(selected)))
+                self._coast_all(selected)
 
     @contextmanager
     def _moments(self, indices: Sequence[int], changes: bool = True) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -8,6 +8,7 @@ from math import prod
 from mebp_triton.blocks.selection import selected_count
 from mebp_triton.layers.int4_module import GATHERED, Int4Module
 from mebp_triton.store.manifest import SHARED, block_file
+from mebp_triton.store.side_copies import IN_FLIGHT
 from mebp_triton.store.table_rows import segment_rows
 from mebp_triton.training.optimizers.table import OPTIMIZERS
 from mebp_triton.training.run_settings import RunSettings
@@ -206,12 +207,16 @@ def _varying(
         all_waiting = {"checkpoints": sizes.block_inputs, "kept outputs": sizes.kept_outputs}
         last_waiting = {"checkpoints": sizes.one_block_input, "kept outputs": sizes.one_kept_outputs}
         last_waiting = all_waiting if step.kept_to_the_end else last_waiting
+    elif settings.checkpoints == "host":  # beside the device: some are on their way to the host, or from there
+        all_waiting = last_waiting = {"checkpoints": IN_FLIGHT * step.largest_waiting, "kept outputs": 0}
     gradients = sizes.largest_gradient if in_backward else sizes.gradients
     # Gradients of earlier micro-batches are there from the start; of a single one, the top block's are the first.
     early = sizes.largest_gradient
     if settings.gradient_accumulation_steps > 1:
         early = max(early, sizes.gradients)
     paged_state = 0 if settings.optimizer_state in here else sizes.largest_state
+    if settings.optimizer_state == "host":
+        paged_state *= 1 + IN_FLIGHT  # those of the next group come while one group's are used
     waiting = all_waiting | {"gradients": early}
     computing = {"weights of blocks": weights}
     phases = {

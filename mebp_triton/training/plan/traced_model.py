@@ -94,6 +94,7 @@ class Traced:
         forward, loss, backward, optimizer: the peak of that part of a step.
         rest: what stays between steps, which are buffers.
         block_input, outputs: for every block that was traced, its input and the outputs of its layers that wait.
+        largest_waiting: the largest tensor among them.
         kept_to_the_end: whether these are freed only when the whole backward pass is over.
     """
 
@@ -104,6 +105,7 @@ class Traced:
     rest: int
     block_input: tuple[int, ...]
     outputs: tuple[int, ...]
+    largest_waiting: int
     kept_to_the_end: bool
 
 
@@ -276,7 +278,8 @@ class TracedModel:
         )
         backward = max([*peaks["backward"], below_blocks]) if has_backward else 0
         kept_to_the_end = left > inputs[0] + outputs[0]
-        return Traced(max(peaks["forward"]), loss, backward, optimizer, rest, inputs, outputs, kept_to_the_end)
+        forward, largest = max(peaks["forward"]), max(waiting.saved, default=0)
+        return Traced(forward, loss, backward, optimizer, rest, inputs, outputs, largest, kept_to_the_end)
 
     def _batch(self, joined: int) -> dict[str, Tensor]:
         """A batch as ``collate`` makes it. One row alone has no padding, so it comes without a mask."""

@@ -1,17 +1,20 @@
 """BlockAdamW against torch's AdamW, bit for bit; what happens to blocks that a step did not select."""
 
 import itertools
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import bitsandbytes
 import pytest
 import torch
+from late_copies import LateStreams
 from models import batch, tiny_store
 from pairs import pairs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mebp_triton
+from mebp_triton.store.optimizer_state import Moments
 from mebp_triton.store.residency import RESIDENCIES
 from mebp_triton.training.optimizers import adamw
 from mebp_triton.training.optimizers.adamw import BlockAdamW, block_groups
@@ -499,6 +502,29 @@ def test_steps_in_the_backward_pass_equal_steps_after_it_bit_for_bit(residency, 
     (ours, one), (theirs, other) = made
     assert same(ours, theirs) and one.steps == other.steps
     assert all(torch.equal(left, right) for left, right in zip(one.moments.buffers, other.moments.buffers, strict=True))
+
+
+@pytest.mark.parametrize(("within", "eight_bit", "seed"), pairs([False, True], [False, True], [None, 0]))
+def test_moments_that_come_and_go_beside_the_computation(within, eight_bit, seed, tmp_path):
+    made = []
+    streams = LateStreams(seed)
+    for beside in (True, False):
+        groups = parameters()
+        optimizer = BlockAdamW(groups, residency="host", directory=tmp_path, eight_bit=eight_bit)
+        if beside:
+            optimizer.moments = Moments(groups, "host", tmp_path, eight_bit, lambda device: streams)
+        with streams if beside else nullcontext():
+            for step, selected in enumerate([None, {0, 3}, {1, 2}, None]):
+                loss = loss_of(groups, step, without=(3,) if step == 1 else ())
+                with optimizer.step_in_backward(selected) if within else nullcontext():
+                    loss.backward()
+                if not within:
+                    optimizer.step(selected=selected)
+                optimizer.zero_grad()
+            made.append((groups, optimizer.export_state()))
+    (ours, state), (theirs, other) = made
+    assert same(ours, theirs) and all(torch.equal(state[name], other[name]) for name in other)
+    assert streams.copies > 20
 
 
 def test_the_gradients_of_one_block_exist_at_a_time(tmp_path):

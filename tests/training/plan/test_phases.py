@@ -106,12 +106,17 @@ def test_a_device_has_phases_of_its_own(store, monkeypatch):
     assert plan.device and plan.peak == plan.device_peak.total and not plan.shared
     components = at(plan, "backward of the lowest block")
     blocks = [file.mapped.size for name, file in opened.files.items() if name != SHARED]
-    assert components["framework"] == components["checkpoints"] == components["allocator"] == 0
+    assert components["framework"] == components["allocator"] == 0
+    assert components["checkpoints"] == 2 * 2 * 32 * 48, "two block inputs are on their way"
     assert components["weights of blocks"] == 2 * max(blocks)
     assert components["optimizer state"] == 2 * components["LoRA"]
     host = plan.host_peak.components
     assert host["weights of blocks"] == sum(blocks) and host["framework"] == 7 * MIB
     assert host["checkpoints"] == 3 * 2 * 32 * 48
+    moved = planner(store, framework=7 * MIB).predict(dataclasses.replace(settings, optimizer_state="host"))
+    assert at(moved, "embedding")["optimizer state"] == 0
+    # Of one of three blocks: those that are used, and those that come and go.
+    assert at(moved, "optimizer step")["optimizer state"] == 3 * components["optimizer state"] // 3
 
 
 def test_where_memory_is_shared_the_context_of_cuda_is_part_of_the_peak(plans, monkeypatch):
