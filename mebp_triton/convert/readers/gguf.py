@@ -7,7 +7,6 @@ loops on a corrupt length. So is the config: transformers' reader of GGUF leaves
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from pathlib import Path
@@ -36,11 +35,11 @@ from .gguf_architectures import ARCHITECTURES
 from .gguf_blocks import TYPES, read_blocks
 from .gguf_header import DOWNLOAD, Entry, Header
 from .gguf_keys import settings_of
+from .gguf_layout import SAFETENSORS, GgufLayout
 from .gguf_parts import read_model
 from .gguf_rope import FREQS, LONG, SHORT, rope_settings
 from .gguf_tokenizer import check_tokens, generation_config, token_ids, tokenizer_of
 
-SAFETENSORS = "give the model as safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -57,27 +56,14 @@ class GgufFile:
         self.config = prepare_config(self._config(), str(path))
         check_sizes(str(path), self.config, (entry.shape for entry in self._header.tensors.values()))
         self.decoded: dict[str, str] = {}
-        self._names: dict[str, str] = {}
+        self._layout = GgufLayout(self._arch, self.config, str(path))
         self._entries: dict[str, list[Entry]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def bind(self, model: PreTrainedModel) -> None:
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
-
-        self._processor = TENSOR_PROCESSORS.get(self._arch, TensorProcessor)(config=self.config.to_dict())
-        # transformers 4 has no such parameter, and no processor in need of it.
-        takes_processor = "processor" in inspect.signature(get_gguf_hf_weights_map).parameters
-        extra: dict[str, Any] = {"processor": self._processor} if takes_processor else {}
-        with one_line(f"{self.path}: no tensor names for architecture {self._arch!r}", SAFETENSORS):
-            self._names = get_gguf_hf_weights_map(_Outline(model), **extra)
         stored: dict[str, list[Entry]] = {}
         placed: set[str] = set()
-        for gguf_name, name in self._names.items():
-            # Fused experts are one parameter, whose name has no ".weight"; a file has them as several tensors with it.
+        for gguf_name, name in self._layout.names(model).items():
             entry = self._header.tensors.get(gguf_name) or self._header.tensors.get(gguf_name + ".weight")
             if entry is not None:
                 stored.setdefault(name, []).append(entry)
@@ -180,22 +166,12 @@ class GgufFile:
                 raise ValueError(f"{entry.path} ends inside {entry.name}; {DOWNLOAD}")
         return data
 
-    def _process(self, entry: Entry, values: np.ndarray, made: dict[str, Tensor]) -> np.ndarray | None:
-        """Undoes what the converter to GGUF did to a tensor, by transformers' code for the architecture.
-
-        Returns None where that code put its result into ``made`` instead, as it does with experts.
-        """
-        result = self._processor.process(
-            weights=values, name=entry.name, tensor_key_mapping=self._names, parsed_parameters={"tensors": made}
-        )
-        return None if result.name is None else result.weights
-
     def _decode(self, entries: list[Entry]) -> Tensor:
         """The parameter in float32 that one tensor, or several parts of it, hold."""
         made: dict[str, Tensor] = {}
         for entry in entries:
             with one_line(f"{self.path}: {entry.name} of type {entry.kind} cannot be decoded", "use another GGUF type"):
-                processed = self._process(entry, self._float(entry), made)
+                processed = self._layout.process(entry.name, self._float(entry), made)
             if processed is not None:
                 return torch.from_numpy(np.ascontiguousarray(processed))
         (value,) = made.values()
@@ -204,26 +180,12 @@ class GgufFile:
     def _row_order(self, entry: Entry) -> Tensor | None:
         """The row of the file that each row of the parameter comes from; None if the codes cannot be kept.
 
-        A converter may have permuted rows (Llama's queries and keys), transposed a matrix (GPT-2) or changed its
-        values. What an architecture does is not looked up but observed: a matrix that holds its own row numbers, and
-        one that holds its column numbers, go through transformers' code for undoing it. Codes can be kept if rows only
-        changed places and columns stayed, because a group of codes with one scale lies along a row.
+        Codes can be kept if rows only changed places and columns stayed, because a group of codes with one scale lies
+        along a row. A matrix may have been transposed (GPT-2), or its values changed.
         """
         if entry.kind not in TYPES or len(entry.shape) != 2:
             return None
-        rows, columns = (np.arange(size, dtype=np.float32) for size in entry.shape)
-        row_numbers = np.broadcast_to(rows[:, None], entry.shape)
-        moved = self._process(entry, row_numbers, {})
-        if moved is row_numbers:
-            return torch.arange(entry.shape[0])
-        beside = self._process(entry, np.broadcast_to(columns, entry.shape), {})
-        if moved is None or beside is None or moved.shape != entry.shape or beside.shape != entry.shape:
-            return None
-        order = moved[:, 0]
-        whole_rows = np.array_equal(moved, np.broadcast_to(order[:, None], entry.shape))
-        if not whole_rows or not np.array_equal(np.sort(order), rows) or not (beside == columns).all():
-            return None
-        return torch.from_numpy(order.astype(np.int64))
+        return self._layout.row_order(entry.name, entry.shape)
 
     def _matrix(self, entry: Entry) -> CodedMatrix:
         """The codes and scales of a tensor of one of ``TYPES``, ``[rows, row]``."""
@@ -238,24 +200,6 @@ class GgufFile:
         if not bool((order[1:] < order[:-1]).any()):
             return value
         return value.gather(order) if isinstance(value, Int4Weight) else value[order]
-
-
-class _Outline:
-    """The two upper levels of a model, to be shown to ``get_gguf_hf_weights_map`` in its place.
-
-    That function descends into every submodule, in case the file was made from the base model, and makes the table of
-    all names anew in each. This takes seconds for a small model and minutes for a deep one. A base model is near the
-    top, so two levels are enough.
-    """
-
-    def __init__(self, module: torch.nn.Module, levels: int = 2) -> None:
-        self.config = getattr(module, "config", None)
-        self.state_dict = module.state_dict
-        self._children = dict(module.named_children()) if levels else {}
-        self._levels = levels
-
-    def named_children(self) -> list[tuple[str, _Outline]]:
-        return [(name, _Outline(child, self._levels - 1)) for name, child in self._children.items()]
 
 
 def _check_supported(path: Path, header: Header) -> None:

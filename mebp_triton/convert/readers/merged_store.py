@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ from mebp_triton.system import strict_json
 PIECE_ELEMENTS = 1 << 20  # decoding takes up to 24 bytes for each element of a piece
 
 
+class Delta(NamedTuple):
+    """What an adapter adds to a matrix: ``scaling * b @ a``, with a ``[r, in]`` and b ``[out, r]`` in float32."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
 class MergedStore:
     """The ``Source`` that a store and an adapter make together.
 
@@ -58,17 +66,17 @@ class MergedStore:
         self.decoded: dict[str, str] = {}
         self._lora = None if adapter is None else read_adapter_config(adapter)
         self._tensors = {} if adapter is None else read_adapter_tensors(adapter)
-        self._stops = [] if adapter is None else saved_stops(adapter)
+        self.stops = [] if adapter is None else saved_stops(adapter)
         if adapter is not None:
             self.description += f", merged with adapter {Path(adapter).resolve().name}"
-        self._sites: dict[str, Int4Site] = {}
+        self.sites: dict[str, Int4Site] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def bind(self, model: PreTrainedModel) -> None:
         sites, tied = int4_sites(model, self.store)
         check_matrices(self.store, sites, tied)
-        self._sites = {f"{site.name}.weight": site for site in sites}
-        check_complete(f"store {self.directory}", parameter_aliases(model), [*self._sites, *self.store.floats])
+        self.sites = {f"{site.name}.weight": site for site in sites}
+        check_complete(f"store {self.directory}", parameter_aliases(model), [*self.sites, *self.store.floats])
         self._shapes = tensor_shapes(model)
         for name in self.store.floats:
             if name in self._shapes:
@@ -78,18 +86,18 @@ class MergedStore:
             check_fit(adapter_shapes(self._lora, linear), self._tensors, str(self.adapter))
 
     def has(self, name: str) -> bool:
-        return name in self._sites or name in self.store.floats
+        return name in self.sites or name in self.store.floats
 
     def dtype(self, name: str) -> torch.dtype | None:
         """The dtype in which the store has a float tensor; None for a matrix."""
-        return None if name in self._sites else self.store.files[self.store.floats[name]].entries[name][0]
+        return None if name in self.sites else self.store.files[self.store.floats[name]].entries[name][0]
 
     def read(self, name: str) -> Tensor | Int4Weight:
         """One parameter: as it is stored, unless the adapter changes it."""
-        if name not in self._sites:
+        if name not in self.sites:
             return self.store.float_tensor(name)
-        site = self._sites[name]
-        if self._delta(site) is None:
+        site = self.sites[name]
+        if self.delta(site) is None:
             self._file(site)
             return self.store.weight(site.name)
         merged = torch.empty(site.out_features, site.in_features)
@@ -101,7 +109,7 @@ class MergedStore:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The rows of a parameter in order, some at a time; those of a matrix are in float32."""
-        site = self._sites.get(name)
+        site = self.sites.get(name)
         if site is None:
             yield self.store.float_tensor(name)
         elif site.transposed:
@@ -120,20 +128,20 @@ class MergedStore:
     def _write_companions(self, config: dict[str, Any], directory: Path) -> None:
         """Copies the store's companions; where the adapter's model stops, and its chat template, go before theirs."""
         write_companions(config, self.directory, directory)
-        if self._stops:
-            write_stops(directory, self.directory, self._stops)
+        if self.stops:
+            write_stops(directory, self.directory, self.stops)
         own = None if self.adapter is None else Path(self.adapter) / CHAT_TEMPLATE
         if own is not None and own.is_file():
             shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
             shutil.copyfile(own, directory / CHAT_TEMPLATE)
 
-    def _delta(self, site: Int4Site) -> tuple[Tensor, Tensor, float] | None:
-        """A, B (in float32) and the scaling for a matrix that the adapter changes; None for another."""
+    def delta(self, site: Int4Site) -> Delta | None:
+        """What the adapter adds to a matrix; None where that is nothing."""
         names = [f"{PREFIX}{site.name}.lora_{part}.weight" for part in "AB"]
         if self._lora is None or names[0] not in self._tensors:
             return None
         a, b = (self._tensors[name].float() for name in names)
-        return a, b, self._lora.scaling(site.name)
+        return Delta(a, b, self._lora.scaling(site.name))
 
     def _file(self, site: Int4Site) -> StoreFile:
         """The file that has the matrix, with its checksums compared."""
@@ -145,7 +153,7 @@ class MergedStore:
         """The merged matrix ``[out, in]`` in float32, some rows at a time."""
         file, weight = self._file(site), self.store.weight(site.name)
         step = max(1, self.piece_elements // site.in_features)
-        delta = self._delta(site)
+        delta = self.delta(site)
         for start in range(0, site.out_features, step):
             stop = min(start + step, site.out_features)
             rows = decode(weight.rows(start, stop), torch.float32)

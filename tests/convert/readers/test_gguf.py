@@ -190,7 +190,7 @@ def test_codes_and_scales_are_the_bytes_of_the_file(tmp_path):
 
 
 def test_codes_are_kept_only_where_rows_change_places(llama):
-    """The effect of an architecture's processor is observed, whatever it is."""
+    """What an architecture does to a matrix is observed, whatever it is."""
     source = bound(llama)
     name = "model.layers.0.mlp.down_proj.weight"
     plain = decode(source.read(name), torch.float32)
@@ -203,16 +203,11 @@ def test_codes_are_kept_only_where_rows_change_places(llama):
         "rows mixed": (lambda w: np.concatenate((w[:, :9], w[::-1, 9:]), axis=1), False),
     }
     for label, (change, kept) in changes.items():
-        source._processor.process = lambda weights, name, change=change, **_: Processed(change(weights), name)
+        source._layout.process = lambda name, values, made, change=change: change(values)
         value = source.read(name)
         assert isinstance(value, Int4Weight) == kept, label
         value = decode(value, torch.float32) if isinstance(value, Int4Weight) else value
         assert torch.equal(value, torch.from_numpy(change(plain.numpy()).copy())), label
-
-
-class Processed:
-    def __init__(self, weights, name):
-        self.weights, self.name = weights, name
 
 
 def test_companions_give_the_same_config_and_ids(llama, tmp_path):
