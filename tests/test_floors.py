@@ -32,20 +32,21 @@ FLOORS = {
         fused_operations load""",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.coded_matrix readers.gguf_header readers.gguf_parts
-        readers.gguf_keys readers.gguf_architectures readers.gguf_rope readers.gguf_tokenizer readers.gguf_blocks
-        readers.gguf readers.quantization readers.safetensors_dir readers.bitsandbytes readers.int4_dir
-        readers.packed_dir readers.gptq readers.awq readers.auto_round readers.mlx readers.compressed_tensors
-        readers.hqq readers.merged_store readers writers.store writers.model_directory calibration.source_weights
-        calibration.stream calibration.source_run calibration.source_loss calibration.layer_inputs
-        calibration.calibration recipe bit_budget quantize merge""",
+        readers.gguf_keys readers.gguf_architectures readers.gguf_layout readers.gguf_rope readers.gguf_tokenizer
+        readers.gguf_blocks readers.gguf readers.quantization readers.safetensors_dir readers.bitsandbytes
+        readers.int4_dir readers.packed_dir readers.gptq readers.awq readers.auto_round readers.mlx
+        readers.compressed_tensors readers.hqq readers.merged_store readers writers.store writers.model_directory
+        writers.gguf_file writers.gguf_adapter calibration.source_weights calibration.stream calibration.source_run
+        calibration.source_loss calibration.layer_inputs calibration.calibration recipe bit_budget quantize merge
+        export""",
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.tensor_lists optimizers.adamw
         optimizers.table evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes
         plan.inventory plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint
         interim trainer untrained finetune gradient_check""",
-    "cli": """console suggestions flags starting_adapter chat_template inference source_texts peft_baseline streaming
-        doctor.advice doctor.findings commands.quantize commands.verify commands.eval commands.generate commands.merge
-        planning commands.plan commands.tune stops training_texts training_run commands.train commands.doctor
-        commands.demo parser main __main__""",
+    "cli": """console suggestions flags starting_adapter chat_template inference source_texts peft_baseline
+        streaming doctor.advice doctor.findings commands.quantize commands.verify commands.eval commands.generate
+        commands.merge commands.export planning commands.plan commands.tune stops training_texts training_run
+        commands.train commands.doctor commands.demo parser main __main__""",
 }
 ORDER = [f"mebp_triton.{room}.{file}" for room, files in FLOORS.items() for file in files.split()]
 # What each folder may import besides the standard library and the rooms below.
@@ -62,7 +63,7 @@ COMES_WITH = {
     "huggingface_hub": "transformers",
     "pyarrow": "datasets",
 }
-ONLY_WITHIN_FUNCTIONS = {"gguf", "matplotlib", "peft", "accelerate", "bitsandbytes", "datasets", "pyarrow"}
+ONLY_WITHIN_FUNCTIONS = {"gguf", "libgguf", "matplotlib", "peft", "accelerate", "bitsandbytes", "datasets", "pyarrow"}
 
 
 def within(name, package):

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "measure loss, perplexity and token accuracy on a file",
     "generate": "continue a prompt",
     "merge": "turn a store and its adapter into a 16- or 32-bit model directory, or into a store again",
+    "export": "write an adapter, or a model with it, for llama.cpp, Ollama, vLLM or SGLang",
     "tune": "find the fastest kernel configurations for this device, or for one that is elsewhere",
     "verify": "check every byte of a store against its checksums",
     "doctor": "show what this machine has and what is missing",

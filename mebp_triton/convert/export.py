@@ -69,7 +69,8 @@ def export_gguf_adapter(
     if header is not None:
         for site in deltas:
             entry = header.tensors.get(names.get(site.name, ""))
-            if entry is None or entry.shape != (site.out_features, site.in_features):
+            sides = [side for side in (site.out_features, site.in_features) if side != 1]
+            if entry is None or [side for side in entry.shape if side != 1] != sides:
                 raise ValueError(f"{file} has no matrix for {site.name}: llama.cpp could not apply the adapter to it")
     return GgufExport(file, write_gguf_adapter(target, layout, names, deltas, kind))
 

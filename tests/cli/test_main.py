@@ -94,7 +94,8 @@ def test_a_way_out_is_a_flag_of_the_command(mebp, monkeypatch, command):
         raise MemoryError
 
     monkeypatch.setattr(f"mebp_triton.cli.commands.{command}.run", fail)
-    given = {"quantize": ["a", "b"], "merge": ["a", "b"], "tune": [], "doctor": [], "demo": []}.get(command, ["a"])
+    given = {"quantize": ["a", "b"], "merge": ["a", "b"], "export": ["a", "b", "--to=gguf-lora"]}
+    given = (given | {"tune": [], "doctor": [], "demo": []}).get(command, ["a"])
     given += ["--prompt=a"] if command == "generate" else ["--validation-file=a"] if command == "eval" else []
     code, out, err = mebp(command, *given)
     assert (code, out) == (1, "") and "out of memory: " in err

@@ -49,7 +49,9 @@ def write_gguf_adapter(
         name = names.get(site.name)
         if name is None:
             raise ValueError(f"llama.cpp has no matrix for {site.name} in architecture {layout.arch!r}: train without")
-        order = layout.row_order(name, (site.out_features, site.in_features), site.transposed)
+        shape = site.out_features, site.in_features
+        # A matrix of one row (a gate of experts) may be a vector in the file; its row has no other place to be.
+        order = torch.arange(1) if shape[0] == 1 else layout.row_order(name, shape, site.transposed)
         if order is None:
             raise ValueError(f"{site.name}: a GGUF file has {name} in a form in which no adapter fits: train without")
         placed = torch.empty_like(b)

@@ -88,17 +88,17 @@ def encode(values: np.ndarray, kind: str, name: str) -> np.ndarray:
     """
     from gguf import GGMLQuantizationType, quantize
 
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} is not finite")
     number = GGMLQuantizationType[kind]
     if kind.endswith("_K"):
         from libgguf import quantize_rows
 
         rounded = quantize_rows(values, int(number))
     else:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             rounded = quantize(values, number)
     data = np.ascontiguousarray(rounded).view(np.uint8).reshape(len(values), -1)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} is not finite")
     if not np.isfinite(decode(data, kind)).all():
         raise ValueError(f"{name} is too large for {kind}: choose {'BF16' if kind in GGUF_FLOATS else 'F32'}")
     return data
@@ -108,7 +108,8 @@ def decode(data: np.ndarray, kind: str) -> np.ndarray:
     """The float32 values ``[rows, columns]`` of what ``encode`` returned."""
     from gguf import GGMLQuantizationType, dequantize
 
-    return dequantize(data, GGMLQuantizationType[kind])
+    with np.errstate(invalid="ignore"):  # of what was too large
+        return dequantize(data, GGMLQuantizationType[kind])
 
 
 def write_gguf(

@@ -1,0 +1,58 @@
+"""GGUF's names of a model's tensors and the places of their rows, as llama.cpp's converter has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_config
+from transformers import PreTrainedModel
+
+from mebp_triton.convert.readers.gguf_architectures import ARCHITECTURES
+from mebp_triton.convert.readers.gguf_layout import GgufLayout, architecture_of
+from mebp_triton.models.skeleton import build_skeleton
+
+pytest.importorskip("gguf", reason="the gguf extra is not installed")
+
+
+def layout_of(kind: str, **changes: Any) -> tuple[GgufLayout, PreTrainedModel]:
+    model = build_skeleton(tiny_config(kind, **changes), torch.float32)
+    return GgufLayout(architecture_of(kind), model.config, "here"), model
+
+
+def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """What the converter does to Llama's queries and keys: halves of a head are interleaved."""
+    return rows.view(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llama", "llama"), ("mistral", "llama"), ("gemma3_text", "gemma3")])
+def test_names_of_relatives_too(kind: str, name: str) -> None:
+    layout, model = layout_of(kind)
+    assert layout.arch == name
+    names = layout.names(model)
+    assert names["blk.1.attn_q.weight"] == "model.layers.1.self_attn.q_proj.weight"
+    assert {"token_embd.weight", "output_norm.weight", "blk.2.ffn_down.weight"} <= names.keys()
+
+
+def test_rows_of_queries_and_keys_lie_as_the_converter_puts_them() -> None:
+    layout, _ = layout_of("llama")
+    for name, heads in (("attn_q", 4), ("attn_k", 2), ("attn_v", 0), ("ffn_up", 0)):
+        rows = 12 * heads or 80
+        order = layout.row_order(f"blk.0.{name}.weight", (rows, 48))
+        file = permuted(torch.arange(rows), heads) if heads else torch.arange(rows)
+        assert order is not None and torch.equal(file[order], torch.arange(rows)), name
+
+
+def test_a_transposed_matrix_has_an_order_for_those_who_know() -> None:
+    layout, _ = layout_of("gpt2")
+    name = "blk.0.attn_output.weight"
+    assert layout.row_order(name, (48, 48)) is None
+    assert torch.equal(layout.row_order(name, (48, 48), transposed=True), torch.arange(48))
+    assert layout.row_order("token_embd.weight", (97, 48), transposed=True) is None
+
+
+def test_each_architecture_is_found_by_its_model_type() -> None:
+    assert all(architecture_of(each.model_type) == name for name, each in ARCHITECTURES.items())
+    with pytest.raises(ValueError, match="names the tensors of a granite model is not known"):
+        architecture_of("granite")

@@ -1,0 +1,124 @@
+"""What is exported computes in the real llama.cpp what transformers + PEFT computes on the decoded weights."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from llama_cpp import Question, divergence, log_probabilities
+from models import decoded_model, randomize_adapter
+
+from mebp_triton.convert.export import export_gguf_adapter
+from mebp_triton.convert.quantize import quantize
+from mebp_triton.convert.readers.gguf_layout import GgufLayout
+from mebp_triton.layers.lora_config import LoraConfig
+from mebp_triton.models.adapter import save_adapter
+from mebp_triton.models.load import load
+from mebp_triton.system.errors import FileError
+
+pytest.importorskip("gguf", reason="the gguf extra is not installed")
+peft = pytest.importorskip("peft")
+
+from gguf_models import PROMPT, write_variant  # noqa: E402
+
+# Rows permuted, all scalings and ranks; transposed; rows of heads apart.
+LORA: dict[str, dict[str, Any]] = {
+    "llama": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3.0, "up_proj": 0.0}},
+    "gpt2": {},
+    "bloom": {},
+}
+
+
+class Made(NamedTuple):
+    """A base model, its store and an adapter, and what transformers computes with PEFT and without."""
+
+    base: Path
+    store: Path
+    adapter: Path
+    plain: np.ndarray
+    wanted: np.ndarray
+
+
+def adapted(store: Path, directory: Path, **lora: Any) -> Path:
+    model = load(store, LoraConfig(r=4, lora_alpha=6, **lora))
+    randomize_adapter(model, 0, 0.15)
+    save_adapter(model, directory)
+    return directory
+
+
+@torch.no_grad()
+def answers(model: Any, ids: list[int]) -> np.ndarray:
+    return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1).numpy()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Made]]:
+    gc.freeze()  # a tokenizer that is converted collects garbage, which takes long with all libraries loaded
+    models = {}
+    for arch, lora in LORA.items():
+        place = tmp_path_factory.mktemp(arch)
+        base = write_variant(place / "base.gguf", arch, "plain")
+        quantize(base, place / "store", bits=8, scale_search=False)
+        adapter = adapted(place / "store", place / "adapter", **lora)
+        model = decoded_model(place / "store")
+        plain = answers(model, PROMPT)
+        wanted = answers(peft.PeftModel.from_pretrained(model, adapter), PROMPT)
+        models[arch] = Made(base, place / "store", adapter, plain, wanted)
+    yield models
+    gc.unfreeze()
+
+
+def test_llama_cpp_applies_the_adapter_as_peft_does(made: dict[str, Made], tmp_path: Path) -> None:
+    questions = []
+    for arch, model in made.items():
+        target = tmp_path / f"{arch}.gguf"
+        assert export_gguf_adapter(model.store, target, model.adapter).base == model.base
+        questions.append(Question(model.base, PROMPT, (target,)))
+    with pytest.MonkeyPatch.context() as patch:  # the control: rows in the order of transformers
+        patch.setattr(GgufLayout, "row_order", lambda self, name, shape, transposed: torch.arange(shape[0]))
+        for arch in ("llama", "bloom"):
+            export_gguf_adapter(made[arch].store, tmp_path / f"{arch}-plain.gguf", made[arch].adapter)
+            questions.append(Question(made[arch].base, PROMPT, (tmp_path / f"{arch}-plain.gguf",)))
+    found = log_probabilities(*questions)
+    for model, got in zip(made.values(), found, strict=False):
+        assert divergence(model.plain, model.wanted) > 0.02, "the adapter does nothing"
+        assert divergence(model.wanted, got) < 1e-3, model.base
+    for arch, got in zip(("llama", "bloom"), found[len(made) :], strict=True):
+        assert divergence(made[arch].wanted, got) > 1e-2, f"the order of {arch}'s rows does not matter"
+
+
+def test_names_come_from_the_config_where_no_file_is_at_hand(made: dict[str, Made], tmp_path: Path) -> None:
+    model = made["llama"]
+    by_file, moved = tmp_path / "a.gguf", model.base.with_name("moved.gguf")
+    export_gguf_adapter(model.store, by_file, model.adapter)
+    model.base.rename(moved)
+    try:
+        assert export_gguf_adapter(model.store, tmp_path / "b.gguf", model.adapter).base is None
+        assert export_gguf_adapter(model.store, tmp_path / "c.gguf", model.adapter, base=moved).base == moved
+    finally:
+        moved.rename(model.base)
+    assert by_file.read_bytes() == (tmp_path / "b.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
+
+
+def test_what_does_not_fit_is_refused(made: dict[str, Made], shared_store: Any, tmp_path: Path) -> None:
+    llama, target = made["llama"], tmp_path / "a.gguf"
+    with pytest.raises(ValueError, match="base.gguf is of architecture 'gpt2', and the store is a llama: give its"):
+        export_gguf_adapter(llama.store, target, llama.adapter, base=made["gpt2"].base)
+    narrow = write_variant(tmp_path / "narrow.gguf", "llama", "no key heads")
+    with pytest.raises(ValueError, match=r"narrow.gguf has no matrix for model.layers.0.self_attn.k_proj: llama.cpp"):
+        export_gguf_adapter(llama.store, target, llama.adapter, base=narrow)
+    with pytest.raises(ValueError, match="type must be one of F32, BF16, F16 for an adapter, got 'Q8_0'"):
+        export_gguf_adapter(llama.store, target, llama.adapter, "Q8_0")
+    granite = shared_store("granite")
+    with pytest.raises(ValueError, match="of a granite model is not known"):
+        export_gguf_adapter(granite, target, adapted(granite, tmp_path / "adapter"))
+    with pytest.raises(FileError, match="names no file in an existing directory"):
+        export_gguf_adapter(llama.store, tmp_path / "none" / "a.gguf", llama.adapter)
+    with pytest.raises(FileError, match="exists already"):
+        export_gguf_adapter(llama.store, tmp_path, llama.adapter)
+    assert not target.exists()
