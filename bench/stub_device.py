@@ -19,7 +19,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from mebp_triton.kernels.launch import forget_launches
-from mebp_triton.kernels.tables import architecture_of
+from mebp_triton.kernels.tables import device_architecture
 
 
 class StubDriver:
@@ -89,7 +89,7 @@ class StubDevice(AbstractContextManager["StubDevice"]):
 
     def _forget(self) -> None:
         """Makes the kernels' own code look again at what the driver is."""
-        architecture_of.cache_clear()
+        device_architecture.cache_clear()
         forget_launches()
 
     def compiled(self, function: JITFunction, key: str) -> Any:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MIN_DOT, Problem, TileConfig, default_config
-from .launch import FLOAT_DTYPES, runs_compiled, scheme_arguments, stride_of
+from .launch import FLOAT_DTYPES, is_traced, runs_compiled, scheme_arguments, stride_of
 from .layout import Int4Weight
 from .weight_tiles import load_planes, plane_columns
 
@@ -131,6 +131,8 @@ def embedding_arguments(ids: Tensor | None, weight: Int4Weight, rows: Tensor, co
 
 
 def _launch(ids: Tensor | None, weight: Int4Weight, rows: Tensor, config: TileConfig) -> None:
+    if is_traced(rows):
+        return
     grid = (triton.cdiv(rows.shape[0], config.block_m) * triton.cdiv(weight.in_features, config.block_k),)
     with torch.cuda.device_of(rows):
         _embedding_kernel[grid](

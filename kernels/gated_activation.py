@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FLOAT_DTYPES, WEIGHTLESS, has_data
+from .launch import FLOAT_DTYPES, WEIGHTLESS
 from .reference import Activation
 
 BLOCK = 1024
@@ -161,7 +161,7 @@ def gated_activation_triton(gate: Tensor, up: Tensor, kind: Activation = "silu")
         ``[..., N]`` in gate's dtype, contiguous.
     """
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if has_data(y):
+    if y.numel():
         (gates, ups), m, n = _rows(gate, up)
         operands = {"gate_ptr": gates, "up_ptr": ups, "y_ptr": y, "N": n}
         _launch(_gated_activation_kernel, kind, m, operands, stride_gm=gates, stride_um=ups)
@@ -181,7 +181,7 @@ def gated_activation_backward_triton(
     """
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if has_data(dgate):
+    if dgate.numel():
         (gates, ups, dys), m, n = _rows(gate, up, dy)
         operands = {"gate_ptr": gates, "up_ptr": ups, "dy_ptr": dys, "dgate_ptr": dgate, "dup_ptr": dup}
         operands |= {"N": n, "stride_dm": n}

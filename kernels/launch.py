@@ -75,9 +75,9 @@ def scheme_arguments(weight: Int4Weight) -> dict[str, Any]:
     }
 
 
-def has_data(out: Tensor) -> bool:
-    """Whether there is anything to launch for an output: not if it is empty, nor in a trace without data."""
-    return out.numel() > 0 and not isinstance(out, FakeTensor)
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a trace without data, which nothing is launched on."""
+    return isinstance(tensor, FakeTensor)
 
 
 def in_words(weights: Sequence[Int4Weight]) -> bool:
@@ -164,10 +164,13 @@ class Launches:
                 the number of tokens or what follows from it.
             new: all arguments, and the options of the launch.
         """
+        first = _first(operands)
+        if is_traced(first):
+            return
         # Whatever stands for a launch, such as the emulator or the interpreter, is never passed over.
         key = (type(kernel).run, id(kernel), key, *map(_signature, operands.values()))
         known = self.known.get(key)
-        with _on_device_of(operands):
+        with _on_device_of(first):
             if known is None:
                 self._launch_new(kernel, grid, key, operands, *new())
                 return
@@ -247,12 +250,14 @@ def _signature(operand: Any) -> Any:
     return None if operand is None else tuple(map(_signature, operand))
 
 
-def _on_device_of(operands: dict[str, Any]) -> AbstractContextManager[Any]:
-    """While active, the operands' device is the current one, on which Triton launches."""
-    if _is_single_device():
-        return ANYWHERE
+def _first(operands: dict[str, Any]) -> Tensor:
     first = next(iter(operands.values()))
-    return torch.cuda.device_of(first[0] if isinstance(first, tuple) else first)
+    return first[0] if isinstance(first, tuple) else first  # type: ignore[no-any-return]
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """While active, the tensor's device is the current one, on which Triton launches."""
+    return ANYWHERE if _is_single_device() else torch.cuda.device_of(tensor)
 
 
 ANYWHERE: AbstractContextManager[None] = nullcontext()  # may be entered any number of times

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MIN_DOT, MOST_MEMBERS, power_of_two_at_least
-from .launch import WEIGHTLESS, check_operand, has_data, of_members
+from .launch import WEIGHTLESS, check_operand, of_members
 from .weight_tiles import select
 
 BLOCK_M = 64
@@ -136,7 +136,7 @@ def lora_gradients_triton(lefts: Sequence[Tensor], rights: Sequence[Tensor], out
         if not alike or right.dtype != left.dtype or right.stride() != rights[0].stride():
             raise ValueError(f"members differ in a dtype or stride: {left.dtype}, {right.dtype}, {right.stride()}")
     blocks = sum(-(-out.shape[0] // BLOCK_N) for out in outs)
-    if blocks and has_data(outs[0]):
+    if blocks and outs[0].numel():
 
         def new() -> tuple[dict[str, Any], dict[str, Any]]:
             options = {"num_warps": 4, "num_stages": 4, "enable_fp_fusion": False}

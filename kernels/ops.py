@@ -46,11 +46,22 @@ def take_weight(given: Sequence[Any]) -> tuple[Int4Weight, Sequence[Any]]:
     return Int4Weight(*given[:FIELDS]), given[FIELDS:]
 
 
-@custom_op(
-    "mebp_triton::int4_matmul",
-    mutates_args=(),
-    schema=f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? t, Tensor? b, str backend) -> Tensor",
-)
+# What runs in an op's place where a trace must see what it allocates, by the op.
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+
+
+def _op(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function as an op of this name, which mutates none of its arguments."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        op = custom_op(f"mebp_triton::{name}", function, mutates_args=(), schema=schema)
+        IMPLEMENTATIONS[getattr(torch.ops.mebp_triton, name).default] = function
+        return op
+
+    return register
+
+
+@_op("int4_matmul", f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? t, Tensor? b, str backend) -> Tensor")
 def matmul_op(x: Tensor, *given: Any) -> Tensor:
     weight, rest = take_weight(given)
     return _run_matmul(x, weight, *rest)
@@ -72,11 +83,7 @@ def _run_matmul(
     return routed("matmul", x, [weight], launch)
 
 
-@custom_op(
-    "mebp_triton::int4_matmul_dx",
-    mutates_args=(),
-    schema=f"(Tensor dy, {WEIGHT}, Tensor? g, Tensor? a, str backend) -> Tensor",
-)
+@_op("int4_matmul_dx", f"(Tensor dy, {WEIGHT}, Tensor? g, Tensor? a, str backend) -> Tensor")
 def matmul_dx_op(dy: Tensor, *given: Any) -> Tensor:
     weight, rest = take_weight(given)
     return _run_matmul_dx(dy, weight, *rest)
@@ -96,11 +103,7 @@ def _run_matmul_dx(dy: Tensor, weight: Int4Weight, g: Tensor | None, a: Tensor |
     return routed("matmul_dx", dy, [weight], launch)
 
 
-@custom_op(
-    "mebp_triton::int4_embedding",
-    mutates_args=(),
-    schema=f"(Tensor ids, {WEIGHT}, ScalarType dtype, str backend) -> Tensor",
-)
+@_op("int4_embedding", f"(Tensor ids, {WEIGHT}, ScalarType dtype, str backend) -> Tensor")
 def embedding_op(ids: Tensor, *given: Any) -> Tensor:
     weight, (dtype, backend) = take_weight(given)
     if resolve_backend(backend, weight.device, dtype) == "triton":
@@ -110,10 +113,9 @@ def embedding_op(ids: Tensor, *given: Any) -> Tensor:
     return int4_embedding_panel(ids, weight, dtype)
 
 
-@custom_op(
-    "mebp_triton::int4_cross_entropy",
-    mutates_args=(),
-    schema=f"(Tensor hidden, {WEIGHT}, Tensor targets, Tensor? bias, SymInt ignore_index, float[] factors, "
+@_op(
+    "int4_cross_entropy",
+    f"(Tensor hidden, {WEIGHT}, Tensor targets, Tensor? bias, SymInt ignore_index, float[] factors, "
     "str backend, bool need_grad) -> (Tensor, Tensor, Tensor)",
 )
 def cross_entropy_op(hidden: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:

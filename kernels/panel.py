@@ -33,11 +33,12 @@ class Workspace:
 
     Attributes:
         cpu_elements, gpu_elements: elements of one panel on a CPU, and on any other device.
+        keep: whether buffers on a CPU are kept.
         buffers: the buffers so far, by name and dtype, as large as the largest panel that was asked for.
     """
 
-    def __init__(self, cpu_elements: int = CPU_ELEMENTS, gpu_elements: int = PANEL.elements) -> None:
-        self.cpu_elements, self.gpu_elements = cpu_elements, gpu_elements
+    def __init__(self, cpu_elements: int = CPU_ELEMENTS, gpu_elements: int = PANEL.elements, keep: bool = True) -> None:
+        self.cpu_elements, self.gpu_elements, self.keep = cpu_elements, gpu_elements, keep
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def elements(self, device: torch.device) -> int:
@@ -45,7 +46,7 @@ class Workspace:
 
     def buffer(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised memory ``[size]``: on a CPU the buffer of that name, elsewhere a tensor of its own."""
-        if device.type != "cpu" or size > self.elements(device):
+        if device.type != "cpu" or not self.keep or size > self.elements(device):
             return torch.empty(size, dtype=dtype, device=device)
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:

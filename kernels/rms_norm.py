@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import power_of_two_at_least
-from .launch import FLOAT_DTYPES, WEIGHTLESS, has_data
+from .launch import FLOAT_DTYPES, WEIGHTLESS
 from .reference import NormStyle
 
 # A row is one tile: it is read once and stays in registers.
@@ -203,7 +203,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "t
     """
     rows, order = _rows(x)
     y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    if has_data(y):
+    if y.numel():
         operands = {"x_ptr": rows, "weight_ptr": weight.contiguous(), "y_ptr": y}
         _launch(_rms_norm_kernel, operands, x.shape[-1], eps, style, lambda: {"ROUND": style == "twice"})
     return _like(y, x, order)
@@ -224,7 +224,7 @@ def rms_norm_dx_triton(dy: Tensor, x: Tensor, weight: Tensor, eps: float, style:
         dy_rows = dy_rows.reshape(-1, dy.shape[-1])
         dy_rows = dy_rows if dy_rows.stride(1) == 1 else dy_rows.contiguous()
     dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    if has_data(dx):
+    if dx.numel():
         operands = {"x_ptr": rows, "weight_ptr": weight.contiguous(), "dy_ptr": dy_rows, "dx_ptr": dx}
         others = functools.partial(dict, stride_dym=_row_stride(dy_rows))
         _launch(_rms_norm_dx_kernel, operands, x.shape[-1], eps, style, others)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import power_of_two_at_least
-from .launch import FLOAT_DTYPES, WEIGHTLESS, has_data
+from .launch import FLOAT_DTYPES, WEIGHTLESS
 
 # Elements of a program's tile, for each of the two halves that are rotated together.
 TILE = 1024
@@ -173,7 +173,7 @@ def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool = 
     (batch, heads, tokens, columns), heads_k = q.shape, k.shape[1]
     q_out = torch.empty((batch, tokens, heads, columns), dtype=q.dtype, device=q.device)
     k_out = torch.empty((batch, tokens, heads_k, columns), dtype=k.dtype, device=k.device)
-    if has_data(q_out) or has_data(k_out):
+    if q_out.numel() or k_out.numel():
         half, shared = cos.shape[-1] // 2, cos.shape[0] == 1
         block_d = power_of_two_at_least(half, most=1 << 30)
         block_h = power_of_two_at_least(max(heads, heads_k), least=1, most=max(TILE // block_d, 1))

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import is_traced
+
 if TYPE_CHECKING:
     from .running_softmax import RunningSoftmax
 
@@ -84,6 +86,8 @@ def update_softmax(softmax: RunningSoftmax, z: Tensor, slope: Tensor | None, sta
     """Does what ``RunningSoftmax.update`` does, for z ``[rows, V]`` in any float dtype and a softmax in float32."""
     rows, tile = z.shape
     shrink = torch.empty((rows, 1), dtype=torch.float32, device=z.device)
+    if is_traced(z):
+        return z, shrink
     with torch.cuda.device_of(z):
         _softmax_tile_kernel[(rows,)](
             z,

@@ -17,8 +17,10 @@ import json
 import math
 import os
 import stat
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -258,8 +260,35 @@ def load_tables(architecture: str) -> Table:
     return shipped | read_table(user_table_path(architecture), architecture)
 
 
-@cache
+class _ThreadState(threading.local):
+    traced = ""  # the architecture for which this thread traces
+
+
+_thread = _ThreadState()
+
+
+@contextmanager
+def traced_for(architecture: str) -> Iterator[None]:
+    """While active, CPU tensors of this thread, which have no data, stand for those of a device of this architecture.
+
+    This is how the planner counts what the launches of a run allocate: by the routes that the run will take.
+    """
+    before, _thread.traced = _thread.traced, architecture
+    try:
+        yield
+    finally:
+        _thread.traced = before
+
+
 def architecture_of(device: torch.device) -> str:
+    """The architecture that a device's tensors have or stand for: see ``device_architecture`` and ``traced_for``."""
+    if device.type == "cpu" and not torch.compiler.is_compiling() and _thread.traced:
+        return _thread.traced
+    return device_architecture(device)
+
+
+@cache
+def device_architecture(device: torch.device) -> str:
     """The compute capability of a CUDA device, such as "sm_87"; the architecture's name on ROCm; "" elsewhere.
 
     If Triton's driver has been replaced by one that takes CPU tensors, the CPU has the capability that it names.

@@ -10,8 +10,8 @@ from sources import ROOT, SOURCES, TREES, check, imports, module_name
 # The rooms from the ground up, and the files of each from the ground up. A file may import what stands before it here:
 # files of lower rooms, and earlier files of its own. docs/architecture.md says what each room knows.
 FLOORS = {
-    "kernels": """names layout decode_bytes decode weight_tiles running_softmax reference configs softmax_tile
-        bitsandbytes accuracy launch split group_fit scales compensation quantize rounding tables matmul matmul_dx
+    "kernels": """names layout decode_bytes decode weight_tiles running_softmax reference configs bitsandbytes
+        accuracy launch softmax_tile split group_fit scales compensation quantize rounding tables matmul matmul_dx
         embedding rms_norm rope gated_activation panel cross_entropy routing lora_gradients token_products ops
         functions""",
     "autotune": """emulator.faults emulator.floats emulator.bit_operations emulator.parser emulator.number_types

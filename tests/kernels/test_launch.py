@@ -7,10 +7,12 @@ import torch
 from sources import TREES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mebp_triton.kernels import split
-from mebp_triton.kernels.launch import can_group, check_operand, has_data, in_words, runs_compiled, weight_arguments
+from mebp_triton.kernels import embedding, matmul_dx, softmax_tile, split
+from mebp_triton.kernels.configs import TileConfig
+from mebp_triton.kernels.launch import can_group, check_operand, in_words, is_traced, runs_compiled, weight_arguments
 from mebp_triton.kernels.layout import Int4Weight
-from mebp_triton.kernels.matmul import int4_matmul_group_triton
+from mebp_triton.kernels.matmul import int4_matmul_group_triton, int4_matmul_triton
+from mebp_triton.kernels.running_softmax import RunningSoftmax
 
 
 def meta_weight(n, scheme):
@@ -116,7 +118,14 @@ def test_assembly_is_for_what_is_compiled_for_nvidia(monkeypatch):
     assert not runs_compiled(split._sum_parts_kernel)
 
 
-def test_nothing_is_launched_for_what_has_no_data():
-    assert has_data(torch.empty(3)) and not has_data(torch.empty(0, 3))
+def test_nothing_is_launched_in_a_trace_without_data():
+    """What a launch would write, and what it needs meanwhile, is allocated all the same."""
+    assert not is_traced(torch.empty(3))
     with FakeTensorMode():
-        assert not has_data(torch.empty(3))
+        assert is_traced(torch.empty(3))
+        weight = Int4Weight(torch.empty(70, 64, dtype=torch.uint8), torch.empty(2, 70, dtype=torch.float16), 128, 64)
+        assert int4_matmul_triton(torch.empty(33, 128), weight, config=TileConfig(16, 32, 64, split=2)).is_cpu
+        assert matmul_dx.int4_matmul_dx_triton(torch.empty(33, 70), weight).shape == (33, 128)
+        assert embedding.int4_embedding_triton(torch.zeros(5, dtype=torch.int64), weight, torch.float16).shape[1] == 128
+        softmax = RunningSoftmax(torch.zeros(5, dtype=torch.int64), torch.float32, 1.0)
+        assert softmax_tile.update_softmax(softmax, torch.empty(5, 70), None, 0)[1].shape == (5, 1)

@@ -16,6 +16,7 @@ from mebp_triton.kernels.tables import (
     bucket,
     bucket_m,
     bucket_size,
+    device_architecture,
     parse_table,
     read_table,
     table_to_json,
@@ -211,7 +212,7 @@ def test_the_device_is_known_by_its_capability(monkeypatch):
     assert architecture_of(torch.device("cpu")) == ""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 7))
     monkeypatch.setattr(torch.version, "hip", None)
-    assert architecture_of.__wrapped__(torch.device("cuda", 0)) == "sm_87"
+    assert device_architecture.__wrapped__(torch.device("cuda", 0)) == "sm_87"
 
 
 def test_a_compiler_does_not_look_for_drivers():

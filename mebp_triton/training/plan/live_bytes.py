@@ -1,14 +1,14 @@
 """Counts the live bytes of a computation by running it without data: shapes go through it, memory does not.
 
 The code that is traced is the code that trains, so nothing here repeats what it allocates. Tensors are torch's fake
-ones, on the CPU, so that the same kernels are chosen. The int4 operations are opaque to torch. Their plain-torch panels
-run in their place, with buffers that are counted like everything else.
+ones, on the CPU, so that the same kernels are chosen. The int4 operations are opaque to torch. What they do runs in
+their place, with buffers that are counted like everything else, and launches nothing.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,45 +18,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mebp_triton.kernels.cross_entropy import int4_cross_entropy_panel
-from mebp_triton.kernels.ops import take_weight
-from mebp_triton.kernels.panel import (
-    Workspace,
-    int4_embedding_panel,
-    int4_matmul_dx_panel,
-    int4_matmul_panel,
-    use_workspace,
-)
-
-OPS = torch.ops.mebp_triton
-
-
-def _matmul(x: Tensor, *given: Any) -> Tensor:
-    weight, (bias, t, b, _) = take_weight(given)
-    return int4_matmul_panel(x, weight, bias, t, b)
-
-
-def _matmul_dx(dy: Tensor, *given: Any) -> Tensor:
-    weight, (g, a, _) = take_weight(given)
-    return int4_matmul_dx_panel(dy, weight, g, a)
-
-
-def _embedding(ids: Tensor, *given: Any) -> Tensor:
-    weight, (dtype, _) = take_weight(given)
-    return int4_embedding_panel(ids, weight, dtype)
-
-
-def _cross_entropy(hidden: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    weight, (targets, bias, ignore_index, factors, _, need_grad) = take_weight(given)
-    return int4_cross_entropy_panel(hidden, weight, targets, bias, ignore_index, factors, need_grad)
-
-
-TWINS: dict[Any, Callable[..., Any]] = {
-    OPS.int4_matmul.default: _matmul,
-    OPS.int4_matmul_dx.default: _matmul_dx,
-    OPS.int4_embedding.default: _embedding,
-    OPS.int4_cross_entropy.default: _cross_entropy,
-}
+from mebp_triton.kernels.configs import PANEL
+from mebp_triton.kernels.ops import IMPLEMENTATIONS
+from mebp_triton.kernels.panel import Workspace, use_workspace
+from mebp_triton.kernels.routing import has_triton, resolve_backend
+from mebp_triton.kernels.tables import architecture_of, traced_for
 
 
 class LiveBytes(TorchDispatchMode):
@@ -67,12 +33,15 @@ class LiveBytes(TorchDispatchMode):
         peak: the highest ``live`` since the last ``restart``.
         fake: torch's mode that makes the tensors. Tensors of two modes cannot meet in one operation.
         workspace: the panels' buffers, which are counted too and kept.
+
+    Args:
+        architecture: of the device whose kernels are traced, by its tables; "" for panels in plain torch.
     """
 
-    def __init__(self, workspace: Workspace | None = None) -> None:
+    def __init__(self, workspace: Workspace | None = None, architecture: str = "") -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.workspace = workspace or Workspace()
+        self.workspace, self.architecture = workspace or Workspace(), architecture
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._seen: set[int] = set()
         self._transient: dict[Any, int] = {}
@@ -83,13 +52,13 @@ class LiveBytes(TorchDispatchMode):
         return peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in TWINS:
-            return self._by_twin(func, args)
+        if func in IMPLEMENTATIONS:
+            return self._by_implementation(func, args)
         output = _run(func, args, kwargs or {})
         self._count(output)
         return output
 
-    def _by_twin(self, func: Any, args: tuple[Any, ...]) -> Any:
+    def _by_implementation(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Returns the op's output. What its panels need on top is traced once for arguments of the same shapes."""
         key = (func, *(_signature(arg) for arg in args))
         if key in self._transient:
@@ -99,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
             return output
         before = self.restart()
         with self:
-            output = TWINS[func](*args)
+            output = IMPLEMENTATIONS[func](*args)
         self._transient[key] = self.peak - self.live
         self.peak = max(self.peak, before)
         return output
@@ -137,8 +106,28 @@ def _signature(arg: Any) -> Any:
     return tuple(arg) if isinstance(arg, list) else arg
 
 
+def counter_of(device: str, dtype: torch.dtype, backend: str) -> tuple[LiveBytes, str]:
+    """A counter for runs on a device, and the backend of what is traced there, "triton" or "panel".
+
+    Launches take the routes of the device's tables. A device that is not here is taken for one that runs kernels, and
+    has no tables.
+
+    Args:
+        device, dtype, backend: as in the run's settings.
+    """
+    if device == "cpu":
+        return LiveBytes(), "panel"
+    memory = Workspace(PANEL.elements, keep=False)  # a device makes its panels anew
+    if not torch.cuda.is_available():
+        by_kernels = backend != "panel" and has_triton()
+        return LiveBytes(memory, "unknown" if by_kernels else ""), "triton" if by_kernels else "panel"
+    here = torch.device(device)
+    resolved = resolve_backend(backend, here, dtype)
+    return LiveBytes(memory, architecture_of(here) if resolved == "triton" else ""), resolved
+
+
 @contextmanager
 def traced(live: LiveBytes) -> Iterator[None]:
     """While active, tensors are fake and counted in ``live``. A real tensor that is used becomes a fake one."""
-    with use_workspace(live.workspace), live.fake, live:
+    with use_workspace(live.workspace), traced_for(live.architecture), live.fake, live:
         yield

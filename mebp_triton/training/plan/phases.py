@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from mebp_triton.blocks.selection import selected_count
 from mebp_triton.layers.int4_module import GATHERED, Int4Module
 from mebp_triton.store.manifest import SHARED, block_file
@@ -42,6 +44,9 @@ FIRST_STEPS = 34 << 20
 # developers give 300 to 400 MB for a process whose kernels are loaded when they are used (pytorch issues 107667 and
 # 109888). It is not measured on a Jetson.
 CUDA_CONTEXT = 400 << 20
+# What PyTorch gives the library of products in each thread that uses it: 8,519,680 bytes, and 32 MiB from sm_90 on, as
+# NVIDIA recommends. The forward and the backward pass have a thread each.
+PRODUCT_WORKSPACE, LARGE_PRODUCT_WORKSPACE = 8_519_680, 32 << 20
 # Without ``return_freed_memory`` glibc keeps freed memory in its heap, where small tensors that live on (gradients)
 # lie among large ones that went: the more blocks, the more gaps. Measured as a part of what activations take: 0.4 to
 # 1.3 for models of 6 to 8 blocks, 0.95 for Qwen2.5-0.5B (24), 1.7 to 2.3 for SmolLM2-135M (30), 2.0 for Qwen2.5-3B
@@ -255,6 +260,12 @@ def _add_allocator(phases: dict[str, dict[str, int]], sizes: Sizes, step: Traced
     scattered = int(share * (max(step.forward, step.backward, step.loss) - step.rest))
     for name, components in phases.items():
         components["allocator"] = max(anonymous.values()) - anonymous[name] + scattered
+
+
+def product_workspaces(device: torch.device) -> int:
+    """What the library of products takes of a device's memory; of one that is not here, as on the newest ones."""
+    older = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (9, 0)
+    return 2 * (PRODUCT_WORKSPACE if older else LARGE_PRODUCT_WORKSPACE)
 
 
 def phases_beside(sizes: Sizes, settings: RunSettings, framework: int) -> tuple[Phase, ...]:

@@ -28,7 +28,7 @@ from mebp_triton.training.run_settings import RunSettings, resolve
 from mebp_triton.training.settings import TRACED_BY, TrainConfig
 
 from .inventory import Inventory
-from .phases import CUDA_CONTEXT, Phase, Sizes, joined, phases_beside, phases_here
+from .phases import CUDA_CONTEXT, Phase, Sizes, joined, phases_beside, phases_here, product_workspaces
 from .traced_model import Traced, TracedModel
 
 RESIDENCIES_OF = ("optimizer_state", "checkpoints", "weights")
@@ -130,7 +130,8 @@ class Planner:
             return Plan(settings, host, (), False, sizes.files)
         device = torch.device(settings.device)
         shared = machine.is_unified(device)
-        here = phases_here(sizes, step, settings, "cuda", CUDA_CONTEXT if shared else 0)
+        taken = product_workspaces(device) + (CUDA_CONTEXT if shared else 0)
+        here = phases_here(sizes, step, settings, "cuda", taken)
         beside = phases_beside(sizes, settings, self.framework)
         return Plan(settings, beside, here, shared, sizes.files)
 

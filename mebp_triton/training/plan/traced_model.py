@@ -20,10 +20,7 @@ from mebp_triton.blocks.mlp_chunks import chunk_mlp
 from mebp_triton.blocks.options import Granularity
 from mebp_triton.blocks.row_chunks import RowPlaces
 from mebp_triton.blocks.runner import find_blocks
-from mebp_triton.kernels.configs import PANEL
 from mebp_triton.kernels.cross_entropy import VOCABULARY_TILE
-from mebp_triton.kernels.panel import CPU_ELEMENTS, Workspace
-from mebp_triton.kernels.routing import has_triton, resolve_backend
 from mebp_triton.kernels.tables import DTYPES as COMPUTE_DTYPES
 from mebp_triton.layers.int4_module import Int4Module, Int4Table
 from mebp_triton.layers.lora_config import LoraConfig
@@ -41,7 +38,7 @@ from mebp_triton.training.optimizers.table import OPTIMIZERS
 from mebp_triton.training.run_settings import RunSettings
 
 from .inventory import Inventory, ShapesOnly
-from .live_bytes import LiveBytes, traced
+from .live_bytes import counter_of, traced
 
 MOST_JOINED = 8  # micro-batches that are traced together; a trace takes some tenths of a second for each
 
@@ -143,18 +140,17 @@ class TracedModel:
         inventory = inventory.part({block_file(index) for index in range(self.depth, len(stack))})
         del stack[self.depth :]
         self.stack, self.path = stack, path
-        # Where a device's kernels would run, panels of the device's size stand for them.
-        self.live = LiveBytes(Workspace(CPU_ELEMENTS if settings.device == "cpu" else PANEL.elements))
+        self.live, backend = counter_of(settings.device, self.dtype, settings.backend)
         self.results: dict[Any, Traced] = {}
         store: Any = ShapesOnly(inventory, "the model")
-        numerics = Numerics(torch.device("cpu"), self.dtype, backend="panel")
+        numerics = Numerics(torch.device("cpu"), self.dtype, backend=backend)
         with warnings.catch_warnings():  # as above
             warnings.simplefilter("ignore")
             builder = Builder(store, self.model, lora, numerics, settings.seed)
         with traced(self.live):
             builder.fill(lambda modules: self._place_tables(store, modules))
         self.loss = builder.finish(config)
-        if _runs_kernels(settings.device, self.dtype):
+        if backend == "triton":
             from mebp_triton.models.fused_operations import install_fused_operations  # which needs the package triton
 
             install_fused_operations(stack, "cpu", self.dtype, FakeTensor)
@@ -303,13 +299,6 @@ class TracedModel:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(selected=None if self.settings.selection_mode == "full" else frozenset())
         return self.live.restart() - before
-
-
-def _runs_kernels(device: str, dtype: torch.dtype) -> bool:
-    """Whether a run on ``device`` computes by kernels. A device that is not here is taken for one that can."""
-    if device == "cpu" or not has_triton():
-        return False
-    return not torch.cuda.is_available() or resolve_backend("auto", torch.device(device), dtype) == "triton"
 
 
 def _extended(half: Traced, whole: Traced, joined: int) -> Traced:

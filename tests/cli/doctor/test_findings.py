@@ -75,9 +75,9 @@ def jetson(tmp_path, monkeypatch):
     properties = SimpleNamespace(name="Orin", total_memory=7800000 * 1024, is_integrated=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 7))
-    tables.architecture_of.cache_clear()
+    tables.device_architecture.cache_clear()
     yield root
-    tables.architecture_of.cache_clear()
+    tables.device_architecture.cache_clear()
 
 
 def test_a_jetsons_memory_storage_and_device(jetson, tmp_path):

@@ -4,10 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from mebp_triton.kernels import panel
-from mebp_triton.kernels.functions import int4_cross_entropy, int4_embedding, int4_matmul, int4_matmul_dx
+from mebp_triton.kernels import panel, routing
+from mebp_triton.kernels.configs import PANEL, Panel, Problem, TileConfig
+from mebp_triton.kernels.functions import (
+    int4_cross_entropy,
+    int4_embedding,
+    int4_matmul,
+    int4_matmul_dx,
+    int4_matmul_dx_group,
+)
 from mebp_triton.kernels.layout import Int4Weight, group_count
-from mebp_triton.training.plan.live_bytes import LiveBytes, traced
+from mebp_triton.kernels.tables import Entry, architecture_of, device_architecture
+from mebp_triton.kernels.token_products import lora_b_gradients
+from mebp_triton.training.plan.live_bytes import LiveBytes, counter_of, traced
 
 MIB = 1 << 20
 
@@ -98,6 +107,47 @@ def test_panels_are_counted(dtype):
         assert live.restart() - base == first + again.nbytes
         dx = int4_matmul_dx(y, w, backend="panel")
         assert dx.shape == x.shape and 0 <= live.live - base - 2 * y.nbytes - dx.nbytes - panel_bytes < 4096
+
+
+def test_what_launches_allocate_is_counted_by_the_routes_that_they_will_take(monkeypatch):
+    """A panel of the size that the device's table gives, or the parts of a split reduction; nothing that is kept."""
+    (m, n, k), parts = (512, 4096, 2048), TileConfig(16, 64, 64, split=4)
+    for route in (Panel(1), Panel(4), TileConfig(16, 64, 64), parts):
+        problems = [Problem(kernel, m, n, k) for kernel in ("matmul", "matmul_dx")]
+        table = {problem: Entry(problem, route, "measured", 1.0, "A GPU", {}) for problem in problems}
+        monkeypatch.setattr(routing, "routes_of", lambda architecture, table=table: routing.Routes(table))
+        live = LiveBytes(panel.Workspace(PANEL.elements, keep=False), "sm_87")
+        with traced(live):
+            w, x = weight(n, k), torch.empty(m, k, dtype=torch.bfloat16)
+            base = live.live
+            live.restart()
+            y = int4_matmul(x, w, backend="triton")
+            extra = route.mib * MIB if isinstance(route, Panel) else 4 * y.numel() * route.split * (route.split > 1)
+            assert live.restart() - base == y.nbytes + extra
+            dx = int4_matmul_dx_group([y, y], [w, w], backend="triton")
+            extra = route.mib * MIB if isinstance(route, Panel) else 4 * dx.numel() * route.split * (route.split > 1)
+            # A panel of dX is made before the sum of its columns.
+            assert dx.nbytes + extra <= live.peak - live.live + dx.nbytes <= dx.nbytes + extra + dx.nbytes
+            live.restart()
+            (product,) = lora_b_gradients([y], [x[:, :8]], torch.float32, "triton")
+            assert live.peak - live.live == 0 and product.shape == (n, 8)
+    assert architecture_of(torch.device("cpu")) == ""
+
+
+def test_the_backend_of_a_run_on_a_device(monkeypatch):
+    assert counter_of("cpu", torch.bfloat16, "auto")[1] == "panel"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for backend, wanted in (("auto", ("unknown", "triton")), ("panel", ("", "panel"))):
+        live, resolved = counter_of("cuda", torch.bfloat16, backend)
+        assert (live.architecture, resolved) == wanted and not live.workspace.keep
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, wanted in (((8, 7), ("sm_87", "triton")), ((7, 5), ("", "panel"))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        device_architecture.cache_clear()
+        live, resolved = counter_of("cuda", torch.bfloat16, "auto")
+        assert (live.architecture, resolved) == wanted
+    device_architecture.cache_clear()
 
 
 def test_table_and_loss_are_counted():

@@ -106,8 +106,9 @@ def test_a_device_has_phases_of_its_own(store, monkeypatch):
     assert plan.device and plan.peak == plan.device_peak.total and not plan.shared
     components = at(plan, "backward of the lowest block")
     blocks = [file.mapped.size for name, file in opened.files.items() if name != SHARED]
-    assert components["framework"] == components["allocator"] == 0
+    assert components["framework"] == phases.product_workspaces(torch.device("cuda")) == 64 * MIB
     assert components["checkpoints"] == 2 * 2 * 32 * 48, "two block inputs are on their way"
+    assert components["allocator"] == 0
     assert components["weights of blocks"] == 2 * max(blocks)
     assert components["optimizer state"] == 2 * components["LoRA"]
     host = plan.host_peak.components
@@ -126,7 +127,15 @@ def test_where_memory_is_shared_the_context_of_cuda_is_part_of_the_peak(plans, m
         monkeypatch.setattr(machine, "is_unified", lambda device, unified=unified: unified)
         found[unified] = plans.predict(settings)
     assert found[True].peak == found[False].peak + found[True].host_peak.total + phases.CUDA_CONTEXT
-    assert found[True].device_peak.components["framework"] == phases.CUDA_CONTEXT > 300 * MIB
+    taken = [found[shared].device_peak.components["framework"] for shared in (True, False)]
+    assert taken[0] - taken[1] == phases.CUDA_CONTEXT > 300 * MIB
+
+
+def test_products_have_a_workspace_in_each_of_two_threads(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, size in (((8, 7), 8_519_680), ((9, 0), 32 * MIB)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert phases.product_workspaces(torch.device("cuda")) == 2 * size
 
 
 def test_graphs_of_blocks_keep_the_memory_of_a_pass(store, monkeypatch):

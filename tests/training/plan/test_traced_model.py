@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from mebp_triton.kernels.panel import workspace
 from mebp_triton.store.reader import Store
 from mebp_triton.system.errors import CannotTrace
-from mebp_triton.training.plan import traced_model
+from mebp_triton.training.plan import live_bytes, traced_model
 from mebp_triton.training.plan.inventory import Inventory
 from mebp_triton.training.plan.traced_model import TracedModel
 from mebp_triton.training.run_settings import resolve
@@ -82,7 +82,7 @@ def test_a_device_runs_kernels_for_small_operations(store, monkeypatch):
     inventory, config = Inventory.of_store(Store(store)), AutoConfig.from_pretrained(store)
     results = []
     for triton in (True, False):
-        monkeypatch.setattr(traced_model, "has_triton", lambda triton=triton: triton)
+        monkeypatch.setattr(live_bytes, "has_triton", lambda triton=triton: triton)
         model = TracedModel(inventory, config, settings)
         assert any(hasattr(module, "fused") for module in model.stack.modules()) is triton
         results.append(model.run("full", "device", 0))
