@@ -124,7 +124,9 @@ class BlockEngine(BlockRunner):
     @torch.compiler.disable
     def _run(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self._values(index, original, args, kwargs)
+            # Inference tensors could not be written to in a later step, so they get no static buffers.
+            graphs = None if self.graphs is None or torch.is_inference_mode_enabled() else self.graphs
+            return self._values(index, original, args, kwargs, graphs)
         arguments = Arguments(args, kwargs)
         if any(isinstance(leaf, Cache) for leaf in arguments.leaves) and self._makes_graph(arguments.leaves):
             # The recompute would fill a cache for a second time, so training runs without one.
@@ -162,7 +164,7 @@ class BlockEngine(BlockRunner):
             if cut is not None:
                 live = Call(args, kwargs, arguments.containers)
                 return self.run_forward(index, functools.partial(values, recompute, original, arguments, live, cut))
-            if graphs is not None:
+            if graphs is not None and not any(isinstance(leaf, Cache) for leaf in arguments.leaves):
                 place = next(place for place, leaf in enumerate(arguments.leaves) if leaf is hidden)
                 autocast = ForwardState(hidden.device, random=False).autocast
                 call = BlockCall(index, original, arguments, arguments.leaves, place, autocast)

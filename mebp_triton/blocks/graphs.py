@@ -211,7 +211,7 @@ class BlockGraphs:
         if kind is None:
             kind = self._kinds[key] = _Kind(StaticBlock(live, self.buffers))
         self._kinds.move_to_end(key)
-        if len(self._kinds) > 2 * len(self.blocks):  # weights were put elsewhere
+        if len(self._kinds) > 4 * len(self.blocks):  # each in two arenas and two modes; weights were put elsewhere
             self._kinds.popitem(last=False)
         return kind
 

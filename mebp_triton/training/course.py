@@ -23,6 +23,12 @@ MOST_WIDTHS, WIDTH = 8, 64
 LENGTHS = ("max_steps", "num_train_epochs")  # the settings that say how long a run is
 
 
+def row_widths(settings: TrainConfig) -> tuple[int, int] | None:
+    """Returns the ``widths`` to which ``collate`` pads rows; None where each batch has the width of its longest row."""
+    width = WIDTH * math.ceil(settings.max_length / (MOST_WIDTHS * WIDTH))
+    return (width, settings.max_length) if settings.block_graphs else None
+
+
 @dataclass(frozen=True)
 class Course:
     """The batches from which a run's steps are made.
@@ -60,8 +66,7 @@ class Course:
         """
         epochs = None if settings.max_steps else settings.num_train_epochs
         size = settings.per_device_train_batch_size
-        width = WIDTH * math.ceil(settings.max_length / (MOST_WIDTHS * WIDTH))
-        widths = (width, settings.max_length) if settings.block_graphs else None
+        widths = row_widths(settings)
         stream = batches(data, size, settings.seed, start_batch=step * self.per_step, epochs=epochs)
         while True:
             own = list(islice(islice(stream, self.per_step), processes.rank, None, processes.size))

@@ -62,6 +62,7 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     processes: Processes = ALONE,
     score: Callable[[Any, dict[str, Tensor]], WindowScore] = int4_score,
+    widths: tuple[int, int] | None = None,
 ) -> Evaluation:
     """The loss and accuracy over evenly spaced windows of ``data``. The model's mode is put back afterwards.
 
@@ -70,6 +71,7 @@ def evaluate(
         progress: called with (windows done, windows in all).
         processes: each takes its part of the windows, and all return the whole result.
         score: scores one window, given as ``[1, tokens]`` tensors on the CPU.
+        widths: pads windows so that few widths occur, see ``collate``: where blocks are graphs, each needs its own.
 
     Raises:
         ValueError: there is no token to predict, or one that the model does not have.
@@ -83,7 +85,7 @@ def evaluate(
     loss, correct, tokens = 0.0, 0, 0
     try:
         for done, place in enumerate(mine):
-            window = score(model, collate([data[place]], pad_token_id=0))
+            window = score(model, collate([data[place]], pad_token_id=0, widths=widths))
             loss, correct, tokens = loss + window[0], correct + window[1], tokens + window[2]
             progress(done + 1, len(mine))
     finally:

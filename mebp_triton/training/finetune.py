@@ -11,6 +11,7 @@ from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.system.memory import peak_resident_bytes
 
+from .course import row_widths
 from .evaluation import Evaluation, evaluate
 from .trainer import StepResult, Trainer
 from .untrained import untrained
@@ -97,4 +98,7 @@ def finetune(
 
 
 def _evaluate(trainer: Trainer, data: TokenizedData, progress: Callable[[int, int], None]) -> Evaluation:
-    return evaluate(trainer.model, data, trainer.config.max_eval_windows, progress, trainer.processes)
+    config = trainer.config
+    return evaluate(
+        trainer.model, data, config.max_eval_windows, progress, trainer.processes, widths=row_widths(config)
+    )

@@ -112,6 +112,35 @@ def test_a_step_of_the_optimizer_reaches_the_graphs(shared_store: Any, dtype: to
     assert graphs.played == 18
 
 
+def test_gradients_off_in_both_modes(pair: tuple[Any, Any]) -> None:
+    """Steps and evaluations in turns, and a change of the parameters between two evaluations, as MeZO makes them."""
+    plain, ours = pair
+    graphs = with_graphs(ours, Taped())
+    for change in range(4):
+        for model in (plain.train(), ours.train()):
+            for parameter in model.parameters():
+                parameter.data.add_(0.01 * change) if parameter.requires_grad else None
+        same_run(ours, plain, **LENGTHS[0])
+        with torch.no_grad():
+            found, expected = (model.eval()(**LENGTHS[0], use_cache=False).loss for model in pair[::-1])
+        assert torch.equal(found, expected)
+    assert graphs.played == 18 and graphs.made == 9, "of 3 blocks: forward and backward to train, forward to evaluate"
+
+
+def test_gradients_off_where_no_graph_is_played(pair: tuple[Any, Any]) -> None:
+    plain, ours = pair
+    graphs = with_graphs(ours)
+    ids = LENGTHS[0]["input_ids"]
+    for _ in range(3):
+        with torch.no_grad():
+            assert torch.equal(ours(ids, use_cache=True).logits, plain(ids, use_cache=True).logits)
+        with torch.inference_mode():
+            assert torch.equal(ours(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+    assert graphs.made == 0
+    for _ in range(3):
+        same_run(ours, plain, **LENGTHS[0])
+
+
 def test_autocast(pair: tuple[Any, Any]) -> None:
     plain, ours = pair
     graphs = with_graphs(ours)
@@ -320,7 +349,7 @@ def test_weights_that_keep_moving_keep_no_memory(pair: tuple[Any, Any]) -> None:
     for _ in range(10):
         other_weights(ours)
         run(ours, **LENGTHS[0])
-    assert len(graphs._kinds) <= 6
+    assert len(graphs._kinds) <= 12
     assert graphs.made == 4, "those of the two other blocks are kept"
 
 

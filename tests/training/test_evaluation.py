@@ -12,7 +12,7 @@ import mebp_triton
 from mebp_triton.data.loading import load_data
 from mebp_triton.data.tokenized import DataReport, TokenizedData
 from mebp_triton.system.errors import RunError
-from mebp_triton.training.evaluation import Evaluation, evaluate, plain_score
+from mebp_triton.training.evaluation import Evaluation, evaluate, int4_score, plain_score
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,20 @@ def test_any_transformers_model_is_scored_by_its_logits(store, model, ragged):
     ours = evaluate(model, ragged, 4)
     assert result.loss == pytest.approx(ours.loss, rel=1e-5)
     assert (result.token_accuracy, result.tokens, result.windows) == (ours.token_accuracy, ours.tokens, ours.windows)
+
+
+def test_windows_that_are_padded_to_few_widths(model, ragged):
+    seen = set()
+
+    def score(model, batch):
+        seen.add(batch["input_ids"].shape[1])
+        return int4_score(model, batch)
+
+    result = evaluate(model, ragged, score=score, widths=(16, 64))
+    plain = evaluate(model, ragged)
+    assert all(width % 16 == 0 for width in seen)
+    assert result.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert (result.token_accuracy, result.tokens) == (plain.token_accuracy, plain.tokens)
 
 
 def one(data, place):
