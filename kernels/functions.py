@@ -164,6 +164,67 @@ def _matmul_dx_group(
     return total
 
 
+def int4_expert_products(
+    x: Tensor,
+    weights: Sequence[Int4Weight],
+    rows: Sequence[int],
+    t: Tensor | None = None,
+    b: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes ``Y_i = X_i·W_iᵀ + t_i·b_iᵀ`` for weights of one shape, each with rows of its own.
+
+    Not differentiable: it is for use within an autograd function.
+
+    Args:
+        x: ``[S, K]``: the rows of the first weight, then those of the second, and so on.
+        weights: ``[N, K]`` each, at least one. rows: how many rows of x each of them has; S in all.
+        t: ``[S, R]``, LoRA's scaled ``X_i·A_iᵀ``. b: ``[weights, N, R]``, LoRA's B of each.
+
+    Returns:
+        ``[S, N]`` in x's dtype.
+    """
+    _check("x", x, weights[0].in_features, weights[0], backend)
+    y = x.new_empty(x.shape[0], weights[0].out_features)
+    ts = [None] * len(weights) if t is None else t.split(list(rows))
+    bs = [None] * len(weights) if b is None else b
+    with no_autocast(x):
+        for given, made, weight, own_t, own_b in zip(x.split(list(rows)), y.split(list(rows)), weights, ts, bs, strict=True):
+            made.copy_(matmul(given, weight, None, own_t, own_b, backend))
+    return y
+
+
+def int4_expert_products_dx(
+    dy: Tensor,
+    weights: Sequence[Int4Weight],
+    rows: Sequence[int],
+    g: Tensor | None = None,
+    a: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes ``dX_i = dY_i·W_i + g_i·a_i`` for weights of one shape, each with rows of its own.
+
+    Not differentiable: it is for use within an autograd function.
+
+    Args:
+        dy: ``[S, N]``, in the order of ``int4_expert_products``. weights, rows: as there.
+        g: ``[S, R]``, LoRA's scaled ``dY_i·B_i``. a: ``[weights, R, K]``, LoRA's A of each.
+
+    Returns:
+        ``[S, K]`` in dy's dtype.
+    """
+    _check("dy", dy, weights[0].out_features, weights[0], backend)
+    dx = dy.new_empty(dy.shape[0], weights[0].in_features)
+    gs = [None] * len(weights) if g is None else g.split(list(rows))
+    own = [None] * len(weights) if a is None else a
+    with no_autocast(dy):
+        for given, made, weight, own_g, own_a in zip(
+            dy.split(list(rows)), dx.split(list(rows)), weights, gs, own, strict=True
+        ):
+            made.copy_(matmul_dx(given, weight, own_g, own_a, backend))
+    return dx
+
+
 def _alike(weights: Sequence[Int4Weight]) -> bool:
     """Whether one launch can take these weights."""
     from .launch import can_group

@@ -19,22 +19,23 @@ FLOORS = {
         emulator.thread_steps emulator.memory_steps emulator.matrix_steps emulator.group_steps emulator.machine
         emulator.tensors emulator.driver sass shapes compile timing ceilings measure cases correctness execute
         cost_model space log rank results shipping tune report""",
-    "layers": "lora_config stacked_adapters lora_function int4_module linear shared_input deferred_logits head loss",
+    "layers": """lora_config stacked_adapters lora_function experts int4_module linear shared_input deferred_logits head
+        loss""",
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file
         mapped_file scratch memory machine pinned storage signals""",
-    "store": """residency waiting dynamic8 side_copies block_inputs optimizer_state manifest reader pages arena
-        placement table_rows""",
+    "store": """residency waiting dynamic8 side_copies block_inputs optimizer_state manifest reader experts pages
+        arena placement table_rows""",
     "data": """tokenized text masking messages template chat foreign_rows rows text_rows sources turn_end batching
         packing loading""",
     "blocks": """options runner call leaks replay recompute static_buffers static_block static_passes graph_players
         graph_checks graphs backward row_chunks mlp_chunks hooks selection engine""",
-    "models": """direct_reads skeleton kept_float config names generation adapter saving discover row_places build
+    "models": """direct_reads experts skeleton kept_float config names generation adapter saving discover row_places build
         fused_operations load""",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.coded_matrix readers.gguf_header readers.gguf_parts
         readers.gguf_keys readers.gguf_architectures readers.gguf_layout readers.gguf_rope readers.gguf_tokenizer
-        readers.gguf_blocks readers.gguf readers.quantization readers.safetensors_dir readers.bitsandbytes
-        readers.int4_dir readers.packed_dir readers.gptq readers.awq readers.auto_round readers.mlx
+        readers.gguf_blocks readers.gguf readers.quantization readers.conversions readers.expert_matrices
+        readers.safetensors_dir readers.mxfp4 readers.bitsandbytes readers.int4_dir readers.packed_dir readers.gptq readers.awq readers.auto_round readers.mlx
         readers.compressed_tensors readers.hqq readers.merged_store readers writers.store writers.model_directory
         writers.gguf_file writers.gguf_adapter calibration.source_weights calibration.stream calibration.source_run
         calibration.source_loss calibration.layer_inputs calibration.calibration recipe bit_budget quantize merge

@@ -64,7 +64,7 @@ def forms_within(
     """
     narrow = fill_form(recipe.scheme, recipe.group_size, 4)
     wide = fill_form(None if recipe.scheme == "codebook" else recipe.scheme, recipe.group_size, 8)
-    linear = [site for site in sites if site.role == "linear"]
+    linear = [site for site in sites if not site.is_table]
     shapes = [(site.out_features, site.in_features) for site in linear]
     expected = [LayerCost(prod(shape), _bytes(shape, narrow), _bytes(shape, wide), 0.0) for shape in shapes]
     _check_budget(expected, bits_per_weight, narrow, wide)  # what no choice can keep is refused before a layer is read

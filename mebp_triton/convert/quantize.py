@@ -43,7 +43,7 @@ class QuantizeReport:
             schemes holds them, or another form was asked for.
         forms: scheme, group size and width of codes, by module.
         sizes: the number of weights, by module, and the bytes that they take with their scales.
-        linear: the modules that are linear layers; the others are embedding and head.
+        linear: the modules that are linear layers, and the matrices of experts; the others are embedding and head.
         float_bytes, int4_bytes: the bytes of what stayed float and of what became int4.
         kept_float: the matrices that stayed float, by the reason; see ``models/kept_float.py``.
         compensated: with a calibration, the linear layers that were rounded by all they read: their columns make up
@@ -180,7 +180,7 @@ def _usual_forms(opened: Source, sites: list[Int4Site]) -> Callable[[str], Form 
     value = opened.read(first)
     default = DECODED_FORM if first in opened.decoded else DEFAULT_FORM
     native = value.form if isinstance(value, Int4Weight) else default
-    tables = {site.name for site in sites if site.role != "linear"}
+    tables = {site.name for site in sites if site.is_table}
 
     def form_of(name: str) -> Form | Int4Weight:
         if name in tables:
@@ -222,7 +222,7 @@ class _Job:
     ) -> None:
         """Chooses the forms of the linear layers by a budget; see ``quantize``."""
         asked = self.recipe
-        self.total += len(linear_names(sites))
+        self.total += sum(not site.is_table for site in sites)
         chosen = forms_within(self.source, sites, prefixes, asked, bits_per_weight, calibration, self._advance)
         self.recipe = Recipe(scale_search=asked.scale_search, embedding_bits=asked.embedding_bits)
         table = asked.form(TABLE_FORM, "embedding")
@@ -233,10 +233,8 @@ class _Job:
         self.progress(self.done, self.total)
 
     def write(self, writer: StoreWriter, file: str, sites: list[Int4Site], floats: list[str], prefix: str) -> None:
-        matrices = {}
-        for site in sites:
-            if site.name.startswith(prefix) and site.name not in self.written:
-                matrices[site.name] = self._matrix(site)
+        mine = [site for site in sites if site.name.startswith(prefix) and site.name not in self.written]
+        matrices = {site.name: self._matrix(site) for site in mine}
         kept: dict[str, Tensor] = {}
         for name in floats:
             if name.startswith(prefix) and name not in self.written:
@@ -247,7 +245,7 @@ class _Job:
         self.float_sizes |= {name: tensor.nbytes for name, tensor in kept.items()}
         self.report.float_bytes += sum(tensor.nbytes for tensor in kept.values())
         self.report.int4_bytes += sum(weight.nbytes for weight, _ in matrices.values())
-        writer.write_file(file, matrices, kept)
+        writer.write_file(file, matrices, kept, {site.name for site in mine if site.role == "expert"})
 
     def _matrix(self, site: Int4Site) -> tuple[Int4Weight, float]:
         value = self.source.read(f"{site.name}.weight")
@@ -261,7 +259,7 @@ class _Job:
             raise ValueError(f"{site.name}: {problem}") from None
         self.report.errors[site.name], self.report.forms[site.name] = error, weight.form
         self.report.sizes[site.name] = site.out_features * site.in_features, weight.nbytes
-        if site.role == "linear":
+        if not site.is_table:
             self.report.linear.append(site.name)
         if (codes := self.source.decoded.get(f"{site.name}.weight")) is not None:
             self.report.decoded[site.name] = codes

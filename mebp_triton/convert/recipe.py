@@ -81,7 +81,7 @@ class Recipe:
             raise ValueError(f"embedding_bits must be one of {', '.join(map(str, BITS))}, got {self.embedding_bits!r}")
 
     def _asked(self, role: Role) -> tuple[Scheme | None, int | None, int | None]:
-        if role == "linear":
+        if role in ("linear", "expert"):
             return self.scheme, self.group_size, self.bits
         if self.embedding_bits != 4:
             return None, None, self.embedding_bits

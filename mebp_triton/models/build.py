@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mebp_triton.kernels.reference import decode
+from mebp_triton.layers.experts import replace_experts
 from mebp_triton.layers.head import Int4Head
 from mebp_triton.layers.int4_module import Int4Module, replace_embedding
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.layers.loss import OnePassLoss, install_loss
+from mebp_triton.store.experts import ExpertPlaces, StoredExperts
 from mebp_triton.store.reader import Store
 
 from .direct_reads import directly_read
 from .discover import join_shared_inputs, unreached_by_text
+from .experts import fused_experts
 from .names import enumerate_names
 from .skeleton import Int4Site, Stored, float32_tensors, int4_sites, linear_names
 
@@ -188,6 +191,7 @@ class Builder:
 
     Attributes:
         modules: the int4 modules by name. A tied head is not among them: it has no weight of its own.
+        experts: the modules with int4 experts, and the names of their matrices, by the module's name.
         head, head_name: the head, tied or not, and its name.
 
     Raises:
@@ -202,6 +206,7 @@ class Builder:
         self.stays_float32 = float32_tensors(model, numerics.dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self.modules: dict[str, Int4Module] = {}
+        self.experts: dict[str, ExpertPlaces] = {}
         self.head: Int4Head
         self.head_name = next(name for name, m in model.named_modules() if m is model.get_output_embeddings())
 
@@ -257,7 +262,10 @@ class Builder:
     def _replace_modules(self) -> None:
         dtype, backend = self.numerics.dtype, self.numerics.backend
         head = self.model.get_output_embeddings()
+        self._replace_experts()
         for site in self.sites:
+            if site.role == "expert":
+                continue
             old = self.model.get_submodule(site.name)
             if site.role == "embedding":
                 replace_embedding(old, self.store.weight(site.name), dtype, backend)
@@ -269,6 +277,17 @@ class Builder:
         self.head = self.swap(self.head_name, Int4Head(weight, bias, dtype, backend))
         if not self.tied:
             self.modules[self.head_name] = self.head
+
+    def _replace_experts(self) -> None:
+        int4 = {site.parameter for site in self.sites if site.role == "expert"}
+        for found in fused_experts(self.model):
+            first, second = found.shapes
+            if f"{found.path}.{first}" not in int4:
+                continue
+            names = [(found.matrix(one, first), found.matrix(one, second)) for one in range(found.count)]
+            source = StoredExperts(self.store, names)
+            experts = replace_experts(self.model.get_submodule(found.path), first, source, self.numerics.backend)
+            self.experts[found.path] = ExpertPlaces(experts, names)
 
     def _linear(self, name: str, old: nn.Linear | Conv1D) -> Int4Linear:
         bias = self._float(f"{name}.bias", old.bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from mebp_triton.layers.lora_config import LoraConfig, as_lora_config
 from mebp_triton.layers.loss import OnePassLoss
 from mebp_triton.store.arena import Stager
 from mebp_triton.store.block_inputs import block_input_store
+from mebp_triton.store.experts import ExpertPlaces
 from mebp_triton.store.manifest import SHARED, block_file
 from mebp_triton.store.pages import Pages
 from mebp_triton.store.placement import host_copy, place_weights
@@ -119,7 +121,7 @@ def load(
     adapters = None if lora is None else resolve_targets(as_lora_config(lora), model, opened, path)
     builder = Builder(opened, model, adapters, numerics, seed)
     placement = _Placement(opened, path, len(stack), weights, numerics.device)
-    builder.fill(placement.place)
+    builder.fill(lambda modules: placement.place(modules, builder.experts))
     loss = builder.finish(config, block_rows)
     for module in (builder.head, *builder.modules.values()):
         module.borrowed = True
@@ -207,19 +209,27 @@ class _Placement:
             largest = max(store.files[file].data().numel() for file in self.blocks.values())
             self.stager = Stager(device, self.waiting, largest)
 
-    def place(self, modules: dict[str, Int4Module]) -> None:
-        """Puts the weights of ``modules``, the int4 modules of the model by name, in place."""
+    def place(self, modules: dict[str, Int4Module], experts: Mapping[str, ExpertPlaces]) -> None:
+        """Puts the weights of ``modules`` and ``experts``, all int4 modules of the model by name, in place."""
         outside = dict(modules)
         for prefix, file in self.blocks.items():
             inside = {name: outside.pop(name) for name in modules if name.startswith(prefix)}
-            self.pages.append(self._place(file, inside, self.weights, self.stager))
+            mixtures = [places for name, places in experts.items() if name.startswith(prefix)]
+            self.pages.append(self._place(file, inside, self.weights, self.stager, mixtures))
         if self.weights == "file" or self.stager is not None:
             self._place_by_rows(outside)
         else:
             self._place(SHARED, outside, "device", None)
 
-    def _place(self, file: str, modules: dict[str, Int4Module], weights: Residency, stager: Stager | None) -> Pages:
-        return place_weights(self.store, file, modules, weights, self.device, stager, self.waiting)
+    def _place(
+        self,
+        file: str,
+        modules: dict[str, Int4Module],
+        weights: Residency,
+        stager: Stager | None,
+        experts: Sequence[ExpertPlaces] = (),
+    ) -> Pages:
+        return place_weights(self.store, file, modules, weights, self.device, stager, self.waiting, experts)
 
     def _place_by_rows(self, modules: dict[str, Int4Module]) -> None:
         """Leaves the embedding and the head where their rows are. Linear layers outside of any block are resident."""

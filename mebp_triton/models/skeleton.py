@@ -20,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from mebp_triton.system.foreign_errors import is_out_of_memory
 
 from .direct_reads import directly_read
+from .experts import FusedExperts, fused_experts
 
-Role = Literal["linear", "embedding", "head"]
+Role = Literal["linear", "embedding", "head", "expert"]
 
 # Names that transformers gives to the layers that choose a token's experts. Rounding them would change the choice.
 ROUTERS = ("gate", "router")
@@ -75,7 +76,16 @@ def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | N
 def meta_model(config: Any) -> Any:
     """Builds the model of ``config`` on the meta device, for ``run_on_meta``."""
     # The config is copied because building a model writes its dtype and attention into it.
-    return build_skeleton(copy.deepcopy(config), torch.float32, "eager").to("meta")
+    model = build_skeleton(copy.deepcopy(config), torch.float32, "eager").to("meta")
+    for experts in fused_experts(model):
+        # Which experts run is in the data, and their products do not run on the meta device.
+        model.get_submodule(experts.path).forward = _without_data
+    return model
+
+
+def _without_data(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+    """Stands for the forward of experts: what they give has the shape of what they get."""
+    return torch.empty_like(hidden_states)
 
 
 class _Autocast(torch.autocast):
@@ -106,11 +116,11 @@ def run_on_meta(model: Any, rows: int = 1) -> None:
 
 @dataclass(frozen=True)
 class Int4Site:
-    """A module that becomes int4.
+    """A module that becomes int4, or one matrix of an expert that lies in a tensor with others.
 
     Attributes:
-        name: its path in the model.
-        role: "linear", "embedding" or "head".
+        name: its path in the model. That of an expert's matrix is ``EXPERTS.3.gate_up_proj``.
+        role: "linear", "embedding", "head" or "expert".
         out_features, in_features: the shape ``[out, in]`` of its int4 weight.
         transposed: whether its float weight is ``[in, out]`` instead (GPT-2's Conv1D).
     """
@@ -120,6 +130,19 @@ class Int4Site:
     out_features: int
     in_features: int
     transposed: bool = False
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it has a row for each token of the vocabulary."""
+        return self.role in ("embedding", "head")
+
+    @property
+    def parameter(self) -> str:
+        """The name of the float parameter that it is, or is a slice of."""
+        if self.role != "expert":
+            return f"{self.name}.weight"
+        path, _, parameter = self.name.rpartition(".")
+        return f"{path.rpartition('.')[0]}.{parameter}"
 
 
 class Stored(Protocol):
@@ -169,9 +192,9 @@ def contains_any(path: str, names: Iterable[str]) -> bool:
 def int4_sites(model: Any, stored: Stored | None = None) -> tuple[list[Int4Site], bool]:
     """Lists the modules that become int4, and tells whether the head is tied to the embedding.
 
-    They are the input embedding, the head, and every linear layer but ``kept_modules`` and ``directly_read``. A tied
-    head is not listed since it has no weight of its own. Subclasses of ``nn.Linear`` stay float: what they do with
-    their weight is unknown.
+    They are the input embedding, the head, every linear layer but ``kept_modules`` and ``directly_read``, and every
+    matrix of ``fused_experts``. A tied head is not listed since it has no weight of its own. Subclasses of
+    ``nn.Linear`` stay float: what they do with their weight is unknown.
 
     Args:
         model: a transformers model.
@@ -188,7 +211,9 @@ def int4_sites(model: Any, stored: Stored | None = None) -> tuple[list[Int4Site]
             f"({type(embedding).__name__}, {type(head).__name__}); such models are not supported"
         )
     tied = head.weight is embedding.weight
-    kept, read, sites = kept_modules(model), directly_read(model), []
+    kept, read = kept_modules(model), directly_read(model)
+    sites: list[Int4Site] = []
+    experts = {found.path: found for found in fused_experts(model)}
 
     def stays_float(name: str) -> bool:
         if stored is None:
@@ -201,6 +226,8 @@ def int4_sites(model: Any, stored: Stored | None = None) -> tuple[list[Int4Site]
         elif module is head:
             if not tied:
                 sites.append(Int4Site(name, "head", *module.weight.shape))
+        elif name in experts:
+            sites += _expert_sites(experts[name], kept, stored)
         elif kept(name) or type(module) not in (nn.Linear, Conv1D) or stays_float(name):
             continue
         elif type(module) is nn.Linear:
@@ -211,6 +238,20 @@ def int4_sites(model: Any, stored: Stored | None = None) -> tuple[list[Int4Site]
     return sites, tied
 
 
+def _expert_sites(
+    experts: FusedExperts, kept: Callable[[str], bool], stored: Stored | None
+) -> Iterator[Int4Site]:
+    """The matrices of ``experts``, one expert after the other; older stores have them in float."""
+    floats = {name for name in experts.shapes if kept(f"{experts.path}.{name}")}
+    if stored is not None:
+        floats |= {name for name in experts.shapes if f"{experts.path}.{name}" in stored.floats}
+    if floats:
+        return
+    for expert, parameter in experts.matrices():
+        shape = experts.shapes[parameter]
+        yield Int4Site(experts.matrix(expert, parameter), "expert", *shape, transposed=experts.transposed)
+
+
 def linear_names(sites: Iterable[Int4Site]) -> list[str]:
     """The names of the linear layers among ``sites``: those that may have an adapter."""
     return [site.name for site in sites if site.role == "linear"]
@@ -218,5 +259,5 @@ def linear_names(sites: Iterable[Int4Site]) -> list[str]:
 
 def float_names(model: Any, sites: list[Int4Site]) -> list[str]:
     """The names of the parameters that stay float: norms, biases, and all that is not the weight of a site."""
-    int4 = {f"{site.name}.weight" for site in sites}
+    int4 = {site.parameter for site in sites}
     return [name for name, _ in model.named_parameters() if name not in int4]

@@ -7,7 +7,7 @@ copy, in a thread and on a stream of their own, run while this block computes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.system.machine import is_unified
 from mebp_triton.system.pinned import host_bytes
 
+from .experts import ExpertPlaces, Span, others_in, spans_of, tensors_of, views_of
 from .pages import Pages, WeightHolder
 from .reader import Store, StoreFile
 from .waiting import Waiting
@@ -35,6 +36,7 @@ class _Arena:
         staging: pinned host memory that the copy reads.
         copied: the event on the copying stream after which the data is there.
         free: the event on the computing stream after which the buffer may be overwritten.
+        experts: the experts of mixtures whose bytes it has, beside the rest of the block.
     """
 
     buffer: Tensor
@@ -44,6 +46,7 @@ class _Arena:
     staging: Tensor | None = None
     copied: Any = None
     free: Any = None
+    experts: set[tuple[int, int]] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -93,6 +96,37 @@ class Stager:
             torch.cuda.current_stream(self.device).wait_event(arena.copied)
         return arena.buffer[: owner.size]
 
+    def bring(self, owner: ArenaPages, place: int, experts: Sequence[int]) -> Tensor:
+        """Copies experts of the owner's mixture number ``place`` to their place in the data section on the device.
+
+        The owner's block must be running. The copy is ordered before what this thread computes next.
+        """
+        arena, source = self._arena_of(owner), owner.experts[place]
+        assert arena is not None and arena.in_use
+        new = [expert for expert in experts if (place, expert) not in arena.experts]
+        with self.waiting.counted():
+            for expert in new:
+                self._copy(arena, owner, source.tensors[expert], source.spans[expert])
+        if self.stream is not None and new:
+            arena.copied = torch.cuda.current_stream(self.device).record_event()  # till when the staging is read
+        arena.experts.update((place, expert) for expert in new)
+        self.waiting.count_experts(source.spans, new)
+        return arena.buffer[: owner.size]
+
+    def _copy(self, arena: _Arena, owner: ArenaPages, tensors: list[str], spans: list[Span]) -> None:
+        """Copies some tensors to the device, after what this thread has computed so far."""
+        if owner.host is None:
+            owner.file.verify(tensors)
+        if self.stream is None:
+            owner.read_spans(arena.buffer, spans)
+            return
+        source = owner.host if owner.host is not None else owner.file.data() if self.unified else arena.staging
+        assert source is not None
+        if source is arena.staging:
+            owner.read_spans(source, spans)
+        for begin, end in spans:
+            arena.buffer[begin:end].copy_(source[begin:end], non_blocking=True)
+
     def release(self, owner: ArenaPages) -> None:
         """Lets the owner's arena be filled for another, once the computations that were started have read it."""
         arena = self._arena_of(owner)
@@ -127,7 +161,8 @@ class Stager:
         self.arenas.remove(arena)
         self.arenas.append(arena)
         arena.owner = owner
-        self.waiting.paged += owner.size
+        arena.experts.clear()
+        self.waiting.paged += sum(end - begin for begin, end in owner.spans)
         arena.filled = self.thread.submit(self._fill, arena, owner)
 
     def _fill(self, arena: _Arena, owner: ArenaPages) -> None:
@@ -140,7 +175,8 @@ class Stager:
             # The read above needs not wait for the computations that still use the arena; the copy does.
             if arena.free is not None:
                 self.stream.wait_event(arena.free)
-            target.copy_(source, non_blocking=True)
+            for begin, end in owner.spans:
+                target[begin:end].copy_(source[begin:end], non_blocking=True)
             arena.copied = self.stream.record_event()
 
     def _source(self, arena: _Arena, owner: ArenaPages) -> Tensor:
@@ -148,7 +184,7 @@ class Stager:
         if owner.host is not None:
             return owner.host
         if self.unified:
-            owner.file.verify()
+            owner.file.verify(owner.tensors)
             return owner.file.data()
         if arena.copied is not None:
             arena.copied.synchronize()  # the last copy may still read the staging buffer
@@ -159,14 +195,33 @@ class Stager:
 
 
 class ArenaPages(Pages):
-    """A block's weights: while active, views of an arena; otherwise on the meta device, without bytes."""
+    """A block's weights: while active, views of an arena; otherwise on the meta device, without bytes.
+
+    ``experts`` are brought in while the block runs, each to its own place in the arena.
+    """
 
     def __init__(
-        self, store: Store, file: StoreFile, modules: Mapping[str, WeightHolder], stager: Stager, host: Tensor | None
+        self,
+        store: Store,
+        file: StoreFile,
+        modules: Mapping[str, WeightHolder],
+        stager: Stager,
+        host: Tensor | None,
+        experts: Sequence[ExpertPlaces] = (),
     ) -> None:
         self.store, self.file, self.modules, self.stager, self.host = store, file, modules, stager, host
         self.size = file.data().numel()
         self.depth = 0
+        self.experts = [ArenaExperts(self, place, of_module.names) for place, of_module in enumerate(experts)]
+        # Beside experts, the others; else the whole file.
+        self.tensors: list[str] | None = None
+        self.spans: list[Span] = [(0, self.size)]
+        if experts:
+            of_experts = [name for source in self.experts for tensors in source.tensors for name in tensors]
+            self.tensors = others_in(file, of_experts)
+            self.spans = spans_of(file, self.tensors)
+            for of_module, source in zip(experts, self.experts, strict=True):
+                of_module.holder.source = source
         self._absent = {name: store.weight(name).to("meta") for name in modules}
         # The weights as views of each arena, by its address, made once: the layers know what they did with them.
         self._views: dict[int, dict[str, Int4Weight]] = {}
@@ -175,17 +230,23 @@ class ArenaPages(Pages):
     def __deepcopy__(self, memo: dict[int, Any]) -> ArenaPages:
         """The pages of a copy of the model, which shares the bytes in host memory."""
         made = memo[id(self)] = copy.copy(self)
-        made.modules, made.stager = copy.deepcopy((self.modules, self.stager), memo)
+        made.modules, made.stager, made.experts = copy.deepcopy((self.modules, self.stager, self.experts), memo)
         made._views = {}
         return made
 
     def read(self, target: Tensor) -> None:
-        """Reads the data section into a CPU tensor."""
-        if self.host is not None:
-            target.copy_(self.host)
-            return
-        self.file.verify()
-        self.file.mapped.read(target, self.file.start)
+        """Reads the data section into a CPU tensor, without the experts."""
+        if self.host is None:
+            self.file.verify(self.tensors)
+        self.read_spans(target, self.spans)
+
+    def read_spans(self, target: Tensor, spans: list[Span]) -> None:
+        """Reads parts of the data section, which are verified, to their places in a CPU tensor."""
+        for begin, end in spans:
+            if self.host is not None:
+                target[begin:end].copy_(self.host[begin:end])
+            else:
+                self.file.mapped.read(target[begin:end], self.file.start + begin)
 
     def prefetch(self) -> None:
         self.stager.prefetch(self)
@@ -216,3 +277,17 @@ class ArenaPages(Pages):
         """Leaves only shapes in the modules: using one outside of its block is an error, not another block's weight."""
         for name, module in self.modules.items():
             module.set_int4(self._absent[name])
+
+
+class ArenaExperts:
+    """The experts of one module of a block, number ``place`` among its mixtures, in the arena that the block has."""
+
+    def __init__(self, pages: ArenaPages, place: int, names: Sequence[tuple[str, str]]) -> None:
+        self.pages, self.place, self.names = pages, place, names
+        self.tensors = [tensors_of(pages.store, pair) for pair in names]
+        self.spans = [spans_of(pages.file, tensors) for tensors in self.tensors]
+
+    def bring(self, experts: Sequence[int]) -> list[tuple[Int4Weight, Int4Weight]]:
+        """Copies the experts to the device, verified, and returns their weights."""
+        data = self.pages.stager.bring(self.pages, self.place, experts)
+        return views_of(self.pages.store, self.names, experts, data)

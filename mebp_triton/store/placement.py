@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from mebp_triton.system.pinned import host_bytes
 
 from .arena import ArenaPages, Stager
+from .experts import ExpertPlaces, MappedExperts, StoredExperts
 from .pages import MappedPages, Pages, WeightHolder
 from .reader import Store, StoreFile
 from .residency import Residency
@@ -24,8 +25,9 @@ def place_weights(
     device: torch.device,
     stager: Stager | None,
     waiting: Waiting,
+    experts: Sequence[ExpertPlaces] = (),
 ) -> Pages:
-    """Gives ``modules`` their weights, from one file of the store.
+    """Gives ``modules`` their weights, and ``experts`` the source of theirs, from one file of the store.
 
     Args:
         modules: int4 modules by their names in the store.
@@ -39,7 +41,10 @@ def place_weights(
     if residency == "file" and device.type == "cpu" and stager is None:
         for name, module in modules.items():
             module.set_int4(store.weight(name))
-        return MappedPages(file, waiting)
+        sources = [MappedExperts(store, file, of_module.names, waiting) for of_module in experts]
+        for of_module, source in zip(experts, sources, strict=True):
+            of_module.holder.source = source
+        return MappedPages(file, waiting, sources)
     file.verify()
     if residency == "device" or stager is None:
         data = torch.empty(file.data().numel(), dtype=torch.uint8)
@@ -47,8 +52,11 @@ def place_weights(
         data = data.to(device)
         for name, module in modules.items():
             module.set_int4(store.weight(name, data))
+        for of_module in experts:
+            of_module.holder.source = StoredExperts(store, of_module.names, data)
         return Pages()
-    return ArenaPages(store, file, modules, stager, host_copy(file, device) if residency == "host" else None)
+    host = host_copy(file, device) if residency == "host" else None
+    return ArenaPages(store, file, modules, stager, host, experts)
 
 
 def host_copy(file: StoreFile, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ class StoreFile:
     def __init__(self, path: Path, size: int, crc32: list[int]) -> None:
         self.mapped = MappedFile(path, size)
         self.path, self.crc32 = path, crc32
-        self.verified = False
         self.start, self.entries = self.mapped.header(DTYPES)
+        self._unread = set(range(len(crc32)))  # the chunks whose checksums were not compared yet
+        self._unproved = {name for name, entry in self.entries.items() if entry[0].is_floating_point}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoreFile:
         return self  # nothing writes to it, so copies of a model share it
@@ -49,31 +51,50 @@ class StoreFile:
         """The data section as bytes, mapped."""
         return self.mapped.bytes[self.start :]
 
-    def verify(self, again: bool = False) -> None:
-        """Compares the checksums; only once unless ``again``. FileError names the first chunk that differs."""
+    def verify(self, tensors: Iterable[str] | None = None, again: bool = False) -> None:
+        """Compares the checksums, and checks that floats are finite; each only once unless ``again``.
+
+        Args:
+            tensors: the names of the tensors that are about to be read; None for the whole file.
+
+        Raises:
+            FileError: the file was cut short, or a chunk differs, the first of which is named.
+        """
         self.mapped.check()
-        if self.verified and not again:
-            return
-        for index, (crc32, wanted) in enumerate(zip(self.mapped.checksums(), self.crc32, strict=True)):
-            if crc32 != wanted:
+        if again:
+            self._unread = set(range(len(self.crc32)))
+            self._unproved = {name for name, entry in self.entries.items() if entry[0].is_floating_point}
+        names, chunks = self._unproved, self._unread
+        if tensors is not None:
+            wanted = set(tensors)
+            names, chunks = names & wanted, chunks & set(self._chunks(wanted))
+        order = sorted(chunks)
+        for index, crc32 in zip(order, self.mapped.checksums(order), strict=True):
+            if crc32 != self.crc32[index]:
                 raise FileError(
                     f"{self.path} is damaged: checksum of bytes {index * reading.CHECKSUM_CHUNK} to "
                     f"{min((index + 1) * reading.CHECKSUM_CHUNK, self.mapped.size)} differs; quantize the model again"
                 )
-        self._check_finite()
-        self.verified = True
+        for name in sorted(names):
+            self._check_finite(name)
+        self._unread, self._unproved = self._unread - chunks, self._unproved - names
 
-    def _check_finite(self) -> None:
-        """Checks the float tensors, scales among them, by reading a little at a time."""
-        for name, (dtype, shape, begin, _) in self.entries.items():
-            if not dtype.is_floating_point:
-                continue
-            count, size = prod(shape), dtype.itemsize
-            for first in range(0, count, reading.CHECKSUM_CHUNK):
-                piece = torch.empty(min(reading.CHECKSUM_CHUNK, count - first), dtype=dtype)
-                self.mapped.read(piece, self.start + begin + first * size)
-                if not piece.isfinite().all():
-                    raise FileError(f"{self.path} is damaged: {name} is not finite; quantize the model again")
+    def _chunks(self, tensors: Iterable[str]) -> Iterator[int]:
+        """The chunks, each with a checksum, in which the header and the bytes of ``tensors`` lie."""
+        yield from range(-(-self.start // reading.CHECKSUM_CHUNK))
+        for name in tensors:
+            begin, end = (self.start + place for place in self.entries[name][2:])
+            yield from range(begin // reading.CHECKSUM_CHUNK, -(-end // reading.CHECKSUM_CHUNK))
+
+    def _check_finite(self, name: str) -> None:
+        """Checks a float tensor, scales perhaps, by reading a little at a time."""
+        dtype, shape, begin, _ = self.entries[name]
+        count, size = prod(shape), dtype.itemsize
+        for first in range(0, count, reading.CHECKSUM_CHUNK):
+            piece = torch.empty(min(reading.CHECKSUM_CHUNK, count - first), dtype=dtype)
+            self.mapped.read(piece, self.start + begin + first * size)
+            if not piece.isfinite().all():
+                raise FileError(f"{self.path} is damaged: {name} is not finite; quantize the model again")
 
 
 class Store:

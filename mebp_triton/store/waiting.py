@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,10 +15,12 @@ class Waiting:
     Attributes:
         seconds: for which the computation has waited for data.
         paged: bytes of blocks' weights that were brought in: made resident from a file, or copied to a device.
+        experts: experts of mixtures that were brought in; ``paged`` has their bytes.
     """
 
     seconds: float = 0.0
     paged: int = 0
+    experts: int = 0
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -38,3 +40,14 @@ class Waiting:
         """Returns the bytes so far; counting starts again at 0."""
         paged, self.paged = self.paged, 0
         return paged
+
+    def count_experts(self, spans: Sequence[Sequence[tuple[int, int]]], experts: Iterable[int]) -> None:
+        """Counts experts that were brought in, by where the bytes of each lie."""
+        for expert in experts:
+            self.experts += 1
+            self.paged += sum(end - begin for begin, end in spans[expert])
+
+    def pop_experts(self) -> int:
+        """Returns the experts so far; counting starts again at 0."""
+        experts, self.experts = self.experts, 0
+        return experts

@@ -7,7 +7,7 @@ import mmap
 import os
 import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -60,14 +60,17 @@ class MappedFile:
         """Where the data section of a safetensors file starts, and its tensors; see ``safetensors_header``."""
         return safetensors_header(self.path, self._file.fileno(), self.size, dtypes)[:2]
 
-    def checksums(self) -> list[int]:
-        """``checksums`` of the file, by calls that read: no page of the mapping becomes resident."""
-        buffer, crc32s = memoryview(bytearray(CHECKSUM_CHUNK)), []
-        for start in range(0, self.size, CHECKSUM_CHUNK):
-            chunk = buffer[: min(CHECKSUM_CHUNK, self.size - start)]
-            read_fully(self._file.fileno(), chunk, start, self.path)
-            crc32s.append(zlib.crc32(chunk))
-        return crc32s
+    def checksums(self, chunks: Iterable[int] | None = None) -> Iterator[int]:
+        """The ``checksums`` of the file's chunks, or of some by their numbers, by calls that read.
+
+        No page of the mapping becomes resident.
+        """
+        buffer = memoryview(bytearray(CHECKSUM_CHUNK))
+        for chunk in range(-(-self.size // CHECKSUM_CHUNK)) if chunks is None else chunks:
+            start = chunk * CHECKSUM_CHUNK
+            view = buffer[: min(CHECKSUM_CHUNK, self.size - start)]
+            read_fully(self._file.fileno(), view, start, self.path)
+            yield zlib.crc32(view)
 
     def read(self, tensor: Tensor, start: int) -> None:
         """Fills a contiguous CPU tensor with the bytes from ``start`` on, without touching the mapping."""

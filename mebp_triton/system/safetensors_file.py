@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -29,12 +29,40 @@ DTYPES |= {"I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F3
 DTYPES |= {"F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes contiguous CPU tensors to a file: the same bytes every time, and no second copy in memory."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+def write_safetensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    together: Sequence[Collection[str]] = (),
+) -> None:
+    """Writes contiguous CPU tensors to a file: the same bytes every time, and no second copy in memory.
+
+    Args:
+        together: the names of tensors that are to lie side by side, group after group behind the others. Where a tensor
+            would not lie at a multiple of its element's size so, the groups are written as the others are.
+    """
+    order = _order(tensors, together)
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries = {name: (names[tensors[name].dtype], tuple(tensors[name].shape), tensors[name].nbytes) for name in order}
     write_safetensors_pieces(path, entries, (tensors[name] for name in order), metadata or {})
+
+
+def _order(tensors: Mapping[str, Tensor], together: Sequence[Collection[str]]) -> list[str]:
+    """The names in the order of the file."""
+
+    def widest_first(names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+    grouped = {name for group in together for name in group}
+    order = widest_first(tensors.keys() - grouped)
+    for group in together:
+        order += widest_first(group)
+    end = 0
+    for name in order:
+        if end % tensors[name].dtype.itemsize:
+            return widest_first(tensors)
+        end += tensors[name].nbytes
+    return order
 
 
 def write_safetensors_pieces(

@@ -15,6 +15,7 @@ from mebp_triton.convert.quantize import quantize
 from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.adapter import PREFIX, adapter_layers, adapter_tensors
+from mebp_triton.models.experts import fused_experts
 from mebp_triton.models.load import load
 from mebp_triton.store.reader import Store
 
@@ -105,6 +106,27 @@ SETTINGS["granitemoehybrid"] = (
         "shared_intermediate_size": 48,
     }
 )
+MIXTURE = GQA | {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
+# Mixtures of experts in one tensor (transformers 5), all experts of a kind that the interface allows.
+SETTINGS |= {
+    "qwen3_moe": MIXTURE | {"num_experts": 6, "decoder_sparse_step": 1, "norm_topk_prob": True},
+    "mixtral": GQA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": COMMON | {"num_experts": 6, "num_experts_per_tok": 2},
+    "gpt_oss": GQA
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 8}
+    | {"hidden_size": 64, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "deepseek_v3": _without("num_key_value_heads", n_routed_experts=8, num_experts_per_tok=2, n_group=2)
+    | {"topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "moe_intermediate_size": 40}
+    | {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    "qwen3_next": MIXTURE
+    | {"num_experts": 6, "shared_expert_intermediate_size": 40, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "lfm2_moe": MIXTURE
+    | {"num_experts": 6, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+}
+MIXTURES = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text"]
+MIXTURES += ["lfm2_moe", "granitemoehybrid"]
 SETTINGS["rwkv"] = MAMBA | {"attention_hidden_size": 48, "context_length": 64, "rescale_every": 2}
 SETTINGS["lfm2"] = COMMON | {"layer_types": ["conv", "conv", "conv"]}
 
@@ -161,6 +183,9 @@ COMPOSITE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         QWEN_TOWER | {"out_hidden_size": 48},
     ),
 }
+SETTINGS["qwen3_5_moe_text"] = (
+    QWEN3_5 | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40} | {"shared_expert_intermediate_size": 40}
+)
 SETTINGS |= {"gemma4_text": GEMMA4, "qwen3_5_text": QWEN3_5, "llama4_text": LLAMA4}
 
 
@@ -241,9 +266,18 @@ def decoded_model(store: Path, dtype: torch.dtype = torch.float32) -> Any:
     """transformers' own model with the store's decoded weights: what every result is held against."""
     opened = Store(store)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(store), dtype=dtype)
+    experts = {
+        found.matrix(expert, parameter): (model.get_parameter(f"{found.path}.{parameter}")[expert], found.transposed)
+        for found in fused_experts(model)
+        for expert, parameter in found.matrices()
+    }
     for name in opened.matrices:
-        weight = model.get_submodule(name).weight
         value = decode(opened.weight(name), dtype)
+        if name in experts:
+            weight, is_turned = experts[name]
+            weight.copy_(value.t() if is_turned else value)
+            continue
+        weight = model.get_submodule(name).weight
         transposed = isinstance(model.get_submodule(name), transformers.pytorch_utils.Conv1D)
         weight.copy_(value.t() if transposed else value)
     named = dict(model.named_parameters()) | dict(model.named_buffers())

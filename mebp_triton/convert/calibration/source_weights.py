@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mebp_triton.convert.readers.source import Source, check_finite
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
+from mebp_triton.models.experts import fused_experts
 from mebp_triton.models.names import parameter_aliases, persistent_buffers
 from mebp_triton.models.skeleton import int4_sites
 
@@ -27,6 +28,11 @@ class SourceWeights:
         self.source, self.model = source, model
         self._first = {name: first for first, names in parameter_aliases(model).items() for name in names}
         self._transposed = {f"{site.name}.weight" for site in int4_sites(model)[0] if site.transposed}
+        self._experts = {
+            f"{experts.matrix(expert, parameter)}.weight": (f"{experts.path}.{parameter}", expert)
+            for experts in fused_experts(model)
+            for expert, parameter in experts.matrices()
+        }
 
     def read(self, name: str) -> Tensor:
         """The parameter ``name`` in float32 and in the model's shape. ValueError where it is not finite."""
@@ -50,8 +56,12 @@ class SourceWeights:
             self._set(name, self.read(name))
 
     def put(self, name: str, value: Int4Weight) -> None:
-        """Fills the parameter ``name`` with what ``value`` decodes to."""
-        self._set(name, self._floats(name, value))
+        """Fills the parameter ``name``, or an expert's part of one, with what ``value`` decodes to."""
+        if (place := self._experts.get(name)) is None:
+            self._set(name, self._floats(name, value))
+        else:
+            parameter, expert = place
+            self.model.get_parameter(parameter).data[expert] = self._floats(name, value)
 
     def unload(self, prefix: str) -> None:
         """Takes the parameters whose names begin with ``prefix`` out again."""

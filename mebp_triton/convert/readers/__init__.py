@@ -29,6 +29,7 @@ READERS: dict[tuple[str, str | None], tuple[str, str]] = {
     ("directory", "mlx"): ("mlx", "MlxDirectory"),
     ("directory", "compressed-tensors"): ("compressed_tensors", "CompressedTensorsDirectory"),
     ("directory", "hqq"): ("hqq", "HqqDirectory"),
+    ("directory", "mxfp4"): ("mxfp4", "Mxfp4Directory"),
     ("file", ".gguf"): ("gguf", "GgufFile"),
 }
 

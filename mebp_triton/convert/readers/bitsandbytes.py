@@ -58,11 +58,10 @@ class BitsandbytesDirectory(SafetensorsDirectory):
         """The name of the tensor that describes how ``key`` is quantised; None if it is a plain float."""
         return next((key + state for state in STATES if key + state in self._entries), None)
 
-    def read(self, name: str) -> Tensor | Int4Weight:
-        key = self._keys[name]
+    def value(self, name: str, key: str, shape: tuple[int, ...]) -> Tensor | Int4Weight:
         described = self._state(key)
         if described is None:
-            return super().read(name)
+            return super().value(name, key, shape)
         where = f"{self._entries[key].file}: {key}"
         state = strict_json.parse_json(self._tensor(described).numpy().tobytes(), described)
         try:
@@ -72,7 +71,7 @@ class BitsandbytesDirectory(SafetensorsDirectory):
                 raise
             problem = str(error) if type(error) is ValueError else f"damaged, {type(error).__name__}: {error}"
             raise ValueError(f"{where}: {' '.join(problem.split())}") from None
-        check_shape(str(self._entries[key].file), name, weight.shape, self._int4_shape(name))
+        check_shape(str(self._entries[key].file), name, weight.shape, shape)
         return weight
 
     def _weight(self, key: str, state: dict[str, Any]) -> Int4Weight:

@@ -58,11 +58,10 @@ class Int4Directory(SafetensorsDirectory):
         names = ["scales", "minimum"] if self._int4.scheme == "affine" else ["scales"]
         return [key.removesuffix("weight") + name for name in names]
 
-    def read(self, name: str) -> Tensor | Int4Weight:
-        key = self._keys[name]
+    def value(self, name: str, key: str, shape: tuple[int, ...]) -> Tensor | Int4Weight:
         if not self._is_int4(key):
-            return super().read(name)
-        rows, columns = self._int4_shape(name)
+            return super().value(name, key, shape)
+        rows, columns = shape
         packed, scales = self._tensor(key), [self._scales(scale_key, rows) for scale_key in self._scale_keys(key)]
         codebook = NF4.clone() if self._int4.scheme == "codebook" else None
         try:

@@ -143,18 +143,17 @@ class PackedDirectory(SafetensorsDirectory):
         where = self.quantization.where if self.quantization else "config.json"
         raise ValueError(f"{self.path}: {where} has {what}, which is not supported: {remedy}")
 
-    def read(self, name: str) -> Tensor | Int4Weight:
-        key = self._keys[name]
+    def value(self, name: str, key: str, shape: tuple[int, ...]) -> Tensor | Int4Weight:
         if key not in self._packed:
-            return super().read(name)
-        rows, columns = self._int4_shape(name)
+            return super().value(name, key, shape)
+        rows, columns = shape
         matrix = self._matrix(Parts(key.removesuffix(".weight"), self._packed[key], self._tensor), rows, columns)
         weight = matrix.to_int4() if isinstance(matrix, CodedMatrix) else None
         if weight is not None:
             return weight
         decoded = matrix.decoded() if isinstance(matrix, CodedMatrix) else matrix
         self.decoded[name] = decoded.codes
-        return decoded.weight.t() if name in self._transposed else decoded.weight
+        return decoded.weight
 
     def _usable(self, key: str) -> bool:
         return key in self._packed or super()._usable(key)

@@ -40,6 +40,8 @@ from mebp_triton.models.names import (
 from mebp_triton.system import strict_json
 from mebp_triton.system.foreign_errors import one_line
 
+from .conversions import Conversion, conversions
+from .expert_matrices import ExpertMatrices
 from .quantization import KEYS, Quantization, find_quantization
 from .source import NativeForm
 
@@ -90,6 +92,7 @@ class SafetensorsDirectory:
         self._entries = _entries(path)
         check_sizes(str(path), self.config, (entry.shape for entry in self._entries.values()))
         self._keys: dict[str, str] = {}
+        self._made: dict[str, Conversion] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._transposed: set[str] = set()
 
@@ -101,20 +104,26 @@ class SafetensorsDirectory:
     def bind(self, model: PreTrainedModel) -> None:
         prefix = model.base_model_prefix + "."
         aliases = parameter_aliases(model)
-        present = {renamed: key for key, renamed in current_names(model, self._entries).items()}
-        self._keys = {}
+        names_of_keys = current_names(model, self._entries)
+        present = {renamed: key for key, renamed in names_of_keys.items()}
+        made = conversions(model, names_of_keys)
+        self._model, self._keys, self._made = model, {}, {}
         used: set[str] = set()
         for name, names in [*aliases.items(), *((name, [name]) for name in persistent_buffers(model))]:
             # A checkpoint that was saved from the base model, or with it, has its prefix less, or more.
             spellings = [way for alias in names for way in (alias, prefix + alias, alias.removeprefix(prefix))]
             keys = list(dict.fromkeys(present[way] for way in spellings if way in present))
-            if keys:
+            conversion = next((made[way] for way in spellings if way in made), None)
+            if conversion is not None:
+                self._made[name] = conversion
+                used.update(conversion.keys)
+            elif keys:
                 self._keys[name] = keys[0]
                 self._check_tied(keys)
                 used.update(keys)
         self._check_experts(aliases, present)
-        check_complete(str(self.path), aliases, self._keys)
-        for key in (self._keys[name] for name in aliases):
+        check_complete(str(self.path), aliases, [*self._keys, *self._made])
+        for key in used:
             entry = self._entries[key]
             if not self._usable(key):
                 wanted = ", ".join(FLOATS)
@@ -127,6 +136,7 @@ class SafetensorsDirectory:
         else:
             warn_unused(str(self.path), model, unused)
         self._shapes = tensor_shapes(model)
+        self._experts = ExpertMatrices(self, model, self._keys, self._made)
         self._transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
 
     def _warn_of_other_parts(self, model: PreTrainedModel, unused: list[str]) -> None:
@@ -141,14 +151,14 @@ class SafetensorsDirectory:
             )
 
     def _check_experts(self, wanted: Iterable[str], present: dict[str, str]) -> None:
-        """Raises ValueError where a parameter is stored in pieces, which transformers 5 joins while it loads."""
+        """Raises ValueError where a parameter is stored in pieces that nobody joins."""
         for name in wanted:
             parent = name.rpartition(".")[0]
             pieces = [key for key in present if re.match(rf"{re.escape(parent)}\.\d+\.", key)]
-            if name not in self._keys and pieces:
+            if name not in self._keys and name not in self._made and pieces:
                 raise ValueError(
-                    f"{self.path}: {name} is stored in pieces ({present[pieces[0]]}), which transformers "
-                    f"{transformers.__version__} joins while loading; such mixtures of experts are not supported"
+                    f"{self.path}: {name} is stored in pieces ({present[pieces[0]]}), and transformers "
+                    f"{transformers.__version__} has no rule by which to join them: such experts are not supported"
                 )
 
     def _check_tied(self, keys: list[str]) -> None:
@@ -174,21 +184,49 @@ class SafetensorsDirectory:
         """Whether ``key`` is one of ``used``, or a part of one of them."""
         return key in used
 
-    def _int4_shape(self, name: str) -> tuple[int, ...]:
-        """The shape ``[out, in]`` in which 4 bits are stored, also where the float parameter is ``[in, out]``."""
-        return self._shapes[name][:: -1 if name in self._transposed else 1]
-
     def _usable(self, key: str) -> bool:
         """Whether the tensor ``key`` has a form that can be read."""
         return self._entries[key].dtype in FLOATS
 
     def has(self, name: str) -> bool:
-        return name in self._keys
+        return name in self._keys or name in self._made
 
     def read(self, name: str) -> Tensor | Int4Weight:
-        entry = self._entries[self._keys[name]]
-        check_shape(str(entry.file), name, entry.shape, self._shapes[name])
-        return self._tensor(self._keys[name])
+        if name in self._experts.places:
+            return self._experts.read(name)
+        if name in self._experts.parameters:
+            return self._experts.read_all(name)
+        shape = self._shapes[name]
+        if (conversion := self._made.get(name)) is not None:
+            parts = {pattern: list(map(self._tensor, keys)) for pattern, keys in conversion.sources.items()}
+            value = conversion.apply(parts, self._model, name)
+            check_shape(str(self.path), name, value.shape, shape)
+            return value
+        if name not in self._transposed:
+            return self.value(name, self._keys[name], shape)
+        value = self.value(name, self._keys[name], shape[::-1])
+        return value if isinstance(value, Int4Weight) else value.t()
+
+    def value(self, name: str, key: str, shape: tuple[int, ...]) -> Tensor | Int4Weight:
+        """Reads the tensor ``key``, which is the parameter ``name`` or a part of it; see ``expert_matrices.Files``.
+
+        Args:
+            shape: its shape, or ``[out, in]`` where that of the parameter is ``[in, out]``.
+        """
+        entry = self._entries[key]
+        stored = shape[::-1] if name in self._transposed else shape
+        check_shape(str(entry.file), name, entry.shape, stored)
+        return self._tensor(key).t() if name in self._transposed else self._tensor(key)
+
+    def expert_slice(self, key: str, expert: int) -> Tensor:
+        """Reads the part ``[1, ...]`` of the tensor ``key`` that an expert has in it."""
+        with _opened(self._entries[key].file) as shard:
+            part: Tensor = shard.get_slice(key)[expert : expert + 1]
+            return part
+
+    def expert_value(self, key: str, expert: int) -> Tensor | Int4Weight:
+        """Reads the matrix that an expert has in the parameter that is stored as ``key``; codes as ``[out, in]``."""
+        return self.expert_slice(key, expert)[0]
 
     def _tensor(self, key: str) -> Tensor:
         # The file is opened anew each time: its mapping goes away with the tensor, and so do the pages that were read.

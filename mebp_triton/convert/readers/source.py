@@ -14,13 +14,17 @@ from mebp_triton.kernels.names import Form, Scheme
 
 
 class NativeForm(NamedTuple):
-    """The form of codes that ``quantize`` takes over as they are; ``tables``: also in embedding and head."""
+    """The form of codes that ``quantize`` takes over as they are.
+
+    ``tables``: also in embedding and head. ``experts_alone``: in nothing but the experts of a mixture.
+    """
 
     scheme: Scheme
     group_size: int
     scale_dtype: torch.dtype
     bits: int = 4
     tables: bool = False
+    experts_alone: bool = False
 
     @property
     def form(self) -> Form:
@@ -50,6 +54,9 @@ class Source(Protocol):
 
     def read(self, name: str) -> Tensor | Int4Weight:
         """Reads one parameter or persistent buffer of the bound model, by the model's own name for it.
+
+        The matrix of one expert in a parameter of all of them (``models.experts``) has the name of its matrix in a
+        store, and ".weight".
 
         Returns:
             A float tensor of the parameter's own shape, or an ``Int4Weight`` whose logical ``[out, in]`` is that shape.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,20 +43,31 @@ class StoreWriter:
     floats: dict[str, str] = field(default_factory=dict)
 
     def write_file(
-        self, name: str, matrices: Mapping[str, tuple[Int4Weight, float]], floats: Mapping[str, Tensor]
+        self,
+        name: str,
+        matrices: Mapping[str, tuple[Int4Weight, float]],
+        floats: Mapping[str, Tensor],
+        experts: Collection[str] = (),
     ) -> None:
-        """Writes one file: ``matrices`` by module name, with their relative errors, and ``floats`` by name."""
+        """Writes one file: ``matrices`` by module name, with their relative errors, and ``floats`` by name.
+
+        The matrices of one expert, whose names are among ``experts`` and differ in their last part, lie side by side.
+        """
         tensors: dict[str, Tensor] = {key: tensor.contiguous() for key, tensor in floats.items()}
+        together: dict[str, list[str]] = {}
         for module, (weight, error) in matrices.items():
             parts = weight.tensors()
             if weight.codebook is not None:
                 parts["codebook"] = weight.codebook.clone()  # safetensors refuses a tensor that several matrices share
-            tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+            of_matrix = {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+            tensors |= of_matrix
+            if module in experts:
+                together.setdefault(module.rpartition(".")[0], []).extend(of_matrix)
             scheme, size, bits = weight.form
             scale_dtype = dtype_name(weight.scales.dtype)
             self.matrices[module] = MatrixInfo(name, scheme, weight.shape, size, scale_dtype, error, bits)
         path = self.directory / name
-        safetensors_file.write_safetensors(path, tensors)
+        safetensors_file.write_safetensors(path, tensors, together=list(together.values()))
         self.files[name] = {"bytes": path.stat().st_size, "crc32": reading.file_checksums(path)}
         self.floats |= dict.fromkeys(floats, name)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from mebp_triton.blocks.runner import find_blocks
-from mebp_triton.convert.readers import is_quantized, native_form
+from mebp_triton.convert.readers import NativeForm, is_quantized, native_form
 from mebp_triton.convert.recipe import DECODED_FORM, TABLE_FORM, Recipe, scale_dtype_of
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import DEFAULT_FORM
-from mebp_triton.models.skeleton import build_skeleton, float_names, int4_sites
+from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites
 from mebp_triton.store.manifest import SHARED, MatrixInfo, block_file, dtype_name
 from mebp_triton.store.reader import Store
 
@@ -61,7 +61,7 @@ class Inventory:
         """
         native = native_form(config)
         recipe = Recipe(**asked)
-        default = DECODED_FORM if is_quantized(config) else DEFAULT_FORM
+        default = DECODED_FORM if is_quantized(config) and not (native and native.experts_alone) else DEFAULT_FORM
         model = build_skeleton(copy.deepcopy(config), torch.float32)
         path, stack = find_blocks(model)
         sites, tied = int4_sites(model)
@@ -74,8 +74,8 @@ class Inventory:
 
         for site in sites:
             shape, file = (site.out_features, site.in_features), file_of(site.name)
-            own = native if native and (native.tables or site.role == "linear") else None
-            form = own.form if own else default if site.role == "linear" else TABLE_FORM
+            own = _native_of(native, site)
+            form = own.form if own else TABLE_FORM if site.is_table else default
             taken_over = own is not None and recipe.takes(form, site.role)
             scheme, group_size, bits = form = recipe.form(form, site.role)
             scale_name = dtype_name(own.scale_dtype if own and taken_over else scale_dtype_of(form))
@@ -93,6 +93,13 @@ class Inventory:
         matrices = {name: info for name, info in self.matrices.items() if info.file not in dropped}
         floats = {name: file for name, file in self.floats.items() if file not in dropped}
         return dataclasses.replace(self, matrices=matrices, floats=floats)
+
+
+def _native_of(native: NativeForm | None, site: Int4Site) -> NativeForm | None:
+    """The form of the codes that a matrix has in the source; None where it is of floats there."""
+    if native is None or (site.is_table and not native.tables) or (native.experts_alone and site.role != "expert"):
+        return None
+    return native
 
 
 class ShapesOnly:
