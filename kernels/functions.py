@@ -189,7 +189,9 @@ def int4_expert_products(
     ts = [None] * len(weights) if t is None else t.split(list(rows))
     bs = [None] * len(weights) if b is None else b
     with no_autocast(x):
-        for given, made, weight, own_t, own_b in zip(x.split(list(rows)), y.split(list(rows)), weights, ts, bs, strict=True):
+        for given, made, weight, own_t, own_b in zip(
+            x.split(list(rows)), y.split(list(rows)), weights, ts, bs, strict=True
+        ):
             made.copy_(matmul(given, weight, None, own_t, own_b, backend))
     return y
 

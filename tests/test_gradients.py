@@ -8,7 +8,17 @@ import peft
 import pytest
 import torch
 import transformers
-from models import ARCHITECTURES, assert_same, batch, loaded, our_gradients, peft_gradients, peft_model, relative_rms
+from models import (
+    ARCHITECTURES,
+    MIXTURES,
+    assert_same,
+    batch,
+    loaded,
+    our_gradients,
+    peft_gradients,
+    peft_model,
+    relative_rms,
+)
 from runs import two_level_store
 
 import mebp_triton as mebp
@@ -41,11 +51,15 @@ def run(*models: Any, **examples: Any) -> list[float]:
     return losses
 
 
+needs_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="experts are modules, or lie otherwise")
+MIXTURE = pytest.param("qwen3_moe", marks=needs_5)
+
 PLACES = [("device", "device"), ("file", "file"), ("host", "host")]
 BATCHES = [(2, "right"), (3, "left"), (1, None)]  # rows, and the side on which they are padded
 # Each architecture with weights and block inputs in one of the places, those that differ most in all of them.
 CASES = [(name, places) for name in ("llama", "qwen2", "gpt2") for places in PLACES]
 CASES += [(name, PLACES[at % 3]) for at, name in enumerate(ARCHITECTURES) if name not in ("llama", "qwen2", "gpt2")]
+CASES += [pytest.param(name, PLACES[at % 3], marks=needs_5) for at, name in enumerate(MIXTURES, 1)]
 
 
 @pytest.mark.parametrize(("architecture", "places"), CASES)
@@ -61,7 +75,7 @@ def test_equal_to_peft(shared_store: Any, architecture: str, places: tuple[Any, 
         assert_same_gradients(model, wrapped)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, MIXTURE])
 def test_exact_selection_gives_the_true_gradients_of_the_selected(shared_store: Any, architecture: str) -> None:
     """Also below blocks whose last product is left out of the recompute, and after selections have changed."""
     model, wrapped = both(shared_store(architecture))
@@ -77,7 +91,7 @@ def test_exact_selection_gives_the_true_gradients_of_the_selected(shared_store: 
         selection.advance()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", MIXTURE])
 def test_accumulation_is_the_mean_over_all_tokens(shared_store: Any, architecture: str) -> None:
     model, wrapped = both(shared_store(architecture))
     micro_batches = [batch(2, 20, seed=3), batch(3, 9, "left", seed=4)]
@@ -200,6 +214,26 @@ def test_a_lora_that_leaves_out_the_last_layers_of_a_block(shared_store: Any) ->
         for seed in (1, 2):
             run(model, wrapped, **batch(seed=seed))
             assert_same_gradients(model, wrapped)
+
+
+@needs_5
+@pytest.mark.parametrize("options", [{"recompute_granularity": "selective"}, {"block_rows": 1}], ids=str)
+def test_experts_are_brought_in_for_both_passes(shared_store: Any, options: dict[str, Any]) -> None:
+    """The recompute asks for those of the forward pass; few tokens have few."""
+    model, wrapped = both(shared_store("qwen3_moe"), weights="file", **options)
+    waiting, counts = model.mebp.engine.waiting, []
+    for examples in (batch(), batch(1, 3, None)):
+        for _ in range(2):
+            run(model, **examples)
+            counts.append(waiting.pop_experts())
+        if examples["input_ids"].numel() > 3:
+            run(wrapped, **examples)
+            assert_same_gradients(model, wrapped)
+    everything = 2 * 3 * 6  # both passes of three blocks of six experts
+    assert counts[0] == counts[1] == everything > counts[2] == counts[3] > 0
+    with torch.no_grad():
+        model(**batch(1, 3, None))
+    assert waiting.pop_experts() == counts[3] // 2
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4.57 saves Gemma 3n by other names")

@@ -47,6 +47,15 @@ def fused_experts(model: nn.Module) -> list[FusedExperts]:
     return [experts for experts in found if experts is not None]
 
 
+def expert_places(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """The parameter, and the number of the expert in it, that each expert's matrix is, by ``Source.read``'s name."""
+    return {
+        f"{experts.matrix(expert, parameter)}.weight": (f"{experts.path}.{parameter}", expert)
+        for experts in fused_experts(model)
+        for expert, parameter in experts.matrices()
+    }
+
+
 def _experts_of(path: str, module: nn.Module) -> FusedExperts | None:
     """The experts of ``module``; None where it does not follow the interface to the letter."""
     flags = {name: getattr(module, name, None) for name in FLAGS}

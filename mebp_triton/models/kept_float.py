@@ -15,7 +15,7 @@ from mebp_triton.system.units import MIB
 from .direct_reads import directly_read
 from .skeleton import kept_modules
 
-EXPERTS = "experts, which share a tensor and are no linear layers"
+EXPERTS = "experts that share a tensor in a form of their own"
 READ = "layers whose weight the modelling code reads itself"
 ROUTERS = "routers and what transformers keeps in float32"
 TABLES = "embeddings beside that of the input"

@@ -238,9 +238,7 @@ def int4_sites(model: Any, stored: Stored | None = None) -> tuple[list[Int4Site]
     return sites, tied
 
 
-def _expert_sites(
-    experts: FusedExperts, kept: Callable[[str], bool], stored: Stored | None
-) -> Iterator[Int4Site]:
+def _expert_sites(experts: FusedExperts, kept: Callable[[str], bool], stored: Stored | None) -> Iterator[Int4Site]:
     """The matrices of ``experts``, one expert after the other; older stores have them in float."""
     floats = {name for name in experts.shapes if kept(f"{experts.path}.{name}")}
     if stored is not None:

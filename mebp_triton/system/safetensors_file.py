@@ -38,8 +38,8 @@ def write_safetensors(
     """Writes contiguous CPU tensors to a file: the same bytes every time, and no second copy in memory.
 
     Args:
-        together: the names of tensors that are to lie side by side, group after group behind the others. Where a tensor
-            would not lie at a multiple of its element's size so, the groups are written as the others are.
+        together: the names of tensors that are to lie side by side, group after group in front of the others. Where a
+            tensor would not lie at a multiple of its element's size so, the groups are written as the others are.
     """
     order = _order(tensors, together)
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -53,10 +53,8 @@ def _order(tensors: Mapping[str, Tensor], together: Sequence[Collection[str]]) -
     def widest_first(names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
-    grouped = {name for group in together for name in group}
-    order = widest_first(tensors.keys() - grouped)
-    for group in together:
-        order += widest_first(group)
+    order = [name for group in together for name in widest_first(group)]
+    order += widest_first(tensors.keys() - set(order))
     end = 0
     for name in order:
         if end % tensors[name].dtype.itemsize:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -122,8 +124,7 @@ SETTINGS |= {
     | {"num_experts": 6, "shared_expert_intermediate_size": 40, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
     | {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
     | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-    "lfm2_moe": MIXTURE
-    | {"num_experts": 6, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": MIXTURE | {"num_experts": 6, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
 }
 MIXTURES = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text"]
 MIXTURES += ["lfm2_moe", "granitemoehybrid"]
@@ -184,7 +185,9 @@ COMPOSITE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 SETTINGS["qwen3_5_moe_text"] = (
-    QWEN3_5 | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40} | {"shared_expert_intermediate_size": 40}
+    QWEN3_5
+    | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    | {"shared_expert_intermediate_size": 40}
 )
 SETTINGS |= {"gemma4_text": GEMMA4, "qwen3_5_text": QWEN3_5, "llama4_text": LLAMA4}
 
@@ -293,7 +296,10 @@ def peft_model(store: Path, model: Any, dtype: torch.dtype = torch.float32, **lo
     tensors = adapter_tensors(model)
     targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors})
     config = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **lora)
-    wrapped = peft.get_peft_model(decoded_model(store, dtype), config, autocast_adapter_dtype=False)
+    # For some mixtures PEFT takes the names of shared experts' layers for those that experts had in transformers 4.
+    as_named = mock.patch("peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers")
+    with as_named if transformers.__version__ >= "5" else nullcontext():
+        wrapped = peft.get_peft_model(decoded_model(store, dtype), config, autocast_adapter_dtype=False)
     named = dict(wrapped.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mebp_triton.convert.readers.source import Source, check_finite
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
-from mebp_triton.models.experts import fused_experts
+from mebp_triton.models.experts import expert_places
 from mebp_triton.models.names import parameter_aliases, persistent_buffers
 from mebp_triton.models.skeleton import int4_sites
 
@@ -28,11 +28,7 @@ class SourceWeights:
         self.source, self.model = source, model
         self._first = {name: first for first, names in parameter_aliases(model).items() for name in names}
         self._transposed = {f"{site.name}.weight" for site in int4_sites(model)[0] if site.transposed}
-        self._experts = {
-            f"{experts.matrix(expert, parameter)}.weight": (f"{experts.path}.{parameter}", expert)
-            for experts in fused_experts(model)
-            for expert, parameter in experts.matrices()
-        }
+        self._experts = expert_places(model)
 
     def read(self, name: str) -> Tensor:
         """The parameter ``name`` in float32 and in the model's shape. ValueError where it is not finite."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from mebp_triton.kernels.layout import TENSORS, Int4Weight
 from mebp_triton.kernels.reference import decode
-from mebp_triton.models.experts import FusedExperts, fused_experts
+from mebp_triton.models.experts import FusedExperts, expert_places, fused_experts
 from mebp_triton.models.names import check_shape, tensor_shapes
 
 from .conversions import Conversion
@@ -58,13 +58,11 @@ class ExpertMatrices:
         self.files, self.model, self.keys, self.made = files, model, keys, made
         self.shapes = tensor_shapes(model)
         self.parameters: dict[str, FusedExperts] = {}
-        self.places: dict[str, tuple[str, int]] = {}  # of each matrix: its parameter, and the number of the expert
+        self.places = expert_places(model)
         for experts in fused_experts(model):
             for parameter in experts.shapes:
                 self.parameters[f"{experts.path}.{parameter}"] = experts
                 self._check_count(f"{experts.path}.{parameter}", experts.count)
-            for expert, parameter in experts.matrices():
-                self.places[f"{experts.matrix(expert, parameter)}.weight"] = f"{experts.path}.{parameter}", expert
 
     def _check_count(self, parameter: str, count: int) -> None:
         conversion = self.made.get(parameter)
@@ -110,9 +108,7 @@ class ExpertMatrices:
         check_shape(str(self.files.path), name, value.shape, whole[:0:-1] if is_turned else whole[1:])
         return value
 
-    def _joined(
-        self, name: str, conversion: Conversion, expert: int, shape: tuple[int, ...]
-    ) -> Tensor | Int4Weight:
+    def _joined(self, name: str, conversion: Conversion, expert: int, shape: tuple[int, ...]) -> Tensor | Int4Weight:
         """Reads an expert's pieces and joins them: codes as codes, if they are alike and lie below each other."""
         keys = conversion.keys_of(expert)
         piece_shape = shape[0] // len(keys), shape[1]

@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.config import check_sizes, prepare_config
+from mebp_triton.models.experts import expert_places
 from mebp_triton.models.names import (
     check_complete,
     check_shape,
@@ -58,6 +59,8 @@ class GgufFile:
         self._layout = GgufLayout(self._arch, self.config, str(path))
         self._entries: dict[str, list[Entry]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._experts: dict[str, tuple[str, int]] = {}
+        self._joined: tuple[str, Tensor] | None = None  # the parameter of all experts that was read last
 
     def bind(self, model: PreTrainedModel) -> None:
         stored: dict[str, list[Entry]] = {}
@@ -76,11 +79,14 @@ class GgufFile:
         self._shapes = tensor_shapes(model)
         for name, stored_as in self._entries.items():
             self._check_sizes(name, stored_as)
+        self._experts = expert_places(model)
 
     def has(self, name: str) -> bool:
         return name in self._entries
 
     def read(self, name: str) -> Tensor | Int4Weight:
+        if name in self._experts:
+            return self._expert(name, *self._experts[name])
         entries = self._entries[name]
         order = self._row_order(entries[0]) if len(entries) == 1 else None
         value = self._decode(entries) if order is None else self._rows(entries[0], order)
@@ -89,6 +95,17 @@ class GgufFile:
             self.decoded[name] = f"transposed {kind}" if kind in TYPES else kind
         check_shape(str(self.path), name, value.shape, self._shapes[name])
         return value
+
+    def _expert(self, name: str, parameter: str, expert: int) -> Tensor:
+        """One expert's matrix in float32, of the joined parameter, which is kept until another is asked for."""
+        if self._joined is None or self._joined[0] != parameter:
+            self._joined = None  # there are never two
+            value = self.read(parameter)
+            assert isinstance(value, Tensor)  # no codes have three dimensions
+            self._joined = parameter, value
+        if parameter in self.decoded:
+            self.decoded[name] = self.decoded[parameter]
+        return self._joined[1][expert]
 
     def save_companions(self, directory: str | os.PathLike[str]) -> None:
         self.config.save_pretrained(str(directory))

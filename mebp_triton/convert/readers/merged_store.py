@@ -27,7 +27,7 @@ from mebp_triton.models.build import check_matrices
 from mebp_triton.models.config import prepare_config, read_store_config
 from mebp_triton.models.generation import saved_stops, write_stops
 from mebp_triton.models.names import check_complete, check_shape, parameter_aliases, tensor_shapes
-from mebp_triton.models.skeleton import Int4Site, int4_sites
+from mebp_triton.models.skeleton import Int4Site, int4sites
 from mebp_triton.store.reader import Store, StoreFile, open_store
 from mebp_triton.system import strict_json
 
@@ -70,13 +70,19 @@ class MergedStore:
         if adapter is not None:
             self.description += f", merged with adapter {Path(adapter).resolve().name}"
         self.sites: dict[str, Int4Site] = {}
+        self._experts: dict[str, list[Int4Site]] = {}  # by the parameter that has all of them
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def bind(self, model: PreTrainedModel) -> None:
-        sites, tied = int4_sites(model, self.store)
+        sites, tied = int4sites(model, self.store)
         check_matrices(self.store, sites, tied)
         self.sites = {f"{site.name}.weight": site for site in sites}
-        check_complete(f"store {self.directory}", parameter_aliases(model), [*self.sites, *self.store.floats])
+        self._experts = {}
+        for site in sites:
+            if site.role == "expert":
+                self._experts.setdefault(site.parameter, []).append(site)
+        stored = [*(site.parameter for site in sites), *self.store.floats]
+        check_complete(f"store {self.directory}", parameter_aliases(model), stored)
         self._shapes = tensor_shapes(model)
         for name in self.store.floats:
             if name in self._shapes:
@@ -86,11 +92,12 @@ class MergedStore:
             check_fit(adapter_shapes(self._lora, linear), self._tensors, str(self.adapter))
 
     def has(self, name: str) -> bool:
-        return name in self.sites or name in self.store.floats
+        return name in self.sites or name in self._experts or name in self.store.floats
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """The dtype in which the store has a float tensor; None for a matrix."""
-        return None if name in self.sites else self.store.files[self.store.floats[name]].entries[name][0]
+        """The dtype in which the store has a float tensor; None for a matrix, and for those of all experts."""
+        is_int4 = name in self.sites or name in self._experts
+        return None if is_int4 else self.store.files[self.store.floats[name]].entries[name][0]
 
     def read(self, name: str) -> Tensor | Int4Weight:
         """One parameter: as it is stored, unless the adapter changes it."""
@@ -109,13 +116,15 @@ class MergedStore:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The rows of a parameter in order, some at a time; those of a matrix are in float32."""
-        site = self.sites.get(name)
-        if site is None:
+        sites = [self.sites[name]] if name in self.sites else self._experts.get(name)
+        if sites is None:
             yield self.store.float_tensor(name)
-        elif site.transposed:
-            yield torch.cat(list(self._rows(site))).t()
-        else:
-            yield from self._rows(site)
+            return
+        for site in sites:
+            if site.transposed:
+                yield torch.cat(list(self._rows(site))).t()
+            else:
+                yield from self._rows(site)
 
     def save_companions(self, directory: str | os.PathLike[str]) -> None:
         self._write_companions(self._config_json, Path(directory))

@@ -49,7 +49,10 @@ class Mxfp4Directory(SafetensorsDirectory):
     def expert_value(self, key: str, expert: int) -> Tensor | Int4Weight:
         if key not in self._packed:
             return super().expert_value(key, expert)
-        blocks, exponents = self.expert_slice(f"{key}{BLOCKS}", expert)[0], self.expert_slice(f"{key}{SCALES}", expert)[0]
+        blocks, exponents = (
+            self.expert_slice(f"{key}{BLOCKS}", expert)[0],
+            self.expert_slice(f"{key}{SCALES}", expert)[0],
+        )
         where = f"{self._entries[key].file}: {key}"
         if blocks.dtype != torch.uint8 or exponents.dtype != torch.uint8:
             raise ValueError(f"{where} has {blocks.dtype} and {exponents.dtype} in place of bytes: download it again")

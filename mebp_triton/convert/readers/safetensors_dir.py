@@ -123,7 +123,8 @@ class SafetensorsDirectory:
                 used.update(keys)
         self._check_experts(aliases, present)
         check_complete(str(self.path), aliases, [*self._keys, *self._made])
-        for key in used:
+        parts = [key for conversion in self._made.values() for key in conversion.keys]
+        for key in [*(self._keys[name] for name in aliases if name in self._keys), *parts]:
             entry = self._entries[key]
             if not self._usable(key):
                 wanted = ", ".join(FLOATS)

@@ -60,7 +60,7 @@ def test_layers_that_a_4_bit_source_keeps_in_16_bits_are_counted(mebp, world, tm
 
 def test_quantize_and_train_say_it(mebp, tmp_path):
     """``train`` says it of a store that was there before; of one that it makes, ``quantize`` has said it."""
-    source, line = model_directory(tmp_path / "model", "granitemoe"), "24 matrices stay float (experts"
+    source, line = model_directory(tmp_path / "model", "llama4_text"), "24 matrices stay float (experts"
     code, _, err = mebp("quantize", source, tmp_path / "store", "--group-size=32")
     assert code == 0 and err.count(line) == 1
     text = tmp_path / "text.txt"

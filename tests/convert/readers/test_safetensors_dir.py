@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from models import tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -175,19 +176,17 @@ def test_missing_parameters_are_named(tmp_path):
     assert_refused(tmp_path, "model.layers.1.self_attn.q_proj.weight", "and 6 more")
 
 
-def test_experts_that_transformers_joins(tmp_path):
-    """Nothing is missing; transformers 4 has them as they lie."""
-    size = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    config = transformers.MixtralConfig(**size, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    if int(transformers.__version__.split(".")[0]) < 5:
-        source = open_source(tmp_path)
-        source.bind(on_meta(source.config))
-        assert source.has("model.layers.0.block_sparse_moe.experts.1.w2.weight")
-    else:
-        assert_refused(
-            tmp_path, "mlp.experts.gate_up_proj is stored in pieces", "mixtures of experts are not supported"
-        )
+def test_pieces_that_nobody_joins(tmp_path):
+    """A model whose experts are in one tensor, and a checkpoint with pieces for which transformers has no rule."""
+    config = tiny_config("llama4_text", num_hidden_layers=1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    prefix = "model.layers.0.feed_forward.experts"
+    for expert, part in enumerate(tensors.pop(f"{prefix}.down_proj")):
+        tensors[f"{prefix}.{expert}.w2.weight"] = part.contiguous()
+    model.config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_refused(tmp_path, "experts.down_proj is stored in pieces", "such experts are not supported")
 
 
 def test_wrong_shape_names_parameter_got_and_wanted(tmp_path):

@@ -46,7 +46,7 @@ def test_the_config_names_the_reader_of_a_directory(tmp_path: Path, quantization
     assert type(open_source(str(tmp_path))).__name__ == opened
 
 
-@pytest.mark.parametrize("method", ["torchao", "mxfp4", ".gguf", ["bitsandbytes"], {}, 3, None])
+@pytest.mark.parametrize("method", ["torchao", "fp8", ".gguf", ["bitsandbytes"], {}, 3, None])
 def test_a_method_without_a_reader(tmp_path: Path, method: Any) -> None:
     content = {"model_type": "llama", "quantization_config": {"quant_method": method}}
     (tmp_path / "config.json").write_text(json.dumps(content))
