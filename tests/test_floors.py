@@ -42,7 +42,7 @@ FLOORS = {
         export""",
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.tensor_lists optimizers.adamw
         optimizers.table evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes
-        plan.inventory plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint
+        plan.inventory plan.stand_ins plan.traced_model plan.phases plan.planner course standing step reporting updates checkpoint
         interim trainer untrained finetune gradient_check""",
     "cli": """console suggestions flags starting_adapter chat_template inference source_texts peft_baseline
         streaming doctor.advice doctor.findings commands.quantize commands.verify commands.eval commands.generate

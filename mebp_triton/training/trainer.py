@@ -208,6 +208,7 @@ class Trainer:
         engine = self.model.mebp.engine
         engine.waiting.pop_seconds()
         engine.waiting.pop_paged()
+        engine.waiting.pop_experts()
         engine.counters.pop_counts()
 
     def _measured(self) -> dict[str, Any]:
@@ -215,6 +216,8 @@ class Trainer:
         engine = self.model.mebp.engine
         waited = engine.waiting.pop_seconds()
         measured = {"seconds_waiting_for_data": waited, "bytes_paged": engine.waiting.pop_paged()}
+        if experts := engine.waiting.pop_experts():
+            measured["experts_paged"] = experts
         measured["peak_rss_bytes"] = peak_resident_bytes()
         measured |= {f"blocks_{name}": count for name, count in engine.counters.pop_counts().items()}
         if self.processes.size > 1:

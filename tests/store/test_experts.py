@@ -27,13 +27,13 @@ class Holder:
     source: Any = None
 
 
-def store_of(directory: Path, rows: int = 1500, columns: int = 1024) -> Store:
+def store_of(directory: Path, rows: int = 1500, columns: int = 1024, group: int = 64) -> Store:
     """A block with a linear layer and six experts, each of which is larger than a chunk that has a checksum."""
     directory.mkdir()
     writer = StoreWriter(directory, "a test", tied_head=False)
     matrices = {"layers.0.q": int4("symmetric", 1)}
     for seed, pair in enumerate(NAMES):
-        matrices |= {pair[0]: int4("symmetric", seed, rows, columns), pair[1]: int4("codebook", seed, 64, 70)}
+        matrices |= {pair[0]: int4("symmetric", seed, rows, columns, group), pair[1]: int4("codebook", seed, 64, 70)}
     experts = {name for pair in NAMES for name in pair}
     floats = {"layers.0.norm": torch.ones(4)}
     writer.write_file(BLOCK, {name: (weight, 0.0) for name, weight in matrices.items()}, floats, experts)
@@ -60,7 +60,7 @@ def test_an_expert_is_one_range_of_bytes(directory: Path, tmp_path: Path) -> Non
     spans = MappedExperts(opened, opened.files[BLOCK], NAMES, Waiting()).spans
     assert [len(one) for one in spans] == [1] * 6
     assert all(one[0][1] == other[0][0] for one, other in zip(spans, spans[1:], strict=False))
-    odd = store_of(tmp_path / "odd", 5, 32)
+    odd = store_of(tmp_path / "odd", 5, 64, 128)
     scattered = MappedExperts(odd, odd.files[BLOCK], NAMES, Waiting())
     assert {len(one) for one in scattered.spans} != {1}
     assert same(scattered.bring(range(6)), StoredExperts(odd, NAMES).bring(range(6)))

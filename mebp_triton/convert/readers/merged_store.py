@@ -27,7 +27,7 @@ from mebp_triton.models.build import check_matrices
 from mebp_triton.models.config import prepare_config, read_store_config
 from mebp_triton.models.generation import saved_stops, write_stops
 from mebp_triton.models.names import check_complete, check_shape, parameter_aliases, tensor_shapes
-from mebp_triton.models.skeleton import Int4Site, int4sites
+from mebp_triton.models.skeleton import Int4Site, int4_sites
 from mebp_triton.store.reader import Store, StoreFile, open_store
 from mebp_triton.system import strict_json
 
@@ -74,7 +74,7 @@ class MergedStore:
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def bind(self, model: PreTrainedModel) -> None:
-        sites, tied = int4sites(model, self.store)
+        sites, tied = int4_sites(model, self.store)
         check_matrices(self.store, sites, tied)
         self.sites = {f"{site.name}.weight": site for site in sites}
         self._experts = {}

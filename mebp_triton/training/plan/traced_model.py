@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from mebp_triton.models.build import Builder, Numerics, resolve_targets
 from mebp_triton.models.discover import find_mlps
 from mebp_triton.models.row_places import find_row_places
 from mebp_triton.models.skeleton import build_skeleton
-from mebp_triton.store.block_inputs import BlockInput, BlockInputStore, DeviceBlockInputs, HostBlockInputs
+from mebp_triton.store.block_inputs import BlockInputStore, DeviceBlockInputs, HostBlockInputs
 from mebp_triton.store.manifest import block_file
 from mebp_triton.store.residency import Residency
 from mebp_triton.store.table_rows import StoredRows
@@ -41,46 +40,6 @@ from .inventory import Inventory, ShapesOnly
 from .live_bytes import counter_of, traced
 
 MOST_JOINED = 8  # micro-batches that are traced together; a trace takes some tenths of a second for each
-
-
-class _Counted:
-    """A block input store that counts the bytes that wait in it.
-
-    Attributes:
-        bytes: what waits now.
-        saved: the bytes of every tensor that was saved, in order.
-    """
-
-    def __init__(self, store: BlockInputStore) -> None:
-        self.store, self.bytes = store, 0
-        self.saved: list[int] = []
-
-    def save(self, tensor: Tensor) -> BlockInput:
-        block_input = self.store.save(tensor)
-        self.saved.append(tensor.nbytes)
-        self.bytes += tensor.nbytes
-        weakref.finalize(block_input, self._gone, tensor.nbytes)
-        return block_input
-
-    def _gone(self, size: int) -> None:
-        self.bytes -= size
-
-
-class _Elsewhere:
-    """Stands for block inputs in files, which take no memory. It allocates what ``FileBlockInputs`` does."""
-
-    def save(self, tensor: Tensor) -> BlockInput:
-        tensor.detach().contiguous()
-        return _Away(tensor.shape, tensor.dtype)
-
-
-@dataclass(eq=False)
-class _Away:
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def load(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -119,6 +78,7 @@ class TracedModel:
         depth: how many blocks are traced.
         lora: the adapter's settings, without layers that text never reaches.
         tables: names of the embedding and the head.
+        experts: the experts of mixtures, by the path of their module; they know what was traced of them.
         base: live bytes between steps, before the first one.
 
     Raises:
@@ -149,6 +109,7 @@ class TracedModel:
             builder = Builder(store, self.model, lora, numerics, settings.seed)
         with traced(self.live):
             builder.fill(lambda modules: self._place_tables(store, modules))
+            self.experts = {path: AnyExperts(places, store) for path, places in builder.experts.items()}
         self.loss = builder.finish(config)
         if backend == "triton":
             from mebp_triton.models.fused_operations import install_fused_operations  # which needs the package triton
@@ -218,10 +179,10 @@ class TracedModel:
         on_host, has_backward = self.settings.device == "cpu", OPTIMIZERS[self.settings.optim].gradients
         stores: dict[Residency, BlockInputStore] = {
             "device": DeviceBlockInputs(),
-            "host": HostBlockInputs() if on_host else _Elsewhere(),
-            "file": _Elsewhere(),
+            "host": HostBlockInputs() if on_host else Elsewhere(),
+            "file": Elsewhere(),
         }
-        waiting, live = _Counted(stores[checkpoints]), self.live
+        waiting, live = Counted(stores[checkpoints]), self.live
         in_memory = checkpoints == "device" or (checkpoints == "host" and on_host)
         rows = self.settings.per_device_train_batch_size if joined > 1 else None
         engine = BlockEngine(
