@@ -38,6 +38,7 @@ from mebp_triton.training.run_settings import RunSettings
 
 from .inventory import Inventory, ShapesOnly
 from .live_bytes import counter_of, traced
+from .stand_ins import AnyExperts, Counted, Elsewhere
 
 MOST_JOINED = 8  # micro-batches that are traced together; a trace takes some tenths of a second for each
 
