@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -168,7 +168,7 @@ class Launches:
         if is_traced(first):
             return
         # Whatever stands for a launch, such as the emulator or the interpreter, is never passed over.
-        key = (type(kernel).run, id(kernel), key, *map(_signature, operands.values()))
+        key = (type(kernel).run, id(kernel), key, first.get_device(), *_signature(operands.values()))
         known = self.known.get(key)
         with _on_device_of(first):
             if known is None:
@@ -238,16 +238,21 @@ def forget_launches() -> None:
     _GROUPS.clear()
 
 
-def _signature(operand: Any) -> Any:
-    """The part of an operand on which compiled code and other arguments depend: all but the number of tokens.
+def _signature(operands: Iterable[Any]) -> list[Any]:
+    """The parts of operands on which compiled code and other arguments depend: all but the number of tokens.
 
     Triton compiles anew for a number that is 1, for one that is a multiple of 16, and for one that takes 64 bits.
     """
-    if isinstance(operand, Tensor):
-        return operand.dtype, operand.shape[1:], operand.stride(), operand.data_ptr() % 16, operand.get_device()
-    if isinstance(operand, int):
-        return operand == 1, operand % 16 == 0, operand >= 1 << 31
-    return None if operand is None else tuple(map(_signature, operand))
+    found: list[Any] = []
+    for operand in operands:
+        for one in operand if isinstance(operand, tuple) else (operand,):
+            if isinstance(one, Tensor):
+                found += one.dtype, one.shape[1:], one.stride(), one.data_ptr() % 16
+            elif one is None:
+                found.append(None)
+            else:
+                found += one == 1, one % 16 == 0, one >= 1 << 31
+    return found
 
 
 def _first(operands: dict[str, Any]) -> Tensor:
