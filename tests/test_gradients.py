@@ -22,7 +22,9 @@ from models import (
 from runs import two_level_store
 
 import mebp_triton as mebp
+from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.names import FORMS, Form
+from mebp_triton.models.adapter import PREFIX
 from mebp_triton.store.reader import Store
 
 TOLERANCE = 1e-5  # relative RMS, float32
@@ -245,6 +247,32 @@ def test_keys_and_values_that_blocks_share(shared_store: Any, options: dict[str,
         run(model, **batch())
     run(wrapped, **batch(), use_cache=False)
     assert_same_gradients(model, wrapped)
+
+
+FAMILIES = ["falcon", "bert", "zamba2", "nemotron_h"]
+if transformers.__version__ >= "5":
+    FAMILIES += ["gemma4_text"]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_families_whose_modules_are_unusual(shared_store: Any, architecture: str, tmp_path: Any) -> None:
+    """Padding, accumulation, weights in files, and selection; see also ``tests/bench/test_families.py``."""
+    store, places = shared_store(architecture), {"weights": "file", "checkpoints": "file"}
+    model, wrapped = both(store, **places, scratch_directory=tmp_path)
+    for seed, (rows, padding) in enumerate(BATCHES[:2]):
+        examples = batch(rows, padding=padding, seed=seed) | {"use_cache": False}
+        model(**examples).loss.backward()
+        wrapped(**examples).loss.backward()
+    assert_same_gradients(model, wrapped, 2 * TOLERANCE)
+    selection = mebp.LayerCyclicManager(model, ratio=1 / 3, mode="exact")
+    run(model, wrapped, **batch(), use_cache=False)
+    blocks = f"{PREFIX}{find_blocks(model)[0]}."
+    (selected,) = (f"{blocks}{index}." for index in selection.selected)
+    expected = {
+        name: grad if name.startswith(selected) or not name.startswith(blocks) else None
+        for name, grad in peft_gradients(wrapped).items()
+    }
+    assert_same(our_gradients(model), expected, 2 * TOLERANCE)
 
 
 def test_a_model_without_attention(shared_store: Any) -> None:

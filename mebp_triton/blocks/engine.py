@@ -262,11 +262,15 @@ class _TrainingWatch:
         inner = {f"output_{name}" for name in getattr(decoder, "_can_record_outputs", None) or ()}
         inner |= {"output_attentions", "output_router_logits"}
         self.refused = sorted(inner - {"output_hidden_states"})  # these lie between blocks and have their gradient
-        parameters = inspect.signature(decoder.forward).parameters.values()
-        self.caches = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters)
+        parameters = inspect.signature(decoder.forward).parameters
+        self.caches = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.places = list(parameters)
         self.config, self.engine = decoder.config, engine
 
     def before(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if "use_cache" in self.places[: len(args)]:  # CPM-Ant gives it by its place
+            args, kwargs = (), dict(zip(self.places, args, strict=False)) | kwargs
+
         def asked(name: str) -> bool:
             given = kwargs.get(name)
             return bool(getattr(self.config, name, False) if given is None else given)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
     """Finds the decoder stack: the shallowest ``ModuleList`` with as many entries as the config has hidden layers.
 
+    Where there are several, as in a model that has a tower for images beside the decoder, it is that of the decoder.
+
     Args:
         model: a transformers (or PEFT) model.
         path: the stack's path in the module tree, for a model where that rule does not find it.
@@ -26,7 +28,12 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
     if path is not None:
         return path, _blocks_at(model, path)
     config: Any = model.config
-    count = config.get_text_config().num_hidden_layers
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if type(count) is not int:
+        raise ValueError(
+            f"{type(model).__name__} does not say in its config how many blocks it has; name their list with "
+            f"blocks='path.to.list'"
+        )
     lists = [
         (name.count("."), name, module)
         for name, module in model.named_modules()
@@ -36,6 +43,10 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         raise ValueError(f"{type(model).__name__} has no list of {count} blocks; name it with blocks='path.to.list'")
     depth = min(entry[0] for entry in lists)
     shallowest = [entry for entry in lists if entry[0] == depth]
+    decoder: Any = getattr(model, "get_decoder", None)
+    if len(shallowest) > 1 and decoder is not None:
+        inside = set(decoder().modules())
+        shallowest = [entry for entry in shallowest if entry[2] in inside] or shallowest
     if len(shallowest) > 1:
         names = ", ".join(entry[1] for entry in shallowest)
         raise ValueError(f"{type(model).__name__} has several lists of {count} blocks ({names}); choose with blocks=")

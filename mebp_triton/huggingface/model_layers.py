@@ -15,8 +15,6 @@ from mebp_triton.models.skeleton import contains_any, kept_modules
 from .bitsandbytes_layers import is_linear4bit
 from .peft_layer import modules_of_peft
 
-PLAIN = (nn.Linear, Conv1D)
-
 
 def linear_layers(model: Any, saved: bool = False) -> dict[str, nn.Module]:
     """The layers of ``model`` that may be int4, by path: the base model's linear layers, also those inside PEFT's.

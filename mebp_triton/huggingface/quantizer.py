@@ -32,12 +32,13 @@ from mebp_triton.kernels.names import Form
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.models.names import current_names
+from mebp_triton.models.plain_linear import is_plain_linear
 from mebp_triton.models.saving import ignore_in_ddp
 from mebp_triton.models.skeleton import contains_any
 
 from .bitsandbytes_layers import is_linear4bit
 from .int4_config import METHOD, Int4Config
-from .model_layers import PLAIN, base_prefix, check_names, inner_model, linear_layers, path_without_peft
+from .model_layers import base_prefix, check_names, inner_model, linear_layers, path_without_peft
 from .peft_layer import register_where_installed
 
 BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5
@@ -85,9 +86,8 @@ class Int4Quantizer(HfQuantizer):
         skipped = self.config.modules_to_not_convert
         if not self.pre_quantized:
             check_names("modules_to_not_convert", skipped, model)
-        plain = {
-            path: module for path, module in linear_layers(model, self.pre_quantized).items() if type(module) in PLAIN
-        }
+        layers = linear_layers(model, self.pre_quantized)
+        plain = {path: module for path, module in layers.items() if is_plain_linear(module)}
         self.layers = {path: module for path, module in plain.items() if not contains_any(path, skipped)}
         if not self.layers:
             raise ValueError(f"{type(model).__name__} has no plain linear layer to quantize")
@@ -245,7 +245,7 @@ class Int4Quantizer(HfQuantizer):
                 if path != path_without_peft(path):
                     raise ValueError(f"{path} is inside a layer of PEFT: save the PeftModel, or unload() it first")
                 int4[path] = module.int4()
-        floats = [path.removeprefix(prefix) for path, module in candidates.items() if type(module) in PLAIN]
+        floats = [path.removeprefix(prefix) for path, module in candidates.items() if is_plain_linear(module)]
         lost = [path for path in int4 if path not in candidates or contains_any(path, floats)]
         if lost:
             raise ValueError(f"{lost[0]} is int4, and from_pretrained would take it for a float layer: not saved")
@@ -306,7 +306,7 @@ def _check_experts(model: Any, files: Iterable[Any] | None) -> None:
         path = name.rpartition(".")[0]
         while path not in modules:  # the path of the model itself is ""
             path = path.rpartition(".")[0]
-        if not isinstance(modules[path], PLAIN) and modules[path]._parameters:
+        if not isinstance(modules[path], nn.Linear | Conv1D) and modules[path]._parameters:
             raise ValueError(
                 f"{name.rpartition('.')[0]} is an int4 layer, and a part of {path} in transformers "
                 f"{transformers.__version__}: load the model by transformers {model.config.transformers_version}, "

@@ -17,6 +17,7 @@ from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.layers.lora_config import LoraConfig, as_lora_config
 from mebp_triton.models.build import check_adapter_dtype, check_targets, with_adapter
+from mebp_triton.models.plain_linear import is_plain_linear
 from mebp_triton.models.saving import install_saving
 from mebp_triton.models.skeleton import contains_any
 
@@ -44,10 +45,11 @@ def replace_linears(
 ) -> Any:
     """Makes the linear layers of ``model`` int4, in place.
 
-    ``nn.Linear`` and transformers' ``Conv1D`` are quantised; bitsandbytes' ``Linear4bit`` keeps its codes and scales,
-    bit for bit; PEFT's LoRA layers over any of these keep their adapters, and stay PEFT's. Hooks on a layer stay. Each
-    matrix is freed before the next is read. The head of a transformers model stays as it is, and so do modules that
-    it needs in float32, routers, and what PEFT keeps trained copies of (``modules_to_save``).
+    ``nn.Linear``, what computes the same, and transformers' ``Conv1D`` are quantised; bitsandbytes' ``Linear4bit``
+    keeps its codes and scales, bit for bit; PEFT's LoRA layers over any of these keep their adapters, and stay PEFT's.
+    Hooks on a layer stay. Each matrix is freed before the next is read. The head of a transformers model stays as it
+    is, and so do modules that it needs in float32, routers, and what PEFT keeps trained copies of
+    (``modules_to_save``).
 
     ``save_pretrained`` of a transformers model then writes int4 weights that ``from_pretrained`` reads as with
     ``Int4Config``; with ``lora``, the adapter alone.
@@ -170,7 +172,7 @@ def _check_layer(layer: Any, path: str, backend: str) -> None:
         check_linear4bit(layer, path)
     elif type(layer) is Int4LoRALinear:
         raise ValueError(f"{path} is int4 and has its adapter already: load the model anew, with the lora you want")
-    elif type(layer) not in (nn.Linear, Conv1D, Int4Linear):
+    elif type(layer) is not Int4Linear and not is_plain_linear(layer):
         raise ValueError(
             f"{path} is a {type(layer).__module__}.{type(layer).__name__}, which cannot be replaced; "
             "name it in exclude_modules"

@@ -28,7 +28,7 @@ from mebp_triton.store.reader import Store
 from .direct_reads import directly_read
 from .discover import join_shared_inputs, unreached_by_text
 from .experts import fused_experts
-from .names import enumerate_names
+from .names import enumerate_names, names_in
 from .skeleton import Int4Site, Stored, float32_tensors, int4_sites, linear_names
 
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -203,6 +203,7 @@ class Builder:
         self.sites, self.tied = int4_sites(model, store)
         check_matrices(store, self.sites, self.tied)
         self.decoded = self._sites_to_decode()
+        self.float_of = names_in(model, store.floats)
         self.stays_float32 = float32_tensors(model, numerics.dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self.modules: dict[str, Int4Module] = {}
@@ -305,9 +306,9 @@ class Builder:
             weight = decode(self.store.weight(site.name), torch.float32)
             weight = weight.t().contiguous() if site.transposed else weight
             return weight.to(self.numerics.device, self._dtype(name, self.numerics.dtype))
-        if name not in self.store.floats:
+        if name not in self.float_of:
             raise ValueError(f"store {self.store.directory} has no tensor {name}")
-        value = self.store.float_tensor(name)
+        value = self.store.float_tensor(self.float_of[name])
         if value.shape != expected.shape:
             raise ValueError(
                 f"store {self.store.directory}: {name} has shape {tuple(value.shape)}, "

@@ -71,12 +71,21 @@ def read_store_config(store: Store) -> PretrainedConfig:
 
 def _first_above(config: PretrainedConfig, longest: int, most: int) -> str | None:
     """The first length above ``longest`` or count above ``most``, as text; None if there is none."""
-    for names, limit in ((LENGTHS, longest), (COUNTS, most)):
+    for names, limit in ((COUNTS, most), (LENGTHS, longest)):
         for name in names:
-            value = getattr(config, name, None)
-            if type(value) is int and value > limit:
-                return f"{name} is {value!r:.100}"
+            for value in _values(config, name):
+                if type(value) is int and value > limit:
+                    return f"{name} is {value!r:.100}"
     return None
+
+
+def _values(config: PretrainedConfig, name: str) -> list[Any]:
+    """The values of a setting: one, or that of each layer where layers have their own, as in Gemma 4."""
+    try:
+        return [getattr(config, name, None)]
+    except RuntimeError:  # transformers 5 refuses to tell the value of the whole model
+        layers: Any = getattr(config, "per_layer_config", ())
+        return [getattr(layer, name, None) for layer in layers]
 
 
 def _code_on_the_hub(value: Any) -> str | None:

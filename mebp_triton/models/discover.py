@@ -9,13 +9,13 @@ import warnings
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mebp_triton.blocks.mlp_chunks import chunk_mlp
 from mebp_triton.kernels.configs import MOST_MEMBERS
 from mebp_triton.layers.linear import Int4LoRALinear
 from mebp_triton.layers.shared_input import SharedInput
 
+from .plain_linear import is_plain_linear
 from .skeleton import Int4Site, int4_sites, meta_model, run_on_meta
 
 
@@ -132,7 +132,7 @@ def find_mlps(config: Any, blocks: str) -> list[str]:
 
 def _is_mlp(module: nn.Module) -> bool:
     inside = list(module.modules())
-    linear = [part for part in inside if type(part) in (nn.Linear, Conv1D)]
+    linear = [part for part in inside if is_plain_linear(part)]
     others = [part for part in inside if part not in linear]
     if any("attention" in type(part).__name__.lower() or isinstance(part, nn.ModuleList) for part in others):
         return False

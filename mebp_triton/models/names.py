@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from transformers import PreTrainedModel
 
@@ -18,6 +18,16 @@ def parameter_aliases(model: PreTrainedModel) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return {names[0]: names for names in groups.values()}
+
+
+def names_in(model: PreTrainedModel, stored: Container[str]) -> dict[str, str]:
+    """For each name of a parameter, the one of its names that is in ``stored``. A parameter without one is left out."""
+    found: dict[str, str] = {}
+    for names in parameter_aliases(model).values():
+        known = next((name for name in names if name in stored), None)
+        if known is not None:
+            found |= dict.fromkeys(names, known)
+    return found
 
 
 def persistent_buffers(model: PreTrainedModel) -> list[str]:

@@ -15,12 +15,13 @@ from unittest import mock
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from mebp_triton.system.foreign_errors import is_out_of_memory
 
 from .direct_reads import directly_read
 from .experts import FusedExperts, fused_experts
+from .names import parameter_aliases
+from .plain_linear import is_plain_linear
 
 Role = Literal["linear", "embedding", "head", "expert"]
 
@@ -194,7 +195,7 @@ def int4_sites(model: Any, stored: Stored | None = None) -> tuple[list[Int4Site]
 
     They are the input embedding, the head, every linear layer but ``kept_modules`` and ``directly_read``, and every
     matrix of ``fused_experts``. A tied head is not listed since it has no weight of its own. Subclasses of
-    ``nn.Linear`` stay float: what they do with their weight is unknown.
+    ``nn.Linear`` stay float, unless they compute the same (``is_plain_linear``).
 
     Args:
         model: a transformers model.
@@ -205,7 +206,7 @@ def int4_sites(model: Any, stored: Stored | None = None) -> tuple[list[Int4Site]
         ValueError: the model has no plain embedding and linear head.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(head) is not nn.Linear or not isinstance(embedding, nn.Embedding):
+    if not isinstance(head, nn.Linear) or not is_plain_linear(head) or not isinstance(embedding, nn.Embedding):
         raise ValueError(
             f"{type(model).__name__} has no plain embedding and linear head "
             f"({type(embedding).__name__}, {type(head).__name__}); such models are not supported"
@@ -228,9 +229,9 @@ def int4_sites(model: Any, stored: Stored | None = None) -> tuple[list[Int4Site]
                 sites.append(Int4Site(name, "head", *module.weight.shape))
         elif name in experts:
             sites += _expert_sites(experts[name], kept, stored)
-        elif kept(name) or type(module) not in (nn.Linear, Conv1D) or stays_float(name):
+        elif kept(name) or stays_float(name) or not is_plain_linear(module):
             continue
-        elif type(module) is nn.Linear:
+        elif isinstance(module, nn.Linear):
             sites.append(Int4Site(name, "linear", *module.weight.shape))
         else:
             inputs, outputs = module.weight.shape
@@ -258,4 +259,4 @@ def linear_names(sites: Iterable[Int4Site]) -> list[str]:
 def float_names(model: Any, sites: list[Int4Site]) -> list[str]:
     """The names of the parameters that stay float: norms, biases, and all that is not the weight of a site."""
     int4 = {site.parameter for site in sites}
-    return [name for name, _ in model.named_parameters() if name not in int4]
+    return [name for name, names in parameter_aliases(model).items() if int4.isdisjoint(names)]

@@ -476,6 +476,15 @@ def test_a_decoder_without_a_cache_is_told_nothing_of_one() -> None:
             model(torch.ones(1, 2), **{name: True})
 
 
+class ByPlace(Decoder):
+    def forward(self, x: Tensor, use_cache: bool = True) -> Any:
+        return self.layers[0](x) if use_cache else None
+
+
+def test_a_cache_that_is_asked_for_by_place_is_switched_off() -> None:
+    assert watched(ByPlace)(torch.ones(1, 2), True) is None
+
+
 def test_a_decoder_that_takes_any_keyword_runs_without_a_cache() -> None:
     model = watched(Lenient)
     assert model(torch.ones(1, 2)) == {"use_cache": False}

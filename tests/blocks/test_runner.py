@@ -59,6 +59,12 @@ def test_lists_of_another_length_do_not_count() -> None:
     assert find_blocks(Made(4, pre=2, model__layers=4))[0] == "model.layers"
 
 
+def test_a_tower_with_as_many_blocks_as_the_decoder() -> None:
+    model = Made(4, model__vision=4, model__language=4)
+    model.get_decoder = lambda: model.get_submodule("model.language")  # type: ignore[assignment,operator]
+    assert find_blocks(model)[0] == "model.language"
+
+
 def test_one_block() -> None:
     assert len(find_blocks(Made(1, model__layers=1))[1]) == 1
 
@@ -68,6 +74,7 @@ def test_one_block() -> None:
     [
         (Made(4, model__layers=3), "no list of 4 blocks; name it with blocks="),
         (Made(0, model__layers=0), "no list of 0 blocks"),
+        (Made(None, model__layers=3), "does not say in its config how many blocks it has; name their list"),  # type: ignore[arg-type]
         (Made(4, model__encoder=4, model__decoder=4), r"several lists of 4 blocks \(model.encoder, model.decoder\)"),
     ],
 )

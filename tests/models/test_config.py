@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 from models import tiny_config
 from transformers import BartConfig, BertConfig, LlamaConfig, T5Config
 
@@ -121,6 +122,14 @@ def test_a_config_in_proportion_to_the_weights(changes: Any, fits: bool) -> None
     (name,) = changes
     with pytest.raises(ValueError, match=f"here: {name} is .* more than the weights have: .* do not belong together"):
         check_sizes("here", config, SHAPES)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4.57 has no settings of single layers")
+def test_settings_of_single_layers_count_as_well() -> None:
+    config = tiny_config("gemma4_text", global_head_dim=32)
+    check_sizes("here", config, SHAPES)
+    with pytest.raises(ValueError, match="here: head_dim is 1024, more than the weights have"):
+        check_sizes("here", tiny_config("gemma4_text", global_head_dim=1024), SHAPES)
 
 
 def test_a_store_without_weights_has_room_for_nothing(tmp_path: Path) -> None:

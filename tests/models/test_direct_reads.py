@@ -45,6 +45,7 @@ READS = {
     "falcon_h1": MIXERS,
     "nemotron_h": MIXERS,
     "granitemoehybrid": MIXERS,
+    "zamba2": MIXERS,
     "rwkv": {"attention.output", "feed_forward.value"},
 }
 

@@ -15,6 +15,7 @@ from mebp_triton.models.names import (
     check_shape,
     current_names,
     enumerate_names,
+    names_in,
     parameter_aliases,
     persistent_buffers,
     tensor_shapes,
@@ -34,6 +35,10 @@ def test_a_tied_table_has_both_its_names() -> None:
     assert aliases[TABLE] == [TABLE, HEAD] and HEAD not in aliases and aliases[NORM] == [NORM]
     apart = parameter_aliases(skeleton(tie_word_embeddings=False))
     assert apart[TABLE] == [TABLE] and apart[HEAD] == [HEAD]
+
+
+def test_each_name_of_a_parameter_leads_to_the_one_that_is_stored() -> None:
+    assert names_in(skeleton(), {HEAD, NORM}) == {TABLE: HEAD, HEAD: HEAD, NORM: NORM}
 
 
 def test_buffers_that_checkpoints_carry() -> None:

@@ -93,17 +93,22 @@ def test_a_head_that_is_no_linear_layer_is_refused() -> None:
         int4_sites(skeleton)
 
 
-def test_subclasses_of_linear_stay_as_they_are() -> None:
-    """Nobody knows what a subclass does with its weight."""
-
+def test_subclasses_of_linear_stay_as_they_are_unless_they_compute_the_same() -> None:
     class Other(nn.Linear):
-        pass
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    class Same(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T
 
     skeleton = build_skeleton(tiny_config("llama"), torch.float32)
     skeleton.model.layers[0].mlp.up_proj = Other(48, 80)
+    skeleton.model.layers[1].mlp.up_proj = Same(48, 80, bias=False)
     sites, _ = int4_sites(skeleton)
     name = "model.layers.0.mlp.up_proj"
     assert name not in {site.name for site in sites} and f"{name}.weight" in float_names(skeleton, sites)
+    assert name.replace("0", "1") in {site.name for site in sites}
 
 
 LISTED = ["mlp.gate_proj", "o_proj", "layers.1.self_attn.q_proj.weight", "k_pro"]

@@ -130,6 +130,16 @@ MIXTURES = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "qwen3_ne
 MIXTURES += ["lfm2_moe", "granitemoehybrid"]
 SETTINGS["rwkv"] = MAMBA | {"attention_hidden_size": 48, "context_length": 64, "rescale_every": 2}
 SETTINGS["lfm2"] = COMMON | {"layer_types": ["conv", "conv", "conv"]}
+# Layers of a class of their own; a head whose bias has two names; blocks that share a layer, each with an adapter.
+SETTINGS["falcon"] = _without("intermediate_size", "num_key_value_heads", new_decoder_architecture=True, num_kv_heads=2)
+SETTINGS["bert"] = _without("num_key_value_heads", is_decoder=True)
+SETTINGS["zamba2"] = COMMON | {
+    "layers_block_type": ["hybrid", "mamba", "hybrid"],
+    "mamba_d_state": 8,
+    "n_mamba_heads": 6,
+    "chunk_size": 8,
+    "num_key_value_heads": 4,
+}
 
 
 # Models for text and images, as their checkpoints are: the text model's settings, and those of the tower for images.
@@ -215,14 +225,19 @@ def save_tiny_model(architecture: str, directory: Path, seed: int = 0, **changes
     """A random model of ``architecture``, as ``save_pretrained`` writes it; weights so large that all of it matters."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.15)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.1)
+    randomize_weights(model)
     model.save_pretrained(directory)
     return directory
+
+
+@torch.no_grad()
+def randomize_weights(model: Any) -> None:
+    """Draws matrices and biases so large that all of them matter."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.15)
+        elif name.endswith("bias"):
+            parameter.normal_(0, 0.1)
 
 
 # More than 256 blocks of 64 in an MLP matrix: their scales, quantised in turn, have more than one block of their own.

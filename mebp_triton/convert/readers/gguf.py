@@ -73,11 +73,11 @@ class GgufFile:
         aliases = parameter_aliases(model)
         wanted = {name: [name] for name in persistent_buffers(model)} | aliases
         entries = {name: [stored[alias] for alias in names if alias in stored] for name, names in wanted.items()}
-        self._entries = {name: ways[0] for name, ways in entries.items() if ways}
+        self._entries = {alias: ways[0] for name, ways in entries.items() if ways for alias in wanted[name]}
         check_complete(str(self.path), aliases, self._entries)
         self._check_all_used(placed)
         self._shapes = tensor_shapes(model)
-        for name, stored_as in self._entries.items():
+        for name, stored_as in ((name, ways[0]) for name, ways in entries.items() if ways):
             self._check_sizes(name, stored_as)
         self._experts = expert_places(model)
 

@@ -26,7 +26,7 @@ from mebp_triton.models.adapter import (
 from mebp_triton.models.build import check_matrices
 from mebp_triton.models.config import prepare_config, read_store_config
 from mebp_triton.models.generation import saved_stops, write_stops
-from mebp_triton.models.names import check_complete, check_shape, parameter_aliases, tensor_shapes
+from mebp_triton.models.names import check_complete, check_shape, names_in, parameter_aliases, tensor_shapes
 from mebp_triton.models.skeleton import Int4Site, int4_sites
 from mebp_triton.store.reader import Store, StoreFile, open_store
 from mebp_triton.system import strict_json
@@ -71,6 +71,7 @@ class MergedStore:
             self.description += f", merged with adapter {Path(adapter).resolve().name}"
         self.sites: dict[str, Int4Site] = {}
         self._experts: dict[str, list[Int4Site]] = {}  # by the parameter that has all of them
+        self._names: dict[str, str] = {}  # of each parameter, the name that the store has it by
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def bind(self, model: PreTrainedModel) -> None:
@@ -81,8 +82,8 @@ class MergedStore:
         for site in sites:
             if site.role == "expert":
                 self._experts.setdefault(site.parameter, []).append(site)
-        stored = [*(site.parameter for site in sites), *self.store.floats]
-        check_complete(f"store {self.directory}", parameter_aliases(model), stored)
+        self._names = names_in(model, {*(site.parameter for site in sites), *self.store.floats})
+        check_complete(f"store {self.directory}", parameter_aliases(model), self._names)
         self._shapes = tensor_shapes(model)
         for name in self.store.floats:
             if name in self._shapes:
@@ -90,17 +91,32 @@ class MergedStore:
         if self._lora is not None:
             linear = {site.name: (site.out_features, site.in_features) for site in sites if site.role == "linear"}
             check_fit(adapter_shapes(self._lora, linear), self._tensors, str(self.adapter))
+            self._check_shared(model)
+
+    def _check_shared(self, model: PreTrainedModel) -> None:
+        """Raises ValueError where the adapter would change a matrix that layers share, for one of them alone."""
+        for names in parameter_aliases(model).values():
+            sites = [self.sites[name] for name in names if name in self.sites]
+            changed = [site.name for site in sites if self.delta(site) is not None]
+            if len(sites) > 1 and changed:
+                other = next(site.name for site in sites if site.name != changed[0])
+                raise ValueError(
+                    f"{changed[0]} and {other} share one weight and have an adapter each: no model directory or store "
+                    f"can have both; use the adapter by PEFT, unmerged"
+                )
 
     def has(self, name: str) -> bool:
-        return name in self.sites or name in self._experts or name in self.store.floats
+        return name in self.sites or name in self._names or name in self.store.floats
 
     def dtype(self, name: str) -> torch.dtype | None:
         """The dtype in which the store has a float tensor; None for a matrix, and for those of all experts."""
+        name = self._names.get(name, name)
         is_int4 = name in self.sites or name in self._experts
         return None if is_int4 else self.store.files[self.store.floats[name]].entries[name][0]
 
     def read(self, name: str) -> Tensor | Int4Weight:
         """One parameter: as it is stored, unless the adapter changes it."""
+        name = self._names.get(name, name)
         if name not in self.sites:
             return self.store.float_tensor(name)
         site = self.sites[name]
@@ -116,6 +132,7 @@ class MergedStore:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The rows of a parameter in order, some at a time; those of a matrix are in float32."""
+        name = self._names.get(name, name)
         sites = [self.sites[name]] if name in self.sites else self._experts.get(name)
         if sites is None:
             yield self.store.float_tensor(name)

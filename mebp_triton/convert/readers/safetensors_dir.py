@@ -109,16 +109,16 @@ class SafetensorsDirectory:
         made = conversions(model, names_of_keys)
         self._model, self._keys, self._made = model, {}, {}
         used: set[str] = set()
-        for name, names in [*aliases.items(), *((name, [name]) for name in persistent_buffers(model))]:
+        for names in [*aliases.values(), *([name] for name in persistent_buffers(model))]:
             # A checkpoint that was saved from the base model, or with it, has its prefix less, or more.
             spellings = [way for alias in names for way in (alias, prefix + alias, alias.removeprefix(prefix))]
             keys = list(dict.fromkeys(present[way] for way in spellings if way in present))
             conversion = next((made[way] for way in spellings if way in made), None)
             if conversion is not None:
-                self._made[name] = conversion
+                self._made.update(dict.fromkeys(names, conversion))
                 used.update(conversion.keys)
             elif keys:
-                self._keys[name] = keys[0]
+                self._keys.update(dict.fromkeys(names, keys[0]))
                 self._check_tied(keys)
                 used.update(keys)
         self._check_experts(aliases, present)

@@ -105,6 +105,19 @@ def test_a_damaged_store_is_seen_when_it_is_read(shared_store: Any, tmp_path: Pa
             read("model.embed_tokens.weight")
 
 
+def test_layers_that_share_a_weight(shared_store: Any, tmp_path: Path) -> None:
+    """Each may have an adapter, and then one weight cannot be both. Alone, they are read by any of their names."""
+    store = shared_store("zamba2")
+    source = bound(store)
+    first, second = (f"model.layers.{index}.shared_transformer.self_attn.q_proj.weight" for index in (0, 2))
+    assert torch.equal(decode(source.read(first)), decode(source.read(second)))
+    norm = "model.layers.2.shared_transformer.input_layernorm.weight"
+    assert source.has(norm) and torch.equal(source.read(norm), next(iter(source.pieces(norm))))
+    mebp.save_adapter(loaded(store, LORA | {"target_modules": ["q_proj"]}), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="share one weight and have an adapter each: .*; use the adapter by PEFT"):
+        bound(store, tmp_path / "adapter")
+
+
 # --- adapters that do not fit ---------------------------------------------------------------------------------------
 
 A = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
