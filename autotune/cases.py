@@ -13,9 +13,27 @@ from mebp_triton.kernels.accuracy import normal, random_weight
 from mebp_triton.kernels.configs import MOST_MEMBERS, Problem, TileConfig
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.names import Scheme
+from mebp_triton.kernels.reference import Activation, NormStyle
 
-CaseKernel = Literal["matmul", "matmul_dx", "embedding", "decode", "softmax_tile", "split_sums"]
+CaseKernel = Literal[
+    "matmul",
+    "matmul_dx",
+    "embedding",
+    "decode",
+    "softmax_tile",
+    "split_sums",
+    "rms_norm",
+    "rope",
+    "gated_activation",
+    "lora_gradients",
+]
 CASE_KERNELS: tuple[CaseKernel, ...] = get_args(CaseKernel)
+# What a kernel computes in several ways, the first one by default.
+STYLES: dict[str, tuple[str, ...]] = {
+    "rms_norm": get_args(NormStyle),
+    "rope": ("forward", "inverse"),
+    "gated_activation": get_args(Activation),
+}
 Layout = Literal["contiguous", "padded", "offset", "transposed", "expanded"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -26,24 +44,28 @@ class Case:
     """One problem and how it is launched.
 
     Attributes:
-        kernel: a kernel, or "decode" for the embedding's kernel on all rows (a panel).
-        config: tile sizes; the default if None. "decode", "softmax_tile" and "split_sums" have no choice.
+        kernel: a kernel, or "decode" for the embedding's kernel on all rows (a panel). "rms_norm" and
+            "gated_activation" are launched forward and backward.
+        config: tile sizes, of products and "embedding"; the default if None. The others have no choice.
         m: tokens, or rows. Of no use to "decode" and "split_sums".
         sizes: out-features of each member of a group; of "embedding" and "decode", the table's rows; of
-            "softmax_tile", the columns of one tile after the other; of "split_sums", the elements of each output.
-        k: in-features.
+            "softmax_tile", the columns of one tile after the other; of "split_sums", the elements of each output; of
+            "rope", the heads of q and of k; of "gated_activation", the columns.
+        k: in-features; of "rms_norm", the columns; of "rope", those of a head.
         scheme, group_size, scale_dtype, bits: the weights'. A scale_dtype of int8 is for scales of two levels.
         dtype: the activations', the result's, or the logits'.
-        rank: LoRA's rank; 0 for none.
-        bias: whether ``matmul`` adds a bias; whether the logits of "softmax_tile" come with slopes.
-        split: parts of "split_sums". Products have theirs in ``config``.
+        rank: LoRA's rank; 0 for none. Of "rope", the columns that are rotated; 0 for all.
+        bias: whether ``matmul`` adds a bias; whether the logits of "softmax_tile" come with slopes; whether the angles
+            of "rope" are float32; whether "lora_gradients" gives results of ``dtype`` and not of float32.
+        split: parts of "split_sums", sequences of "rope". Products have theirs in ``config``.
         layout: how activations lie in memory: in one piece; as rows of a wider matrix, which are aligned ("padded") or
             not ("offset"); as columns; or as one row for all tokens. Weights are rows of a larger one where
             activations are "padded" or "offset".
         seed: the random numbers'.
+        style: one of ``STYLES``, of a kernel that has some.
 
     Raises:
-        ValueError: the kernel or the layout is unknown, or the configuration does not suit the problem.
+        ValueError: the kernel, the layout or the style is unknown, or the configuration does not suit the problem.
     """
 
     kernel: CaseKernel
@@ -61,12 +83,17 @@ class Case:
     layout: Layout = "contiguous"
     bits: int = 4
     seed: int = 0
+    style: str = ""
 
     def __post_init__(self) -> None:
         if self.kernel not in CASE_KERNELS:
             raise ValueError(f"kernel must be one of {CASE_KERNELS}, got {self.kernel!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
+        styles = STYLES.get(self.kernel, ("",))
+        if self.style not in ("", *styles):
+            raise ValueError(f"style of {self.kernel} must be one of {styles}, got {self.style!r}")
+        object.__setattr__(self, "style", self.style or styles[0])
         if self.kernel in ("matmul", "matmul_dx"):
             if not 1 <= len(self.sizes) <= MOST_MEMBERS:
                 raise ValueError(f"a launch takes 1 to {MOST_MEMBERS} weights, got {len(self.sizes)}")
@@ -88,6 +115,7 @@ class Case:
         parts += ["bias"] if self.bias else []
         parts += [f"split{self.split}"] if self.split > 1 else []
         parts += {torch.float32: ["scales32"], torch.int8: ["two-level"]}.get(self.scale_dtype, [])
+        parts += [self.style] if self.style else []
         parts += [self.layout] if self.layout != "contiguous" else []
         parts += [f"[{tile_name(self.config)}]"] if self.config is not None else []
         return " ".join(parts)

@@ -28,6 +28,7 @@ from mebp_triton.kernels.split import parts_of, sum_parts
 
 from .cases import Case, Operands, laid_out
 from .measure import poisoned
+from .small_operations import OPERATIONS
 
 # The size of LoRA's term beside the weight's own: small enough that an error of either shows.
 LORA_SIZE = 0.06
@@ -73,6 +74,7 @@ def check(case: Case, device: torch.device | str = "cpu") -> Verdict:
 def prepare(case: Case, device: torch.device | str = "cpu") -> Prepared:
     """Makes a case's operands, the same ones for the same case, and its right result."""
     kinds: dict[str, type[Prepared]] = {"softmax_tile": _SoftmaxTiles, "split_sums": _SplitSums}
+    kinds |= dict.fromkeys(OPERATIONS, _SmallOperation)
     kinds |= {"embedding": _Rows, "decode": _Rows, "matmul": _Forward, "matmul_dx": _Backward}
     return kinds[case.kernel](case, Operands(case, torch.device(device)))  # type: ignore[call-arg]
 
@@ -276,3 +278,25 @@ class _SplitSums:
 
     def judge(self, found: list[Tensor]) -> Verdict:
         return _bits(found, self.wanted)
+
+
+class _SmallOperation:
+    """Results of kernels without int4 weights, against torch in the same dtype and in float64."""
+
+    def __init__(self, case: Case, operands: Operands) -> None:
+        self.operation = OPERATIONS[case.kernel](case, operands)
+        self.same, self.truth = (self.operation.by_torch(dtype) for dtype in (case.dtype, torch.float64))
+
+    def launch(self) -> list[Tensor]:
+        with poisoned():
+            return self.operation.launch()
+
+    def judge(self, found: list[Tensor]) -> Verdict:
+        worst = 0.0
+        for one, same, truth in zip(found, self.same, self.truth, strict=True):
+            verdict = judge(one, same, truth, product=self.operation.product and truth.numel() >= FEWEST)
+            share = verdict.get("share")
+            if not verdict["ok"]:
+                return Verdict(False, math.inf if share is None else share, verdict["reason"])
+            worst = max(worst, verdict["share"])
+        return Verdict(True, worst)

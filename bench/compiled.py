@@ -5,8 +5,9 @@
 The emulator runs the PTX that the compiler makes for each target (``autotune/emulator/``); no GPU is needed. Part
 ``shipped`` launches each configuration of the tables of sm_80 to sm_90 on small problems with two tiles each way: in
 bfloat16 and float16, all schemes and group sizes, with and without LoRA, one weight and several; one half of these with
-sizes as a model's layers have them, the other with ragged sizes and views. Part ``random`` mixes everything. Where the
-PTX of two targets is the same up to the target's name, it is executed once and counted for both.
+sizes as a model's layers have them, the other with ragged sizes and views. Part ``random`` mixes everything, and
+part ``small`` likewise for the kernels without int4 weights. Where the PTX of two targets is the same up to its target,
+it is executed once and counted for both.
 
 Each result is kept in a file of progress as it comes, so a run that was ended goes on where it was; results of other
 sources are thrown away. The exit code is 1 if any launch failed.
@@ -37,11 +38,12 @@ import triton
 from kernel_table import configurations
 from machine import ROOT, git
 
-from mebp_triton.autotune.cases import CASE_KERNELS, LAYOUTS, Case, tile_case, tile_name
+from mebp_triton.autotune.cases import CASE_KERNELS, LAYOUTS, STYLES, Case, tile_case, tile_name
 from mebp_triton.autotune.correctness import Prepared, prepare
 from mebp_triton.autotune.emulator.driver import Emulator
 from mebp_triton.autotune.emulator.faults import Fault, NotModelled
 from mebp_triton.autotune.emulator.state import no_blocks
+from mebp_triton.autotune.small_operations import OPERATIONS
 from mebp_triton.kernels.configs import TileConfig
 from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES, Form
 from mebp_triton.system import strict_json
@@ -50,9 +52,9 @@ from mebp_triton.system.machine import environment
 TARGETS = (80, 86, 87, 89, 90)
 # Of random problems: each family of instructions.
 RANDOM_TARGETS = (75, 80, 87, 90, 120)
-RANDOM_CASES = 1000
+RANDOM_CASES, SMALL_CASES = 1000, 200
 FOUR_BITS, EIGHT_BITS = ([form for form in FORMS if form.bits == bits] for bits in (4, 8))
-PARTS = ("shipped", "random")
+PARTS = ("shipped", "random", "small")
 # What decides over a result, besides the compiler.
 SOURCES = (
     "kernels/*.py",
@@ -60,6 +62,7 @@ SOURCES = (
     "autotune/emulator/*.py",
     "autotune/cases.py",
     "autotune/correctness.py",
+    "autotune/small_operations.py",
     "bench/compiled.py",
 )
 
@@ -102,9 +105,9 @@ def shipped_units() -> list[Unit]:
 
 
 def random_units() -> list[Unit]:
-    """Problems of all kernels with everything mixed, products most of all; each for one target."""
+    """Problems of all kernels of int4 weights with everything mixed, products most of all; each for one target."""
     pick = random.Random(0)
-    kernels = ["matmul"] * 5 + ["matmul_dx"] * 5 + list(CASE_KERNELS[2:])
+    kernels = ["matmul"] * 5 + ["matmul_dx"] * 5 + [kernel for kernel in CASE_KERNELS[2:] if kernel not in OPERATIONS]
     units = []
     while len(units) < RANDOM_CASES:
         kernel = pick.choice(kernels)
@@ -130,6 +133,29 @@ def random_units() -> list[Unit]:
         # The assembler refuses bfloat16 for sm_75, where panels take the kernels' place.
         targets = [target for target in RANDOM_TARGETS if target > 75 or case.dtype != torch.bfloat16]
         units.append(Unit(case, (pick.choice(targets),)))
+    return units
+
+
+def small_units() -> list[Unit]:
+    """Problems of the kernels without int4 weights, with everything mixed; each for one target."""
+    pick, units = random.Random(0), []
+    for number in range(SMALL_CASES):
+        kernel = list(OPERATIONS)[number % len(OPERATIONS)]
+        case = Case(
+            kernel,
+            None,
+            pick.choice((1, 5, 16, 33, 70, 200)),
+            tuple(pick.choice((1, 7, 16, 34, 130)) for _ in range(3 if kernel == "lora_gradients" else 2)),
+            pick.choice((54, 64, 128, 300)),
+            dtype=pick.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)),
+            rank=pick.choice((0, 32) if kernel == "rope" else (1, 5, 16, 40, 70)),
+            bias=pick.random() < 0.5,
+            split=pick.choice((1, 3)),
+            layout=pick.choice(LAYOUTS),
+            style=pick.choice(STYLES.get(kernel, ("",))),
+            seed=number,
+        )
+        units.append(Unit(case, (pick.choice(RANDOM_TARGETS[case.dtype == torch.bfloat16 :]),)))
     return units
 
 
@@ -161,7 +187,7 @@ def tamed(case: Case, pick: random.Random) -> Case:
 
 @functools.cache
 def units_of(part: str) -> list[Unit]:
-    return shipped_units() if part == "shipped" else random_units()
+    return {"shipped": shipped_units, "random": random_units, "small": small_units}[part]()
 
 
 def run_unit(part: str, number: int) -> dict[str, Any]:

@@ -17,8 +17,8 @@ FLOORS = {
     "autotune": """emulator.faults emulator.floats emulator.bit_operations emulator.parser emulator.number_types
         emulator.operations emulator.global_memory emulator.shared_memory emulator.matrix emulator.counts emulator.state
         emulator.thread_steps emulator.memory_steps emulator.matrix_steps emulator.group_steps emulator.machine
-        emulator.tensors emulator.driver sass shapes compile timing ceilings measure cases correctness execute
-        cost_model space log rank results shipping tune report""",
+        emulator.tensors emulator.driver sass shapes compile timing ceilings measure cases small_operations
+        correctness execute cost_model space log rank results shipping tune report""",
     "layers": """lora_config stacked_adapters lora_function experts int4_module linear shared_input deferred_logits head
         loss""",
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file

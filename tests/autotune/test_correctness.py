@@ -17,6 +17,10 @@ CASES = {
     "decode": Case("decode", layout="transposed", dtype=torch.float16),
     "softmax_tile": Case("softmax_tile", sizes=(31, 5), bias=True),
     "split_sums": Case("split_sums", sizes=(5, 0, 1030), split=4),
+    "rms_norm": Case("rms_norm", layout="padded", style="offset"),
+    "rope": Case("rope", m=5, sizes=(5, 2), k=50, rank=48, split=2, style="inverse"),
+    "gated_activation": Case("gated_activation", m=5, layout="offset", dtype=torch.float16),
+    "lora_gradients": Case("lora_gradients", m=70, sizes=(40, 3), rank=5),
 }
 
 

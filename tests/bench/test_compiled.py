@@ -5,9 +5,11 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 
-from mebp_triton.autotune.cases import CASE_KERNELS, LAYOUTS, Case
+from mebp_triton.autotune.cases import CASE_KERNELS, LAYOUTS, STYLES, Case
 from mebp_triton.autotune.correctness import Verdict, prepare
+from mebp_triton.autotune.small_operations import OPERATIONS
 
 
 @pytest.fixture
@@ -36,11 +38,22 @@ def test_every_shipped_configuration_has_every_kind_of_weight_and_launch(compile
 def test_random_problems_are_the_same_and_of_all_kinds(compiled):
     units = compiled.random_units()
     assert units == compiled.random_units() and len(units) == len({unit.case for unit in units}) == 1000
-    assert {unit.case.kernel for unit in units} == set(CASE_KERNELS)
+    assert {unit.case.kernel for unit in units} == set(CASE_KERNELS) - OPERATIONS.keys()
     assert {unit.case.layout for unit in units} == set(LAYOUTS)
     assert {target for unit in units for target in unit.targets} == set(compiled.RANDOM_TARGETS)
     configs = [unit.case.config for unit in units if unit.case.config is not None]
     assert {config.split for config in configs} == {1, 2, 4} and any(config.scale_sums for config in configs)
+
+
+def test_small_problems_are_the_same_and_of_all_kinds(compiled):
+    units = compiled.small_units()
+    assert units == compiled.small_units() and len(units) == len({unit.case for unit in units}) == 200
+    styles = {(kernel, style) for kernel in OPERATIONS for style in STYLES.get(kernel, ("",))}
+    assert {(unit.case.kernel, unit.case.style) for unit in units} == styles
+    assert {unit.case.layout for unit in units} == set(LAYOUTS)
+    targets = {(unit.case.kernel, *unit.targets) for unit in units if unit.case.dtype == torch.bfloat16}
+    assert targets == {(kernel, target) for kernel in OPERATIONS for target in compiled.RANDOM_TARGETS[1:]}
+    assert compiled.units_of("small") == units
 
 
 def test_equal_code_is_executed_once(compiled, monkeypatch):

@@ -14,7 +14,7 @@ from pairs import pairs
 from token_gradients import SIZES as GRADIENT_SIZES
 from token_gradients import verdicts
 
-from mebp_triton.autotune.cases import LAYOUTS, Case
+from mebp_triton.autotune.cases import LAYOUTS, STYLES, Case
 from mebp_triton.autotune.compile import resource_usage
 from mebp_triton.autotune.correctness import check, prepare
 from mebp_triton.autotune.emulator.driver import Emulator
@@ -187,6 +187,21 @@ SMALL_OPERATIONS = (
 def test_small_operations(name):
     with Emulator(80):
         small_operations.check(*small_operation(name, torch.bfloat16))
+
+
+def small_cases():
+    """Every style, on other targets, in other dtypes and layouts; ``bench/compiled.py --part small`` mixes all."""
+    kinds = [(kernel, style) for kernel, styles in STYLES.items() for style in styles]
+    targets, dtypes = itertools.cycle((90, 120, 75)), itertools.cycle((torch.bfloat16, torch.float32, torch.float16))
+    for (kernel, style), target, dtype, layout in zip(kinds, targets, dtypes, itertools.cycle(LAYOUTS[1:])):
+        yield target, Case(kernel, None, 9, (37, 3), 70, dtype=dtype, split=2, layout=layout, style=style)
+
+
+@pytest.mark.parametrize(("target", "case"), list(small_cases()), ids=identity)
+def test_small_operations_in_other_layouts(target, case):
+    with Emulator(target):
+        verdict = check(case)
+    assert verdict.ok, verdict.reason
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ EXPLANATIONS: tuple[tuple[dict[str, str], str], ...] = (
     # Barriers and fences.
     ({"kind": "barrier removed", "before": r"cp\.async\.wait_group", "next": r"ld\.shared", "code": LOAD},
      "A thread reads, of the packed tile, only what it has copied itself. All else is read behind the next barrier."),
+    ({"kind": "barrier removed", "kernel": "lora_gradients", "before": r"cp\.async\.wait_group", "next": r"st\.shared"},
+     "What is written next was last read before the barrier at the end of the step before, and nothing is read before "
+     "the barrier behind it."),
     ({"kind": "barrier removed", "before": r"wgmma\.wait_group", "next": r"wgmma\.mma"},
      "Products only read shared memory, and what they read is next written behind other barriers."),
     ({"kind": "barrier removed", "before": r"wgmma\.wait_group", "next": r"cp\.async\.c[ag]"},
@@ -40,6 +43,14 @@ EXPLANATIONS: tuple[tuple[dict[str, str], str], ...] = (
     ({"kind": WAIT, "instruction": r"wgmma", "code": r"acc_(low|high) = tl\.dot"},
      "The sums of the low columns are not read before the wait behind the product of the high ones."),
     # Masks.
+    ({"kind": "guard dropped", "code": r"(cos|sin)_low = tl\.load"},
+     "Angles of the second half, which lie behind those of the first, for columns that are not stored."),
+    ({"kind": "half of a mask dropped", "kernel": "lora_gradients", "code": r"= tl\.load\(", "kept": r"mask_m = "},
+     "Columns behind the last one, of rows that are there: they are multiplied and not stored."),
+    ({"kind": "mask dropped", "kernel": "lora_gradients", "mask": "mask_m = ", "whole": "True"},
+     "Sizes are multiples of 16 in this kernel, and the first 16 tokens of a step are all there."),
+    ({"kind": "half of a mask dropped", "kernel": "lora_gradients", "code": r"^for m0 in range"},
+     "A step behind the last one, which the pipeline loads in vain. The mask of rows is false there as well."),
     ({"kind": "bound one too far", "code": r"// 32 \* 64 < K|\(offs_c < K\)"},
      "It compares with K where chunks of 64 columns begin. None begins at K: K is no multiple of 64, or a tile is one "
      "chunk, and there are only tiles that begin before K."),

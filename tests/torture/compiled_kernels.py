@@ -161,9 +161,9 @@ class Kernel:
                 todo.append(at + 1)
         return False
 
-    def predicate_of(self, line: int) -> Instruction | None:
-        """The instruction that sets the predicate of another one, the last of those that it names."""
-        predicates = re.findall(r"%p\d+", self.instructions[line].text)
+    def predicate_of(self, line: int, text: str | None = None) -> Instruction | None:
+        """The instruction that sets the predicate of another one, the last of those that it or ``text`` names."""
+        predicates = re.findall(r"%p\d+", text or self.instructions[line].text)
         sets = re.compile(rf"\S+ {predicates[-1]}, " if predicates else "$")
         return next((other for other in self.instructions.values() if sets.match(other.text)), None)
 
@@ -266,3 +266,26 @@ def kernels() -> Iterator[Kernel]:
     yield Kernel("_softmax_tile_kernel", 120, of_sizes("softmax_tile", *tiles, dtype=FP32, layout="padded"))
     parts = (1, (1040, 80), 2), (1, (48, 16), 2)
     yield Kernel("_sum_parts_kernel", 90, of_sizes("split_sums", *parts, split=4, dtype=BF16))
+    yield from small_kernels()
+
+
+def small_kernels() -> Iterator[Kernel]:
+    """The kernels without int4 weights. A case of some launches two of them, of which one is meant."""
+    rows = (33, (1,), 70), (17, (1,), 102)
+    for number, (name, dtype) in enumerate((("_rms_norm_kernel", BF16), ("_rms_norm_dx_kernel", FP16))):
+        yield Kernel(name, (80, 90)[number], of_sizes("rms_norm", *rows, layout="padded", dtype=dtype))
+    # Heads that fill no block of heads, and columns behind those that are rotated.
+    heads = (5, (19, 3), 70), (3, (35, 33), 54)
+    for target, style in ((80, "forward"), (90, "inverse")):
+        yield Kernel("_rope_kernel", target, of_sizes("rope", *heads, rank=36, split=2, style=style, dtype=BF16))
+    columns = (3, (1030,), 1), (2, (70,), 1)
+    for name, target, style, dtype in (
+        ("_gated_activation_kernel", 90, "silu", BF16),
+        ("_gated_activation_backward_kernel", 80, "gelu_tanh", FP32),
+    ):
+        yield Kernel(name, target, of_sizes("gated_activation", *columns, layout="padded", style=style, dtype=dtype))
+    # The second one's loads are pipelined, as a model's are.
+    tokens = (330, (70, 5, 37), 1), (131, (35, 67, 3), 1), (7, (33, 35, 7), 1)
+    yield Kernel("_lora_gradients_kernel", 80, of_sizes("lora_gradients", *tokens, rank=9, dtype=BF16))
+    tokens = (336, (80, 16, 48), 16), (144, (48, 80, 16), 16), (80, (16, 48, 80), 16), (16, (16, 16, 16), 16)
+    yield Kernel("_lora_gradients_kernel", 90, of_sizes("lora_gradients", *tokens, rank=48, dtype=FP16))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import sys
 import time
 import warnings
@@ -55,10 +56,11 @@ def described(kernel: Kernel, mutation: Mutation) -> dict[str, Any]:
     """What an error changes: its kind, line, instruction, and line of Python with that line's text.
 
     "lines" says how many instructions are changed; the first one stands for them. "mask" is the line of Python that the
-    instruction's predicate comes from; "before" and "next" are the nearest instructions that have to do with shared
-    memory; "whole" says that all sizes are multiples of 16.
+    instruction's predicate comes from, "kept" that of what stands there instead; "before" and "next" are the nearest
+    instructions that have to do with shared memory; "whole" says that all sizes are multiples of 16.
     """
     one, mask = kernel.instructions[mutation.line], kernel.predicate_of(mutation.line)
+    kept = kernel.predicate_of(mutation.line, mutation.changes[0][1])
     return {
         "kernel": str(kernel),
         "group": mutation.group,
@@ -70,6 +72,7 @@ def described(kernel: Kernel, mutation: Mutation) -> dict[str, Any]:
         "source": one.source,
         "code": source_text(one.source),
         "mask": source_text(mask.source) if mask else "",
+        "kept": source_text(kept.source) if kept else "",
         "whole": all(size % 16 == 0 for case in kernel.cases for size in (*case.sizes, case.k)),
         "before": kernel.neighbour(mutation.line, -1),
         "next": kernel.neighbour(mutation.line, 1),
@@ -145,10 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=400, help="errors to plant (default: 400)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kernels", default="", metavar="TEXT", help="only those whose description has this text")
+    parser.add_argument("--kernels", default="", metavar="REGEX", help="only those whose description matches")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args(arguments)
-    chosen = [kernel for kernel in kernels() if options.kernels in str(kernel)]
+    chosen = [kernel for kernel in kernels() if re.search(options.kernels, str(kernel))]
     return finish(try_errors(chosen, options.count, options.seed), options.output)
 
 

@@ -107,6 +107,23 @@ def test_entries_name_what_an_error_is_described_by(compiled):
         assert patterns.keys() <= error.keys() and "kind" in patterns and reason.endswith(".")
 
 
+NAMES = ("_rms_norm_kernel", "_rope_kernel", "_gated_activation_backward_kernel", "_lora_gradients_kernel")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_in_the_small_kernels_are_noticed(compiled, name):
+    """One of each group; the script tries hundreds."""
+    from compiled_explanations import explanation
+    from compiled_kernels import small_kernels
+
+    kernel = next(kernel for kernel in small_kernels() if kernel.name == name)
+    firsts = {mutation.group: mutation for _, mutation in compiled.drawn([kernel], 30, 0)}
+    assert len(firsts) >= 3
+    for one in firsts.values():
+        outcome = kernel.outcome(one)
+        assert outcome != compiled.MISSED or explanation(compiled.described(kernel, one)), one
+
+
 @pytest.mark.parametrize("explained", [True, False])
 def test_a_short_run(compiled, monkeypatch, tmp_path, explained):
     monkeypatch.setattr(compiled, "explanation", lambda error: "why not" if explained else None)
