@@ -36,7 +36,9 @@ class Int4Linear(Int4Module, nn.Linear):
         self._init_int4(weight, compute_dtype, backend)
 
     def _set_packed(self, packed: Tensor) -> None:
-        self._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
+        is_parameter = type(packed) is nn.Parameter
+        own: Any = packed if is_parameter else nn.Parameter(packed, requires_grad=False)
+        self._parameters["weight"] = own
 
     def _packed(self) -> Tensor:
         packed: Any = self._parameters["weight"]

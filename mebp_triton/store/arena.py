@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.system.machine import is_unified
@@ -222,7 +222,7 @@ class ArenaPages(Pages):
             self.spans = spans_of(file, self.tensors)
             for of_module, source in zip(experts, self.experts, strict=True):
                 of_module.holder.source = source
-        self._absent = {name: store.weight(name).to("meta") for name in modules}
+        self._absent = {name: _as_parameter(store.weight(name).to("meta")) for name in modules}
         # The weights as views of each arena, by its address, made once: the layers know what they did with them.
         self._views: dict[int, dict[str, Int4Weight]] = {}
         self._remove_weights()
@@ -260,7 +260,7 @@ class ArenaPages(Pages):
         self.depth = 1
         views = self._views.get(data.data_ptr())
         if views is None:
-            views = {name: self.store.weight(name, data) for name in self.modules}
+            views = {name: _as_parameter(self.store.weight(name, data)) for name in self.modules}
             self._views[data.data_ptr()] = views
         for name, module in self.modules.items():
             module.set_int4(views[name])
@@ -291,3 +291,8 @@ class ArenaExperts:
         """Copies the experts to the device, verified, and returns their weights."""
         data = self.pages.stager.bring(self.pages, self.place, experts)
         return views_of(self.pages.store, self.names, experts, data)
+
+
+def _as_parameter(weight: Int4Weight) -> Int4Weight:
+    """``weight`` with its codes as a parameter: a module then need not make one each time that it is put in place."""
+    return replace(weight, packed=nn.Parameter(weight.packed, requires_grad=False))
