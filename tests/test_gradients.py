@@ -13,6 +13,7 @@ from models import (
     MIXTURES,
     assert_same,
     batch,
+    decoded_model,
     loaded,
     our_gradients,
     peft_gradients,
@@ -24,7 +25,7 @@ from runs import two_level_store
 import mebp_triton as mebp
 from mebp_triton.blocks.runner import find_blocks
 from mebp_triton.kernels.names import FORMS, Form
-from mebp_triton.models.adapter import PREFIX
+from mebp_triton.models.adapter import PREFIX, load_adapter, read_adapter_config
 from mebp_triton.store.reader import Store
 
 TOLERANCE = 1e-5  # relative RMS, float32
@@ -216,6 +217,25 @@ def test_a_lora_that_leaves_out_the_last_layers_of_a_block(shared_store: Any) ->
         for seed in (1, 2):
             run(model, wrapped, **batch(seed=seed))
             assert_same_gradients(model, wrapped)
+
+
+@needs_5
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_adapters_on_experts(shared_store: Any, architecture: str, tmp_path: Any) -> None:
+    """PEFT loads them from our files, and has the same loss and the same gradients."""
+    store = shared_store(architecture)
+    lora = {"target_modules": "all-linear-and-experts", "rank_pattern": {"experts.down_proj": 3}}
+    model = loaded(store, lora, weights="file")
+    mebp.save_adapter(model, tmp_path)
+    wrapped = peft.PeftModel.from_pretrained(decoded_model(store), tmp_path, is_trainable=True)
+    for padding in ("left", None):
+        ours, theirs = run(model, **batch(padding=padding)), run(wrapped, **batch(padding=padding))
+        assert abs(ours[0] - theirs[0]) <= TOLERANCE * theirs[0]
+        assert_same_gradients(model, wrapped)
+    assert sum(".experts." in name for name in our_gradients(model)) == 2 * 2 * 3
+    fresh = mebp.load(store, read_adapter_config(tmp_path))
+    load_adapter(fresh, tmp_path)
+    assert fresh(**batch()).loss.item() == model(**batch()).loss.item()
 
 
 @needs_5

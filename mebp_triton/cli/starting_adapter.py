@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mebp_triton.cli.console import say
-from mebp_triton.layers.lora_config import LoraConfig
+from mebp_triton.layers.lora_config import ALL_AND_EXPERTS, ALL_LINEAR, LoraConfig
 from mebp_triton.models.adapter import CONFIG, read_adapter_config, read_adapter_tensors
 from mebp_triton.models.config import read_json_object
 from mebp_triton.store.reader import Store
@@ -27,6 +27,7 @@ FROM_ADAPTER = (
     "use_rslora",
     "target_modules",
     "exclude_modules",
+    "target_parameters",
     "rank_pattern",
     "alpha_pattern",
 )
@@ -117,6 +118,7 @@ def _settings_of(config: LoraConfig) -> dict[str, Any]:
         "use_rslora": config.use_rslora,
         "target_modules": _as_text(config.target_modules),
         "exclude_modules": _as_text(config.exclude_modules) if config.exclude_modules else None,
+        "target_parameters": ",".join(config.target_parameters) if config.target_parameters else None,
         "rank_pattern": json.dumps(config.rank_pattern) if config.rank_pattern else None,
         "alpha_pattern": json.dumps(config.alpha_pattern) if config.alpha_pattern else None,
     }
@@ -125,7 +127,8 @@ def _settings_of(config: LoraConfig) -> dict[str, Any]:
 def _as_text(modules: str | Iterable[str]) -> str:
     """Modules as a flag has them. An expression that looks like a name stays an expression by its parentheses."""
     if isinstance(modules, str):
-        return modules if modules == "all-linear" or not re.fullmatch(r"[\w.,\s]*", modules) else f"({modules})"
+        is_keyword = modules in (ALL_LINEAR, ALL_AND_EXPERTS)
+        return modules if is_keyword or not re.fullmatch(r"[\w.,\s]*", modules) else f"({modules})"
     names = list(modules)
     if all(re.fullmatch(r"[\w.]*\w[\w.]*", name) for name in names):
         return ",".join(names)

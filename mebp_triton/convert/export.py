@@ -66,6 +66,11 @@ def export_gguf_adapter(
     layout = _layout(source, header)
     names = _names_of_modules(layout, model)
     deltas = {site: delta for site in source.sites.values() if (delta := source.delta(site)) is not None}
+    if (expert := next((site for site in deltas if site.role == "expert"), None)) is not None:
+        raise ValueError(
+            f"the adapter has parts for single experts ({expert.parameter}), which llama.cpp does not apply: make a "
+            f"merged model of it by `mebp merge`"
+        )
     if header is not None:
         for site in deltas:
             entry = header.tensors.get(names.get(site.name, ""))

@@ -16,10 +16,11 @@ from mebp_triton.kernels.quantize import check_form, quantize_matrix
 from mebp_triton.kernels.routing import resolve_backend
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
 from mebp_triton.layers.lora_config import LoraConfig, as_lora_config
-from mebp_triton.models.build import check_adapter_dtype, check_targets, with_adapter
+from mebp_triton.models.build import check_adapter_dtype, with_adapter
 from mebp_triton.models.plain_linear import is_plain_linear
 from mebp_triton.models.saving import install_saving
 from mebp_triton.models.skeleton import contains_any
+from mebp_triton.models.targets import check_targets
 
 from .bitsandbytes_layers import check_linear4bit, int4_from_linear4bit, is_linear4bit
 from .int4_config import METHOD

@@ -9,6 +9,7 @@ a pass needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from mebp_triton.kernels.functions import int4_expert_products, int4_expert_products_dx, no_autocast
 from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.token_products import lora_a_gradient, lora_b_gradients
 
 from .lora_function import autocast_input
 
@@ -33,26 +35,82 @@ class ExpertSource(Protocol):
 
 
 class _Call(NamedTuple):
-    """What a call of the products knows besides tensors that have gradients."""
+    """What a call of the products knows besides tensors that have gradients.
+
+    ``total`` is the number of all experts; ``scaling`` is that of the adapters, if there are any.
+    """
 
     weights: tuple[Int4Weight, ...]
+    experts: list[int]
     rows: list[int]
+    total: int
     backend: str
+    scaling: float
 
 
 class _ExpertProducts(torch.autograd.Function):
-    """``Y_i = X_i·W_iᵀ``, with ``dX_i = dY_i·W_i``."""
+    """``Y_i = X_i·W_iᵀ + s·(X_i·A_iᵀ)·B_iᵀ``, with ``dX_i = dY_i·W_i + g_i·A_i``, ``g_i = s·dY_i·B_i``.
+
+    The adapters of all experts are one tensor each, see ``ExpertAdapter``; both are None without adapters. Their
+    gradients are zero for experts that no token was routed to.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, call: _Call) -> Tensor:
         ctx.call = call
-        return int4_expert_products(x, call.weights, call.rows, backend=call.backend)
+        if lora_a is None or lora_b is None:
+            return int4_expert_products(x, call.weights, call.rows, backend=call.backend)
+        a, b = _chosen(lora_a, lora_b, call, x.dtype)
+        t = _by_expert(x, a.transpose(1, 2), call)
+        ctx.save_for_backward(x, t, a, b)
+        ctx.likes = lora_a, lora_b
+        return int4_expert_products(x, call.weights, call.rows, t, b, call.backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         call: _Call = ctx.call
-        return int4_expert_products_dx(dy.contiguous(), call.weights, call.rows, backend=call.backend), None
+        saved, dy = ctx.saved_tensors, dy.contiguous()
+        with no_autocast(dy):
+            if not saved:
+                return int4_expert_products_dx(dy, call.weights, call.rows, backend=call.backend), None, None, None
+            x, t, a, b = saved
+            g = _by_expert(dy, b, call)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = int4_expert_products_dx(dy, call.weights, call.rows, g, a, call.backend)
+            return dx, *_adapter_gradients(ctx, (x, t, dy, g)), None
+
+
+def _chosen(lora_a: Tensor, lora_b: Tensor, call: _Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The adapters of the experts of a call: A ``[chosen, R, K]`` and B ``[chosen, N, R]``."""
+    chosen = torch.tensor(call.experts, device=lora_a.device)
+    a = lora_a.view(call.total, -1, lora_a.shape[1]).index_select(0, chosen)
+    b = lora_b.view(lora_b.shape[0], -1, call.total).index_select(2, chosen).permute(2, 0, 1)
+    return a.to(dtype), b.to(dtype).contiguous()
+
+
+def _by_expert(x: Tensor, factors: Tensor, call: _Call) -> Tensor:
+    """Each expert's rows of x ``[S, C]`` times its factor ``[C, R]``, scaled: ``[S, R]``."""
+    made = x.new_empty(x.shape[0], factors.shape[2])
+    for given, part, factor in zip(x.split(call.rows), made.split(call.rows), factors, strict=True):
+        part.addmm_(given, factor, beta=0, alpha=call.scaling)
+    return made
+
+
+def _adapter_gradients(ctx: Any, tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the adapters of all experts, from x, t, dY and g, each ``[S, ...]``."""
+    call: _Call = ctx.call
+    like_a, like_b = ctx.likes
+    da = torch.zeros_like(like_a) if ctx.needs_input_grad[1] else None
+    db = torch.zeros_like(like_b) if ctx.needs_input_grad[2] else None
+    parts = zip(*(tensor.split(call.rows) for tensor in tensors), strict=True)
+    for expert, (x, t, dy, g) in zip(call.experts, parts, strict=True):
+        if da is not None:
+            da.view(call.total, -1, da.shape[1])[expert] = lora_a_gradient(g, x, da.dtype, call.backend)
+        if db is not None:
+            db.view(db.shape[0], -1, call.total)[:, :, expert] = lora_b_gradients([dy], [t], db.dtype, call.backend)[0]
+    return da, db
 
 
 class _Sorted(torch.autograd.Function):
@@ -105,6 +163,39 @@ class Routing(NamedTuple):
     per_token: int
 
 
+class ExpertAdapter(nn.Module):
+    """The LoRA adapters of all experts for one of their matrices, in the layout of PEFT's ``target_parameters``.
+
+    ``lora_A`` is ``[experts * R, K]``, one expert's rows below another's. ``lora_B`` is ``[N, R * experts]``: column
+    ``j * experts + e`` is column j of expert e.
+
+    Attributes:
+        nested: whether PEFT has it inside of the adapter of the experts' other matrix.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        shape: tuple[int, int],
+        rank: int,
+        scaling: float,
+        nested: bool,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Draws the initial values as PEFT does; ``shape`` is the out and in features of a matrix."""
+        super().__init__()
+        self.experts, self.rank, self.scaling, self.nested = experts, rank, scaling, nested
+        bound = 1 / math.sqrt(shape[1])
+        a = torch.empty(experts * rank, shape[1]).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a.to(device, dtype))
+        self.lora_B = nn.Parameter(torch.zeros(shape[0], rank * experts, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, r={self.rank}"
+
+
 class Int4Experts(nn.Module):
     """Experts over int4 weights, in the place of a transformers module of the interface of ``models.experts``.
 
@@ -113,6 +204,8 @@ class Int4Experts(nn.Module):
     Attributes:
         source: where the weights come from.
         first: the name of the parameter that was the experts' first matrices.
+
+    A submodule by the name of such a parameter is the adapter of these matrices.
     """
 
     source: ExpertSource
@@ -166,10 +259,15 @@ class Int4Experts(nn.Module):
 
     def _product(self, which: int, x: Tensor, weights: list[ExpertWeights], routing: Routing) -> Tensor:
         """The experts' first or second products ``[S, N]``, biases added, of their sorted rows x ``[S, K]``."""
-        call = _Call(tuple([pair[which] for pair in weights]), routing.rows, self.backend)
-        y = _ExpertProducts.apply(x, call)
+        name = (self.first, "down_proj")[which]
+        adapter: Any = self._modules.get(name)
+        scaling = 1.0 if adapter is None else adapter.scaling
+        own = tuple([pair[which] for pair in weights])
+        call = _Call(own, routing.experts, routing.rows, self.num_experts, self.backend, scaling)
+        a, b = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
+        y = _ExpertProducts.apply(x, a, b, call)
         if self.has_bias:
-            bias: Any = self._parameters[f"{(self.first, 'down_proj')[which]}_bias"]
+            bias: Any = self._parameters[f"{name}_bias"]
             y = y + bias[routing.ids].to(y.dtype)
         return y
 

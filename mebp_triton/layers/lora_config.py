@@ -11,6 +11,7 @@ from typing import Any
 
 import regex
 
+ALL_LINEAR, ALL_AND_EXPERTS = "all-linear", "all-linear-and-experts"
 MATCH_SECONDS = 1.0  # time limit for matching one path; an honest expression takes microseconds
 LONGEST_EXPRESSION = 1 << 14  # characters
 MOST_REPEATS = 100_000  # limit on the product of all fixed counts of an expression
@@ -24,13 +25,15 @@ class LoraConfig:
         r: the rank, at least 1.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         lora_dropout: the probability of dropout on the input of the LoRA branch, in training mode.
-        target_modules: "all-linear" (every linear layer except the head; see ``layers``), a list of names (a module
-            matches if its path is the name or ends with "." + name), or one regular expression that must match the
-            whole path.
+        target_modules: "all-linear" (every linear layer except the head; see ``layers``), "all-linear-and-experts"
+            (those, and every parameter that has the experts of a mixture), a list of names (a module matches if its
+            path is the name or ends with "." + name), or one regular expression that must match the whole path.
         exclude_modules: modules left out of that choice, written in the same way.
         use_rslora: scale by ``lora_alpha / sqrt(r)`` instead (arXiv 2312.03732).
         rank_pattern, alpha_pattern: other values of ``r`` and ``lora_alpha`` by regular expression. An expression must
             match the whole path, or the end of it after a dot; the first one that matches counts.
+        target_parameters: names of parameters with all experts of a mixture, written as a list of modules is. Each
+            expert gets an adapter of its own.
         layers: paths of the layers that "all-linear" stands for in a model. It is no setting of PEFT's: ``load`` finds
             them, and a resumed run has those that it began with.
 
@@ -46,6 +49,7 @@ class LoraConfig:
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] | list[str] | None = None
     layers: frozenset[str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,13 +67,16 @@ class LoraConfig:
                 raise ValueError(f"lora_alpha must be finite, got {alpha!r:.100}")
         if type(self.use_rslora) is not bool:
             raise ValueError(f"use_rslora must be true or false, got {self.use_rslora!r:.100}")
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty: name modules, or use 'all-linear'")
         for name in ("target_modules", "exclude_modules"):
             wanted = getattr(self, name)
             names = wanted if isinstance(wanted, list | tuple) else [wanted or ""]
             if not all(isinstance(module, str) for module in names):
                 raise ValueError(f"{name} must be names, or one regular expression, got {wanted!r:.100}")
+        parameters = self.target_parameters or ()
+        if not isinstance(parameters, list | tuple) or not all(isinstance(name, str) for name in parameters):
+            raise ValueError(f"target_parameters must be names, got {parameters!r:.100}")
 
     def rank(self, path: str) -> int:
         """The rank of the adapter at module path ``path``."""
@@ -85,9 +92,20 @@ class LoraConfig:
         """Whether the linear layer at ``path`` gets an adapter. The head, which never does, is not asked about."""
         if self.exclude_modules and _matches(self.exclude_modules, path):
             return False
-        if self.target_modules == "all-linear":
+        if self.takes_all_linear:
             return self.layers is None or path in self.layers
         return _matches(self.target_modules, path)
+
+    @property
+    def takes_all_linear(self) -> bool:
+        """Whether every linear layer is meant, whatever it is called."""
+        return self.target_modules in (ALL_LINEAR, ALL_AND_EXPERTS)
+
+    def targets_parameter(self, path: str) -> bool:
+        """Whether the experts in the parameter at ``path`` get adapters."""
+        if self.exclude_modules and _matches(self.exclude_modules, path):
+            return False
+        return self.target_modules == ALL_AND_EXPERTS or _matches(tuple(self.target_parameters or ()), path)
 
 
 def as_lora_config(config: Any) -> LoraConfig:
@@ -102,7 +120,7 @@ def as_lora_config(config: Any) -> LoraConfig:
         raise ValueError(f"lora must be a LoraConfig of mebp_triton or of peft, got {type(config).__name__}")
     values = {key: value for key, value in vars(config).items() if value is not None}
     ours = lora_config_from_dict(values)
-    if "target_modules" not in values:
+    if "target_modules" not in values and not values.get("target_parameters"):
         raise ValueError("peft.LoraConfig without target_modules depends on the architecture: name the modules")
     if values.get("init_lora_weights", True) is not True:
         raise ValueError(f"init_lora_weights={values['init_lora_weights']!r} is not supported: leave it at True")
@@ -116,7 +134,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "modules_to_save": ([], ()),
     "layer_replication": ([], ()),
-    "target_parameters": ([], ()),
     "trainable_token_indices": ([], {}, ()),
     "layers_to_transform": ([], ()),
     "bias": ("none",),
@@ -143,7 +160,8 @@ def lora_config_from_file(values: dict[str, Any]) -> LoraConfig:
     Raises:
         ValueError: a required field is missing, or a field is unknown and set, or see ``lora_config_from_dict``.
     """
-    for key in ("r", "lora_alpha", "target_modules"):
+    modules = "target_parameters" if values.get("target_parameters") else "target_modules"
+    for key in ("r", "lora_alpha", modules):
         if values.get(key) is None:
             raise ValueError(f"it has no {key}")
     known = _settings() | UNSUPPORTED.keys() | WITHOUT_EFFECT
@@ -171,7 +189,9 @@ def lora_config_from_dict(values: dict[str, Any]) -> LoraConfig:
                 way = "use PEFT's own functions on load(..., head='float', embedding='float')"
             raise ValueError(f"the adapter uses {key}={value!r:.100}, which is not supported; {way}")
     ours = {key: value for key, value in values.items() if key in _settings() and value is not None}
-    for key in ("target_modules", "exclude_modules"):
+    if values.get("target_modules") is None and ours.get("target_parameters"):
+        ours["target_modules"] = ()
+    for key in ("target_modules", "exclude_modules", "target_parameters"):
         if isinstance(ours.get(key), set | list | tuple):
             ours[key] = tuple(sorted(ours[key], key=str))
     return LoraConfig(**ours)

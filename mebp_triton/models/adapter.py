@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mebp_triton.layers.experts import ExpertAdapter, Int4Experts
 from mebp_triton.layers.linear import Int4LoRALinear
 from mebp_triton.layers.lora_config import LoraConfig, lora_config_from_file
 from mebp_triton.store.manifest import BaseModel
@@ -19,6 +20,7 @@ from mebp_triton.system import atomic, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 
 from .config import read_json_object
+from .experts import FusedExperts
 from .generation import add_stops, saved_stops, write_stops
 from .names import enumerate_names
 
@@ -38,18 +40,37 @@ def find_adapter(given: Path | str) -> Path:
     return inside if (inside / CONFIG).exists() and not (Path(given) / CONFIG).exists() else Path(given)
 
 
-def adapter_layers(model: Any) -> dict[str, Int4LoRALinear]:
-    """The layers of ``model`` that have an adapter of ours, by path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Int4LoRALinear)}
+AdaptedLayer = Int4LoRALinear | ExpertAdapter
+
+
+def adapter_layers(model: Any) -> dict[str, AdaptedLayer]:
+    """The layers of ``model`` that have an adapter of ours, by path; of experts, the path of their parameter."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)}
 
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:
-    """The adapter's tensors by PEFT's names: A ``[R, K]``, B ``[N, R]``."""
+    """The adapter's tensors by PEFT's names: A ``[R, K]``, B ``[N, R]``; of experts, see ``ExpertAdapter``."""
     tensors = {}
     for name, layer in adapter_layers(model).items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+        path = peft_path(name, layer.nested) if isinstance(layer, ExpertAdapter) else name
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B.detach()
     return tensors
+
+
+def peft_path(parameter: str, nested: bool) -> str:
+    """The path at which PEFT has the adapter of a parameter: around its module, or around what that wraps."""
+    module = parameter.rpartition(".")[0]
+    return f"{module}.base_layer" if nested else module
+
+
+def expert_adapters(config: LoraConfig, experts: Iterable[FusedExperts]) -> dict[str, tuple[str, FusedExperts]]:
+    """The paths at which PEFT has the adapters of experts, by the path of their parameter."""
+    found: dict[str, tuple[str, FusedExperts]] = {}
+    for one in experts:
+        paths = [f"{one.path}.{name}" for name in one.shapes if config.targets_parameter(f"{one.path}.{name}")]
+        found |= {path: (peft_path(path, path != paths[-1]), one) for path in paths}
+    return found
 
 
 def save_adapter(model: Any, directory: Path | str) -> None:
@@ -113,7 +134,8 @@ def _base_of(model: Any) -> tuple[BaseModel, str | None]:
 
 
 def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
-    layers = adapter_layers(model)
+    layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, Int4LoRALinear)}
+    experts = [name for name, layer in adapter_layers(model).items() if isinstance(layer, ExpertAdapter)]
     targets: Any = config.target_modules
     # PEFT applies these names to its own model, where "all-linear" may mean other layers, and excluded modules are
     # written as none. So the config's own targets are kept only where they select just the adapted layers.
@@ -141,13 +163,14 @@ def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
         "rank_pattern": dict(config.rank_pattern),
         "revision": base.revision,
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_parameters": _shortest_parameters(model, experts),
         "task_type": task,
         "use_dora": False,
         "use_rslora": config.use_rslora,
     }
 
 
-def _shortest_suffixes(model: Any, layers: dict[str, Int4LoRALinear]) -> list[str]:
+def _shortest_suffixes(model: Any, layers: Collection[str]) -> list[str]:
     """The last parts of the layers' paths, or the whole paths where the last parts would select other layers too."""
     suffixes = sorted({name.rpartition(".")[2] for name in layers})
     exact = _selected(model, LoraConfig(target_modules=suffixes)) == set(layers)
@@ -155,8 +178,18 @@ def _shortest_suffixes(model: Any, layers: dict[str, Int4LoRALinear]) -> list[st
 
 
 def _selected(model: Any, config: LoraConfig) -> set[str]:
-    """The paths of the modules that ``config`` targets."""
-    return {name for name, _ in model.named_modules() if config.targets(name)}
+    """The paths of the modules that ``config`` targets. PEFT has no modules for the adapters of experts."""
+    modules = model.named_modules()
+    return {name for name, module in modules if not isinstance(module, ExpertAdapter) and config.targets(name)}
+
+
+def _shortest_parameters(model: Any, adapted: Collection[str]) -> list[str] | None:
+    """The ends of the paths of adapted experts, or the whole paths where others end so too; None for none."""
+    mixtures = {path: module for path, module in model.named_modules() if isinstance(module, Int4Experts)}
+    every = {f"{path}.{name}" for path, module in mixtures.items() for name in (module.first, "down_proj")}
+    ends = sorted({".".join(path.split(".")[-3:]) for path in adapted})
+    exact = {path for path in every if any(path.endswith(f".{end}") for end in ends)} == set(adapted)
+    return (ends if exact else sorted(adapted)) or None
 
 
 def read_adapter_config(directory: Path | str) -> LoraConfig:
@@ -177,6 +210,8 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
     # A model with this adapter is made by the config alone, and a wrong rank could ask for any amount of memory.
     for name, (_, shape, _, _) in entries.items():
         layer = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        if config.target_parameters and not config.targets(layer):
+            continue  # of experts: ``check_fit`` compares them with the model's
         if name.endswith(".lora_A.weight") and shape[:1] != (config.rank(layer),):
             raise ValueError(
                 f"the adapter {directory} contradicts itself: {layer} has rank {config.rank(layer)} by its config, and "
@@ -244,13 +279,24 @@ def load_adapter(model: Any, directory: Path | str) -> None:
     setattr(holder, name, replace(_config_of(model) or config, **_scaling(config)))
 
 
-def adapter_shapes(config: LoraConfig, layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of an adapter's tensors by PEFT's names, from the (out, in) features of all linear layers by path."""
+def adapter_shapes(
+    config: LoraConfig, layers: Mapping[str, tuple[int, int]], experts: Iterable[FusedExperts] = ()
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's tensors by PEFT's names.
+
+    Args:
+        layers: the (out, in) features of all linear layers by path.
+        experts: those that lie in one tensor.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (rows, columns) in layers.items():
         if config.targets(name):
             shapes[f"{PREFIX}{name}.lora_A.weight"] = (config.rank(name), columns)
             shapes[f"{PREFIX}{name}.lora_B.weight"] = (rows, config.rank(name))
+    for parameter, (path, one) in expert_adapters(config, experts).items():
+        rows, columns = one.shapes[parameter.rpartition(".")[2]]
+        ranks = one.count * config.rank(parameter)
+        shapes |= {f"{PREFIX}{path}.lora_A.weight": (ranks, columns), f"{PREFIX}{path}.lora_B.weight": (rows, ranks)}
     return shapes
 
 

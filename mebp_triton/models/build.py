@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mebp_triton.kernels.reference import decode
-from mebp_triton.layers.experts import replace_experts
+from mebp_triton.layers.experts import ExpertAdapter, Int4Experts, replace_experts
 from mebp_triton.layers.head import Int4Head
 from mebp_triton.layers.int4_module import Int4Module, replace_embedding
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
@@ -26,10 +25,10 @@ from mebp_triton.store.experts import ExpertPlaces, StoredExperts
 from mebp_triton.store.reader import Store
 
 from .direct_reads import directly_read
-from .discover import join_shared_inputs, unreached_by_text
-from .experts import fused_experts
+from .discover import join_shared_inputs
+from .experts import FusedExperts, fused_experts
 from .names import enumerate_names, names_in
-from .skeleton import Int4Site, Stored, float32_tensors, int4_sites, linear_names
+from .skeleton import Int4Site, float32_tensors, int4_sites
 
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -48,75 +47,6 @@ def check_matrices(store: Store, sites: list[Int4Site], tied: bool) -> None:
         shape, wanted = store.matrices[site.name].shape, (site.out_features, site.in_features)
         if shape != wanted:
             raise ValueError(f"store {store.directory}: {site.name} is {shape}, the config says {wanted}")
-
-
-def check_targets(config: LoraConfig, linear: list[str], model: Any) -> None:
-    """Compares the targets of an adapter with the names of a model's linear layers.
-
-    Raises:
-        ValueError: one of the targets selects no layer, as a mistyped name does.
-    """
-    targets = config.target_modules
-    for target in [targets] if isinstance(targets, str) else targets:
-        alone = dataclasses.replace(config, target_modules=target if target is targets else [target])
-        if not any(alone.targets(name) for name in linear):
-            raise ValueError(f"target_modules {target!r} {_no_match(alone, model)}")
-
-
-def _no_match(config: LoraConfig, model: Any) -> str:
-    """Why no layer that may have an adapter is a target of ``config``."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and config.targets(name):
-            return f"matches only layers that stay float, such as {name}, and get no adapter: leave it out"
-    return f"matches no linear layer (but the head) of {type(model).__name__}"
-
-
-def resolve_targets(config: LoraConfig, model: Any, stored: Stored, blocks: str) -> LoraConfig:
-    """Checks the targets of an adapter against a model, and finds the layers that "all-linear" stands for.
-
-    It leaves out those that text never reaches, and those whose weight is read directly, which older stores have in
-    int4. An adapter that names such layers has them, and a warning says so. Layers that ``config`` lists are kept.
-
-    Args:
-        config: the adapter's settings.
-        model: a skeleton.
-        stored: the store of the model.
-        blocks: the path of the block list in the model.
-
-    Raises:
-        ValueError: see ``check_targets``.
-    """
-    linear = linear_names(int4_sites(model, stored)[0])
-    begun_with = config.target_modules == "all-linear" and config.layers is not None and config.layers <= set(linear)
-    if not begun_with:
-        config = dataclasses.replace(config, layers=None)
-    check_targets(config, linear, model)
-    read, unreached = directly_read(model), unreached_by_text(model.config, blocks, linear)
-    on_read = [name for name in linear if name in read and config.targets(name)]
-    on_unreached = [name for name in linear if name in unreached and config.targets(name)]
-    parts = enumerate_names(sorted({".".join(name.split(".")[:2]) for name in on_unreached}))
-    if config.target_modules == "all-linear" and not begun_with:
-        if on_unreached:
-            warnings.warn(
-                f"{len(on_unreached)} linear layers that text never reaches get no adapter ({parts}): name them in "
-                f"target_modules to train them on other inputs",
-                stacklevel=3,
-            )
-        return dataclasses.replace(config, layers=frozenset(linear) - unreached - read)
-    if on_read:
-        warnings.warn(
-            f"{len(on_read)} adapters lie on layers whose weight the modelling code reads itself "
-            f"({enumerate_names(on_read, 1)}): fused kernels pass such an adapter by, and PEFT may refuse it",
-            stacklevel=3,
-        )
-    if on_unreached:
-        warnings.warn(
-            f"target_modules names {len(on_unreached)} linear layers that text never reaches ({parts}): trained on "
-            f"text, their adapters stay as they are",
-            stacklevel=3,
-        )
-    return config
 
 
 def check_adapter_dtype(dtype: torch.dtype) -> None:
@@ -289,6 +219,25 @@ class Builder:
             source = StoredExperts(self.store, names)
             experts = replace_experts(self.model.get_submodule(found.path), first, source, self.numerics.backend)
             self.experts[found.path] = ExpertPlaces(experts, names)
+            self._adapt_experts(experts, found)
+
+    def _adapt_experts(self, experts: Int4Experts, found: FusedExperts) -> None:
+        if self.lora is None:
+            return
+        adapted = [name for name in found.shapes if self.lora.targets_parameter(f"{found.path}.{name}")]
+        for name in adapted:
+            path = f"{found.path}.{name}"
+            adapter = ExpertAdapter(
+                found.count,
+                found.shapes[name],
+                self.lora.rank(path),
+                self.lora.scaling(path),
+                nested=name != adapted[-1],
+                device=self.numerics.device,
+                dtype=self.numerics.adapter_dtype,
+                generator=self.generator,
+            )
+            experts.add_module(name, adapter)
 
     def _linear(self, name: str, old: nn.Linear | Conv1D) -> Int4Linear:
         bias = self._float(f"{name}.bias", old.bias)

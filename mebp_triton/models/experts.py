@@ -47,6 +47,11 @@ def fused_experts(model: nn.Module) -> list[FusedExperts]:
     return [experts for experts in found if experts is not None]
 
 
+def expert_parameters(model: nn.Module) -> dict[str, FusedExperts]:
+    """The experts of each parameter that has all of a module's, by its path."""
+    return {f"{experts.path}.{name}": experts for experts in fused_experts(model) for name in experts.shapes}
+
+
 def expert_places(model: nn.Module) -> dict[str, tuple[str, int]]:
     """The parameter, and the number of the expert in it, that each expert's matrix is, by ``Source.read``'s name."""
     return {

@@ -34,12 +34,13 @@ from mebp_triton.store.table_rows import StoredRows
 from mebp_triton.store.waiting import Waiting
 from mebp_triton.system.foreign_errors import one_line
 
-from .build import Builder, Numerics, check_adapter_dtype, resolve_targets
+from .build import Builder, Numerics, check_adapter_dtype
 from .config import read_store_config
 from .discover import install_mlp_chunks
 from .row_places import check_block_rows, row_places
 from .saving import ignore_in_ddp, install_saving
 from .skeleton import build_skeleton
+from .targets import resolve_targets
 
 
 @dataclass

@@ -17,7 +17,7 @@ from mebp_triton.blocks.options import Granularity, Mode, Schedule, UnselectedUp
 from mebp_triton.data.masking import Masking
 from mebp_triton.kernels.names import Backend
 from mebp_triton.kernels.names import FloatName as Dtype
-from mebp_triton.layers.lora_config import LoraConfig
+from mebp_triton.layers.lora_config import ALL_AND_EXPERTS, ALL_LINEAR, LoraConfig
 from mebp_triton.store.residency import Residency
 from mebp_triton.system.units import parse_size
 
@@ -70,7 +70,14 @@ class TrainConfig:
     lora_dropout: float = setting(0.0, "dropout on the LoRA branch's input", least=0, below=1, traced=True)
     use_rslora: bool = setting(False, "LoRA scale alpha / sqrt(r)")
     target_modules: str = setting(
-        "all-linear", "all-linear, names separated by commas, or a regular expression", traced=True
+        "all-linear",
+        "all-linear, all-linear-and-experts, names separated by commas, or a regular expression",
+        traced=True,
+    )
+    target_parameters: str | None = setting(
+        None,
+        "parameters with all experts of a mixture, each of which gets an adapter; names separated by commas",
+        traced=True,
     )
     exclude_modules: str | None = setting(
         None, "modules left out of target_modules, written in the same way", traced=True
@@ -249,6 +256,7 @@ class TrainConfig:
             lora_dropout=self.lora_dropout,
             target_modules=_modules(self.target_modules),
             exclude_modules=_modules(self.exclude_modules) if self.exclude_modules else None,
+            target_parameters=_names(self.target_parameters) if self.target_parameters else None,
             use_rslora=self.use_rslora,
             rank_pattern=_pattern("rank_pattern", self.rank_pattern),
             alpha_pattern=_pattern("alpha_pattern", self.alpha_pattern),
@@ -272,9 +280,13 @@ EVALUATED = tuple(name for name, facts in FACTS.items() if facts.evaluated)
 
 def _modules(text: str) -> str | list[str]:
     """Returns modules as ``LoraConfig`` takes them: a list if ``text`` consists of names and commas."""
-    names = [name.strip() for name in text.split(",")]
+    names = _names(text)
     plain = all(name.replace(".", "").replace("_", "").isalnum() for name in names)
-    return names if plain and text != "all-linear" else text
+    return names if plain and text not in (ALL_LINEAR, ALL_AND_EXPERTS) else text
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _pattern(name: str, text: str | None) -> dict[str, Any]:

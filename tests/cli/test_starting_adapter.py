@@ -90,13 +90,23 @@ def test_an_adapter_of_pefts_keeps_its_shape(mebp, world, peft_adapter, tmp_path
         LoraConfig(target_modules=r".*\.(q|v)_proj", use_rslora=True, exclude_modules=r".*1.*"),
         LoraConfig(target_modules="q_proj"),  # an expression, which matches that path alone
         LoraConfig(target_modules=("layers.0.q proj", "x+")),
+        LoraConfig(target_modules=(), target_parameters=("experts.up_proj", "layers.1.experts.down_proj")),
     ],
 )
 def test_settings_describe_the_adapter_as_its_config_does(monkeypatch, config):
     monkeypatch.setattr("mebp_triton.cli.starting_adapter.read_adapter_config", lambda directory: config)
     made = TrainConfig(**fill_in({"adapter": "somewhere"})).lora()
-    for path in ("q_proj", "model.layers.0.q_proj", "model.layers.1.v_proj", "m.layers.0.q proj", "m.x+", "m.xx"):
+    for path in (
+        "q_proj",
+        "model.layers.0.q_proj",
+        "model.layers.1.v_proj",
+        "m.layers.0.q proj",
+        "m.x+",
+        "m.xx",
+        "0.experts.up_proj",
+    ):
         assert made.targets(path) == config.targets(path), path
+        assert made.targets_parameter(path) == config.targets_parameter(path), path
         assert (made.rank(path), made.scaling(path)) == (config.rank(path), config.scaling(path)), path
 
 

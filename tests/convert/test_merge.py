@@ -62,7 +62,8 @@ def logits(model):
 def kind(request, shared_store, tmp_path_factory):
     """(store, adapter) of an architecture."""
     store = shared_store(request.param)
-    return store, adapter_of(store, tmp_path_factory.mktemp(request.param) / "adapter")
+    experts = {"target_modules": "all-linear-and-experts"} if request.param in ("qwen3_moe", "gpt_oss") else {}
+    return store, adapter_of(store, tmp_path_factory.mktemp(request.param) / "adapter", **experts)
 
 
 @pytest.fixture(scope="module")

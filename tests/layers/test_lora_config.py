@@ -159,7 +159,6 @@ def test_configs_of_anything_but_lora_are_refused(config):
         {"layers_to_transform": [0]},
         {"layers_to_transform": 0},
         {"layer_replication": [[0, 2]]},
-        {"target_parameters": ["experts"]},
         {"trainable_token_indices": [1]},
         {"alora_invocation_tokens": [1]},
         {"init_lora_weights": "pissa"},
@@ -251,3 +250,27 @@ def test_the_layers_of_all_linear_can_be_listed():
     assert LoraConfig(target_modules=["fc1"], layers=layers).targets("model.vision.fc1")
     with pytest.raises(ValueError, match="uses 'layers', which is not known"):
         lora_config_from_file({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["a"], "layers": ["b"]})
+
+
+def test_parameters_with_experts_are_targets_as_modules_are():
+    """By the end of their path, or the whole of it; PEFT's config may name no module then."""
+    peft_like = {
+        "peft_type": "LORA",
+        "r": 4,
+        "target_modules": None,
+        "target_parameters": ["experts.up", "h.1.experts.down"],
+    }
+    config = lora_config_from_dict(peft_like)
+    assert config.target_parameters == ("experts.up", "h.1.experts.down") and not config.targets("h.0.q")
+    targeted = {
+        path
+        for path in ("h.0.experts.up", "h.0.experts.down", "h.1.experts.down", "h.0.xexperts.up")
+        if config.targets_parameter(path)
+    }
+    assert targeted == {"h.0.experts.up", "h.1.experts.down"}
+    everything = LoraConfig(target_modules="all-linear-and-experts", exclude_modules=["down"])
+    assert everything.targets("h.0.q") and everything.targets_parameter("h.0.experts.up")
+    assert not everything.targets_parameter("h.0.experts.down") and not LoraConfig().targets_parameter("h.0.experts.up")
+    for wrong in ("experts.up", [3]):
+        with pytest.raises(ValueError, match="target_parameters must be names"):
+            LoraConfig(target_parameters=wrong)

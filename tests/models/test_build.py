@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import decoded_model, tiny_config, tiny_store
+from models import decoded_model, tiny_store
 from torch import nn
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
@@ -17,7 +17,7 @@ from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.int4_module import Int4Embedding
 from mebp_triton.layers.linear import Int4Linear, Int4LoRALinear
-from mebp_triton.models.build import Builder, Numerics, check_adapter_dtype, check_targets, with_adapter
+from mebp_triton.models.build import Builder, Numerics, check_adapter_dtype, with_adapter
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.reader import Store
 
@@ -157,20 +157,6 @@ def test_an_adapter_takes_over_the_frozen_layer() -> None:
     assert (up.scaling, down.scaling) == (2, 3) and (up.fan_in_fan_out, down.fan_in_fan_out) == (False, True)
     assert up.lora_A.dtype == up.lora_B.dtype == torch.bfloat16
     assert layer("up", device=torch.device("meta")).lora_B.device.type == "meta"
-
-
-def test_every_target_selects_a_layer() -> None:
-    model, linear = build_skeleton(tiny_config("llama"), torch.float32), ["a.q_proj", "a.k_proj"]
-    for targets in ("all-linear", ["q_proj"], ["a.q_proj", "k_proj"], r".*_proj"):
-        check_targets(mebp.LoraConfig(target_modules=targets), linear, model)
-    for targets, wrong in ((["q_proj", "nope"], "nope"), (["q_proj", "lm_head"], "lm_head"), ("nope.*", "nope.*")):
-        with pytest.raises(
-            ValueError, match=rf"'{wrong}' matches no linear layer \(but the head\) of LlamaForCausalLM"
-        ):
-            check_targets(mebp.LoraConfig(target_modules=targets), linear, model)
-    excluding = mebp.LoraConfig(target_modules=["q_proj", "k_proj"], exclude_modules=["k_proj"])
-    with pytest.raises(ValueError, match="'k_proj' matches no linear layer"):
-        check_targets(excluding, linear, model)
 
 
 def test_the_dtypes_of_adapters() -> None:

@@ -376,11 +376,8 @@ def peft_gradients(wrapped: Any) -> dict[str, torch.Tensor]:
 
 
 def our_gradients(model: Any) -> dict[str, torch.Tensor | None]:
-    gradients = {}
-    for name, layer in adapter_layers(model).items():
-        gradients[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.grad
-        gradients[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.grad
-    return gradients
+    parameters = (part for layer in adapter_layers(model).values() for part in (layer.lora_A, layer.lora_B))
+    return {name: parameter.grad for name, parameter in zip(adapter_tensors(model), parameters, strict=True)}
 
 
 def step(model: Any, seed: int = 0, **examples: Any) -> dict[str, torch.Tensor | None]:

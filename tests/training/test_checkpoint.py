@@ -151,6 +151,7 @@ CHANGES = {
     "use_rslora": True,
     "target_modules": "q_proj",
     "exclude_modules": "q_proj",
+    "target_parameters": "experts.down_proj",
     "rank_pattern": '{"q_proj": 2}',
     "alpha_pattern": '{"q_proj": 2}',
     "adapter": "elsewhere",

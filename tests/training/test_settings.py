@@ -43,6 +43,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("use_rslora", "yes", "type bool"),
     ("target_modules", ["q_proj"], "type str"),
     ("exclude_modules", ["q_proj"], "type str"),
+    ("target_parameters", ["experts.up_proj"], "type str"),
     ("rank_pattern", {"q_proj": 8}, "type str"),
     ("rank_pattern", "q_proj=8", "a JSON object such as"),
     ("alpha_pattern", "[8]", "a JSON object such as"),
@@ -201,6 +202,7 @@ def test_what_the_optimizer_in_the_backward_pass_refuses():
     ("text", "wanted"),
     [
         ("all-linear", "all-linear"),
+        ("all-linear-and-experts", "all-linear-and-experts"),
         ("q_proj", ["q_proj"]),
         ("q_proj, v_proj", ["q_proj", "v_proj"]),
         ("self_attn.q_proj,up_proj", ["self_attn.q_proj", "up_proj"]),
@@ -251,6 +253,7 @@ def test_the_lists_that_follow_from_them():
         "lora_dropout",
         "target_modules",
         "exclude_modules",
+        "target_parameters",
         "rank_pattern",
         "optim",
         "selection_mode",

@@ -20,11 +20,13 @@ from mebp_triton.models.adapter import (
     PREFIX,
     adapter_shapes,
     check_fit,
+    expert_adapters,
     read_adapter_config,
     read_adapter_tensors,
 )
 from mebp_triton.models.build import check_matrices
 from mebp_triton.models.config import prepare_config, read_store_config
+from mebp_triton.models.experts import fused_experts
 from mebp_triton.models.generation import saved_stops, write_stops
 from mebp_triton.models.names import check_complete, check_shape, names_in, parameter_aliases, tensor_shapes
 from mebp_triton.models.skeleton import Int4Site, int4_sites
@@ -72,6 +74,7 @@ class MergedStore:
         self.sites: dict[str, Int4Site] = {}
         self._experts: dict[str, list[Int4Site]] = {}  # by the parameter that has all of them
         self._names: dict[str, str] = {}  # of each parameter, the name that the store has it by
+        self._nested: dict[str, str] = {}  # the paths at which PEFT has the adapters of such parameters
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def bind(self, model: PreTrainedModel) -> None:
@@ -90,7 +93,10 @@ class MergedStore:
                 check_shape(f"store {self.directory}", name, self.store.float_shape(name), self._shapes[name])
         if self._lora is not None:
             linear = {site.name: (site.out_features, site.in_features) for site in sites if site.role == "linear"}
-            check_fit(adapter_shapes(self._lora, linear), self._tensors, str(self.adapter))
+            parameters = {parameter.rpartition(".")[0] for parameter in self._experts}
+            experts = [one for one in fused_experts(model) if one.path in parameters]
+            self._nested = {name: path for name, (path, _) in expert_adapters(self._lora, experts).items()}
+            check_fit(adapter_shapes(self._lora, linear, experts), self._tensors, str(self.adapter))
             self._check_shared(model)
 
     def _check_shared(self, model: PreTrainedModel) -> None:
@@ -163,11 +169,16 @@ class MergedStore:
 
     def delta(self, site: Int4Site) -> Delta | None:
         """What the adapter adds to a matrix; None where that is nothing."""
-        names = [f"{PREFIX}{site.name}.lora_{part}.weight" for part in "AB"]
+        path = self._nested.get(site.parameter) if site.role == "expert" else site.name
+        names = [f"{PREFIX}{path}.lora_{part}.weight" for part in "AB"]
         if self._lora is None or names[0] not in self._tensors:
             return None
         a, b = (self._tensors[name].float() for name in names)
-        return Delta(a, b, self._lora.scaling(site.name))
+        if site.role != "expert":
+            return Delta(a, b, self._lora.scaling(site.name))
+        expert, count = int(site.name.split(".")[-2]), len(self._experts[site.parameter])
+        own_a, own_b = a.unflatten(0, (count, -1))[expert], b.unflatten(1, (-1, count))[..., expert]
+        return Delta(own_a, own_b, self._lora.scaling(site.parameter))
 
     def _file(self, site: Int4Site) -> StoreFile:
         """The file that has the matrix, with its checksums compared."""

@@ -93,8 +93,10 @@ class Sizes:
         lora = model.lora
         self.lora = [0] * (count + 1)
         for name, info in inventory.matrices.items():
-            if name not in model.tables and lora.targets(name):
-                self.lora[_block_of(info.file, count)] += 4 * lora.rank(name) * sum(info.shape)
+            parameter = model.expert_parameters.get(name)
+            adapted = lora.targets(name) if parameter is None else lora.targets_parameter(parameter)
+            if name not in model.tables and adapted:
+                self.lora[_block_of(info.file, count)] += 4 * lora.rank(parameter or name) * sum(info.shape)
         trained = self.lora if optimizer.gradients else []
         self.gradients = _sum_of_largest(trained[:count], selected) + sum(trained[count:])
         self.largest_gradient = max(trained, default=0)

@@ -1,4 +1,4 @@
-"""Stands for what a model that is traced without data has elsewhere: block inputs that wait, and experts of mixtures."""
+"""Stands for what a traced model has elsewhere: block inputs that wait, and the experts of mixtures."""
 
 from __future__ import annotations
 

@@ -23,10 +23,11 @@ from mebp_triton.kernels.cross_entropy import VOCABULARY_TILE
 from mebp_triton.kernels.tables import DTYPES as COMPUTE_DTYPES
 from mebp_triton.layers.int4_module import Int4Module, Int4Table
 from mebp_triton.layers.lora_config import LoraConfig
-from mebp_triton.models.build import Builder, Numerics, resolve_targets
+from mebp_triton.models.build import Builder, Numerics
 from mebp_triton.models.discover import find_mlps
 from mebp_triton.models.row_places import find_row_places
-from mebp_triton.models.skeleton import build_skeleton
+from mebp_triton.models.skeleton import build_skeleton, int4_sites
+from mebp_triton.models.targets import resolve_targets
 from mebp_triton.store.block_inputs import BlockInputStore, DeviceBlockInputs, HostBlockInputs
 from mebp_triton.store.manifest import block_file
 from mebp_triton.store.residency import Residency
@@ -79,6 +80,7 @@ class TracedModel:
         depth: how many blocks are traced.
         lora: the adapter's settings, without layers that text never reaches.
         tables: names of the embedding and the head.
+        expert_parameters: the parameter that each matrix of an expert lies in, of the whole model.
         experts: the experts of mixtures, by the path of their module; they know what was traced of them.
         base: live bytes between steps, before the first one.
 
@@ -96,6 +98,8 @@ class TracedModel:
         with warnings.catch_warnings():  # ``load`` warns when the run begins
             warnings.simplefilter("ignore")
             lora = self.lora = resolve_targets(settings.lora(), self.model, inventory, path)
+        sites, _ = int4_sites(self.model, inventory)
+        self.expert_parameters = {site.name: site.parameter for site in sites if site.role == "expert"}
         self.kinds = _kinds(stack, path, config, lora)
         self.depth = max(min(len(stack), 2), max(self.kinds.index(kind) for kind in set(self.kinds)) + 1)
         inventory = inventory.part({block_file(index) for index in range(self.depth, len(stack))})
@@ -291,6 +295,7 @@ def _kinds(stack: nn.ModuleList, path: str, config: Any, lora: LoraConfig) -> li
             repr(block),
             kind,
             tuple(name for name, _ in block.named_modules() if lora.targets(f"{path}.{index}.{name}")),
+            tuple(name for name, _ in block.named_parameters() if lora.targets_parameter(f"{path}.{index}.{name}")),
         )
         for index, (block, kind) in enumerate(zip(stack, types, strict=False))
     ]
