@@ -42,8 +42,8 @@ FLOORS = {
         calibration.calibration recipe bit_budget quantize merge export""",
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.tensor_lists optimizers.adamw
         optimizers.table evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes
-        plan.inventory plan.stand_ins plan.traced_model plan.phases plan.planner course standing step reporting updates
-        checkpoint interim trainer untrained finetune gradient_check""",
+        plan.inventory plan.stand_ins plan.traced_model plan.expert_bytes plan.phases plan.planner course standing step
+        reporting updates checkpoint interim trainer untrained finetune gradient_check""",
     "cli": """console suggestions flags starting_adapter chat_template inference source_texts peft_baseline
         streaming doctor.advice doctor.findings commands.quantize commands.verify commands.eval commands.generate
         commands.merge commands.export planning commands.plan commands.tune stops training_texts training_run

@@ -73,7 +73,8 @@ def resolve_targets(config: LoraConfig, model: Any, stored: Stored, blocks: str)
     experts = {site.parameter for site in sites if site.role == "expert"}
     if config.layers is not None:  # where a run began with them, the names of experts' adapters are among them
         modules = {path.rpartition(".")[0] for path in experts}
-        config = dataclasses.replace(config, layers=config.layers - modules - {f"{path}.base_layer" for path in modules})
+        modules |= {f"{path}.base_layer" for path in modules}
+        config = dataclasses.replace(config, layers=config.layers - modules)
     begun_with = config.takes_all_linear and config.layers is not None and config.layers <= set(linear)
     if not begun_with:
         config = dataclasses.replace(config, layers=None)

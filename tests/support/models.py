@@ -117,7 +117,8 @@ SETTINGS |= {
     "gpt_oss": GQA
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "sliding_window": 8}
     | {"hidden_size": 64, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "deepseek_v3": _without("num_key_value_heads", n_routed_experts=8, num_experts_per_tok=2, n_group=2)
+    "deepseek_v3": COMMON
+    | {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2}
     | {"topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "moe_intermediate_size": 40}
     | {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
     "qwen3_next": MIXTURE

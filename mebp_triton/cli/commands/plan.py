@@ -60,6 +60,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "components": dict((device or plan.host_peak).components),
         "memory_shared": plan.shared,
         "file_bytes": dict(plan.files),
+        "experts_of_a_block_bytes": dataclasses.asdict(plan.experts),
         "chosen": {name: getattr(plan.settings, name) for name in CHOSEN},
         "host": listed(plan.host),
         "device": listed(plan.device),
@@ -94,6 +95,9 @@ def table(plan: Plan) -> Table:
         shown.add_section()
         shown.add_row(f"host: {plan.host_peak.total / MIB:.1f}, without CUDA's own libraries")
     shown.caption = "files: " + ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in plan.files.items())
+    if experts := plan.experts.every:
+        parts = [f"{size / MIB:.1f}" for size in (plan.experts.expected, plan.experts.most, experts)]
+        shown.caption += f"\nexperts of a block: {parts[0]} MiB expected to be used, at most {parts[1]} of {parts[2]}"
     return shown
 
 

@@ -15,6 +15,7 @@ from mebp_triton.store.table_rows import segment_rows
 from mebp_triton.training.optimizers.table import OPTIMIZERS
 from mebp_triton.training.run_settings import RunSettings
 
+from .expert_bytes import expert_bytes
 from .inventory import Inventory, nbytes
 from .traced_model import Traced, TracedModel
 
@@ -77,6 +78,8 @@ class Sizes:
         block_inputs, kept_outputs: what waits for the backward pass; ``one_block_input``, ``one_kept_outputs``: the
             largest share of one block.
         blocks, largest_block: weights of all blocks, and of the largest. shared: of the file beside them.
+        experts: those of the block that brings in most; largest_resident: weights of a block without experts that no
+            token is routed to.
         outside: weights of linear layers outside of blocks, which are always resident.
         floats: parameters and buffers that are not int4; largest_floats: parameters of one block among them.
         segment, gathered: resident bytes of the embedding and the head in files, see ``_table_bytes``.
@@ -107,6 +110,11 @@ class Sizes:
         self.one_block_input, self.one_kept_outputs = max(step.block_input), max(step.outputs)
         blocks = [inventory.sizes[block_file(index)] for index in range(count)]
         self.blocks, self.largest_block = sum(blocks), max(blocks)
+        pass_tokens = settings.max_length * settings.per_device_train_batch_size
+        tokens = pass_tokens * joined(settings)
+        experts = expert_bytes(inventory, model, pass_tokens, tokens)
+        self.experts = max(experts, key=lambda one: one.most)
+        self.largest_resident = max(size - one.every + one.most for size, one in zip(blocks, experts, strict=True))
         self.shared = inventory.sizes[SHARED]
         self.outside = _outside(inventory, model.tables)
         floats = [inventory.files[file][name] for name, file in inventory.floats.items()]
@@ -117,7 +125,6 @@ class Sizes:
         self.largest_floats = max(of_blocks[:count], default=0)
         others = [module for module in model.model.modules() if not isinstance(module, Int4Module)]
         self.floats += sum(buffer.nbytes for module in others for buffer in module.buffers(recurse=False))
-        tokens = settings.max_length * settings.per_device_train_batch_size * joined(settings)
         self.segment, self.gathered = _table_bytes(inventory, model.tables, tokens)
         self.files = {"store": sum(inventory.sizes.values())}
         if settings.checkpoints == "file" and optimizer.gradients:
@@ -203,7 +210,7 @@ def _varying(
     segment = gathered = 0
     if settings.weights not in here:
         if on_cpu:  # the pages of one block are resident while it computes
-            weights, idle_weights, segment, gathered = sizes.largest_block, 0, sizes.segment, sizes.gathered
+            weights, idle_weights, segment, gathered = sizes.largest_resident, 0, sizes.segment, sizes.gathered
         else:
             # Two arenas stay, so that the next block comes while one computes. Of the head, one segment is used, one
             # is coming, and one is not yet free again. Rows of the embedding are gathered on the host.

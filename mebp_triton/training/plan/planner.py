@@ -27,6 +27,7 @@ from mebp_triton.training.optimizers.table import OPTIMIZERS
 from mebp_triton.training.run_settings import RunSettings, resolve
 from mebp_triton.training.settings import TRACED_BY, TrainConfig
 
+from .expert_bytes import ExpertBytes
 from .inventory import Inventory
 from .phases import CUDA_CONTEXT, Phase, Sizes, joined, phases_beside, phases_here, product_workspaces
 from .traced_model import Traced, TracedModel
@@ -44,6 +45,7 @@ class Plan:
         host: the process's resident set in the phases of a step.
         device: what the device's allocator has given out in them; empty on a CPU.
         shared: whether the device's memory is the host's, so that both count together.
+        experts: the bytes of experts of the block that brings in most; zeros where there are none.
         files: bytes on disk: the store, block inputs ("checkpoints") and kept outputs, optimizer state.
     """
 
@@ -52,6 +54,7 @@ class Plan:
     device: tuple[Phase, ...]
     shared: bool
     files: dict[str, int]
+    experts: ExpertBytes = ExpertBytes()
 
     @property
     def host_peak(self) -> Phase:
@@ -127,13 +130,13 @@ class Planner:
         sizes = Sizes(self.inventory, model, step, settings)
         if settings.device == "cpu":
             host = phases_here(sizes, step, settings, "cpu", self.framework)
-            return Plan(settings, host, (), False, sizes.files)
+            return Plan(settings, host, (), False, sizes.files, sizes.experts)
         device = torch.device(settings.device)
         shared = machine.is_unified(device)
         taken = product_workspaces(device) + (CUDA_CONTEXT if shared else 0)
         here = phases_here(sizes, step, settings, "cuda", taken)
         beside = phases_beside(sizes, settings, self.framework)
-        return Plan(settings, beside, here, shared, sizes.files)
+        return Plan(settings, beside, here, shared, sizes.files, sizes.experts)
 
     def default(self, asked: TrainConfig) -> RunSettings:
         """The settings that run without a memory budget: outputs are kept if they take at most half of what is free."""

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import transformers
 from commands import (
     QUICK,
     adapter_bytes,
@@ -198,3 +199,16 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_writes_nothing(mebp, world, tmp_path, name):
     typed, parts = MISTAKES[name]
     assert_refused(mebp, typed(world, tmp_path), parts, world, tmp_path)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="experts are modules in transformers 4")
+def test_a_mixture_whose_experts_are_trained(mebp, world, tmp_path):
+    """It is trained, resumed, and started from."""
+    store, run = run_store(tmp_path, "qwen3_moe"), tmp_path / "run"
+    command = ["train", store, *texts(world), *QUICK[1:], "--target-modules=all-linear-and-experts", "--json"]
+    first = answer(mebp(*command, f"--output-dir={run}", "--max-steps=1"))
+    assert all(row["experts_paged"] > 0 for row in metrics(run))
+    resumed = answer(mebp(*command, f"--output-dir={run}", "--resume", "--max-steps=2"))
+    assert resumed["loss_after"] < first["loss_after"] < first["loss_before"]
+    given = [f"--adapter={run}", "--max-steps=1", "--max-length=24", f"--output-dir={tmp_path / 'more'}", "--json"]
+    assert answer(mebp("train", store, *texts(world), *given))["loss_before"] == resumed["loss_after"]
