@@ -55,7 +55,7 @@ def expert_bytes(inventory: Inventory, model: TracedModel, pass_tokens: int, tok
 
 
 def of_module(size: int, count: int, per_token: float, tokens: int) -> ExpertBytes:
-    """Those of ``count`` experts of ``size`` bytes together, of which each of ``tokens`` chooses ``per_token``."""
+    """The bytes of ``count`` experts of ``size`` bytes in all, of which each of ``tokens`` chooses ``per_token``."""
     chosen = count * (1 - (1 - min(1.0, per_token / count)) ** tokens)
     most = min(count, math.ceil(per_token * tokens))
     return ExpertBytes(size, round(size * chosen / count), size * most // count)
