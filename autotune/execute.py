@@ -43,7 +43,13 @@ class TripCounts:
 
 
 def fault(
-    problem: Problem, config: TileConfig, target_sm: int, rank: int = 16, bias: bool = False, ragged: bool = False
+    problem: Problem,
+    config: TileConfig,
+    target_sm: int,
+    rank: int = 16,
+    bias: bool = False,
+    ragged: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
 ) -> str | None:
     """Launches a configuration on a small problem, see ``cases.tile_case``, and judges the result.
 
@@ -55,6 +61,7 @@ def fault(
         bias: whether ``matmul`` adds a bias.
         ragged: whether three weights have one input, and 16 divides no size. If not, one weight is launched, with sizes
             for which ``compile.report`` has compiled the code.
+        scale_dtype: see ``report``.
 
     Returns:
         What is wrong, in one line: a wrong result and by how much, or the kind of fault with the instruction, its line
@@ -71,6 +78,7 @@ def fault(
         scheme=problem.scheme,
         group_size=problem.group_size,
         dtype=problem.dtype,
+        scale_dtype=scale_dtype,
         rank=rank,
         bias=bias,
         bits=problem.bits,

@@ -68,11 +68,9 @@ def unfit(problem: Problem, static: StaticReport) -> str | None:
         return "has no main loop with matrix instructions"
     if static.target_sm >= 80 and static.conversions:
         return f"converts integers in the main loop, {static.conversions} times a trip"
-    # Rows of sizes that 16 does not divide cannot be copied by whole words, and a codebook is read where it is used.
-    # For codes of 8 bits a table for 4 bits stands in.
+    # Rows of sizes that 16 does not divide cannot be copied by whole words.
     aligned = problem.n % 16 == problem.k % 16 == 0
-    strict = aligned and problem.scheme != "codebook" and problem.bits == 4
-    if static.target_sm >= 80 and strict and static.loop.loads:
+    if static.target_sm >= 80 and aligned and static.loop.loads:
         return f"waits for loads in the main loop, {static.loop.loads} a trip"
     if static.warnings:
         return f"is not what ptxas likes: {static.warnings[0]}"
@@ -187,10 +185,15 @@ def predict_alike(problem: Problem, fit: Sequence[Fit], target_sm: int) -> list[
 
 
 def compiled(
-    problem: Problem, config: TileConfig, target_sm: int, rank: int = 16, bias: bool = False
+    problem: Problem,
+    config: TileConfig,
+    target_sm: int,
+    rank: int = 16,
+    bias: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
 ) -> StaticReport | str:
     """The static report, shared by all problems that compile to the same code; or the compiler's objection."""
-    return _compiled(_of_same_code(problem, config), config, target_sm, rank, bias)
+    return _compiled(_of_same_code(problem, config), config, target_sm, rank, bias, scale_dtype)
 
 
 def counted(problem: Problem, config: TileConfig, target_sm: int) -> TripCounts | str:
@@ -199,10 +202,16 @@ def counted(problem: Problem, config: TileConfig, target_sm: int) -> TripCounts 
 
 
 def executed(
-    problem: Problem, config: TileConfig, target_sm: int, rank: int = 16, bias: bool = False, ragged: bool = False
+    problem: Problem,
+    config: TileConfig,
+    target_sm: int,
+    rank: int = 16,
+    bias: bool = False,
+    ragged: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
 ) -> str | None:
     """Executes by ``execute.fault``, shared like the report. NotModelled as there."""
-    return _executed(_of_same_code(problem, config), config, target_sm, rank, bias, ragged)
+    return _executed(_of_same_code(problem, config), config, target_sm, rank, bias, ragged, scale_dtype)
 
 
 def _of_same_code(problem: Problem, config: TileConfig) -> Problem:
@@ -212,9 +221,11 @@ def _of_same_code(problem: Problem, config: TileConfig) -> Problem:
 
 
 @cache
-def _compiled(problem: Problem, config: TileConfig, target_sm: int, rank: int, bias: bool) -> StaticReport | str:
+def _compiled(
+    problem: Problem, config: TileConfig, target_sm: int, rank: int, bias: bool, scale_dtype: torch.dtype
+) -> StaticReport | str:
     try:
-        return report(problem, config, target_sm, rank, bias)
+        return report(problem, config, target_sm, rank, bias, scale_dtype)
     except (triton.TritonError, RuntimeError) as error:
         return f"does not compile: {(str(error).splitlines() or [''])[-1].strip()}"
 
@@ -228,8 +239,16 @@ def _counted(problem: Problem, config: TileConfig, target_sm: int) -> TripCounts
 
 
 @cache
-def _executed(problem: Problem, config: TileConfig, target_sm: int, rank: int, bias: bool, ragged: bool) -> str | None:
-    return fault(problem, config, target_sm, rank, bias, ragged)
+def _executed(
+    problem: Problem,
+    config: TileConfig,
+    target_sm: int,
+    rank: int,
+    bias: bool,
+    ragged: bool,
+    scale_dtype: torch.dtype,
+) -> str | None:
+    return fault(problem, config, target_sm, rank, bias, ragged, scale_dtype)
 
 
 def representative(config: TileConfig) -> TileConfig:

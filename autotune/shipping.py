@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from mebp_triton.kernels.configs import PANEL, TUNED, Problem, TileConfig
-from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES, Scheme
 from mebp_triton.kernels.tables import DTYPE_NAMES, Entry, Route
 
 from .cost_model import NOMINAL, predict_panel
@@ -25,6 +26,8 @@ from .space import candidates
 TOLERANCE = 0.05
 # Most configurations of one kernel and architecture in a shipped table, so that tests can compile them.
 MOST_CONFIGS = 6
+# Schemes and group sizes of 8 bits that stand for all of them.
+EIGHT_BITS: tuple[tuple[Scheme, int], ...] = (("affine", 16), ("symmetric", 16), ("symmetric", 128))
 # Called with a line that says what has been done.
 Say = Callable[[str], None]
 
@@ -140,8 +143,9 @@ def _excess(routes: dict[Route, float], chosen: Iterable[Route]) -> float:
 def objection(problem: Problem, config: TileConfig, target_sm: int, say: Say = str) -> str | None:
     """Why a configuration must not be shipped; None if nothing speaks against it.
 
-    It must be fit, and right when it is executed, for all schemes, group sizes and dtypes that it suits, with LoRA and
-    bias; and right for three weights with one input, in each scheme.
+    It must be fit, and right when it is executed, for all schemes, group sizes, widths and dtypes, with LoRA and bias,
+    and for scales of two levels; and right for three weights with one input, in each scheme. Where its scaled sums do
+    not suit a kind of weight, weights are scaled, as a launch does it.
 
     Args:
         problem: its kernel and sizes are taken.
@@ -154,35 +158,48 @@ def objection(problem: Problem, config: TileConfig, target_sm: int, say: Say = s
     # A configuration that uses HGMMA serves many tokens, and then must use it for every kind of weight.
     m = 64 if plain.loop.tensor == "HGMMA" else 16
     skipped: dict[str, int] = {}
-    for variant, rank, bias in variants(replace(problem, m=m), target_sm):
-        if not config.suits(variant):
-            continue
-        static = compiled(variant, config, target_sm, rank, bias)
+    for kind in variants(replace(problem, m=m), target_sm):
+        variant, options = kind.problem, {"rank": kind.rank, "bias": kind.bias, "scale_dtype": kind.scale_dtype}
+        taken = config if config.suits(variant) else replace(config, scale_sums=False)
+        static = compiled(variant, taken, target_sm, **options)
         reason = static if isinstance(static, str) else unfit(variant, static)
         for ragged in (False, True):
-            if reason is None and (not ragged or _for_three(variant, rank, target_sm)):
+            if reason is None and (not ragged or _for_three(kind, target_sm)):
                 try:
-                    reason = executed(variant, config, target_sm, rank, bias, ragged)
+                    reason = executed(variant, taken, target_sm, **options, ragged=ragged)
                 except NotModelled as error:
                     skipped[str(error)] = skipped.get(str(error), 0) + 1
         if reason is not None:
-            return f"{variant.form}, {DTYPE_NAMES[variant.dtype]}: {reason}"
+            levels = ", scales of two levels" if kind.scale_dtype == torch.int8 else ""
+            return f"{variant.form}{levels}, {DTYPE_NAMES[variant.dtype]}: {reason}"
     for error, times in skipped.items():
         say(f"not executed, {times} times, {problem.kernel} {config}: {error}")
     return None
 
 
-def _for_three(variant: Problem, rank: int, target_sm: int) -> bool:
+class Variant(NamedTuple):
+    """A launch that a shipped configuration must fit: what for, LoRA's rank, whether with bias, and the scales' dtype.
+
+    A dtype of int8 stands for scales of two levels.
+    """
+
+    problem: Problem
+    rank: int
+    bias: bool
+    scale_dtype: torch.dtype = torch.float16
+
+
+def _for_three(variant: Variant, target_sm: int) -> bool:
     """Whether a variant is one of those, one in each scheme, that are executed for three weights as well."""
+    problem = variant.problem
     # Scaled sums need large groups.
-    group_size = max(GROUP_SIZES) if variant.scheme == "symmetric" else min(GROUP_SIZES)
-    return (
-        rank == 64 and variant.bits == 4 and variant.group_size == group_size and variant.dtype == _dtypes(target_sm)[0]
-    )
+    group_size = max(GROUP_SIZES) if problem.scheme == "symmetric" else min(GROUP_SIZES)
+    kind = variant.rank, variant.scale_dtype, problem.bits, problem.group_size, problem.dtype
+    return kind == (64, torch.float16, 4, group_size, _dtypes(target_sm)[0])
 
 
-def variants(problem: Problem, target_sm: int) -> list[tuple[Problem, int, bool]]:
-    """Returns the problems that a shipped configuration must fit, hardest first: (problem, LoRA rank, with bias)."""
+def variants(problem: Problem, target_sm: int) -> list[Variant]:
+    """Returns the launches that a shipped configuration must fit, hardest first."""
     bias = problem.kernel == "matmul"
     dtypes = _dtypes(target_sm)
     kinds = [
@@ -192,9 +209,17 @@ def variants(problem: Problem, target_sm: int) -> list[tuple[Problem, int, bool]
         for dtype in dtypes
     ]
     # An entry for 4 bits also stands in for 8 bits. These need the most registers, and the third lets sums be scaled.
-    for scheme, group_size in (("affine", 16), ("symmetric", 16), ("symmetric", 128)):
-        kinds.append(replace(problem, scheme=scheme, group_size=group_size, dtype=dtypes[0], bits=8))
-    plain = [
-        kind for kind in kinds if kind.bits == problem.bits and kind.scheme == "symmetric" and kind.dtype == dtypes[0]
+    eight = [
+        replace(problem, scheme=scheme, group_size=group_size, dtype=dtypes[0], bits=8)
+        for scheme, group_size in EIGHT_BITS
     ]
-    return [(kind, 64, bias) for kind in kinds] + [(kind, 16, False) for kind in plain]
+    plain = [kind for kind in kinds if kind.scheme == "symmetric" and kind.dtype == dtypes[0]]
+    two_levels = [
+        replace(problem, scheme=scheme, group_size=group_size, dtype=dtypes[0])
+        for scheme, group_size in zip(SCHEMES, reversed(GROUP_SIZES), strict=True)
+    ]
+    return [
+        *(Variant(kind, 64, bias) for kind in kinds + eight),
+        *(Variant(kind, 64, bias, torch.int8) for kind in [*two_levels, eight[0]]),
+        *(Variant(kind, 16, False) for kind in plain),
+    ]

@@ -168,9 +168,12 @@ def group_rows(
     THREADS: how many share the load, if it is to be pipelined; else 0. The compiler pipelines a load only if every
     thread has four bytes of it, side by side. A smaller one stays in the loop, and each trip waits for it. So a number
     is loaded as often as it takes to have four bytes for every thread. Copies take turns by four columns. A thread of a
-    product has as many side by side, or two, and so it reads one of two copies. If THREADS is negative, each number is
-    taken out of the word of four bytes in which it lies (see ``launch.in_words``). That takes fewer registers, but the
-    compiler would not bring such scales into the layout of a product's left operand.
+    product has as many side by side, or two, and so it reads one of two copies. Four copies or pieces and more are
+    loaded with the first and the last bit of their numbers exchanged: if neighbouring threads read neighbours, the
+    compiler takes them for an operand of a matrix instruction, and wants a layout without four bytes side by side. If
+    THREADS is negative, each number is taken out of the word of four bytes in which it lies (see ``launch.in_words``).
+    That takes fewer registers, but the compiler would not bring such scales into the layout of a product's left
+    operand.
     """
     PIECE: tl.constexpr = 16 if GROUP == 16 else 32
     PIECES: tl.constexpr = 1 if GROUP >= BLOCK_K else BLOCK_K // 2 // PIECE
@@ -180,7 +183,11 @@ def group_rows(
     COPIES: tl.constexpr = WANTED if WANTED * PIECES <= WIDTH else WIDTH // PIECES
     EACH: tl.constexpr = WIDTH // PIECES // COPIES
     TURN: tl.constexpr = 4 if (COPIES == 2 or COPIES > 1 and PIECES > 1) and EACH >= 4 else EACH
+    LAST: tl.constexpr = COPIES if COPIES > 1 else PIECES
+    TURNED: tl.constexpr = THREADS > 0 and LAST >= 4
     pieces = tl.arange(0, PIECES * COPIES) // COPIES
+    if TURNED and COPIES == 1:
+        pieces = pieces % 2 * (PIECES // 2) + pieces // 2 % (PIECES // 4) * 2 + pieces // (PIECES // 2)
     offs_c = k0 + plane * 32 + pieces * 64
     if GROUP == 16:
         offs_c = k0 + plane * 32 + pieces // 2 * 64 + pieces % 2 * 16
@@ -195,6 +202,9 @@ def group_rows(
         rows = rows.to(tl.int16 if SIZE == 2 else tl.int8).to(ptr.dtype.element_ty, bitcast=True)
     else:
         rows = tl.load(ptr + offs_g[None, :] * strides[0] + rows_n * strides[1], mask=mask, other=0.0)
+    if TURNED:
+        rows = tl.reshape(rows, (offs_n.shape[0] * PIECES * COPIES // LAST, 2, LAST // 4, 2))
+        rows = tl.reshape(tl.permute(rows, (0, 3, 2, 1)), (offs_n.shape[0], PIECES * COPIES))
     if PIECES * COPIES > 1:
         if PIECES > 1 and COPIES > 1:
             rows = tl.reshape(rows, (rows.shape[0], PIECES, COPIES))[:, :, None, :, None]

@@ -33,6 +33,7 @@ KINDS = {
     "affine": ({"scheme": "affine", "group_size": 32, "dtype": torch.float16}, {"rank": 64}),
     "codebook": ({"scheme": "codebook"}, {"rank": 64}),
     "8 bits": ({"scheme": "affine", "group_size": 16, "bits": 8}, {"rank": 64}),
+    "two levels": ({"scheme": "affine"}, {"rank": 64, "scale_dtype": torch.int8}),
     "group": ({}, {"members": 3}),
     "plain": ({}, {}),
 }

@@ -60,8 +60,8 @@ def test_reasons(report, reason):
 
 
 def test_loads_that_cannot_be_pipelined_are_allowed():
-    """Rows that 16 does not divide are not copied by whole words; a codebook is read where it is used."""
-    for problem in (replace(PROBLEM, n=4097), replace(PROBLEM, k=4104), replace(PROBLEM, scheme="codebook")):
+    """Rows that 16 does not divide are not copied by whole words."""
+    for problem in (replace(PROBLEM, n=4097), replace(PROBLEM, k=4104)):
         assert unfit(problem, made(80, "HMMA", loads=2)) is None
 
 
@@ -130,7 +130,7 @@ def faults(small_space, monkeypatch):
     """What executing finds, by configuration; an exception is raised."""
     found, launched = {}, []
 
-    def fault(problem, config, target_sm, rank, bias, ragged):
+    def fault(problem, config, target_sm, rank, bias, ragged, scale_dtype):
         launched.append((config, ragged))
         if isinstance(found.get(config), Exception):
             raise found[config]

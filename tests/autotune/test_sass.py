@@ -31,6 +31,7 @@ def test_only_the_main_loop_counts():
         "HMMA.16816.F32.BF16 R4, R8, R10, R4",  # peeled
         "LDGSTS.E.128 [R1], [R2.64]",  # 0x20, the loop
         "LDG.E.U16 R7, [R2.64+0x40]",
+        "LDG.E.CONSTANT R8, [R2.64]",  # a codebook's number
         "LOP3.LUT R1, R2, 0xf, RZ, 0xc0, !PT",
         "PRMT R3, R1, 0x4140, R5",
         "I2FP.F32.S32 R3, R3",
@@ -42,7 +43,7 @@ def test_only_the_main_loop_counts():
     )
     (loop,) = main_loops(text)
     assert loop["HMMA.16816.F32.BF16"] == 1 and loop["I2FP.F32.S32"] == 1 and "I2F.S8" not in loop
-    counts = {"issue_slots": 8, "matrix": 1, "integer": 3, "unpacking": 2, "conversions": 1, "loads": 1, "copies": 1}
+    counts = {"issue_slots": 9, "matrix": 1, "integer": 3, "unpacking": 2, "conversions": 1, "loads": 1, "copies": 1}
     assert count(loop) == LoopCounts(**counts, tensor="HMMA")
 
 

@@ -12,7 +12,7 @@ from mebp_triton.autotune.execute import TripCounts
 from mebp_triton.autotune.sass import LoopCounts
 from mebp_triton.autotune.shipping import MOST_CONFIGS, TOLERANCE, objection, static_table, variants
 from mebp_triton.kernels.configs import PANEL, Problem, TileConfig
-from mebp_triton.kernels.names import Form
+from mebp_triton.kernels.names import SCHEMES, Form
 from mebp_triton.kernels.tables import parse_table, table_to_json
 
 PROBLEM = Problem("matmul", 64, 4096, 4096)
@@ -36,12 +36,12 @@ def seen(monkeypatch):
         compiled, executed = [], []
         spills = fault = lambda problem, config: None
 
-    def compiled(problem, config, target_sm, rank=16, bias=False):
-        Told.compiled.append((problem.form, problem.dtype, rank))
+    def compiled(problem, config, target_sm, rank=16, bias=False, scale_dtype=torch.float16):
+        Told.compiled.append((problem.form, problem.dtype, rank, scale_dtype))
         return made(Told.spills(problem, config) or 0)
 
-    def executed(problem, config, target_sm, rank, bias, ragged):
-        Told.executed.append((problem.form, problem.dtype, rank, ragged))
+    def executed(problem, config, target_sm, rank, bias, scale_dtype, ragged):
+        Told.executed.append((problem.form, problem.dtype, rank, scale_dtype, ragged, config.scale_sums))
         fault = Told.fault(problem, config)
         if isinstance(fault, Exception):
             raise fault
@@ -111,11 +111,13 @@ def test_few_configurations(monkeypatch):
 
 def test_variants_are_all_that_a_table_may_serve():
     found = variants(PROBLEM, 87)
-    kinds = {(problem.form, problem.dtype) for problem, rank, bias in found if rank == 64 and bias}
-    assert len(kinds) == 21 and {form.bits for form, _ in kinds} == {4, 8}
-    assert {rank for _, rank, _ in found} == {16, 64}
-    assert {problem.dtype for problem, _, _ in variants(PROBLEM, 75)} == {torch.float16}
-    assert not any(bias for _, _, bias in variants(replace(PROBLEM, kernel="matmul_dx"), 87))
+    kinds = {(one.problem.form, one.problem.dtype, one.scale_dtype) for one in found if one.rank == 64 and one.bias}
+    assert len(kinds) == 25 and {form.bits for form, *_ in kinds} == {4, 8}
+    two_levels = [form for form, _, scale_dtype in kinds if scale_dtype == torch.int8]
+    assert {form.scheme for form in two_levels} == set(SCHEMES) and {form.bits for form in two_levels} == {4, 8}
+    assert {one.rank for one in found} == {16, 64}
+    assert {one.problem.dtype for one in variants(PROBLEM, 75)} == {torch.float16}
+    assert not any(one.bias for one in variants(replace(PROBLEM, kernel="matmul_dx"), 87))
 
 
 def is_one(problem, config):
@@ -125,10 +127,10 @@ def is_one(problem, config):
 def test_sound_means_every_variant(seen):
     said = []
     assert objection(PROBLEM, SPACE[2], 87, said.append) is None and said == []
-    assert len({entry for entry in seen.compiled if entry[2] == 64}) == 21
+    assert len({entry for entry in seen.compiled if entry[2] == 64}) == 25
     # Each is executed as it was compiled, and one of each scheme for three weights as well.
-    assert [entry[:3] for entry in seen.executed if not entry[3]] == seen.compiled[1:]
-    assert {entry[:2] for entry in seen.executed if entry[3]} == {
+    assert [entry[:4] for entry in seen.executed if not entry[4]] == seen.compiled[1:]
+    assert {entry[:2] for entry in seen.executed if entry[4]} == {
         (Form("symmetric", 128), torch.bfloat16),
         (Form("affine", 32), torch.bfloat16),
         (Form("codebook", 32), torch.bfloat16),
@@ -136,8 +138,11 @@ def test_sound_means_every_variant(seen):
     seen.executed.clear()
     sums = TileConfig(16, 64, 64, scale_sums=True)
     assert objection(PROBLEM, sums, 87) is None
-    assert {(form.scheme, form.bits) for form, *_ in seen.executed} == {("symmetric", 4), ("symmetric", 8)}
-    assert any(entry[3] for entry in seen.executed)
+    forms = {summed: {entry[0] for entry in seen.executed if entry[5] == summed} for summed in (True, False)}
+    assert {(form.scheme, form.bits) for form in forms[True]} == {("symmetric", 4), ("symmetric", 8)}
+    # What it does not suit is executed as it is launched, with scaled weights.
+    assert {form.scheme for form in forms[False]} == set(SCHEMES)
+    assert any(entry[4] and entry[5] for entry in seen.executed)
 
 
 def test_one_variant_that_spills_or_is_wrong_is_enough(seen):
@@ -153,4 +158,4 @@ def test_what_is_not_executed_is_said(seen):
     seen.fault = lambda problem, config: NotModelled("line 7: tcgen05.alloc: not modelled")
     said = []
     assert objection(PROBLEM, SPACE[0], 87, said.append) is None
-    assert said == [f"not executed, 27 times, matmul {SPACE[0]}: line 7: tcgen05.alloc: not modelled"]
+    assert said == [f"not executed, 31 times, matmul {SPACE[0]}: line 7: tcgen05.alloc: not modelled"]
