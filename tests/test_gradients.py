@@ -271,7 +271,7 @@ def test_keys_and_values_that_blocks_share(shared_store: Any, options: dict[str,
 
 FAMILIES = ["falcon", "bert", "zamba2", "nemotron_h"]
 if transformers.__version__ >= "5":
-    FAMILIES += ["gemma4_text"]
+    FAMILIES += ["gemma4_text", "olmo_hybrid"]
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
     """Finds the decoder stack: the shallowest ``ModuleList`` with as many entries as the config has hidden layers.
 
     Where there are several, as in a model that has a tower for images beside the decoder, it is that of the decoder.
+    Where there is none, it is the one list of blocks that transformers can checkpoint, if there is but one: a config
+    may count the attentions of LongCat's blocks, which have two.
 
     Args:
         model: a transformers (or PEFT) model.
@@ -39,6 +42,15 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count > 0
     ]
+    if not lists:
+        lists = [
+            (name.count("."), name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module)
+            and all(isinstance(entry, GradientCheckpointingLayer) for entry in module)
+        ]
+        lists = lists if len(lists) == 1 else []
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of {count} blocks; name it with blocks='path.to.list'")
     depth = min(entry[0] for entry in lists)

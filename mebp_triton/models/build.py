@@ -27,7 +27,7 @@ from mebp_triton.store.reader import Store
 from .direct_reads import directly_read
 from .discover import join_shared_inputs
 from .experts import FusedExperts, fused_experts
-from .names import enumerate_names, names_in
+from .names import enumerate_names, names_in, parameter_aliases
 from .skeleton import Int4Site, float32_tensors, int4_sites
 
 ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -132,7 +132,7 @@ class Builder:
         self.store, self.model, self.lora, self.numerics = store, model, lora, numerics
         self.sites, self.tied = int4_sites(model, store)
         check_matrices(store, self.sites, self.tied)
-        self.decoded = self._sites_to_decode()
+        self.decoded = self._sites_to_decode() | self._second_tables()
         self.float_of = names_in(model, store.floats)
         self.stays_float32 = float32_tensors(model, numerics.dtype)
         self.generator = torch.Generator().manual_seed(seed)
@@ -189,6 +189,18 @@ class Builder:
                 stacklevel=4,
             )
         return {f"{site.name}.weight": site for site in sites}
+
+    def _second_tables(self) -> dict[str, Int4Site]:
+        """The sites whose weight another module has as well, which is no site (ProphetNet), by that one's parameter."""
+        sites = {site.parameter: site for site in self.sites if site.role != "expert"}
+        groups = [names for names in parameter_aliases(self.model).values() if len(names) > 1]
+        return {
+            name: sites[first]
+            for names in groups
+            for first in [name for name in names if name in sites][:1]
+            for name in names
+            if name not in sites
+        }
 
     def _replace_modules(self) -> None:
         dtype, backend = self.numerics.dtype, self.numerics.backend

@@ -122,6 +122,8 @@ def _walk(nodes: list[Any], names: Names, conditions: Conditions) -> Iterator[Re
                 yield from _walk(branch, names, (*conditions, (node.test, outcome)))
             continue
         _take_names(node, names)
+        if (path := _cast_to(node, names)) is not None:
+            yield Read(path, conditions)
         if isinstance(node, ast.Attribute) and node.attr in FACTS and _is_weight(node.value):
             continue
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "hasattr"):
@@ -129,6 +131,15 @@ def _walk(nodes: list[Any], names: Names, conditions: Conditions) -> Iterator[Re
         if _is_weight(node) and (path := _path(node.value, names)):
             yield Read(path, conditions)
         yield from _walk(list(ast.iter_child_nodes(node)), names, conditions)
+
+
+def _cast_to(node: Any, names: Names) -> tuple[str, ...] | None:
+    """The path of a module in ``x.to(module.weight.dtype)``: codes have a dtype that no activation can have."""
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "to":
+        for value in (*node.args, *(keyword.value for keyword in node.keywords)):
+            if isinstance(value, ast.Attribute) and value.attr == "dtype" and _is_weight(value.value):
+                return _path(value.value.value, names) or None  # type: ignore[attr-defined]
+    return None
 
 
 def _is_weight(node: Any) -> bool:

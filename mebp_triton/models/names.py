@@ -90,4 +90,6 @@ def current_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]
     for rename in get_model_conversion_mapping(model):
         if isinstance(rename, WeightRenaming):
             names = {key: rename.rename_source_key(name)[0] for key, name in names.items()}
-    return names
+    # A pattern may take a name of today for an older one, as the final norm of DeepSeek-V4.
+    known = model.state_dict().keys()
+    return {key: key if key in known and name not in known else name for key, name in names.items()}

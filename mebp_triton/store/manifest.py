@@ -35,7 +35,7 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
-DTYPES = {name: safetensors_file.DTYPES[name] for name in ("U8", "I8", "F16", "BF16", "F32", "F64")}
+DTYPES = {name: safetensors_file.DTYPES[name] for name in ("U8", "I8", "I32", "I64", "F16", "BF16", "F32", "F64")}
 TWO_LEVEL = torch.int8  # the dtype of scales that have two levels
 
 

@@ -11,6 +11,7 @@ import torch
 from models import ARCHITECTURES, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mebp_triton.blocks.runner import BlockRunner, Counters, find_blocks, hidden_state, trainable_parameters
 
@@ -63,6 +64,16 @@ def test_a_tower_with_as_many_blocks_as_the_decoder() -> None:
     model = Made(4, model__vision=4, model__language=4)
     model.get_decoder = lambda: model.get_submodule("model.language")  # type: ignore[assignment,operator]
     assert find_blocks(model)[0] == "model.language"
+
+
+def test_blocks_that_the_config_counts_otherwise() -> None:
+    """LongCat has two attentions in a block, and its config counts those."""
+    model = Made(8, model__layers=4, other=4)
+    model.get_submodule("model").layers = nn.ModuleList(GradientCheckpointingLayer() for _ in range(4))
+    assert find_blocks(model)[0] == "model.layers"
+    model.more = nn.ModuleList([GradientCheckpointingLayer()])
+    with pytest.raises(ValueError, match="no list of 8 blocks"):
+        find_blocks(model)
 
 
 def test_one_block() -> None:

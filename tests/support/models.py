@@ -134,6 +134,15 @@ SETTINGS["lfm2"] = COMMON | {"layer_types": ["conv", "conv", "conv"]}
 # Layers of a class of their own; a head whose bias has two names; blocks that share a layer, each with an adapter.
 SETTINGS["falcon"] = _without("intermediate_size", "num_key_value_heads", new_decoder_architecture=True, num_kv_heads=2)
 SETTINGS["bert"] = _without("num_key_value_heads", is_decoder=True)
+SETTINGS["olmo_hybrid"] = COMMON | {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+# Blocks that run several times a step, and hand on two hidden states.
+SETTINGS["hrm_text"] = _without("num_key_value_heads", num_layers_per_stack=2)
 SETTINGS["zamba2"] = COMMON | {
     "layers_block_type": ["hybrid", "mamba", "hybrid"],
     "mamba_d_state": 8,

@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mebp_triton.models.experts import fused_experts
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -22,10 +24,12 @@ class Conversion:
     Attributes:
         sources: the keys of the tensors that it is made of, in order, by the pattern of the table.
         converter: the entry of the table.
+        part: which of the parameters it is that the entry makes.
     """
 
     sources: dict[str, list[str]]
     converter: Any
+    part: int = 0
 
     @property
     def keys(self) -> list[str]:
@@ -66,9 +70,9 @@ class Conversion:
         try:
             for step in self.converter.operations:
                 made = step.convert(made, **patterns, full_layer_name=name, model=model, config=model.config)
+            value = list(made.values())[self.part]
         except Exception as error:  # code of transformers, on tensors of somebody's file
             raise ValueError(f"{name} cannot be made of {self.keys[0]}: {error}") from None
-        (value,) = made.values()
         return value[0] if isinstance(value, list) else value
 
 
@@ -89,16 +93,26 @@ def conversions(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, C
     except ImportError:  # transformers 4 renames and converts nothing
         return {}
     converters = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightConverter)]
-    converters = [one for one in converters if len(one.target_patterns) == 1 and _treats_experts_alone(one.operations)]
-    found: dict[str, Conversion] = {}
+    experts = {f"{found.path}.{parameter}" for found in fused_experts(model) for parameter in found.shapes}
+    made: dict[str, Conversion] = {}
     for key, name in sorted(names.items(), key=lambda item: _natural(item[1])):
         for converter in converters:
-            target, pattern = converter.rename_source_key(name)
-            if pattern is not None:
-                conversion = found.setdefault(target, Conversion({}, converter))
-                conversion.sources.setdefault(pattern, []).append(key)
+            first, pattern = converter.rename_source_key(name)
+            if pattern is None:
+                continue
+            targets = _targets(first, converter.target_patterns)
+            if experts.isdisjoint(targets) or (len(targets) == 1 and _treats_experts_alone(converter.operations)):
+                for part, target in enumerate(targets):
+                    conversion = made.setdefault(target, Conversion({}, converter, part))
+                    conversion.sources.setdefault(pattern, []).append(key)
                 break
-    return found
+    return made
+
+
+def _targets(first: str, patterns: Sequence[str]) -> list[str]:
+    """The names of all parameters that an entry makes, of which ``first`` is the first."""
+    before, _, after = first.partition(patterns[0])
+    return [first, *(f"{before}{pattern}{after}" for pattern in patterns[1:])]
 
 
 def _treats_experts_alone(operations: Sequence[Any]) -> bool:

@@ -26,7 +26,7 @@ def bound(directory: Path) -> Any:
     return source
 
 
-@pytest.mark.parametrize("architecture", MIXTURES)
+@pytest.mark.parametrize("architecture", [*MIXTURES, "olmo_hybrid", "hrm_text"])
 def test_every_parameter_is_what_transformers_loads(architecture: str, tmp_path: Path) -> None:
     """``save_pretrained`` takes joined parameters apart again where checkpoints have pieces."""
     save_tiny_model(architecture, tmp_path, num_hidden_layers=3)
