@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from random_store import MODELS, write_random_store
+from random_store import MIXTURES, MODELS, write_random_store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mebp_triton.kernels.names import GROUP_SIZES, SCHEMES
@@ -27,7 +27,7 @@ from mebp_triton.system.foreign_errors import one_line
 from mebp_triton.system.memory import peak_resident_bytes
 from mebp_triton.system.units import MIB
 
-SHAPES = {name.lower(): settings for name, settings in MODELS.items()}
+SHAPES = {name.lower(): settings for name, settings in (MODELS | MIXTURES).items()}
 END = "<|endoftext|>"
 # The characters of English text, the frequent ones first; Ġ is the space of byte-level tokenizers.
 FREQUENT = "Ġetaoinshrdlcumwfgypbvkjxqz"

@@ -81,6 +81,30 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
 }
 
+# Mixtures of experts, for whose shapes no tables of configurations are made.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    }
+}
+
 # The root mean square of the 16 codes' values at scale 1: for affine around their mean, for codebook NF4's.
 RMS: dict[Scheme, float] = {"symmetric": 4.64, "affine": 4.61, "codebook": 0.517}
 
@@ -120,7 +144,8 @@ def write_random_store(
         mine = [site for site in sites if site.name.startswith(prefix) and site.name not in done]
         kept = [name for name in floats if name.startswith(prefix) and name not in done]
         matrices = {site.name: (random_matrix(site, rms, scheme, group_size, device, two_level), 0.0) for site in mine}
-        writer.write_file(file, matrices, {name: initial_value(model, name) for name in kept})
+        experts = {site.name for site in mine if site.role == "expert"}
+        writer.write_file(file, matrices, {name: initial_value(model, name) for name in kept}, experts)
         done.update(matrices, kept)
 
     with atomic.atomic_directory(target) as directory:

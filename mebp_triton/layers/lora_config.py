@@ -33,7 +33,7 @@ class LoraConfig:
         rank_pattern, alpha_pattern: other values of ``r`` and ``lora_alpha`` by regular expression. An expression must
             match the whole path, or the end of it after a dot; the first one that matches counts.
         target_parameters: names of parameters with all experts of a mixture, written as a list of modules is. Each
-            expert gets an adapter of its own.
+            expert gets an adapter of its own. The weight of a linear layer stands for the layer.
         layers: paths of the layers that "all-linear" stands for in a model. It is no setting of PEFT's: ``load`` finds
             them, and a resumed run has those that it began with.
 
@@ -82,9 +82,13 @@ class LoraConfig:
         """The rank of the adapter at module path ``path``."""
         return _pattern_value(self.rank_pattern, path, self.r)
 
+    def alpha(self, path: str) -> float:
+        """The alpha of the adapter at module path ``path``."""
+        return _pattern_value(self.alpha_pattern, path, self.lora_alpha)
+
     def scaling(self, path: str) -> float:
         """The factor by which the update of the layer at ``path`` is multiplied."""
-        alpha = _pattern_value(self.alpha_pattern, path, self.lora_alpha)
+        alpha = self.alpha(path)
         rank = self.rank(path)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -94,7 +98,7 @@ class LoraConfig:
             return False
         if self.takes_all_linear:
             return self.layers is None or path in self.layers
-        return _matches(self.target_modules, path)
+        return _matches(self.target_modules, path) or _matches(tuple(self.target_parameters or ()), f"{path}.weight")
 
     @property
     def takes_all_linear(self) -> bool:

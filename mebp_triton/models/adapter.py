@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mebp_triton.layers.experts import ExpertAdapter, Int4Experts
-from mebp_triton.layers.linear import Int4LoRALinear
+from mebp_triton.layers.experts import ExpertAdapter
 from mebp_triton.layers.lora_config import LoraConfig, lora_config_from_file
-from mebp_triton.store.manifest import BaseModel
 from mebp_triton.system import atomic, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 
+from .adapter_config import adapter_layers, peft_config, with_patterns_of_weights
 from .config import read_json_object
 from .experts import FusedExperts
 from .generation import add_stops, saved_stops, write_stops
@@ -38,14 +36,6 @@ def find_adapter(given: Path | str) -> Path:
     """The adapter's own directory: ``given``, or ``adapter/`` in it if it is a run directory."""
     inside = Path(given) / "adapter"
     return inside if (inside / CONFIG).exists() and not (Path(given) / CONFIG).exists() else Path(given)
-
-
-AdaptedLayer = Int4LoRALinear | ExpertAdapter
-
-
-def adapter_layers(model: Any) -> dict[str, AdaptedLayer]:
-    """The layers of ``model`` that have an adapter of ours, by path; of experts, the path of their parameter."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)}
 
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:
@@ -94,9 +84,10 @@ def save_adapter(model: Any, directory: Path | str) -> None:
     directory = Path(directory)
     atomic.check_place(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    config = with_patterns_of_weights(config, model)
     seal = {"crc32": safetensors_file.tensors_checksum(tensors), "scaling": _scaling(config)}
     safetensors_file.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt", SEAL: json.dumps(seal)})
-    strict_json.write_json(directory / CONFIG, _peft_config(config, model))
+    strict_json.write_json(directory / CONFIG, peft_config(config, model))
     if hasattr(model, "mebp") and model.mebp.stops:
         write_stops(directory, model.mebp.store.directory, model.mebp.stops)
 
@@ -120,76 +111,6 @@ def _scaling(config: LoraConfig) -> dict[str, Any]:
 def _config_of(model: Any) -> LoraConfig | None:
     """The config that ``load`` or ``replace_linears`` made the model's adapter from; None if there is none."""
     return model.mebp.lora if hasattr(model, "mebp") else getattr(model, "mebp_lora", None)
-
-
-def _base_of(model: Any) -> tuple[BaseModel, str | None]:
-    """The model beneath the adapter, and PEFT's type for its task."""
-    if hasattr(model, "mebp"):
-        # Where the store does not know its source, its own path is at least no name that the hub may have.
-        store = model.mebp.store
-        return store.base or BaseModel(os.path.abspath(store.directory)), "CAUSAL_LM"
-    config: Any = getattr(model, "config", None)
-    causal = hasattr(model, "can_generate") and model.can_generate() and not config.is_encoder_decoder
-    return BaseModel(getattr(config, "name_or_path", "")), "CAUSAL_LM" if causal else None
-
-
-def _peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
-    layers = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, Int4LoRALinear)}
-    experts = [name for name, layer in adapter_layers(model).items() if isinstance(layer, ExpertAdapter)]
-    targets: Any = config.target_modules
-    # PEFT applies these names to its own model, where "all-linear" may mean other layers, and excluded modules are
-    # written as none. So the config's own targets are kept only where they select just the adapted layers.
-    if _selected(model, replace(config, exclude_modules=None)) != set(layers):
-        targets = _shortest_suffixes(model, layers)
-    base, task = _base_of(model)
-    return {
-        "alpha_pattern": dict(config.alpha_pattern),
-        "auto_mapping": None,
-        "base_model_name_or_path": base.name_or_path,
-        "bias": "none",
-        "exclude_modules": None,
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": config.lora_alpha,
-        "lora_bias": False,
-        "lora_dropout": config.lora_dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": config.r,
-        "rank_pattern": dict(config.rank_pattern),
-        "revision": base.revision,
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        "target_parameters": _shortest_parameters(model, experts),
-        "task_type": task,
-        "use_dora": False,
-        "use_rslora": config.use_rslora,
-    }
-
-
-def _shortest_suffixes(model: Any, layers: Collection[str]) -> list[str]:
-    """The last parts of the layers' paths, or the whole paths where the last parts would select other layers too."""
-    suffixes = sorted({name.rpartition(".")[2] for name in layers})
-    exact = _selected(model, LoraConfig(target_modules=suffixes)) == set(layers)
-    return suffixes if exact else sorted(layers)
-
-
-def _selected(model: Any, config: LoraConfig) -> set[str]:
-    """The paths of the modules that ``config`` targets. PEFT has no modules for the adapters of experts."""
-    modules = model.named_modules()
-    return {name for name, module in modules if not isinstance(module, ExpertAdapter) and config.targets(name)}
-
-
-def _shortest_parameters(model: Any, adapted: Collection[str]) -> list[str] | None:
-    """The ends of the paths of adapted experts, or the whole paths where others end so too; None for none."""
-    mixtures = {path: module for path, module in model.named_modules() if isinstance(module, Int4Experts)}
-    every = {f"{path}.{name}" for path, module in mixtures.items() for name in (module.first, "down_proj")}
-    ends = sorted({".".join(path.split(".")[-3:]) for path in adapted})
-    exact = {path for path in every if any(path.endswith(f".{end}") for end in ends)} == set(adapted)
-    return (ends if exact else sorted(adapted)) or None
 
 
 def read_adapter_config(directory: Path | str) -> LoraConfig:

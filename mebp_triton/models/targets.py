@@ -33,8 +33,9 @@ def check_targets(config: LoraConfig, linear: list[str], model: Any, experts: Co
     targets, name = config.target_modules, type(model).__name__
     if targets == ALL_AND_EXPERTS and not experts:
         raise ValueError(f"target_modules {targets!r}: no experts of {name} can have adapters here; use {ALL_LINEAR}")
+    parameters = [*experts, *(f"{path}.weight" for path in linear)]
     for target in config.target_parameters or ():
-        if not any(path == target or path.endswith(f".{target}") for path in experts):
+        if not any(path == target or path.endswith(f".{target}") for path in parameters):
             raise ValueError(f"target_parameters {target!r} matches no experts of {name} that can have adapters here")
     if config.lora_dropout and any(map(config.targets_parameter, experts)):
         raise ValueError(f"lora_dropout must be 0 where experts get adapters, as in PEFT, got {config.lora_dropout}")

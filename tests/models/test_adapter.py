@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from models import batch, decoded_model, loaded, randomize_adapter
+from models import batch, decoded_model, randomize_adapter
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import mebp_triton as mebp
 from mebp_triton.models.adapter import WEIGHTS, adapter_layers, adapter_shapes, adapter_tensors, read_adapter_tensors
@@ -368,21 +366,3 @@ def test_shapes_by_pefts_names() -> None:
         "base_model.model.a.down.lora_A.weight": (2, 8),
         "base_model.model.a.down.lora_B.weight": (4, 2),
     }
-
-
-# Architectures of which PEFT refuses some layers, or that have parameters of other forms.
-UNUSUAL = ["falcon_h1", "gemma4_text", "granitemoe", "mamba2", "nemotron_h"]
-
-
-@pytest.mark.parametrize("architecture", UNUSUAL)
-def test_an_adapter_of_all_layers_loads_in_peft(shared_store: Any, tmp_path: Path, architecture: str) -> None:
-    """PEFT raises where it refuses a layer, and warns of keys that it misses or does not know."""
-    store = shared_store(architecture)
-    model = loaded(store)
-    mebp.save_adapter(model, tmp_path)
-    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(store), dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        wrapped = peft.PeftModel.from_pretrained(base, tmp_path)
-    theirs, ours = peft.get_peft_model_state_dict(wrapped), adapter_tensors(model)
-    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
