@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from mebp_triton.kernels.names import GROUP_SIZES_OF_BITS
 
 # The 16 values of E2M1, the 4-bit float of MXFP4 (OCP Microscaling Formats, version 1.0), by their codes.
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+PARTS = ("scales", "minimum", "super_scales", "super_minimum")
 PANEL_ELEMENTS = 1 << 22  # how much is unpacked or decoded at a time
 
 
@@ -121,6 +122,38 @@ class CodedMatrix:
             packed[part] = pack(codes + offset if offset else codes, pad_code, bits, copy=False)
         return packed
 
+    def take_rows(self, order: Tensor) -> CodedMatrix:
+        """The matrix whose row i is the row ``order[i]`` of this one, whose codes are a tensor."""
+        assert isinstance(self.codes, Tensor)
+        return replace(self, codes=self.codes[order], **{name: part[:, order] for name, part in self._parts().items()})
+
+    def take_columns(self, order: Tensor) -> CodedMatrix:
+        """The matrix whose column i is the column ``order[i]`` of this one, whose codes are a tensor."""
+        assert isinstance(self.codes, Tensor)
+        one_level = self._one_level()
+        return replace(one_level, codes=self.codes[:, order], groups=self.groups[order])
+
+    def _one_level(self) -> CodedMatrix:
+        """The same weights with scales in float32, which are exact, in place of two levels."""
+        if self.super_scales is None:
+            return self
+        size = self.shape[1] // len(self.scales)
+        stretches = torch.arange(len(self.scales)) * size // SUPER_GROUP
+
+        def product(numbers: Tensor, supers: Tensor) -> Tensor:
+            return numbers.float() * supers.float()[stretches]
+
+        minimum = None
+        if self.minimum is not None and self.super_minimum is not None:
+            minimum = product(self.minimum, self.super_minimum)
+        scales = product(self.scales, self.super_scales)
+        return replace(self, scales=scales, minimum=minimum, super_scales=None, super_minimum=None)
+
+    def _parts(self) -> dict[str, Tensor]:
+        """The numbers of each row: scales, minima, and their second level, as far as there are any."""
+        parts = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def decoded(self) -> Decoded:
         """The matrix where ``to_int4`` gives None."""
         return Decoded(self.decode(), self._what())
@@ -159,6 +192,22 @@ class CodedMatrix:
                 if torch.equal(self.groups[::size].repeat_interleave(size)[: len(self.groups)], self.groups):
                     return bits, size
         return None
+
+
+def stack(matrices: Sequence[CodedMatrix]) -> CodedMatrix:
+    """The rows of matrices below each other. They are of one kind: same columns, width of codes, groups and levels."""
+    if len(matrices) == 1:
+        return matrices[0]
+    codes = [matrix.codes for matrix in matrices if isinstance(matrix.codes, Tensor)]
+    assert len(codes) == len(matrices)
+    parts = [matrix._parts() for matrix in matrices]
+    joined = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+    return replace(matrices[0], codes=torch.cat(codes), **joined)
+
+
+def is_sorted(order: Tensor) -> bool:
+    """Whether ``order``, the numbers from 0 on, has them in their own order."""
+    return not bool((order[1:] < order[:-1]).any())
 
 
 def _is_held_by_half(numbers: Tensor) -> bool:

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.config import check_sizes, prepare_config
-from mebp_triton.models.experts import expert_places
+from mebp_triton.models.experts import expert_places, fused_experts
 from mebp_triton.models.names import (
     check_complete,
     check_shape,
@@ -30,12 +30,12 @@ from mebp_triton.models.names import (
 from mebp_triton.system.foreign_errors import one_line
 from mebp_triton.system.memory import return_free_memory
 
-from .coded_matrix import CodedMatrix
+from .coded_matrix import CodedMatrix, is_sorted, stack
 from .gguf_architectures import ARCHITECTURES
 from .gguf_blocks import TYPES, read_blocks
 from .gguf_header import DOWNLOAD, Entry, Header
 from .gguf_keys import settings_of
-from .gguf_layout import SAFETENSORS, GgufLayout
+from .gguf_layout import SAFETENSORS, GgufLayout, Order
 from .gguf_parts import read_model
 from .gguf_rope import FREQS, LONG, SHORT, rope_settings
 from .gguf_tokenizer import check_tokens, generation_config, token_ids, tokenizer_of
@@ -59,8 +59,9 @@ class GgufFile:
         self._layout = GgufLayout(self._arch, self.config, str(path))
         self._entries: dict[str, list[Entry]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._experts: dict[str, tuple[str, int]] = {}
-        self._joined: tuple[str, Tensor] | None = None  # the parameter of all experts that was read last
+        self._places: dict[str, tuple[str, int]] = {}  # of experts in their parameter
+        self._transposed: set[str] = set()  # parameters of experts that are [experts, in, out]
+        self._orders: dict[str, Order | None] = {}
 
     def bind(self, model: PreTrainedModel) -> None:
         stored: dict[str, list[Entry]] = {}
@@ -79,33 +80,29 @@ class GgufFile:
         self._shapes = tensor_shapes(model)
         for name, stored_as in ((name, ways[0]) for name, ways in entries.items() if ways):
             self._check_sizes(name, stored_as)
-        self._experts = expert_places(model)
+        self._places = expert_places(model)
+        turned = (experts for experts in fused_experts(model) if experts.transposed)
+        self._transposed = {f"{experts.path}.{parameter}" for experts in turned for parameter in experts.shapes}
 
     def has(self, name: str) -> bool:
         return name in self._entries
 
     def read(self, name: str) -> Tensor | Int4Weight:
-        if name in self._experts:
-            return self._expert(name, *self._experts[name])
-        entries = self._entries[name]
-        order = self._row_order(entries[0]) if len(entries) == 1 else None
-        value = self._decode(entries) if order is None else self._rows(entries[0], order)
-        if not isinstance(value, Int4Weight) and (kind := entries[0].kind) not in FLOATS:
+        parameter, expert = self._places.get(name, (name, None))
+        entries, shape = self._entries[parameter], self._shapes[parameter][0 if expert is None else 1 :]
+        turned = parameter in self._transposed
+        matrix = self._coded(entries, expert, turned)
+        value = self._floats(entries, expert, shape) if matrix is None else matrix.to_int4()
+        if value is None:
+            assert matrix is not None
+            value = matrix.decode().t() if turned else matrix.decode()
+        elif matrix is None and (kinds := {entry.kind for entry in entries} - set(FLOATS)):
             # Of the types that we hold, only matrices that the architecture changed come here.
-            self.decoded[name] = f"transposed {kind}" if kind in TYPES else kind
-        check_shape(str(self.path), name, value.shape, self._shapes[name])
+            changed = "transposed " if len(kinds) == 1 and kinds <= TYPES.keys() else ""
+            self.decoded[name] = changed + " and ".join(sorted(kinds))
+        wanted = shape[::-1] if turned and isinstance(value, Int4Weight) else shape
+        check_shape(str(self.path), name, value.shape, wanted)
         return value
-
-    def _expert(self, name: str, parameter: str, expert: int) -> Tensor:
-        """One expert's matrix in float32, of the joined parameter, which is kept until another is asked for."""
-        if self._joined is None or self._joined[0] != parameter:
-            self._joined = None  # there are never two
-            value = self.read(parameter)
-            assert isinstance(value, Tensor)  # no codes have three dimensions
-            self._joined = parameter, value
-        if parameter in self.decoded:
-            self.decoded[name] = self.decoded[parameter]
-        return self._joined[1][expert]
 
     def save_companions(self, directory: str | os.PathLike[str]) -> None:
         self.config.save_pretrained(str(directory))
@@ -160,62 +157,78 @@ class GgufFile:
         if not same:
             check_shape(str(self.path), name, shapes[0] if len(shapes) == 1 else (len(shapes), *shapes[0]), wanted)
 
-    def _float(self, entry: Entry) -> np.ndarray:
-        """A tensor's values in float32, as the file has them."""
+    def _float(self, entry: Entry, expert: int | None = None) -> np.ndarray:
+        """A tensor's values in float32, as the file has them; of one expert's part if it is given."""
         from gguf import GGMLQuantizationType, dequantize
 
+        shape = entry.shape[0 if expert is None else 1 :]
         if entry.kind in TYPES:
-            return self._matrix(entry).decode().view(entry.shape).numpy()
-        return dequantize(self._bytes(entry).reshape(*entry.shape[:-1], -1), GGMLQuantizationType[entry.kind])
+            return self._matrix(entry, expert).decode().view(shape).numpy()
+        rows, first = math.prod(shape[:-1]), expert or 0
+        data = self._bytes(entry, first * rows, (first + 1) * rows)
+        return dequantize(data.reshape(*shape[:-1], -1), GGMLQuantizationType[entry.kind])
 
-    def _bytes(self, entry: Entry, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def _bytes(self, entry: Entry, start: int, stop: int) -> np.ndarray:
         """The bytes of a tensor's rows from ``start`` to before ``stop``, ``[rows, bytes of a row]``.
 
         They are read, not mapped: if the file has been cut short since, that is an error here and a SIGBUS in a map.
         """
-        count = math.prod(entry.shape[:-1])
-        width = entry.nbytes // count
-        data = np.empty(((count if stop is None else stop) - start, width), np.uint8)
+        width = entry.nbytes // math.prod(entry.shape[:-1])
+        data = np.empty((stop - start, width), np.uint8)
         with open(entry.path, "rb") as file:
             file.seek(entry.offset + start * width)
             if file.readinto(data.data) != data.nbytes:
                 raise ValueError(f"{entry.path} ends inside {entry.name}; {DOWNLOAD}")
         return data
 
-    def _decode(self, entries: list[Entry]) -> Tensor:
-        """The parameter in float32 that one tensor, or several parts of it, hold."""
-        made: dict[str, Tensor] = {}
+    def _floats(self, entries: list[Entry], expert: int | None, shape: tuple[int, ...]) -> Tensor:
+        """The parameter in float32 that a tensor, or several, hold; in ``shape`` if only sides of 1 are missing."""
+        parts = []
         for entry in entries:
             with one_line(f"{self.path}: {entry.name} of type {entry.kind} cannot be decoded", "use another GGUF type"):
-                processed = self._layout.process(entry.name, self._float(entry), made)
-            if processed is not None:
-                return torch.from_numpy(np.ascontiguousarray(processed))
-        (value,) = made.values()
-        return value
+                parts.append(self._layout.process(entry.name, self._float(entry, expert)))
+        value = torch.from_numpy(np.ascontiguousarray(self._layout.join(parts)))
+        lies_alike = value.shape[-1:] == shape[-1:] or value.squeeze().shape == torch.Size(s for s in shape if s != 1)
+        return value.view(shape) if lies_alike and value.numel() == math.prod(shape) else value
 
-    def _row_order(self, entry: Entry) -> Tensor | None:
-        """The row of the file that each row of the parameter comes from; None if the codes cannot be kept.
+    def _coded(self, entries: list[Entry], expert: int | None, turned: bool) -> CodedMatrix | None:
+        """The matrix ``[out, in]`` that a tensor, or several, hold as codes; None if their codes cannot be kept.
 
-        Codes can be kept if rows only changed places and columns stayed, because a group of codes with one scale lies
-        along a row. A matrix may have been transposed (GPT-2), or its values changed.
+        They can if rows only changed places, because a group of codes with one scale lies along a row; and if columns
+        did by whole groups. A matrix may have been transposed (GPT-2), or its values changed.
+
+        Args:
+            entries: the tensors.
+            expert: the number of the expert whose matrix it is, if they have those of all experts.
+            turned: whether the parameter is ``[in, out]``.
         """
-        if entry.kind not in TYPES or len(entry.shape) != 2:
+        kinds, shapes = {entry.kind for entry in entries}, [entry.shape[expert is not None :] for entry in entries]
+        if len(kinds) > 1 or not kinds <= TYPES.keys() or any(len(shape) != 2 for shape in shapes):
             return None
-        return self._layout.row_order(entry.name, entry.shape)
+        orders = [self._order(entry, shape, turned) for entry, shape in zip(entries, shapes, strict=True)]
+        places = [order for order in orders if order is not None]
+        if len(places) < len(orders) or len({shape[1] for shape in shapes}) > 1:
+            return None
+        matrix = stack([self._matrix(entry, expert) for entry in entries])
+        columns, rows = places[0].columns, self._layout.join_rows([place.rows for place in places])
+        matrix = matrix if is_sorted(rows) else matrix.take_rows(rows)
+        return matrix if is_sorted(columns) else matrix.take_columns(columns)
 
-    def _matrix(self, entry: Entry) -> CodedMatrix:
-        """The codes and scales of a tensor of one of ``TYPES``, ``[rows, row]``."""
-        shape = math.prod(entry.shape[:-1]), entry.shape[-1]
-        return read_blocks(entry.kind, shape, lambda *rows: torch.from_numpy(self._bytes(entry, *rows)))
+    def _order(self, entry: Entry, shape: tuple[int, ...], turned: bool) -> Order | None:
+        """The order of a matrix of a tensor, which all experts share."""
+        if entry.name not in self._orders:
+            self._orders[entry.name] = self._layout.order(entry.name, shape, turned)
+        return self._orders[entry.name]
 
-    def _rows(self, entry: Entry, order: Tensor) -> Tensor | Int4Weight:
-        """A matrix of one of ``TYPES``, its rows taken in ``order``; in float32 where our layout cannot hold it."""
-        matrix = self._matrix(entry)
-        weight = matrix.to_int4()
-        value = matrix.decode() if weight is None else weight
-        if not bool((order[1:] < order[:-1]).any()):
-            return value
-        return value.gather(order) if isinstance(value, Int4Weight) else value[order]
+    def _matrix(self, entry: Entry, expert: int | None = None) -> CodedMatrix:
+        """The codes and scales of a tensor of one of ``TYPES``, ``[rows, row]``; of one expert's part if it is given."""
+        rows = math.prod(entry.shape[expert is not None : -1])
+        first = rows * (expert or 0)
+
+        def read(start: int, stop: int) -> Tensor:
+            return torch.from_numpy(self._bytes(entry, first + start, first + stop))
+
+        return read_blocks(entry.kind, (rows, entry.shape[-1]), read)
 
 
 def _check_supported(path: Path, header: Header) -> None:

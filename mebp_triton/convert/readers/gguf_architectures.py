@@ -26,6 +26,7 @@ from .gguf_keys import (
     same_as,
     width_of_head,
 )
+from .gguf_undo import by_heads, halves_of, log_of_negative, minus_one, transposed
 
 
 def _count(value: Any) -> int:
@@ -143,12 +144,21 @@ def _one_key_head(value: Any) -> int:
     return 1
 
 
+# llama.cpp's RoPE turns neighbouring rows of these architectures; their models in transformers turn halves of a head.
+HALVES = {
+    f".attn_{name}.{part}": halves_of(heads)
+    for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
+    for part in ("weight", "bias")
+}
+ADDS_ONE = {"norm.weight": minus_one}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
         "llama",
         LLAMA,
         factors=frozenset({"freqs", "long"}),
         tensors={"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"},
+        undo=HALVES,
     ),
     "qwen2": Architecture("qwen2", QWEN2, fixed={"use_sliding_window": False}),
     "qwen3": Architecture(
@@ -190,6 +200,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"hidden_activation": "gelu_pytorch_tanh"},
         derived={"query_pre_attn_scalar": _gemma(46), "layer_types": _layer_types},
+        undo=ADDS_ONE,
     ),
     "gemma3": Architecture(
         "gemma3_text",
@@ -208,6 +219,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             # transformers makes a mask for sliding layers even where there are none.
             "sliding_window": lambda s: s["sliding_window"] or s["max_position_embeddings"],
         },
+        undo=ADDS_ONE,
     ),
     "starcoder2": Architecture(
         "starcoder2",
@@ -235,6 +247,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope="partial",
         scaled=int(__version__.partition(".")[0]) > 4,  # transformers 4 has a setting for it, and leaves it out
         tensors={"attention_bias": "attn_output.bias", "mlp_bias": "ffn_up.bias"},
+        undo=ADDS_ONE,
     ),
     "falcon": Architecture(
         "falcon",
@@ -261,6 +274,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         | NEUTRAL
         | {"attention.max_alibi_bias": one_of(8), "attention.sliding_window": one_of(0)},
         rope=None,
+        undo={"attn_qkv.weight": by_heads, "attn_qkv.bias": by_heads},
     ),
     "gpt2": Architecture(
         "gpt2",
@@ -276,6 +290,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         | {"attention.sliding_window": one_of(0)},
         rope=None,
         fixed={"activation_function": "gelu_new"},
+        undo={f".{name}.weight": transposed for name in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")},
     ),
     "mamba": Architecture(
         "mamba",
@@ -297,6 +312,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope=None,
         fixed={"use_bias": False, "use_conv_bias": True},
         derived={"expand": lambda s: s["intermediate_size"] // s["hidden_size"]},
+        undo={"ssm_a": log_of_negative},
     ),
     "lfm2": Architecture(
         "lfm2",
@@ -321,5 +337,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "expert_gating_func": Set("scoring_func", read=_sigmoid),
         },
         rope="partial",
+        names={"mlp.e_score_correction_bias": ("exp_probs_b.bias",)},
     ),
 }

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .gguf_header import DOWNLOAD, Length
+from .gguf_undo import Undo
 
 Settings = dict[str, Any]
 REQUIRED = object()
@@ -73,6 +74,11 @@ class Architecture:
         fixed: settings that are the same in every file.
         tensors: settings that are true where there is a tensor ``blk.0.NAME``; with a ``!`` before NAME, where not.
         derived: settings that follow from the others, in order. Settings that begin with ``_`` are for these alone.
+        undo: what undoes the converter's changes, by the ends of GGUF's names; see ``gguf_undo.py``.
+        names: GGUF's names, without ``blk.N.``, of parameters that the ``gguf`` package does not know, by the ends of
+            the parameters' names. Of several, a file has those that it has: their rows lie below each other in the
+            parameter, in this order.
+        interleaved: whether the rows of several tensors take turns in the parameter instead.
     """
 
     model_type: str
@@ -83,6 +89,9 @@ class Architecture:
     fixed: Settings = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
     derived: dict[str, Callable[[Settings], Any]] = field(default_factory=dict)
+    undo: dict[str, Undo] = field(default_factory=dict)
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    interleaved: bool = False
 
 
 def one_of(*values: Any) -> Only:

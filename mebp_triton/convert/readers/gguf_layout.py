@@ -1,24 +1,28 @@
 """What GGUF calls the tensors of a model, and where it puts their rows: for reading a file, and for writing one.
 
-The names come from the ``gguf`` package, and what an architecture does to its matrices from transformers' code for
-undoing it.
+The names come from the ``gguf`` package; what it does not know, and what undoes the converter's changes, from the table
+of architectures.
 """
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mebp_triton.system.foreign_errors import one_line
-
+from .coded_matrix import is_sorted
 from .gguf_architectures import ARCHITECTURES
 
 SAFETENSORS = "give the model as safetensors"
+# Experts that are one parameter. Files have gate and up apart, or joined.
+EXPERTS = {
+    "experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_gate_up_exps.weight"),
+    "experts.down_proj": ("ffn_down_exps.weight",),
+}
 # What llama.cpp runs under another model's architecture.
 RELATIVES = {"mistral": "llama"}
 
@@ -35,6 +39,13 @@ def architecture_of(model_type: str) -> str:
     return known[model_type]
 
 
+class Order(NamedTuple):
+    """The row, and the column, of a file's matrix that each one of the parameter comes from; int64."""
+
+    rows: Tensor
+    columns: Tensor
+
+
 class GgufLayout:
     """The names and the order of rows that files of an architecture have.
 
@@ -45,86 +56,93 @@ class GgufLayout:
     """
 
     def __init__(self, arch: str, config: PretrainedConfig, where: str) -> None:
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
         self.arch, self.where = arch, where
-        self._processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())
-        self._names: dict[str, str] = {}
+        self._known, self._config = ARCHITECTURES[arch], config
 
     def names(self, model: PreTrainedModel) -> dict[str, str]:
         """The parameters and buffers of ``model`` by GGUF's names.
 
-        Fused experts are one parameter, whose name has no ".weight"; a file has them as several tensors with it.
+        A parameter may have several: those that the file has are its parts, in this order. A name without ".weight"
+        may have it in a file.
 
         Raises:
-            ValueError: the architecture has no names here.
+            ValueError: the ``gguf`` package does not know the architecture.
         """
-        from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-        # transformers 4 has no such parameter, and no processor in need of it.
-        takes_processor = "processor" in inspect.signature(get_gguf_hf_weights_map).parameters
-        extra: dict[str, Any] = {"processor": self._processor} if takes_processor else {}
-        with one_line(f"{self.where}: no tensor names for architecture {self.arch!r}", SAFETENSORS):
-            self._names = get_gguf_hf_weights_map(_Outline(model), model_type=self.arch, **extra)
-        return self._names
+        numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+        if self.arch not in numbers:
+            raise ValueError(f"{self.where}: the installed gguf has no names for {self.arch!r}: pip install -U gguf")
+        table = get_tensor_name_map(numbers[self.arch], self._config.num_hidden_layers)
+        prefix = model.base_model_prefix + "."
+        found: dict[str, str] = {}
+        for parameter in model.state_dict():
+            stem, dot, last = parameter.rpartition(".")
+            stem, suffix = (stem, dot + last) if last in ("weight", "bias") else (parameter, "")
+            # Some models were converted from the base model, without the prefix that its names have here.
+            name = table.get_name(stem) or table.get_name(stem.removeprefix(prefix))
+            for each in self._special_names(parameter) or ([] if name is None else [name + suffix]):
+                found.setdefault(each, parameter)
+        return found
 
-    def process(self, name: str, values: np.ndarray, made: dict[str, Tensor]) -> np.ndarray | None:
-        """Undoes what the converter to GGUF did to the tensor ``name``, by transformers' code for the architecture.
+    def _special_names(self, parameter: str) -> list[str]:
+        """The names of a parameter that the ``gguf`` package does not know."""
+        block = re.search(r"\.(\d+)\.", parameter)
+        ends = EXPERTS | self._known.names
+        names = next((names for end, names in ends.items() if parameter.endswith("." + end)), ())
+        return [f"blk.{block[1]}.{name}" for name in names] if block else []
 
-        Returns None where that code put its result into ``made`` instead, as it does with experts.
-        """
-        result = self._processor.process(
-            weights=values, name=name, tensor_key_mapping=self._names, parsed_parameters={"tensors": made}
-        )
-        return None if result.name is None else result.weights
+    def process(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Undoes what the converter to GGUF did to the tensor ``name``."""
+        undo = next((undo for end, undo in self._known.undo.items() if name.endswith(end)), None)
+        return values if undo is None else undo(values, self._config)
 
-    def row_order(self, name: str, shape: tuple[int, ...], transposed: bool = False) -> Tensor | None:
-        """The row of a file's matrix that each row of the parameter comes from; None if more changed than places.
+    def order(self, name: str, shape: tuple[int, ...], transposed: bool = False) -> Order | None:
+        """Where rows and columns of a file's matrix go; None if more changed than places.
 
         A converter may have permuted rows (Llama's queries and keys), transposed a matrix (GPT-2) or changed its
         values. What an architecture does is not looked up but observed: a matrix that holds its own row numbers, and
-        one that holds its column numbers, go through transformers' code for undoing it.
+        one that holds its column numbers, go through what undoes it.
 
         Args:
             name: GGUF's name of the matrix.
             shape: its shape in the file, ``(out, in)``.
             transposed: whether the parameter is ``[in, out]``.
-
-        Returns:
-            Int64 ``[out]``.
         """
         rows, columns = (np.arange(size, dtype=np.float32) for size in shape)
         row_numbers = np.broadcast_to(rows[:, None], shape)
-        moved = self.process(name, row_numbers, {})
+        moved = self.process(name, row_numbers)
         if moved is row_numbers and not transposed:
-            return torch.arange(shape[0])
-        beside = self.process(name, np.broadcast_to(columns, shape), {})
-        if moved is None or beside is None:
-            return None
+            return Order(*map(torch.arange, shape))
+        beside = self.process(name, np.broadcast_to(columns, shape))
         if transposed:
             moved, beside = moved.T, beside.T
         if moved.shape != shape or beside.shape != shape:
             return None
-        order = moved[:, 0]
-        whole_rows = np.array_equal(moved, np.broadcast_to(order[:, None], shape))
-        if not whole_rows or not np.array_equal(np.sort(order), rows) or not (beside == columns).all():
+        order, place = moved[:, 0], beside[0]
+        whole = np.array_equal(moved, np.broadcast_to(order[:, None], shape)) and (beside == place).all()
+        if not whole or not np.array_equal(np.sort(order), rows) or not np.array_equal(np.sort(place), columns):
             return None
-        return torch.from_numpy(order.astype(np.int64))
+        return Order(*(torch.from_numpy(numbers.astype(np.int64)) for numbers in (order, place)))
 
+    def row_order(self, name: str, shape: tuple[int, ...], transposed: bool = False) -> Tensor | None:
+        """The row of a file's matrix that each row of the parameter comes from, int64 ``[out]``; see ``order``.
 
-class _Outline:
-    """The two upper levels of a model, to be shown to ``get_gguf_hf_weights_map`` in its place.
+        It is None if columns changed places as well.
+        """
+        order = self.order(name, shape, transposed)
+        return order.rows if order is not None and is_sorted(order.columns) else None
 
-    That function descends into every submodule, in case the file was made from the base model, and makes the table of
-    all names anew in each. This takes seconds for a small model and minutes for a deep one. A base model is near the
-    top, so two levels are enough.
-    """
+    def join(self, parts: list[np.ndarray]) -> np.ndarray:
+        """The parameter that parts are: their rows below each other, or by turns along the last side."""
+        if len(parts) == 1:
+            return parts[0]
+        if self._known.interleaved:
+            return np.stack(parts, -1).reshape(*parts[0].shape[:-1], -1)
+        return np.concatenate(parts, max(0, parts[0].ndim - 2))
 
-    def __init__(self, module: torch.nn.Module, levels: int = 2) -> None:
-        self.config = getattr(module, "config", None)
-        self.state_dict = module.state_dict
-        self._children = dict(module.named_children()) if levels else {}
-        self._levels = levels
-
-    def named_children(self) -> list[tuple[str, _Outline]]:
-        return [(name, _Outline(child, self._levels - 1)) for name, child in self._children.items()]
+    def join_rows(self, orders: list[Tensor]) -> Tensor:
+        """The rows, in parts that lie below each other, that each row of their parameter comes from."""
+        starts = np.cumsum([0, *map(len, orders)])
+        shifted = [order + start for order, start in zip(orders, starts.tolist(), strict=False)]
+        return torch.stack(shifted, -1).flatten() if self._known.interleaved else torch.cat(shifted)
