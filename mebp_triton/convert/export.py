@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,9 @@ def _layout(source: MergedStore, header: Header | None) -> GgufLayout:
 
 
 def _names_of_modules(layout: GgufLayout, model: Any) -> dict[str, str]:
-    """GGUF's names of matrices by the paths of their modules."""
+    """GGUF's names of matrices by the paths of their modules; of those that one tensor is."""
     first = {alias: name for name, aliases in parameter_aliases(model).items() for alias in aliases}
-    weights = ((first.get(name, name), gguf_name) for gguf_name, name in layout.names(model).items())
+    names = layout.names(model)
+    tensors = Counter(names.values())
+    weights = ((first.get(name, name), gguf_name) for gguf_name, name in names.items() if tensors[name] == 1)
     return {name.removesuffix(".weight"): gguf_name for name, gguf_name in weights if name.endswith(".weight")}
