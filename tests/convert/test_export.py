@@ -114,9 +114,9 @@ def test_what_does_not_fit_is_refused(made: dict[str, Made], shared_store: Any, 
         export_gguf_adapter(llama.store, target, llama.adapter, base=narrow)
     with pytest.raises(ValueError, match="type must be one of F32, BF16, F16 for an adapter, got 'Q8_0'"):
         export_gguf_adapter(llama.store, target, llama.adapter, "Q8_0")
-    granite = shared_store("granite")
-    with pytest.raises(ValueError, match="of a granite model is not known"):
-        export_gguf_adapter(granite, target, adapted(granite, tmp_path / "adapter"))
+    phi = shared_store("phi")
+    with pytest.raises(ValueError, match="of a phi model is not known"):
+        export_gguf_adapter(phi, target, adapted(phi, tmp_path / "adapter"))
     with pytest.raises(FileError, match="names no file in an existing directory"):
         export_gguf_adapter(llama.store, tmp_path / "none" / "a.gguf", llama.adapter)
     with pytest.raises(FileError, match="exists already"):

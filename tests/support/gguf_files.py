@@ -97,6 +97,12 @@ def random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], rando
     return blocks.reshape(*shape[:-1], -1)
 
 
+def blocks_of(kind: gguf.GGMLQuantizationType, values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Bytes of ``values`` in a type, or random ones if the gguf package does not write it."""
+    writes_not = kind.name in HALVES or kind.name == "MXFP4"
+    return random_blocks(kind, values.shape, random) if writes_not else gguf.quantize(values, kind)
+
+
 def write(
     path: Path,
     arch: str,
@@ -138,10 +144,7 @@ def write(
         writer.add_uint32(key.replace("_", "."), value)
     random = np.random.default_rng(0)
     for name, (shape, kind) in tensors.items():
-        if kind.name in HALVES or kind.name == "MXFP4":
-            data = random_blocks(kind, shape, random)
-        else:
-            data = gguf.quantize(random.normal(size=shape).astype(np.float32), kind)
+        data = blocks_of(kind, random.normal(size=shape).astype(np.float32), random)
         writer.add_tensor(name, data, raw_dtype=None if kind in (F16, F32) else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -10,136 +10,50 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf_files import TOKENS
+from gguf_files import TOKENS, blocks_of
+from gguf_shapes import (
+    ATTENTION_BIASES,
+    CONTEXT,
+    EXPERT_FFN,
+    EXPERTS,
+    FFN,
+    GATED,
+    HEAD,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KEY_GROUPS,
+    KV_HEADS,
+    LATENT,
+    LATENTS_OF_KEYS,
+    LAYERS,
+    MODELS,
+    NOPE,
+    NORMS,
+    ONE_SHARED,
+    PREDICTOR,
+    QUERIES,
+    QUERY_LATENT,
+    QWEN35_MIXTURE,
+    QWEN35_NORMS,
+    ROPE_PART,
+    SHARED,
+    SHARED_FFN,
+    STATE,
+    STATE_HEADS,
+    VOCAB,
+    WINDOW,
+    Keys,
+    experts,
+    linear,
+    mlp,
+)
 
-VOCAB, HIDDEN, FFN, HEADS, KV_HEADS, HEAD, LAYERS, CONTEXT, WINDOW = len(TOKENS), 64, 96, 4, 2, 16, 2, 128, 8
-EXPERTS, EXPERT_FFN, SHARED_FFN = 4, 32, 40
-QUERIES, KEYS = HEADS * HEAD, KV_HEADS * HEAD
-ATTENTION_BIASES = {
-    "attn_q.bias": (QUERIES,),
-    "attn_k.bias": (KEYS,),
-    "attn_v.bias": (KEYS,),
-    "attn_output.bias": (HIDDEN,),
-}
 # Ids of a prompt; the next token's probabilities are compared after 6 and after all of them.
 PROMPT = [int(token) for token in np.random.default_rng(7).integers(0, 256, 48)]
 LENGTHS = (6, len(PROMPT))
 IDS = range(0, VOCAB, 17)
 
-Tensors = dict[str, tuple[int, ...]]
-Keys = dict[str, Any]
-
-
-def norm(name: str, bias: bool = False) -> Tensors:
-    return {f"{name}.weight": (HIDDEN,)} | ({f"{name}.bias": (HIDDEN,)} if bias else {})
-
-
-def linear(name: str, rows: int, columns: int, bias: bool = False) -> Tensors:
-    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
-
-
-def attention(bias: str = "") -> Tensors:
-    return (
-        linear("attn_q", QUERIES, HIDDEN, "q" in bias)
-        | linear("attn_k", KEYS, HIDDEN, "q" in bias)
-        | linear("attn_v", KEYS, HIDDEN, "q" in bias)
-        | linear("attn_output", HIDDEN, QUERIES, "o" in bias)
-    )
-
-
-def mlp(gate: bool = True, bias: bool = False, width: int = FFN) -> Tensors:
-    gates = linear("ffn_gate", width, HIDDEN, bias) if gate else {}
-    return gates | linear("ffn_up", width, HIDDEN, bias) | linear("ffn_down", HIDDEN, width, bias)
-
-
-def experts() -> Tensors:
-    return {
-        "ffn_gate_inp.weight": (EXPERTS, HIDDEN),
-        "ffn_gate_exps.weight": (EXPERTS, EXPERT_FFN, HIDDEN),
-        "ffn_up_exps.weight": (EXPERTS, EXPERT_FFN, HIDDEN),
-        "ffn_down_exps.weight": (EXPERTS, HIDDEN, EXPERT_FFN),
-    }
-
-
-def model(block: Tensors, head: bool = True, bias: bool = False, **more: tuple[int, ...]) -> Tensors:
-    """All tensors of a model: ``block``'s in each block, and those outside."""
-    tensors: Tensors = {"token_embd.weight": (VOCAB, HIDDEN)} | norm("output_norm", bias)
-    tensors |= {"output.weight": (VOCAB, HIDDEN)} if head else {}
-    for layer in range(LAYERS):
-        tensors |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
-    return tensors | more
-
-
-NORMS = norm("attn_norm") | norm("ffn_norm")
-BIASED_NORMS = norm("attn_norm", True) | norm("ffn_norm", True)
-HEAD_NORMS: Tensors = {"attn_q_norm.weight": (HEAD,), "attn_k_norm.weight": (HEAD,)}
-GEMMA = NORMS | norm("post_attention_norm") | norm("post_ffw_norm") | attention() | mlp()
-FUSED = (
-    BIASED_NORMS
-    | linear("attn_qkv", 3 * HIDDEN, HIDDEN, True)
-    | linear("attn_output", HIDDEN, HIDDEN, True)
-    | mlp(gate=False, bias=True, width=4 * HIDDEN)
-)
-MAMBA = (
-    norm("attn_norm")
-    | linear("ssm_in", 4 * HIDDEN, HIDDEN)
-    | {"ssm_conv1d.weight": (2 * HIDDEN, 4), "ssm_conv1d.bias": (2 * HIDDEN,), "ssm_x.weight": (36, 2 * HIDDEN)}
-    | linear("ssm_dt", 2 * HIDDEN, 4, True)
-    | {"ssm_a": (2 * HIDDEN, 16), "ssm_d": (2 * HIDDEN,), "ssm_out.weight": (HIDDEN, 2 * HIDDEN)}
-)
-
-CONVOLUTION = {"conv.weight": (HIDDEN, 3), "in_proj.weight": (3 * HIDDEN, HIDDEN), "out_proj.weight": (HIDDEN, HIDDEN)}
-LFM2 = (
-    {"token_embd.weight": (VOCAB, HIDDEN)}
-    | norm("token_embd_norm")
-    | {f"blk.0.shortconv.{name}": shape for name, shape in CONVOLUTION.items()}
-    | {f"blk.0.{name}": shape for name, shape in (NORMS | mlp()).items()}
-    | {f"blk.1.{name}": shape for name, shape in (NORMS | attention() | HEAD_NORMS | mlp()).items()}
-)
-
-MODELS: dict[str, Tensors] = {
-    "llama": model(NORMS | attention() | mlp()),
-    "qwen2": model(NORMS | attention("q") | mlp()),
-    "qwen3": model(NORMS | attention() | HEAD_NORMS | mlp(), head=False),
-    "qwen2moe": model(
-        NORMS
-        | attention("q")
-        | experts()
-        | {"ffn_gate_inp_shexp.weight": (HIDDEN,)}
-        | {name.replace(".", "_shexp."): shape for name, shape in mlp(width=SHARED_FFN).items()}
-    ),
-    "qwen3moe": model(NORMS | attention() | HEAD_NORMS | experts()),
-    "phi3": model(
-        NORMS
-        | linear("attn_qkv", QUERIES + 2 * KEYS, HIDDEN)
-        | linear("attn_output", HIDDEN, QUERIES)
-        | linear("ffn_up", 2 * FFN, HIDDEN)
-        | linear("ffn_down", HIDDEN, FFN)
-    ),
-    "gemma2": model(GEMMA, head=False),
-    "gemma3": model(GEMMA | HEAD_NORMS, head=False),
-    "starcoder2": model(BIASED_NORMS | attention("qo") | mlp(gate=False, bias=True), head=False, bias=True),
-    "stablelm": model(BIASED_NORMS | attention("q") | mlp(), bias=True),
-    "nemotron": model(BIASED_NORMS | attention() | mlp(gate=False), bias=True),
-    "falcon": model(
-        norm("attn_norm", True)
-        | linear("attn_qkv", QUERIES + 2 * HEAD, HIDDEN)
-        | linear("attn_output", HIDDEN, QUERIES)
-        | mlp(gate=False),
-        bias=True,
-    ),
-    "bloom": model(FUSED, bias=True) | norm("token_embd_norm", True),
-    "gpt2": model(FUSED, bias=True) | {"position_embd.weight": (CONTEXT, HIDDEN)},
-    "mamba": model(MAMBA),
-    "lfm2": LFM2,
-    "minimax-m2": model(
-        NORMS
-        | attention()
-        | {"attn_q_norm.weight": (QUERIES,), "attn_k_norm.weight": (KEYS,)}
-        | experts()
-        | {"exp_probs_b.bias": (EXPERTS,)}
-    ),
-}
 LAYER_NORM = {"starcoder2", "stablelm", "nemotron", "falcon", "bloom", "gpt2"}
 
 
@@ -162,6 +76,37 @@ def keys_of(arch: str) -> Keys:
         keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
     if arch == "lfm2":
         keys |= {"attention.head_count_kv": [0, KV_HEADS], "shortconv.l_cache": 3}
+    if arch in ("smollm3", "mistral3", "qwen35", "qwen35moe", "gpt-oss"):
+        keys |= {"attention.key_length": HEAD, "attention.value_length": HEAD}
+    if arch == "smollm3":
+        keys["block_count"] = 4
+    if arch.startswith("granite"):
+        keys |= {"logit_scale": 2.0, "embedding_scale": 3.0, "residual_scale": 0.7, "attention.scale": 0.3}
+    if arch == "granitemoe":
+        keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "feed_forward_length": EXPERT_FFN}
+        keys |= {"expert_shared_feed_forward_length": SHARED_FFN}
+    if arch == "granitehybrid":
+        keys |= {"attention.head_count_kv": [0, KV_HEADS], "rope.scaling.finetuned": False}
+        keys |= {"ssm.conv_kernel": 4, "ssm.inner_size": INNER, "ssm.state_size": STATE}
+        keys |= {"ssm.time_step_rank": STATE_HEADS, "ssm.group_count": 1}
+    if arch in ("qwen35", "qwen35moe"):
+        keys |= {"rope.dimension_count": HEAD // 2, "rope.dimension_sections": [2, 1, 1, 0]}
+        keys |= {"ssm.conv_kernel": 4, "ssm.inner_size": STATE * STATE_HEADS, "ssm.state_size": STATE}
+        keys |= {"ssm.time_step_rank": STATE_HEADS, "ssm.group_count": KEY_GROUPS, "full_attention_interval": 2}
+    if arch == "qwen35moe":
+        keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
+        keys |= {"expert_shared_feed_forward_length": SHARED_FFN}
+    if arch == "gpt-oss":
+        keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
+        keys |= {"attention.sliding_window": WINDOW}
+    if arch == "deepseek2":
+        keys |= {"attention.head_count_kv": 1, "attention.key_length": LATENT + ROPE_PART}
+        keys |= {"attention.value_length": LATENT, "attention.key_length_mla": NOPE + ROPE_PART}
+        keys |= {"attention.value_length_mla": HEAD, "attention.q_lora_rank": QUERY_LATENT}
+        keys |= {"attention.kv_lora_rank": LATENT, "rope.dimension_count": ROPE_PART, "leading_dense_block_count": 1}
+        keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
+        keys |= {"expert_shared_count": 1, "expert_weights_scale": 1.5, "expert_weights_norm": True}
+        keys |= {"expert_gating_func": 2, "leading_dense_block_count": 1}
     if arch == "minimax-m2":
         keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_gating_func": 2}
         keys |= {"expert_feed_forward_length": EXPERT_FFN, "feed_forward_length": EXPERT_FFN}
@@ -347,6 +292,80 @@ OF_ONE: dict[str, dict[str, tuple[Keys, dict[str, Any]]]] = {
     },
     "qwen3": {"biases": ({}, each_block({"attn_q.bias": (QUERIES,), "attn_output.bias": (HIDDEN,)}))},
     "qwen2": {"output bias": ({}, each_block({"attn_output.bias": (HIDDEN,)}))},
+    "mistral3": {
+        "temperature": (
+            YARN | {"attention.temperature_scale": 0.5, "rope.scaling.yarn_log_multiplier": 1.0},
+            {},
+        ),
+        "temperature alone": ({"attention.temperature_scale": 0.5}, {}),
+    },
+    "granite": {"no scales": ({"embedding_scale": None, "residual_scale": 0.0, "attention.scale": None}, {})},
+    "granitemoe": {
+        "alone": (
+            {"expert_shared_feed_forward_length": None},
+            without("granitemoe", "shexp"),
+        )
+    },
+    "granitehybrid": {
+        "mixture": (
+            {"expert_count": EXPERTS, "expert_used_count": 2, "feed_forward_length": EXPERT_FFN}
+            | {"expert_shared_feed_forward_length": SHARED_FFN},
+            without("granitehybrid", "ffn_gate", "ffn_up", "ffn_down") | each_block(experts() | SHARED),
+        ),
+        "rope": ({"rope.scaling.finetuned": True}, {}),
+    },
+    "qwen35": {
+        "stated layers": ({"full_attention_interval": None, "attention.recurrent_layers": [True, False]}, {}),
+        "nextn_predict_layers": (
+            {"block_count": 3, "nextn_predict_layers": 1},
+            {f"blk.2.{name}": shape for name, shape in (QWEN35_NORMS | GATED | mlp() | PREDICTOR).items()},
+        ),
+    },
+    "qwen35moe": {
+        "nextn_predict_layers": (
+            {"block_count": 3, "nextn_predict_layers": 1},
+            {f"blk.2.{name}": shape for name, shape in (QWEN35_MIXTURE | GATED | PREDICTOR).items()},
+        ),
+    },
+    "deepseek2": {
+        "yarn with its multiplier": (YARN | {"rope.scaling.yarn_log_multiplier": 0.1}, {}),
+        "yarn with another multiplier": (YARN | {"rope.scaling.yarn_log_multiplier": 0.0707}, {}),
+        "version 2": (
+            {"expert_gating_func": None, "expert_weights_norm": None},
+            without("deepseek2", "exp_probs_b"),
+        ),
+        "version 2 with yarn": (
+            YARN | {"rope.scaling.yarn_log_multiplier": 0.0707, "expert_gating_func": 1, "expert_weights_norm": None},
+            without("deepseek2", "exp_probs_b"),
+        ),
+        "version 2 with groups": (
+            {"expert_gating_func": 1, "expert_weights_norm": None, "expert_group_count": 2},
+            without("deepseek2", "exp_probs_b"),
+        ),
+        "groups": ({"expert_group_count": 2, "expert_group_used_count": 1}, {}),
+        "no latent of queries": (
+            {"attention.q_lora_rank": None, "block_count": 27},  # by which llama.cpp knows the model without one
+            without("deepseek2", "attn_q_")
+            | each_block({"attn_q.weight": (HEADS * (NOPE + ROPE_PART), HIDDEN)})
+            | {
+                f"blk.{layer}.{name}": shape
+                for layer in range(2, 27)
+                for name, shape in (
+                    NORMS
+                    | LATENTS_OF_KEYS
+                    | linear("attn_q", HEADS * (NOPE + ROPE_PART), HIDDEN)
+                    | experts()
+                    | ONE_SHARED
+                ).items()
+            },
+        ),
+        "keys and values": (
+            {"attention.head_count_kv": HEADS, "attention.key_length": NOPE + ROPE_PART, "attention.value_length": HEAD}
+            | {"attention.key_length_mla": None, "attention.value_length_mla": None},
+            without("deepseek2", "attn_k_b", "attn_v_b")
+            | each_block({"attn_kv_b.weight": (HEADS * (NOPE + HEAD), LATENT)}),
+        ),
+    },
 }
 
 
@@ -364,8 +383,11 @@ def values_of(name: str, shape: tuple[int, ...], random: np.random.Generator) ->
     return values * np.float32(1.5 / np.sqrt(shape[-1]))
 
 
-def write_variant(path: Path, arch: str, variant: str) -> Path:
-    """Writes one file; the weights that it shares with the plain one are the same."""
+def write_variant(path: Path, arch: str, variant: str, kinds: dict[str, str] | None = None) -> Path:
+    """Writes one file; the weights that it shares with the plain one are the same.
+
+    Tensors whose names end with a key of ``kinds`` have that type; see ``blocks_of``.
+    """
     changed_keys, changed_tensors = variants(arch)[variant]
     writer = gguf.GGUFWriter(path, arch)
     add: dict[type, Any] = {list: writer.add_array, bool: writer.add_bool, int: writer.add_uint32}
@@ -381,7 +403,12 @@ def write_variant(path: Path, arch: str, variant: str) -> Path:
         if isinstance(shape, tuple):
             seed = [ord(letter) for letter in name]
             shape = values_of(name, shape, np.random.default_rng(seed))
-        if shape is not None:
+        kind = next((kind for end, kind in (kinds or {}).items() if name.endswith(end)), None)
+        if kind is not None:
+            number = gguf.GGMLQuantizationType[kind]
+            blocks = blocks_of(number, shape, np.random.default_rng(len(name)))
+            writer.add_tensor(name, blocks, raw_dtype=number)
+        elif shape is not None:
             writer.add_tensor(name, np.ascontiguousarray(shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

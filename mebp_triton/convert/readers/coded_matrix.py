@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,7 +125,8 @@ class CodedMatrix:
     def take_rows(self, order: Tensor) -> CodedMatrix:
         """The matrix whose row i is the row ``order[i]`` of this one, whose codes are a tensor."""
         assert isinstance(self.codes, Tensor)
-        return replace(self, codes=self.codes[order], **{name: part[:, order] for name, part in self._parts().items()})
+        parts: dict[str, Any] = {name: part[:, order] for name, part in self._parts().items()}
+        return replace(self, codes=self.codes[order], **parts)
 
     def take_columns(self, order: Tensor) -> CodedMatrix:
         """The matrix whose column i is the column ``order[i]`` of this one, whose codes are a tensor."""
@@ -137,8 +138,7 @@ class CodedMatrix:
         """The same weights with scales in float32, which are exact, in place of two levels."""
         if self.super_scales is None:
             return self
-        size = self.shape[1] // len(self.scales)
-        stretches = torch.arange(len(self.scales)) * size // SUPER_GROUP
+        stretches = torch.arange(len(self.scales)) * self.group_size // SUPER_GROUP
 
         def product(numbers: Tensor, supers: Tensor) -> Tensor:
             return numbers.float() * supers.float()[stretches]
@@ -201,7 +201,7 @@ def stack(matrices: Sequence[CodedMatrix]) -> CodedMatrix:
     codes = [matrix.codes for matrix in matrices if isinstance(matrix.codes, Tensor)]
     assert len(codes) == len(matrices)
     parts = [matrix._parts() for matrix in matrices]
-    joined = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+    joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
     return replace(matrices[0], codes=torch.cat(codes), **joined)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -126,13 +128,16 @@ class GgufFile:
         try:
             settings |= rope_settings(known, stated, settings, factors)
         except ValueError as error:
-            raise ValueError(f"{where}: {prefix if str(error).startswith('rope.') else ''}{error}") from error
+            raise ValueError(
+                f"{where}: {prefix if str(error).startswith(('rope.', 'attention.')) else ''}{error}"
+            ) from error
         if (embedding := tensors.get("token_embd.weight")) is not None:
-            settings["vocab_size"] = metadata.get("tokenizer.ggml.tokens") or embedding.shape[0]
+            size = metadata.get("tokenizer.ggml.tokens") or embedding.shape[0]
+            settings |= dict.fromkeys(("vocab_size", *known.vocabularies), size)
         settings["tie_word_embeddings"] = "output.weight" not in tensors
         settings |= {f"{name}_token_id": None for name in ("bos", "eos", "pad")} | token_ids(metadata)
         with one_line(f"{where} gives no config for architecture {self._arch!r}", SAFETENSORS):
-            return CONFIG_MAPPING[known.model_type](**settings)
+            return CONFIG_MAPPING[settings.pop("model_type", known.model_type)](**settings)
 
     def _rope_tensors(self) -> list[str]:
         """The names of the tensors of RoPE's factors that the architecture has."""
@@ -142,6 +147,13 @@ class GgufFile:
     def _check_all_used(self, placed: set[str]) -> None:
         """Raises ValueError where the file has a tensor that the model has no place for."""
         unused = sorted(self._header.tensors.keys() - placed - set(self._rope_tensors()))
+        if self._header.metadata.get(f"{self._arch}.nextn_predict_layers"):
+            layers = self.config.num_hidden_layers
+            blocks = {name: re.match(r"blk\.(\d+)\.", name) for name in unused}
+            unused = [name for name, block in blocks.items() if block is None or int(block[1]) < layers]
+            warnings.warn(
+                f"{self.path}: blocks from {layers} on, which predict further tokens, are left out", stacklevel=3
+            )
         if unused:
             names = enumerate_names(unused)
             raise ValueError(f"{self.path}: the model that its keys describe has no {names}; {SAFETENSORS}")
@@ -221,7 +233,7 @@ class GgufFile:
         return self._orders[entry.name]
 
     def _matrix(self, entry: Entry, expert: int | None = None) -> CodedMatrix:
-        """The codes and scales of a tensor of one of ``TYPES``, ``[rows, row]``; of one expert's part if it is given."""
+        """The codes and scales of a tensor of one of ``TYPES``, ``[rows, row]``; of an expert's part if it is given."""
         rows = math.prod(entry.shape[expert is not None : -1])
         first = rows * (expert or 0)
 

@@ -9,8 +9,9 @@ Absent keys take llama.cpp's defaults, not those of transformers, whose configs 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,12 +69,16 @@ class Architecture:
         model_type: its name in transformers.
         keys: the rules by the keys' names behind the architecture's, in the order in which they are applied.
         rope: "full" where all of a head is rotated, "partial" where a part may be, "local" where sliding layers have a
-            base of their own; None without RoPE.
+            base of their own, "kinds" where they have heads of their own as well; None without RoPE.
         factors: whether tensors of the file may hold RoPE's factors: "freqs", "long" or both.
-        scaled: whether transformers has linear scaling and YaRN for it.
+        scaled: the kinds of scaling, linear and YaRN, that transformers has for it.
+        yarn_multiplier: what makes YaRN's ``mscale_all_dim`` of the key ``rope.scaling.yarn_log_multiplier``; None
+            where the key is not read.
         fixed: settings that are the same in every file.
         tensors: settings that are true where there is a tensor ``blk.0.NAME``; with a ``!`` before NAME, where not.
-        derived: settings that follow from the others, in order. Settings that begin with ``_`` are for these alone.
+        derived: settings that follow from the others, in order. Settings that begin with ``_`` are for these alone;
+            ``_tensors`` are the names of the file's tensors. ``model_type`` takes the place of the attribute.
+        vocabularies: settings beside ``vocab_size`` that are the size of the vocabulary.
         undo: what undoes the converter's changes, by the ends of GGUF's names; see ``gguf_undo.py``.
         names: GGUF's names, without ``blk.N.``, of parameters that the ``gguf`` package does not know, by the ends of
             the parameters' names. Of several, a file has those that it has: their rows lie below each other in the
@@ -85,12 +90,14 @@ class Architecture:
     keys: dict[str, Rule]
     rope: str | None = "full"
     factors: frozenset[str] = frozenset()
-    scaled: bool = True
+    scaled: frozenset[str] = frozenset({"linear", "yarn"})
+    yarn_multiplier: float | None = None
     fixed: Settings = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
     derived: dict[str, Callable[[Settings], Any]] = field(default_factory=dict)
+    vocabularies: tuple[str, ...] = ()
     undo: dict[str, Undo] = field(default_factory=dict)
-    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     interleaved: bool = False
 
 
@@ -116,6 +123,7 @@ def width_of_head(settings: Settings) -> int:
     return int(settings.get("head_dim") or head_size(settings))
 
 
+YARN_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 # RoPE's keys, which gguf_rope.py reads together.
 ROPE = {
     "rope.dimension_count",
@@ -131,6 +139,7 @@ ROPE = {
     "rope.scaling.yarn_attn_factor",
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
+    YARN_MULTIPLIER,
 }
 # Namespaces of llama.cpp for functions that no model here has.
 FOREIGN = ("adapter.", "clip.", "diffusion.", "xielu.")
@@ -150,7 +159,8 @@ def settings_of(
         ValueError: a key is missing, unknown, or asks for what the model does not compute.
     """
     have = set(tensors)
-    settings = dict(known.fixed) | {
+    settings: Settings = {"_tensors": have} | copy.deepcopy(known.fixed)  # a config writes into what it is given
+    settings |= {
         name: (f"blk.0.{tensor.lstrip('!')}" in have) != tensor.startswith("!")
         for name, tensor in known.tensors.items()
     }
@@ -160,6 +170,7 @@ def settings_of(
     for key, value in metadata.items():
         own = key.removeprefix(arch + ".") if key.startswith(arch + ".") else None
         unknown = own is not None and own not in known.keys and not (known.rope and own in ROPE)
+        unknown |= own == YARN_MULTIPLIER and known.yarn_multiplier is None
         if unknown or key.startswith(FOREIGN):
             raise ValueError(f"{path}: {key} is {value!r:.100}, {NOT_HERE}")
     for key, rule in known.keys.items():
@@ -169,7 +180,10 @@ def settings_of(
             f"{path}: {arch}.block_count is {settings['num_hidden_layers']}, more than it has tensors; {DOWNLOAD}"
         )
     for name, derive in known.derived.items():
-        settings[name] = derive(settings)
+        try:
+            settings[name] = derive(settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {arch}.{error}") from error
     return {name: value for name, value in settings.items() if not name.startswith("_")}
 
 

@@ -24,7 +24,7 @@ EXPERTS = {
     "experts.down_proj": ("ffn_down_exps.weight",),
 }
 # What llama.cpp runs under another model's architecture.
-RELATIVES = {"mistral": "llama"}
+RELATIVES = {"mistral": "llama", "deepseek_v2": "deepseek2", "granitemoe": "granitemoe"}
 
 
 def architecture_of(model_type: str) -> str:
@@ -88,7 +88,7 @@ class GgufLayout:
     def _special_names(self, parameter: str) -> list[str]:
         """The names of a parameter that the ``gguf`` package does not know."""
         block = re.search(r"\.(\d+)\.", parameter)
-        ends = EXPERTS | self._known.names
+        ends = {**EXPERTS, **self._known.names}
         names = next((names for end, names in ends.items() if parameter.endswith("." + end)), ())
         return [f"blk.{block[1]}.{name}" for name in names] if block else []
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .gguf_header import DOWNLOAD
-from .gguf_keys import NOT_HERE, Architecture, Settings, is_number, width_of_head
+from .gguf_keys import NOT_HERE, ROPE, YARN_MULTIPLIER, Architecture, Settings, is_number, width_of_head
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 # YaRN's numbers, which no key may change.
@@ -47,10 +47,12 @@ def rope_settings(
     if known.rope is None:
         return {}
     for key, value in stated.items():
-        if key.startswith("rope.") and key != "rope.scaling.type" and not is_number(value):
+        if key in ROPE and key != "rope.scaling.type" and not is_number(value):
             raise ValueError(f"{key} is {value!r:.100}, wanted a number; {DOWNLOAD}")
         if key.startswith("rope.freq_base") and value <= 0:
             raise ValueError(f"{key} is {value}, wanted more than 0; {DOWNLOAD}")
+    if known.rope == "kinds":
+        return {"rope_parameters": _of_kinds(stated, settings, factors)}
     head = width_of_head(settings)
     rotated = int(stated.get("rope.dimension_count", head))
     result: Settings = {"rope_theta": float(stated.get("rope.freq_base", 10000.0))}
@@ -72,13 +74,13 @@ def rope_settings(
         return result
     if known.rope == "local" and stated.get("rope.scaling.attn_factor", 1.0) != 1.0:  # meant for all layers
         raise ValueError(f"rope.scaling.attn_factor is {stated['rope.scaling.attn_factor']}, {NOT_HERE}")
-    scaling = _from_keys(stated, settings)
+    scaling = _from_keys(known, stated, settings)
     if FREQS in factors:
         found = from_factors(factors[FREQS].astype(np.float64), result["rope_theta"])
         if scaling and found:
             raise ValueError(f"{FREQS} stands beside rope.scaling.type {scaling['rope_type']}, {NOT_HERE}")
         scaling = scaling or found
-    elif scaling and not known.scaled:
+    elif scaling and scaling["rope_type"] not in known.scaled:
         raise ValueError(f"{_factor_key(stated)} is {_factor(stated)}, {NOT_HERE}")
     if scaling:
         result["rope_scaling"] = scaling
@@ -103,8 +105,29 @@ def _factor(stated: dict[str, Any]) -> float:
     return float(stated.get(_factor_key(stated), 0.0)) or 1.0
 
 
-def _from_keys(stated: dict[str, Any], settings: Settings) -> Settings | None:
+def _of_kinds(stated: dict[str, Any], settings: Settings, factors: dict[str, np.ndarray]) -> Settings:
+    """RoPE of sliding layers and of the others, which leave the last coordinates of a head as they are.
+
+    A file says so by factors of 1, and then enormous ones.
+    """
+    if (factor := _factor(stated)) != 1.0 or stated.get("rope.scaling.type", "none") != "none":
+        raise ValueError(f"{_factor_key(stated)} is {factor}, {NOT_HERE}")
+    values = factors.get(FREQS)
+    pairs = settings["global_head_dim"] // 2
+    if values is None or values.shape != (pairs,):
+        shape = "missing" if values is None else f"of shape {values.shape}"
+        raise ValueError(f"{FREQS} is {shape}, wanted ({pairs},); give a complete GGUF")
+    turned = int((values == 1.0).sum())
+    if not (values[:turned] == 1.0).all() or not (values[turned:] > 1e20).all():
+        raise ValueError(f"{FREQS} holds factors other than 1 and 1e30, {NOT_HERE}")
+    theta, local = (float(stated.get(key, 10000.0)) for key in ("rope.freq_base", "rope.freq_base_swa"))
+    whole = {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": turned / pairs}
+    return {"full_attention": whole, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
+
+
+def _from_keys(known: Architecture, stated: dict[str, Any], settings: Settings) -> Settings | None:
     """The scaling that keys alone describe; None where there is none."""
+    beta = settings.pop("llama_4_scaling_beta", 0.0)
     kind = stated.get("rope.scaling.type", "linear")
     factor = _factor(stated)
     attention = float(stated.get("rope.scaling.attn_factor", 1.0))
@@ -116,19 +139,38 @@ def _from_keys(stated: dict[str, Any], settings: Settings) -> Settings | None:
         if float(stated.get(key, neutral)) not in (neutral, -1.0):  # llama.cpp itself reads them for few architectures
             raise ValueError(f"{key} is {stated[key]}, wanted {neutral}; give the model as safetensors")
     if kind == "yarn":
-        return {
+        result = {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": int(
                 stated.get("rope.scaling.original_context_length") or settings["max_position_embeddings"]
             ),
-            "attention_factor": attention * (1.0 + 0.1 * math.log(factor)),
+            "attention_factor": attention * _mscale(factor, 1.0),
         }
+        if known.yarn_multiplier is not None:
+            result |= _mscales(float(stated.get(YARN_MULTIPLIER, 0.0)) * known.yarn_multiplier, factor, attention)
+        return result | ({"llama_4_scaling_beta": beta} if beta else {})
+    if beta:
+        raise ValueError(f"attention.temperature_scale is {beta} with rope.scaling.type {kind}, {NOT_HERE}")
     if attention != 1.0:
         raise ValueError(f"rope.scaling.attn_factor is {attention} with rope.scaling.type {kind}, {NOT_HERE}")
     if kind == "none" and factor != 1.0:
         raise ValueError(f"rope.scaling.factor is {factor} with rope.scaling.type none, {NOT_HERE}")
     return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
+def _mscale(factor: float, multiplier: float) -> float:
+    """YaRN's factor of queries and keys: 1 where nothing is scaled."""
+    return 1.0 if factor <= 1.0 else 1.0 + 0.1 * multiplier * math.log(factor)
+
+
+def _mscales(over_all: float, factor: float, attention: float) -> Settings:
+    """YaRN's factors where attention's scores have one of their own: DeepSeek divides RoPE's by it."""
+    if attention != 1.0:
+        raise ValueError(f"rope.scaling.attn_factor is {attention}, {NOT_HERE}")
+    over_all = round(over_all, 6)  # a file has float32
+    in_rope = _mscale(factor, 1.0) / _mscale(factor, over_all) if over_all in (0.0, 1.0) else 1.0
+    return {"attention_factor": in_rope, "mscale_all_dim": over_all or 1.0}
 
 
 def _longrope(stated: dict[str, Any], settings: Settings, factors: dict[str, np.ndarray]) -> Settings:

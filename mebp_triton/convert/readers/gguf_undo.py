@@ -50,3 +50,26 @@ def by_heads(values: np.ndarray, config: PretrainedConfig) -> np.ndarray:
     """Rows of each head's query, key and value in turn, where a file has all queries, all keys, all values (BLOOM)."""
     heads = config.num_attention_heads
     return values.reshape(3, heads, -1, *values.shape[1:]).swapaxes(0, 1).reshape(values.shape)
+
+
+def then(first: Undo, second: Undo) -> Undo:
+    """One after the other."""
+    return lambda values, config: second(first(values, config), config)
+
+
+def value_heads(values: np.ndarray, config: PretrainedConfig) -> np.ndarray:
+    """Value heads, of one or more rows, beside the key head that they belong to; a file deals them out by turns."""
+    keys, heads = config.linear_num_key_heads, config.linear_num_value_heads
+    dealt = values.reshape(heads // keys, keys, -1, *values.shape[1:])
+    return dealt.swapaxes(0, 1).reshape(values.shape)
+
+
+def value_heads_behind_keys(values: np.ndarray, config: PretrainedConfig) -> np.ndarray:
+    """Rows of queries and keys, and then ``value_heads``."""
+    start = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+    return np.concatenate((values[:start], value_heads(values[start:], config)))
+
+
+def columns_of_value_heads(values: np.ndarray, config: PretrainedConfig) -> np.ndarray:
+    """Columns that read ``value_heads``."""
+    return value_heads(values.T, config).T

@@ -8,7 +8,7 @@ import torch
 from packed_models import bit_fields
 
 from mebp_triton.convert.readers import coded_matrix
-from mebp_triton.convert.readers.coded_matrix import E2M1, CodedMatrix, even_groups, unpack_bits
+from mebp_triton.convert.readers.coded_matrix import E2M1, CodedMatrix, even_groups, is_sorted, stack, unpack_bits
 from mebp_triton.kernels.reference import decode
 
 
@@ -134,3 +134,30 @@ def test_a_minimum_that_float16_cannot_hold_makes_both_float32():
 )
 def test_what_cannot_be_held_says_what_it_is(coded, words):
     assert coded.to_int4() is None and coded.decoded().codes == words
+
+
+def two_levels() -> CodedMatrix:
+    """A matrix whose scales and minima have a second level for each 256 columns."""
+    coded, supers = matrix(columns=320), torch.rand(2, 2, 5).half()
+    steps = torch.randint(1, 64, (2, 10, 5), dtype=torch.int8)
+    levels = {"super_scales": supers[0], "super_minimum": supers[1]}
+    return replace(coded, scales=steps[0], minimum=steps[1], **levels)
+
+
+@pytest.mark.parametrize("coded", [matrix(columns=96), two_levels()])
+def test_rows_and_columns_change_places(coded):
+    plain = coded.decode()
+    rows = torch.tensor([4, 0, 0, 2])
+    assert torch.equal(coded.take_rows(rows).decode(), plain[rows])
+    both = stack([coded, coded.take_rows(rows)])
+    assert torch.equal(both.decode(), torch.cat((plain, plain[rows])))
+    for size in (32, 16):
+        columns = torch.arange(coded.shape[1]).view(-1, size).roll(1, 0).flatten()
+        taken = coded.take_columns(columns)
+        assert torch.equal(taken.decode(), plain[:, columns])
+        weight = taken.to_int4()
+        assert weight.group_size == size and torch.equal(decode(weight, torch.float32), plain[:, columns])
+
+
+def test_an_order_is_sorted():
+    assert is_sorted(torch.arange(5)) and not is_sorted(torch.tensor([0, 2, 1]))

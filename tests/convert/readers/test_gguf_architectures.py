@@ -23,8 +23,10 @@ REFERENCE = json.loads((ROOT / "bench/results/gguf-llama-cpp.json").read_text())
 # llama.cpp chooses between short and long factors by its context, transformers by the text; and llama.cpp says itself
 # that it leaves out Phi-3's window.
 LONG_TEXT_ONLY = {"longrope", "long factors alone"}
-NEEDS_5 = {"qwen2moe", "qwen3moe", "minimax-m2", "phi3"}
-OTHERWISE = {("phi3", "attention.sliding_window")}
+NEEDS_5 = {"qwen2moe", "qwen3moe", "minimax-m2", "phi3", "mistral3", "qwen35", "qwen35moe", "deepseek2"}
+NEEDS_5 |= {"granitemoe", "granitehybrid", "gpt-oss"}
+# llama.cpp gives the queries and keys of linear attention the epsilon of the norms, and transformers 1e-6.
+OTHERWISE = {("phi3", "attention.sliding_window"), ("qwen35", "epsilon"), ("qwen35moe", "epsilon")}
 OLD = {"nemotron"} if transformers.__version__ < "5" else set()  # scales no RoPE of it
 # Files that llama.cpp does not open, for reasons that do not concern the function.
 READ_ALONE = {
@@ -34,39 +36,53 @@ READ_ALONE = {
         ("nemotron", "tied"),
         ("minimax-m2", "tied"),
         ("nemotron", "wide heads"),
+        ("gpt-oss", "tied"),
+        ("deepseek2", "no key heads"),
     ),
     ("gemma2", "no caps"),
-    *(("gemma2", "attention.sliding_window_pattern"), ("gemma3", "attention.sliding_window_pattern")),
+    *((arch, "attention.sliding_window_pattern") for arch in ("gemma2", "gemma3", "gpt-oss")),
 }
 
 GEMMA = {"gemma2", "gemma3"}
+SLIDING = GEMMA | {"gpt-oss"}
+GRANITE = {"granite", "granitemoe", "granitehybrid"}
+QWEN35 = {"qwen35", "qwen35moe"}
 # Who reads the files that all others refuse, and who refuses the files that all others read.
 READ_BY: dict[str, set[str]] = {name: set() for name in OTHERS} | {
     **dict.fromkeys(("type none", "yarn with betas", "yarn with yarn_attn_factor", "yarn with ext_factor"), set()),
     **dict.fromkeys(("linear with attn_factor", "other factors", "factors and linear", "queries' biases alone"), set()),
     **dict.fromkeys(("longrope beside factors", "longrope without factors", "long factors alone"), set()),
     **dict.fromkeys(("longrope and linear", "output bias", "head norms"), set()),
-    "half a head": {"phi3", "stablelm", "nemotron", "minimax-m2"},
-    "a factor tensor": {"llama"},
+    **dict.fromkeys(("temperature alone", "version 2 with groups"), set()),
+    "half a head": {"phi3", "stablelm", "nemotron", "minimax-m2", "deepseek2"} | QWEN35,
+    "a factor tensor": {"llama", "mistral3", "granite"},
     "biases": {"llama", "nemotron"},
-    "attention.sliding_window": GEMMA | {"phi3"},
-    "attention.sliding_window_pattern": GEMMA,
+    "attention.sliding_window": SLIDING | {"phi3"},
+    "attention.sliding_window_pattern": SLIDING,
+    **dict.fromkeys(("attention.scale", "logit_scale", "embedding_scale", "residual_scale"), GRANITE),
+    "expert_weights_scale": {"deepseek2"},
+    "nextn_predict_layers": QWEN35,
     "attn_logit_softcapping": {"gemma2"},
     "final_logit_softcapping": GEMMA,
-    "expert_weights_norm": {"qwen3moe"},
-    "expert_gating_func": {"minimax-m2"},
+    "expert_weights_norm": {"qwen3moe", "qwen35moe", "deepseek2"},
+    "expert_gating_func": {"minimax-m2", "deepseek2"},
     "use_parallel_residual": {"stablelm"},
     "vocab_size": {*MODELS},
     "pooling_type": MODELS.keys() - {"mamba"},
     "tensor_data_layout": MODELS.keys() - {"mamba"},
     "rope.scaling.finetuned": MODELS.keys() - {"bloom", "gpt2", "mamba"},
 }
-SCALED = ("linear", "linear by its old key", "a factor without a type", "yarn", "yarn of the context")
-REFUSED_BY: dict[str, set[str]] = {name: {"phi3"} | OLD for name in SCALED} | {
-    "yarn with attn_factor": {"phi3", "gemma3"} | OLD,
-    "no key heads": {"phi3", "falcon", "lfm2", "minimax-m2"},
-    "wide heads": {"qwen2", "qwen2moe", "phi3", "starcoder2", "stablelm", "falcon", "lfm2", "minimax-m2"},
-    "base of sliding layers": {"gemma2"},
+LINEAR = ("linear", "linear by its old key", "a factor without a type")
+REFUSED_BY: dict[str, set[str]] = {name: {"phi3", "deepseek2"} | OLD for name in LINEAR} | {
+    **dict.fromkeys(("yarn", "yarn of the context"), {"phi3"} | OLD),
+    "yarn with attn_factor": {"phi3", "gemma3", "mistral3", "deepseek2"} | OLD,
+    "no key heads": {"phi3", "falcon", "lfm2", "minimax-m2", "smollm3", "granitehybrid"} | QWEN35,
+    "wide heads": {"qwen2", "qwen2moe", "phi3", "starcoder2", "stablelm", "falcon", "lfm2", "minimax-m2", "smollm3"}
+    | GRANITE
+    | QWEN35
+    | {"gpt-oss", "deepseek2"},
+    "base of sliding layers": {"gemma2", "gpt-oss"},
+    "epsilon": {"deepseek2"},
 }
 
 
@@ -97,6 +113,7 @@ def distance(ours, theirs) -> float:
     return max(abs(a - b) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*predict further tokens")
 @pytest.mark.parametrize("arch", MODELS)
 def test_the_model_computes_what_llama_cpp_does_or_its_key_is_refused(arch, tmp_path):
     """A file whose config and weights are the plain file's is compared by them alone."""

@@ -121,5 +121,5 @@ def test_queries_of_the_largest_gemma_are_scaled_by_the_hidden_size(arch, layers
 def test_every_rule_says_what_it_is_for():
     for arch, known in ARCHITECTURES.items():
         for key, rule in known.keys.items():
-            assert key not in ROPE, (arch, key)
+            assert key not in ROPE - {"rope.dimension_count", "rope.scaling.finetuned"}, (arch, key)
             assert isinstance(rule, Set) or (rule.why if isinstance(rule, Unused) else rule.wanted), (arch, key)

@@ -54,5 +54,5 @@ def test_a_transposed_matrix_has_an_order_for_those_who_know() -> None:
 
 def test_each_architecture_is_found_by_its_model_type() -> None:
     assert all(architecture_of(each.model_type) == name for name, each in ARCHITECTURES.items())
-    with pytest.raises(ValueError, match="names the tensors of a granite model is not known"):
-        architecture_of("granite")
+    with pytest.raises(ValueError, match="names the tensors of a olmo model is not known"):
+        architecture_of("olmo")
