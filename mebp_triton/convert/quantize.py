@@ -277,7 +277,7 @@ class _Job:
         if self.calibration is None:
             return Columns()
         columns = self.calibration.columns(site.name)
-        if site.role == "linear":
+        if not site.is_table:
             report, (importance, factor) = self.report, columns
             names = report.unseen if importance is None else report.weighted if factor is None else report.compensated
             names.append(site.name)

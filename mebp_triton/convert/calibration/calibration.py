@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from mebp_triton.kernels.compensation import compensation
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.discover import shared_inputs
+from mebp_triton.models.experts import FusedExperts, fused_experts
 from mebp_triton.models.skeleton import Int4Site, int4_sites
 from mebp_triton.system.machine import available_memory_bytes
 
+from .expert_inputs import expert_inputs
 from .layer_inputs import Columns, LayerInputs
 from .source_run import SourceRun
 
@@ -88,8 +90,19 @@ class Calibration:
         def hook_of(inputs: LayerInputs) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             return lambda _, arguments: inputs.add(arguments[0])
 
-        layers = {name: self.run.model.get_submodule(name) for name in found}
-        hooks = [layers[name].register_forward_pre_hook(hook_of(inputs)) for name, inputs in found.items()]
+        def expert_hook_of(experts: FusedExperts) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def add(part: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                for name, rows in expert_inputs(part, experts, *arguments[:2]):
+                    found[name].add(rows)
+
+            return add
+
+        layers = {name: self.run.model.get_submodule(name) for name in found if sites[name].role == "linear"}
+        hooks = [layer.register_forward_pre_hook(hook_of(found[name])) for name, layer in layers.items()]
+        for experts in fused_experts(self.run.model):
+            if experts.matrix(0, "down_proj") in found:
+                part = self.run.model.get_submodule(experts.path)
+                hooks.append(part.register_forward_pre_hook(expert_hook_of(experts)))
         try:
             self.run.stream.pass_through()
         finally:
@@ -99,13 +112,13 @@ class Calibration:
 
 
 def _groups(run: SourceRun) -> list[list[Int4Site]]:
-    """The linear layers of the blocks, by what they read."""
+    """The linear layers and the experts' matrices of the blocks, by what they read."""
     groups: list[list[Int4Site]] = []
     with contextlib.suppress(ValueError):  # the model's code does not run without data
         groups = shared_inputs(run.model.config)
     found = {site.name for group in groups for site in group}
-    sites = (site for site in int4_sites(run.model)[0] if site.role == "linear")
-    groups += [[site] for site in sites if site.name not in found]  # experts that the run without data did not choose
+    sites = (site for site in int4_sites(run.model)[0] if not site.is_table)
+    groups += [[site] for site in sites if site.name not in found]  # experts, which the run without data leaves out
     return [group for group in groups if group[0].name.startswith(f"{run.path}.")]
 
 

@@ -41,10 +41,6 @@ class Conversion:
         """Whether each expert has tensors of its own."""
         return any(type(step).__name__ == "MergeModulelist" for step in self.converter.operations)
 
-    def counts(self) -> set[int]:
-        """How many tensors there are of each pattern."""
-        return {len(keys) for keys in self.sources.values()}
-
     def keys_of(self, expert: int) -> dict[str, str]:
         """The key of an expert's tensor, or of the tensor with all experts, by pattern in the order of the table."""
         place = expert if self.in_pieces else 0

@@ -123,6 +123,8 @@ class MergedStore:
     def read(self, name: str) -> Tensor | Int4Weight:
         """One parameter: as it is stored, unless the adapter changes it."""
         name = self._names.get(name, name)
+        if name in self._experts:
+            return torch.cat(list(self.pieces(name))).view(self._shapes[name])
         if name not in self.sites:
             return self.store.float_tensor(name)
         site = self.sites[name]
