@@ -114,6 +114,9 @@ def test_a_device_has_phases_of_its_own(store, monkeypatch):
     host = plan.host_peak.components
     assert host["weights of blocks"] == sum(blocks) and host["framework"] == 7 * MIB
     assert host["checkpoints"] == 3 * 2 * 32 * 48
+    kept = planner(store, framework=7 * MIB).predict(dataclasses.replace(settings, recompute_granularity="selective"))
+    widest = max(info.shape[0] for name, info in opened.matrices.items() if ".layers." in name)
+    assert at(kept, "loss")["checkpoints"] == 2 * 2 * 32 * widest > components["checkpoints"]
     moved = planner(store, framework=7 * MIB).predict(dataclasses.replace(settings, optimizer_state="host"))
     assert at(moved, "embedding")["optimizer state"] == 0
     # Of one of three blocks: those that are used, and those that come and go.
