@@ -15,7 +15,7 @@ from mebp_triton.models.adapter import CHAT_TEMPLATE, CONFIG, WEIGHTS
 from mebp_triton.models.generation import GENERATION_CONFIG
 from mebp_triton.system import atomic, errors, reading, strict_json, temporaries
 from mebp_triton.system.machine import environment
-from mebp_triton.system.memory import MemoryWatch
+from mebp_triton.system.memory import MemoryWatch, return_free_memory
 
 from .evaluation import Evaluation
 from .facts import MOST_INTEGER
@@ -208,6 +208,8 @@ class RunDirectory:
         Args:
             start: the adapter that the run began from; None for a new one.
         """
+        # The library that draws takes some 20 MiB, which would come on top of what malloc kept of the steps.
+        return_free_memory()
         try:
             plots = draw_plots(self.directory, self.read_metrics(), watch, self.read_evaluations())
         except Exception as error:  # whatever a plotting library raises, the run is whole without plots

@@ -126,6 +126,15 @@ def test_a_run_whose_plots_fail_is_whole(run, monkeypatch):
         run.summary({})
 
 
+def test_free_memory_goes_back_before_plots_are_drawn(run, monkeypatch):
+    """Else what the drawing library takes would be the peak of a small run."""
+    done = []
+    monkeypatch.setattr("mebp_triton.training.run_directory.return_free_memory", lambda: done.append("returned"))
+    monkeypatch.setattr("mebp_triton.training.run_directory.draw_plots", lambda *_: done.append("drawn") or [])
+    run.finish({"steps": 1}, TrainConfig(), DataReport(1, 8, 7, 0, 0), watched())
+    assert done == ["returned", "drawn"]
+
+
 def test_lines_of_evaluations_are_read_and_cut_apart(run):
     for row in rows(4):
         run.append_metrics(row)
