@@ -29,16 +29,16 @@ FLOORS = {
         packing loading""",
     "blocks": """options runner call leaks replay recompute static_buffers static_block static_passes graph_players
         graph_checks graphs backward row_chunks mlp_chunks hooks selection engine""",
-    "models": """direct_reads experts names plain_linear skeleton kept_float config generation adapter_config adapter
-        saving discover row_places targets build fused_operations load""",
+    "models": """direct_reads experts names plain_linear skeleton kept_float config generation adapter_config
+        adapter_seal adapter saving discover row_places targets build fused_operations load""",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.coded_matrix readers.gguf_header readers.gguf_parts
         readers.gguf_undo readers.gguf_keys readers.gguf_rules readers.gguf_mixtures readers.gguf_hybrids
         readers.gguf_architectures readers.gguf_layout readers.gguf_rope readers.gguf_tokenizer readers.gguf_blocks
-        readers.gguf readers.quantization readers.conversions readers.expert_matrices
-        readers.safetensors_dir readers.mxfp4 readers.bitsandbytes readers.int4_dir readers.packed_dir readers.gptq
-        readers.awq readers.auto_round readers.mlx readers.compressed_tensors readers.hqq readers.merged_store
-        readers writers.store writers.model_directory writers.gguf_file writers.gguf_adapter
+        readers.gguf readers.quantization readers.conversions readers.expert_matrices readers.safetensors_dir
+        readers.mxfp4 readers.bitsandbytes readers.int4_dir readers.packed_dir readers.gptq readers.awq
+        readers.auto_round readers.mlx readers.compressed_tensors readers.hqq readers.merged_store readers writers.store
+        writers.model_directory writers.gguf_file writers.gguf_adapter writers.gguf_model writers.peft_adapter
         calibration.source_weights calibration.stream calibration.source_run calibration.source_loss
         calibration.layer_inputs calibration.expert_inputs calibration.calibration recipe bit_budget quantize merge
         export""",

@@ -149,7 +149,7 @@ def load_for_inference(
         backend=backend,
     )
     if adapter_directory:
-        adapter.load_adapter(model, adapter_directory)
+        adapter.restore_adapter(model, adapter_directory)
     return model
 
 

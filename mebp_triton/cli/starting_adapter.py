@@ -12,7 +12,8 @@ from typing import Any
 
 from mebp_triton.cli.console import say
 from mebp_triton.layers.lora_config import ALL_AND_EXPERTS, ALL_LINEAR, LoraConfig
-from mebp_triton.models.adapter import CONFIG, read_adapter_config, read_adapter_tensors
+from mebp_triton.models.adapter import CONFIG, read_adapter_config
+from mebp_triton.models.adapter_seal import base_of_adapter, other_base, read_adapter_tensors
 from mebp_triton.models.config import read_json_object
 from mebp_triton.store.reader import Store
 from mebp_triton.system import atomic, safetensors_file, strict_json
@@ -89,6 +90,11 @@ def doubt(adapter: str, store: Store) -> str | None:
             return None
         other = "was trained on other weights than this store's: of another model, or quantized in another way"
         return f"the adapter {adapter} {other}"
+    if reason := other_base(adapter, store):
+        return reason
+    sealed = base_of_adapter(adapter)
+    if store.base is not None and sealed is not None and None not in (sealed.crc32, store.base.crc32):
+        return None  # the same weights, whatever their names are
     base = _base_of(adapter)
     known = [os.path.basename(os.path.abspath(store.directory)), *re.split(r"[\s,()]+", store.source)]
     if store.base is not None:

@@ -26,7 +26,7 @@ from mebp_triton.convert.readers import open_source
 from mebp_triton.data.sources import check_source
 from mebp_triton.data.tokenized import TokenizedData
 from mebp_triton.kernels.routing import resolve_backend
-from mebp_triton.models.adapter import CHAT_TEMPLATE, load_adapter
+from mebp_triton.models.adapter import CHAT_TEMPLATE, restore_adapter
 from mebp_triton.models.generation import add_stops, saved_stops, write_stops
 from mebp_triton.models.kept_float import describe_kept_float, kept_float
 from mebp_triton.models.load import load
@@ -141,7 +141,7 @@ def _train_in(
         for line in describe_kept_float(kept_float(model, store.float_sizes()), store.nbytes()):
             say(line)
     if checkpoint is None and asked.adapter:
-        load_adapter(model, asked.adapter)
+        restore_adapter(model, asked.adapter)
     trainer = Trainer(model, data, settings, run, processes=processes)
     if checkpoint is None:
         run.cut_metrics(0)

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mebp_triton.convert.readers.gguf import GgufFile
+from mebp_triton.convert.readers.gguf_architectures import ARCHITECTURES
 from mebp_triton.convert.readers.gguf_header import Header
 from mebp_triton.convert.readers.gguf_layout import GgufLayout, architecture_of
 from mebp_triton.convert.readers.gguf_parts import read_model
 from mebp_triton.convert.readers.merged_store import MergedStore
-from mebp_triton.convert.writers import GGUF_FLOATS
+from mebp_triton.convert.writers import GGUF_FLOATS, GGUF_TYPES
 from mebp_triton.convert.writers.gguf_adapter import write_gguf_adapter
-from mebp_triton.models.names import parameter_aliases
+from mebp_triton.convert.writers.gguf_file import check_kind
+from mebp_triton.convert.writers.gguf_model import GgufModelReport, GgufModelWriter
+from mebp_triton.convert.writers.peft_adapter import rank_limit, write_served_adapter
+from mebp_triton.models.adapter import CHAT_TEMPLATE, CONFIG
+from mebp_triton.models.config import read_json_object
+from mebp_triton.models.generation import GENERATION_CONFIG, saved_stops
+from mebp_triton.models.names import names_in
 from mebp_triton.models.skeleton import build_skeleton
+from mebp_triton.store.manifest import BaseModel
 from mebp_triton.store.reader import Store
 from mebp_triton.system import atomic
 from mebp_triton.system.errors import FileError
+
+END_OF_TURN = "tokenizer.ggml.eot_token_id"
 
 
 @dataclass(frozen=True)
@@ -59,13 +72,13 @@ def export_gguf_adapter(
     _check_target(target)
     if kind not in GGUF_FLOATS:
         raise ValueError(f"type must be one of {', '.join(GGUF_FLOATS)} for an adapter, got {kind!r}")
-    source = MergedStore(store, adapter)
-    model = build_skeleton(source.config, torch.float32)
-    source.bind(model)
+    source, model = _bound(store, adapter)
     file = _base_file(source.store, base)
     header = None if file is None else read_model(file)
     layout = _layout(source, header)
-    names = _names_of_modules(layout, model)
+    parameters = _parameters(layout, source, model)
+    tensors = Counter(parameters.values())
+    names = {name.removesuffix(".weight"): gguf for gguf, name in parameters.items() if tensors[name] == 1}
     deltas = {site: delta for site in source.sites.values() if (delta := source.delta(site)) is not None}
     if (expert := next((site for site in deltas if site.role == "expert"), None)) is not None:
         raise ValueError(
@@ -79,6 +92,132 @@ def export_gguf_adapter(
             if entry is None or [side for side in entry.shape if side != 1] != sides:
                 raise ValueError(f"{file} has no matrix for {site.name}: llama.cpp could not apply the adapter to it")
     return GgufExport(file, write_gguf_adapter(target, layout, names, deltas, kind))
+
+
+def export_gguf_model(
+    store: Store | Path | str,
+    target: Path | str,
+    adapter: Path | str | None = None,
+    kind: str = "F16",
+    base: Path | str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[GgufModelReport, list[int]]:
+    """Makes a GGUF file of a store with its adapter merged in.
+
+    Matrices are the store's, ``W + scaling * B @ A``, rounded once to the type. All else is copied from a GGUF file of
+    the base model: keys, tokenizer, experts and other tensors, and, unless the type is a float, matrices that were
+    taken over bit for bit and that the adapter does not change. The chat template is the adapter's if it has one, and
+    so is a token that ends an answer.
+
+    Args:
+        store: a directory made by ``quantize``, or the store that was opened there.
+        target: the file; it must not exist. It appears whole or not at all.
+        adapter: a directory in PEFT's format; None for the store's own weights.
+        kind: one of ``GGUF_TYPES``. Rows that are not made of whole blocks get the type that llama.cpp takes then.
+        base: a GGUF file of the base model, in any type; by default the one that the store was made of.
+        progress: called with (tensors done, tensors in all).
+
+    Returns:
+        The report, and the tokens at which the adapter stops and the file has no key for.
+
+    Raises:
+        ValueError: the adapter or the base does not fit the store, there is no base, or a value is too large.
+    """
+    target = Path(target)
+    _check_target(target)
+    if kind not in GGUF_TYPES:
+        raise ValueError(f"type must be one of {', '.join(GGUF_TYPES)}, got {kind!r}")
+    check_kind(kind)
+    source, model = _bound(store, adapter)
+    file = _base_file(source.store, base)
+    if file is None:
+        raise ValueError(
+            f"store {source.directory} was made of {source.store.source}, and a GGUF file needs keys and a tokenizer "
+            "from another one: give a GGUF file of the base model by --base"
+        )
+    header = read_model(file)
+    layout = _layout(source, header)
+    opened = GgufFile(file)
+    opened.bind(model)
+    replaced, left = _ends_and_template(source, header)
+    parameters = _parameters(layout, source, model)
+    writer = GgufModelWriter(source, opened, header, layout, parameters, kind, trusted=base is None)
+    return writer.write(target, replaced, progress), left
+
+
+@dataclass(frozen=True)
+class PeftExport:
+    """A record of what was written for vLLM and SGLang.
+
+    Attributes:
+        base: the model that the adapter belongs to.
+        rank: the rank of all modules.
+        rank_limit: the least ``--max-lora-rank`` of vLLM that it needs.
+        made_equal: whether ranks or scalings differed between modules.
+        rounded: how many of the store's matrices are not the base's own values, and the largest relative error.
+    """
+
+    base: BaseModel
+    rank: int
+    rank_limit: int
+    made_equal: bool
+    rounded: tuple[int, float]
+
+
+def export_peft_adapter(store: Store | Path | str, target: Path | str, adapter: Path | str) -> PeftExport:
+    """Makes an adapter directory that vLLM and SGLang serve as it was trained, on the base that the store was made of.
+
+    Args:
+        store: a directory made by ``quantize``, or the store that was opened there.
+        target: must not exist, or be empty. It appears whole or not at all.
+        adapter: a directory in PEFT's format.
+
+    Raises:
+        ValueError: the adapter does not fit the store, its rank is too large, or the store's base is not known.
+    """
+    target = Path(target)
+    atomic.check_absent(target)
+    source, _ = _bound(store, adapter)
+    base = source.store.base
+    if base is None:
+        raise ValueError(
+            f"store {source.directory} does not say what it was made of, so no server could be told the base: "
+            "quantize the base model again, or merge the adapter by `mebp merge`"
+        )
+    changed = [(site, delta) for site in source.sites.values() if (delta := source.delta(site)) is not None]
+    if experts := [site.name for site, _ in changed if site.role == "expert"]:
+        raise ValueError(f"the adapter changes experts ({experts[0]}), which is not known to be served: merge it")
+    deltas = {site.name: delta for site, delta in changed}
+    layers = [site.name for site in source.sites.values() if site.role in ("linear", "head")]
+    values = read_json_object(Path(adapter) / CONFIG, "save the adapter again")
+    with atomic.atomic_directory(target) as directory:
+        rank, made_equal = write_served_adapter(directory, values, deltas, layers, base)
+        for name in (CHAT_TEMPLATE, GENERATION_CONFIG):
+            if (Path(adapter) / name).is_file():
+                shutil.copyfile(Path(adapter) / name, directory / name)
+    errors = [info.relative_error for info in source.store.matrices.values() if info.relative_error > 0]
+    return PeftExport(base, rank, rank_limit(rank), made_equal, (len(errors), max(errors, default=0.0)))
+
+
+def _ends_and_template(source: MergedStore, header: Header) -> tuple[dict[str, str | int], list[int]]:
+    """The keys by which a file says what the adapter has learnt of templates and ends; and ends without a key."""
+    replaced: dict[str, str | int] = {}
+    template = None if source.adapter is None else Path(source.adapter) / CHAT_TEMPLATE
+    if template is not None and template.is_file():
+        replaced["tokenizer.chat_template"] = template.read_text(encoding="utf-8")
+    known = saved_stops(source.directory)
+    ends = [token for token in source.stops if token not in known]
+    if ends and END_OF_TURN not in header.metadata:
+        replaced[END_OF_TURN] = ends.pop(0)
+    return replaced, ends
+
+
+def _bound(store: Store | Path | str, adapter: Path | str | None) -> tuple[MergedStore, Any]:
+    """The store with its adapter, and the model without weights that it is bound to."""
+    source = MergedStore(store, adapter)
+    model = build_skeleton(source.config, torch.float32)
+    source.bind(model)
+    return source, model
 
 
 def _check_target(target: Path) -> None:
@@ -103,16 +242,18 @@ def _layout(source: MergedStore, header: Header | None) -> GgufLayout:
     Raises:
         ValueError: the architecture is not known, or the header is of another one than the store.
     """
-    own = architecture_of(source.config.model_type)
+    kind = source.config.model_type
+    own = architecture_of(kind)
     if header is not None and (stated := header.metadata.get("general.architecture")) != own:
-        raise ValueError(f"{header.path} is of architecture {stated!r:.100}, and the store is a {own}: give its base")
+        if stated not in ARCHITECTURES or ARCHITECTURES[stated].model_type != kind:
+            raise ValueError(
+                f"{header.path} is of architecture {stated!r:.100}, and the store is a {own}: give its base"
+            )
+        own = stated  # some models have several
     return GgufLayout(own, source.config, f"store {source.directory}")
 
 
-def _names_of_modules(layout: GgufLayout, model: Any) -> dict[str, str]:
-    """GGUF's names of matrices by the paths of their modules; of those that one tensor is."""
-    first = {alias: name for name, aliases in parameter_aliases(model).items() for alias in aliases}
-    names = layout.names(model)
-    tensors = Counter(names.values())
-    weights = ((first.get(name, name), gguf_name) for gguf_name, name in names.items() if tensors[name] == 1)
-    return {name.removesuffix(".weight"): gguf_name for name, gguf_name in weights if name.endswith(".weight")}
+def _parameters(layout: GgufLayout, source: MergedStore, model: Any) -> dict[str, str]:
+    """The names that the store has parameters by, by GGUF's names."""
+    known = names_in(model, {*(site.parameter for site in source.sites.values()), *source.store.floats})
+    return {gguf: known.get(name, name) for gguf, name in layout.names(model).items()}

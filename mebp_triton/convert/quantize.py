@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from mebp_triton.models.kept_float import KeptFloat, kept_float
 from mebp_triton.models.names import persistent_buffers
 from mebp_triton.models.skeleton import Int4Site, build_skeleton, float_names, int4_sites, linear_names
 from mebp_triton.store.manifest import SHARED, BaseModel, block_file
-from mebp_triton.system import atomic
+from mebp_triton.system import atomic, reading
 
 
 @dataclass
@@ -129,7 +129,7 @@ def quantize(
         text = read(directory)
         return None if text is None else Calibration(SourceRun(opened, text, calibration_windows, directory, blocks))
 
-    base = base_model(Path(source))
+    base = replace(base_model(Path(source)), crc32=reading.joint_checksum(opened.files))
     return write_store(opened, Path(store), recipe, blocks, None, progress, base, follow, bits_per_weight)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +17,24 @@ from mebp_triton.layers.lora_config import LoraConfig, lora_config_from_file
 from mebp_triton.system import atomic, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 
-from .adapter_config import adapter_layers, peft_config, with_patterns_of_weights
+from .adapter_config import adapter_layers, base_of, peft_config, with_patterns_of_weights
+from .adapter_seal import (
+    other_base,
+    read_adapter_tensors,
+    scaling_settings,
+    seal_of,
+    weights_of,
+    write_weights,
+)
 from .config import read_json_object
 from .experts import FusedExperts
 from .generation import add_stops, saved_stops, write_stops
 from .names import enumerate_names
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 # Lies beside the adapter where it was trained with another chat template than the tokenizer's.
 CHAT_TEMPLATE = "chat_template.jinja"
 PREFIX = "base_model.model."
-# The key under which the metadata of our weights has their checksum and what scales them. PEFT writes none.
-SEAL = "mebp_seal"
-SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def find_adapter(given: Path | str) -> Path:
@@ -85,8 +90,7 @@ def save_adapter(model: Any, directory: Path | str) -> None:
     atomic.check_place(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = with_patterns_of_weights(config, model)
-    seal = {"crc32": safetensors_file.tensors_checksum(tensors), "scaling": _scaling(config)}
-    safetensors_file.write_safetensors(directory / WEIGHTS, tensors, metadata={"format": "pt", SEAL: json.dumps(seal)})
+    write_weights(directory, tensors, config, base_of(model)[0])
     strict_json.write_json(directory / CONFIG, peft_config(config, model))
     if hasattr(model, "mebp") and model.mebp.stops:
         write_stops(directory, model.mebp.store.directory, model.mebp.stops)
@@ -104,10 +108,6 @@ def _check_embedding(model: Any) -> None:
         )
 
 
-def _scaling(config: LoraConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in SCALING}
-
-
 def _config_of(model: Any) -> LoraConfig | None:
     """The config that ``load`` or ``replace_linears`` made the model's adapter from; None if there is none."""
     return model.mebp.lora if hasattr(model, "mebp") else getattr(model, "mebp_lora", None)
@@ -119,7 +119,7 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
     Raises:
         ValueError: the config is damaged, contradicts the weights, or uses what only PEFT's own layers can do.
     """
-    path, weights = Path(directory) / CONFIG, _weights_of(Path(directory))
+    path, weights = Path(directory) / CONFIG, weights_of(Path(directory))
     if not path.exists():
         raise ValueError(f"{directory} is not an adapter: it has no {CONFIG}")
     values = read_json_object(path, "save the adapter again")
@@ -141,53 +141,28 @@ def read_adapter_config(directory: Path | str) -> LoraConfig:
     largest = max((shape[0] for _, shape, _, _ in entries.values() if shape), default=0)
     if max((config.r, *config.rank_pattern.values())) > largest:
         raise ValueError(f"the adapter {directory} contradicts itself: its config has a rank that no tensor has")
-    seal = _seal(weights, metadata)
-    if seal is not None and json.loads(json.dumps(_scaling(config))) != seal.get("scaling"):
+    seal = seal_of(weights, metadata)
+    if seal is not None and json.loads(json.dumps(scaling_settings(config))) != seal.get("scaling"):
         raise FileError(f"{path} is not what {weights} was saved with ({seal.get('scaling')!r:.200}): put it back")
     return config
-
-
-def _weights_of(directory: Path) -> Path:
-    """The file of an adapter's tensors. FileError where there is only a pickle."""
-    path = directory / WEIGHTS
-    pickled = path.with_suffix(".bin")
-    if pickled.exists() and not path.exists():
-        raise FileError(
-            f"{pickled} is a pickle, which can run code when opened: load the adapter once by PEFT where you trust it, "
-            "and save it with save_pretrained as safetensors"
-        )
-    return path
-
-
-def _seal(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The seal that ``save_adapter`` wrote into the metadata of the weights; None in a file of PEFT's."""
-    if SEAL not in metadata:
-        return None
-    seal = strict_json.parse_json(metadata[SEAL], f"{SEAL} of {path}")
-    if not isinstance(seal, dict):
-        raise FileError(f"{path} is damaged: its {SEAL} is not an object")
-    return seal
-
-
-def read_adapter_tensors(directory: Path | str) -> dict[str, Tensor]:
-    """Reads the tensors of a saved adapter. FileError where they are damaged."""
-    path = _weights_of(Path(directory))
-    tensors, metadata = safetensors_file.read_safetensors(path)
-    seal = _seal(path, metadata)
-    if seal is not None and seal.get("crc32") != safetensors_file.tensors_checksum(tensors):
-        raise FileError(f"{path} is damaged: its checksum differs")
-    return tensors
 
 
 def load_adapter(model: Any, directory: Path | str) -> None:
     """Puts a saved adapter's values into ``model``, whose adapter must have the same layers and ranks.
 
     ``mebp_triton.load(store, lora=read_adapter_config(directory))`` makes such a model, and so does ``replace_linears``
-    with that config.
+    with that config. Warns where the store was made of another base model than that of the adapter.
 
     Raises:
         ValueError: the adapter is damaged, or of another model or shape; the model keeps its own.
     """
+    if hasattr(model, "mebp") and (reason := other_base(directory, model.mebp.store)):
+        warnings.warn(reason, stacklevel=2)
+    restore_adapter(model, directory)
+
+
+def restore_adapter(model: Any, directory: Path | str) -> None:
+    """Does what ``load_adapter`` does, without a warning."""
     config, tensors = read_adapter_config(directory), read_adapter_tensors(directory)
     stops = saved_stops(directory)
     copy_adapter(model, tensors, str(directory))
@@ -197,7 +172,7 @@ def load_adapter(model: Any, directory: Path | str) -> None:
         add_stops(model, stops)
     # The model's config takes the scaling over, so that ``save_adapter`` writes the one that is used.
     holder, name = (model.mebp, "lora") if hasattr(model, "mebp") else (model, "mebp_lora")
-    setattr(holder, name, replace(_config_of(model) or config, **_scaling(config)))
+    setattr(holder, name, replace(_config_of(model) or config, **scaling_settings(config)))
 
 
 def adapter_shapes(

@@ -30,7 +30,7 @@ def adapter_layers(model: Any) -> dict[str, AdaptedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)}
 
 
-def _base_of(model: Any) -> tuple[BaseModel, str | None]:
+def base_of(model: Any) -> tuple[BaseModel, str | None]:
     """The model beneath the adapter, and PEFT's type for its task."""
     if hasattr(model, "mebp"):
         # Where the store does not know its source, its own path is at least no name that the hub may have.
@@ -53,7 +53,7 @@ def peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
     if _selected(model, replace(config, exclude_modules=None, target_parameters=None)) != by_name:
         targets = _shortest_suffixes(model, by_name)
     parameters = _shortest_parameters(model, experts) + _shortest_weights(model, by_weight)
-    base, task = _base_of(model)
+    base, task = base_of(model)
     return {
         "alpha_pattern": dict(config.alpha_pattern),
         "auto_mapping": None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,20 +56,23 @@ class BaseModel:
     Attributes:
         name_or_path: its name on the Hugging Face hub, or the absolute path of its directory or GGUF file.
         revision: the commit on the hub; None for a path.
+        crc32: the checksum of its files of weights, see ``reading.joint_checksum``; None where it is not known. Two
+            names of one model are compared without it.
     """
 
     name_or_path: str
     revision: str | None = None
+    crc32: int | None = field(default=None, compare=False)
 
     @classmethod
     def from_json(cls, where: Path, entry: Any) -> BaseModel | None:
         """Reads the entry ``base_model`` of the manifest ``where``; None where there is none."""
         if entry is None:
             return None
-        name, revision = entry["name_or_path"], entry["revision"]
-        if type(name) is not str or not isinstance(revision, str | None):
+        name, revision, crc32 = entry["name_or_path"], entry["revision"], entry.get("crc32")  # older ones have none
+        if type(name) is not str or not isinstance(revision, str | None) or type(crc32) not in (int, type(None)):
             raise FileError(f"{where}: base_model is malformed: {entry!r:.300}")
-        return cls(name, revision)
+        return cls(name, revision, crc32)
 
 
 @dataclass(frozen=True)

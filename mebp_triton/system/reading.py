@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -46,6 +48,11 @@ def file_checksums(path: Path) -> list[int]:
     check_regular(path)
     with open(path, "rb") as file:
         return [zlib.crc32(data) for data in iter(lambda: file.read(CHECKSUM_CHUNK), b"")]
+
+
+def joint_checksum(paths: Iterable[Path]) -> int:
+    """One CRC-32 over the ``file_checksums`` of several files, by which a model is known whatever its files' names."""
+    return zlib.crc32(json.dumps([file_checksums(path) for path in paths]).encode())
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import peft
 import pytest
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from mebp_triton.cli.starting_adapter import doubt, fill_in
 from mebp_triton.convert.quantize import quantize
 from mebp_triton.layers.lora_config import LoraConfig
-from mebp_triton.models.adapter import adapter_tensors, load_adapter, read_adapter_config, read_adapter_tensors
+from mebp_triton.models.adapter import adapter_tensors, load_adapter, read_adapter_config
+from mebp_triton.models.adapter_seal import read_adapter_tensors
 from mebp_triton.models.load import load
 from mebp_triton.store.manifest import BaseModel
 from mebp_triton.store.reader import Store
@@ -194,3 +196,12 @@ def test_an_adapter_of_another_base_is_doubted(world, peft_adapter, tmp_path):
     assert doubt(str(copied), store) is not None
     store.base = BaseModel("org/Small-1.5", "0123abc")  # a directory in the hub's cache has the commit's name
     assert doubt(str(copied), store) is None
+
+
+def test_a_base_is_known_by_its_checksum_whatever_its_name_is(world, tmp_path):
+    lonely = str(shutil.copytree(world / "run" / "adapter", tmp_path / "lonely"))
+    store = Store(world / "store")
+    store.base = replace(store.base, name_or_path="elsewhere")
+    assert doubt(lonely, store) is None
+    store.base = replace(store.base, crc32=1)
+    assert doubt(lonely, store).endswith(f"and {store.directory} was made of other weights, elsewhere")

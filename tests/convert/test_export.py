@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +13,15 @@ import pytest
 import torch
 from llama_cpp import Question, divergence, log_probabilities
 from models import decoded_model, randomize_adapter
+from transformers import AutoTokenizer
 
-from mebp_triton.convert.export import export_gguf_adapter
+from mebp_triton.cli.commands.demo import find_model
+from mebp_triton.convert.export import export_gguf_adapter, export_gguf_model, export_peft_adapter
+from mebp_triton.convert.merge import merge_to_store
 from mebp_triton.convert.quantize import quantize
+from mebp_triton.convert.readers.gguf_header import read_header
 from mebp_triton.convert.readers.gguf_layout import GgufLayout
+from mebp_triton.convert.writers.gguf_file import Planned, pair, write_gguf
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.adapter import save_adapter
 from mebp_triton.models.load import load
@@ -26,9 +32,10 @@ peft = pytest.importorskip("peft")
 
 from gguf_models import PROMPT, write_variant  # noqa: E402
 
-# Rows permuted, all scalings and ranks; transposed; rows of heads apart.
+# Rows permuted, all scalings and ranks; a gate of one row; transposed; rows of heads apart.
 LORA: dict[str, dict[str, Any]] = {
     "llama": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3.0, "up_proj": 0.0}},
+    "qwen2moe": {},
     "gpt2": {},
     "bloom": {},
 }
@@ -44,9 +51,9 @@ class Made(NamedTuple):
     wanted: np.ndarray
 
 
-def adapted(store: Path, directory: Path, **lora: Any) -> Path:
+def adapted(store: Path, directory: Path, scale: float = 0.15, **lora: Any) -> Path:
     model = load(store, LoraConfig(r=4, lora_alpha=6, **lora))
-    randomize_adapter(model, 0, 0.15)
+    randomize_adapter(model, 0, scale)
     save_adapter(model, directory)
     return directory
 
@@ -84,12 +91,69 @@ def test_llama_cpp_applies_the_adapter_as_peft_does(made: dict[str, Made], tmp_p
         for arch in ("llama", "bloom"):
             export_gguf_adapter(made[arch].store, tmp_path / f"{arch}-plain.gguf", made[arch].adapter)
             questions.append(Question(made[arch].base, PROMPT, (tmp_path / f"{arch}-plain.gguf",)))
+    for arch, model in made.items():
+        export_gguf_model(model.store, tmp_path / f"{arch}-merged.gguf", model.adapter, "F16")
+        questions.append(Question(tmp_path / f"{arch}-merged.gguf", PROMPT))
     found = log_probabilities(*questions)
-    for model, got in zip(made.values(), found, strict=False):
+    for model, got, merged in zip(made.values(), found, found[-len(made) :], strict=False):
         assert divergence(model.plain, model.wanted) > 0.02, "the adapter does nothing"
-        assert divergence(model.wanted, got) < 1e-3, model.base
-    for arch, got in zip(("llama", "bloom"), found[len(made) :], strict=True):
+        assert max(divergence(model.wanted, got), divergence(model.wanted, merged)) < 1e-3, model.base
+    for arch, got in zip(("llama", "bloom"), found[len(made) :], strict=False):
         assert divergence(made[arch].wanted, got) > 1e-2, f"the order of {arch}'s rows does not matter"
+
+
+def shallow(source: Path, target: Path, blocks: int) -> Path:
+    """A GGUF file of the first blocks of a model."""
+    header = read_header(source)
+    data = source.read_bytes()
+    pairs = [data[begin:end] for key, (begin, end) in header.places.items() if not key.endswith(".block_count")]
+    pairs.append(pair(f"{header.metadata['general.architecture']}.block_count", blocks))
+    kept = [entry for name, entry in header.tensors.items() if name[:4] != "blk." or int(name.split(".")[1]) < blocks]
+    parts = {entry.name: np.frombuffer(data, np.uint8, entry.nbytes, entry.offset) for entry in kept}
+    planned = [Planned(entry.name, entry.kind, entry.shape) for entry in kept]
+    write_gguf(target, pairs, planned, lambda name: [parts[name]])
+    return target
+
+
+def test_a_real_model_in_4_bits_and_in_float32(tmp_path: Path) -> None:
+    """The first two blocks of SmolLM2, whose Q4_1 codes the store has bit for bit; 50 positions of a text."""
+    try:
+        file = find_model()
+    except ValueError as error:
+        pytest.skip(str(error))
+    base, store, target = shallow(file, tmp_path / "base.gguf", 2), tmp_path / "store", tmp_path / "adapter.gguf"
+    quantize(base, store)
+    adapter = adapted(store, tmp_path / "adapter", 0.05, alpha_pattern={"[qk]_proj": 60})
+    ids = AutoTokenizer.from_pretrained(store)(topics["with"]).input_ids[:50]
+    model = decoded_model(store)
+    plain, wanted = answers(model, ids), answers(peft.PeftModel.from_pretrained(model, adapter), ids)
+    export_gguf_adapter(store, target, adapter)
+    files = {kind: tmp_path / f"{kind}.gguf" for kind in ("F32", "F16")}
+    export_gguf_model(store, files["F32"], kind="F32")
+    export_gguf_model(store, files["F16"], adapter)
+    with pytest.MonkeyPatch.context() as patch:  # the control: rows of queries and keys in the order of transformers
+        patch.setattr(GgufLayout, "row_order", lambda self, name, shape, transposed: torch.arange(shape[0]))
+        export_gguf_adapter(store, tmp_path / "control.gguf", adapter)
+    narrow, wide, control, merged = log_probabilities(
+        Question(base, ids, (target,)),
+        Question(files["F32"], ids, (target,)),
+        Question(files["F32"], ids, (tmp_path / "control.gguf",)),
+        Question(files["F16"], ids),
+    )
+    assert divergence(plain, wanted) > 0.02 and plain.shape == (50, 49152)
+    assert divergence(wanted, narrow) < 1e-2
+    assert max(divergence(wanted, wide), divergence(wanted, merged)) < 1e-3 < 2e-3 < divergence(wanted, control)
+
+
+def test_an_adapter_for_vllm_and_sglang_is_the_same_under_peft(made: dict[str, Made], tmp_path: Path) -> None:
+    model = made["llama"]  # with patterns, which are folded in
+    report = export_peft_adapter(model.store, tmp_path / "served", model.adapter)
+    assert (report.rank, report.rank_limit, report.made_equal) == (4, 8, True)
+    assert report.base.name_or_path == str(model.base) and report.base.crc32 is not None
+    rounded, worst = report.rounded
+    assert rounded == 16 and 0 < worst < 0.02
+    served = peft.PeftModel.from_pretrained(decoded_model(model.store), tmp_path / "served")
+    assert divergence(model.wanted, answers(served, PROMPT)) < 1e-9
 
 
 def test_names_come_from_the_config_where_no_file_is_at_hand(made: dict[str, Made], tmp_path: Path) -> None:
@@ -117,6 +181,13 @@ def test_what_does_not_fit_is_refused(made: dict[str, Made], shared_store: Any, 
     phi = shared_store("phi")
     with pytest.raises(ValueError, match="of a phi model is not known"):
         export_gguf_adapter(phi, target, adapted(phi, tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="type must be one of F32, .*, Q4_0, got 'Q2_K'"):
+        export_gguf_model(llama.store, target, llama.adapter, "Q2_K")
+    with pytest.raises(ValueError, match="needs keys and a tokenizer from another one: give a GGUF file of the base"):
+        export_gguf_model(shared_store("llama"), target)
+    merge_to_store(llama.store, tmp_path / "merged", llama.adapter)
+    with pytest.raises(ValueError, match="does not say what it was made of, so no server could be told the base"):
+        export_peft_adapter(tmp_path / "merged", tmp_path / "served", llama.adapter)
     with pytest.raises(FileError, match="names no file in an existing directory"):
         export_gguf_adapter(llama.store, tmp_path / "none" / "a.gguf", llama.adapter)
     with pytest.raises(FileError, match="exists already"):

@@ -19,7 +19,8 @@ from mebp_triton.kernels.names import DEFAULT_FORM, Form
 from mebp_triton.kernels.quantize import quantize_matrix
 from mebp_triton.kernels.reference import decode
 from mebp_triton.layers.lora_config import LoraConfig
-from mebp_triton.models.adapter import load_adapter, read_adapter_config, read_adapter_tensors, save_adapter
+from mebp_triton.models.adapter import load_adapter, read_adapter_config, save_adapter
+from mebp_triton.models.adapter_seal import read_adapter_tensors
 from mebp_triton.models.load import load
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.manifest import SHARED, accept_companions

@@ -21,6 +21,7 @@ from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.manifest import MANIFEST, SHARED, BaseModel, block_file
 from mebp_triton.store.reader import Store
 from mebp_triton.system import errors
+from mebp_triton.system.reading import joint_checksum
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +389,9 @@ def test_codes_and_floats_that_are_not_finite(native, tmp_path, name):
 
 
 def test_a_store_knows_the_model_that_it_was_made_of(store):
-    assert store.base == BaseModel(str(store.directory.parent / "model")) and store.directory.is_absolute()
+    model = store.directory.parent / "model"
+    assert store.base == BaseModel(str(model)) and store.directory.is_absolute()
+    assert store.base.crc32 == joint_checksum([model / "model.safetensors"])
 
 
 def test_a_model_in_the_hubs_cache_has_its_name_there(small, tmp_path):

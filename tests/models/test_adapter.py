@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from models import batch, decoded_model, randomize_adapter
 from safetensors.torch import load_file, save_file
 
 import mebp_triton as mebp
-from mebp_triton.models.adapter import WEIGHTS, adapter_layers, adapter_shapes, adapter_tensors, read_adapter_tensors
+from mebp_triton.models.adapter import adapter_layers, adapter_shapes, adapter_tensors
+from mebp_triton.models.adapter_seal import WEIGHTS, read_adapter_tensors
 from mebp_triton.store.manifest import MANIFEST
 from mebp_triton.system import strict_json
 
@@ -269,6 +271,23 @@ def test_a_store_that_does_not_know_its_base_is_named_itself(
     monkeypatch.chdir(tmp_path)
     config = json.loads((saved(Path("store"), tmp_path / "adapter") / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (str(store), None)
+
+
+def test_loading_on_a_store_of_another_base_warns(llama: Path, copied: Path, tmp_path: Path) -> None:
+    """What was quantized is known by its weights, wherever it lies; an older store does not know them."""
+    manifest = json.loads((llama / MANIFEST).read_text())
+    moved = {"name_or_path": "elsewhere", "revision": None, "crc32": manifest["base_model"]["crc32"]}
+    bases = {"moved": moved, "other": moved | {"crc32": 1}, "older": {"name_or_path": "elsewhere", "revision": None}}
+    for name, base in bases.items():
+        store = shutil.copytree(llama, tmp_path / name)
+        (store / MANIFEST).write_text(json.dumps(strict_json.sealed(manifest | {"base_model": base})))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mebp.load_adapter(mebp.load(store, mebp.LoraConfig(r=2)), copied)
+        lines = [str(each.message) for each in caught if "was trained on" in str(each.message)]
+        known = manifest["base_model"]["name_or_path"]
+        wanted = f"the adapter {copied} was trained on {known}, and {store} was made of other weights, elsewhere"
+        assert lines == ([wanted] if name == "other" else []), name
 
 
 def test_saving_replaces_an_older_adapter_whole(llama: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 import mebp_triton as mebp
 from mebp_triton.convert.merge import merge, merge_to_store
 from mebp_triton.models import build, direct_reads, skeleton
-from mebp_triton.models.adapter import read_adapter_tensors
+from mebp_triton.models.adapter_seal import read_adapter_tensors
 from mebp_triton.models.direct_reads import directly_read
 from mebp_triton.models.kept_float import READ
 from mebp_triton.models.skeleton import build_skeleton

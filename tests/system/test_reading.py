@@ -13,6 +13,7 @@ from mebp_triton.system.reading import (
     check_regular,
     checksums,
     file_checksums,
+    joint_checksum,
     raw_bytes,
     read_bytes,
     read_fully,
@@ -78,3 +79,11 @@ def test_a_read_goes_on_until_it_is_full_and_an_early_end_is_an_error(tmp_path, 
         assert buffer == bytes(range(40, 100))
         with pytest.raises(FileError, match="the file ended 1 bytes early"):
             read_fully(file.fileno(), memoryview(buffer), 41, "the file")
+
+
+def test_several_files_have_one_checksum_whatever_their_names(tmp_path):
+    for name, text in (("a", "x"), ("b", "y"), ("c", "x")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (tmp_path / name for name in "abc")
+    assert joint_checksum([a, b]) == joint_checksum([c, b])
+    assert len({joint_checksum(paths) for paths in ([a], [a, b], [b, a], [a, c])}) == 4

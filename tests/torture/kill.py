@@ -254,7 +254,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 def half_written(directory: Path, wanted: dict[str, Any]) -> list[str]:
     """Lists what a kill left half-written and a reader would take for whole."""
     from mebp_triton.kernels.tables import read_named_table
-    from mebp_triton.models.adapter import read_adapter_tensors
+    from mebp_triton.models.adapter_seal import read_adapter_tensors
     from mebp_triton.store.reader import Store
     from mebp_triton.system import atomic, reading
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,14 @@ class Length(int):
 class Header:
     """The metadata of a file, and the tensors by name.
 
-    Of long arrays, and of arrays of texts, the metadata has only the ``Length``.
+    Of long arrays, and of arrays of texts, the metadata has only the ``Length``. ``places`` says where each key lies in
+    the file together with its value: from one byte to before another.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Entry]
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> Header:
@@ -134,12 +136,14 @@ class _Cursor:
         if version not in VERSIONS:
             raise ValueError(f"version {version}, wanted one of {VERSIONS}, little-endian")
         tensor_count, pair_count = self.number("<Q"), self.number("<Q")
-        metadata = {}
+        metadata, places = {}, {}
         for _ in range(pair_count):
+            begin = self.at
             key = self.text()
             if key in metadata:
                 raise ValueError(f"{key!r:.100} stands twice")
             metadata[key] = self.value(self.number("<I"))
+            places[key] = begin, self.at
         entries = [self.entry() for _ in range(tensor_count)]
         alignment = int(metadata.get("general.alignment", 32))
         if alignment < 1:
@@ -150,7 +154,7 @@ class _Cursor:
         }
         if len(tensors) != tensor_count:
             raise ValueError("a tensor's name appears twice")
-        return Header(path, metadata, tensors)
+        return Header(path, metadata, tensors, places)
 
     def entry(self) -> tuple[str, str, tuple[int, ...], int, int]:
         """A row of the tensor table: ``Entry``'s fields after the path, the offset from the start of the data."""

@@ -44,7 +44,7 @@ def read_model(path: Path) -> Header:
     stated = first.metadata.get(TENSORS, len(tensors))
     if stated != len(tensors):
         raise ValueError(f"{first.path}: {TENSORS} is {stated!r:.100}, its parts have {len(tensors)}; {ALL}")
-    return Header(first.path, first.metadata, tensors)
+    return Header(first.path, first.metadata, tensors, first.places)
 
 
 def _paths(path: Path, number: Any, count: Any) -> list[Path]:

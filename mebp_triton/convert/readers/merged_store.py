@@ -22,8 +22,8 @@ from mebp_triton.models.adapter import (
     check_fit,
     expert_adapters,
     read_adapter_config,
-    read_adapter_tensors,
 )
+from mebp_triton.models.adapter_seal import read_adapter_tensors
 from mebp_triton.models.build import check_matrices
 from mebp_triton.models.config import prepare_config, read_store_config
 from mebp_triton.models.experts import fused_experts
@@ -65,6 +65,7 @@ class MergedStore:
         self._config_json = strict_json.read_json(self.directory / "config.json")
         self.config = prepare_config(read_store_config(self.store), str(self.directory))
         self.description = self.store.source
+        self.files = [file.path for file in self.store.files.values()]
         self.decoded: dict[str, str] = {}
         self._lora = None if adapter is None else read_adapter_config(adapter)
         self._tensors = {} if adapter is None else read_adapter_tensors(adapter)
@@ -133,7 +134,7 @@ class MergedStore:
             return self.store.weight(site.name)
         merged = torch.empty(site.out_features, site.in_features)
         done = 0
-        for piece in self._rows(site):
+        for piece in self.rows(site):
             merged[done : done + len(piece)] = piece
             done += len(piece)
         return merged.t() if site.transposed else merged
@@ -147,9 +148,9 @@ class MergedStore:
             return
         for site in sites:
             if site.transposed:
-                yield torch.cat(list(self._rows(site))).t()
+                yield torch.cat(list(self.rows(site))).t()
             else:
-                yield from self._rows(site)
+                yield from self.rows(site)
 
     def save_companions(self, directory: str | os.PathLike[str]) -> None:
         self._write_companions(self._config_json, Path(directory))
@@ -188,16 +189,17 @@ class MergedStore:
         file.verify()
         return file
 
-    def _rows(self, site: Int4Site) -> Iterator[Tensor]:
-        """The merged matrix ``[out, in]`` in float32, some rows at a time."""
+    def rows(self, site: Int4Site, order: Tensor | None = None) -> Iterator[Tensor]:
+        """The merged matrix ``[out, in]`` in float32, some rows at a time; in ``order`` if there is one."""
         file, weight = self._file(site), self.store.weight(site.name)
         step = max(1, self.piece_elements // site.in_features)
         delta = self.delta(site)
         for start in range(0, site.out_features, step):
             stop = min(start + step, site.out_features)
-            rows = decode(weight.rows(start, stop), torch.float32)
+            part = weight.rows(start, stop) if order is None else weight.gather(order[start:stop])
+            rows = decode(part, torch.float32)
             if delta is not None:
-                a, b, scaling = delta
-                rows.addmm_(b[start:stop], a, alpha=scaling)
+                b = delta.b[start:stop] if order is None else delta.b[order[start:stop]]
+                rows.addmm_(b, delta.a, alpha=delta.scaling)
             yield rows
         file.mapped.drop()

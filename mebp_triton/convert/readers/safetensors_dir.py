@@ -90,6 +90,7 @@ class SafetensorsDirectory:
                 vars(self.config).pop(key, None)
         self.decoded: dict[str, str] = {}
         self._entries = _entries(path)
+        self.files = sorted({entry.file for entry in self._entries.values()})
         check_sizes(str(path), self.config, (entry.shape for entry in self._entries.values()))
         self._keys: dict[str, str] = {}
         self._made: dict[str, Conversion] = {}

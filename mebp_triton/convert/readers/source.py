@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,11 +39,13 @@ class Source(Protocol):
         config: the config that ``AutoModelForCausalLM.from_config`` takes. It names the causal language model in
             ``architectures``, and no quantisation.
         description: the format and the name of the file or directory; the store's manifest has it as ``source``.
+        files: the files of the weights, in a fixed order.
         decoded: what the parameters were that ``read`` had to decode from codes that no scheme of ours holds, by name.
     """
 
     config: PretrainedConfig
     description: str
+    files: list[Path]
     decoded: dict[str, str]
 
     def bind(self, model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mebp_triton.convert.readers.gguf_layout import GgufLayout
 from mebp_triton.convert.readers.merged_store import Delta
@@ -49,11 +50,7 @@ def write_gguf_adapter(
         name = names.get(site.name)
         if name is None:
             raise ValueError(f"llama.cpp has no matrix for {site.name} in architecture {layout.arch!r}: train without")
-        shape = site.out_features, site.in_features
-        # A matrix of one row (a gate of experts) may be a vector in the file; its row has no other place to be.
-        order = torch.arange(1) if shape[0] == 1 else layout.row_order(name, shape, site.transposed)
-        if order is None:
-            raise ValueError(f"{site.name}: a GGUF file has {name} in a form in which no adapter fits: train without")
+        order = rows_in_file(layout, site, name)
         placed = torch.empty_like(b)
         placed[order] = b * (scaling * a.shape[0] / alpha)
         tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a.numpy(), placed.numpy()
@@ -68,6 +65,16 @@ def write_gguf_adapter(
         lambda name: [data[name]],
     )
     return error
+
+
+def rows_in_file(layout: GgufLayout, site: Int4Site, name: str) -> Tensor:
+    """The row of the matrix ``name`` in a file that each row of a module's comes from; see ``GgufLayout.row_order``."""
+    shape = site.out_features, site.in_features
+    # A matrix of one row (a gate of experts) may be a vector in the file; its row has no other place to be.
+    order = torch.arange(1) if shape[0] == 1 else layout.row_order(name, shape, site.transposed)
+    if order is None:
+        raise ValueError(f"{site.name}: a GGUF file has {name} in a form that is not known: train without")
+    return order
 
 
 def relative_rms(got: np.ndarray, wanted: np.ndarray) -> float:

@@ -1,0 +1,126 @@
+"""A merged GGUF file: the base's keys and tensors, and matrices that are the store's with what the adapter adds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import relative_rms
+
+import mebp_triton as mebp
+from mebp_triton.convert.export import export_gguf_model
+from mebp_triton.convert.quantize import quantize
+from mebp_triton.convert.readers.gguf import GgufFile
+from mebp_triton.convert.readers.gguf_header import read_header
+from mebp_triton.convert.readers.merged_store import MergedStore
+from mebp_triton.kernels.layout import Int4Weight
+from mebp_triton.kernels.reference import decode
+from mebp_triton.models.skeleton import build_skeleton
+
+gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
+
+from gguf_files import gpt2_tensors, llama_tensors, write  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``base.gguf``, of many types, its ``store``, and an ``adapter`` on some layers."""
+    place = tmp_path_factory.mktemp("merged")
+    write(place / "base.gguf", "llama", llama_tensors())
+    quantize(place / "base.gguf", place / "store")
+    model = mebp.load(place / "store", mebp.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    mebp.save_adapter(model, place / "adapter")
+    return place
+
+
+def bound(source: Any) -> Any:
+    source.bind(build_skeleton(source.config, torch.float32))
+    return source
+
+
+def values(source: Any, name: str) -> torch.Tensor:
+    """A parameter ``[out, in]``, whatever holds it."""
+    value = source.read(name)
+    if isinstance(value, Int4Weight):
+        return decode(value, torch.float32)
+    return value.float().t() if name.split(".")[-2][:2] == "c_" and value.dim() == 2 else value.float()
+
+
+def keys(path: Path) -> dict[str, Any]:
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items() if not key.startswith("GGUF.")}
+
+
+def assert_merged(path: Path, store: Path, adapter: Path | None, near: float) -> None:
+    """Every parameter that our own reader finds in the file is the merged one."""
+    found, wanted = bound(GgufFile(path)), bound(MergedStore(store, adapter))
+    names = [*wanted.sites, *wanted.store.floats]
+    assert names
+    for name in names:
+        assert relative_rms(values(found, name), values(wanted, name)) <= near, name
+
+
+def test_in_float32_it_is_the_merged_model(llama: Path, tmp_path: Path) -> None:
+    report, ends = export_gguf_model(llama / "store", tmp_path / "a.gguf", llama / "adapter", "F32")
+    assert_merged(tmp_path / "a.gguf", llama / "store", llama / "adapter", 0)
+    assert set(report.kinds) == {"F32"} and report.relative_error == report.lost == 0 and not ends
+    before, after = keys(llama / "base.gguf"), keys(tmp_path / "a.gguf")
+    assert after.pop("general.file_type") == 0
+    assert after == before
+
+
+def test_codes_that_stay_are_copied_and_others_say_what_they_lose(llama: Path, tmp_path: Path) -> None:
+    report, _ = export_gguf_model(llama / "store", tmp_path / "a.gguf", llama / "adapter", "Q4_1")
+    base, made = read_header(llama / "base.gguf"), read_header(tmp_path / "a.gguf")
+    assert made.tensors["blk.0.attn_q.weight"].kind == "Q4_1" and base.tensors["blk.0.attn_q.weight"].kind == "Q4_0"
+    data = {header.path: header.path.read_bytes() for header in (base, made)}
+    for name in ("token_embd.weight", "blk.1.attn_k.weight", "output_norm.weight"):
+        old, new = base.tensors[name], made.tensors[name]
+        assert old.kind == new.kind
+        assert data[old.path][old.offset :][: old.nbytes] == data[new.path][new.offset :][: new.nbytes], name
+    assert_merged(tmp_path / "a.gguf", llama / "store", llama / "adapter", 0.1)
+    assert 0.01 < report.relative_error < 0.1 and report.lost is not None and 0.01 < report.lost < 10
+    finer, _ = export_gguf_model(llama / "store", tmp_path / "b.gguf", llama / "adapter", "Q8_0")
+    assert finer.lost is not None and finer.lost < report.lost / 5
+    assert keys(tmp_path / "a.gguf")["general.file_type"] == 3 and keys(tmp_path / "b.gguf")["general.file_type"] == 7
+
+
+def test_parts_become_one_file_and_a_transposed_model_one_too(llama: Path, tmp_path: Path) -> None:
+    write(tmp_path / "base.gguf", "llama", llama_tensors(), tensors_each=8)
+    part = tmp_path / "base-00002-of-00003.gguf"
+    for target, base in (("a.gguf", part), ("b.gguf", None)):
+        export_gguf_model(llama / "store", tmp_path / target, llama / "adapter", base=base)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    write(tmp_path / "gpt2.gguf", "gpt2", gpt2_tensors())
+    quantize(tmp_path / "gpt2.gguf", tmp_path / "store")
+    export_gguf_model(tmp_path / "store", tmp_path / "c.gguf", kind="F32", base=tmp_path / "gpt2.gguf")
+    assert_merged(tmp_path / "c.gguf", tmp_path / "store", None, 0)
+
+
+def test_a_base_of_other_weights_is_refused(llama: Path, tmp_path: Path) -> None:
+    for name, what in (("token_embd", "model.embed_tokens"), ("output_norm", "model.norm")):
+        other = shutil.copy(llama / "base.gguf", tmp_path / "other.gguf")
+        entry = read_header(other).tensors[f"{name}.weight"]
+        data = np.memmap(other, np.uint8, "r+", entry.offset, (entry.nbytes,))
+        data[:] = data[::-1] if name == "token_embd" else (-data.view(np.float32)).view(np.uint8)
+        data.flush()
+        with pytest.raises(ValueError, match=f"is not the model that the store was made of: {what}.weight differs"):
+            export_gguf_model(llama / "store", tmp_path / "a.gguf", base=other)
+        assert not (tmp_path / "a.gguf").exists()
+
+
+def test_template_and_end_are_the_adapters(llama: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(llama / "adapter", tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 7, 9]}))
+    _, ends = export_gguf_model(llama / "store", tmp_path / "a.gguf", adapter, "Q8_0")
+    found = keys(tmp_path / "a.gguf")
+    assert found["tokenizer.chat_template"] == "{{ messages }}"
+    assert found["tokenizer.ggml.eot_token_id"] == 7 and found["general.quantization_version"] == 2 and ends == [9]
