@@ -34,6 +34,7 @@ FLOORS = {
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.coded_matrix readers.gguf_header readers.gguf_parts
         readers.gguf_undo readers.gguf_keys readers.gguf_rules readers.gguf_mixtures readers.gguf_hybrids
+        readers.gguf_gemma4
         readers.gguf_architectures readers.gguf_layout readers.gguf_rope readers.gguf_tokenizer readers.gguf_blocks
         readers.gguf readers.quantization readers.conversions readers.expert_matrices readers.safetensors_dir
         readers.mxfp4 readers.bitsandbytes readers.int4_dir readers.packed_dir readers.gptq readers.awq

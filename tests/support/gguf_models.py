@@ -18,6 +18,7 @@ from gguf_shapes import (
     EXPERTS,
     FFN,
     GATED,
+    GEMMA4_EXPERTS,
     HEAD,
     HEADS,
     HIDDEN,
@@ -30,8 +31,11 @@ from gguf_shapes import (
     MODELS,
     NOPE,
     NORMS,
+    ONE_HEAD,
     ONE_SHARED,
+    PER_LAYER,
     PREDICTOR,
+    PROPORTIONAL,
     QUERIES,
     QUERY_LATENT,
     QWEN35_MIXTURE,
@@ -41,7 +45,10 @@ from gguf_shapes import (
     SHARED_FFN,
     STATE,
     STATE_HEADS,
+    VALUES_ARE_KEYS,
     VOCAB,
+    WIDE_HEAD,
+    WIDE_HEADS,
     WINDOW,
     Keys,
     experts,
@@ -99,6 +106,12 @@ def keys_of(arch: str) -> Keys:
     if arch == "gpt-oss":
         keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
         keys |= {"attention.sliding_window": WINDOW}
+    if arch == "gemma4":
+        keys |= {"block_count": 4, "attention.key_length": WIDE_HEAD, "attention.value_length": WIDE_HEAD}
+        keys |= {"attention.key_length_swa": HEAD, "attention.value_length_swa": HEAD}
+        keys |= {"attention.sliding_window": WINDOW, "attention.sliding_window_pattern": [True, False] * 2}
+        keys |= {"attention.shared_kv_layers": 2, "embedding_length_per_layer_input": PER_LAYER}
+        keys |= {"rope.dimension_count": WIDE_HEAD, "rope.dimension_count_swa": HEAD, "rope.freq_base_swa": 300.0}
     if arch == "deepseek2":
         keys |= {"attention.head_count_kv": 1, "attention.key_length": LATENT + ROPE_PART}
         keys |= {"attention.value_length": LATENT, "attention.key_length_mla": NOPE + ROPE_PART}
@@ -151,8 +164,9 @@ WIDE = {
 }
 
 
-def each_block(tensors: dict[str, Any]) -> dict[str, Any]:
-    return {f"blk.{layer}.{name}": value for layer in range(LAYERS) for name, value in tensors.items()}
+def each_block(tensors: dict[str, Any], *layers: int) -> dict[str, Any]:
+    """``tensors`` in each of ``layers``, or in the first two."""
+    return {f"blk.{layer}.{name}": value for layer in layers or range(LAYERS) for name, value in tensors.items()}
 
 
 def without(arch: str, *parts: str) -> dict[str, Any]:
@@ -318,13 +332,30 @@ OF_ONE: dict[str, dict[str, tuple[Keys, dict[str, Any]]]] = {
         "stated layers": ({"full_attention_interval": None, "attention.recurrent_layers": [True, False]}, {}),
         "nextn_predict_layers": (
             {"block_count": 3, "nextn_predict_layers": 1},
-            {f"blk.2.{name}": shape for name, shape in (QWEN35_NORMS | GATED | mlp() | PREDICTOR).items()},
+            each_block(QWEN35_NORMS | GATED | mlp() | PREDICTOR, 2),
         ),
     },
     "qwen35moe": {
         "nextn_predict_layers": (
             {"block_count": 3, "nextn_predict_layers": 1},
-            {f"blk.2.{name}": shape for name, shape in (QWEN35_MIXTURE | GATED | PREDICTOR).items()},
+            each_block(QWEN35_MIXTURE | GATED | PREDICTOR, 2),
+        ),
+    },
+    "gemma4": {
+        "wide MLPs": (
+            {"feed_forward_length": [FFN, FFN, 2 * FFN, 2 * FFN]},
+            each_block(mlp(width=2 * FFN), 2, 3),
+        ),
+        "values are keys": (
+            {"attention.shared_kv_layers": 0, "attention.head_count_kv": [KV_HEADS, 1] * 2},
+            each_block(ONE_HEAD, 0, 2) | each_block(ONE_HEAD | WIDE_HEADS | VALUES_ARE_KEYS, 1, 3),
+        ),
+        "mixture": (
+            {"embedding_length_per_layer_input": 0, "expert_count": EXPERTS, "expert_used_count": 2}
+            | {"expert_feed_forward_length": EXPERT_FFN, "attention.shared_kv_layers": 0},
+            without("gemma4", "per_layer", "inp_gate", ".proj", ".post_norm")
+            | each_block(ONE_HEAD | GEMMA4_EXPERTS, 0, 2)
+            | each_block(ONE_HEAD | WIDE_HEADS | GEMMA4_EXPERTS, 1, 3),
         ),
     },
     "deepseek2": {
@@ -389,6 +420,8 @@ def write_variant(path: Path, arch: str, variant: str, kinds: dict[str, str] | N
     Tensors whose names end with a key of ``kinds`` have that type; see ``blocks_of``.
     """
     changed_keys, changed_tensors = variants(arch)[variant]
+    if arch == "gemma4":
+        changed_tensors = {"rope_freqs.weight": PROPORTIONAL} | changed_tensors
     writer = gguf.GGUFWriter(path, arch)
     add: dict[type, Any] = {list: writer.add_array, bool: writer.add_bool, int: writer.add_uint32}
     add |= {float: writer.add_float32, str: writer.add_string}
@@ -403,6 +436,8 @@ def write_variant(path: Path, arch: str, variant: str, kinds: dict[str, str] | N
         if isinstance(shape, tuple):
             seed = [ord(letter) for letter in name]
             shape = values_of(name, shape, np.random.default_rng(seed))
+            if arch == "gemma4" and name.endswith("attn_q_norm.weight"):
+                shape *= 0.25  # its scores have no scale of their own
         kind = next((kind for end, kind in (kinds or {}).items() if name.endswith(end)), None)
         if kind is not None:
             number = gguf.GGMLQuantizationType[kind]

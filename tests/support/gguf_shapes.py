@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from gguf_files import TOKENS
 
 VOCAB, HIDDEN, FFN, HEADS, KV_HEADS, HEAD, LAYERS, CONTEXT, WINDOW = len(TOKENS), 64, 96, 4, 2, 16, 2, 128, 8
@@ -209,3 +210,47 @@ MODELS |= {
         NORMS | LATENTS | mlp(), NORMS | LATENTS | experts() | ONE_SHARED | {"exp_probs_b.bias": (EXPERTS,)}
     ),
 }
+WIDE_HEAD, PER_LAYER = 32, 8  # of Gemma 4: heads of full attention, and the input that each layer has of its own
+ONE_HEAD = GEMMA | HEAD_NORMS | {"layer_output_scale.weight": (1,)}
+WIDE_HEADS: Tensors = {
+    "attn_q.weight": (HEADS * WIDE_HEAD, HIDDEN),
+    "attn_k.weight": (KV_HEADS * WIDE_HEAD, HIDDEN),
+    "attn_v.weight": (KV_HEADS * WIDE_HEAD, HIDDEN),
+    "attn_output.weight": (HIDDEN, HEADS * WIDE_HEAD),
+    "attn_q_norm.weight": (WIDE_HEAD,),
+    "attn_k_norm.weight": (WIDE_HEAD,),
+}
+OWN_INPUT: Tensors = {
+    "inp_gate.weight": (PER_LAYER, HIDDEN),
+    "proj.weight": (HIDDEN, PER_LAYER),
+    "post_norm.weight": (HIDDEN,),
+}
+# The last two layers read the keys and values of the first two.
+MODELS["gemma4"] = blocks(
+    *(ONE_HEAD | wide | OWN_INPUT for wide in ({}, WIDE_HEADS)),
+    *(
+        {
+            name: shape
+            for name, shape in (ONE_HEAD | wide | OWN_INPUT).items()
+            if not name.startswith(("attn_k", "attn_v"))
+        }
+        for wide in ({}, WIDE_HEADS)
+    ),
+    head=False,
+) | {
+    "per_layer_token_embd.weight": (VOCAB, 4 * PER_LAYER),
+    "per_layer_model_proj.weight": (4 * PER_LAYER, HIDDEN),
+    "per_layer_proj_norm.weight": (PER_LAYER,),
+}
+VALUES_ARE_KEYS: dict[str, Any] = {"attn_k.weight": (WIDE_HEAD, HIDDEN), "attn_v.weight": None}
+GEMMA4_EXPERTS: Tensors = {
+    "ffn_gate_inp.weight": (EXPERTS, HIDDEN),
+    "ffn_gate_inp.scale": (HIDDEN,),
+    "ffn_gate_up_exps.weight": (EXPERTS, 2 * EXPERT_FFN, HIDDEN),
+    "ffn_down_exps.weight": (EXPERTS, HIDDEN, EXPERT_FFN),
+    "ffn_down_exps.scale": (EXPERTS,),
+    **norm("pre_ffw_norm_2"),
+    **norm("post_ffw_norm_1"),
+    **norm("post_ffw_norm_2"),
+}
+PROPORTIONAL = np.array([1.0] * 4 + [1e30] * (WIDE_HEAD // 2 - 4), np.float32)

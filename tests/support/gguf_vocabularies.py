@@ -42,7 +42,7 @@ TEXTS = [
     "<|eot|>the<|end|> a",
 ]
 PRE = ["smollm", "starcoder", "command-r", "gpt-2", "default", "llama-bpe", "qwen2", "stablelm2", "falcon", "bloom"]
-PRE += ["tekken", "deepseek-coder", None]
+PRE += ["tekken", "deepseek-coder", "qwen35", "gpt-4o", "deepseek-v3", "refact", None]
 CONTROL = {"<|end|>": 0, "<|eot|>": 1, "<|pad|>": 2}
 
 
@@ -97,6 +97,28 @@ def sentencepiece(**changed: Any) -> dict[str, Any]:
     return plain | {f"tokenizer.ggml.{key}": value for key, value in changed.items()}
 
 
+def gemma4(**changed: Any) -> dict[str, Any]:
+    """Pieces with merges, spaces as "▁", and bytes for what has no piece."""
+    merges = ["t h", "th e", "▁ a", "▁ the", "1 2", "▁ ▁", "▁▁ ▁", "d o", "\n \n"]
+    letters = ["▁", "\n", *"thedaon'12,*x."]
+    pieces = [*letters, *("".join(merge.split(" ")) for merge in merges)]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    plain = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-1000.0] * len(tokens),
+        "tokenizer.ggml.token_type": [3, 3, 3, 2] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    return plain | {f"tokenizer.ggml.{key}": value for key, value in changed.items()}
+
+
 END, EOT = len(byte_level()["tokenizer.ggml.tokens"]) - 3, len(byte_level()["tokenizer.ggml.tokens"]) - 2
 VOCABULARIES: dict[str, dict[str, Any]] = {f"pre {pre}": byte_level(pre=pre) for pre in PRE} | {
     "begins": byte_level(add_bos_token=True),
@@ -112,6 +134,7 @@ VOCABULARIES: dict[str, dict[str, Any]] = {f"pre {pre}": byte_level(pre=pre) for
     "spm without prefix": sentencepiece(add_space_prefix=False),
     "spm with prefix": sentencepiece(add_space_prefix=True),
     "spm without ids": sentencepiece(bos_token_id=None, eos_token_id=None),
+    "gemma4": gemma4(),
 }
 
 

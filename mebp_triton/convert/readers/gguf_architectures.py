@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import __version__
 
+from .gguf_gemma4 import GEMMA4
 from .gguf_hybrids import HYBRIDS
 from .gguf_keys import Architecture, Only, Set, Settings, Unused, equal, head_size, one_of, width_of_head
 from .gguf_mixtures import MIXTURES
@@ -197,4 +198,4 @@ ARCHITECTURES: dict[str, Architecture] = {
         undo=HALVES,
     ),
 }
-ARCHITECTURES |= MIXTURES | HYBRIDS
+ARCHITECTURES |= {"gemma4": GEMMA4} | MIXTURES | HYBRIDS

@@ -159,6 +159,8 @@ def _words(kind: str) -> pre_tokenizers.PreTokenizer | None:
         return _split(r" ?[^(\s|.,!?…。，、।۔،)]+")
     if kind == "falcon":
         return _split(r"[\p{P}$+<=>^~|`]+", _GPT2_WORDS, r"[0-9][0-9][0-9]")
+    if kind == "deepseek-v3":
+        return _split(r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_WORDS)
     if kind == "default":
         return _split(r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")
     return None
@@ -166,6 +168,11 @@ def _words(kind: str) -> pre_tokenizers.PreTokenizer | None:
 
 # Contractions, letters, numbers, signs, each with a space before it; then what is left of a run of spaces.
 _GPT2_WORDS = r"'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# A sign with the letters behind it, letters with one other character before them, signs, and then what is left.
+_DEEPSEEK_WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+    r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
 
 
 def _split(*patterns: str) -> pre_tokenizers.PreTokenizer:

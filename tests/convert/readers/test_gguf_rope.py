@@ -1,5 +1,7 @@
 """RoPE's keys and factors give the frequencies that a file means, or are refused."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,35 @@ def test_a_part_of_a_head():
     assert result == {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     with pytest.raises(ValueError, match=r"rope\.dimension_count is 16, wanted 64"):
         rope_settings(ARCHITECTURES["llama"], {"rope.dimension_count": 16}, SETTINGS, {})
+
+
+def test_rope_of_sliding_layers_and_of_others():
+    """Gemma 4: the last coordinates of a wide head stay as they are, which enormous factors say."""
+    known, settings = ARCHITECTURES["gemma4"], {"global_head_dim": 16}
+    factors = {FREQS: np.array([1.0] * 2 + [1e30] * 6)}
+    keys = {"rope.freq_base": 5000.0, "rope.freq_base_swa": 300.0}
+    result = rope_settings(known, keys, settings, factors)["rope_parameters"]
+    whole = {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.25}
+    assert result["full_attention"] == whole
+    assert result["sliding_attention"] == {"rope_type": "default", "rope_theta": 300.0}
+    for bad, message in (
+        ({}, "is missing, wanted"),
+        ({FREQS: np.ones(4)}, r"is of shape \(4,\), wanted \(8,\)"),
+        ({FREQS: np.array([1.0] * 4 + [2.0] * 4)}, "other than 1 and 1e30"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rope_settings(known, keys, settings, bad)
+    with pytest.raises(ValueError, match=r"rope\.scaling\.factor is 2\.0"):
+        rope_settings(known, keys | {"rope.scaling.factor": 2.0}, settings, factors)
+
+
+def test_yarn_whose_scores_have_a_factor_of_their_own():
+    """DeepSeek: by the multiplier of all dimensions, RoPE's own factor is divided out again."""
+    known, settings = ARCHITECTURES["deepseek2"], {"head_dim": 16, "max_position_embeddings": 64}
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    for stated, over_all, factor in ((0.1, 1.0, 1.0), (0.0707, 0.707, 1.0), (0.0, 1.0, 1 + 0.1 * math.log(4))):
+        keys = yarn | {"rope.scaling.yarn_log_multiplier": stated}
+        scaling = rope_settings(known, keys, dict(settings), {})["rope_scaling"]
+        assert math.isclose(scaling["mscale_all_dim"], over_all) and math.isclose(scaling["attention_factor"], factor)
+    with pytest.raises(ValueError, match=r"rope\.scaling\.attn_factor is 0\.5"):
+        rope_settings(known, yarn | {"rope.scaling.attn_factor": 0.5}, dict(settings), {})
