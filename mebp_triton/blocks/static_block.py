@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from mebp_triton.layers.experts import Int4Experts
 from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.layers.shared_input import layers_by_input
 from mebp_triton.layers.stacked_adapters import BlockAdapters
@@ -130,6 +131,8 @@ class LiveBlock:
         own = getattr(forward, "__func__", None)
         if getattr(forward, "__self__", None) is not module or own is not type(module).forward:
             raise CannotBeStatic("its forward was replaced")
+        if any(isinstance(part, Int4Experts) for part in module.modules()):
+            raise CannotBeStatic("which of its experts run, and where they lie, is known only while it runs")
         self.module = module
         self.modules = [_Module(part, part is module) for part in module.modules()]
         self.int4 = [part for part in module.modules() if isinstance(part, Int4Module)]

@@ -221,6 +221,7 @@ class _Placement:
             self._place_by_rows(outside)
         else:
             self._place(SHARED, outside, "device", None)
+        self.store.drop()  # what the float parameters were copied from
 
     def _place(
         self,

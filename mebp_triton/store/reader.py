@@ -198,7 +198,7 @@ class Store:
     def float_tensor(self, name: str) -> Tensor:
         """Copies the float parameter ``name``, in the dtype it is stored in."""
         file = self.files[self.floats[name]]
-        file.verify()
+        file.verify([name])
         return file.tensor(name).clone()
 
     def float_shape(self, name: str) -> tuple[int, ...]:

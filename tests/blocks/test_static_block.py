@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import batch, loaded
 from torch import nn
 
@@ -38,6 +39,12 @@ def test_like_blocks_have_one_likeness(model: Any) -> None:
     assert len({block.addresses() for block in blocks}) == 3
     names = {name for name, _ in model.mebp.engine.blocks[0].named_parameters() if "proj.weight" not in name}
     assert len(blocks[0].tensors()) == len(names) == 2 + 3 + 14
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="experts are modules in transformers 4")
+def test_experts_cannot_be_static(shared_store: Any) -> None:
+    with pytest.raises(CannotBeStatic, match="which of its experts run"):
+        live(loaded(shared_store("qwen3_moe")))
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def test_only_what_is_asked_for_is_verified(directory: Path, tmp_path: Path) -> 
     start = Store(damaged).files[BLOCK].start
     flip(damaged / BLOCK, start + (begin + end) // 2)
     opened, waiting, holder = Store(damaged), Waiting(), Holder()
+    assert torch.equal(opened.float_tensor("layers.0.norm"), torch.ones(4))
     pages = place_weights(opened, BLOCK, {}, "file", CPU, None, waiting, [ExpertPlaces(holder, NAMES)])
     assert end - begin < reading.CHECKSUM_CHUNK * 2
     with pages:
