@@ -116,8 +116,8 @@ def _compile(page: Page, name: str, results: dict[str, Any]) -> None:
 
 def _paged(page: Page, name: str, results: dict[str, Any]) -> None:
     page.lines += ["Losses, gradients and parameters of three steps, compared with a resident run to the bit.", ""]
-    heads = ["weights", "checkpoints", "optimizer_state", "compared", "different"]
-    page.lines += table(heads, [[row[head] for head in heads] for row in results["rows"]])
+    heads = ["model", "weights", "checkpoints", "optimizer_state", "compared", "different"]
+    page.lines += table(heads, [[row.get(head, "dense") for head in heads] for row in results["rows"]])
     _left_out(page, results)
 
 

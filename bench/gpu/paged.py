@@ -26,18 +26,24 @@ STEPS, RATE = 3, 1e-2
 
 
 def paged(session: Session) -> None:
-    rows = session.results["rows"] = []
-    store = random_store(session, "paged", session.sizes.paged_model)
+    session.results["rows"] = []
+    everywhere = [(place, place, place) for place in RESIDENCIES]
+    ways = [(weights, inputs, "device") for weights, inputs in product(RESIDENCIES, RESIDENCIES)]
+    compare(session, "dense", session.sizes.paged_model, [*ways, *everywhere[1:]])
+    compare(session, "mixture", session.sizes.paged_mixture, everywhere)
+
+
+def compare(session: Session, model: str, config: dict[str, Any], ways: list[tuple[Any, Any, Any]]) -> None:
+    """Runs a model in each of the ways: where weights, block inputs and moments lie. The first is the resident one."""
+    store = random_store(session, f"paged-{model}", config)
     with tempfile.TemporaryDirectory() as scratch:
         expected: dict[str, Tensor] = {}
-        ways = [(weights, inputs, "device") for weights, inputs in product(RESIDENCIES, RESIDENCIES)]
-        ways += [(everywhere, everywhere, everywhere) for everywhere in RESIDENCIES[1:]]
-        for weights, block_inputs, moments in session.while_time("ways", ways):
+        for weights, block_inputs, moments in session.while_time(f"ways of the {model} model", ways):
             found = dict(run(session, store, Path(scratch), weights, block_inputs, moments))
             expected = expected or found
             different = [name for name, value in found.items() if not torch.equal(value, expected[name])]
-            row = {"weights": weights, "checkpoints": block_inputs, "optimizer_state": moments}
-            rows.append(row | {"compared": len(found), "different": len(different)})
+            row = {"model": model, "weights": weights, "checkpoints": block_inputs, "optimizer_state": moments}
+            session.results["rows"].append(row | {"compared": len(found), "different": len(different)})
             if different or found.keys() != expected.keys():
                 session.fail(f"{row} differs from a resident run, first in {(different or ['its names'])[0]}")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from random_store import MODELS
+from random_store import MIXTURES, MODELS
 
 from mebp_triton.kernels.names import DEFAULT_FORM, Form
 from mebp_triton.training.gradient_check import Kind
@@ -47,7 +47,8 @@ class Sizes:
         graph_shape, graph_tokens: the layer that is compiled and captured.
         models: configurations of the training steps, by name.
         sequence_lengths, steps: of these steps; the number of timed ones.
-        paged_model, paged_tokens: the model whose paged runs are compared with a resident one, and its batch's length.
+        paged_model, paged_mixture, paged_tokens: the models whose paged runs are compared with resident ones, one of
+            them with experts, and their batch's length.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -72,6 +73,7 @@ class Sizes:
     sequence_lengths: tuple[int, ...]
     steps: int
     paged_model: dict[str, Any]
+    paged_mixture: dict[str, Any]
     paged_tokens: int
 
 
@@ -111,6 +113,7 @@ REAL = Sizes(
     sequence_lengths=(256, 1024, 4096),
     steps=5,
     paged_model=MODELS["Qwen2.5-0.5B"] | {"num_hidden_layers": 4, "vocab_size": 32768},
+    paged_mixture=MIXTURES["Qwen3-30B-A3B"] | {"num_hidden_layers": 3, "vocab_size": 32768, "num_experts": 32},
     paged_tokens=256,
 )
 
@@ -138,5 +141,7 @@ REHEARSAL = Sizes(
     sequence_lengths=(16,),
     steps=1,
     paged_model=TINY,
+    paged_mixture=TINY
+    | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     paged_tokens=8,
 )
