@@ -28,6 +28,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen2": {"hidden_size": 96, "intermediate_size": 160, "tie_word_embeddings": False},
     "phi3": {"hidden_size": 96, "intermediate_size": 160},
     "gpt2": {"n_embd": 96, "n_inner": 160},
+    "qwen3_moe": {"hidden_size": 96, "num_experts": 3},
 }
 # Gives the tensors of a module by the ends of their names, and its weight ``[N, K]`` in float64.
 Layout = Callable[[str, int, int], tuple[dict[str, Tensor], Tensor]]

@@ -46,6 +46,11 @@ class Mxfp4Directory(SafetensorsDirectory):
     def _belongs(self, key: str, used: set[str]) -> bool:
         return key in used or any(key.removesuffix(part) in used & self._packed for part in (BLOCKS, SCALES))
 
+    def value(self, name: str, key: str, shape: tuple[int, ...]) -> Tensor | Int4Weight:
+        if key in self._packed:
+            raise ValueError(f"{self.path}: {key} has experts in MXFP4, which need transformers 5 or later")
+        return super().value(name, key, shape)
+
     def expert_value(self, key: str, expert: int) -> Tensor | Int4Weight:
         if key not in self._packed:
             return super().expert_value(key, expert)

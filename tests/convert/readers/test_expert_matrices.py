@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from models import tiny_config
+from packed_layouts import awq, gptq
+from packed_models import assert_exact, packed_directory
 from stores import int4
 
+from mebp_triton.convert.quantize import quantize
 from mebp_triton.convert.readers.conversions import Conversion, conversions
 from mebp_triton.convert.readers.expert_matrices import ExpertMatrices, join_rows
 from mebp_triton.kernels.layout import Int4Weight
@@ -70,3 +74,32 @@ def test_pieces_with_codes(alike: bool) -> None:
     truth = torch.cat([decode(pieces[name], torch.float32) for name in names[2:]])
     assert isinstance(value, Int4Weight) == alike
     assert torch.equal(decode(value, torch.float32) if isinstance(value, Int4Weight) else value, truth)
+
+
+LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "awq": (awq(), {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}),
+    "gptq": (gptq(), {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}),
+}
+
+
+@needs_5
+@pytest.mark.parametrize("method", LAYOUTS)
+def test_experts_of_directories_with_codes_are_taken_over(method: str, tmp_path: Path) -> None:
+    """Gate and up become one matrix, to the bit."""
+    layout, settings = LAYOUTS[method]
+    pieces = [
+        f"model.layers.{block}.mlp.experts.{expert}.{kind}_proj"
+        for block in range(2)
+        for expert in range(3)
+        for kind in ("gate", "up", "down")
+    ]
+    model = tmp_path / "model"
+    truth = packed_directory(model, layout, {"quantization_config": settings}, "qwen3_moe", extra=tuple(pieces))
+    report = quantize(model, tmp_path / "store")
+    for gate in [name for name in pieces if name.endswith("gate_proj")]:
+        expert = gate.rpartition(".")[0]
+        up, down = truth.pop(f"{expert}.up_proj"), truth[f"{expert}.down_proj"]
+        truth[f"{expert}.gate_up_proj"] = torch.cat((truth.pop(gate), up))
+        assert down.shape == (96, 40)
+    assert set(report.taken_over) == truth.keys() and not report.decoded
+    assert_exact(tmp_path / "store", truth, "affine", None, {32})

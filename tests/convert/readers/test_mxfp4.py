@@ -19,7 +19,7 @@ from mebp_triton.kernels.reference import decode
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.reader import Store
 
-pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="experts are turned otherwise in transformers 4")
+needs_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has no interface of experts")
 
 EXPERTS, HIDDEN = 4, 64
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -51,6 +51,7 @@ def bound(path: Path) -> Any:
     return source
 
 
+@needs_5
 def test_a_store_has_the_codes_of_every_expert(tmp_path: Path) -> None:
     truth = mxfp4_directory(tmp_path / "model")
     report = quantize(tmp_path / "model", tmp_path / "store")
@@ -65,6 +66,7 @@ def test_a_store_has_the_codes_of_every_expert(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "store" / "config.json").read_text())
 
 
+@needs_5
 def test_all_experts_at_once_are_floats_of_the_parameters_shape(tmp_path: Path) -> None:
     truth = mxfp4_directory(tmp_path)
     source = bound(tmp_path)
@@ -72,6 +74,7 @@ def test_all_experts_at_once_are_floats_of_the_parameters_shape(tmp_path: Path) 
         assert torch.equal(source.read(name), values.transpose(1, 2))
 
 
+@needs_5
 def test_what_is_damaged_is_named(tmp_path: Path) -> None:
     mxfp4_directory(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -85,3 +88,10 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
     save_file(whole | {f"{name}_blocks": whole[f"{name}_blocks"][:, :, :, :8].contiguous()}, file)
     with pytest.raises(ValueError, match="blocks has shape"):
         bound(tmp_path).read(f"{name.replace('.down_proj', '.2.down_proj')}.weight")
+
+
+@pytest.mark.skipif(transformers.__version__ >= "5", reason="transformers 5 has an interface of experts")
+def test_older_versions_of_transformers_are_refused(tmp_path: Path) -> None:
+    mxfp4_directory(tmp_path / "model")
+    with pytest.raises(ValueError, match="need transformers 5 or later"):
+        quantize(tmp_path / "model", tmp_path / "store")
