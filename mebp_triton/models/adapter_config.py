@@ -15,6 +15,8 @@ from mebp_triton.layers.linear import Int4LoRALinear
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.store.manifest import BaseModel
 
+from .language_part import parts_left_out
+
 # What PEFT takes for the layers of experts in the targets of an adapter, for models whose experts transformers 5 keeps
 # in one tensor; by the name under which transformers has the rule for their checkpoints.
 NAMES_OF_EXPERTS: dict[str | None, tuple[str, ...]] = {
@@ -50,7 +52,10 @@ def peft_config(config: LoraConfig, model: Any) -> dict[str, Any]:
     targets: Any = config.target_modules
     # PEFT applies these names to its own model, where "all-linear" may mean other layers, and excluded modules are
     # written as none. So the config's own targets are kept only where they select just the adapted layers.
-    if _selected(model, replace(config, exclude_modules=None, target_parameters=None)) != by_name:
+    # What is left out of the model may have layers of the same names, so there whole paths are written.
+    if parts_left_out(model):
+        targets = sorted(by_name)
+    elif _selected(model, replace(config, exclude_modules=None, target_parameters=None)) != by_name:
         targets = _shortest_suffixes(model, by_name)
     parameters = _shortest_parameters(model, experts) + _shortest_weights(model, by_weight)
     base, task = base_of(model)

@@ -13,6 +13,8 @@ from mebp_triton.store.reader import Store
 from mebp_triton.system import strict_json
 from mebp_triton.system.foreign_errors import one_line
 
+from .language_part import whole_class
+
 # Far above any model. transformers takes memory and time for each label, row or layer that a config asks for.
 MOST_LABELS, MOST_LENGTH, MOST_LAYERS = 1 << 16, 1 << 25, 1 << 12
 # The settings that are the length of a weight, and those that count layers, in every architecture that has them.
@@ -128,7 +130,8 @@ def check_vocabulary(config: PretrainedConfig, data: TokenizedData, what: str) -
 def prepare_config(config: PretrainedConfig, where: str) -> PretrainedConfig:
     """Names the causal language model in ``architectures``, and drops what tells where the config came from.
 
-    Where ``AutoModelForCausalLM`` makes only the language model of a larger one, its config is returned.
+    For a model for text and images, that is the whole model, whose other parts ``build_skeleton`` leaves out. Where
+    ``architectures`` names the language model alone, its config is returned.
 
     Raises:
         ValueError: the config is of another kind of model.
@@ -140,10 +143,10 @@ def prepare_config(config: PretrainedConfig, where: str) -> PretrainedConfig:
         raise ValueError(
             f"{where}: architectures is {declared!r}, wanted a list of class names: correct its config.json"
         )
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    part = _is_part(config, model_class)
+    whole = whole_class(config)
+    model_class: Any = whole or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    part = whole is None and _is_part(config, model_class)
     causal = [name for name in declared if name.endswith(("ForCausalLM", "LMHeadModel"))]
-    causal += [name for name in declared if part and name.endswith("ForConditionalGeneration")]
     foreign = declared and not causal and model_class is not None and model_class.__name__ not in declared
     if getattr(config, "is_encoder_decoder", False) or model_class is None or foreign:
         raise ValueError(

@@ -14,12 +14,13 @@ from unittest import mock
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mebp_triton.system.foreign_errors import is_out_of_memory
 
 from .direct_reads import directly_read
 from .experts import FusedExperts, fused_experts
+from .language_part import leave_out_other_parts, whole_class
 from .names import parameter_aliases
 from .plain_linear import is_plain_linear
 
@@ -50,6 +51,8 @@ def _parameters_on_meta() -> Iterator[None]:
 def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
     """Builds the model of ``config`` by transformers' own code: in eval mode, its parameters frozen and on "meta".
 
+    Of a model for text and images that is no causal model as a whole, the other parts are left out.
+
     Args:
         config: a transformers config.
         dtype: the dtype of the parameters.
@@ -59,9 +62,11 @@ def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | N
         ValueError: transformers cannot make a causal language model of ``config``.
     """
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    is_whole = whole_class(config) is not None
+    kind: Any = AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
     with _parameters_on_meta():
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+            model = kind.from_config(config, dtype=dtype, trust_remote_code=False, **options)
         except Exception as error:  # modelling code meets a config that contradicts itself with any kind of error
             if is_out_of_memory(error):
                 raise
@@ -70,6 +75,8 @@ def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | N
             raise ValueError(
                 f"transformers cannot make a causal language model of this config: {kind}{first_line}"
             ) from error
+    if is_whole:
+        leave_out_other_parts(model)
     model.requires_grad_(False)
     return model.eval()
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mebp_triton.convert.quantize import quantize
 from mebp_triton.kernels.reference import decode
@@ -293,7 +293,9 @@ def tiny_store(architecture: str, directory: Path | None = None, *, seed: int = 
 def decoded_model(store: Path, dtype: torch.dtype = torch.float32) -> Any:
     """transformers' own model with the store's decoded weights: what every result is held against."""
     opened = Store(store)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(store), dtype=dtype)
+    config = AutoConfig.from_pretrained(store)
+    whole = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_config(config, dtype=dtype)
     experts = {
         found.matrix(expert, parameter): (model.get_parameter(f"{found.path}.{parameter}")[expert], found.transposed)
         for found in fused_experts(model)

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from mebp_triton.convert.companions import write_companions
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.models.config import check_sizes, prepare_config, read_config, read_json_object
+from mebp_triton.models.language_part import parts_left_out
 from mebp_triton.models.names import (
     check_complete,
     check_shape,
@@ -80,8 +81,7 @@ class SafetensorsDirectory:
         self._config_json, self.quantization = _config_json(path, self.quant_method)
         whole = read_config(path, "compare it with the model's original")
         self.config = prepare_config(whole, str(path))
-        self._is_part = self.config is not whole  # the language model of a larger one
-        if self._is_part:
+        if self.config is not whole:  # the language model of a larger one
             self._config_json = json.loads(self.config.to_json_string(use_diff=False))
         if self.quantization is not None:
             # What is made of the directory is not quantised in this way any more.
@@ -133,7 +133,7 @@ class SafetensorsDirectory:
                     f"{entry.file}: {key} is {entry.dtype}, wanted one of {wanted}: give the unquantised model"
                 )
         unused = [key for key in self._entries if not self._belongs(key, used)]
-        if self._is_part:
+        if parts_left_out(model):
             self._warn_of_other_parts(model, unused)
         else:
             warn_unused(str(self.path), model, unused)
@@ -147,8 +147,8 @@ class SafetensorsDirectory:
             size = sum(prod(self._entries[key].shape) for key in unused)
             parts = sorted({".".join(key.removeprefix("model.").split(".")[:1]) for key in unused})
             warnings.warn(
-                f"{self.path}: {type(model).__name__} is the language model alone, as AutoModelForCausalLM makes it: "
-                f"{len(unused)} tensors with {size} values are left out ({enumerate_names(parts)})",
+                f"{self.path}: the language model of {type(model).__name__} is taken alone: {len(unused)} tensors with "
+                f"{size} values are left out ({enumerate_names(parts)})",
                 stacklevel=3,
             )
 
