@@ -41,8 +41,8 @@ FLOORS = {
         readers.auto_round readers.mlx readers.compressed_tensors readers.hqq readers.merged_store readers writers.store
         writers.model_directory writers.gguf_file writers.gguf_adapter writers.gguf_model writers.peft_adapter
         calibration.source_weights calibration.stream calibration.source_run calibration.source_loss
-        calibration.layer_inputs calibration.expert_inputs calibration.calibration recipe bit_budget quantize merge
-        export""",
+        calibration.layer_inputs calibration.expert_inputs calibration.calibration recipe bit_budget quantize
+        other_parts merge export""",
     "training": """processes nonfinite optimizers.schedules optimizers.mezo optimizers.tensor_lists optimizers.adamw
         optimizers.table evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes
         plan.inventory plan.stand_ins plan.traced_model plan.expert_bytes plan.phases plan.planner course standing step

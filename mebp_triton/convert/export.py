@@ -242,7 +242,8 @@ def _layout(source: MergedStore, header: Header | None) -> GgufLayout:
     Raises:
         ValueError: the architecture is not known, or the header is of another one than the store.
     """
-    kind = source.config.model_type
+    config = source.config.get_text_config()  # files have the language model of a larger one alone
+    kind = config.model_type
     own = architecture_of(kind)
     if header is not None and (stated := header.metadata.get("general.architecture")) != own:
         if stated not in ARCHITECTURES or ARCHITECTURES[stated].model_type != kind:
@@ -250,7 +251,7 @@ def _layout(source: MergedStore, header: Header | None) -> GgufLayout:
                 f"{header.path} is of architecture {stated!r:.100}, and the store is a {own}: give its base"
             )
         own = stated  # some models have several
-    return GgufLayout(own, source.config, f"store {source.directory}")
+    return GgufLayout(own, config, f"store {source.directory}")
 
 
 def _parameters(layout: GgufLayout, source: MergedStore, model: Any) -> dict[str, str]:

@@ -7,11 +7,12 @@ are in memory; for a new store, one block.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mebp_triton.convert.readers.merged_store import MergedStore
 from mebp_triton.convert.writers.model_directory import write_model_directory
@@ -22,6 +23,7 @@ from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.reader import Store, open_store
 from mebp_triton.system import atomic
 
+from .other_parts import OtherParts
 from .quantize import QuantizeReport, write_store
 from .recipe import Recipe
 
@@ -36,6 +38,9 @@ def merge(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """Makes a transformers model directory of a store, with its adapter merged in.
+
+    For a store of the language model in a larger one, that is the whole model: the other parts come from the checkpoint
+    that the store was made of.
 
     Args:
         store: a directory made by ``quantize``, or the store that was opened there.
@@ -60,17 +65,25 @@ def merge(
     model = build_skeleton(source.config, torch.float32)
     source.bind(model)
 
+    others = OtherParts(source.store, model)
+
     def saved_dtype(name: str) -> torch.dtype:
         stored = source.dtype(name)
         return DTYPES[chosen] if stored is None or stored.is_floating_point else stored
+
+    def pieces(name: str) -> Iterable[Tensor]:
+        return [others.read(name)] if name in others.shapes else source.pieces(name)
+
+    def save_companions(directory: Path) -> None:
+        source.save_as(chosen, directory)
+        others.save_companions(directory)
 
     shapes = tensor_shapes(model)
     names = [name for name, _ in model.named_parameters()]
     names += [name for name in persistent_buffers(model) if source.has(name)]
     tensors = {name: (saved_dtype(name), shapes[name]) for name in names}
-    write_model_directory(
-        Path(target), tensors, source.pieces, lambda directory: source.save_as(chosen, directory), progress
-    )
+    tensors |= {name: (DTYPES[chosen], shape) for name, shape in others.shapes.items()}
+    write_model_directory(Path(target), tensors, pieces, save_companions, progress)
     return chosen
 
 

@@ -10,8 +10,6 @@ from typing import Any
 import transformers
 from torch import nn
 
-CONDITIONAL = "ForConditionalGeneration"
-
 
 def whole_class(config: Any) -> Any:
     """The class of a model that takes images beside text, where transformers makes no causal model of it all.

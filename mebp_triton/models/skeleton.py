@@ -48,7 +48,9 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
 
 
-def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
+def build_skeleton(
+    config: Any, dtype: torch.dtype, attn_implementation: str | None = None, other_parts: bool = False
+) -> Any:
     """Builds the model of ``config`` by transformers' own code: in eval mode, its parameters frozen and on "meta".
 
     Of a model for text and images that is no causal model as a whole, the other parts are left out.
@@ -57,6 +59,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | N
         config: a transformers config.
         dtype: the dtype of the parameters.
         attn_implementation: as in transformers; its default for None.
+        other_parts: whether to keep the other parts.
 
     Raises:
         ValueError: transformers cannot make a causal language model of ``config``.
@@ -75,7 +78,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | N
             raise ValueError(
                 f"transformers cannot make a causal language model of this config: {kind}{first_line}"
             ) from error
-    if is_whole:
+    if is_whole and not other_parts:
         leave_out_other_parts(model)
     model.requires_grad_(False)
     return model.eval()

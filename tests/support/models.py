@@ -212,13 +212,16 @@ SETTINGS["qwen3_5_moe_text"] = (
 SETTINGS |= {"gemma4_text": GEMMA4, "qwen3_5_text": QWEN3_5, "llama4_text": LLAMA4}
 
 
-def save_composite_model(name: str, directory: Path, seed: int = 0) -> Path:
-    """A random model for text and images, as ``save_pretrained`` writes it."""
+def composite_config(name: str) -> Any:
     kind, text, vision = COMPOSITE[name]
     more = {"mm_tokens_per_image": 4} if name == "gemma3" else {"audio_config": None} if name == "gemma4" else {}
+    return AutoConfig.for_model(name, text_config=text, vision_config=vision, architectures=[kind], **more)
+
+
+def save_composite_model(name: str, directory: Path, seed: int = 0) -> Path:
+    """A random model for text and images, as ``save_pretrained`` writes it."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(name, text_config=text, vision_config=vision, **more)
-    model = getattr(transformers, kind)(config)
+    model = getattr(transformers, COMPOSITE[name][0])(composite_config(name))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -39,6 +39,10 @@ def architecture_of(model_type: str) -> str:
     return known[model_type]
 
 
+# What stands before the names of a language model in a model for text and images, and in no file.
+LANGUAGE_MODEL = "language_model."
+
+
 class Order(NamedTuple):
     """The row, and the column, of a file's matrix that each one of the parameter comes from; int64."""
 
@@ -79,6 +83,7 @@ class GgufLayout:
         for parameter in model.state_dict():
             stem, dot, last = parameter.rpartition(".")
             stem, suffix = (stem, dot + last) if last in ("weight", "bias") else (parameter, "")
+            stem = stem.replace(LANGUAGE_MODEL, "", 1)
             # Some models were converted from the base model, without the prefix that its names have here.
             name = table.get_name(stem) or table.get_name(stem.removeprefix(prefix))
             for each in self._special_names(parameter) or ([] if name is None else [name + suffix]):

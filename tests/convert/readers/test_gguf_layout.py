@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_config
+from models import composite_config, tiny_config
 from transformers import PreTrainedModel
 
 from mebp_triton.convert.readers.gguf_architectures import ARCHITECTURES
@@ -33,6 +33,14 @@ def test_names_of_relatives_too(kind: str, name: str) -> None:
     names = layout.names(model)
     assert names["blk.1.attn_q.weight"] == "model.layers.1.self_attn.q_proj.weight"
     assert {"token_embd.weight", "output_norm.weight", "blk.2.ffn_down.weight"} <= names.keys()
+
+
+def test_the_language_model_of_a_larger_one_has_the_names_that_it_has_alone() -> None:
+    whole = build_skeleton(composite_config("mistral3"), torch.float32)
+    layout, model = layout_of("mistral")
+    names = layout.names(whole)
+    assert names.keys() == layout.names(model).keys()
+    assert names["blk.1.attn_q.weight"] == "model.language_model.layers.1.self_attn.q_proj.weight"
 
 
 def test_rows_of_queries_and_keys_lie_as_the_converter_puts_them() -> None:
