@@ -241,7 +241,7 @@ class Int4Experts(nn.Module):
             if self.has_post_expert_norm:
                 y = self.post_expert_norm(y)
             y = _BackInPlace.apply(y, routing).unflatten(0, (-1, routing.per_token))
-            return (y * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+            return (y * top_k_weights.reshape(-1, routing.per_token, 1)).sum(1).to(hidden_states.dtype)
 
     def route(self, index: Tensor) -> Routing:
         """Sorts the pairs of token and expert by expert. The host waits for the device here."""

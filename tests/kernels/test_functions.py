@@ -5,9 +5,12 @@ import torch
 from pairs import pairs
 
 from mebp_triton.kernels import functions, ops, reference, routing
+from mebp_triton.kernels.accuracy import judge
 from mebp_triton.kernels.configs import TileConfig, default_config
 from mebp_triton.kernels.functions import (
     int4_cross_entropy,
+    int4_expert_products,
+    int4_expert_products_dx,
     int4_matmul,
     int4_matmul_dx,
     int4_matmul_dx_group,
@@ -29,6 +32,33 @@ def test_lora_operands_have_the_leading_dimensions_of_x(make_weight, normal):
     weight, x = make_weight(5, 70), normal(2, 3, 70)
     t, b = normal(2, 3, 4), normal(5, 4)
     torch.testing.assert_close(int4_matmul(x, weight, None, t, b), reference.matmul(x, weight, None, t, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lora", [False, True])
+def test_products_of_experts(make_weight, normal, dtype, lora):
+    """Each expert's rows by its own weight, against float64: some have one row, one has none."""
+    weights, rows, rank = [make_weight(12, 70) for _ in range(4)], [1, 5, 0, 9], 3
+    x, dy = normal(15, 70, dtype=dtype), normal(15, 12, dtype=dtype)
+    t, g = (normal(15, rank, dtype=dtype) if lora else None for _ in range(2))
+    b, a = (normal(4, size, rank, dtype=dtype) for size in (12, 70))
+    a = a.transpose(1, 2).contiguous()
+    y = int4_expert_products(x, weights, rows, t, b if lora else None)
+    dx = int4_expert_products_dx(dy, weights, rows, g, a if lora else None)
+    assert (y.shape, dx.shape, y.dtype, dx.dtype) == ((15, 12), (15, 70), dtype, dtype)
+    start = 0
+    for expert, count in enumerate(rows):
+        own = slice(start, start + count)
+        for ours, given, factor, terms, others in (
+            (y, x, lambda exact: exact.t(), t, b.transpose(1, 2)),
+            (dx, dy, lambda exact: exact, g, a),
+        ):
+            wide, narrow = (reference.decode(weights[expert], one) for one in (torch.float64, torch.float32))
+            same, truth = given[own] @ factor(narrow).to(dtype), given[own].double() @ factor(wide)
+            if lora:
+                same, truth = same + terms[own] @ others[expert], truth + terms[own].double() @ others[expert].double()
+            assert judge(ours[own], same, truth)["ok"]
+        start += count
 
 
 def test_stride_0_gradient(make_weight, normal):
