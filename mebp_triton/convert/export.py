@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 import torch
 
 from mebp_triton.convert.readers.gguf import GgufFile
-from mebp_triton.convert.readers.gguf_architectures import ARCHITECTURES
 from mebp_triton.convert.readers.gguf_header import Header
-from mebp_triton.convert.readers.gguf_layout import GgufLayout, architecture_of
+from mebp_triton.convert.readers.gguf_layout import GgufLayout, architectures_of
 from mebp_triton.convert.readers.gguf_parts import read_model
 from mebp_triton.convert.readers.merged_store import MergedStore
 from mebp_triton.convert.writers import GGUF_FLOATS, GGUF_TYPES
@@ -77,21 +75,17 @@ def export_gguf_adapter(
     header = None if file is None else read_model(file)
     layout = _layout(source, header)
     parameters = _parameters(layout, source, model)
-    tensors = Counter(parameters.values())
-    names = {name.removesuffix(".weight"): gguf for gguf, name in parameters.items() if tensors[name] == 1}
+    parts = _parts(source, parameters, header)
     deltas = {site: delta for site in source.sites.values() if (delta := source.delta(site)) is not None}
     if (expert := next((site for site in deltas if site.role == "expert"), None)) is not None:
         raise ValueError(
             f"the adapter has parts for single experts ({expert.parameter}), which llama.cpp does not apply: make a "
             f"merged model of it by `mebp merge`"
         )
-    if header is not None:
-        for site in deltas:
-            entry = header.tensors.get(names.get(site.name, ""))
-            sides = [side for side in (site.out_features, site.in_features) if side != 1]
-            if entry is None or [side for side in entry.shape if side != 1] != sides:
-                raise ValueError(f"{file} has no matrix for {site.name}: llama.cpp could not apply the adapter to it")
-    return GgufExport(file, write_gguf_adapter(target, layout, names, deltas, kind))
+    for site in deltas:
+        if header is not None and sum(parts.get(site.name, {}).values()) != site.out_features:
+            raise ValueError(f"{file} has no matrix for {site.name}: llama.cpp could not apply the adapter to it")
+    return GgufExport(file, write_gguf_adapter(target, layout, parts, deltas, kind))
 
 
 def export_gguf_model(
@@ -243,15 +237,31 @@ def _layout(source: MergedStore, header: Header | None) -> GgufLayout:
         ValueError: the architecture is not known, or the header is of another one than the store.
     """
     config = source.config.get_text_config()  # files have the language model of a larger one alone
-    kind = config.model_type
-    own = architecture_of(kind)
-    if header is not None and (stated := header.metadata.get("general.architecture")) != own:
-        if stated not in ARCHITECTURES or ARCHITECTURES[stated].model_type != kind:
-            raise ValueError(
-                f"{header.path} is of architecture {stated!r:.100}, and the store is a {own}: give its base"
-            )
-        own = stated  # some models have several
-    return GgufLayout(own, config, f"store {source.directory}")
+    known = architectures_of(config.model_type)
+    stated = known[0] if header is None else header.metadata.get("general.architecture")
+    if header is not None and stated not in known:
+        raise ValueError(
+            f"{header.path} is of architecture {stated!r:.100}, and the store is a {known[0]}: give its base"
+        )
+    return GgufLayout(str(stated), config, f"store {source.directory}")
+
+
+def _parts(source: MergedStore, parameters: Mapping[str, str], header: Header | None) -> dict[str, dict[str, int]]:
+    """The tensors that the matrix of each module is in a file, with their rows, by the paths of the modules.
+
+    Without a header, those are known that can only be one.
+    """
+    parts: dict[str, dict[str, int]] = {}
+    for name, parameter in parameters.items():
+        site = source.sites.get(parameter)
+        if site is None or site.role == "expert":
+            continue
+        entry = None if header is None else header.tensors.get(name)
+        if header is None:
+            parts.setdefault(site.name, {})[name] = site.out_features
+        elif entry is not None and (shape := (1,) * (2 - len(entry.shape)) + entry.shape)[1:] == (site.in_features,):
+            parts.setdefault(site.name, {})[name] = shape[0]
+    return {name: found for name, found in parts.items() if header is not None or len(found) == 1}
 
 
 def _parameters(layout: GgufLayout, source: MergedStore, model: Any) -> dict[str, str]:

@@ -32,12 +32,15 @@ peft = pytest.importorskip("peft")
 
 from gguf_models import PROMPT, write_variant  # noqa: E402
 
-# Rows permuted, all scalings and ranks; a gate of one row; transposed; rows of heads apart.
+# Rows permuted, all scalings and ranks; a gate of one row; transposed; rows of heads apart; columns that change places;
+# one matrix in two tensors.
 LORA: dict[str, dict[str, Any]] = {
     "llama": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 3.0, "up_proj": 0.0}},
     "qwen2moe": {},
     "gpt2": {},
     "bloom": {},
+    "qwen35": {},
+    "granitehybrid": {},
 }
 
 
@@ -178,6 +181,10 @@ def test_what_does_not_fit_is_refused(made: dict[str, Made], shared_store: Any, 
         export_gguf_adapter(llama.store, target, llama.adapter, base=narrow)
     with pytest.raises(ValueError, match="type must be one of F32, BF16, F16 for an adapter, got 'Q8_0'"):
         export_gguf_adapter(llama.store, target, llama.adapter, "Q8_0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GgufLayout, "applies_adapters", lambda self, name: not name.endswith("1.ffn_up.weight"))
+        with pytest.raises(ValueError, match="does not apply adapters to blk.1.ffn_up.weight .model.layers.1"):
+            export_gguf_adapter(llama.store, target, llama.adapter)
     phi = shared_store("phi")
     with pytest.raises(ValueError, match="of a phi model is not known"):
         export_gguf_adapter(phi, target, adapted(phi, tmp_path / "adapter"))

@@ -97,6 +97,7 @@ GEMMA4 = Architecture(
     fixed={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
     derived=GEMMA4_DERIVED,
     vocabularies=("vocab_size_per_layer_input",),
+    adapterless=frozenset({"per_layer_model_proj.weight"}),
     names={
         "router.scale": ("ffn_gate_inp.scale",),
         "router.per_expert_scale": ("ffn_down_exps.scale",),

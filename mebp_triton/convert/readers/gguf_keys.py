@@ -83,6 +83,7 @@ class Architecture:
         names: GGUF's names, without ``blk.N.``, of parameters that the ``gguf`` package does not know, by the ends of
             the parameters' names. Of several, a file has those that it has: their rows lie below each other in the
             parameter, in this order.
+        adapterless: GGUF's names, without ``blk.N.``, of matrices whose adapters llama.cpp reads and does not apply.
         interleaved: whether the rows of several tensors take turns in the parameter instead.
     """
 
@@ -98,6 +99,7 @@ class Architecture:
     vocabularies: tuple[str, ...] = ()
     undo: dict[str, Undo] = field(default_factory=dict)
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    adapterless: frozenset[str] = frozenset()
     interleaved: bool = False
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .coded_matrix import is_sorted
 from .gguf_architectures import ARCHITECTURES
 
 SAFETENSORS = "give the model as safetensors"
@@ -23,20 +22,20 @@ EXPERTS = {
     "experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_gate_up_exps.weight"),
     "experts.down_proj": ("ffn_down_exps.weight",),
 }
-# What llama.cpp runs under another model's architecture.
-RELATIVES = {"mistral": "llama", "deepseek_v2": "deepseek2", "granitemoe": "granitemoe"}
+# Models of transformers that llama.cpp runs under another model's architecture.
+RELATIVES = {"mistral": ("llama", "mistral3"), "deepseek_v2": ("deepseek2",), "granitemoe": ("granitemoe",)}
 
 
-def architecture_of(model_type: str) -> str:
-    """The GGUF architecture of a ``model_type`` of transformers.
+def architectures_of(model_type: str) -> tuple[str, ...]:
+    """The GGUF architectures that a ``model_type`` of transformers may have, the usual one first.
 
     Raises:
         ValueError: none is known.
     """
-    known = {each.model_type: arch for arch, each in ARCHITECTURES.items()} | RELATIVES
-    if model_type not in known:
+    known = tuple(arch for arch, each in ARCHITECTURES.items() if each.model_type == model_type)
+    if not (known := known + RELATIVES.get(model_type, ())):
         raise ValueError(f"how llama.cpp names the tensors of a {model_type} model is not known here")
-    return known[model_type]
+    return known
 
 
 # What stands before the names of a language model in a model for text and images, and in no file.
@@ -102,6 +101,10 @@ class GgufLayout:
         undo = next((undo for end, undo in self._known.undo.items() if name.endswith(end)), None)
         return values if undo is None else undo(values, self._config)
 
+    def applies_adapters(self, name: str) -> bool:
+        """Whether llama.cpp computes the matrix ``name`` with an adapter's part for it."""
+        return re.sub(r"^blk\.\d+\.", "", name) not in self._known.adapterless
+
     def order(self, name: str, shape: tuple[int, ...], transposed: bool = False) -> Order | None:
         """Where rows and columns of a file's matrix go; None if more changed than places.
 
@@ -131,12 +134,9 @@ class GgufLayout:
         return Order(*(torch.from_numpy(numbers.astype(np.int64)) for numbers in (order, place)))
 
     def row_order(self, name: str, shape: tuple[int, ...], transposed: bool = False) -> Tensor | None:
-        """The row of a file's matrix that each row of the parameter comes from, int64 ``[out]``; see ``order``.
-
-        It is None if columns changed places as well.
-        """
+        """The row of a file's matrix that each row of the parameter comes from, int64 ``[out]``; see ``order``."""
         order = self.order(name, shape, transposed)
-        return order.rows if order is not None and is_sorted(order.columns) else None
+        return None if order is None else order.rows
 
     def join(self, parts: list[np.ndarray]) -> np.ndarray:
         """The parameter that parts are: their rows below each other, or by turns along the last side."""

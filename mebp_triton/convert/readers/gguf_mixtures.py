@@ -172,6 +172,9 @@ MIXTURES: dict[str, Architecture] = {
             "model_type": _deepseek,
         },
         undo={".attn_k_b.weight": transposed},
+        adapterless=frozenset(
+            f"{name}.weight" for name in ("output", "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b")
+        ),
         names={
             "mlp.gate.e_score_correction_bias": ("exp_probs_b.bias",),
             "self_attn.kv_b_proj.weight": ("attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight"),

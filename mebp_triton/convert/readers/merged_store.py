@@ -190,12 +190,12 @@ class MergedStore:
         return file
 
     def rows(self, site: Int4Site, order: Tensor | None = None) -> Iterator[Tensor]:
-        """The merged matrix ``[out, in]`` in float32, some rows at a time; in ``order`` if there is one."""
+        """The merged matrix ``[out, in]`` in float32, some rows at a time; those of ``order``, if there is one."""
         file, weight = self._file(site), self.store.weight(site.name)
         step = max(1, self.piece_elements // site.in_features)
-        delta = self.delta(site)
-        for start in range(0, site.out_features, step):
-            stop = min(start + step, site.out_features)
+        delta, count = self.delta(site), site.out_features if order is None else len(order)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
             part = weight.rows(start, stop) if order is None else weight.gather(order[start:stop])
             rows = decode(part, torch.float32)
             if delta is not None:

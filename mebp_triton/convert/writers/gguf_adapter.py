@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from mebp_triton.convert.readers.gguf_layout import GgufLayout
+from mebp_triton.convert.readers.gguf_layout import GgufLayout, Order
 from mebp_triton.convert.readers.merged_store import Delta
 from mebp_triton.models.skeleton import Int4Site
 
@@ -24,7 +23,7 @@ from .gguf_file import Planned, decode, encode, pair, write_gguf
 def write_gguf_adapter(
     target: Path,
     layout: GgufLayout,
-    names: Mapping[str, str],
+    parts: Mapping[str, Mapping[str, int]],
     deltas: Mapping[Int4Site, Delta],
     kind: str = "F32",
 ) -> float:
@@ -33,7 +32,7 @@ def write_gguf_adapter(
     Args:
         target: the file.
         layout: the names and orders of the base model's files.
-        names: GGUF's names of the base model's matrices, by the paths of the modules.
+        parts: the tensors that each module's matrix is in a file, with their rows, by the paths of the modules.
         deltas: what the adapter adds to each module.
         kind: "F32", "F16" or "BF16".
 
@@ -47,13 +46,16 @@ def write_gguf_adapter(
     alpha = alphas.most_common(1)[0][0] if alphas else 1.0  # 0 means 1 to llama.cpp
     tensors: dict[str, np.ndarray] = {}
     for site, (a, b, scaling) in deltas.items():
-        name = names.get(site.name)
-        if name is None:
+        if site.name not in parts:
             raise ValueError(f"llama.cpp has no matrix for {site.name} in architecture {layout.arch!r}: train without")
-        order = rows_in_file(layout, site, name)
-        placed = torch.empty_like(b)
-        placed[order] = b * (scaling * a.shape[0] / alpha)
-        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a.numpy(), placed.numpy()
+        if ignored := [name for name in parts[site.name] if not layout.applies_adapters(name)]:
+            raise ValueError(
+                f"llama.cpp does not apply adapters to {ignored[0]} ({site.name}) in architecture {layout.arch!r}: "
+                "train without, or export a merged model by --to gguf"
+            )
+        for name, places in places_in_file(layout, site, parts[site.name]).items():
+            tensors[f"{name}.lora_a"] = a[:, places.columns].numpy()
+            tensors[f"{name}.lora_b"] = (b[places.rows] * (scaling * a.shape[0] / alpha)).numpy()
     data = {name: encode(np.ascontiguousarray(values), kind, name) for name, values in tensors.items()}
     error = max(relative_rms(decode(data[name], kind), values) for name, values in tensors.items())
     pairs = {"general.architecture": layout.arch, "general.type": "adapter", "adapter.type": "lora"}
@@ -67,14 +69,28 @@ def write_gguf_adapter(
     return error
 
 
-def rows_in_file(layout: GgufLayout, site: Int4Site, name: str) -> Tensor:
-    """The row of the matrix ``name`` in a file that each row of a module's comes from; see ``GgufLayout.row_order``."""
-    shape = site.out_features, site.in_features
-    # A matrix of one row (a gate of experts) may be a vector in the file; its row has no other place to be.
-    order = torch.arange(1) if shape[0] == 1 else layout.row_order(name, shape, site.transposed)
-    if order is None:
-        raise ValueError(f"{site.name}: a GGUF file has {name} in a form that is not known: train without")
-    return order
+def places_in_file(layout: GgufLayout, site: Int4Site, parts: Mapping[str, int]) -> dict[str, Order]:
+    """The row and the column of a module's matrix that each one of a file's tensors is, by the tensors' names.
+
+    Args:
+        layout: the layout of the file.
+        site: the module.
+        parts: the tensors that its matrix is there, with their rows, in order.
+
+    Raises:
+        ValueError: the file has another form of the matrix.
+    """
+    if site.out_features == 1:  # a gate of experts, which may be a vector in the file
+        return {name: Order(torch.arange(1), torch.arange(site.in_features)) for name in parts}
+    shapes = {name: (rows, site.in_features) for name, rows in parts.items()}
+    rows = {name: layout.row_order(name, shape, site.transposed) for name, shape in shapes.items()}
+    orders = {name: layout.order(name, shape, site.transposed) for name, shape in shapes.items()}
+    known = {name: order for name, order in rows.items() if order is not None}
+    if len(known) < len(parts):
+        raise ValueError(f"{site.name}: a GGUF file has {', '.join(parts)} in a form that is not known: train without")
+    places = layout.join_rows(list(known.values())).argsort().split(list(parts.values()))
+    columns = (order.columns.argsort() for order in orders.values() if order is not None)
+    return {name: Order(*pair) for name, pair in zip(parts, zip(places, columns, strict=True), strict=True)}
 
 
 def relative_rms(got: np.ndarray, wanted: np.ndarray) -> float:

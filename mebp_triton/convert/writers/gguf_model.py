@@ -6,6 +6,7 @@ and those of experts.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from mebp_triton.models.skeleton import Int4Site
 from mebp_triton.system.errors import FileError
 
 from . import GGUF_FLOATS
-from .gguf_adapter import rows_in_file
+from .gguf_adapter import places_in_file
 from .gguf_file import ALIGNMENT, Planned, decode, encode, kind_for, pair, write_gguf
 
 # What a new file says of itself, and of the parts that a model is split into.
@@ -81,7 +82,10 @@ class GgufModelWriter:
         self.report = GgufModelReport()
         self._errors = {"rounding": 0.0, "change": 0.0}
         self._matrices: dict[str, Int4Site] = {}
-        self._parts = Counter(map(self._parameter, header.tensors))
+        self._parts: dict[str, dict[str, int]] = {}  # the tensors of a parameter, with their rows
+        for name, parameter in parameters.items():  # in their order in the parameter
+            if (entry := header.tensors.get(name)) is not None:
+                self._parts.setdefault(parameter, {})[name] = math.prod(entry.shape[:-1])
 
     def write(
         self, target: Path, replaced: Mapping[str, str | int], progress: Callable[[int, int], None]
@@ -145,8 +149,8 @@ class GgufModelWriter:
             if name in self.source.store.floats and not self.trusted:
                 self._compare(name, self.source.store.float_tensor(name), self.base.read(name), FLOATS_NEAR)
             return Planned(entry.name, entry.kind, entry.shape)
-        if self._parts[name] > 1:
-            raise ValueError(f"{self.header.path} has {site.name} in several tensors, which cannot be merged into yet")
+        if entry.shape[-1] != site.in_features or len(entry.shape) > 2:
+            raise ValueError(f"{self.header.path} has {entry.name} on its side, which cannot be merged into yet")
         stored = self.source.store.weight(site.name)
         # In a file of floats every matrix is one: codes would have llama.cpp round activations to 8 bits.
         keeps = self.kind not in GGUF_FLOATS and self.source.delta(site) is None
@@ -170,10 +174,10 @@ class GgufModelWriter:
 
     def _rounded(self, site: Int4Site, kind: str, name: str) -> Iterator[np.ndarray]:
         """The bytes of a matrix, its rows where the file has them."""
-        order = rows_in_file(self.layout, site, name)
+        places = places_in_file(self.layout, site, self._parts[self._parameter(name)])[name]
         rounding = size = 0.0
-        for rows in self.source.rows(site, order.argsort()):
-            values = rows.numpy()
+        for rows in self.source.rows(site, places.rows):
+            values = np.ascontiguousarray(rows[:, places.columns].numpy())
             data = encode(values, kind, name)
             yield data
             if kind != "F32":

@@ -10,7 +10,7 @@ from models import composite_config, tiny_config
 from transformers import PreTrainedModel
 
 from mebp_triton.convert.readers.gguf_architectures import ARCHITECTURES
-from mebp_triton.convert.readers.gguf_layout import GgufLayout, architecture_of
+from mebp_triton.convert.readers.gguf_layout import GgufLayout, architectures_of
 from mebp_triton.models.skeleton import build_skeleton
 
 pytest.importorskip("gguf", reason="the gguf extra is not installed")
@@ -18,7 +18,7 @@ pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
 def layout_of(kind: str, **changes: Any) -> tuple[GgufLayout, PreTrainedModel]:
     model = build_skeleton(tiny_config(kind, **changes), torch.float32)
-    return GgufLayout(architecture_of(kind), model.config, "here"), model
+    return GgufLayout(architectures_of(kind)[0], model.config, "here"), model
 
 
 def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -61,6 +61,21 @@ def test_a_transposed_matrix_has_an_order_for_those_who_know() -> None:
 
 
 def test_each_architecture_is_found_by_its_model_type() -> None:
-    assert all(architecture_of(each.model_type) == name for name, each in ARCHITECTURES.items())
+    assert all(name in architectures_of(each.model_type) for name, each in ARCHITECTURES.items())
+    assert architectures_of("mistral") == ("llama", "mistral3")
     with pytest.raises(ValueError, match="names the tensors of a olmo model is not known"):
-        architecture_of("olmo")
+        architectures_of("olmo")
+
+
+@pytest.mark.parametrize(
+    ("arch", "ignored", "applied"),
+    [
+        ("deepseek2", ("output", "blk.0.attn_q_a", "blk.12.attn_kv_a_mqa"), ("blk.0.attn_output", "blk.0.ffn_up")),
+        ("gemma4", ("per_layer_model_proj",), ("blk.0.inp_gate", "blk.0.attn_q")),
+        ("llama", (), ("output", "blk.0.attn_q")),
+    ],
+)
+def test_matrices_whose_adapters_llama_cpp_does_not_apply(arch, ignored, applied) -> None:
+    layout = GgufLayout(arch, layout_of("llama")[1].config, "here")
+    assert not any(layout.applies_adapters(f"{name}.weight") for name in ignored)
+    assert all(layout.applies_adapters(f"{name}.weight") for name in applied)
