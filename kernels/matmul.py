@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import TileConfig, default_config, power_of_two_at_least
-from .decode import unpack_centred
 from .launch import check_operand, group_of, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
+from .product_tiles import add_lora, product_tile
 from .split import parts_of, sum_parts
-from .weight_tiles import float_scales, load_planes, packed_planes, plane_columns, select, weight_of
+from .weight_tiles import select, weight_of
 
 
 @triton.jit
@@ -128,8 +128,6 @@ def _matmul_kernel(
     mask_n = offs_n < outs
     rows_m = offs_m.to(tl.int64)
     rows_n = (first + offs_n).to(tl.int64)
-    dtype = x_ptr.dtype.element_ty
-
     k_begin = 0
     k_end = K
     if SPLIT > 1:
@@ -139,71 +137,49 @@ def _matmul_kernel(
         k_end = tl.minimum(k_begin + share, K)
         y_ptr += part.to(tl.int64) * M * (N_of[0] + N_of[1] + N_of[2])
 
-    acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    for k0 in tl.range(k_begin, k_end, BLOCK_K, num_stages=STAGES):
-        offs_k = plane_columns(k0, BLOCK_K)
-        x_ptrs = x_ptr + rows_m[None, :] * stride_xm + offs_k.to(tl.int64)[:, None] * stride_xk
-        x_ptrs_high = x_ptr + rows_m[None, :] * stride_xm + (offs_k + 32).to(tl.int64)[:, None] * stride_xk
-        # [BLOCK_J, BLOCK_M]
-        x_low = tl.load(x_ptrs, mask=mask_m[None, :] & (offs_k < K)[:, None], other=0.0)
-        # [BLOCK_J, BLOCK_M]
-        x_high = tl.load(x_ptrs_high, mask=mask_m[None, :] & (offs_k + 32 < K)[:, None], other=0.0)
-        if SCALE_SUMS:
-            # No column mask is needed: columns from K on meet zeros in x, and the masked scale of a group that is all
-            # padding is zero.
-            low, high = packed_planes(tensors[0], strides[0], offs_n, mask_n, k0, K, BITS, BLOCK_K)
-            w_low, w_high = unpack_centred(low, high, BITS, dtype, ASM)
-            # [BLOCK_N, 1] or [BLOCK_N, BLOCK_M]
-            scales = float_scales(tensors, strides, offs_n, mask_n, k0, 0, K, GROUP, BLOCK_K, BLOCK_M, THREADS)
-            total = tl.dot(w_low, x_low, input_precision="ieee")
-            if GROUP == 32:
-                acc = tl.fma(total, tl.broadcast_to(scales, acc.shape), acc)
-                scales = float_scales(tensors, strides, offs_n, mask_n, k0, 1, K, GROUP, BLOCK_K, BLOCK_M, THREADS)
-                total = tl.dot(w_high, x_high, input_precision="ieee")
-            else:
-                total = tl.dot(w_high, x_high, total, input_precision="ieee")
-            acc = tl.fma(total, tl.broadcast_to(scales, acc.shape), acc)
-        else:
-            w_low, w_high = load_planes(
-                tensors,
-                strides,
-                codebook_ptr,
-                offs_n,
-                mask_n,
-                k0,
-                K,
-                (BITS, GROUP, HAS_MINIMUM),
-                HAS_CODEBOOK,
-                MASK_K,
-                BLOCK_K,
-                THREADS,
-                dtype,
-                ASM,
-            )
-            acc = tl.dot(w_low, x_low, acc, input_precision="ieee")
-            acc = tl.dot(w_high, x_high, acc, input_precision="ieee")
+    FORM: tl.constexpr = (BITS, GROUP, HAS_MINIMUM)
+    acc = product_tile(
+        x_ptr,
+        (stride_xm, stride_xk),
+        rows_m,
+        mask_m,
+        tensors,
+        strides,
+        codebook_ptr,
+        offs_n,
+        mask_n,
+        (k_begin, k_end),
+        K,
+        FORM,
+        HAS_CODEBOOK,
+        MASK_K,
+        SCALE_SUMS,
+        ASM,
+        STAGES,
+        THREADS,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
     # Bias and LoRA are added in the first part alone, or the second pass would count them SPLIT times.
     ranks = R
     if SPLIT > 1:
         ranks = tl.where(k_begin == 0, R, 0)
     if HAS_LORA:
-        for r0 in tl.range(0, ranks, BLOCK_R, num_stages=1):
-            offs_r = r0 + tl.arange(0, BLOCK_R)
-            mask_r = offs_r < R
-            # [BLOCK_N, BLOCK_R]
-            b = tl.load(
-                b_ptr + rows_n[:, None] * stride_bn + offs_r[None, :] * stride_br,
-                mask=mask_n[:, None] & mask_r[None, :],
-                other=0.0,
-            )
-            # [BLOCK_R, BLOCK_M]
-            t = tl.load(
-                t_ptr + rows_m[None, :] * stride_tm + (member * R + offs_r)[:, None] * stride_tr,
-                mask=mask_m[None, :] & mask_r[:, None],
-                other=0.0,
-            )
-            acc = tl.dot(b.to(dtype), t.to(dtype), acc, input_precision="ieee")
+        acc = add_lora(
+            acc,
+            (t_ptr, b_ptr),
+            ((stride_tm, stride_tr), (stride_bn, stride_br)),
+            rows_m,
+            mask_m,
+            rows_n,
+            mask_n,
+            member * R,
+            (ranks, R),
+            x_ptr.dtype.element_ty,
+            BLOCK_R,
+        )
 
     if HAS_BIAS:
         # [BLOCK_N]

@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import TileConfig, default_config, power_of_two_at_least
-from .decode import decode_planes
 from .launch import check_operand, column_stride, group_of, in_words, of_members, runs_compiled, weight_arguments
 from .layout import Int4Weight
+from .product_tiles import add_dx_lora, dx_tile
 from .split import parts_of, sum_parts
-from .weight_tiles import hold, join_planes, load_codes, select, to_bank_order, to_column_order, weight_of
+from .weight_tiles import to_column_order
 
 
 @triton.jit
@@ -100,7 +100,6 @@ def _matmul_dx_kernel(
     offs_k = k0 + tl.arange(0, BLOCK_K)
     columns = offs_k.to(tl.int64)
     mask_k = offs_k < K
-    dtype = dy_of[0].dtype.element_ty
 
     # The reduction's steps run through the rows of the first member by BLOCK_N, then of the second, then of the third.
     # No step holds rows of two members, so that one set of pointers serves it.
@@ -117,7 +116,6 @@ def _matmul_dx_kernel(
         steps = tl.minimum(begin + share, steps)
         dx_ptr += part.to(tl.int64) * M * K
 
-    acc = tl.full((BLOCK_K, BLOCK_M) if WEIGHT_LEFT else (BLOCK_M, BLOCK_K), 0.0, tl.float32)
     ends = (steps_0, steps_1, steps)
     tensors = (packed_of, scales_of, minimum_of, super_scales_of, super_minimum_of)
     strides = (
@@ -128,54 +126,48 @@ def _matmul_dx_kernel(
         (stride_vg_of, stride_vn),
     )
     FORM: tl.constexpr = (BITS, GROUP, HAS_MINIMUM)
-    codes = _codes_of_step(begin, ends, tensors, strides, N_of, k0, K, FORM, MEMBERS, THREADS, ASM, BLOCK_N, BLOCK_K)
-    for step in tl.range(begin, steps, num_stages=STAGES):
-        member, offs_n, mask_n = _rows_of_step(step, ends, N_of, MEMBERS, BLOCK_N)
-        dy_ptrs = (
-            select(dy_of, member, MEMBERS)
-            + rows_m[:, None] * select(stride_dym_of, member, MEMBERS)
-            + offs_n.to(tl.int64)[None, :] * stride_dyn
-        )
-        # [BLOCK_M, BLOCK_N]
-        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        codebook_ptr = codebook_of[0]
-        if HAS_CODEBOOK:
-            codebook_ptr = select(codebook_of, member, MEMBERS)
-        # Columns from K on need no mask here: they are computed, touch no other column, and are not stored.
-        w_low, w_high = decode_planes(codes, codebook_ptr, BITS, HAS_MINIMUM, HAS_CODEBOOK, dtype, ASM)
-        w = to_bank_order(join_planes(w_low, w_high))
-        codes = _codes_of_step(
-            step + 1, ends, tensors, strides, N_of, k0, K, FORM, MEMBERS, THREADS, ASM, BLOCK_N, BLOCK_K
-        )
-        if WEIGHT_LEFT:
-            acc = tl.dot(tl.trans(w), tl.trans(dy), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(dy, w, acc, input_precision="ieee")
+    acc = dx_tile(
+        dy_of,
+        (stride_dym_of, stride_dyn),
+        rows_m,
+        mask_m,
+        tensors,
+        strides,
+        codebook_of,
+        (begin, steps),
+        ends,
+        N_of,
+        k0,
+        K,
+        FORM,
+        HAS_CODEBOOK,
+        MEMBERS,
+        WEIGHT_LEFT,
+        ASM,
+        STAGES,
+        THREADS,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
     if HAS_LORA:
         ranks = R
         if SPLIT > 1:
             ranks = tl.where(begin == 0, R, 0)
-        for r0 in tl.range(0, ranks, BLOCK_R, num_stages=1):
-            offs_r = r0 + tl.arange(0, BLOCK_R)
-            mask_r = offs_r < R
-            # [BLOCK_M, BLOCK_R]
-            g = tl.load(
-                g_ptr + rows_m[:, None] * stride_gm + offs_r[None, :] * stride_gr,
-                mask=mask_m[:, None] & mask_r[None, :],
-                other=0.0,
-            ).to(dtype)
-            # [BLOCK_R, BLOCK_K]
-            a = tl.load(
-                a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar + columns[None, :] * stride_ak,
-                mask=mask_r[:, None] & mask_k[None, :],
-                other=0.0,
-            ).to(dtype)
-            a = to_bank_order(a)
-            if WEIGHT_LEFT:
-                acc = tl.dot(tl.trans(a), tl.trans(g), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(g, a, acc, input_precision="ieee")
+        acc = add_dx_lora(
+            acc,
+            (g_ptr, a_ptr),
+            ((stride_gm, stride_gr), (stride_ar, stride_ak)),
+            rows_m,
+            mask_m,
+            columns,
+            mask_k,
+            (ranks, R),
+            dy_of[0].dtype.element_ty,
+            WEIGHT_LEFT,
+            BLOCK_R,
+        )
 
     if WEIGHT_LEFT:
         acc = tl.trans(acc)
@@ -184,48 +176,6 @@ def _matmul_dx_kernel(
         to_column_order(acc).to(dx_ptr.dtype.element_ty),
         mask=mask_m[:, None] & mask_k[None, :],
     )
-
-
-@triton.jit
-def _rows_of_step(step, ends, N_of, MEMBERS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The member that a step belongs to, the rows of its weight that the step sums over, and which of them there are.
-
-    ends: the steps at which the first member ends, the second one, and all. A step behind the last one has no rows.
-    """
-    member = 0
-    block = step
-    if MEMBERS > 1:
-        member = (step >= ends[0]).to(tl.int32) + (step >= ends[1]).to(tl.int32)
-        block = step - select((0, ends[0], ends[1]), member, MEMBERS)
-    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    return member, offs_n, offs_n < tl.where(step < ends[2], select(N_of, member, MEMBERS), 0)
-
-
-@triton.jit
-def _codes_of_step(
-    step,
-    ends,
-    tensors,
-    strides,
-    N_of,
-    k0,
-    K,
-    FORM: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    THREADS: tl.constexpr,
-    ASM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Loads what a step decodes, see ``load_codes``."""
-    member, offs_n, mask_n = _rows_of_step(step, ends, N_of, MEMBERS, BLOCK_N)
-    tensors, strides = weight_of(tensors, strides, member, FORM[2], MEMBERS)
-    codes = load_codes(tensors, strides, offs_n, mask_n, k0, K, FORM, BLOCK_K, THREADS)
-    low, high = codes[0], codes[1]
-    if ASM:
-        low = hold(low)
-        high = low if FORM[0] == 4 else hold(high)  # with 4 bits both planes are in the same bytes
-    return low, high, codes[2], codes[3], codes[4], codes[5], codes[6], codes[7]
 
 
 def matmul_dx_arguments(

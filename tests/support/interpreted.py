@@ -24,8 +24,8 @@ from triton.runtime.jit import JITFunction
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 dot works on bit patterns. Without a GPU, ``test_compiled.py`` tests bfloat16.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
-MODULES = ("decode_bytes", "decode", "weight_tiles", "split", "matmul", "matmul_dx", "embedding", "softmax_tile")
-MODULES += ("rms_norm", "rope", "gated_activation", "lora_gradients")
+MODULES = ("decode_bytes", "decode", "weight_tiles", "product_tiles", "split", "matmul", "matmul_dx")
+MODULES += ("embedding", "softmax_tile", "rms_norm", "rope", "gated_activation", "lora_gradients")
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
