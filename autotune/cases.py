@@ -26,6 +26,8 @@ CaseKernel = Literal[
     "rope",
     "gated_activation",
     "lora_gradients",
+    "expert_matmul",
+    "expert_matmul_dx",
 ]
 CASE_KERNELS: tuple[CaseKernel, ...] = get_args(CaseKernel)
 # What a kernel computes in several ways, the first one by default.
@@ -47,10 +49,11 @@ class Case:
         kernel: a kernel, or "decode" for the embedding's kernel on all rows (a panel). "rms_norm" and
             "gated_activation" are launched forward and backward.
         config: tile sizes, of products and "embedding"; the default if None. The others have no choice.
-        m: tokens, or rows. Of no use to "decode" and "split_sums".
+        m: tokens, or rows; of "expert_matmul" and "expert_matmul_dx", the out-features of each expert. Of no use to
+            "decode" and "split_sums".
         sizes: out-features of each member of a group; of "embedding" and "decode", the table's rows; of
             "softmax_tile", the columns of one tile after the other; of "split_sums", the elements of each output; of
-            "rope", the heads of q and of k; of "gated_activation", the columns.
+            "rope", the heads of q and of k; of "gated_activation", the columns; over experts, the tokens of each.
         k: in-features; of "rms_norm", the columns; of "rope", those of a head.
         scheme, group_size, scale_dtype, bits: the weights'. A scale_dtype of int8 is for scales of two levels.
         dtype: the activations', the result's, or the logits'.

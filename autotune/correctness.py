@@ -27,11 +27,11 @@ from mebp_triton.kernels.softmax_tile import update_softmax
 from mebp_triton.kernels.split import parts_of, sum_parts
 
 from .cases import Case, Operands, laid_out
+from .expert_cases import EXPERT_OPERATIONS, LORA_SIZE
 from .measure import poisoned
 from .small_operations import OPERATIONS
 
-# The size of LoRA's term beside the weight's own: small enough that an error of either shows.
-LORA_SIZE = 0.06
+ALL_OPERATIONS = OPERATIONS | EXPERT_OPERATIONS
 # Different results whose error must be small beside their own size. A few sums may all happen to cancel.
 FEWEST = 64
 # Float32 exponentials are approximated on a GPU.
@@ -74,7 +74,7 @@ def check(case: Case, device: torch.device | str = "cpu") -> Verdict:
 def prepare(case: Case, device: torch.device | str = "cpu") -> Prepared:
     """Makes a case's operands, the same ones for the same case, and its right result."""
     kinds: dict[str, type[Prepared]] = {"softmax_tile": _SoftmaxTiles, "split_sums": _SplitSums}
-    kinds |= dict.fromkeys(OPERATIONS, _SmallOperation)
+    kinds |= dict.fromkeys(ALL_OPERATIONS, _Operation)
     kinds |= {"embedding": _Rows, "decode": _Rows, "matmul": _Forward, "matmul_dx": _Backward}
     return kinds[case.kernel](case, Operands(case, torch.device(device)))  # type: ignore[call-arg]
 
@@ -280,11 +280,11 @@ class _SplitSums:
         return _bits(found, self.wanted)
 
 
-class _SmallOperation:
-    """Results of kernels without int4 weights, against torch in the same dtype and in float64."""
+class _Operation:
+    """Results of kernels over experts, and without int4 weights, against torch in the same dtype and in float64."""
 
     def __init__(self, case: Case, operands: Operands) -> None:
-        self.operation = OPERATIONS[case.kernel](case, operands)
+        self.operation = ALL_OPERATIONS[case.kernel](case, operands)
         self.same, self.truth = (self.operation.by_torch(dtype) for dtype in (case.dtype, torch.float64))
         # A sum of equal terms takes up the same rounding again and again, in a kernel and in torch.
         self.product = self.operation.product and case.layout != "expanded"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .configs import Panel
+from .configs import Kernel, Panel, TileConfig
 from .layout import Int4Weight
-from .ops import cross_entropy_op, embedding_op, fields_of, matmul, matmul_dx, no_autocast, shaped
+from .ops import cross_entropy_op, embedding_op, fields_of, is_watched, matmul, matmul_dx, no_autocast, shaped
 from .panel import int4_matmul_dx_group_panel
-from .routing import resolve_backend, routed
+from .routing import resolve_backend, routed, routed_over_experts
 from .tables import Route, architecture_of
+
+if TYPE_CHECKING:
+    from .expert_table import Experts
 
 
 def int4_matmul(
@@ -174,6 +178,7 @@ def int4_expert_products(
 ) -> Tensor:
     """Computes ``Y_i = X_i·W_iᵀ + t_i·b_iᵀ`` for weights of one shape, each with rows of its own.
 
+    It is one launch where a fused kernel takes the weights: they are of one form, and lie in one storage.
     Not differentiable: it is for use within an autograd function.
 
     Args:
@@ -185,15 +190,20 @@ def int4_expert_products(
         ``[S, N]`` in x's dtype.
     """
     _check("x", x, weights[0].in_features, weights[0], backend)
-    y = x.new_empty(x.shape[0], weights[0].out_features)
-    ts = [None] * len(weights) if t is None else t.split(list(rows))
-    bs = [None] * len(weights) if b is None else b
+
+    def one_by_one() -> Tensor:
+        y = x.new_empty(x.shape[0], weights[0].out_features)
+        for weight, own_x, own_y, own_t, own_b in _by_expert(weights, rows, (x, y, t), b):
+            own_y.copy_(matmul(own_x, weight, None, own_t, own_b, backend))
+        return y
+
+    def together(experts: Experts, route: TileConfig) -> Tensor:
+        from .expert_products import int4_expert_products_triton
+
+        return int4_expert_products_triton(x, experts, rows, t, b, route)
+
     with no_autocast(x):
-        for given, made, weight, own_t, own_b in zip(
-            x.split(list(rows)), y.split(list(rows)), weights, ts, bs, strict=True
-        ):
-            made.copy_(matmul(given, weight, None, own_t, own_b, backend))
-    return y
+        return _expert_products("matmul", x, weights, backend, one_by_one, together)
 
 
 def int4_expert_products_dx(
@@ -216,15 +226,52 @@ def int4_expert_products_dx(
         ``[S, K]`` in dy's dtype.
     """
     _check("dy", dy, weights[0].out_features, weights[0], backend)
-    dx = dy.new_empty(dy.shape[0], weights[0].in_features)
-    gs = [None] * len(weights) if g is None else g.split(list(rows))
-    own = [None] * len(weights) if a is None else a
+
+    def one_by_one() -> Tensor:
+        dx = dy.new_empty(dy.shape[0], weights[0].in_features)
+        for weight, own_dy, own_dx, own_g, own_a in _by_expert(weights, rows, (dy, dx, g), a):
+            own_dx.copy_(matmul_dx(own_dy, weight, own_g, own_a, backend))
+        return dx
+
+    def together(experts: Experts, route: TileConfig) -> Tensor:
+        from .expert_products import int4_expert_products_dx_triton
+
+        return int4_expert_products_dx_triton(dy, experts, rows, g, a, route)
+
     with no_autocast(dy):
-        for given, made, weight, own_g, own_a in zip(
-            dy.split(list(rows)), dx.split(list(rows)), weights, gs, own, strict=True
-        ):
-            made.copy_(matmul_dx(given, weight, own_g, own_a, backend))
-    return dx
+        return _expert_products("matmul_dx", dy, weights, backend, one_by_one, together)
+
+
+def _by_expert(
+    weights: Sequence[Int4Weight], rows: Sequence[int], tensors: Sequence[Tensor | None], high: Tensor | None
+) -> Iterator[tuple[Any, ...]]:
+    """Each expert's weight, its rows of each of the ``tensors``, and its part of LoRA's high side; None is None."""
+    parts = [[None] * len(weights) if tensor is None else tensor.split(list(rows)) for tensor in tensors]
+    return zip(weights, *parts, [None] * len(weights) if high is None else high, strict=True)
+
+
+def _expert_products(
+    kernel: Kernel,
+    operand: Tensor,
+    weights: Sequence[Int4Weight],
+    backend: str,
+    one_by_one: Callable[[], Tensor],
+    together: Callable[[Experts, TileConfig], Tensor],
+) -> Tensor:
+    """The products of experts in one launch where it can take them, and else one after the other."""
+    if resolve_backend(backend, operand.device, operand.dtype) == "panel" or is_watched(operand):
+        return one_by_one()
+    from .expert_table import Experts, can_join
+
+    if not can_join(weights):
+        return one_by_one()
+    experts = Experts(weights)
+    problem = experts.problem(kernel, operand.shape[0], operand.dtype)
+
+    def launch(route: Route) -> Tensor:
+        return one_by_one() if isinstance(route, Panel) else together(experts, route)
+
+    return routed_over_experts(problem, operand.device, launch)
 
 
 def _alike(weights: Sequence[Int4Weight]) -> bool:

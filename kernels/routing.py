@@ -22,6 +22,9 @@ from .tables import Route, Table, architecture_of, bucket, load_tables
 
 Result = TypeVar("Result")
 
+# From so many tokens of an expert on, panels of the single experts' weights may be taken.
+MANY_OF_EXPERT = 1024
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -59,20 +62,28 @@ class Routes:
     Attributes:
         table: what was tuned for it.
         too_large: configurations that a device turned out to have no room for, and which are not chosen again.
-        choose: ``find_route`` of a problem, remembered, since every launch asks.
+        choose: ``find`` of a problem, remembered, since every launch asks.
 
     Args:
         tensor_cores: whether its products are those of tensor cores, see ``default_route``.
+        find: ``find_route``, or ``find_expert_route`` for launches over experts.
     """
 
-    def __init__(self, table: Table, tensor_cores: bool = True) -> None:
-        self.table, self.tensor_cores = table, tensor_cores
+    def __init__(
+        self, table: Table, tensor_cores: bool = True, find: Callable[[Problem, Table, bool], Route] | None = None
+    ) -> None:
+        self.table, self.tensor_cores, self.find = table, tensor_cores, find or find_route
         self.too_large: set[TileConfig] = set()
         self.choose = functools.lru_cache(maxsize=4096)(self._choose)
 
     def _choose(self, problem: Problem) -> Route:
-        route = find_route(problem, self.table, self.tensor_cores)
+        route = self.find(problem, self.table, self.tensor_cores)
         return default_config(problem) if route in self.too_large else route
+
+    @functools.cached_property
+    def over_experts(self) -> Routes:
+        """The routes of launches over experts, by the same table."""
+        return Routes(self.table, self.tensor_cores, find_expert_route)
 
     def refuse(self, problem: Problem) -> None:
         """Makes ``choose`` give the default from now on, wherever it gave the configuration that this problem got.
@@ -109,6 +120,19 @@ def find_route(problem: Problem, table: Table, tensor_cores: bool = True) -> Rou
     if isinstance(route, TileConfig) and not route.suits(problem):
         return replace(route, scale_sums=False)  # the weight does not let sums be scaled
     return route
+
+
+def find_expert_route(problem: Problem, table: Table, tensor_cores: bool = True) -> Route:
+    """The route of a launch over experts, for the problem that ``Experts.problem`` makes of it: not split.
+
+    A table knows whether panels are faster for one weight. Those of an expert are small, and there are many: each takes
+    two launches and more. So tiles have most of the problems, if the table has any for so many tokens.
+    """
+    route = find_route(problem, table, tensor_cores)
+    if isinstance(route, Panel) and problem.m < MANY_OF_EXPERT:
+        tiles = {item: entry for item, entry in table.items() if isinstance(entry.route, TileConfig)}
+        route = find_route(problem, tiles, tensor_cores)
+    return route if isinstance(route, Panel) else replace(route, split=1)
 
 
 def _may_stand_in(item: Problem, wanted: Problem) -> bool:
@@ -159,7 +183,18 @@ def routed(kernel: Kernel, operand: Tensor, weights: Sequence[Int4Weight], launc
     group = group_of(weights)
     assert group is not None
     problem = group.problem(kernel, operand.shape[0], operand.dtype)
-    routes = routes_of(architecture_of(operand.device))
+    return _by_route(problem, routes_of(architecture_of(operand.device)), launch)
+
+
+def routed_over_experts(problem: Problem, device: torch.device, launch: Callable[[Route], Result]) -> Result:
+    """As ``routed``, for the problem that ``Experts.problem`` makes.
+
+    Buckets stand for problems, of which there are many: the numbers of tokens and of chosen experts change.
+    """
+    return _by_route(bucket(problem), routes_of(architecture_of(device)).over_experts, launch)
+
+
+def _by_route(problem: Problem, routes: Routes, launch: Callable[[Route], Result]) -> Result:
     try:
         return launch(routes.choose(problem))
     except _out_of_resources() as error:

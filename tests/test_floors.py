@@ -12,13 +12,13 @@ from sources import ROOT, SOURCES, TREES, check, imports, module_name
 FLOORS = {
     "kernels": """names layout decode_bytes decode weight_tiles running_softmax reference configs bitsandbytes
         accuracy launch softmax_tile split group_fit scales compensation quantize rounding tables product_tiles matmul
-        matmul_dx embedding rms_norm rope gated_activation panel cross_entropy routing lora_gradients
-        token_products ops functions""",
+        matmul_dx expert_table expert_products embedding rms_norm rope gated_activation panel cross_entropy routing
+        lora_gradients token_products ops functions""",
     "autotune": """emulator.faults emulator.floats emulator.bit_operations emulator.parser emulator.number_types
         emulator.operations emulator.global_memory emulator.shared_memory emulator.matrix emulator.counts emulator.state
         emulator.thread_steps emulator.memory_steps emulator.matrix_steps emulator.group_steps emulator.machine
         emulator.tensors emulator.driver sass shapes compile timing ceilings measure cases small_operations
-        correctness execute cost_model space log rank results shipping tune report""",
+        expert_cases correctness execute cost_model space log rank results shipping tune report""",
     "layers": """lora_config stacked_adapters lora_function experts int4_module linear shared_input deferred_logits head
         loss""",
     "system": """errors foreign_errors units temporaries random_state reading atomic strict_json safetensors_file

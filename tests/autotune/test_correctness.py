@@ -21,6 +21,8 @@ CASES = {
     "rope": Case("rope", m=5, sizes=(5, 2), k=50, rank=48, split=2, style="inverse"),
     "gated_activation": Case("gated_activation", m=5, layout="offset", dtype=torch.float16),
     "lora_gradients": Case("lora_gradients", m=70, sizes=(40, 3), rank=5),
+    "expert_matmul": Case("expert_matmul", m=20, sizes=(0, 18), k=70, rank=4),
+    "expert_matmul_dx": Case("expert_matmul_dx", m=20, sizes=(0, 18), k=70, rank=4, dtype=torch.float32),
 }
 
 

@@ -15,14 +15,19 @@ from token_gradients import SIZES as GRADIENT_SIZES
 from token_gradients import verdicts
 
 from mebp_triton.autotune.cases import LAYOUTS, STYLES, Case
-from mebp_triton.autotune.compile import resource_usage
+from mebp_triton.autotune.compile import blank_weight, compile_for, resource_usage
 from mebp_triton.autotune.correctness import check, prepare
 from mebp_triton.autotune.emulator.driver import Emulator
 from mebp_triton.autotune.emulator.state import no_blocks
+from mebp_triton.autotune.expert_cases import blank_expert_launch
+from mebp_triton.autotune.rank import unfit
 from mebp_triton.kernels import gated_activation, reference, rms_norm, rope
 from mebp_triton.kernels.configs import TileConfig
+from mebp_triton.kernels.expert_table import Experts
 from mebp_triton.kernels.layout import SCALE_DTYPES
-from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
+from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES, Form
+from mebp_triton.kernels.routing import routes_of
+from mebp_triton.kernels.tables import bucket
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # With different instructions each. On sm_90, tiles of 64 x 64 with four warps are multiplied by ``wgmma``. A device of
@@ -91,7 +96,27 @@ def of_8_bits():
         yield 80, Case(kernel, None, scale_dtype=scale_dtype, dtype=dtype, layout="padded", **form._asdict())
 
 
-PRODUCTS, OTHERS = list(products()), [*others(), *of_8_bits()]
+def over_experts():
+    """Products of experts with no token, with one, and with more than a tile; sizes as those of ``SIZES``."""
+    tokens = ((20, 0, 1, 70), (3,))
+    for kernel, rows, (n, k), tile, target, form, dtype, scale_dtype, layout, rank in pairs(
+        ("expert_matmul", "expert_matmul_dx"),
+        tokens,
+        ((80, 320), (67, 200)),
+        TILES[:3],
+        TARGETS[1:],
+        [form for form in FORMS if form.group_size <= 64 and (form.bits == 4 or form.group_size == 16)],
+        DTYPES[:2],
+        (torch.float16, torch.int8),
+        ("contiguous", "offset"),
+        (0, 5),
+    ):
+        config = TileConfig(*tile, weight_left=kernel == "expert_matmul" or tile[0] == 16)
+        kind = {"dtype": dtype, "scale_dtype": scale_dtype, "layout": layout, "rank": rank, **form._asdict()}
+        yield target, Case(kernel, config, n, rows, k, **kind)
+
+
+PRODUCTS, OTHERS = list(products()), [*others(), *of_8_bits(), *over_experts()]
 
 
 def identity(value):
@@ -202,6 +227,20 @@ def test_small_operations_in_other_layouts(target, case):
     with Emulator(target):
         verdict = check(case)
     assert verdict.ok, verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "m"), [("matmul", 80, 16), ("matmul", 90, 128), ("matmul_dx", 80, 64), ("matmul_dx", 90, 16)]
+)
+def test_products_of_experts_keep_to_their_registers(kernel, target, m):
+    """And no load is waited for in the main loop, by the route that the tables give."""
+    experts = Experts([blank_weight(768, 2048, Form("symmetric", 64, 4), torch.float16)] * 128)
+    problem = bucket(experts.problem(kernel, 128 * m, torch.bfloat16))
+    config = routes_of(f"sm_{target}").over_experts.choose(problem)
+    assert isinstance(config, TileConfig) and config.block_m == m
+    function, arguments = blank_expert_launch(kernel, experts, 128 * m, config)
+    static = compile_for(function, arguments, target, config.launch_options())
+    assert unfit(problem, static) is None
 
 
 @pytest.mark.parametrize(

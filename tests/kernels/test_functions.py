@@ -1,12 +1,15 @@
 """The operations as functions of ``Int4Weight``: shapes, mistakes, and which launcher a call takes."""
 
+import functools
+
 import pytest
 import torch
 from pairs import pairs
 
-from mebp_triton.kernels import functions, ops, reference, routing
+from mebp_triton.autotune.expert_cases import in_one_storage
+from mebp_triton.kernels import expert_products, functions, ops, reference, routing
 from mebp_triton.kernels.accuracy import judge
-from mebp_triton.kernels.configs import TileConfig, default_config
+from mebp_triton.kernels.configs import PANEL, TileConfig, default_config
 from mebp_triton.kernels.functions import (
     int4_cross_entropy,
     int4_expert_products,
@@ -173,3 +176,35 @@ class TestRoutes:
         weights = [make_weight(20, 70, 32), make_weight(9, 70, 64)]
         int4_matmul_dx_group([normal(3, 20), normal(3, 9)], weights, backend="triton")
         assert sorted(asked) == [9, 20]
+
+    @pytest.mark.parametrize(("apart", "route"), [(False, TileConfig(16, 16, 64)), (False, PANEL), (True, PANEL)])
+    def test_experts(self, make_weight, normal, monkeypatch, apart, route):
+        """Weights in one storage go in one launch, unless the route is panels; others one by one. All are right."""
+        launched, rows, experts = [], [3, 0, 5], [make_weight(20, 70, 32, seed=seed) for seed in range(3)]
+        if not apart:
+            experts = in_one_storage(experts)
+        for name in ("int4_expert_products_triton", "int4_expert_products_dx_triton"):
+            told = functools.partial(noted, launched, getattr(expert_products, name))
+            monkeypatch.setattr(expert_products, name, told)
+        told = Told(lambda problem: route)
+        told.over_experts = told
+        monkeypatch.setattr(routing, "routes_of", lambda architecture: told)
+        x, dy = normal(8, 70), normal(8, 20)
+        t, b, g, a = normal(8, 4), normal(3, 20, 4, seed=2), normal(8, 4, seed=3), normal(3, 4, 70, seed=4)
+        y = int4_expert_products(x, experts, rows, t, b, "triton")
+        dx = int4_expert_products_dx(dy, experts, rows, g, a, "triton")
+        assert len(launched) == (2 if isinstance(route, TileConfig) else 0)
+        assert all(config == route for config in launched)
+        ys = zip(x.split(rows), experts, [None] * 3, t.split(rows), b, strict=True)
+        dxs = zip(dy.split(rows), experts, g.split(rows), a, strict=True)
+        y_truth, dx_truth = (
+            torch.cat([twin(*one) for one in parts])
+            for twin, parts in ((reference.matmul, ys), (reference.matmul_dx, dxs))
+        )
+        torch.testing.assert_close(y, y_truth, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dx, dx_truth, rtol=1e-4, atol=1e-4)
+
+
+def noted(launched, launch, *operands):
+    launched.append(operands[-1])
+    return launch(*operands)

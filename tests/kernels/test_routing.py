@@ -12,7 +12,16 @@ from mebp_triton.kernels import embedding, functions, reference, routing
 from mebp_triton.kernels.configs import PANEL, Panel, Problem, TileConfig, default_config
 from mebp_triton.kernels.functions import int4_embedding, int4_matmul, int4_matmul_dx
 from mebp_triton.kernels.names import BACKENDS
-from mebp_triton.kernels.routing import Routes, default_route, find_route, resolve_backend, routed, routes_of
+from mebp_triton.kernels.routing import (
+    Routes,
+    default_route,
+    find_expert_route,
+    find_route,
+    resolve_backend,
+    routed,
+    routed_over_experts,
+    routes_of,
+)
 from mebp_triton.kernels.tables import Entry, architecture_of, bucket, table_to_json, user_table_path
 
 
@@ -195,3 +204,34 @@ def test_a_group_is_one_problem(make_weight, normal, monkeypatch):
     wanted = default_config(Problem("matmul", 100, 53, 70, "affine", 32, torch.float32))
     assert routed("matmul", normal(100, 70), weights, lambda route: route) == wanted
     assert asked == [architecture_of(weights[0].device)]
+
+
+def test_experts_take_tiles_unless_each_has_many_tokens():
+    """Panels of their small weights are slower than panels of a large one, of which a table knows."""
+    many = Problem("matmul", 1024, 4096, 1024)
+    table = table_of(
+        {
+            replace(PROBLEM, m=16): TILE,
+            replace(PROBLEM, n=1024): TILE,
+            PROBLEM: PANEL,
+            replace(many, n=1024): TILE,
+            many: PANEL,
+        }
+    )
+    unsplit = replace(TILE, split=1)
+    assert find_expert_route(replace(PROBLEM, m=16), table) == unsplit
+    assert find_route(PROBLEM, table) == PANEL and find_expert_route(PROBLEM, table) == unsplit
+    assert find_expert_route(many, table) == PANEL
+    assert find_expert_route(PROBLEM, {}) == default_config(PROBLEM)
+    assert find_expert_route(replace(PROBLEM, m=512), {}) == PANEL, "nothing is known of so many tokens"
+    assert find_expert_route(PROBLEM, {}, tensor_cores=False) == PANEL
+
+
+def test_experts_have_routes_of_their_own_by_buckets(monkeypatch):
+    routes = Routes(table_of({PROBLEM: TILE}))
+    monkeypatch.setattr(routing, "routes_of", lambda architecture: routes)
+    for m, n in ((33, 2040), (64, 2100)):
+        found = routed_over_experts(replace(PROBLEM, m=m, n=n), torch.device("cpu"), lambda route: route)
+        assert found == replace(TILE, split=1)
+    assert routes.choose(PROBLEM) == TILE
+    assert routes.over_experts.choose.cache_info().currsize == 1

@@ -25,7 +25,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 dot works on bit patterns. Without a GPU, ``test_compiled.py`` tests bfloat16.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 MODULES = ("decode_bytes", "decode", "weight_tiles", "product_tiles", "split", "matmul", "matmul_dx")
-MODULES += ("embedding", "softmax_tile", "rms_norm", "rope", "gated_activation", "lora_gradients")
+MODULES += ("expert_table", "expert_products", "embedding", "softmax_tile", "rms_norm", "rope", "gated_activation")
+MODULES += ("lora_gradients",)
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
