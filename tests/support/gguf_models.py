@@ -81,9 +81,12 @@ def keys_of(arch: str) -> Keys:
         keys["attention.sliding_window_pattern"] = 2
     if arch in ("qwen2moe", "qwen3moe"):
         keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
-    if arch == "lfm2":
+    if arch == "lfm2moe":
+        keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
+        keys |= {"leading_dense_block_count": 1, "expert_gating_func": 2}
+    if arch in ("lfm2", "lfm2moe"):
         keys |= {"attention.head_count_kv": [0, KV_HEADS], "shortconv.l_cache": 3}
-    if arch in ("smollm3", "mistral3", "qwen35", "qwen35moe", "gpt-oss"):
+    if arch in ("smollm3", "mistral3", "qwen35", "qwen35moe", "qwen3next", "gpt-oss"):
         keys |= {"attention.key_length": HEAD, "attention.value_length": HEAD}
     if arch == "smollm3":
         keys["block_count"] = 4
@@ -96,11 +99,11 @@ def keys_of(arch: str) -> Keys:
         keys |= {"attention.head_count_kv": [0, KV_HEADS], "rope.scaling.finetuned": False}
         keys |= {"ssm.conv_kernel": 4, "ssm.inner_size": INNER, "ssm.state_size": STATE}
         keys |= {"ssm.time_step_rank": STATE_HEADS, "ssm.group_count": 1}
-    if arch in ("qwen35", "qwen35moe"):
+    if arch in ("qwen35", "qwen35moe", "qwen3next"):
         keys |= {"rope.dimension_count": HEAD // 2, "rope.dimension_sections": [2, 1, 1, 0]}
         keys |= {"ssm.conv_kernel": 4, "ssm.inner_size": STATE * STATE_HEADS, "ssm.state_size": STATE}
         keys |= {"ssm.time_step_rank": STATE_HEADS, "ssm.group_count": KEY_GROUPS, "full_attention_interval": 2}
-    if arch == "qwen35moe":
+    if arch in ("qwen35moe", "qwen3next"):
         keys |= {"expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": EXPERT_FFN}
         keys |= {"expert_shared_feed_forward_length": SHARED_FFN}
     if arch == "gpt-oss":
@@ -340,6 +343,14 @@ OF_ONE: dict[str, dict[str, tuple[Keys, dict[str, Any]]]] = {
             {"block_count": 3, "nextn_predict_layers": 1},
             each_block(QWEN35_MIXTURE | GATED | PREDICTOR, 2),
         ),
+    },
+    "qwen3next": {
+        "one matrix": (
+            {},
+            {"blk.0.attn_qkv.weight": None, "blk.0.attn_gate.weight": None}
+            | {"blk.0.ssm_in.weight": (2 * (KEY_GROUPS + STATE_HEADS) * STATE, HIDDEN)},
+        ),
+        "nextn_predict_layers": ({"nextn_predict_layers": 0}, {}),
     },
     "gemma4": {
         "wide MLPs": (

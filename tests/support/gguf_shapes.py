@@ -122,6 +122,9 @@ MODELS: dict[str, Tensors] = {
     "gpt2": model(FUSED, bias=True) | {"position_embd.weight": (CONTEXT, HIDDEN)},
     "mamba": model(MAMBA),
     "lfm2": LFM2,
+    "lfm2moe": {name: shape for name, shape in LFM2.items() if not name.startswith("blk.1.ffn_")}
+    | {f"blk.1.{name}": shape for name, shape in experts().items()}
+    | {"blk.1.ffn_norm.weight": (HIDDEN,), "blk.1.exp_probs_b.bias": (EXPERTS,)},
     "minimax-m2": model(
         NORMS
         | attention()
@@ -199,6 +202,12 @@ MODELS |= {
     "granitehybrid": blocks(NORMS | MAMBA2 | mlp(), NORMS | attention() | mlp(), head=False),
     "qwen35": blocks(QWEN35_NORMS | DELTA | mlp(), QWEN35_NORMS | GATED | mlp()),
     "qwen35moe": blocks(QWEN35_MIXTURE | DELTA, QWEN35_MIXTURE | GATED),
+    "qwen3next": blocks(
+        QWEN35_MIXTURE
+        | {name: shape for name, shape in DELTA.items() if name not in ("ssm_alpha.weight", "ssm_beta.weight")}
+        | {"ssm_ba.weight": (2 * STATE_HEADS, HIDDEN)},
+        QWEN35_MIXTURE | GATED,
+    ),
     "gpt-oss": model(
         norm("attn_norm")
         | norm("post_attention_norm")

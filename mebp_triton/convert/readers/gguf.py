@@ -200,7 +200,7 @@ class GgufFile:
         for entry in entries:
             with one_line(f"{self.path}: {entry.name} of type {entry.kind} cannot be decoded", "use another GGUF type"):
                 parts.append(self._layout.process(entry.name, self._float(entry, expert)))
-        value = torch.from_numpy(np.ascontiguousarray(self._layout.join(parts)))
+        value = torch.from_numpy(np.ascontiguousarray(self._layout.join(entries[0].name, parts)))
         lies_alike = value.shape[-1:] == shape[-1:] or value.squeeze().shape == torch.Size(s for s in shape if s != 1)
         return value.view(shape) if lies_alike and value.numel() == math.prod(shape) else value
 
@@ -223,7 +223,7 @@ class GgufFile:
         if len(places) < len(orders) or len({shape[1] for shape in shapes}) > 1:
             return None
         matrix = stack([self._matrix(entry, expert) for entry in entries])
-        columns, rows = places[0].columns, self._layout.join_rows([place.rows for place in places])
+        columns, rows = places[0].columns, self._layout.join_rows(entries[0].name, [place.rows for place in places])
         matrix = matrix if is_sorted(rows) else matrix.take_rows(rows)
         return matrix if is_sorted(columns) else matrix.take_columns(columns)
 

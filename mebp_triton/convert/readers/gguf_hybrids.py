@@ -26,11 +26,14 @@ from .gguf_rules import (
     LLAMA,
     NEUTRAL,
     QWEN2,
+    SIGMOID,
+    SOFTMAX,
     count,
     key_heads,
 )
 from .gguf_undo import (
     Undo,
+    by_key_heads,
     columns_of_value_heads,
     log_of_negative,
     minus_one,
@@ -57,6 +60,20 @@ def _qwen_layers(settings: Settings) -> list[str]:
     return ["linear_attention" if each else "full_attention" for each in recurrent[:layers]]
 
 
+LFM2: dict[str, Rule] = (
+    LLAMA
+    | KEY_HEADS  # none: a convolution in place of attention
+    | {
+        "attention.key_length": HEAD_OF_ONE_WIDTH["attention.key_length"],
+        "attention.layer_norm_rms_epsilon": Set("norm_eps"),
+        "shortconv.l_cache": Set("conv_L_cache"),
+    }
+)
+LFM2_FIXED = {"conv_bias": False}
+LFM2_DERIVED: dict[str, Any] = {
+    "num_key_value_heads": lambda s: max(key_heads(s)),
+    "layer_types": _kinds(LFM2_LAYERS),
+}
 QWEN35: dict[str, Rule] = LLAMA | {
     "rope.dimension_sections": Unused("a token of text has one position for all sections"),
     "ssm.conv_kernel": Set("linear_conv_kernel_dim", read=count),
@@ -70,6 +87,15 @@ QWEN35: dict[str, Rule] = LLAMA | {
     "full_attention_interval": Set("_interval", 4, count),
     "attention.recurrent_layers": Set("_recurrent", None, each_layer=True),
     "nextn_predict_layers": Set("_predictors", 0),
+}
+QWEN_MIXTURE: dict[str, Rule] = {
+    "feed_forward_length": Unused("all layers are mixtures"),
+    "expert_count": Set("num_experts", read=count),
+    "expert_used_count": Set("num_experts_per_tok", read=count),
+    "expert_feed_forward_length": Set("moe_intermediate_size", read=count),
+    "expert_shared_feed_forward_length": Set("shared_expert_intermediate_size", read=count),
+    "expert_gating_func": one_of(SOFTMAX),
+    "expert_weights_norm": one_of(True),
 }
 QWEN35_DERIVED: dict[str, Any] = {
     # The file counts the blocks that predict further tokens.
@@ -90,7 +116,7 @@ QWEN35_UNDO: dict[str, Undo] = {
     ".ssm_out.weight": columns_of_value_heads,
     "norm.weight": minus_one,
 }
-QWEN35_NAMES = {"linear_attn.dt_bias": ("ssm_dt.bias",)}
+QWEN35_NAMES: dict[str, tuple[str, ...]] = {"linear_attn.dt_bias": ("ssm_dt.bias",)}
 
 
 HYBRIDS: dict[str, Architecture] = {
@@ -116,17 +142,20 @@ HYBRIDS: dict[str, Architecture] = {
         derived={"expand": lambda s: s["intermediate_size"] // s["hidden_size"]},
         undo={"ssm_a": log_of_negative},
     ),
-    "lfm2": Architecture(
-        "lfm2",
-        LLAMA
+    "lfm2": Architecture("lfm2", LFM2, fixed=LFM2_FIXED | {"block_auto_adjust_ff_dim": False}, derived=LFM2_DERIVED),
+    "lfm2moe": Architecture(
+        "lfm2_moe",
+        LFM2
         | {
-            "attention.key_length": HEAD_OF_ONE_WIDTH["attention.key_length"],
-            **KEY_HEADS,  # none: a convolution in place of attention
-            "attention.layer_norm_rms_epsilon": Set("norm_eps"),
-            "shortconv.l_cache": Set("conv_L_cache"),
+            "leading_dense_block_count": Set("num_dense_layers", 0),
+            "expert_count": Set("num_experts", read=count),
+            "expert_used_count": Set("num_experts_per_tok", read=count),
+            "expert_feed_forward_length": Set("moe_intermediate_size", read=count),
+            "expert_gating_func": one_of(SIGMOID),
         },
-        fixed={"conv_bias": False, "block_auto_adjust_ff_dim": False},
-        derived={"num_key_value_heads": lambda s: max(key_heads(s)), "layer_types": _kinds(LFM2_LAYERS)},
+        fixed=LFM2_FIXED | {"use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+        derived=LFM2_DERIVED,
+        names={"feed_forward.expert_bias": ("exp_probs_b.bias",)},
     ),
     "qwen35": Architecture(
         "qwen3_5_text",
@@ -139,21 +168,24 @@ HYBRIDS: dict[str, Architecture] = {
     ),
     "qwen35moe": Architecture(
         "qwen3_5_moe_text",
-        QWEN35
-        | {
-            "feed_forward_length": Unused("all layers are mixtures"),
-            "expert_count": Set("num_experts", read=count),
-            "expert_used_count": Set("num_experts_per_tok", read=count),
-            "expert_feed_forward_length": Set("moe_intermediate_size", read=count),
-            "expert_shared_feed_forward_length": Set("shared_expert_intermediate_size", read=count),
-            "expert_gating_func": one_of(1),
-            "expert_weights_norm": one_of(True),
-        },
+        QWEN35 | QWEN_MIXTURE,
         rope="partial",
         fixed={"attention_bias": False},
         derived=QWEN35_DERIVED,
         undo=QWEN35_UNDO,
         names=QWEN35_NAMES,
+    ),
+    "qwen3next": Architecture(
+        "qwen3_next",
+        QWEN35 | QWEN_MIXTURE,
+        rope="partial",
+        fixed={"attention_bias": False, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        derived=QWEN35_DERIVED | {"intermediate_size": same_as("moe_intermediate_size")},
+        undo={".ssm_a": log_of_negative} | {end: QWEN35_UNDO[end] for end in (".ssm_norm.weight", "norm.weight")},
+        # Older files have queries, keys, values and gates in one matrix, as the model has them.
+        names=QWEN35_NAMES
+        | {"linear_attn.in_proj_qkvz.weight": ("ssm_in.weight", "attn_qkv.weight", "attn_gate.weight")},
+        joined={"attn_qkv.weight": by_key_heads},
     ),
     "granitehybrid": Architecture(
         "granitemoehybrid",

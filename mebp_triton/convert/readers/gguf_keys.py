@@ -85,6 +85,7 @@ class Architecture:
             parameter, in this order.
         adapterless: GGUF's names, without ``blk.N.``, of matrices whose adapters llama.cpp reads and does not apply.
         interleaved: whether the rows of several tensors take turns in the parameter instead.
+        joined: what undoes the converter's changes of rows that lie in several tensors, by the end of the first's name.
     """
 
     model_type: str
@@ -101,6 +102,7 @@ class Architecture:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     adapterless: frozenset[str] = frozenset()
     interleaved: bool = False
+    joined: dict[str, Undo] = field(default_factory=dict)
 
 
 def one_of(*values: Any) -> Only:

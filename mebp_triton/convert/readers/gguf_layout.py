@@ -138,16 +138,18 @@ class GgufLayout:
         order = self.order(name, shape, transposed)
         return None if order is None else order.rows
 
-    def join(self, parts: list[np.ndarray]) -> np.ndarray:
-        """The parameter that parts are: their rows below each other, or by turns along the last side."""
+    def join(self, name: str, parts: list[np.ndarray]) -> np.ndarray:
+        """The parameter that parts are, the first called ``name``: their rows below each other, or by turns."""
         if len(parts) == 1:
             return parts[0]
         if self._known.interleaved:
             return np.stack(parts, -1).reshape(*parts[0].shape[:-1], -1)
-        return np.concatenate(parts, max(0, parts[0].ndim - 2))
+        rows = np.concatenate(parts, max(0, parts[0].ndim - 2))
+        undo = next((undo for end, undo in self._known.joined.items() if name.endswith(end)), None)
+        return rows if undo is None else undo(rows, self._config)
 
-    def join_rows(self, orders: list[Tensor]) -> Tensor:
-        """The rows, in parts that lie below each other, that each row of their parameter comes from."""
+    def join_rows(self, name: str, orders: list[Tensor]) -> Tensor:
+        """The rows, in parts that lie below each other, that each row of their parameter comes from; see ``join``."""
         starts = np.cumsum([0, *map(len, orders)])
-        shifted = [order + start for order, start in zip(orders, starts.tolist(), strict=False)]
-        return torch.stack(shifted, -1).flatten() if self._known.interleaved else torch.cat(shifted)
+        shifted = [(order + start).numpy() for order, start in zip(orders, starts.tolist(), strict=False)]
+        return torch.from_numpy(self.join(name, shifted))

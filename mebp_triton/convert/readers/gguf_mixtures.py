@@ -15,13 +15,13 @@ from .gguf_rules import (
     NEUTRAL,
     QWEN2,
     SHAPE,
+    SIGMOID,
+    SOFTMAX,
     count,
     layer_types,
     period,
 )
 from .gguf_undo import transposed
-
-SOFTMAX, SIGMOID = 1, 2
 
 
 def _sigmoid(value: Any) -> str:

@@ -20,6 +20,7 @@ def _plain_scale(value: Any, settings: Settings) -> bool:
     return value == 0 or math.isclose(value, width_of_head(settings) ** -0.5, rel_tol=1e-5)
 
 
+SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers of what makes an expert's weight of its score
 HEAD_OF_ANY_WIDTH: dict[str, Rule] = {"attention.key_length": Set("head_dim", head_size)}
 HEAD_OF_ONE_WIDTH: dict[str, Rule] = {
     "attention.key_length": Only(lambda value, s: value == head_size(s), "the hidden size divided by the heads")
@@ -72,7 +73,7 @@ MIXTURE: dict[str, Rule] = {
     "expert_feed_forward_length": Set(
         "moe_intermediate_size", lambda s: s["intermediate_size"] // s["num_experts_per_tok"]
     ),
-    "expert_gating_func": one_of(1),  # softmax
+    "expert_gating_func": one_of(SOFTMAX),
 }
 
 

@@ -73,3 +73,11 @@ def value_heads_behind_keys(values: np.ndarray, config: PretrainedConfig) -> np.
 def columns_of_value_heads(values: np.ndarray, config: PretrainedConfig) -> np.ndarray:
     """Columns that read ``value_heads``."""
     return value_heads(values.T, config).T
+
+
+def by_key_heads(values: np.ndarray, config: PretrainedConfig) -> np.ndarray:
+    """Rows of each key head's query, key, values and gates in turn, where a file has all of a kind (Qwen3-Next)."""
+    heads, keys = config.linear_num_key_heads, config.linear_num_key_heads * config.linear_key_head_dim
+    kinds = np.split(values, np.cumsum([keys, keys, (len(values) - 2 * keys) // 2]))
+    of_heads = [kind.reshape(heads, -1, *values.shape[1:]) for kind in kinds]
+    return np.concatenate(of_heads, 1).reshape(values.shape)

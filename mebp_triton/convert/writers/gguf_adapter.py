@@ -88,7 +88,7 @@ def places_in_file(layout: GgufLayout, site: Int4Site, parts: Mapping[str, int])
     known = {name: order for name, order in rows.items() if order is not None}
     if len(known) < len(parts):
         raise ValueError(f"{site.name}: a GGUF file has {', '.join(parts)} in a form that is not known: train without")
-    places = layout.join_rows(list(known.values())).argsort().split(list(parts.values()))
+    places = layout.join_rows(next(iter(parts)), list(known.values())).argsort().split(list(parts.values()))
     columns = (order.columns.argsort() for order in orders.values() if order is not None)
     return {name: Order(*pair) for name, pair in zip(parts, zip(places, columns, strict=True), strict=True)}
 

@@ -25,9 +25,10 @@ REFERENCE = json.loads((ROOT / "bench/results/gguf-llama-cpp.json").read_text())
 # that it leaves out Phi-3's window.
 LONG_TEXT_ONLY = {"longrope", "long factors alone"}
 NEEDS_5 = {"qwen2moe", "qwen3moe", "minimax-m2", "phi3", "mistral3", "qwen35", "qwen35moe", "deepseek2"}
-NEEDS_5 |= {"granitemoe", "granitehybrid", "gpt-oss", "gemma4"}
+NEEDS_5 |= {"granitemoe", "granitehybrid", "gpt-oss", "gemma4", "qwen3next", "lfm2moe"}
 # llama.cpp gives the queries and keys of linear attention the epsilon of the norms, and transformers 1e-6.
 OTHERWISE = {("phi3", "attention.sliding_window"), ("qwen35", "epsilon"), ("qwen35moe", "epsilon")}
+OTHERWISE |= {("qwen3next", "epsilon")}
 OLD = {"nemotron"} if transformers.__version__ < "5" else set()  # scales no RoPE of it
 # Files that llama.cpp does not open, for reasons that do not concern the function.
 READ_ALONE = {
@@ -47,7 +48,7 @@ READ_ALONE = {
 GEMMA = {"gemma2", "gemma3"}
 SLIDING = GEMMA | {"gpt-oss"}
 GRANITE = {"granite", "granitemoe", "granitehybrid"}
-QWEN35 = {"qwen35", "qwen35moe"}
+QWEN35 = {"qwen35", "qwen35moe", "qwen3next"}
 # Who reads the files that all others refuse, and who refuses the files that all others read.
 READ_BY: dict[str, set[str]] = {name: set() for name in OTHERS} | {
     **dict.fromkeys(("type none", "yarn with betas", "yarn with yarn_attn_factor", "yarn with ext_factor"), set()),
@@ -65,8 +66,8 @@ READ_BY: dict[str, set[str]] = {name: set() for name in OTHERS} | {
     "nextn_predict_layers": QWEN35,
     "attn_logit_softcapping": {"gemma2"},
     "final_logit_softcapping": GEMMA | {"gemma4"},
-    "expert_weights_norm": {"qwen3moe", "qwen35moe", "deepseek2"},
-    "expert_gating_func": {"minimax-m2", "deepseek2"},
+    "expert_weights_norm": {"qwen3moe", "qwen35moe", "qwen3next", "deepseek2"},
+    "expert_gating_func": {"minimax-m2", "deepseek2", "lfm2moe"},
     "use_parallel_residual": {"stablelm"},
     "vocab_size": {*MODELS},
     "pooling_type": MODELS.keys() - {"mamba"},
@@ -77,11 +78,11 @@ LINEAR = ("linear", "linear by its old key", "a factor without a type")
 REFUSED_BY: dict[str, set[str]] = {name: {"phi3", "deepseek2", "gemma4"} | OLD for name in LINEAR} | {
     **dict.fromkeys(("yarn", "yarn of the context"), {"phi3", "gemma4"} | OLD),
     "yarn with attn_factor": {"phi3", "gemma3", "mistral3", "deepseek2", "gemma4"} | OLD,
-    "no key heads": {"phi3", "falcon", "lfm2", "minimax-m2", "smollm3", "granitehybrid", "gemma4"} | QWEN35,
+    "no key heads": {"phi3", "falcon", "lfm2", "lfm2moe", "minimax-m2", "smollm3", "granitehybrid", "gemma4"} | QWEN35,
     "wide heads": {"qwen2", "qwen2moe", "phi3", "starcoder2", "stablelm", "falcon", "lfm2", "minimax-m2", "smollm3"}
     | GRANITE
     | QWEN35
-    | {"gpt-oss", "deepseek2", "gemma4"},
+    | {"gpt-oss", "deepseek2", "gemma4", "lfm2moe"},
     "base of sliding layers": {"gemma2", "gpt-oss"},
     "epsilon": {"deepseek2"},
 }
