@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 import mebp_triton as mebp
 from mebp_triton.convert.merge import merge, merge_to_store
-from mebp_triton.models import build, direct_reads, skeleton
+from mebp_triton.models import build, direct_reads, skeleton, targets
 from mebp_triton.models.adapter_seal import read_adapter_tensors
 from mebp_triton.models.direct_reads import directly_read
 from mebp_triton.models.kept_float import READ
@@ -301,7 +301,8 @@ def test_a_run_keeps_the_layers_that_all_linear_meant_when_it_began(
     with monkeypatch.context() as patch:
         patch.setattr(skeleton, "directly_read", lambda model: set())
         patch.setattr(build, "directly_read", lambda model: set())
-        patch.setattr(build, "unreached_by_text", lambda *_: frozenset())
+        patch.setattr(targets, "directly_read", lambda model: set())
+        patch.setattr(targets, "unreached_by_text", lambda *_: frozenset())
         assert mebp("train", tmp_path / "model", *flags, "--max-steps=1")[0] == 0
     before = read_adapter_tensors(tmp_path / "run" / "adapter")
     code, _, err = mebp("train", tmp_path / "run-store", *flags, "--max-steps=2", "--resume")
