@@ -37,7 +37,7 @@ EXPLANATIONS: tuple[tuple[dict[str, str], str], ...] = (
      "Both operands are in shared memory, and the sums were set before the fence of the product with the low columns."),
     ({"kind": "register fence removed", "code": r"tl\.dot\((b\.to|g, a)"},
      "Both operands are in shared memory, and only products have set the sums."),
-    ({"kind": WAIT, "instruction": r"wgmma", "source": r"matmul\.py"},
+    ({"kind": WAIT, "instruction": r"wgmma", "kernel": r"matmul [bf]"},
      "Products that add to the same sums are in order, and another wait comes before the sums are read and before what "
      "the products read is written."),
     ({"kind": WAIT, "instruction": r"wgmma", "code": r"acc_(low|high) = tl\.dot"},
@@ -59,6 +59,16 @@ EXPLANATIONS: tuple[tuple[dict[str, str], str], ...] = (
     ({"kind": "bound one too far", "lines": "^1$", "code": r"offs_n < ", "whole": "False"},
      "It compares rows at multiples of 16 with N, which is none in this kernel; or steps, of which the pipeline then "
      "loads one in vain."),
+    ({"kind": r"mask dropped|bound one too far", "kernel": "expert_", "source": r"weight_tiles\.py", "mask": "mask_n"},
+     "Rows behind the last one, which are computed and not stored. In one storage with others, a weight has bytes of "
+     "another behind it."),
+    ({"kind": r"mask dropped|bound one too far", "kernel": "expert_matmul_dx", "code": r"return member, offs_n"},
+     "Rows behind the last one, whose gradients are zeros, and whose scales or codes are still masked. In one storage "
+     "with others, a weight has bytes of another behind it."),
+    ({"kind": "bound one too far", "kernel": "expert_.*16x", "code": r"rows_m < tl\.load", "whole": "True"},
+     "Experts end at multiples of 16 rows in this kernel, where their last tile ends."),
+    ({"kind": "bit of an index lost", "code": r"^$", "kernel": "expert_matmul .*affine", "instruction": ", 320$"},
+     "It chooses among copies of one scale."),
     ({"kind": "half of a mask dropped", "code": r"\(offs_c < K\)", "kernel": "matmul_dx"},
      "The scales of columns from K on, which are computed but not stored. There is memory for whole chunks of them."),
     ({"kind": "^mask dropped", "mask": r"// 32 \* 64 < K", "kernel": r"x64 w"},

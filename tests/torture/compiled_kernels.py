@@ -266,7 +266,25 @@ def kernels() -> Iterator[Kernel]:
     yield Kernel("_softmax_tile_kernel", 120, of_sizes("softmax_tile", *tiles, dtype=FP32, layout="padded"))
     parts = (1, (1040, 80), 2), (1, (48, 16), 2)
     yield Kernel("_sum_parts_kernel", 90, of_sizes("split_sums", *parts, split=4, dtype=BF16))
+    yield from expert_kernels()
     yield from small_kernels()
+
+
+def expert_kernels() -> Iterator[Kernel]:
+    """Products of experts with no token, with less than a tile and with more; sizes as ``product`` has them."""
+
+    def over_experts(kernel: str, target: int, whole: bool, *tile: int, left: bool = True, **more: Any) -> Kernel:
+        sizes: Any = ((69, (69, 0, 35), 294), (13, (3, 20), 74), (37, (0, 5, 2), 138)), (20, 40, 44)
+        if whole:
+            sizes = ((80, (80, 0, 48), 304), (16, (48, 16), 112), (48, (16, 32), 144)), (32, 48, 64)
+        more |= {"config": TileConfig(*tile, weight_left=left), "layout": "padded"}
+        cases = [of_sizes(kernel, size, rank=rank, **more)[0] for size, rank in zip(*sizes, strict=True)]
+        return Kernel(f"_{kernel}_kernel", target, cases)
+
+    yield over_experts("expert_matmul", 80, False, 16, 64, 64, 4, 3, scheme="affine", dtype=BF16)
+    yield over_experts("expert_matmul", 90, True, 64, 64, 64, 4, 2, scale_dtype=torch.int8, dtype=FP16)
+    yield over_experts("expert_matmul_dx", 87, True, 16, 32, 64, 4, 2, group_size=32, dtype=BF16)
+    yield over_experts("expert_matmul_dx", 90, False, 64, 32, 64, 4, 2, left=False, scheme="codebook", dtype=FP16)
 
 
 def small_kernels() -> Iterator[Kernel]:

@@ -1,5 +1,6 @@
 """Errors in compiled kernels: what is planted, how it is drawn, and a short run."""
 
+import itertools
 import json
 import re
 
@@ -108,15 +109,17 @@ def test_entries_name_what_an_error_is_described_by(compiled):
 
 
 NAMES = ("_rms_norm_kernel", "_rope_kernel", "_gated_activation_backward_kernel", "_lora_gradients_kernel")
+NAMES += ("_expert_matmul_dx_kernel",)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_errors_in_the_small_kernels_are_noticed(compiled, name):
+def test_errors_in_small_kernels_and_in_those_over_experts_are_noticed(compiled, name):
     """One of each group; the script tries hundreds."""
     from compiled_explanations import explanation
-    from compiled_kernels import small_kernels
+    from compiled_kernels import expert_kernels, small_kernels
 
-    kernel = next(kernel for kernel in small_kernels() if kernel.name == name)
+    every = itertools.chain(small_kernels(), expert_kernels())
+    kernel = next(kernel for kernel in every if kernel.name == name)
     firsts = {mutation.group: mutation for _, mutation in compiled.drawn([kernel], 30, 0)}
     assert len(firsts) >= 3
     for one in firsts.values():
