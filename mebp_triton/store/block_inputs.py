@@ -98,9 +98,11 @@ class HostBlockInputs:
         number = self._order.next_save()
         if number == 0:
             self._waiting, self._coming = weakref.WeakValueDictionary(), None
-        memory = self._take(tensor.nbytes, device)
-        copy = memory.bytes[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        side.send(tensor.detach().clone(memory_format=torch.contiguous_format), copy)
+        side.make_room()
+        sent = tensor.detach().clone(memory_format=torch.contiguous_format)
+        memory = self._take(sent.nbytes, device)
+        copy = memory.bytes[: sent.nbytes].view(sent.dtype).view(sent.shape)
+        side.send(sent, copy)
         saved = self._waiting[number] = _Sent(self, number, copy, side, device)
         weakref.finalize(saved, self._release, memory)
         return saved
@@ -122,23 +124,35 @@ class HostBlockInputs:
         return saved.bring()
 
     def _take(self, size: int, device: torch.device) -> _HostMemory:
-        """The smallest free memory that is large enough and not twice too large, or new memory."""
-        fitting = [memory for memory in self.free if size <= memory.size <= max(2 * size, 4096)]
+        """The smallest free memory that is large enough; else new memory.
+
+        New memory takes the place of free memory that is too small, so that there is never more of both than was once
+        in use: passes of other lengths would add up, and the plan counts those of the longest pass alone. Shorter
+        passes use the memory of longer ones, since it takes time to pin memory.
+        """
+        fitting = [memory for memory in self.free if memory.size >= size]
         if fitting:
             memory = min(fitting, key=lambda memory: memory.size)
             self.free.remove(memory)
-        else:
-            memory = _HostMemory(host_bytes(size, device))
-        self.in_use += memory.size
-        self.most_in_use = max(self.most_in_use, self.in_use)
+            self.in_use += memory.size
+            return memory
+        most = max(self.most_in_use, self.in_use + size)
+        while self.in_use + size + sum(memory.size for memory in self.free) > most:
+            self._settle()  # a copy to it or from it may be under way
+            del self.free[0]
+        memory = _HostMemory(host_bytes(size, device))
+        self.in_use, self.most_in_use = self.in_use + size, most
         return memory
 
+    def _settle(self) -> None:
+        for side in self.sides.values():
+            if side is not None:
+                side.settle()
+
     def _release(self, memory: _HostMemory) -> None:
-        """Keeps memory for the next block input, but no more in all than was once in use: lengths may change."""
+        """Keeps memory for the block inputs to come."""
         self.in_use -= memory.size
         self.free.append(memory)
-        while sum(memory.size for memory in self.free) > self.most_in_use:
-            del self.free[0]
 
 
 @dataclass(eq=False)

@@ -3,7 +3,8 @@
 Three waits keep them right. A copy starts after the computation that came before it, since that wrote what the copy
 reads, or may still use the memory that it writes to. The computation goes on with what was brought only after the copy.
 And memory on the device is kept until the computation is known to come after the copy: freed earlier, it would be used
-again while the copy reads or writes it. Host memory needs no wait, because these copies alone touch it, in order.
+again while the copy reads or writes it. Host memory needs no wait, because these copies alone touch it, in order;
+only before it is given back, or the host touches it, all copies must be over.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ class SideCopies:
 
     def bring(self, source: Tensor, device: torch.device) -> Copy:
         """Starts to copy ``source``, in host memory, to new memory on ``device``."""
+        self.make_room()
         target = torch.empty_like(source, device=device)
         return self._start(target, source, target)
 
@@ -118,9 +120,13 @@ class SideCopies:
         self.streams.synchronize()
         self._held.clear()
 
-    def _start(self, target: Tensor, source: Tensor, on_device: Tensor) -> Copy:
+    def make_room(self) -> None:
+        """Lets go of the tensors of earlier copies, so that memory for one more may be taken on the device."""
         while len(self._held) >= IN_FLIGHT:
             self._await(self._held[0])
+
+    def _start(self, target: Tensor, source: Tensor, on_device: Tensor) -> Copy:
+        self.make_room()
         self.streams.copying.wait_event(self.streams.computing().record_event())
         self.streams.copy(target, source)
         self.started += 1
