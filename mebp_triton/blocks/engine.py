@@ -73,7 +73,7 @@ class BlockEngine(BlockRunner):
         row_places: for each block, where its arguments have the rows of a batch. Blocks take whole batches without.
 
     Attributes:
-        graphs: plays the passes of blocks that have a backward pass; None where every pass runs as usual.
+        graphs: plays the passes of blocks; None where every pass runs as usual.
     """
 
     graphs: BlockGraphs | None = None
@@ -157,19 +157,26 @@ class BlockEngine(BlockRunner):
         graphs: BlockGraphs | None = None,
     ) -> Any:
         """The block's output without a graph of autograd, from ``graphs`` if they are given."""
-        recompute, forward = self.recomputes[index], functools.partial(original, *args, **kwargs)
-        if self.block_rows is not None or graphs is not None:
-            arguments, hidden = Arguments(args, kwargs), hidden_state(args, kwargs)
-            cut = self._cut(index, hidden, arguments)
-            if cut is not None:
-                live = Call(args, kwargs, arguments.containers)
-                return self.run_forward(index, functools.partial(values, recompute, original, arguments, live, cut))
-            if graphs is not None and not any(isinstance(leaf, Cache) for leaf in arguments.leaves):
-                place = next(place for place, leaf in enumerate(arguments.leaves) if leaf is hidden)
-                autocast = ForwardState(hidden.device, random=False).autocast
-                call = BlockCall(index, original, arguments, arguments.leaves, place, autocast)
-                forward = functools.partial(graphs.forward, call, forward)
-        return self.run_forward(index, functools.partial(recompute.call, forward))
+        recompute = self.recomputes[index]
+        if self.block_rows is None and graphs is None:
+            forward = functools.partial(original, *args, **kwargs)
+            return self.run_forward(index, functools.partial(recompute.call, forward))
+        arguments, hidden = Arguments(args, kwargs), hidden_state(args, kwargs)
+        place = next(place for place, leaf in enumerate(arguments.leaves) if leaf is hidden)
+        if any(isinstance(leaf, Cache) for leaf in arguments.leaves):
+            graphs = None  # a graph would not fill it
+        autocast = ForwardState(hidden.device, random=False).autocast
+
+        def run(part: Arguments, call: Call) -> Any:
+            forward = functools.partial(original, *call.args, **call.kwargs)
+            if graphs is not None:
+                played = BlockCall(index, original, part, part.leaves, place, autocast)
+                forward = functools.partial(graphs.forward, played, forward)
+            return recompute.call(forward)
+
+        live, cut = Call(args, kwargs, arguments.containers), self._cut(index, hidden, arguments)
+        whole = functools.partial(run, arguments, live)
+        return self.run_forward(index, whole if cut is None else functools.partial(values, run, arguments, live, cut))
 
     def _cut(self, index: int, hidden: Tensor, arguments: Arguments) -> Cut | None:
         """How a batch is cut into chunks; None where it goes through the block as a whole."""

@@ -11,7 +11,6 @@ Which arguments have a row for each row of the batch, and in which dimension, is
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,6 @@ from mebp_triton.kernels.panel import spans
 
 from .backward import TENSOR, BlockRun
 from .call import PLAIN, Arguments, Call, is_container
-from .recompute import Recompute
 
 # For one block, the dimension in which a tensor among its arguments has the rows; None for one that all rows share.
 RowPlaces = Mapping[str, int | None]
@@ -116,17 +114,18 @@ class _Outputs:
             whole[start:stop] = tensor
 
 
-def values(recompute: Recompute, forward: Callable[..., Any], arguments: Arguments, live: Call, found: Cut) -> Any:
-    """Returns the result of ``forward``, the block's own, for the whole batch. No graph is made.
+def values(run: Callable[[Arguments, Call], Any], arguments: Arguments, live: Call, found: Cut) -> Any:
+    """Returns what a block computes for the whole batch, chunk by chunk. No graph of autograd is made.
 
     Args:
-        recompute: the block's.
+        run: returns the block's output for the arguments of a chunk, given as such and as a call with them.
         live: the call with the original containers.
     """
     outputs = _Outputs(found.rows)
     for start, stop in found.spans:
-        call = arguments.call(found.part(arguments.leaves, start, stop))
-        output = recompute.call(functools.partial(forward, *call.args, **call.kwargs))
+        part = arguments.part(found.part(arguments.leaves, start, stop))
+        call = part.call(part.leaves)
+        output = run(part, call)
         leaves, spec = tree_flatten((output, call.written()))
         others = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         outputs.add([leaf for leaf in leaves if isinstance(leaf, Tensor)], (others, spec), start, stop)

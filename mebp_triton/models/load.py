@@ -103,7 +103,7 @@ def load(
         mlp_chunk_tokens: the MLPs run by chunks of so many tokens, forward and backward; None or 0 for whole MLPs.
         block_rows: a larger batch goes through each block in chunks of so many rows, while its weights are in place
             once for all; a warning says where a model's blocks cannot take rows apart. None for whole batches.
-        block_graphs: on a CUDA device, blocks are trained by CUDA graphs, see ``blocks.graphs``. Not measured yet.
+        block_graphs: on a CUDA device, blocks are run by CUDA graphs, see ``blocks.graphs``. Not measured yet.
         head, embedding: "float" decodes the table into a plain frozen module, for code that trains it, changes its size
             or multiplies by it as a whole. It takes vocabulary x hidden size x the size of ``dtype``; over a float
             head, logits are computed. A float embedding to which the head is tied is the head's weight as well.

@@ -151,7 +151,7 @@ class TrainConfig:
     )
     block_graphs: bool = setting(
         False,
-        "on a CUDA device: train blocks by CUDA graphs, and pad rows to one of eight widths (not measured yet)",
+        "on a CUDA device: run blocks by CUDA graphs, and pad rows to one of eight widths (not measured yet)",
         resume="free",
     )
     optimizer_in_backward: bool = setting(False, "step each block as soon as its gradients exist, and free them")
@@ -233,8 +233,6 @@ class TrainConfig:
             )
         if self.block_graphs and self.device == "cpu":
             yield "block_graphs records CUDA graphs, and this run is on a CPU: leave it out"
-        if self.block_graphs and not optimizer.gradients:
-            yield f"block_graphs records backward passes, and optim {self.optim!r} has none: leave one of them out"
         if self.block_graphs and self.recompute_granularity == "selective":
             yield "block_graphs does not work with recompute_granularity 'selective': leave one of them out"
         if in_backward and self.on_nan == "skip":

@@ -127,6 +127,17 @@ def test_gradients_off_in_both_modes(pair: tuple[Any, Any]) -> None:
     assert graphs.played == 18 and graphs.made == 9, "of 3 blocks: forward and backward to train, forward to evaluate"
 
 
+def test_gradients_off_and_chunks_of_rows(shared_store: Any) -> None:
+    """As MeZO takes micro-batches that are joined: 5 rows in chunks of 2, so the last has a shape of its own."""
+    plain, ours = (loaded(shared_store("llama"), block_rows=2) for _ in range(2))
+    graphs = with_graphs(ours, Taped())
+    for seed in range(4):
+        with torch.no_grad():
+            found, expected = (model(**batch(5, 6, "right", seed), use_cache=False).loss for model in (ours, plain))
+        assert torch.equal(found, expected)
+    assert graphs.made == 6 and graphs.played > 12, "of 3 blocks: chunks of two rows and of one"
+
+
 def test_gradients_off_where_no_graph_is_played(pair: tuple[Any, Any]) -> None:
     plain, ours = pair
     graphs = with_graphs(ours)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from runs import (
 from mebp_triton.models.adapter import load_adapter
 from mebp_triton.system.errors import Interrupted
 from mebp_triton.training import run_directory
+from mebp_triton.training.course import row_widths
 from mebp_triton.training.evaluation import evaluate
 from mebp_triton.training.finetune import finetune
 
@@ -52,6 +54,21 @@ def held_out(tmp_path_factory):
 def no_plots(monkeypatch):
     """Plots take most of the time of so short a run."""
     monkeypatch.setattr(run_directory, "draw_plots", lambda *_: [])
+
+
+def test_where_blocks_are_graphs_the_windows_of_evaluations_have_the_widths_of_rows(
+    store, data, held_out, tmp_path, no_plots
+):
+    made = trainer(store, data, tmp_path / "run", max_steps=1)
+    made.config = replace(made.config, block_graphs=True, device="cuda")  # the model stays on the CPU
+    widths = set()
+    made.model.register_forward_pre_hook(
+        lambda model, args, kwargs: widths.add((model.training, kwargs["input_ids"].shape[1])), with_kwargs=True
+    )
+    finetune(made, held_out)
+    step, most = row_widths(made.config)
+    assert most > step > 24, "the longest window"
+    assert widths == {(True, step), (False, step)}
 
 
 def test_a_whole_run(store, data, held_out, tmp_path):
