@@ -45,8 +45,9 @@ FIRST_STEPS = 34 << 20
 # developers give 300 to 400 MB for a process whose kernels are loaded when they are used (pytorch issues 107667 and
 # 109888). It is not measured on a Jetson.
 CUDA_CONTEXT = 400 << 20
-# What PyTorch gives the library of products in each thread that uses it: 8,519,680 bytes, and 32 MiB from sm_90 on, as
-# NVIDIA recommends. The forward and the backward pass have a thread each.
+# What PyTorch gives the library of products for each thread and stream that uses it: 8,519,680 bytes, and 32 MiB on
+# sm_90, as which newer devices are counted. The forward and the backward pass have a thread each. Graphs of blocks are
+# recorded on a stream of their own.
 PRODUCT_WORKSPACE, LARGE_PRODUCT_WORKSPACE = 8_519_680, 32 << 20
 # Without ``return_freed_memory`` glibc keeps freed memory in its heap, where small tensors that live on (gradients)
 # lie among large ones that went: the more blocks, the more gaps. Measured as a part of what activations take: 0.4 to
@@ -271,10 +272,15 @@ def _add_allocator(phases: dict[str, dict[str, int]], sizes: Sizes, step: Traced
         components["allocator"] = max(anonymous.values()) - anonymous[name] + scattered
 
 
-def product_workspaces(device: torch.device) -> int:
-    """What the library of products takes of a device's memory; of one that is not here, as on the newest ones."""
+def product_workspaces(device: torch.device, graphs: bool) -> int:
+    """What the library of products takes of a device's memory; of one that is not here, as on the newest ones.
+
+    Args:
+        graphs: whether blocks are graphs.
+    """
     older = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (9, 0)
-    return 2 * (PRODUCT_WORKSPACE if older else LARGE_PRODUCT_WORKSPACE)
+    threads, streams = 2, 2 if graphs else 1
+    return threads * streams * (PRODUCT_WORKSPACE if older else LARGE_PRODUCT_WORKSPACE)
 
 
 def phases_beside(sizes: Sizes, settings: RunSettings, framework: int) -> tuple[Phase, ...]:

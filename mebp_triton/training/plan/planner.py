@@ -133,7 +133,7 @@ class Planner:
             return Plan(settings, host, (), False, sizes.files, sizes.experts)
         device = torch.device(settings.device)
         shared = machine.is_unified(device)
-        taken = product_workspaces(device) + (CUDA_CONTEXT if shared else 0)
+        taken = product_workspaces(device, settings.block_graphs) + (CUDA_CONTEXT if shared else 0)
         here = phases_here(sizes, step, settings, "cuda", taken)
         beside = phases_beside(sizes, settings, self.framework)
         return Plan(settings, beside, here, shared, sizes.files, sizes.experts)

@@ -527,6 +527,24 @@ def test_moments_that_come_and_go_beside_the_computation(within, eight_bit, seed
     assert streams.copies > 20
 
 
+def test_state_that_is_read_while_moments_are_on_their_way_to_the_host(tmp_path):
+    streams, groups = LateStreams(), parameters()
+    optimizer = BlockAdamW(groups, residency="host", directory=tmp_path)
+    optimizer.moments = Moments(groups, "host", tmp_path, streams=lambda device: streams)
+    with streams:
+        states = []
+        for step in range(2):
+            loss_of(groups, step).backward()
+            optimizer.step()
+            states.append(optimizer.export_state())
+        optimizer.step()
+        assert streams.pending, "copies are under way"
+        optimizer.import_state(states[0])
+        found = optimizer.export_state()
+    assert all(torch.equal(found[name], value) for name, value in states[0].items())
+    assert not all(torch.equal(found[name], value) for name, value in states[1].items())
+
+
 def test_the_gradients_of_one_block_exist_at_a_time(tmp_path):
     model = mebp_triton.load(tiny_store("llama", tmp_path), lora=mebp_triton.LoraConfig(r=2))
     groups = block_groups(model, model.mebp.engine)

@@ -106,7 +106,7 @@ def test_a_device_has_phases_of_its_own(store, monkeypatch):
     assert plan.device and plan.peak == plan.device_peak.total and not plan.shared
     components = at(plan, "backward of the lowest block")
     blocks = [file.mapped.size for name, file in opened.files.items() if name != SHARED]
-    assert components["framework"] == phases.product_workspaces(torch.device("cuda")) == 64 * MIB
+    assert components["framework"] == phases.product_workspaces(torch.device("cuda"), False) == 64 * MIB
     assert components["checkpoints"] == 2 * 2 * 32 * 48, "two block inputs are on their way"
     assert components["allocator"] == 0
     assert components["weights of blocks"] == 2 * max(blocks)
@@ -134,11 +134,12 @@ def test_where_memory_is_shared_the_context_of_cuda_is_part_of_the_peak(plans, m
     assert taken[0] - taken[1] == phases.CUDA_CONTEXT > 300 * MIB
 
 
-def test_products_have_a_workspace_in_each_of_two_threads(monkeypatch):
+def test_products_have_a_workspace_for_each_thread_and_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, size in (((8, 7), 8_519_680), ((9, 0), 32 * MIB)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert phases.product_workspaces(torch.device("cuda")) == 2 * size
+        for graphs, count in ((False, 2), (True, 4)):
+            assert phases.product_workspaces(torch.device("cuda"), graphs) == count * size
 
 
 def test_graphs_of_blocks_keep_the_memory_of_a_pass(store, monkeypatch):
@@ -152,6 +153,8 @@ def test_graphs_of_blocks_keep_the_memory_of_a_pass(store, monkeypatch):
     lora = at(plain, "backward of the lowest block")["LoRA"] // 3
     assert len(set(more)) == 1 and more[0] >= passes + 3 * lora
     assert graphs.host == plain.host
+    mezo = plans.predict(dataclasses.replace(settings, block_graphs=True, optim="mezo"))
+    assert at(mezo, "loss")["block graphs"] > 0, "of forward passes"
 
 
 def test_only_the_last_block_is_adapted(store, plans):
