@@ -3,9 +3,9 @@
 It is JSON: ``{"format": 2, "architecture": "sm_87", "ceilings": {DEVICE: {...}}, "records": [...]}``. A record names
 its problem (a real shape), the device and the versions of its measurement (null, and the compiler's versions, if
 nothing was measured) and its trials, which are candidates in the order of the model's ranking. A trial's route is a
-configuration, null for panels of 16 MiB, or ``{"panel_mib": 64}``. ``mebp tune`` on a
-device starts from a log that was made elsewhere, and compiles and ranks nothing again. A log of format 1 is read as
-well: its trials have no clocks and no notes.
+configuration, null for panels of 16 MiB, or ``{"panel_mib": 64}``. ``mebp tune`` on a device starts from a log that was
+made elsewhere, and compiles and ranks nothing again. A log of format 1 is read as well: its trials have no clocks and
+no notes.
 """
 
 from __future__ import annotations
