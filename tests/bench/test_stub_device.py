@@ -28,11 +28,11 @@ def stub_device(bench_path):
 
 
 def test_launches_are_counted_and_nothing_runs(stub_device):
-    weight, x = random_weight(96, 160, CPU), normal(33, 160, dtype=torch.bfloat16, device=CPU)
+    weight, x = random_weight(96, 160, CPU), normal(16, 160, dtype=torch.bfloat16, device=CPU)
     names = []
     with stub_device.StubDevice(87, names.append):
         assert architecture_of(CPU) == "sm_87" and resolve_backend("triton", CPU) == "triton"
-        assert int4_matmul(x, weight, backend="triton").shape == (33, 96)
+        assert int4_matmul(x, weight, backend="triton").shape == (16, 96)
         int4_matmul(x, weight, backend="triton")
     assert names[: len(names) // 2] == names[len(names) // 2 :] and names[0] == "_matmul_kernel"
 
@@ -40,6 +40,11 @@ def test_launches_are_counted_and_nothing_runs(stub_device):
 def offset(tensor, elements):
     """The same numbers, so many elements after an aligned address."""
     return torch.cat([torch.zeros(elements, dtype=tensor.dtype), tensor.flatten()])[elements:].view(tensor.shape)
+
+
+def wider(tensor):
+    """The same numbers, as the first columns of twice as many."""
+    return torch.cat([tensor, tensor], 1)[:, : tensor.shape[1]]
 
 
 def members(count):
@@ -98,7 +103,8 @@ def test_a_known_launch_passes_what_triton_would(stub_device, launches, monkeypa
         pointers = set(map(id, tensors))
         assert all(id(other) in pointers for other in others) and not {id(x), id(t), id(b)} & pointers
         # What Triton compiles for, and what a launch reads of an operand besides its address.
-        for given in ((offset(x, 1), t, b), (x.float(), t, b), (x, t[:, : 4 * count], b[:, :4]), (x[:17], t[:17], b)):
+        inputs = [(one, t, b) for one in (offset(x, 1), wider(x), x.float())]
+        for given in (*inputs, (x[:17], t[:17], b), (x, t[:, : 4 * count], b[:, :4])):
             launches(weights, x, t, b, config)
             found, _ = launches(weights, *given, config)
             forget_launches()
@@ -123,7 +129,7 @@ def test_batches_of_any_length_share_known_launches(stub_device, launches, split
 def small_launches():
     """Launches of the small kernels, whose arguments differ in one thing that Triton compiles for, or in sizes."""
     x, w = normal(5, 64, dtype=torch.bfloat16, device=CPU), normal(64, dtype=torch.bfloat16, device=CPU)
-    for rows in (x, offset(x, 1), x[:1], x.half()):
+    for rows in (x, offset(x, 1), wider(x), x[:1], x.half()):
         for eps, style in ((1e-5, "twice"), (1e-6, "twice"), (1e-5, "offset")):
             yield functools.partial(rms_norm_triton, rows, w.to(rows.dtype), eps, style)
             yield functools.partial(rms_norm_dx_triton, rows, rows, w.to(rows.dtype), eps, style)
