@@ -25,11 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
-from family_configs import tiny_config
+from family_configs import IN_TRAIN_MODE, tiny_config
 from machine import ROOT
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import mebp_triton as mebp
@@ -75,18 +76,19 @@ def step(model: Any) -> float:
     return float(loss)
 
 
-def make_model(model_type: str, directory: Path) -> Any:
+def make_model(model_type: str, directory: Path) -> None:
     """Saves a random model in ``directory`` as transformers does. Raises Ended where transformers cannot train it."""
 
-    def trained() -> Any:
+    def trained() -> type:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
         randomize_weights(model)
-        step(model.eval())
+        step(model.train(model_type in IN_TRAIN_MODE))
         model.save_pretrained(directory)
-        return model
+        return type(AutoConfig.from_pretrained(directory))
 
-    return attempt("upstream", trained)
+    if (kind := attempt("upstream", trained)) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise Ended("upstream", f"AutoModelForCausalLM saves it with a {kind.__name__}, which it does not load")
 
 
 def errors(found: dict[str, Any], truth: dict[str, Any]) -> dict[str, float]:
@@ -106,7 +108,7 @@ def compare(store: Path, ours: Any, loss: float) -> dict[str, Any]:
     Where they differ by more than ``TOLERANCE``, both are held beside float64: some random models magnify each
     rounding. Ours count as equal if they are at most twice as far from it as PEFT's.
     """
-    theirs = attempt("upstream", lambda: peft_model(store, ours, r=4, lora_alpha=8))
+    theirs = attempt("upstream", lambda: peft_model(store, ours, r=4, lora_alpha=8)).train(ours.training)
     their_loss = attempt("upstream", lambda: step(theirs))
     found, other = our_gradients(ours), peft_gradients(theirs)
     apart = errors(found, other)
@@ -115,7 +117,7 @@ def compare(store: Path, ours: Any, loss: float) -> dict[str, Any]:
     record["loss_error"] = abs(loss - their_loss) / abs(their_loss)
     equal = record["worst"] <= TOLERANCE and record["loss_error"] <= TOLERANCE
     if not equal:
-        exact = peft_model(store, ours, torch.float64, r=4, lora_alpha=8).double()
+        exact = peft_model(store, ours, torch.float64, r=4, lora_alpha=8).double().train(ours.training)
         exact_loss = attempt("upstream", lambda: step(exact))
         mine, peers = errors(found, peft_gradients(exact)), errors(other, peft_gradients(exact))
         record["beside_float64"] = {"ours": max(mine.values()), "peft": max(peers.values())}
@@ -130,17 +132,29 @@ def examine(model_type: str, directory: Path) -> dict[str, Any]:
     store = directory / "store"
     attempt("broken", lambda: mebp.quantize(directory / "model", store, group_size=32), "refused")
     places = {"weights": "file", "checkpoints": "file", "scratch_directory": directory}
-    ours = attempt("broken", lambda: loaded(store, **places), "refused")
+    ours = attempt("broken", lambda: loaded(store, **places), "refused").train(model_type in IN_TRAIN_MODE)
     # The second recompute leaves out what the first has found that no gradient needs.
     loss = [attempt("broken", lambda: step(ours), "refused") for _ in range(2)][-1]
     return compare(store, ours, loss)
+
+
+def train_peft_alone(model_type: str, directory: Path) -> None:
+    """One step of transformers + PEFT on the float checkpoint, with adapters on all of its linear layers."""
+    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    step(wrapped.train(model_type in IN_TRAIN_MODE))
 
 
 def record_of(model_type: str) -> dict[str, Any]:
     """What became of one model."""
     with tempfile.TemporaryDirectory(prefix="mebp-families-") as directory:
         try:
-            record = examine(model_type, Path(directory))
+            try:
+                record = examine(model_type, Path(directory))
+            except Ended as end:
+                if end.result == "broken":  # perhaps not by us
+                    attempt("upstream", lambda: train_peft_alone(model_type, Path(directory)))
+                raise
         except Ended as end:
             record = {"result": end.result, "why": end.why.replace(f"{directory}/", "")}
     return {"class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]} | record

@@ -70,6 +70,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": MIXER | {"attn_layer_indices": [1, 3]},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "big_bird": {"attention_type": "original_full"},
+    "blt": {"encoder_hash_byte_group_vocab": 32},
     "cohere_compass_text": {"rope_parameters": ROPE_BY_TYPE, "layer_types": SLIDING},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "deepseek_v2": LATENT | {"num_experts_per_tok": 2},
@@ -77,6 +78,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v32": LATENT,
     "dots1": {"num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note_text": LATENT,
+    "dots3_note_audio_encoder": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH, "num_key_value_heads": HEADS},
+    "dots3_note_vision_encoder": {
+        "pyramid_num_routed": [-1] * LAYERS,
+        "adapter_in_dim": WIDTH,
+        "adapter_out_dim": WIDTH,
+    },
     "falcon_h1": MIXER | {"mamba_d_ssm": 128},
     "gemma3n_text": SHARED_KEYS | {"intermediate_size": [96] * LAYERS, "altup_num_inputs": 2},
     "gemma4_text": SHARED_KEYS,
@@ -100,10 +107,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"] * 2,
-        "axial_pos_shape": [8, 16],
+        "axial_pos_shape": [4, 6],
         "axial_pos_embds_dim": [32, 32],
         "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,
+        "hash_seed": 1,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
     },
     "xlstm": {"num_heads": 2, "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
@@ -112,6 +122,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+# What refuses to be trained in eval mode; it has no dropout here.
+IN_TRAIN_MODE = {"reformer"}
 
 
 def tiny_config(model_type: str) -> Any:

@@ -274,11 +274,13 @@ if transformers.__version__ >= "5":
     FAMILIES += ["gemma4_text", "olmo_hybrid"]
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_families_whose_modules_are_unusual(shared_store: Any, architecture: str, tmp_path: Any) -> None:
-    """Padding, accumulation, weights in files, and selection; see also ``tests/bench/test_families.py``."""
-    store, places = shared_store(architecture), {"weights": "file", "checkpoints": "file"}
-    model, wrapped = both(store, **places, scratch_directory=tmp_path)
+@pytest.mark.parametrize(("at", "architecture"), enumerate(FAMILIES))
+def test_families_whose_modules_are_unusual(shared_store: Any, at: int, architecture: str, tmp_path: Any) -> None:
+    """Padding, accumulation, residency and selection; see also ``tests/bench/test_families.py``."""
+    weights, checkpoints = PLACES[at % 3]
+    granularity = ("selective", "full")[at % 2]
+    places = {"weights": weights, "checkpoints": checkpoints, "scratch_directory": tmp_path}
+    model, wrapped = both(shared_store(architecture), **places, recompute_granularity=granularity)
     for seed, (rows, padding) in enumerate(BATCHES[:2]):
         examples = batch(rows, padding=padding, seed=seed) | {"use_cache": False}
         model(**examples).loss.backward()
