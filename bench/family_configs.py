@@ -78,7 +78,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v32": LATENT,
     "dots1": {"num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note_text": LATENT,
-    "dots3_note_audio_encoder": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH, "num_key_value_heads": HEADS},
+    "dots3_note_audio_encoder": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH, "num_key_value_heads": 4},
     "dots3_note_vision_encoder": {
         "pyramid_num_routed": [-1] * LAYERS,
         "adapter_in_dim": WIDTH,

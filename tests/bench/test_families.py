@@ -1,10 +1,12 @@
 """The sweep over all causal language models: what it calls equal, refused and upstream's, and what the page says."""
 
+import json
 import os
 
 import pytest
 import torch
 import transformers
+from sources import ROOT
 
 pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="the tiny configs are those of transformers 5")
 
@@ -36,3 +38,13 @@ def test_another_gradient_is_seen(families):
 def test_a_process_that_dies_is_told(families):
     assert families.in_a_process(lambda: {"result": "equal"}) == {"result": "equal"}
     assert families.in_a_process(lambda: os._exit(3))["result"] == "broken"
+
+
+def test_the_page_has_the_committed_results(families):
+    record = json.loads(families.RESULTS.read_text())
+    page = (ROOT / "docs" / "models.md").read_text()
+    assert families.tables(record) in page
+    assert sum(record["counts"].values()) == len(record["models"]) > 150
+    if record["environment"]["versions"]["transformers"] == transformers.__version__:
+        assert record["models"].keys() == families.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert record["counts"]["different"] == record["counts"]["broken"] == 0
