@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import Any
 
@@ -30,9 +31,19 @@ def host_bytes(size: int, device: torch.device) -> Tensor:
     with torch.cuda.device(device):
         refused = int(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
     if refused:  # by a limit on locked memory, say; torch may still have some
+        _forget_refusal(device)
         return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
     pages.registered = runtime, memory.data_ptr(), device
     return memory
+
+
+def _forget_refusal(device: torch.device) -> None:
+    """Takes the error of a refused call out of CUDA's runtime, where it would be that of the next kernel launch.
+
+    The runtime gives an error once to whoever asks for the last one, as torch does after each launch of its own.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.empty(1, device=device).fill_(0)
 
 
 class _Pages(mmap.mmap):

@@ -2,6 +2,7 @@
 
 import contextlib
 import mmap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +13,21 @@ GPU = torch.device("cuda", 0)
 
 
 class Runtime:
-    """Notes what is registered. ``refuses`` is what registering returns."""
+    """Notes what is registered. ``refuses`` is what registering returns, and an error that the next launch gets."""
 
     def __init__(self, refuses: int = 0) -> None:
-        self.refuses, self.registered, self.waited_for = refuses, {}, []
+        self.refuses, self.registered, self.waited_for, self.last_error = refuses, {}, [], 0
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         if not self.refuses:
             self.registered[address] = size
+        self.last_error = self.refuses
         return self.refuses
+
+    def launch(self) -> None:
+        found, self.last_error = self.last_error, 0
+        if found:
+            raise RuntimeError(f"CUDA error: {found}")
 
     def cudaHostUnregister(self, address: int) -> int:
         del self.registered[address]
@@ -58,12 +65,16 @@ def test_two_share_no_page(runtime):
 def test_what_cuda_refuses_is_left_to_torch(runtime, monkeypatch):
     runtime.refuses = 2
     asked = []
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, device: SimpleNamespace(fill_=lambda value: device == GPU and runtime.launch())
+    )
     zeros = torch.zeros
     monkeypatch.setattr(
         torch, "zeros", lambda size, dtype, pin_memory: asked.append(pin_memory) or zeros(size, dtype=dtype)
     )
     assert pinned.host_bytes(64, GPU).shape == (64,)
     assert asked == [True] and runtime.registered == {}
+    runtime.launch()  # of something else, which has nothing to do with the refusal
 
 
 @pytest.mark.parametrize(("device", "unified", "size"), [("cpu", False, 8), ("cuda", True, 8), ("cuda", False, 0)])
