@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Kernel, Problem, TileConfig, power_of_two_at_least
-from .launch import check_operand, runs_compiled, stride_of
+from .launch import MOST_KNOWN, check_operand, runs_compiled, stride_of
 from .layout import TENSORS, Int4Weight
 
 # Columns of a table: a tile's first row, the end of its expert's rows, the expert, and the places of its tensors.
@@ -56,10 +57,10 @@ def _at(base_ptr, place_ptr, ALIGNED: tl.constexpr):
 
 
 class Experts:
-    """Weights that one launch takes: they are alike, and lie in one storage.
+    """Weights that one launch takes, each with rows of its own: they are alike, and lie in one storage.
 
     Args:
-        weights: for which ``can_join`` holds.
+        weights: which differ in nothing but their places.
 
     Attributes:
         head: the first of them. count: how many they are.
@@ -67,18 +68,22 @@ class Experts:
         places: ``[weights, tensors]`` int64 on the CPU: where each weight's tensors begin, in elements.
         aligned: whether all tensors begin at multiples of ALIGNMENT.
         key: what a launch follows from, besides the operands.
+
+    Raises:
+        ValueError: they differ in more, or have several storages.
     """
 
     def __init__(self, weights: Sequence[Int4Weight]) -> None:
+        described = [_description(weight) for weight in weights]
+        kind = described[0][0]
+        if len(kind[-1]) > 1 or any(one[0] is not kind and one[0] != kind for one in described):
+            raise ValueError(f"{len(weights)} weights of several kinds or storages cannot share a launch")
         self.head, self.count = weights[0], len(weights)
         parts = [getattr(self.head, name) for name in TENSORS]
         self.tensors = tuple(None if part is None else _storage_of(part) for part in parts)
-        self.places = torch.tensor([_places_of(weight) for weight in weights])
-        sizes = torch.tensor([0 if part is None else part.element_size() for part in parts])
-        base = self.head.packed.untyped_storage().data_ptr()
-        self.aligned = base % ALIGNMENT == 0 and not bool((self.places * sizes % ALIGNMENT).any())
-        strides = [None if part is None else part.stride() for part in parts]
-        self.key = self.head.shape, self.head.group_size, self.aligned, tuple(strides)
+        self.places = torch.tensor([places for _, places, _ in described])
+        self.aligned = all(aligned for _, _, aligned in described)
+        self.key = kind, self.aligned
 
     def check(
         self,
@@ -141,10 +146,6 @@ class Experts:
         return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
-def _places_of(weight: Int4Weight) -> list[int]:
-    return [0 if part is None else part.storage_offset() for part in (getattr(weight, name) for name in TENSORS)]
-
-
 def _storage_of(part: Tensor) -> Tensor:
     """The whole storage of a tensor, flat, in the tensor's dtype."""
     if part.device.type == "meta":
@@ -153,17 +154,35 @@ def _storage_of(part: Tensor) -> Tensor:
     return part.new_empty(0).set_(storage, 0, (storage.nbytes() // part.element_size(),))
 
 
-def can_join(weights: Sequence[Int4Weight]) -> bool:
-    """Whether one launch can take these weights, each with rows of its own: they differ in nothing but their places."""
-    kinds = {
-        (
-            weight.in_features,
-            weight.group_size,
-            *((part.dtype, part.shape, part.stride(), part.untyped_storage().data_ptr()) for part in parts),
-        )
-        for weight, parts in ((weight, weight.tensors().values()) for weight in weights)
-    }
-    return len(kinds) == 1 and len({part.untyped_storage().data_ptr() for part in weights[0].tensors().values()}) == 1
+# What was found out about weights, for as long as they are there: every launch asks, and there may be hundreds.
+_DESCRIBED: WeakKeyDictionary[Int4Weight, tuple[Any, list[int], bool]] = WeakKeyDictionary()
+# Each kind once, so that those of hundreds of weights are compared at once.
+_KINDS: dict[Any, Any] = {}
+
+
+def _description(weight: Int4Weight) -> tuple[Any, list[int], bool]:
+    """All of a weight that alike ones share, the storages among it; its tensors' places; whether these are aligned."""
+    found = _DESCRIBED.get(weight)
+    if found is None:
+        parts = [getattr(weight, name) for name in TENSORS]
+        there = [part for part in parts if part is not None]
+        shapes = tuple([(part.dtype, part.shape, part.stride()) for part in there])
+        storages = frozenset([part.untyped_storage().data_ptr() for part in there])
+        places = [0 if part is None else part.storage_offset() for part in parts]
+        aligned = all(part.data_ptr() % ALIGNMENT == 0 for part in there)
+        kind = weight.in_features, weight.group_size, weight.scheme, weight.device, shapes, storages
+        if len(_KINDS) >= MOST_KNOWN:
+            _KINDS.clear()
+        found = _DESCRIBED[weight] = _KINDS.setdefault(kind, kind), places, aligned
+    return found
+
+
+def experts_of(weights: Sequence[Int4Weight]) -> Experts | None:
+    """The experts that one launch takes; None where it cannot, see ``Experts``."""
+    try:
+        return Experts(weights)
+    except ValueError:
+        return None
 
 
 def lora_arguments(names: str, low: Tensor | None, high: Tensor | None) -> dict[str, Any]:

@@ -261,11 +261,11 @@ def _expert_products(
     """The products of experts in one launch where it can take them, and else one after the other."""
     if resolve_backend(backend, operand.device, operand.dtype) == "panel" or is_watched(operand):
         return one_by_one()
-    from .expert_table import Experts, can_join
+    from .expert_table import experts_of
 
-    if not can_join(weights):
+    experts = experts_of(weights)
+    if experts is None:
         return one_by_one()
-    experts = Experts(weights)
     problem = experts.problem(kernel, operand.shape[0], operand.dtype)
 
     def launch(route: Route) -> Tensor:

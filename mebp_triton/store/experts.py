@@ -45,13 +45,17 @@ class StoredExperts:
 
     def __init__(self, store: Store, names: Sequence[tuple[str, str]], data: Tensor | None = None) -> None:
         self.store, self.names, self.data = store, names, data
+        # Made once: to make a weight takes the host longer than to launch its product.
+        self._made: dict[int, tuple[Int4Weight, Int4Weight]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredExperts:
         return self  # nothing writes to it, so copies of a model share it
 
     def bring(self, experts: Sequence[int]) -> list[tuple[Int4Weight, Int4Weight]]:
         """Returns the weights of these experts, which are in place already."""
-        return views_of(self.store, self.names, experts, self.data)
+        new = [expert for expert in experts if expert not in self._made]
+        self._made.update(zip(new, views_of(self.store, self.names, new, self.data), strict=True))
+        return [self._made[expert] for expert in experts]
 
 
 def views_of(

@@ -1,13 +1,20 @@
 """What a launch over experts knows of them: its table, and which weights it can take."""
 
+import copy
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
 
 from mebp_triton.autotune.expert_cases import in_one_storage
+from mebp_triton.kernels import expert_table
 from mebp_triton.kernels.configs import Problem
-from mebp_triton.kernels.expert_table import Experts, can_join
+from mebp_triton.kernels.expert_table import Experts, experts_of
+
+
+def joined(weights):
+    return experts_of(weights) is not None
 
 
 @pytest.fixture
@@ -39,14 +46,14 @@ def test_alignment(weights, make_weight):
     assert Experts(weights).aligned
     assert not Experts(in_one_storage(weights, aligned=False)).aligned
     # The second one's scales begin between words of 16 bytes, all else does not.
-    joined = in_one_storage([make_weight(8, 64), make_weight(8, 64)])
-    shifted = joined[1].scales.as_strided((1, 8), (8, 1), joined[1].scales.storage_offset() + 4)
-    assert Experts(joined).aligned and not Experts([joined[0], replace(joined[1], scales=shifted)]).aligned
+    first, second = in_one_storage([make_weight(8, 64), make_weight(8, 64)])
+    shifted = second.scales.as_strided((1, 8), (8, 1), second.scales.storage_offset() + 4)
+    assert Experts([first, second]).aligned and not Experts([first, replace(second, scales=shifted)]).aligned
 
 
-def test_weights_that_differ_in_nothing_but_their_places_can_join(weights, make_weight):
-    assert can_join(weights) and can_join(weights[:1]) and can_join([weights[0], weights[0]])
-    assert not can_join([make_weight(8, 64), make_weight(8, 64, seed=1)]), "storages of their own"
+def test_weights_that_differ_in_nothing_but_their_places_can_be_joined(weights, make_weight):
+    assert joined(weights) and joined(weights[:1]) and joined([weights[0], weights[0]])
+    assert not joined([make_weight(8, 64), make_weight(8, 64, seed=1)]), "storages of their own"
     others = {
         "rows": make_weight(16, 64, 32, "affine"),
         "columns": make_weight(8, 65, 32, "affine"),
@@ -57,7 +64,28 @@ def test_weights_that_differ_in_nothing_but_their_places_can_join(weights, make_
         "strides": make_weight(9, 64, 32, "affine").rows(0, 8),
     }
     for what, other in others.items():
-        assert not can_join(in_one_storage([weights[0], other])), what
+        different = in_one_storage([weights[0], other])
+        assert not joined(different), what
+        with pytest.raises(ValueError, match="2 weights of several kinds or storages cannot"):
+            Experts(different)
+
+
+def test_a_copy_of_weights_is_described_anew(weights):
+    """They lie elsewhere, each in a storage of its own."""
+    assert joined(weights) and not joined([copy.deepcopy(weight) for weight in weights])
+
+
+def test_kinds_that_were_forgotten_are_alike_all_the_same(weights, monkeypatch):
+    monkeypatch.setattr(expert_table, "MOST_KNOWN", 1)
+    assert joined([replace(weight) for weight in weights])
+
+
+def test_descriptions_go_with_their_weights(weights):
+    assert joined(weights)
+    before = len(expert_table._DESCRIBED)
+    weights.clear()
+    gc.collect()
+    assert len(expert_table._DESCRIBED) <= before - 3
 
 
 def test_the_problem_is_one_weight_with_all_outputs_and_an_experts_tokens(weights):

@@ -11,6 +11,7 @@ import torch
 from stores import BLOCK, flip, int4
 
 from mebp_triton.convert.writers.store import StoreWriter
+from mebp_triton.kernels.expert_table import experts_of
 from mebp_triton.store.arena import Stager
 from mebp_triton.store.experts import ExpertPlaces, MappedExperts, StoredExperts, spans_of
 from mebp_triton.store.placement import place_weights
@@ -87,6 +88,18 @@ def test_experts_are_brought_in_when_they_are_asked_for(directory: Path, residen
         assert waiting.pop_experts() == experts
         assert waiting.pop_paged() == (2 * size + rest if experts else 0)
     pages.prefetch()
+
+
+def test_experts_that_are_always_there_are_views_of_one_copy(directory: Path) -> None:
+    """So a launch takes them together, and knows them again."""
+    store = Store(directory)
+    source = StoredExperts(store, NAMES, store.files[BLOCK].data().clone())
+    assert same(source.bring([4, 1]), StoredExperts(store, NAMES).bring([4, 1]))
+    firsts, seconds = zip(*source.bring(range(6)), strict=True)
+    for weights in (firsts, seconds):
+        experts = experts_of(weights)
+        assert experts is not None and experts.count == 6
+    assert source.bring([4])[0][0] is firsts[4]
 
 
 def test_only_what_is_asked_for_is_verified(directory: Path, tmp_path: Path) -> None:
