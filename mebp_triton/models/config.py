@@ -18,7 +18,12 @@ from .language_part import whole_class
 # Far above any model. transformers takes memory and time for each label, row or layer that a config asks for.
 MOST_LABELS, MOST_LENGTH, MOST_LAYERS = 1 << 16, 1 << 25, 1 << 12
 # The settings that are the length of a weight, and those that count layers, in every architecture that has them.
-LENGTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+LENGTHS = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
+LENGTHS += ["moe_intermediate_size", "shared_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts"]
+LENGTHS += ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "conv_L_cache"]
+LENGTHS += [f"linear_{name}" for name in ("conv_kernel_dim", "num_key_heads", "num_value_heads")]
+LENGTHS += ["linear_key_head_dim", "linear_value_head_dim", "hidden_size_per_layer_input"]
+LENGTHS += [f"mamba_{name}" for name in ("n_heads", "d_head", "d_state", "d_conv", "expand")]
 COUNTS = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .gguf_keys import NOT_HERE, Architecture, Set, Settings, equal, head_size, one_of, same_as
-from .gguf_rules import LLAMA
+from .gguf_rules import LLAMA, some_layers
 
 
 def _gemma4_kinds(settings: Settings) -> list[str]:
@@ -60,6 +60,7 @@ def _is_double_wide(settings: Settings) -> bool:
 
 
 GEMMA4_DERIVED: dict[str, Any] = {
+    "num_kv_shared_layers": some_layers("num_kv_shared_layers", "attention.shared_kv_layers"),
     "intermediate_size": lambda s: s["_widths"][0] if isinstance(s["_widths"], list) else s["_widths"],
     "use_double_wide_mlp": _is_double_wide,
     "layer_types": _gemma4_kinds,

@@ -30,6 +30,7 @@ from .gguf_rules import (
     SOFTMAX,
     count,
     key_heads,
+    some_layers,
 )
 from .gguf_undo import (
     Undo,
@@ -99,7 +100,7 @@ QWEN_MIXTURE: dict[str, Rule] = {
 }
 QWEN35_DERIVED: dict[str, Any] = {
     # The file counts the blocks that predict further tokens.
-    "num_hidden_layers": lambda s: s["num_hidden_layers"] - s["_predictors"],
+    "num_hidden_layers": lambda s: s["num_hidden_layers"] - some_layers("_predictors", "nextn_predict_layers")(s),
     "linear_value_head_dim": same_as("linear_key_head_dim"),
     "layer_types": _qwen_layers,
 }

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mebp_triton.system.foreign_errors import one_line
+
 from .gguf_architectures import ARCHITECTURES
 
 SAFETENSORS = "give the model as safetensors"
@@ -99,7 +101,10 @@ class GgufLayout:
     def process(self, name: str, values: np.ndarray) -> np.ndarray:
         """Undoes what the converter to GGUF did to the tensor ``name``."""
         undo = next((undo for end, undo in self._known.undo.items() if name.endswith(end)), None)
-        return values if undo is None else undo(values, self._config)
+        if undo is None:
+            return values
+        with one_line(f"{self.where}: {name} of shape {values.shape} is not as its architecture has it", SAFETENSORS):
+            return undo(values, self._config)
 
     def applies_adapters(self, name: str) -> bool:
         """Whether llama.cpp computes the matrix ``name`` with an adapter's part for it."""

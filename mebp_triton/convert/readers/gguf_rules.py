@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from .gguf_header import DOWNLOAD
 from .gguf_keys import NOT_HERE, Only, Rule, Set, Settings, Unused, head_size, one_of, same_as, width_of_head
 from .gguf_undo import Undo, halves_of, minus_one
 
@@ -128,3 +129,15 @@ def key_heads(settings: Settings) -> list[int]:
 
 
 KEY_HEADS: dict[str, Rule] = {"attention.head_count_kv": Set("_key_heads", each_layer=True)}
+
+
+def some_layers(name: str, key: str) -> Callable[[Settings], int]:
+    """The setting ``name``, which counts some of the layers and not all, and has the value of ``key``."""
+
+    def number(settings: Settings) -> int:
+        value, layers = settings[name], settings["num_hidden_layers"]
+        if value != int(value) or not 0 <= value < layers:
+            raise ValueError(f"{key} is {value!r:.100} of {layers} layers; {DOWNLOAD}")
+        return int(value)
+
+    return number

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mebp_triton.convert.readers.gguf_rules import GRANITE_DERIVED, count, key_heads, layer_types, period
+from mebp_triton.convert.readers.gguf_rules import GRANITE_DERIVED, count, key_heads, layer_types, period, some_layers
 
 
 def test_periods_of_sliding_layers():
@@ -31,3 +31,8 @@ def test_numbers():
     scale = GRANITE_DERIVED["attention_multiplier"]
     assert scale({"attention_multiplier": 0.0, "head_dim": 16}) == 0.25
     assert scale({"attention_multiplier": 0.5, "head_dim": 16}) == 0.5
+    layers = some_layers("_some", "nextn_predict_layers")
+    assert [layers({"_some": number, "num_hidden_layers": 3}) for number in (0, 2)] == [0, 2]
+    for number in (3, -1, 0.5, 2**31):
+        with pytest.raises(ValueError, match=r"^nextn_predict_layers is .* of 3 layers; download it again"):
+            layers({"_some": number, "num_hidden_layers": 3})
