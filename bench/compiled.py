@@ -6,8 +6,8 @@ The emulator runs the PTX that the compiler makes for each target (``autotune/em
 ``shipped`` launches each configuration of the tables of sm_80 to sm_90 on small problems with two tiles each way: in
 bfloat16 and float16, all schemes and group sizes, with and without LoRA, one weight and several; one half of these with
 sizes as a model's layers have them, the other with ragged sizes and views. Part ``random`` mixes everything, and
-part ``small`` likewise for the kernels without int4 weights. Where the PTX of two targets is the same up to its target,
-it is executed once and counted for both.
+parts ``small`` and ``experts`` likewise for the kernels without int4 weights and for products over experts. Where the
+PTX of two targets is the same up to its target, it is executed once and counted for both.
 
 Each result is kept in a file of progress as it comes, so a run that was ended goes on where it was; results of other
 sources are thrown away. The exit code is 1 if any launch failed.
@@ -39,7 +39,7 @@ from kernel_table import configurations
 from machine import ROOT, git
 
 from mebp_triton.autotune.cases import CASE_KERNELS, LAYOUTS, STYLES, Case, tile_case, tile_name
-from mebp_triton.autotune.correctness import Prepared, prepare
+from mebp_triton.autotune.correctness import ALL_OPERATIONS, Prepared, prepare
 from mebp_triton.autotune.emulator.driver import Emulator
 from mebp_triton.autotune.emulator.faults import Fault, NotModelled
 from mebp_triton.autotune.emulator.state import no_blocks
@@ -52,9 +52,9 @@ from mebp_triton.system.machine import environment
 TARGETS = (80, 86, 87, 89, 90)
 # Of random problems: each family of instructions.
 RANDOM_TARGETS = (75, 80, 87, 90, 120)
-RANDOM_CASES, SMALL_CASES = 1000, 200
+RANDOM_CASES, SMALL_CASES, EXPERT_CASES = 1000, 200, 200
 FOUR_BITS, EIGHT_BITS = ([form for form in FORMS if form.bits == bits] for bits in (4, 8))
-PARTS = ("shipped", "random", "small")
+PARTS = ("shipped", "random", "small", "experts")
 # What decides over a result, besides the compiler.
 SOURCES = (
     "kernels/*.py",
@@ -62,6 +62,7 @@ SOURCES = (
     "autotune/emulator/*.py",
     "autotune/cases.py",
     "autotune/correctness.py",
+    "autotune/expert_cases.py",
     "autotune/small_operations.py",
     "bench/compiled.py",
 )
@@ -107,7 +108,9 @@ def shipped_units() -> list[Unit]:
 def random_units() -> list[Unit]:
     """Problems of all kernels of int4 weights with everything mixed, products most of all; each for one target."""
     pick = random.Random(0)
-    kernels = ["matmul"] * 5 + ["matmul_dx"] * 5 + [kernel for kernel in CASE_KERNELS[2:] if kernel not in OPERATIONS]
+    kernels = (
+        ["matmul"] * 5 + ["matmul_dx"] * 5 + [kernel for kernel in CASE_KERNELS[2:] if kernel not in ALL_OPERATIONS]
+    )
     units = []
     while len(units) < RANDOM_CASES:
         kernel = pick.choice(kernels)
@@ -159,6 +162,37 @@ def small_units() -> list[Unit]:
     return units
 
 
+def expert_units() -> list[Unit]:
+    """Products over experts, with everything mixed; each for one target."""
+    pick, units = random.Random(0), []
+    for number in range(EXPERT_CASES):
+        form = pick.choice(FOUR_BITS) if pick.random() < 0.75 else pick.choice(EIGHT_BITS)
+        case = Case(
+            pick.choice(("matmul", "matmul_dx")),
+            None,
+            k=pick.choice((1, 40, 64, 97, 192, 208, 320, 393)),
+            scheme=form.scheme,
+            group_size=form.group_size,
+            dtype=pick.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)),
+            scale_dtype=pick.choice((torch.float16, torch.float16, torch.float32, torch.int8)),
+            rank=pick.choice((0, 0, 1, 4, 16, 33, 40)),
+            layout=pick.choice(LAYOUTS),
+            bits=form.bits,
+            seed=number,
+        )
+        case = tamed(case, pick)
+        case = replace(
+            case,
+            kernel="expert_matmul" if case.kernel == "matmul" else "expert_matmul_dx",
+            config=None if case.config is None else replace(case.config, split=1),
+            m=pick.choice((1, 16, 34, 67, 130, 128)),
+            sizes=tuple(pick.choice((0, 1, 5, 16, 33, 70)) for _ in range(pick.choice((1, 2, 3, 8)))),
+        )
+        targets = [target for target in RANDOM_TARGETS if target > 75 or case.dtype != torch.bfloat16]
+        units.append(Unit(case, (pick.choice(targets),)))
+    return units
+
+
 def tamed(case: Case, pick: random.Random) -> Case:
     """The case without what its kernel does not take; a product with a configuration."""
     if case.kernel in ("embedding", "decode"):
@@ -187,7 +221,7 @@ def tamed(case: Case, pick: random.Random) -> Case:
 
 @functools.cache
 def units_of(part: str) -> list[Unit]:
-    return {"shipped": shipped_units, "random": random_units, "small": small_units}[part]()
+    return {"shipped": shipped_units, "random": random_units, "small": small_units, "experts": expert_units}[part]()
 
 
 def run_unit(part: str, number: int) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from mebp_triton.autotune.cases import CASE_KERNELS, LAYOUTS, STYLES, Case
-from mebp_triton.autotune.correctness import Verdict, prepare
+from mebp_triton.autotune.correctness import ALL_OPERATIONS, Verdict, prepare
+from mebp_triton.autotune.expert_cases import EXPERT_OPERATIONS
 from mebp_triton.autotune.small_operations import OPERATIONS
+from mebp_triton.kernels.names import FORMS
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def test_every_shipped_configuration_has_every_kind_of_weight_and_launch(compile
 def test_random_problems_are_the_same_and_of_all_kinds(compiled):
     units = compiled.random_units()
     assert units == compiled.random_units() and len(units) == len({unit.case for unit in units}) == 1000
-    assert {unit.case.kernel for unit in units} == set(CASE_KERNELS) - OPERATIONS.keys()
+    assert {unit.case.kernel for unit in units} == set(CASE_KERNELS) - ALL_OPERATIONS.keys()
     assert {unit.case.layout for unit in units} == set(LAYOUTS)
     assert {target for unit in units for target in unit.targets} == set(compiled.RANDOM_TARGETS)
     configs = [unit.case.config for unit in units if unit.case.config is not None]
@@ -54,6 +56,18 @@ def test_small_problems_are_the_same_and_of_all_kinds(compiled):
     targets = {(unit.case.kernel, *unit.targets) for unit in units if unit.case.dtype == torch.bfloat16}
     assert targets == {(kernel, target) for kernel in OPERATIONS for target in compiled.RANDOM_TARGETS[1:]}
     assert compiled.units_of("small") == units
+
+
+def test_problems_over_experts_are_the_same_and_of_all_kinds(compiled):
+    units = compiled.expert_units()
+    assert units == compiled.expert_units() and len(units) == len({unit.case for unit in units}) == 200
+    assert {unit.case.kernel for unit in units} == EXPERT_OPERATIONS.keys()
+    assert {unit.case.layout for unit in units} == set(LAYOUTS)
+    assert {(unit.case.scheme, unit.case.bits) for unit in units} == {(form.scheme, form.bits) for form in FORMS}
+    assert any(0 in unit.case.sizes for unit in units) and any(not any(unit.case.sizes) for unit in units)
+    configs = [unit.case.config for unit in units if unit.case.config is not None]
+    assert {config.split for config in configs} == {1} and any(config.scale_sums for config in configs)
+    assert compiled.units_of("experts") == units
 
 
 def test_equal_code_is_executed_once(compiled, monkeypatch):
