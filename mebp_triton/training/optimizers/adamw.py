@@ -159,7 +159,7 @@ class BlockAdamW(torch.optim.Optimizer):
         missing = {
             index: {id(parameter) for parameter in group["params"]}
             for index, group in enumerate(self.param_groups)
-            if selected is None or index in selected
+            if group["params"] and (selected is None or index in selected)
         }
 
         @torch.no_grad()

@@ -527,6 +527,17 @@ def test_moments_that_come_and_go_beside_the_computation(within, eight_bit, seed
     assert streams.copies > 20
 
 
+def test_in_the_backward_pass_moments_come_while_lower_blocks_are_differentiated(tmp_path):
+    streams, groups = LateStreams(), parameters()
+    optimizer = BlockAdamW(groups, residency="host", directory=tmp_path)
+    optimizer.moments = Moments(groups, "host", tmp_path, streams=lambda device: streams)
+    with streams, optimizer.step_in_backward():
+        loss_of(groups, 0).backward()
+    alone = set(range(1, streams.copies + 1)) - streams.beside
+    assert streams.copies == 2 * 3, "nothing is copied for the block without parameters"
+    assert alone == {1, streams.copies}, "the moments of the top block come when they are needed; the last ones go"
+
+
 def test_state_that_is_read_while_moments_are_on_their_way_to_the_host(tmp_path):
     streams, groups = LateStreams(), parameters()
     optimizer = BlockAdamW(groups, residency="host", directory=tmp_path)
