@@ -45,6 +45,14 @@ def field_extractor(bits: int, signed: bool) -> Callable[[Array, Array, Array], 
     return extract
 
 
+def insert_field(value: Array, into: Array, at: Array, length: Array) -> Array:
+    """Computes ``bfi.b32``: the low ``length`` bits of a value take the place of those from ``at`` on."""
+    at, length = ((one & U32(255)).astype(U64) for one in (at, length))
+    at, length = np.minimum(at, U64(32)), np.minimum(length, U64(32))
+    field = ((U64(1) << length) - U64(1)) << at
+    return ((into & ~field) | ((value.astype(U64) << at) & field)).astype(U32)
+
+
 def permute(a: Array, b: Array, selector: Array) -> Array:
     """Computes ``prmt``: each nibble of the selector names a byte of ``b:a``, or that byte's sign."""
     if selector.size == 1:

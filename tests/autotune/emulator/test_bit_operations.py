@@ -7,6 +7,7 @@ from mebp_triton.autotune.emulator.bit_operations import (
     divide,
     field_extractor,
     funnel_shifter,
+    insert_field,
     logic_of_three,
     permute,
     shifter,
@@ -50,6 +51,15 @@ def test_fields(at, length):
         # The bits of a number of any length: copies of the sign go on.
         wide = signed(int(x)) >> at & ((1 << length) - 1)
         assert signed(int(got_signed)) == (0 if length == 0 else signed(wide, length))
+
+
+@pytest.mark.parametrize(("at", "length"), [(16, 8), (0, 32), (28, 10), (32, 1), (200, 5), (5, 0), (31, 1)])
+def test_insertions(at, length):
+    """What would lie beyond the register is left out."""
+    for x, y, got in zip(A.flat, B.flat, insert_field(A, B, word(at), word(length)).flat, strict=True):
+        places = {place for place in range(at, at + length) if place < 32}
+        bits = [int(x) >> (place - at) & 1 if place in places else int(y) >> place & 1 for place in range(32)]
+        assert got == sum(bit << place for place, bit in enumerate(bits))
 
 
 @pytest.mark.parametrize("selector", [0x4140, 0x7541, 0x3210, 0xBA98, 0x0F7C])
