@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from interpreted import triton_kernels  # noqa: F401 - a fixture
 from models import relative_rms, tiny_config
 from transformers import AutoModelForCausalLM
 
+from mebp_triton.autotune.expert_cases import in_one_storage
+from mebp_triton.kernels import expert_products
 from mebp_triton.kernels.accuracy import random_weight
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
@@ -100,3 +103,23 @@ def test_results_do_not_change_from_run_to_run_and_have_the_dtype_of_the_input()
     assert first.dtype == torch.bfloat16 and torch.equal(first, second)
     with torch.autocast("cpu", torch.bfloat16):
         assert relative_rms(ours(hidden, index, scores).float(), first.float()) < 0.02
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are not interpreted beside a GPU")
+@pytest.mark.usefixtures("triton_kernels")
+def test_one_launch_for_all_chosen_experts_gives_what_panels_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, where the experts' weights lie in one storage."""
+    _, ours, held = pair("mixtral")
+    firsts, seconds = (in_one_storage(weights) for weights in zip(*held.weights, strict=True))
+    held.weights = list(zip(firsts, seconds, strict=True))
+    hidden, index, scores = routed(12, 4, 2, 48)
+    found, launched = [], list[str]()
+    launch = expert_products._launch
+    monkeypatch.setattr(expert_products, "_launch", lambda name, *rest: launched.append(name) or launch(name, *rest))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for ours.backend in ("panel", "triton"):
+        y = ours(hidden, index, scores)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (hidden, scores))))
+    assert launched == ["matmul", "matmul", "matmul_dx", "matmul_dx"]
+    for by_panels, together in zip(*found, strict=True):
+        assert relative_rms(together, by_panels) < 1e-6
