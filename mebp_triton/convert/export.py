@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from mebp_triton.convert.readers.gguf import GgufFile
 from mebp_triton.convert.readers.gguf_header import Header
@@ -18,19 +20,21 @@ from mebp_triton.convert.readers.merged_store import MergedStore
 from mebp_triton.convert.writers import GGUF_FLOATS, GGUF_TYPES
 from mebp_triton.convert.writers.gguf_adapter import write_gguf_adapter
 from mebp_triton.convert.writers.gguf_file import check_kind
-from mebp_triton.convert.writers.gguf_model import GgufModelReport, GgufModelWriter
+from mebp_triton.convert.writers.gguf_model import TEMPLATE, GgufModelReport, GgufModelWriter
 from mebp_triton.convert.writers.peft_adapter import rank_limit, write_served_adapter
 from mebp_triton.models.adapter import CHAT_TEMPLATE, CONFIG
 from mebp_triton.models.config import read_json_object
 from mebp_triton.models.generation import GENERATION_CONFIG, saved_stops
+from mebp_triton.models.language_part import parts_left_out
 from mebp_triton.models.names import names_in
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.manifest import BaseModel
 from mebp_triton.store.reader import Store
-from mebp_triton.system import atomic
+from mebp_triton.system import atomic, reading
 from mebp_triton.system.errors import FileError
 
 END_OF_TURN = "tokenizer.ggml.eot_token_id"
+ENDS = (END_OF_TURN, "tokenizer.ggml.eos_token_id")
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,9 @@ def export_gguf_model(
     opened.bind(model)
     replaced, left = _ends_and_template(source, header)
     parameters = _parameters(layout, source, model)
-    writer = GgufModelWriter(source, opened, header, layout, parameters, kind, trusted=base is None)
+    known = source.store.base
+    trusted = known is not None and known.crc32 == reading.joint_checksum(opened.files)
+    writer = GgufModelWriter(source, opened, header, layout, parameters, kind, trusted)
     return writer.write(target, replaced, progress), left
 
 
@@ -171,7 +177,7 @@ def export_peft_adapter(store: Store | Path | str, target: Path | str, adapter: 
     """
     target = Path(target)
     atomic.check_absent(target)
-    source, _ = _bound(store, adapter)
+    source, model = _bound(store, adapter)
     base = source.store.base
     if base is None:
         raise ValueError(
@@ -182,10 +188,12 @@ def export_peft_adapter(store: Store | Path | str, target: Path | str, adapter: 
     if experts := [site.name for site, _ in changed if site.role == "expert"]:
         raise ValueError(f"the adapter changes experts ({experts[0]}), which is not known to be served: merge it")
     deltas = {site.name: delta for site, delta in changed}
-    layers = [site.name for site in source.sites.values() if site.role in ("linear", "head")]
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    # What was left out of a model for text and images may have layers of the same names.
+    every = None if parts_left_out(model) else layers
     values = read_json_object(Path(adapter) / CONFIG, "save the adapter again")
     with atomic.atomic_directory(target) as directory:
-        rank, made_equal = write_served_adapter(directory, values, deltas, layers, base)
+        rank, made_equal = write_served_adapter(directory, values, deltas, every, base)
         for name in (CHAT_TEMPLATE, GENERATION_CONFIG):
             if (Path(adapter) / name).is_file():
                 shutil.copyfile(Path(adapter) / name, directory / name)
@@ -198,8 +206,8 @@ def _ends_and_template(source: MergedStore, header: Header) -> tuple[dict[str, s
     replaced: dict[str, str | int] = {}
     template = None if source.adapter is None else Path(source.adapter) / CHAT_TEMPLATE
     if template is not None and template.is_file():
-        replaced["tokenizer.chat_template"] = template.read_text(encoding="utf-8")
-    known = saved_stops(source.directory)
+        replaced[TEMPLATE] = template.read_text(encoding="utf-8")
+    known = {*saved_stops(source.directory), *(header.metadata.get(key) for key in ENDS)}
     ends = [token for token in source.stops if token not in known]
     if ends and END_OF_TURN not in header.metadata:
         replaced[END_OF_TURN] = ends.pop(0)

@@ -183,6 +183,10 @@ class MergedStore:
         own_a, own_b = a.unflatten(0, (count, -1))[expert], b.unflatten(1, (-1, count))[..., expert]
         return Delta(own_a, own_b, self._lora.scaling(site.parameter))
 
+    def experts_in(self, parameter: str) -> list[Int4Site]:
+        """The matrices of the experts that lie in a parameter; none where it has none."""
+        return self._experts.get(parameter, [])
+
     def _file(self, site: Int4Site) -> StoreFile:
         """The file that has the matrix, with its checksums compared."""
         file = self.store.files[self.store.matrices[site.name].file]

@@ -32,6 +32,8 @@ from .gguf_file import ALIGNMENT, Planned, decode, encode, kind_for, pair, write
 # What a new file says of itself, and of the parts that a model is split into.
 OWN_KEYS = ("general.file_type", "general.quantization_version", "split.")
 QUANTIZATION_VERSION = 2
+TEMPLATE = "tokenizer.chat_template"
+OTHER_TEMPLATES = (f"{TEMPLATE}.", f"{TEMPLATE}s")  # by their names, which llama.cpp takes for tools before the first
 COPY_BYTES = 1 << 24
 # How far a tensor of the base may be from the store's: float16 has 11 bits, and both may have been rounded to 4 bits.
 FLOATS_NEAR, MATRICES_NEAR = 0.01, 0.4
@@ -64,7 +66,8 @@ class GgufModelWriter:
         layout: the names and orders of the base's files.
         parameters: the parameters of the model by GGUF's names.
         kind: the type of the matrices; embedding and head get at least 8 bits.
-        trusted: whether the base is known to be what the store was made of; if not, all its tensors are compared.
+        trusted: whether the base is known to be what the store was made of, to the byte; if not, all its tensors are
+            compared.
     """
 
     def __init__(
@@ -129,10 +132,11 @@ class GgufModelWriter:
         if set(kinds.values()) - set(GGUF_FLOATS):
             own["general.quantization_version"] = QUANTIZATION_VERSION
         own |= replaced
+        dropped = (*OWN_KEYS, *(OTHER_TEMPLATES if TEMPLATE in replaced else ()))
         pairs = []
         with open(self.header.path, "rb") as file:
             for key, (begin, end) in self.header.places.items():
-                if key not in own and not key.startswith(OWN_KEYS):
+                if key not in own and not key.startswith(dropped):
                     file.seek(begin)
                     pairs.append(file.read(end - begin))
         return pairs + [pair(key, value if isinstance(value, str) else int(value)) for key, value in own.items()]
@@ -146,8 +150,8 @@ class GgufModelWriter:
         name = self._parameter(entry.name)
         site = self.source.sites.get(name)
         if site is None:
-            if name in self.source.store.floats and not self.trusted:
-                self._compare(name, self.source.store.float_tensor(name), self.base.read(name), FLOATS_NEAR)
+            if not self.trusted and entry.name in list(self._parts.get(name, ()))[:1]:
+                self._compare_copied(name)
             return Planned(entry.name, entry.kind, entry.shape)
         if entry.shape[-1] != site.in_features or len(entry.shape) > 2:
             raise ValueError(f"{self.header.path} has {entry.name} on its side, which cannot be merged into yet")
@@ -157,14 +161,25 @@ class GgufModelWriter:
         if keeps and _are_same(stored, self.base.read(name)):
             return Planned(entry.name, entry.kind, entry.shape)
         if not self.trusted:
-            found = self.base.read(name)
-            found = found.t() if site.transposed and isinstance(found, Tensor) else found
-            self._compare(name, stored, found, MATRICES_NEAR)
+            self._compare_matrix(site)
         wide = site.role == "linear" or self.kind in (*GGUF_FLOATS, "Q8_0")
         self._matrices[entry.name] = site
         if len(entry.shape) == 1:  # a gate of experts
             return Planned(entry.name, "F32", entry.shape)
         return Planned(entry.name, kind_for(self.kind if wide else "Q8_0", entry.shape[-1]), entry.shape)
+
+    def _compare_copied(self, name: str) -> None:
+        """Compares a parameter that is copied: a float of the store, or the experts of a mixture."""
+        if name in self.source.store.floats:
+            self._compare(name, self.source.store.float_tensor(name), self.base.read(name), FLOATS_NEAR)
+        for site in self.source.experts_in(name):
+            self._compare_matrix(site)
+
+    def _compare_matrix(self, site: Int4Site) -> None:
+        name = f"{site.name}.weight"
+        found = self.base.read(name)
+        found = found.t() if site.transposed and isinstance(found, Tensor) else found
+        self._compare(name, self.source.store.weight(site.name), found, MATRICES_NEAR)
 
     def _compare(self, name: str, own: Tensor | Int4Weight, found: Tensor | Int4Weight, near: float) -> None:
         """Raises ValueError where a tensor of the base is not that of the store."""
@@ -187,12 +202,12 @@ class GgufModelWriter:
             self.report.relative_error = max(self.report.relative_error, (rounding / size) ** 0.5)
         if (delta := self.source.delta(site)) is not None:
             self._errors["rounding"] += rounding
-            self._errors["change"] += _square(delta)
+            self._errors["change"] += _square(delta, places.rows)
 
 
-def _square(delta: Delta) -> float:
-    """The sum of the squares of ``scaling * b @ a``."""
-    a, b = delta.a.double(), delta.b.double()
+def _square(delta: Delta, rows: Tensor) -> float:
+    """The sum of the squares of some rows of ``scaling * b @ a``."""
+    a, b = delta.a.double(), delta.b[rows].double()
     return delta.scaling**2 * float(((b.t() @ b) * (a @ a.t())).sum())
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import relative_rms
+import transformers
+from models import randomize_adapter, relative_rms
 
 import mebp_triton as mebp
 from mebp_triton.convert.export import export_gguf_model
@@ -18,6 +19,7 @@ from mebp_triton.convert.quantize import quantize
 from mebp_triton.convert.readers.gguf import GgufFile
 from mebp_triton.convert.readers.gguf_header import read_header
 from mebp_triton.convert.readers.merged_store import MergedStore
+from mebp_triton.convert.writers.gguf_file import Planned, pair, write_gguf
 from mebp_triton.kernels.layout import Int4Weight
 from mebp_triton.kernels.reference import decode
 from mebp_triton.models.skeleton import build_skeleton
@@ -25,6 +27,7 @@ from mebp_triton.models.skeleton import build_skeleton
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
 from gguf_files import gpt2_tensors, llama_tensors, write  # noqa: E402
+from gguf_models import write_variant  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,21 @@ def test_codes_that_stay_are_copied_and_others_say_what_they_lose(llama: Path, t
     assert keys(tmp_path / "a.gguf")["general.file_type"] == 3 and keys(tmp_path / "b.gguf")["general.file_type"] == 7
 
 
+def test_what_is_lost_counts_each_change_once_also_where_a_matrix_is_two_tensors(tmp_path: Path) -> None:
+    base, store = write_variant(tmp_path / "base.gguf", "granitehybrid", "plain"), tmp_path / "store"
+    quantize(base, store, bits=8, scale_search=False)
+    model = mebp.load(store, mebp.LoraConfig(r=4, target_modules=["input_linear"]))
+    randomize_adapter(model, 0, 0.1)
+    mebp.save_adapter(model, tmp_path / "adapter")
+    report, _ = export_gguf_model(store, tmp_path / "a.gguf", tmp_path / "adapter", "Q8_0")
+    found = bound(GgufFile(tmp_path / "a.gguf"))
+    merged, plain = bound(MergedStore(store, tmp_path / "adapter")), bound(MergedStore(store))
+    changed = [name for name, site in merged.sites.items() if merged.delta(site) is not None]
+    rounding = sum((values(found, name) - values(merged, name)).square().sum() for name in changed)
+    change = sum((values(merged, name) - values(plain, name)).square().sum() for name in changed)
+    assert changed and report.lost == pytest.approx(float(rounding / change) ** 0.5, rel=1e-3)
+
+
 def test_parts_become_one_file_and_a_transposed_model_one_too(llama: Path, tmp_path: Path) -> None:
     write(tmp_path / "base.gguf", "llama", llama_tensors(), tensors_each=8)
     part = tmp_path / "base-00002-of-00003.gguf"
@@ -116,6 +134,32 @@ def test_a_base_of_other_weights_is_refused(llama: Path, tmp_path: Path) -> None
         assert not (tmp_path / "a.gguf").exists()
 
 
+def test_a_base_that_was_replaced_since_is_compared_too(llama: Path, tmp_path: Path) -> None:
+    """The file stands where the store was made of it, and has other weights now."""
+    base = shutil.copy(llama / "base.gguf", tmp_path / "base.gguf")
+    quantize(base, tmp_path / "store")
+    entry = read_header(base).tensors["output_norm.weight"]
+    data = np.memmap(base, np.float32, "r+", entry.offset, entry.shape)
+    data[:] *= -1
+    data.flush()
+    with pytest.raises(ValueError, match="is not the model that the store was made of: model.norm.weight differs"):
+        export_gguf_model(tmp_path / "store", tmp_path / "a.gguf")
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="experts are modules, or lie otherwise")
+@pytest.mark.parametrize("which", ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"])
+def test_experts_of_other_weights_are_refused(tmp_path: Path, which: str) -> None:
+    base, store = write_variant(tmp_path / "base.gguf", "qwen3moe", "plain"), tmp_path / "store"
+    quantize(base, store, scale_search=False)
+    export_gguf_model(store, tmp_path / "a.gguf", base=shutil.copy(base, tmp_path / "same.gguf"))
+    entry = read_header(base).tensors[f"blk.0.{which}.weight"]
+    data = np.memmap(base, np.uint8, "r+", entry.offset, (entry.nbytes,))
+    data[:] = np.concatenate(np.split(data, entry.shape[0])[::-1])
+    data.flush()
+    with pytest.raises(ValueError, match=r"is not the model that the store was made of: .*experts\.\d+\..* differs"):
+        export_gguf_model(store, tmp_path / "b.gguf", base=base)
+
+
 def test_template_and_end_are_the_adapters(llama: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(llama / "adapter", tmp_path / "adapter")
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
@@ -124,3 +168,22 @@ def test_template_and_end_are_the_adapters(llama: Path, tmp_path: Path) -> None:
     found = keys(tmp_path / "a.gguf")
     assert found["tokenizer.chat_template"] == "{{ messages }}"
     assert found["tokenizer.ggml.eot_token_id"] == 7 and found["general.quantization_version"] == 2 and ends == [9]
+
+
+def test_templates_for_tools_go_with_the_one_that_is_replaced_and_ends_that_keys_have_stay(
+    llama: Path, tmp_path: Path
+) -> None:
+    keys_of = {"tokenizer.chat_template": "a", "tokenizer.chat_template.tool_use": "b"}
+    base, data = read_header(llama / "base.gguf"), (llama / "base.gguf").read_bytes()
+    pairs = [data[begin:end] for key, (begin, end) in base.places.items() if key not in keys_of]
+    pairs += [pair(*item) for item in keys_of.items()] + [pair("tokenizer.ggml.eot_token_id", 7)]
+    planned = [Planned(entry.name, entry.kind, entry.shape) for entry in base.tensors.values()]
+    parts = {each.name: np.frombuffer(data, np.uint8, each.nbytes, each.offset) for each in base.tensors.values()}
+    write_gguf(tmp_path / "base.gguf", pairs, planned, lambda name: [parts[name]])
+    adapter = shutil.copytree(llama / "adapter", tmp_path / "adapter")
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 7, 9]}))
+    for target, wanted in (("a.gguf", keys_of), ("b.gguf", {"tokenizer.chat_template": "{{ messages }}"})):
+        _, ends = export_gguf_model(llama / "store", tmp_path / target, adapter, "Q8_0", tmp_path / "base.gguf")
+        found = {key: value for key, value in keys(tmp_path / target).items() if "template" in key}
+        assert found == wanted and ends == [9]
+        (adapter / "chat_template.jinja").write_text("{{ messages }}")
