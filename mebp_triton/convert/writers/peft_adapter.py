@@ -28,7 +28,7 @@ def write_served_adapter(
     directory: Path,
     values: Mapping[str, Any],
     deltas: Mapping[str, Delta],
-    layers: Iterable[str],
+    layers: Iterable[str] | None,
     base: BaseModel,
 ) -> tuple[int, bool]:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -40,7 +40,7 @@ def write_served_adapter(
         directory: where they are written.
         values: what the adapter's own ``adapter_config.json`` has.
         deltas: what the adapter adds, by the paths of the modules.
-        layers: the paths of all linear layers.
+        layers: the paths of all linear layers of the server's model; None where they are not known.
         base: the model that the server runs.
 
     Returns:
@@ -74,7 +74,7 @@ def write_served_adapter(
     targets = _targets(deltas, layers)
     write_weights(directory, tensors, LoraConfig(target_modules=targets, **settings), base)
     config = dict(values) | settings | {"rank_pattern": {}, "alpha_pattern": {}, "inference_mode": True}
-    config |= {"target_modules": targets, "exclude_modules": None}
+    config |= {"target_modules": targets, "target_parameters": None, "exclude_modules": None}
     config |= {"base_model_name_or_path": base.name_or_path, "revision": base.revision}
     strict_json.write_json(directory / CONFIG, config)
     return rank, differ
@@ -90,9 +90,9 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _targets(adapted: Iterable[str], layers: Iterable[str]) -> list[str]:
-    """The last parts of the adapted layers' paths, or the whole paths where other layers end so too."""
+def _targets(adapted: Iterable[str], layers: Iterable[str] | None) -> list[str]:
+    """The last parts of the adapted layers' paths, or the whole paths where other layers end, or may end, so too."""
     paths = set(adapted)
     ends = {path.rpartition(".")[2] for path in paths}
-    exact = all(path in paths for path in layers if path.rpartition(".")[2] in ends)
+    exact = layers is not None and all(path in paths for path in layers if path.rpartition(".")[2] in ends)
     return sorted(ends if exact else paths)

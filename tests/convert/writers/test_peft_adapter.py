@@ -77,6 +77,18 @@ def test_the_config_names_base_and_modules(tmp_path: Path) -> None:
     assert config["target_modules"] == ["q"] and other["target_modules"] == ["blocks.0.q"]
 
 
+def test_weights_that_were_targets_become_modules_and_unknown_layers_are_not_targeted(tmp_path: Path) -> None:
+    """PEFT would adapt such a weight a second time; and a model for images may have a "q" in its other parts."""
+    write(tmp_path / "a", {path: delta(0, 2, 1.0) for path in LAYERS[::2]}, target_parameters=["q.weight"])
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["target_parameters"] is None
+    (tmp_path / "b").mkdir()
+    values = {"r": 2, "lora_alpha": 2}
+    write_served_adapter(tmp_path / "b", values, {path: delta(0, 2, 1.0) for path in LAYERS[:4]}, None, BASE)
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert config["target_modules"] == LAYERS[:4]
+
+
 def test_ranks_have_a_limit(tmp_path: Path) -> None:
     assert [rank_limit(rank) for rank in (1, 8, 9, 300, 512)] == [8, 8, 16, 320, 512]
     with pytest.raises(ValueError, match="has rank 513, and vLLM serves 512 at most"):
