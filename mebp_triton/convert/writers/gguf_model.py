@@ -157,7 +157,8 @@ class GgufModelWriter:
             raise ValueError(f"{self.header.path} has {entry.name} on its side, which cannot be merged into yet")
         stored = self.source.store.weight(site.name)
         # In a file of floats every matrix is one: codes would have llama.cpp round activations to 8 bits.
-        keeps = self.kind not in GGUF_FLOATS and self.source.delta(site) is None
+        repeats = site.is_table and entry.name != next(iter(self._parts[name]))  # a tied head's, which is not compared
+        keeps = self.kind not in GGUF_FLOATS and self.source.delta(site) is None and not repeats
         if keeps and _are_same(stored, self.base.read(name)):
             return Planned(entry.name, entry.kind, entry.shape)
         if not self.trusted:
@@ -189,7 +190,9 @@ class GgufModelWriter:
 
     def _rounded(self, site: Int4Site, kind: str, name: str) -> Iterator[np.ndarray]:
         """The bytes of a matrix, its rows where the file has them."""
-        places = places_in_file(self.layout, site, self._parts[self._parameter(name)])[name]
+        # A base may have a tied head as a tensor of its own, which is no part of the embedding but all of it again.
+        parts = {name: site.out_features} if site.is_table else self._parts[self._parameter(name)]
+        places = places_in_file(self.layout, site, parts)[name]
         rounding = size = 0.0
         for rows in self.source.rows(site, places.rows):
             values = np.ascontiguousarray(rows[:, places.columns].numpy())

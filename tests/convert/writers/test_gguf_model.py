@@ -170,16 +170,20 @@ def test_template_and_end_are_the_adapters(llama: Path, tmp_path: Path) -> None:
     assert found["tokenizer.ggml.eot_token_id"] == 7 and found["general.quantization_version"] == 2 and ends == [9]
 
 
-def test_templates_for_tools_go_with_the_one_that_is_replaced_and_ends_that_keys_have_stay(
-    llama: Path, tmp_path: Path
-) -> None:
+def changed(source: Path, target: Path, pairs: dict[str, Any], copies: dict[str, str]) -> Path:
+    """A copy of a GGUF file with other keys, and with copies of tensors under other names."""
+    base, data = read_header(source), source.read_bytes()
+    kept = [data[begin:end] for key, (begin, end) in base.places.items() if key not in pairs]
+    entries = dict(base.tensors) | {name: base.tensors[copied] for name, copied in copies.items()}
+    parts = {name: np.frombuffer(data, np.uint8, each.nbytes, each.offset) for name, each in entries.items()}
+    planned = [Planned(name, each.kind, each.shape) for name, each in entries.items()]
+    write_gguf(target, [*kept, *(pair(*item) for item in pairs.items())], planned, lambda name: [parts[name]])
+    return target
+
+
+def test_templates_for_tools_go_too_and_ends_that_keys_have_stay(llama: Path, tmp_path: Path) -> None:
     keys_of = {"tokenizer.chat_template": "a", "tokenizer.chat_template.tool_use": "b"}
-    base, data = read_header(llama / "base.gguf"), (llama / "base.gguf").read_bytes()
-    pairs = [data[begin:end] for key, (begin, end) in base.places.items() if key not in keys_of]
-    pairs += [pair(*item) for item in keys_of.items()] + [pair("tokenizer.ggml.eot_token_id", 7)]
-    planned = [Planned(entry.name, entry.kind, entry.shape) for entry in base.tensors.values()]
-    parts = {each.name: np.frombuffer(data, np.uint8, each.nbytes, each.offset) for each in base.tensors.values()}
-    write_gguf(tmp_path / "base.gguf", pairs, planned, lambda name: [parts[name]])
+    changed(llama / "base.gguf", tmp_path / "base.gguf", keys_of | {"tokenizer.ggml.eot_token_id": 7}, {})
     adapter = shutil.copytree(llama / "adapter", tmp_path / "adapter")
     (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 7, 9]}))
     for target, wanted in (("a.gguf", keys_of), ("b.gguf", {"tokenizer.chat_template": "{{ messages }}"})):
@@ -187,3 +191,18 @@ def test_templates_for_tools_go_with_the_one_that_is_replaced_and_ends_that_keys
         found = {key: value for key, value in keys(tmp_path / target).items() if "template" in key}
         assert found == wanted and ends == [9]
         (adapter / "chat_template.jinja").write_text("{{ messages }}")
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_a_tied_head_that_the_base_has_as_a_tensor_is_the_embedding_again(
+    llama: Path, tmp_path: Path, kind: str
+) -> None:
+    base = changed(llama / "base.gguf", tmp_path / "base.gguf", {}, {"output.weight": "token_embd.weight"})
+    export_gguf_model(llama / "store", tmp_path / "a.gguf", llama / "adapter", kind, base)
+    embedding, head = (
+        gguf.dequantize(tensor.data, tensor.tensor_type)
+        for name in ("token_embd.weight", "output.weight")
+        for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors
+        if tensor.name == name
+    )
+    assert relative_rms(torch.from_numpy(head), torch.from_numpy(embedding)) < 0.01
