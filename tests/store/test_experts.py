@@ -28,13 +28,14 @@ class Holder:
     source: Any = None
 
 
-def store_of(directory: Path, rows: int = 1500, columns: int = 1024, group: int = 64) -> Store:
+def store_of(directory: Path, rows: int = 1500, columns: int = 1024, group: int = 64, seed: int = 0) -> Store:
     """A block with a linear layer and six experts, each of which is larger than a chunk that has a checksum."""
     directory.mkdir()
     writer = StoreWriter(directory, "a test", tied_head=False)
     matrices = {"layers.0.q": int4("symmetric", 1)}
-    for seed, pair in enumerate(NAMES):
-        matrices |= {pair[0]: int4("symmetric", seed, rows, columns, group), pair[1]: int4("codebook", seed, 64, 70)}
+    for number, pair in enumerate(NAMES, seed):
+        up, down = int4("symmetric", number, rows, columns, group), int4("codebook", number, 64, 70)
+        matrices |= {pair[0]: up, pair[1]: down}
     experts = {name for pair in NAMES for name in pair}
     floats = {"layers.0.norm": torch.ones(4)}
     writer.write_file(BLOCK, {name: (weight, 0.0) for name, weight in matrices.items()}, floats, experts)
@@ -88,6 +89,22 @@ def test_experts_are_brought_in_when_they_are_asked_for(directory: Path, residen
         assert waiting.pop_experts() == experts
         assert waiting.pop_paged() == (2 * size + rest if experts else 0)
     pages.prefetch()
+
+
+@pytest.mark.parametrize("residency", ["host", "file"])
+def test_blocks_that_take_turns_in_an_arena_have_their_own_experts(tmp_path: Path, residency: Any) -> None:
+    """The same numbers of experts, of three blocks in two arenas: what another block left there counts for nothing."""
+    stores = [store_of(tmp_path / f"{block}", 64, 128, seed=10 * block) for block in range(3)]
+    waiting, holders = Waiting(), [Holder() for _ in stores]
+    stager = Stager(CPU, waiting, max(store.files[BLOCK].data().numel() for store in stores))
+    blocks = [
+        place_weights(store, BLOCK, {}, residency, CPU, stager, waiting, [ExpertPlaces(holder, NAMES)])
+        for store, holder in zip(stores, holders, strict=True)
+    ]
+    for block in (0, 1, 2, 2, 1, 0):
+        with blocks[block]:
+            assert same(holders[block].source.bring([1, 3]), StoredExperts(stores[block], NAMES).bring([1, 3]))
+    assert waiting.pop_experts() == 2 * 4  # the second 2 and the second 1 are there still
 
 
 def test_experts_that_are_always_there_are_views_of_one_copy(directory: Path) -> None:
