@@ -44,10 +44,12 @@ class GgufExport:
     Attributes:
         base: the GGUF file whose names and keys were taken; None where the store's config gave the names.
         relative_error: the largest relative RMS error of a tensor by rounding to the type.
+        changed: whether that file is where the store's base was, with other content.
     """
 
     base: Path | None
     relative_error: float
+    changed: bool = False
 
 
 def export_gguf_adapter(
@@ -88,8 +90,12 @@ def export_gguf_adapter(
         )
     for site in deltas:
         if header is not None and sum(parts.get(site.name, {}).values()) != site.out_features:
-            raise ValueError(f"{file} has no matrix for {site.name}: llama.cpp could not apply the adapter to it")
-    return GgufExport(file, write_gguf_adapter(target, layout, parts, deltas, kind))
+            raise ValueError(
+                f"{file} has no matrix for {site.name} of {site.out_features} x {site.in_features}, so llama.cpp could "
+                f"not apply the adapter to it: give a GGUF file of the store's own model"
+            )
+    changed = base is None and header is not None and _has_changed(source.store, header)
+    return GgufExport(file, write_gguf_adapter(target, layout, parts, deltas, kind), changed)
 
 
 def export_gguf_model(
@@ -129,9 +135,11 @@ def export_gguf_model(
     source, model = _bound(store, adapter)
     file = _base_file(source.store, base)
     if file is None:
+        known = source.store.base
+        gone = "" if known is None or not known.name_or_path.endswith(".gguf") else f" ({known.name_or_path}: gone)"
         raise ValueError(
-            f"store {source.directory} was made of {source.store.source}, and a GGUF file needs keys and a tokenizer "
-            "from another one: give a GGUF file of the base model by --base"
+            f"store {source.directory} was made of {source.store.source}{gone}, and a GGUF file needs keys and a "
+            "tokenizer from another one: give a GGUF file of the base model by --base"
         )
     header = read_model(file)
     layout = _layout(source, header)
@@ -226,16 +234,28 @@ def _check_target(target: Path) -> None:
     if target.exists():
         raise FileError(f"{target} exists already: choose another place or remove it")
     if not target.absolute().parent.is_dir():
-        raise FileError(f"{target} names no file in an existing directory: make {target.parent} first")
+        remedy = f"{target.parent} is a file" if target.parent.exists() else f"make {target.parent} first"
+        raise FileError(f"{target} names no file in an existing directory: {remedy}")
     atomic.check_place(target.parent)
 
 
 def _base_file(store: Store, given: Path | str | None) -> Path | None:
     """The GGUF file of the base: the one given, or the one that the store was made of if it is still there."""
     if given is not None:
+        if not Path(given).is_file():
+            what = "is a directory" if Path(given).is_dir() else "is no file"
+            raise FileError(f"--base {given} {what}: give a GGUF file of the base model")
         return Path(given)
     path = Path(store.base.name_or_path) if store.base is not None else None
     return path if path is not None and path.suffix == ".gguf" and path.is_file() else None
+
+
+def _has_changed(store: Store, header: Header) -> bool:
+    """Whether the file that the store was made of has other content now; False where its checksum is not known."""
+    known = None if store.base is None else store.base.crc32
+    return known is not None and known != reading.joint_checksum(
+        sorted({entry.path for entry in header.tensors.values()})
+    )
 
 
 def _layout(source: MergedStore, header: Header | None) -> GgufLayout:

@@ -57,14 +57,16 @@ class LoraConfig:
             pattern = getattr(self, name)
             if not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
                 raise ValueError(f"{name} must map regular expressions to numbers, got {pattern!r:.100}")
-        for rank in (self.r, *self.rank_pattern.values()):
+        for key, rank in ((None, self.r), *self.rank_pattern.items()):
             if type(rank) is not int or not 1 <= rank < 1 << 31:
-                raise ValueError(f"lora rank r must be a whole number of at least 1, got {rank!r:.100}")
+                what = "lora rank r" if key is None else f"rank_pattern {key!r:.100}"
+                raise ValueError(f"{what} must be a whole number of at least 1, got {rank!r:.100}")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r:.100}")
-        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+        for key, alpha in ((None, self.lora_alpha), *self.alpha_pattern.items()):
             if not _is_number(alpha) or not abs(alpha) < 1e30:
-                raise ValueError(f"lora_alpha must be finite, got {alpha!r:.100}")
+                what = "lora_alpha" if key is None else f"alpha_pattern {key!r:.100}"
+                raise ValueError(f"{what} must be finite, got {alpha!r:.100}")
         if type(self.use_rslora) is not bool:
             raise ValueError(f"use_rslora must be true or false, got {self.use_rslora!r:.100}")
         if not self.target_modules and not self.target_parameters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from mebp_triton.cli.console import answer, progress_bar, readable, say, two_columns
@@ -59,6 +60,8 @@ def _gguf_lora(store: Store, arguments: argparse.Namespace) -> dict[str, Any]:
     kind = arguments.type or "F32"
     made = export_gguf_adapter(store, arguments.output, arguments.adapter, kind, arguments.base)
     base = "BASE.gguf" if made.base is None else str(made.base)
+    if made.changed:
+        say(f"warning: {base} has changed since the store was made of it, so the adapter was trained on other weights")
     template = Path(arguments.adapter) / CHAT_TEMPLATE
     if template.is_file():
         say(f"a GGUF adapter holds no chat template: give llama.cpp --jinja --chat-template-file {template}")
@@ -66,7 +69,7 @@ def _gguf_lora(store: Store, arguments: argparse.Namespace) -> dict[str, Any]:
         "type": kind,
         "base": None if made.base is None else base,
         "relative_error": made.relative_error,
-        "use": f"llama-server -m {base} --lora {arguments.output}",
+        "use": f"llama-server -m {quote(base)} --lora {quote(arguments.output)}",
     }
 
 
@@ -91,7 +94,7 @@ def _gguf(store: Store, arguments: argparse.Namespace) -> dict[str, Any]:
         "copied_tensors": made.copied,
         "relative_error": made.relative_error,
         "rounding_beside_adapter": made.lost,
-        "use": f"llama-server -m {arguments.output}",
+        "use": f"llama-server -m {quote(arguments.output)}",
     }
 
 
@@ -114,8 +117,8 @@ def _peft(store: Store, arguments: argparse.Namespace) -> dict[str, Any]:
         "rank": made.rank,
         "ranks_or_scalings_made_equal": made.made_equal,
         "rounded_matrices": rounded,
-        "use": f"vllm serve {base} --enable-lora --max-lora-rank {made.rank_limit} "
-        f"--lora-modules mine={arguments.output}",
+        "use": f"vllm serve {quote(base)} --enable-lora --max-lora-rank {made.rank_limit} "
+        f"--lora-modules {quote(f'mine={arguments.output}')}",
     }
 
 

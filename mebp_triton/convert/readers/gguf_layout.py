@@ -36,7 +36,10 @@ def architectures_of(model_type: str) -> tuple[str, ...]:
     """
     known = tuple(arch for arch, each in ARCHITECTURES.items() if each.model_type == model_type)
     if not (known := known + RELATIVES.get(model_type, ())):
-        raise ValueError(f"how llama.cpp names the tensors of a {model_type} model is not known here")
+        raise ValueError(
+            f"how llama.cpp names the tensors of a {model_type} model is not known here: make a model directory by "
+            f"`mebp merge`, and convert that by llama.cpp's convert_hf_to_gguf.py"
+        )
     return known
 
 

@@ -101,7 +101,8 @@ class GgufModelWriter:
         for site in self.source.sites.values():
             if site.role == "expert" and self.source.delta(site) is not None:
                 raise ValueError(
-                    f"the adapter changes experts ({site.name}), which cannot be written to GGUF: use PEFT"
+                    f"the adapter changes experts ({site.name}), which cannot be written to GGUF here: make a model "
+                    f"directory by `mebp merge`, or use the adapter by PEFT"
                 )
         planned = [self._plan(entry) for entry in self.header.tensors.values()]
         alignment = int(self.header.metadata.get("general.alignment", ALIGNMENT))

@@ -14,7 +14,7 @@ import transformers
 from models import randomize_adapter, relative_rms
 
 import mebp_triton as mebp
-from mebp_triton.convert.export import export_gguf_model
+from mebp_triton.convert.export import export_gguf_adapter, export_gguf_model
 from mebp_triton.convert.quantize import quantize
 from mebp_triton.convert.readers.gguf import GgufFile
 from mebp_triton.convert.readers.gguf_header import read_header
@@ -132,6 +132,19 @@ def test_a_base_of_other_weights_is_refused(llama: Path, tmp_path: Path) -> None
         with pytest.raises(ValueError, match=f"is not the model that the store was made of: {what}.weight differs"):
             export_gguf_model(llama / "store", tmp_path / "a.gguf", base=other)
         assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_base_that_changed_or_is_gone_is_named(llama: Path, tmp_path: Path) -> None:
+    base, store = shutil.copy(llama / "base.gguf", tmp_path / "base.gguf"), tmp_path / "store"
+    quantize(base, store)
+    assert not export_gguf_adapter(store, tmp_path / "a.gguf", llama / "adapter").changed
+    with open(base, "ab") as file:
+        file.write(b"more")
+    assert export_gguf_adapter(store, tmp_path / "b.gguf", llama / "adapter").changed
+    assert not export_gguf_adapter(store, tmp_path / "c.gguf", llama / "adapter", base=base).changed  # was asked for
+    base.unlink()
+    with pytest.raises(ValueError, match=r"\(.*base.gguf: gone\), and a GGUF file needs keys .* by --base"):
+        export_gguf_model(store, tmp_path / "d.gguf", llama / "adapter")
 
 
 def test_a_base_that_was_replaced_since_is_compared_too(llama: Path, tmp_path: Path) -> None:
