@@ -91,6 +91,21 @@ def test_experts_are_brought_in_when_they_are_asked_for(directory: Path, residen
     pages.prefetch()
 
 
+def test_the_experts_of_the_last_pass_are_read_ahead(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recompute needs just these."""
+    opened, holder, asked = Store(directory), Holder(), set[tuple[int, int]]()
+    file = opened.files[BLOCK]
+    pages = place_weights(opened, BLOCK, {}, "file", CPU, None, Waiting(), [ExpertPlaces(holder, NAMES)])
+    monkeypatch.setattr(file.mapped, "read_ahead", lambda begin, end: asked.add((begin, end)))
+    for experts in ([0, 3], [2, 4]):
+        with pages:
+            holder.source.bring(experts)
+        asked.clear()
+        pages.prefetch()
+        spans = [[(file.start + begin, file.start + end) for begin, end in one] for one in holder.source.spans]
+        assert [expert for expert, one in enumerate(spans) if asked.issuperset(one)] == experts
+
+
 @pytest.mark.parametrize("residency", ["host", "file"])
 def test_blocks_that_take_turns_in_an_arena_have_their_own_experts(tmp_path: Path, residency: Any) -> None:
     """The same numbers of experts, of three blocks in two arenas: what another block left there counts for nothing."""
