@@ -84,7 +84,7 @@ def other_base(directory: Path | str, store: Store) -> str | None:
         None where they are the same by the checksums of their weights, or where one of the checksums is not known.
     """
     base, own = base_of_adapter(directory), store.base
-    if base is None or own is None or None in (base.crc32, own.crc32):
+    if base is None or own is None or base.crc32 == own.crc32 or None in (base.crc32, own.crc32):
         return None
     return (
         f"the adapter {directory} was trained on {base.name_or_path}, and {store.directory} was made of other weights, "
