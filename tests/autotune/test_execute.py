@@ -76,9 +76,12 @@ def test_one_trip():
 
 
 def test_one_trip_with_scales_of_two_levels():
-    """Besides the tiles and four times a super scale for each row, the sectors of 64 bytes, by four warps."""
+    """Besides the tiles and four times a super scale for each row, the sectors of 64 bytes, by four warps.
+
+    Neighbouring threads read different copies of a byte, which keeps the loads copies and costs some conflicts.
+    """
     found = trip_counts(FORWARD, TILE, 80, scale_dtype=torch.int8)
-    assert found == TripCounts(396, 388, 0, 344, 344) and 344 == (64 * 64 * 2 + 64 * 32 + 4 * 64 * 2) / 32 + 4 * 2
+    assert found == TripCounts(440, 384, 0, 344, 344) and 344 == (64 * 64 * 2 + 64 * 32 + 4 * 64 * 2) / 32 + 4 * 2
 
 
 def test_what_tensor_cores_read():

@@ -97,6 +97,8 @@ SETTINGS["nemotron_h"] = COMMON | {
     "ssm_state_size": 8,
     "n_groups": 2,
     "chunk_size": 8,
+    "moe_intermediate_size": 48,  # of experts, which no layer here has
+    "moe_shared_expert_intermediate_size": 48,
 }
 SETTINGS["granitemoehybrid"] = (
     COMMON

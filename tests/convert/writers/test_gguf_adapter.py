@@ -33,7 +33,8 @@ def delta(site: Int4Site, rank: int, scaling: float) -> Delta:
 
 def write(target: Path, deltas: dict[Int4Site, Delta], **options: Any) -> float:
     layout = GgufLayout("llama", tiny_config("llama"), "here")
-    return write_gguf_adapter(target, layout, NAMES, deltas, **options)
+    parts = {site.name: {NAMES[site.name]: site.out_features} for site in deltas if site.name in NAMES}
+    return write_gguf_adapter(target, layout, parts, deltas, **options)
 
 
 def applied(path: Path) -> dict[str, Tensor]:
@@ -85,9 +86,9 @@ def test_what_llama_cpp_has_no_place_for_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "a.gguf", {other: delta(other, 2, 1.0)})
     layout = GgufLayout("gpt2", tiny_config("gpt2"), "here")  # whose matrices are transposed
     with pytest.raises(ValueError, match="q: a GGUF file has blk.0.ffn_down.weight in a form that is not known"):
-        write_gguf_adapter(tmp_path / "a.gguf", layout, {"q": NAMES["down"]}, {QUERIES: delta(QUERIES, 2, 1.0)})
+        write_gguf_adapter(tmp_path / "a.gguf", layout, {"q": {NAMES["down"]: 48}}, {QUERIES: delta(QUERIES, 2, 1.0)})
     one = Int4Site("q", "linear", 1, 48)
-    write_gguf_adapter(tmp_path / "a.gguf", layout, {"q": NAMES["down"]}, {one: delta(one, 2, 1.0)})
+    write_gguf_adapter(tmp_path / "a.gguf", layout, {"q": {NAMES["down"]: 1}}, {one: delta(one, 2, 1.0)})
 
 
 def test_nothing_differs_from_nothing() -> None:
