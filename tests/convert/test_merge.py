@@ -63,7 +63,8 @@ def logits(model):
 def kind(request, shared_store, tmp_path_factory):
     """(store, adapter) of an architecture."""
     store = shared_store(request.param)
-    experts = {"target_modules": "all-linear-and-experts"} if request.param in ("qwen3_moe", "gpt_oss") else {}
+    experts = {"target_modules": "all-linear-and-experts", "alpha_pattern": {"experts.down_proj": 3.0}}
+    experts = experts if request.param in ("qwen3_moe", "gpt_oss") else {}
     return store, adapter_of(store, tmp_path_factory.mktemp(request.param) / "adapter", **experts)
 
 
