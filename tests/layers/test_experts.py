@@ -95,6 +95,14 @@ def test_a_token_counts_each_of_its_experts_and_nothing_comes_of_no_tokens() -> 
     assert empty.shape == (0, 48)
 
 
+def test_a_norm_after_the_experts_comes_before_their_weights() -> None:
+    _, ours, _ = pair("mixtral")
+    hidden, index, scores = routed(5, 4, 1, 48)
+    ours.has_post_expert_norm = True
+    ours.post_expert_norm = lambda y: y / y.norm(dim=1, keepdim=True)
+    assert relative_rms(ours(hidden, index, scores).norm(dim=1), scores[:, 0]) < 1e-5
+
+
 def test_results_do_not_change_from_run_to_run_and_have_the_dtype_of_the_input() -> None:
     _, ours, _ = pair("mixtral")
     hidden, index, scores = routed(40, 4, 2, 48)
