@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
@@ -93,6 +94,16 @@ class LoraConfig:
         alpha = self.alpha(path)
         rank = self.rank(path)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def unmatched_patterns(self, paths: Iterable[str]) -> list[str]:
+        """The keys of both patterns that match none of ``paths``, each with its pattern's name."""
+        known = list(paths)
+        return [
+            f"{name} {key!r:.100}"
+            for name in ("rank_pattern", "alpha_pattern")
+            for key in getattr(self, name)
+            if not any(_pattern_value({key: True}, path, False) for path in known)
+        ]
 
     def targets(self, path: str) -> bool:
         """Whether the linear layer at ``path`` gets an adapter. The head, which never does, is not asked about."""

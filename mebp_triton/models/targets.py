@@ -80,6 +80,14 @@ def resolve_targets(config: LoraConfig, model: Any, stored: Stored, blocks: str)
     if not begun_with:
         config = dataclasses.replace(config, layers=None)
     check_targets(config, linear, model, experts)
+    adapted = [path for path in linear if config.targets(path)] + [
+        path for path in experts if config.targets_parameter(path)
+    ]
+    # Files name some layers by their weights.
+    if unmatched := config.unmatched_patterns([*adapted, *(f"{path}.weight" for path in adapted)]):
+        warnings.warn(
+            f"{enumerate_names(unmatched)} matches no layer that gets an adapter, and changes nothing", stacklevel=3
+        )
     read, unreached = directly_read(model), unreached_by_text(model.config, blocks, linear)
     on_read = [name for name in linear if name in read and config.targets(name)]
     on_unreached = [name for name in linear if name in unreached and config.targets(name)]

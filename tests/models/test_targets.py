@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,3 +62,15 @@ def test_experts_count_only_where_the_store_has_them_in_int4() -> None:
     config = mebp.LoraConfig(target_modules="all-linear-and-experts")
     with pytest.raises(ValueError, match="no experts of MixtralForCausalLM"):
         resolve_targets(config, model, Older(), "model.layers")
+
+
+def test_patterns_that_match_no_layer_with_an_adapter_are_named() -> None:
+    model = build_skeleton(tiny_config("llama"), torch.float32)
+    stored = SimpleNamespace(matrices=[], floats=[])
+    alphas = {r"layers\.0\.self_attn\.q_proj\.weight": 2.0, "q_proj": 4.0}
+    config = mebp.LoraConfig(target_modules=["q_proj"], rank_pattern={"zzz": 4, "k_proj": 2}, alpha_pattern=alphas)
+    with pytest.warns(
+        UserWarning, match="rank_pattern 'zzz', rank_pattern 'k_proj' matches no layer that gets"
+    ) as seen:
+        resolve_targets(config, model, stored, "model.layers")
+    assert not any("alpha_pattern" in str(warning.message) for warning in seen)
