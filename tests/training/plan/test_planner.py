@@ -198,23 +198,35 @@ RUNS = [
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark cannot be set back here")
 def test_planned_peaks_are_measured_peaks(tmp_path):
-    """Within 10 %; and what a run adds to a process that trained before, within 25 % and 32 MiB."""
+    """Within 10 %; and what a run adds to a process that trained before, within 25 % and 32 MiB.
+
+    Beside busy processes, memory may be given back late. A run is wrong if it is so in two processes.
+    """
     stores = {name: random_store(mid_config(name), tmp_path / name) for name in MID}
     runs = [(str(stores[name]), {"max_steps": 2} | settings) for name, settings in RUNS]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    ended = ranks.run_script(Path(peaks.__file__), [tmp_path / "runs.json", 1], tmp_path / "log")
+    wrong = _wrong_plans(tmp_path, "log")
+    if wrong:
+        again = _wrong_plans(tmp_path, "again")
+        wrong = {at: f"{said}; again {again[at]}" for at, said in wrong.items() if at in again}
+    assert not wrong, "\n".join(wrong.values())
+
+
+def _wrong_plans(directory: Path, log: str) -> dict[int, str]:
+    """What is wrong with the plans of ``runs.json``, by the number of the run."""
+    ended = ranks.run_script(Path(peaks.__file__), [directory / "runs.json", 1], directory / log)
     assert ended.code == 0, ended.err
     results = [json.loads(line) for line in ended.out.splitlines()]
     assert len(results) == len(RUNS)
-    wrong = []
-    for one in results:
+    wrong = {}
+    for at, one in enumerate(results):
         planned, measured = one["planned"], one["measured"]
         above, really = planned - one["floor"], measured - one["floor"]
         if abs(planned - measured) > 0.1 * measured or abs(above - really) > 0.25 * really + 32 * MIB:
-            wrong.append(
+            wrong[at] = (
                 f"{one['settings']}: {planned / MIB:.0f} for {measured / MIB:.0f}, floor {one['floor'] / MIB:.0f}"
             )
-    assert not wrong, "\n".join(wrong)
+    return wrong
 
 
 @pytest.fixture(scope="module")
