@@ -143,7 +143,7 @@ def train_peft_alone(model_type: str, directory: Path) -> None:
 
 
 def record_of(model_type: str) -> dict[str, Any]:
-    """What became of one model."""
+    """The outcome for one model."""
     with tempfile.TemporaryDirectory(prefix="mebp-families-") as directory:
         try:
             try:

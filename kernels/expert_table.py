@@ -1,4 +1,4 @@
-"""What a launch over a mixture's experts knows of them: a table on the device, and where the weights lie.
+"""Tells a launch over a mixture's experts where their rows and weights lie: a table on the device, and offsets.
 
 The table says for each tile of tokens where its rows begin and its expert's end, which expert that is, and where in
 their storage the tensors of the expert's weight lie. The host makes it: it knows how many rows each expert has, since

@@ -187,7 +187,7 @@ def routed(kernel: Kernel, operand: Tensor, weights: Sequence[Int4Weight], launc
 
 
 def routed_over_experts(problem: Problem, device: torch.device, launch: Callable[[Route], Result]) -> Result:
-    """As ``routed``, for the problem that ``Experts.problem`` makes.
+    """Does what ``routed`` does, for the problem that ``Experts.problem`` makes.
 
     Buckets stand for problems, of which there are many: the numbers of tokens and of chosen experts change.
     """

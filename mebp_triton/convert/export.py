@@ -30,7 +30,7 @@ from mebp_triton.models.names import names_in
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.manifest import BaseModel
 from mebp_triton.store.reader import Store
-from mebp_triton.system import atomic, reading
+from mebp_triton.system import atomic
 from mebp_triton.system.errors import FileError
 
 END_OF_TURN = "tokenizer.ggml.eot_token_id"
@@ -94,7 +94,8 @@ def export_gguf_adapter(
                 f"{file} has no matrix for {site.name} of {site.out_features} x {site.in_features}, so llama.cpp could "
                 f"not apply the adapter to it: give a GGUF file of the store's own model"
             )
-    changed = base is None and header is not None and _has_changed(source.store, header)
+    own = source.store.base if base is None else None
+    changed = own is not None and header is not None and own.is_in(header.files) is False
     return GgufExport(file, write_gguf_adapter(target, layout, parts, deltas, kind), changed)
 
 
@@ -148,7 +149,7 @@ def export_gguf_model(
     replaced, left = _ends_and_template(source, header)
     parameters = _parameters(layout, source, model)
     known = source.store.base
-    trusted = known is not None and known.crc32 == reading.joint_checksum(opened.files)
+    trusted = known is not None and known.is_in(header.files) is True
     writer = GgufModelWriter(source, opened, header, layout, parameters, kind, trusted)
     return writer.write(target, replaced, progress), left
 
@@ -248,14 +249,6 @@ def _base_file(store: Store, given: Path | str | None) -> Path | None:
         return Path(given)
     path = Path(store.base.name_or_path) if store.base is not None else None
     return path if path is not None and path.suffix == ".gguf" and path.is_file() else None
-
-
-def _has_changed(store: Store, header: Header) -> bool:
-    """Whether the file that the store was made of has other content now; False where its checksum is not known."""
-    known = None if store.base is None else store.base.crc32
-    return known is not None and known != reading.joint_checksum(
-        sorted({entry.path for entry in header.tensors.values()})
-    )
 
 
 def _layout(source: MergedStore, header: Header | None) -> GgufLayout:

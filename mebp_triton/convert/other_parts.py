@@ -1,4 +1,4 @@
-"""What a store leaves out of a model for text and images, read from the checkpoint that the store was made of."""
+"""Reads the parts of a model for text and images that a store leaves out, from the checkpoint it was made of."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from mebp_triton.models.language_part import parts_left_out
 from mebp_triton.models.names import persistent_buffers, tensor_shapes
 from mebp_triton.models.skeleton import build_skeleton
 from mebp_triton.store.reader import Store
-from mebp_triton.system import reading
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -47,7 +46,7 @@ class OtherParts:
                 f"there to take the rest from: put it back, or merge the adapter into the whole model by PEFT"
             )
         self.source = open_source(self.directory)
-        if store.base.crc32 not in (None, reading.joint_checksum(self.source.files)):
+        if store.base.is_in(self.source.files) is False:
             raise ValueError(
                 f"{wanted}, and the weights in {self.directory} are others than those that it was made of: put the "
                 f"checkpoint back, or quantize the model again"

@@ -74,6 +74,10 @@ class BaseModel:
             raise FileError(f"{where}: base_model is malformed: {entry!r:.300}")
         return cls(name, revision, crc32)
 
+    def is_in(self, files: Iterable[Path]) -> bool | None:
+        """Whether ``files``, which are read whole, are the model's files of weights; None where that is not known."""
+        return None if self.crc32 is None else self.crc32 == reading.joint_checksum(files)
+
 
 @dataclass(frozen=True)
 class MatrixInfo:

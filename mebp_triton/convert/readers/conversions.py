@@ -77,7 +77,7 @@ ALONE = ("Concatenate", "Interleave")
 
 
 def conversions(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, Conversion]:
-    """What transformers makes of a checkpoint's tensors beyond renaming them, by the parameter's name.
+    """Finds what transformers does to a checkpoint's tensors beyond renaming them, by the parameter's name.
 
     Args:
         model: the model.

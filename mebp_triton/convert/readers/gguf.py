@@ -57,7 +57,7 @@ class GgufFile:
         check_tokens(self._header.metadata, str(path))
         self.config = prepare_config(self._config(), str(path))
         check_sizes(str(path), self.config, (entry.shape for entry in self._header.tensors.values()))
-        self.files = sorted({entry.path for entry in self._header.tensors.values()})
+        self.files = self._header.files
         self.decoded: dict[str, str] = {}
         self._layout = GgufLayout(self._arch, self.config, str(path))
         self._entries: dict[str, list[Entry]] = {}

@@ -10,7 +10,7 @@ from .gguf_rules import LLAMA, some_layers
 
 
 def _gemma4_kinds(settings: Settings) -> list[str]:
-    """What the layers are; the model in transformers has full attention in the last."""
+    """The kinds of the layers. The last has full attention, as in transformers' model, or the file is refused."""
     slides = settings["_slides"]
     if not isinstance(slides, list) or slides[-1]:
         raise ValueError(f"attention.sliding_window_pattern is {slides!r:.100}, {NOT_HERE}")

@@ -59,6 +59,11 @@ class Header:
     tensors: dict[str, Entry]
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, in order: several where a model is split."""
+        return sorted({entry.path for entry in self.tensors.values()})
+
 
 def read_header(path: Path) -> Header:
     """Reads the header, and checks that every tensor lies inside the file and beside the others.

@@ -48,12 +48,12 @@ GRANITE_LAYERS = {True: "attention", False: "mamba"}
 
 
 def _kinds(names: dict[bool, str]) -> Any:
-    """What the layers are, by whether they have key heads."""
+    """The kinds of the layers: attention where there are key heads."""
     return lambda settings: [names[heads > 0] for heads in key_heads(settings)]
 
 
 def _qwen_layers(settings: Settings) -> list[str]:
-    """What the layers are: each is stated, or every n-th has attention."""
+    """The kinds of the layers: each is stated, or every n-th has attention."""
     stated, interval, layers = settings["_recurrent"], settings["_interval"], settings["num_hidden_layers"]
     if stated is not None and not isinstance(stated, list):
         raise ValueError(f"attention.recurrent_layers is {stated!r:.100}, {NOT_HERE}")

@@ -1,4 +1,4 @@
-"""What GGUF calls the tensors of a model, and where it puts their rows: for reading a file, and for writing one.
+"""Names and row orders of a model's tensors in GGUF files, for reading a file and for writing one.
 
 The names come from the ``gguf`` package; what it does not know, and what undoes the converter's changes, from the table
 of architectures.
@@ -114,7 +114,7 @@ class GgufLayout:
         return re.sub(r"^blk\.\d+\.", "", name) not in self._known.adapterless
 
     def order(self, name: str, shape: tuple[int, ...], transposed: bool = False) -> Order | None:
-        """Where rows and columns of a file's matrix go; None if more changed than places.
+        """Tells where rows and columns of a file's matrix go; None if more changed than places.
 
         A converter may have permuted rows (Llama's queries and keys), transposed a matrix (GPT-2) or changed its
         values. What an architecture does is not looked up but observed: a matrix that holds its own row numbers, and

@@ -37,7 +37,7 @@ PIECE_ELEMENTS = 1 << 20  # decoding takes up to 24 bytes for each element of a 
 
 
 class Delta(NamedTuple):
-    """What an adapter adds to a matrix: ``scaling * b @ a``, with a ``[r, in]`` and b ``[out, r]`` in float32."""
+    """The update of a matrix by an adapter: ``scaling * b @ a``, with a ``[r, in]`` and b ``[out, r]`` in float32."""
 
     a: Tensor
     b: Tensor
@@ -73,8 +73,8 @@ class MergedStore:
         if adapter is not None:
             self.description += f", merged with adapter {Path(adapter).resolve().name}"
         self.sites: dict[str, Int4Site] = {}
-        self._experts: dict[str, list[Int4Site]] = {}  # by the parameter that has all of them
-        self._names: dict[str, str] = {}  # of each parameter, the name that the store has it by
+        self._experts: dict[str, list[Int4Site]] = {}  # single experts, by the parameter that has all of them
+        self._names: dict[str, str] = {}  # the names that the store has parameters by
         self._nested: dict[str, str] = {}  # the paths at which PEFT has the adapters of such parameters
         self._shapes: dict[str, tuple[int, ...]] = {}
 
