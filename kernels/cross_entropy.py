@@ -11,14 +11,16 @@ neighbours: ``[1.0]`` is nothing, ``[0.5]`` a scale, ``[1 / cap, cap]`` Gemma's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .layout import CHUNK, Int4Weight
-from .panel import PanelDecoder, from_planes, int4_embedding_panel, spans, whole_tiles, workspace
+from .native import native_matmul, native_matmul_dx, takes
+from .panel import PanelDecoder, int4_embedding_panel, spans, whole_tiles
 from .running_softmax import RunningSoftmax, apply_chain
+from .workspace import workspace
 
 # Rows of the head per tile in plain torch. With kernels a tile has as many rows as fit into a panel and into LOGITS.
 VOCABULARY_TILE = 1024
@@ -55,6 +57,7 @@ class OnePass:
         self.softmax = RunningSoftmax(self.targets, self.wide, factors[0])
         self.valid_hidden = hidden if self.valid.shape[0] == hidden.shape[0] else hidden[self.valid]
         self.planes: Tensor | None = None
+        self.restore: Callable[[Tensor, int], Tensor] | None = None
         self.weighted = torch.empty(0)
 
     def add(self, weight: Int4Weight, first: int = 0) -> None:
@@ -70,20 +73,33 @@ class OnePass:
             # A power of two, so that a head in segments has the same tiles as a whole one, and rounds alike.
             tile = 1 << (min(VOCABULARY_TILE, max(1, 4 * panel // (chunks * CHUNK))).bit_length() - 1)
             tile = min(vocabulary, tile)
+        if not self.by_kernel and self.hidden.dtype == torch.float32 and takes(self.hidden):
+            self._begin(self.valid_hidden, lambda weighted, width: weighted)
+            for start, stop in spans(vocabulary, tile):
+                part = weight.rows(start, stop)
+                p, shrink = self._update(native_matmul(self.valid_hidden, [(part, None, None, None)])[0], first + start)
+                if self.need_grad:
+                    native_matmul_dx([p], [part], into=self.weighted.mul_(shrink))
+            return
         decoder = PanelDecoder(weight, self.hidden.dtype, tile, chunks, self.by_kernel)
-        if self.planes is None:
-            self.planes = decoder.arrange(self.valid_hidden, chunks)
-            shape = rows if self.need_grad else 0, self.planes.shape[1]
-            self.weighted = torch.zeros(shape, dtype=self.wide, device=self.hidden.device)
+        planes = self._begin(decoder.arrange(self.valid_hidden, chunks), decoder.restore)
         for start, stop in spans(vocabulary, tile):
             head = decoder(start, stop, 0, chunks)
-            p, shrink = self._update(self.planes @ head.t(), first + start)
+            p, shrink = self._update(planes @ head.t(), first + start)
             if not self.need_grad:
                 continue
             if self.hidden.dtype == self.wide:
                 self.weighted.mul_(shrink).addmm_(p, head)
             else:
                 self.weighted.mul_(shrink).add_(p.to(self.hidden.dtype) @ head)
+
+    def _begin(self, planes: Tensor, restore: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Keeps what the first rows bring: hidden states in the order of panels, and how to restore a product's."""
+        if self.planes is None:
+            self.planes, self.restore = planes, restore
+            shape = planes.shape[0] if self.need_grad else 0, planes.shape[1]
+            self.weighted = torch.zeros(shape, dtype=self.wide, device=planes.device)
+        return self.planes
 
     def _update(self, z: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Updates the softmax by a tile's products ``z``, of the head's rows from ``start`` on.
@@ -130,8 +146,8 @@ class OnePass:
                 rows_of_targets = int4_embedding_triton(places, targets_rows, self.wide)
             else:
                 rows_of_targets = int4_embedding_panel(places, targets_rows, self.wide)
-            restored = self.weighted if self.by_kernel else from_planes(self.weighted)
-            grad[valid] = restored[:, :width] - softmax.target_slope * rows_of_targets
+            assert self.restore is not None
+            grad[valid] = self.restore(self.weighted, width) - softmax.target_slope * rows_of_targets
         return losses, grad, best
 
 

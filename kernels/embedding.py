@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import MIN_DOT, Problem, TileConfig, default_config
-from .launch import FLOAT_DTYPES, is_traced, runs_compiled, scheme_arguments, stride_of
+from .launch import FLOAT_DTYPES, runs_compiled, scheme_arguments, stride_of
 from .layout import Int4Weight
 from .weight_tiles import load_planes, plane_columns
+from .workspace import is_traced
 
 # Tiles of a panel are 64 rows by two chunks of columns, which are stored in runs of 64 bytes.
 PANEL_CONFIG = TileConfig(block_m=64, block_n=MIN_DOT, block_k=128, num_warps=4, num_stages=1)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .configs import Kernel, Panel, TileConfig
 from .layout import Int4Weight
+from .native import takes
 from .ops import cross_entropy_op, embedding_op, fields_of, is_watched, matmul, matmul_dx, no_autocast, shaped
-from .panel import int4_matmul_dx_group_panel
+from .panel import int4_matmul_dx_group_panel, int4_matmul_group_native
 from .routing import resolve_backend, routed, routed_over_experts
 from .tables import Route, architecture_of
 
@@ -114,7 +115,10 @@ def _matmul_group(
 
         return int4_matmul_group_triton(x, weights, bias, t, b, route)
 
-    if resolve_backend(backend, x.device, x.dtype) == "panel" or not _alike(weights):
+    if resolve_backend(backend, x.device, x.dtype) == "panel":
+        together = takes(x) and not is_watched(x)
+        return int4_matmul_group_native(x, weights, bias, t, b) if together else one_by_one()
+    if not _alike(weights):
         return one_by_one()
     return routed("matmul", x, weights, launch)
 

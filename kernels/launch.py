@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .configs import MOST_MEMBERS, Kernel, Problem
 from .layout import TENSORS, Int4Weight
+from .workspace import is_traced
 
 # Launches that are remembered: those without a weight for the whole process, and by each group.
 MOST_KNOWN = 1024
@@ -73,11 +73,6 @@ def scheme_arguments(weight: Int4Weight) -> dict[str, Any]:
         "HAS_MINIMUM": weight.minimum is not None,
         "HAS_CODEBOOK": weight.codebook is not None,
     }
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a trace without data, which nothing is launched on."""
-    return isinstance(tensor, FakeTensor)
 
 
 def in_words(weights: Sequence[Int4Weight]) -> bool:

@@ -1,5 +1,7 @@
 """The operations by panels, with torch's own products: for devices without Triton, and for large M.
 
+On a CPU compiled code decodes the panels, or takes the whole operation, where there is some: see ``native``.
+
 A panel is a slice of the weight, decoded into a small reused buffer, so no full weight ever exists. Panels are in
 *plane order*: the columns of all low planes first, then those of all high planes. Unpacking 4 bits is then two
 contiguous byte operations, and only the activations, which are much smaller, are permuted.
@@ -8,78 +10,18 @@ contiguous byte operations, and only the activations, which are much smaller, ar
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .configs import PANEL
 from .layout import CHUNK, RUN, SUPER_GROUP, Int4Weight, middle_code
+from .native import decodes, native_decode, native_matmul, native_matmul_dx, takes
+from .workspace import workspace
 
-# Elements of one panel on a CPU: 4 MiB of float32.
-CPU_ELEMENTS = 1 << 20
 # Rows of a panel are a multiple of this, or fewer: a tile of the libraries' products. They have slower kernels for an
 # output that begins elsewhere and so is misaligned.
 TILE_ROWS = 128
-
-
-class Workspace:
-    """The size of a panel, and the buffers that panels on a CPU reuse, since making one anew costs page faults.
-
-    Every thread has a workspace of its own (``use_workspace`` replaces it). Only one decoder of a workspace may have a
-    panel in use at a time.
-
-    Attributes:
-        cpu_elements, gpu_elements: elements of one panel on a CPU, and on any other device.
-        keep: whether buffers on a CPU are kept.
-        buffers: the buffers so far, by name and dtype, as large as the largest panel that was asked for.
-    """
-
-    def __init__(self, cpu_elements: int = CPU_ELEMENTS, gpu_elements: int = PANEL.elements, keep: bool = True) -> None:
-        self.cpu_elements, self.gpu_elements, self.keep = cpu_elements, gpu_elements, keep
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def elements(self, device: torch.device) -> int:
-        return self.cpu_elements if device.type == "cpu" else self.gpu_elements
-
-    def buffer(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised memory ``[size]``: on a CPU the buffer of that name, elsewhere a tensor of its own."""
-        if device.type != "cpu" or not self.keep or size > self.elements(device):
-            return torch.empty(size, dtype=dtype, device=device)
-        buffer = self.buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < size:
-            with torch.inference_mode(False):
-                buffer = torch.empty(size, dtype=dtype)
-            self.buffers[name, dtype] = buffer
-        return buffer[:size]
-
-
-class _ThreadState(threading.local):
-    def __init__(self) -> None:
-        self.workspace = Workspace()
-
-
-_thread = _ThreadState()
-
-
-def workspace() -> Workspace:
-    """The workspace of this thread."""
-    return _thread.workspace
-
-
-@contextmanager
-def use_workspace(other: Workspace) -> Iterator[None]:
-    """While active, this thread's panels have the sizes and the buffers of ``other``.
-
-    This is how the planner counts a run's memory: with the panel sizes of the device, and buffers that hold no data.
-    """
-    before, _thread.workspace = _thread.workspace, other
-    try:
-        yield
-    finally:
-        _thread.workspace = before
 
 
 def spans(length: int, step: int) -> Iterator[tuple[int, int]]:
@@ -95,19 +37,21 @@ def whole_tiles(rows: int) -> int:
 class PanelDecoder:
     """Decodes panels of one weight, of at most ``rows`` rows and ``chunks`` chunks of columns, into reused buffers.
 
-    In plain torch, panels are in plane order. With ``by_kernel`` a Triton kernel decodes them, in logical order.
-    ``arrange`` permutes what is multiplied with a panel into its order, and ``restore`` permutes a product back.
+    In plain torch, panels are in plane order. With ``by_kernel`` a Triton kernel decodes them, in logical order, as
+    compiled code does on a CPU. ``arrange`` permutes what is multiplied with a panel into its order, and ``restore``
+    permutes a product back.
     """
 
     def __init__(self, weight: Int4Weight, dtype: torch.dtype, rows: int, chunks: int, by_kernel: bool = False) -> None:
         size = rows * chunks * CHUNK
         device, memory = weight.device, workspace()
         self.weight, self.by_kernel = weight, by_kernel
+        self.logical = by_kernel or decodes(weight, dtype)
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.rounded = None
-        if by_kernel or dtype != self.wide:
+        if self.logical or dtype != self.wide:
             self.rounded = memory.buffer("rounded", size, dtype, device)
-        if not by_kernel:
+        if not self.logical:
             self.codes = memory.buffer("codes", size, torch.uint8, device)
             self.values = memory.buffer("values", size, self.wide, device)
         self._groups: dict[tuple[int, int], Tensor] = {}
@@ -125,11 +69,11 @@ class PanelDecoder:
 
     def arrange(self, x: Tensor, chunks: int) -> Tensor:
         """``[M, columns]`` -> ``[M, width]`` in the panel's order, width being that of a panel of ``chunks`` chunks."""
-        return x if self.by_kernel else to_planes(x, chunks)
+        return x if self.logical else to_planes(x, chunks)
 
     def restore(self, x: Tensor, columns: int) -> Tensor:
         """Inverts ``arrange``: ``[M, width]`` -> ``[M, columns]`` in logical order."""
-        return (x if self.by_kernel else from_planes(x))[:, :columns]
+        return (x if self.logical else from_planes(x))[:, :columns]
 
     def _piece_groups(self, first_chunk: int, last_chunk: int) -> Tensor:
         """The group of every piece of columns, in plane order: of a run, or of its halves where a group is one."""
@@ -151,8 +95,8 @@ class PanelDecoder:
 
     def __call__(self, start: int, stop: int, first_chunk: int, last_chunk: int) -> Tensor:
         """The decoded panel of rows ``start:stop`` and some chunks, ``[rows, columns]``, valid until the next call."""
-        if self.by_kernel:
-            return self._decode_by_kernel(start, stop, first_chunk * CHUNK, last_chunk * CHUNK)
+        if self.logical:
+            return self._decode_in_order(start, stop, first_chunk * CHUNK, last_chunk * CHUNK)
         rows, half = stop - start, (last_chunk - first_chunk) * RUN
         wide = self.values[: rows * 2 * half].view(rows, -1)
         codes = self.codes[: wide.numel()].view(rows, -1)
@@ -177,12 +121,15 @@ class PanelDecoder:
             pieces.add_(self._per_piece(weight.minimum, weight.super_minimum, groups, start, stop))
         return wide if self.rounded is None else self.rounded[: wide.numel()].view(rows, -1).copy_(wide)
 
-    def _decode_by_kernel(self, start: int, stop: int, first: int, last: int) -> Tensor:
-        from .embedding import decode_rows_triton
-
+    def _decode_in_order(self, start: int, stop: int, first: int, last: int) -> Tensor:
         part = self.weight.rows(start, stop).columns(first, last)
         assert self.rounded is not None
-        return decode_rows_triton(part, self.rounded[: (stop - start) * part.in_features].view(part.shape))
+        out = self.rounded[: (stop - start) * part.in_features].view(part.shape)
+        if not self.by_kernel:
+            return native_decode(part, out)
+        from .embedding import decode_rows_triton
+
+        return decode_rows_triton(part, out)
 
 
 def to_planes(x: Tensor, chunks: int) -> Tensor:
@@ -210,6 +157,8 @@ def int4_matmul_panel(
 
     With ``by_kernel`` a Triton kernel decodes the panels. They have at most ``elements``, or those of the workspace.
     """
+    if not by_kernel and takes(x):
+        return int4_matmul_group_native(x, [weight], bias, t, b)[0]
     rows, chunks = weight.out_features, weight.chunks
     y = x.new_empty(x.shape[0], rows) if bias is None else bias.to(x.dtype).repeat(x.shape[0], 1)
     if y.numel() == 0:
@@ -222,6 +171,23 @@ def int4_matmul_panel(
     if t is not None and b is not None:
         y.addmm_(t.to(x.dtype), b.to(x.dtype).t())
     return y
+
+
+def int4_matmul_group_native(
+    x: Tensor, weights: Sequence[Int4Weight], bias: Tensor | None, t: Tensor | None, b: Tensor | None
+) -> list[Tensor]:
+    """Computes ``Y_i = X·W_iᵀ + bias_i + t_i·b_iᵀ`` by compiled code; ``native.takes`` holds for x.
+
+    x ``[M, K]``, bias ``[sum N_i]``, t ``[M, members * R]``, b ``[sum N_i, R]``; returns ``[M, N_i]`` each.
+    """
+    sizes, dtype = [weight.out_features for weight in weights], x.dtype
+    nothing = [None] * len(weights)
+    biases = nothing if bias is None else bias.to(dtype).float().split(sizes)
+    ts, bs = nothing, nothing
+    if t is not None and b is not None:
+        ts, bs = t.to(dtype).float().split(b.shape[1], dim=1), b.to(dtype).float().split(sizes)
+    ys = native_matmul(x.float(), list(zip(weights, biases, ts, bs, strict=True)))
+    return [y.to(dtype) for y in ys]
 
 
 def int4_matmul_dx_panel(
@@ -257,11 +223,15 @@ def int4_matmul_dx_group_panel(
     dx = dys[0].new_empty(dys[0].shape[0], width)
     if dx.numel() == 0 or not any(weight.out_features for weight in weights):
         return dx.zero_()
+    if not by_kernel and takes(dx):
+        low = (None, None) if g is None or a is None else (g.to(dtype).float(), a.to(dtype).float())
+        return native_matmul_dx([dy.float() for dy in dys], weights, *low).to(dtype)
     budget = elements or workspace().elements(dx.device)
     most = max(weight.out_features for weight in weights)
     row_step = min(most, whole_tiles(budget // CHUNK))
-    # A kernel decodes views of the columns, which begin at whole groups.
-    least = max(weight.column_step for weight in weights) // CHUNK if by_kernel else 1
+    # Panels in logical order are views of the columns, which begin at whole groups.
+    logical = by_kernel or decodes(head, dtype)
+    least = max(weight.column_step for weight in weights) // CHUNK if logical else 1
     width_step = whole_tiles(budget // row_step)
     chunk_step = min(chunks, max(least, width_step // CHUNK // least * least))
     # Rounding each of several partial sums would be less exact than one reduction.
@@ -272,7 +242,7 @@ def int4_matmul_dx_group_panel(
         g, a = g.to(dtype).to(work), a.to(dtype).to(work)
     for first, last in spans(chunks, chunk_step):
         columns = slice(first * CHUNK, min(last * CHUNK, width))
-        across = columns.stop - columns.start if by_kernel else (last - first) * CHUNK
+        across = columns.stop - columns.start if decoder.logical else (last - first) * CHUNK
         total, beta = dx.new_empty(dx.shape[0], across, dtype=work), 0
         for dy, weight, decode in zip(dys, weights, decoders, strict=True):
             for start, stop in spans(weight.out_features, row_step):
@@ -294,5 +264,5 @@ def int4_embedding_panel(ids: Tensor, weight: Int4Weight, dtype: torch.dtype) ->
     step = max(1, workspace().elements(weight.device) // max(1, chunks * CHUNK))
     decoder = PanelDecoder(picked, dtype, min(step, flat.shape[0]), chunks)
     for start, stop in spans(flat.shape[0], step):
-        out[start:stop] = from_planes(decoder(start, stop, 0, chunks))[:, : weight.in_features]
+        out[start:stop] = decoder.restore(decoder(start, stop, 0, chunks), weight.in_features)
     return out.view(*ids.shape, weight.in_features)

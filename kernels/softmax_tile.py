@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import is_traced
+from .workspace import is_traced
 
 if TYPE_CHECKING:
     from .running_softmax import RunningSoftmax

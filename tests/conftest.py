@@ -64,3 +64,12 @@ def mebp(capsys):
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def plain_torch():
+    """While a test runs, no compiled code takes the place of plain torch."""
+    from mebp_triton.kernels import native
+
+    with native.using("off"):
+        yield

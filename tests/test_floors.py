@@ -11,9 +11,9 @@ from sources import ROOT, SOURCES, TREES, check, imports, module_name
 # files of lower rooms, and earlier files of its own. docs/architecture.md says what each room knows.
 FLOORS = {
     "kernels": """names layout decode_bytes decode weight_tiles running_softmax reference configs bitsandbytes
-        accuracy launch softmax_tile split group_fit scales compensation quantize rounding tables product_tiles matmul
-        matmul_dx expert_table expert_products embedding rms_norm rope gated_activation panel cross_entropy routing
-        lora_gradients token_products ops functions""",
+        accuracy workspace native launch softmax_tile split group_fit scales compensation quantize rounding tables
+        product_tiles matmul matmul_dx expert_table expert_products embedding rms_norm rope gated_activation panel
+        cross_entropy routing lora_gradients token_products ops functions""",
     "autotune": """emulator.faults emulator.floats emulator.bit_operations emulator.parser emulator.number_types
         emulator.operations emulator.global_memory emulator.shared_memory emulator.matrix emulator.counts emulator.state
         emulator.thread_steps emulator.memory_steps emulator.matrix_steps emulator.group_steps emulator.machine

@@ -9,7 +9,7 @@ from torch.nn import functional
 from mebp_triton.kernels import cross_entropy, panel, reference
 from mebp_triton.kernels.cross_entropy import int4_cross_entropy_panel
 from mebp_triton.kernels.names import FORMS
-from mebp_triton.kernels.panel import Workspace, use_workspace
+from mebp_triton.kernels.workspace import Workspace, use_workspace
 
 CHAINS = {
     "plain": (1.0,),
@@ -207,6 +207,7 @@ def test_no_logits_and_no_decoded_head_are_allocated(monkeypatch, make_weight, n
     assert allocations.largest < tokens * vocabulary // 8
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_the_head_is_decoded_once(monkeypatch, make_weight, normal, device, tile):
     rows = []
     decode = panel.PanelDecoder.__call__
@@ -220,6 +221,7 @@ def test_the_head_is_decoded_once(monkeypatch, make_weight, normal, device, tile
     assert sorted(spans) == spans and spans[0][0] == 0
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_wide_heads_have_shorter_tiles(make_weight, normal, device):
     weight, targets = make_weight(37, 640), some_targets(11, 37, device)
     with use_workspace(Workspace(64, 64)), Allocations() as allocations:

@@ -1,6 +1,5 @@
 """The operations by panels, against float64 on the decoded codes."""
 
-import threading
 from contextlib import ExitStack
 
 import pytest
@@ -9,22 +8,18 @@ from allocations import Allocations
 from pairs import pairs
 
 from mebp_triton.kernels import panel, reference
-from mebp_triton.kernels.configs import PANEL
 from mebp_triton.kernels.layout import CHUNK, Int4Weight, unpack
 from mebp_triton.kernels.names import FORMS, GROUP_SIZES, SCHEMES
 from mebp_triton.kernels.panel import (
-    CPU_ELEMENTS,
     TILE_ROWS,
     PanelDecoder,
-    Workspace,
     int4_embedding_panel,
     int4_matmul_dx_group_panel,
     int4_matmul_dx_panel,
     int4_matmul_panel,
-    use_workspace,
     whole_tiles,
-    workspace,
 )
+from mebp_triton.kernels.workspace import Workspace, use_workspace
 
 # Unlike Triton's interpreter, plain torch computes bfloat16 correctly.
 ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -259,6 +254,7 @@ def test_plane_order_and_back(normal):
     assert not panel.from_planes(planes)[:, 130:].any()
 
 
+@pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize("function", [int4_matmul_panel, int4_matmul_dx_panel])
 def test_every_code_is_decoded_exactly_once(monkeypatch, make_weight, normal, any_panel_size, function):
     seen = torch.zeros(23, 4, dtype=torch.int64)
@@ -273,6 +269,7 @@ def test_every_code_is_decoded_exactly_once(monkeypatch, make_weight, normal, an
     assert (seen == 1).all()
 
 
+@pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize(("panel_rows", "scheme", "dtype"), pairs([1, 8], SCHEMES, ALL_DTYPES), ids=str)
 def test_no_tensor_is_as_large_as_the_weight(set_panel_size, make_weight, normal, device, scheme, dtype, panel_rows):
     m, n, k, r = 4, 600, 640, 8
@@ -325,39 +322,12 @@ def test_group_dx_of_weights_that_are_not_alike(make_weight, normal):
     torch.testing.assert_close(int4_matmul_dx_group_panel(dys, weights), truth, rtol=1e-12, atol=1e-12)
 
 
-def test_a_cpu_keeps_one_buffer_of_a_name_and_dtype():
-    memory, cpu = Workspace(cpu_elements=100), torch.device("cpu")
-    first = memory.buffer("values", 60, torch.float32, cpu)
-    assert first.shape == (60,) and memory.buffer("values", 40, torch.float32, cpu).data_ptr() == first.data_ptr()
-    assert memory.buffer("values", 40, torch.float16, cpu).dtype == torch.float16
-    larger = memory.buffer("values", 80, torch.float32, cpu)
-    assert {key: tensor.numel() for key, tensor in memory.buffers.items()} == {
-        ("values", torch.float32): 80,
-        ("values", torch.float16): 40,
-    }
-    # What is larger than a panel, or not on a CPU, is not kept.
-    assert memory.buffer("values", 101, torch.float32, cpu).data_ptr() != larger.data_ptr()
-    assert memory.buffer("values", 5, torch.float32, torch.device("meta")).device.type == "meta"
-    assert memory.buffers["values", torch.float32].numel() == 80
-    assert memory.elements(torch.device("cuda")) == PANEL.elements and workspace().elements(cpu) == CPU_ELEMENTS
-
-
+@pytest.mark.usefixtures("plain_torch")
 def test_buffers_made_in_inference_mode_can_be_used_outside(make_weight, normal):
     with use_workspace(Workspace()):
         with torch.inference_mode():
             int4_matmul_panel(normal(3, 70), make_weight(20, 70))
         assert int4_matmul_panel(normal(3, 70).requires_grad_(), make_weight(20, 70)).requires_grad
-
-
-def test_every_thread_has_its_own_workspace():
-    mine, other, seen = workspace(), Workspace(), []
-    with pytest.raises(KeyError), use_workspace(other):
-        assert workspace() is other
-        thread = threading.Thread(target=lambda: seen.extend((workspace(), workspace())))
-        thread.start()
-        thread.join()
-        raise KeyError("an error within")
-    assert workspace() is mine and seen[0] is seen[1] and seen[0] not in (mine, other)
 
 
 @pytest.mark.usefixtures("triton_kernels")
@@ -407,6 +377,7 @@ def test_panels_are_whole_tiles():
     assert [whole_tiles(rows) for rows in (0, 1, 127, 128, 762, 5461)] == [1, 1, 127, 128, 640, 5376]
 
 
+@pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize(("rows", "width"), [(1000, 64), (300, 3000)])
 def test_the_products_of_a_panel_begin_at_a_tile(monkeypatch, set_panel_size, make_weight, normal, rows, width):
     """Of 762 rows that fit, 640 are taken; those of the result's columns that a panel of dX gives, likewise."""

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from mebp_triton.kernels.configs import PANEL
 from mebp_triton.kernels.ops import IMPLEMENTATIONS
-from mebp_triton.kernels.panel import Workspace, use_workspace
 from mebp_triton.kernels.routing import has_triton, resolve_backend
 from mebp_triton.kernels.tables import architecture_of, traced_for
+from mebp_triton.kernels.workspace import Workspace, use_workspace
 
 
 class LiveBytes(TorchDispatchMode):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mebp_triton.kernels import panel, routing
+from mebp_triton.kernels import native, routing, workspace
 from mebp_triton.kernels.configs import PANEL, Panel, Problem, TileConfig
 from mebp_triton.kernels.functions import (
     int4_cross_entropy,
@@ -91,7 +91,7 @@ def test_values_that_python_asks_for():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_panels_are_counted(dtype):
+def test_panels_are_counted(dtype, plain_torch):
     """A product of the opaque operation takes what its twin in plain torch takes, at every call."""
     live = LiveBytes()
     with traced(live):
@@ -99,7 +99,7 @@ def test_panels_are_counted(dtype):
         base = live.live
         live.restart()
         y = int4_matmul(x, w, backend="panel")
-        panel_bytes = panel.CPU_ELEMENTS * (1 + 4 + (2 if dtype == torch.bfloat16 else 0))
+        panel_bytes = workspace.CPU_ELEMENTS * (1 + 4 + (2 if dtype == torch.bfloat16 else 0))
         assert 0 <= live.live - base - y.nbytes - panel_bytes < 4096  # the buffers are kept
         first = live.restart() - base
         assert first > y.nbytes + panel_bytes + 4096
@@ -116,7 +116,7 @@ def test_what_launches_allocate_is_counted_by_the_routes_that_they_will_take(mon
         problems = [Problem(kernel, m, n, k) for kernel in ("matmul", "matmul_dx")]
         table = {problem: Entry(problem, route, "measured", 1.0, "A GPU", {}) for problem in problems}
         monkeypatch.setattr(routing, "routes_of", lambda architecture, table=table: routing.Routes(table))
-        live = LiveBytes(panel.Workspace(PANEL.elements, keep=False), "sm_87")
+        live = LiveBytes(workspace.Workspace(PANEL.elements, keep=False), "sm_87")
         with traced(live):
             w, x = weight(n, k), torch.empty(m, k, dtype=torch.bfloat16)
             base = live.live
@@ -165,15 +165,27 @@ def test_table_and_loss_are_counted():
         assert hidden.grad.shape == hidden.shape and argmax.shape == ids.shape
 
 
-def test_the_panels_own_buffers_stay_real():
+@pytest.mark.skipif(native.instructions() is None, reason="no compiled code for this processor")
+def test_what_compiled_code_needs_is_counted():
+    live = LiveBytes()
+    with traced(live):
+        w, x = weight(2048, 1024), torch.empty(64, 1024)
+        base = live.live
+        y = int4_matmul(x, w, backend="panel")
+        kept = live.live - base - y.nbytes
+        assert kept == live.workspace.buffers["native", torch.float32].nbytes > x.nbytes
+        assert live.peak == live.live
+
+
+def test_the_panels_own_buffers_stay_real(plain_torch):
     w, x = weight(256, 128), torch.ones(4, 128)
     before = int4_matmul(x, w, backend="panel")
-    kept = dict(panel.workspace().buffers)
+    kept = dict(workspace.workspace().buffers)
     live = LiveBytes()
     with traced(live):
         int4_matmul(torch.empty(4, 128), weight(4096, 512).rows(0, 256).columns(0, 128), backend="panel")
-        assert panel.workspace() is live.workspace
-    assert panel.workspace().buffers == kept and set(map(type, kept.values())) == {torch.Tensor}
+        assert workspace.workspace() is live.workspace
+    assert workspace.workspace().buffers == kept and set(map(type, kept.values())) == {torch.Tensor}
     assert set(live.workspace.buffers) == {("codes", torch.uint8), ("values", torch.float32)} <= set(kept)
     assert torch.equal(int4_matmul(x, w, backend="panel"), before)
 

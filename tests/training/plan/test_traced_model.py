@@ -6,7 +6,7 @@ import pytest
 from plans import SMALL, planner
 from transformers import AutoConfig
 
-from mebp_triton.kernels.panel import workspace
+from mebp_triton.kernels.workspace import workspace
 from mebp_triton.store.reader import Store
 from mebp_triton.system.errors import CannotTrace
 from mebp_triton.training.plan import live_bytes, traced_model
@@ -41,7 +41,7 @@ def test_a_trace_holds_no_bytes_and_leaves_nothing_changed(store):
     assert first.block_input == (4 * tokens * hidden,) * 2
 
 
-def test_micro_batches_that_are_joined_add_their_block_inputs_and_what_is_as_large(store, monkeypatch):
+def test_micro_batches_that_are_joined_add_their_block_inputs_and_what_is_as_large(store, monkeypatch, plain_torch):
     """What they add is found by a few of them, where there are many: by two and four here."""
     changes = {"dtype": "float32", "max_length": 32}
     one, two, five = (traced(store, **changes).run("selective", "file", 0, joined) for joined in (1, 2, 5))

@@ -1,0 +1,284 @@
+"""Products and decoding of packed weights by compiled C code, on processors for which it was built.
+
+``pip install`` compiles ``native/*.c`` where there is a C compiler. Without it, or with the environment variable
+``MEBP_TRITON_NATIVE=off``, ``panel`` does the same in plain torch. A smaller instruction set than the processor's can
+be named there: ``MEBP_TRITON_NATIVE=avx2``.
+
+The code runs in the threads of the OpenMP library that torch has loaded, by one parallel region for a product. Results
+do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .layout import Int4Weight
+from .workspace import is_traced, workspace
+
+# As ``job.h`` and ``entry.c`` number them.
+MULTIPLY, MULTIPLY_DX, DECODE = range(3)
+INSTRUCTIONS = ("off", "neon", "avx2", "avx512")
+MODES = {("symmetric", 4): 0, ("affine", 4): 1, ("codebook", 4): 2, ("symmetric", 8): 3, ("affine", 8): 4}
+SCALES = {torch.float16: 0, torch.float32: 1, torch.int8: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+VARIABLE = "MEBP_TRITON_NATIVE"
+FEW_TOKENS = 32  # so few that a panel would be decoded for little work
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    found = importlib.util.find_spec(f"{__package__}._native")
+    if found is None or found.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)  # torch has loaded its OpenMP library, which this one then uses
+    except OSError:  # built on another system
+        return None
+    for function in (library.mebp_best, library.mebp_scratch, library.mebp_run, library.mebp_has_threads):
+        function.restype = ctypes.c_int64
+    library.mebp_scratch.argtypes = [ctypes.c_int64] * 5
+    library.mebp_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    return library
+
+
+class _Choice:
+    """The instruction set in use: an index of INSTRUCTIONS, 0 for none."""
+
+    def __init__(self) -> None:
+        self.best = self._best()
+        self.used = self._wanted()
+
+    @staticmethod
+    def _best() -> int:
+        library = _library()
+        return 0 if library is None else library.mebp_best()
+
+    def _wanted(self) -> int:
+        name = os.environ.get(VARIABLE, "")
+        if name and name not in INSTRUCTIONS:
+            raise ValueError(f"{VARIABLE} must be one of {', '.join(INSTRUCTIONS)}, got {name!r}")
+        return min(self.best, INSTRUCTIONS.index(name)) if name else self.best
+
+
+@functools.cache
+def _choice() -> _Choice:
+    return _Choice()
+
+
+def instructions() -> str | None:
+    """The instruction set by which products run: "avx512", "avx2" or "neon"; None if torch computes them."""
+    used = _choice().used
+    return INSTRUCTIONS[used] if used else None
+
+
+def available() -> list[str]:
+    """All names that ``using`` takes here, "off" first."""
+    best = INSTRUCTIONS[_choice().best]
+    return [name for name in INSTRUCTIONS if name in ("off", best) or (name, best) == ("avx2", "avx512")]
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """While active, products run by the instruction set ``name``, or in plain torch with "off".
+
+    Raises:
+        ValueError: this machine does not have it, or no code was compiled for it.
+    """
+    if name not in available():
+        raise ValueError(f"instruction set {name!r} is not available here, only {', '.join(available())}")
+    choice = _choice()
+    before, choice.used = choice.used, INSTRUCTIONS.index(name)
+    try:
+        yield
+    finally:
+        choice.used = before
+
+
+@functools.cache
+def _is_slower_in(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of ``dtype`` slower than compiled code does in float32: measured once.
+
+    It is faster on processors with instructions for it, such as AVX512-BF16, AMX, or those of Arm.
+    """
+    weight = Int4Weight(torch.zeros(512, 256, dtype=torch.uint8), torch.ones(8, 512), 512, 64)
+    narrow, wide = torch.ones(128, 512, dtype=dtype), torch.ones(128, 512)
+    decoded = torch.ones(512, 512, dtype=dtype)
+
+    def seconds(call: Callable[[], object]) -> float:
+        best = math.inf
+        for _ in range(4):
+            start = time.perf_counter()
+            call()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    with torch.inference_mode():
+        ours = seconds(lambda: native_matmul(wide, [(weight, None, None, None)]))
+        return seconds(lambda: narrow @ decoded.t()) > ours
+
+
+def takes(x: Tensor) -> bool:
+    """Whether compiled code computes products with ``x`` ``[M, K]``: there is some, and torch's are not faster.
+
+    It multiplies in float32. In 16 bits, torch's products of a decoded panel may be faster, but not for few tokens.
+    """
+    if not _choice().used or x.device.type != "cpu":
+        return False
+    if x.dtype == torch.float32:
+        return True
+    return x.dtype in DTYPES and (x.shape[0] <= FEW_TOKENS or _is_slower_in(x.dtype))
+
+
+def decodes(weight: Int4Weight, dtype: torch.dtype) -> bool:
+    """Whether compiled code decodes this weight to ``dtype``."""
+    return bool(_choice().used) and weight.device.type == "cpu" and dtype in DTYPES
+
+
+def _along_rows(tensor: Tensor | None) -> list[int]:
+    """Address and stride of a matrix whose rows are contiguous."""
+    return [0, 0] if tensor is None else [tensor.data_ptr(), tensor.stride(0)]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor itself if its rows are contiguous, or a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _numbers_of(
+    weight: Int4Weight,
+    operand: Tensor,
+    bias: Tensor | None = None,
+    t: Tensor | None = None,
+    b: Tensor | None = None,
+) -> list[int]:
+    """A weight as ``job.h`` has it."""
+    return [
+        *_along_rows(weight.packed),
+        *_along_rows(weight.scales),
+        *_along_rows(weight.minimum),
+        *_along_rows(weight.super_scales),
+        *_along_rows(weight.super_minimum),
+        0 if weight.codebook is None else weight.codebook.data_ptr(),
+        SCALES[weight.scales.dtype],
+        MODES[weight.scheme, weight.bits],
+        weight.group_size,
+        weight.out_features,
+        *_along_rows(operand),
+        0 if bias is None else bias.data_ptr(),
+        *_along_rows(t),
+        *_along_rows(b),
+        0 if b is None else b.shape[1],
+    ]
+
+
+class _Job:
+    """A job that is ready but for its weights; it holds the scratch memory."""
+
+    def __init__(self, operation: int, operand: Tensor, columns: int, ranks: int = 0) -> None:
+        self.library, self.operation, self.operand, self.columns = _library(), operation, operand, columns
+        assert self.library is not None
+        self.threads = torch.get_num_threads()
+        size = self.library.mebp_scratch(operation, operand.shape[0], columns, ranks, self.threads)
+        self.scratch = workspace().buffer("native", size, torch.float32, operand.device)
+
+    def run(
+        self,
+        weights: Sequence[list[int]],
+        accumulate: bool = False,
+        g: Tensor | None = None,
+        a: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        assert self.library is not None
+        numbers = [
+            self.operation,
+            *_along_rows(self.operand),
+            self.operand.shape[0],
+            self.columns,
+            self.threads,
+            self.scratch.data_ptr(),
+            int(accumulate),
+            *_along_rows(g),
+            *_along_rows(a),
+            0 if a is None else a.shape[0],
+            DTYPES[dtype],
+            len(weights),
+        ]
+        for weight in weights:
+            numbers += weight
+        used = _choice().used
+        if self.library.mebp_run((ctypes.c_int64 * len(numbers))(*numbers), used):
+            raise RuntimeError(f"no code was compiled for the instruction set {INSTRUCTIONS[used]}")
+
+
+Member = tuple[Int4Weight, Tensor | None, Tensor | None, Tensor | None]
+
+
+def native_matmul(x: Tensor, members: Sequence[Member]) -> list[Tensor]:
+    """Computes ``Y_i = X·W_iᵀ + bias_i + t_i·b_iᵀ``, all in one parallel region.
+
+    Args:
+        x: ``[M, K]`` float32 on the CPU, like all other tensors.
+        members: ``W_i[N_i, K]``, bias ``[N_i]``, t ``[M, R]`` and b ``[N_i, R]``; all but the weights may be None.
+
+    Returns:
+        ``[M, N_i]`` each.
+    """
+    ys = [x.new_empty(x.shape[0], weight.out_features) for weight, *_ in members]
+    x = _plain(x)
+    given = [
+        (weight, y, *(None if part is None else _plain(part) for part in parts))
+        for (weight, *parts), y in zip(members, ys, strict=True)
+    ]
+    job = _Job(MULTIPLY, x, x.shape[1], sum(0 if b is None else b.shape[1] for *_, b in members))
+    if x.shape[0] and not is_traced(x):
+        job.run([_numbers_of(*one) for one in given])
+    return ys
+
+
+def native_matmul_dx(
+    dys: Sequence[Tensor],
+    weights: Sequence[Int4Weight],
+    g: Tensor | None = None,
+    a: Tensor | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """Computes ``dX = sum dY_i·W_i + g·a`` for weights of one K, in one parallel region.
+
+    Args:
+        dys: ``[M, N_i]`` each, float32 on the CPU, like all other tensors. weights: ``[N_i, K]``.
+        g: ``[M, R]``. a: ``[R, K]``.
+        into: ``[M, K]``, contiguous; dX is added to it.
+
+    Returns:
+        ``[M, K]``: ``into`` if it was given.
+    """
+    columns = weights[0].in_features
+    dx = dys[0].new_empty(dys[0].shape[0], columns) if into is None else into
+    given = [(weight, _plain(dy)) for weight, dy in zip(weights, dys, strict=True)]
+    g, a = None if g is None else _plain(g), None if a is None else _plain(a)
+    job = _Job(MULTIPLY_DX, dx, columns)
+    if dx.numel() and not is_traced(dx):
+        job.run([_numbers_of(*one) for one in given], into is not None, g, a)
+    return dx
+
+
+def native_decode(weight: Int4Weight, out: Tensor) -> Tensor:
+    """Decodes a weight ``[N, K]`` into ``out`` ``[N, K]``, whose rows are contiguous and whose dtype ``decodes`` takes.
+
+    Every value is the one that plain torch decodes, bit for bit.
+    """
+    job = _Job(DECODE, out, weight.in_features)
+    if out.numel() and not is_traced(out):
+        job.run([_numbers_of(weight, out)], dtype=out.dtype)
+    return out

@@ -1,0 +1,122 @@
+/* Codes and scales of rows to floats, for one instruction set. Included once for each, after its vectors. */
+
+/* Scales or minima of `count` rows as floats, [count, groups]. */
+static void floats_of(
+    const Weight *w, const void *values, int64_t stride, const uint16_t *supers, int64_t super_stride, int64_t first,
+    int64_t count, int64_t first_group, int64_t groups, float *out) {
+    float line[BLOCK_ROWS + VL], super_line[BLOCK_ROWS + VL];
+    uint16_t own[BLOCK_ROWS + VL];
+    int8_t own_bytes[BLOCK_ROWS + VL];
+    int64_t stretch = -1;
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t at = (first_group + g) * stride + first;
+        if (w->scales_kind == SCALES_FLOAT) {
+            memcpy(line, (const float *)values + at, count * sizeof(float));
+        } else if (w->scales_kind == SCALES_HALF) {
+            memcpy(own, (const uint16_t *)values + at, count * sizeof(uint16_t));
+            for (int64_t i = 0; i < count; i += VL) STORE(line + i, halves(own + i));
+        } else {
+            if ((first_group + g) * w->group_size / 256 != stretch) {
+                stretch = (first_group + g) * w->group_size / 256;
+                memcpy(own, supers + stretch * super_stride + first, count * sizeof(uint16_t));
+                for (int64_t i = 0; i < count; i += VL) STORE(super_line + i, halves(own + i));
+            }
+            memcpy(own_bytes, (const int8_t *)values + at, count);
+            for (int64_t i = 0; i < count; i += VL) STORE(line + i, MUL(bytes(own_bytes + i), LOAD(super_line + i)));
+        }
+        for (int64_t i = 0; i < count; i++) out[i * groups + g] = line[i];
+    }
+}
+
+/* Rows `first` on, with all that decoding needs: their scales and minima of the groups from `first_group` on. */
+typedef struct {
+    const uint8_t *packed;
+    int64_t packed_stride, group_size, group_shift, first_group, groups;
+    const float *scales, *minimum, *book;
+} Rows;
+
+static Rows rows_of(
+    const Weight *w, int64_t first, int64_t count, int64_t first_column, int64_t last_column, const float *book, float *room) {
+    int64_t first_group = first_column / w->group_size;
+    int64_t groups = (last_column + w->group_size - 1) / w->group_size - first_group;
+    Rows rows = {
+        w->packed + first * w->packed_stride, w->packed_stride, w->group_size, __builtin_ctzll((uint64_t)w->group_size),
+        first_group, groups, room, room + count * groups, book};
+    floats_of(w, w->scales, w->scales_stride, w->super_scales, w->super_scales_stride, first, count, first_group, groups, room);
+    if (w->minimum)
+        floats_of
+        (w, w->minimum, w->minimum_stride, w->super_minimum, w->super_minimum_stride, first, count, first_group, groups,
+         room + count * groups);
+    return rows;
+}
+
+INLINE Group group_at(const int mode, const Rows * rows, int64_t row, int64_t column) {
+    int64_t at = row * rows->groups + (column >> rows->group_shift) - rows->first_group;
+    int affine = mode == AFFINE_4 || mode == AFFINE_8;
+    return group_of(mode, rows->book, rows->scales[at], affine ? rows->minimum[at] : 0.0f);
+}
+
+/* Where the codes of 32 columns begin that have one plane; with 4 bits two runs share their bytes. */
+INLINE const uint8_t *codes_at(const int mode, const Rows * rows, int64_t row, int64_t column) {
+    const uint8_t *codes = rows->packed + row * rows->packed_stride;
+    return mode <= CODEBOOK_4 ? codes + column / 64 * 32 : codes + column;
+}
+
+INLINE void decode_run(const int mode, const Rows * rows, int64_t row, int64_t column, float *out) {
+    const uint8_t *codes = codes_at(mode, rows, row, column);
+    V values[16 / VL];
+    Group group = group_at(mode, rows, row, column);
+    for (int half = 0; half < 2; half++) {
+        if (half && rows->group_size == 16) group = group_at(mode, rows, row, column + 16);
+        decode16(values, codes + 16 * half, mode, (int)(column / 32 & 1), &group);
+        for (int i = 0; i < 16 / VL; i++) STORE(out + 16 * half + i * VL, values[i]);
+    }
+}
+
+/* Columns `first:last` of rows, both multiples of 32 or beyond the end: run after run, `run_step` floats apart. */
+INLINE void decode_span_of(
+    const int mode, const Rows * rows, int64_t row, int64_t count, int64_t first, int64_t last, float *out,
+    int64_t row_step, int64_t run_step) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t column = first; column < last; column += 32)
+            decode_run(mode, rows, row + i, column, out + i * row_step + (column - first) / 32 * run_step);
+}
+
+static void decode_span(
+    int64_t mode, const Rows * rows, int64_t row, int64_t count, int64_t first, int64_t last, float *out,
+    int64_t row_step, int64_t run_step) {
+#define DECODE_SPAN(mode) decode_span_of(mode, rows, row, count, first, last, out, row_step, run_step)
+    switch (mode) {
+        case SYMMETRIC_4: DECODE_SPAN(SYMMETRIC_4); break;
+        case AFFINE_4: DECODE_SPAN(AFFINE_4); break;
+        case CODEBOOK_4: DECODE_SPAN(CODEBOOK_4); break;
+        case SYMMETRIC_8: DECODE_SPAN(SYMMETRIC_8); break;
+        default: DECODE_SPAN(AFFINE_8);
+    }
+#undef DECODE_SPAN
+}
+
+/* A block of rows to the output's dtype: DECODE's unit of work. */
+static void decode_block(const Job *job, const Weight *w, int64_t first, int64_t count, float *room) {
+    float book[16], *values = room + 2 * BLOCK_ROWS * job_groups(job);
+    Rows rows = rows_of(w, first, count, 0, job->columns, table_of(w, book), room);
+    for (int64_t row = 0; row < count; row++) {
+        decode_span(w->mode, &rows, row, 1, 0, job->columns, values, 0, 32);
+        int64_t at = (first + row) * w->operand_stride;
+        if (job->dtype == FLOAT32) {
+            memcpy(w->operand + at, values, job->columns * sizeof(float));
+            continue;
+        }
+        uint16_t *narrow = (uint16_t *)w->operand + at;
+        if (job->dtype == BFLOAT16) {
+            for (int64_t i = 0; i < job->columns; i++) narrow[i] = bfloat16_of(values[i]);
+            continue;
+        }
+        uint16_t rest[VL];
+        for (int64_t i = 0; i < job->columns; i += VL) {
+            int64_t left = job->columns - i;
+            store_halves(rest, LOAD(values + i));
+            memcpy(narrow + i, rest, (left < VL ? left : VL) * sizeof(uint16_t));
+        }
+    }
+}
