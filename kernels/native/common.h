@@ -13,6 +13,7 @@
 #define BLOCK_ROWS 48    /* rows of a weight that are decoded together: whole tiles of every instruction set */
 #define BLOCK_TOKENS 256 /* tokens that one decoded block serves */
 #define DEPTH 128        /* terms of a sum in registers */
+#define FEW_TOKENS_DX 8  /* the same for dX */
 #define FEW_TOKENS 8     /* up to so many, codes are multiplied as they are decoded */
 
 INLINE int64_t job_groups(const Job *job) { return (job->columns + 15) / 16; }
@@ -74,6 +75,23 @@ INLINE int64_t blocks_of(const Job *job, int64_t rows, int64_t block, const Weig
     }
     return before;
 }
+
+/* The statement CALL(mode, per) for what mode and per are: each form is compiled for itself. */
+#define BY_FORM(mode, per, CALL) \
+    switch ((mode) * 8 + (per)) { \
+        case SYMMETRIC_4 * 8 + 1: CALL(SYMMETRIC_4, 1); break; \
+        case SYMMETRIC_4 * 8 + 2: CALL(SYMMETRIC_4, 2); break; \
+        case AFFINE_4 * 8 + 1: CALL(AFFINE_4, 1); break; \
+        case AFFINE_4 * 8 + 2: CALL(AFFINE_4, 2); break; \
+        case CODEBOOK_4 * 8 + 1: CALL(CODEBOOK_4, 1); break; \
+        case CODEBOOK_4 * 8 + 2: CALL(CODEBOOK_4, 2); break; \
+        case SYMMETRIC_8 * 8 + 1: CALL(SYMMETRIC_8, 1); break; \
+        case SYMMETRIC_8 * 8 + 2: CALL(SYMMETRIC_8, 2); break; \
+        case SYMMETRIC_8 * 8 + 4: CALL(SYMMETRIC_8, 4); break; \
+        case AFFINE_8 * 8 + 1: CALL(AFFINE_8, 1); break; \
+        case AFFINE_8 * 8 + 2: CALL(AFFINE_8, 2); break; \
+        default: CALL(AFFINE_8, 4); \
+    }
 
 #if defined(__clang__)
 #define PRAGMA(text) _Pragma(#text)

@@ -58,6 +58,11 @@ static void work(const Job *job) {
         multiply(job);
     } else if (job->operation == MULTIPLY_DX) {
         float *room = own_room(job, job->scratch);
+        if (job->m <= FEW_TOKENS_DX) {
+#pragma omp for schedule(dynamic, 2) nowait
+            for (int64_t chunk = 0; chunk < job->columns; chunk += 64) few_dx_block(job, chunk, room); /* 2: a cache line */
+            return;
+        }
         int64_t width = job->columns >= 8 * 64 * job->threads ? 64 : 32;
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t first = 0; first < job->columns; first += width) dx_block(job, first, width, room);
