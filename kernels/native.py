@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import math
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ INSTRUCTIONS = ("off", "neon", "avx2", "avx512")
 MODES = {("symmetric", 4): 0, ("affine", 4): 1, ("codebook", 4): 2, ("symmetric", 8): 3, ("affine", 8): 4}
 SCALES = {torch.float16: 0, torch.float32: 1, torch.int8: 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LEAST_SHARED = 1 << 18  # multiplications that are worth a second thread: some 10 microseconds
 VARIABLE = "MEBP_TRITON_NATIVE"
 FEW_TOKENS = 32  # so few that a panel would be decoded for little work
 
@@ -47,7 +49,7 @@ def _library() -> ctypes.CDLL | None:
     for function in (library.mebp_best, library.mebp_scratch, library.mebp_run, library.mebp_has_threads):
         function.restype = ctypes.c_int64
     library.mebp_scratch.argtypes = [ctypes.c_int64] * 5
-    library.mebp_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.mebp_run.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     return library
 
 
@@ -144,81 +146,83 @@ def decodes(weight: Int4Weight, dtype: torch.dtype) -> bool:
     return bool(_choice().used) and weight.device.type == "cpu" and dtype in DTYPES
 
 
-def _along_rows(tensor: Tensor | None) -> list[int]:
+_HEADER = struct.Struct("15q")  # a Job of job.h up to its weights
+_CALL = struct.Struct("8q")  # of a Weight what each call brings
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _along_rows(tensor: Tensor | None) -> tuple[int, int]:
     """Address and stride of a matrix whose rows are contiguous."""
-    return [0, 0] if tensor is None else [tensor.data_ptr(), tensor.stride(0)]
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _plain(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself if its rows are contiguous, or a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _numbers_of(
-    weight: Int4Weight,
+def _form(weight: Int4Weight) -> bytes:
+    """What ``job.h`` has of a weight itself, kept with the weight for as long as its tensors lie where they lay."""
+    tensors = (weight.packed, weight.scales, weight.minimum, weight.super_scales, weight.super_minimum)
+    places = [_address(tensor) for tensor in tensors]
+    kept = weight.__dict__.get("native_form")
+    if kept is None or kept[0] != places:
+        numbers = [number for tensor in tensors for number in _along_rows(tensor)]
+        numbers += [_address(weight.codebook), SCALES[weight.scales.dtype], MODES[weight.scheme, weight.bits]]
+        numbers += [weight.group_size, weight.out_features]
+        kept = weight.__dict__["native_form"] = places, struct.pack("15q", *numbers)
+    return kept[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _scratch_size(operation: int, m: int, columns: int, ranks: int, threads: int) -> int:
+    library = _library()
+    assert library is not None
+    return library.mebp_scratch(operation, m, columns, ranks, threads)
+
+
+def _run(
+    operation: int,
     operand: Tensor,
-    bias: Tensor | None = None,
-    t: Tensor | None = None,
-    b: Tensor | None = None,
-) -> list[int]:
-    """A weight as ``job.h`` has it."""
-    return [
-        *_along_rows(weight.packed),
-        *_along_rows(weight.scales),
-        *_along_rows(weight.minimum),
-        *_along_rows(weight.super_scales),
-        *_along_rows(weight.super_minimum),
-        0 if weight.codebook is None else weight.codebook.data_ptr(),
-        SCALES[weight.scales.dtype],
-        MODES[weight.scheme, weight.bits],
-        weight.group_size,
-        weight.out_features,
+    weights: Callable[[], list[bytes]],
+    shape: tuple[int, int],
+    ranks: int = 0,
+    accumulate: bool = False,
+    low: tuple[Tensor | None, Tensor | None] = (None, None),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Does a job with weights of ``shape`` in all.
+
+    ``weights`` are made when the job is known to run: a trace without data takes scratch memory only.
+    """
+    (rows, columns), m = shape, operand.shape[0]
+    threads = torch.get_num_threads() if m * rows * columns >= LEAST_SHARED else 1
+    size = _scratch_size(operation, m, columns, ranks, threads)
+    scratch = workspace().buffer("native", size, torch.float32, operand.device)
+    if is_traced(operand) or not operand.numel():
+        return
+    g, a = low
+    forms, used, library = weights(), _choice().used, _library()
+    assert library is not None
+    header = _HEADER.pack(
+        operation,
         *_along_rows(operand),
-        0 if bias is None else bias.data_ptr(),
-        *_along_rows(t),
-        *_along_rows(b),
-        0 if b is None else b.shape[1],
-    ]
-
-
-class _Job:
-    """A job that is ready but for its weights; it holds the scratch memory."""
-
-    def __init__(self, operation: int, operand: Tensor, columns: int, ranks: int = 0) -> None:
-        self.library, self.operation, self.operand, self.columns = _library(), operation, operand, columns
-        assert self.library is not None
-        self.threads = torch.get_num_threads()
-        size = self.library.mebp_scratch(operation, operand.shape[0], columns, ranks, self.threads)
-        self.scratch = workspace().buffer("native", size, torch.float32, operand.device)
-
-    def run(
-        self,
-        weights: Sequence[list[int]],
-        accumulate: bool = False,
-        g: Tensor | None = None,
-        a: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        assert self.library is not None
-        numbers = [
-            self.operation,
-            *_along_rows(self.operand),
-            self.operand.shape[0],
-            self.columns,
-            self.threads,
-            self.scratch.data_ptr(),
-            int(accumulate),
-            *_along_rows(g),
-            *_along_rows(a),
-            0 if a is None else a.shape[0],
-            DTYPES[dtype],
-            len(weights),
-        ]
-        for weight in weights:
-            numbers += weight
-        used = _choice().used
-        if self.library.mebp_run((ctypes.c_int64 * len(numbers))(*numbers), used):
-            raise RuntimeError(f"no code was compiled for the instruction set {INSTRUCTIONS[used]}")
+        m,
+        columns,
+        threads,
+        scratch.data_ptr(),
+        accumulate,
+        *_along_rows(g),
+        *_along_rows(a),
+        0 if a is None else a.shape[0],
+        DTYPES[dtype],
+        len(forms) // 2,  # each in two parts
+    )
+    if library.mebp_run(b"".join([header, *forms]), used):
+        raise RuntimeError(f"no code was compiled for the instruction set {INSTRUCTIONS[used]}")
 
 
 Member = tuple[Int4Weight, Tensor | None, Tensor | None, Tensor | None]
@@ -234,15 +238,24 @@ def native_matmul(x: Tensor, members: Sequence[Member]) -> list[Tensor]:
     Returns:
         ``[M, N_i]`` each.
     """
-    ys = [x.new_empty(x.shape[0], weight.out_features) for weight, *_ in members]
-    x = _plain(x)
+    m, columns = x.shape
+    operand = _plain(x)
+    assert operand is not None
+    ys = [x.new_empty(m, weight.out_features) for weight, *_ in members]
     given = [
-        (weight, y, *(None if part is None else _plain(part) for part in parts))
-        for (weight, *parts), y in zip(members, ys, strict=True)
+        (weight, y, _plain(bias), _plain(t), _plain(b)) for (weight, bias, t, b), y in zip(members, ys, strict=True)
     ]
-    job = _Job(MULTIPLY, x, x.shape[1], sum(0 if b is None else b.shape[1] for *_, b in members))
-    if x.shape[0] and not is_traced(x):
-        job.run([_numbers_of(*one) for one in given])
+    ranks = sum(0 if b is None else b.shape[1] for *_, b in given)
+
+    def forms() -> list[bytes]:
+        found = []
+        for weight, y, bias, t, b in given:
+            found.append(_form(weight))
+            rank = 0 if b is None else b.shape[1]
+            found.append(_CALL.pack(*_along_rows(y), _address(bias), *_along_rows(t), *_along_rows(b), rank))
+        return found
+
+    _run(MULTIPLY, operand, forms, (sum(weight.out_features for weight, *_ in members), columns), ranks)
     return ys
 
 
@@ -266,10 +279,12 @@ def native_matmul_dx(
     columns = weights[0].in_features
     dx = dys[0].new_empty(dys[0].shape[0], columns) if into is None else into
     given = [(weight, _plain(dy)) for weight, dy in zip(weights, dys, strict=True)]
-    g, a = None if g is None else _plain(g), None if a is None else _plain(a)
-    job = _Job(MULTIPLY_DX, dx, columns)
-    if dx.numel() and not is_traced(dx):
-        job.run([_numbers_of(*one) for one in given], into is not None, g, a)
+
+    def forms() -> list[bytes]:
+        return [part for weight, dy in given for part in (_form(weight), _CALL.pack(*_along_rows(dy), *[0] * 6))]
+
+    shape = sum(weight.out_features for weight in weights), columns
+    _run(MULTIPLY_DX, dx, forms, shape, accumulate=into is not None, low=(_plain(g), _plain(a)))
     return dx
 
 
@@ -278,7 +293,9 @@ def native_decode(weight: Int4Weight, out: Tensor) -> Tensor:
 
     Every value is the one that plain torch decodes, bit for bit.
     """
-    job = _Job(DECODE, out, weight.in_features)
-    if out.numel() and not is_traced(out):
-        job.run([_numbers_of(weight, out)], dtype=out.dtype)
+
+    def form() -> list[bytes]:
+        return [_form(weight), _CALL.pack(*_along_rows(out), *[0] * 6)]
+
+    _run(DECODE, out, form, weight.shape, dtype=out.dtype)
     return out

@@ -180,14 +180,19 @@ def int4_matmul_group_native(
 
     x ``[M, K]``, bias ``[sum N_i]``, t ``[M, members * R]``, b ``[sum N_i, R]``; returns ``[M, N_i]`` each.
     """
-    sizes, dtype = [weight.out_features for weight in weights], x.dtype
-    nothing = [None] * len(weights)
-    biases = nothing if bias is None else bias.to(dtype).float().split(sizes)
-    ts, bs = nothing, nothing
+    dtype = x.dtype
+
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == dtype == torch.float32 else tensor.to(dtype).float()
+
+    biases, ts, bs = [[None] * len(weights)] * 3
+    sizes = [weight.out_features for weight in weights]
+    if bias is not None:
+        biases = wide(bias).split(sizes)
     if t is not None and b is not None:
-        ts, bs = t.to(dtype).float().split(b.shape[1], dim=1), b.to(dtype).float().split(sizes)
-    ys = native_matmul(x.float(), list(zip(weights, biases, ts, bs, strict=True)))
-    return [y.to(dtype) for y in ys]
+        ts, bs = wide(t).split(b.shape[1], dim=1), wide(b).split(sizes)
+    ys = native_matmul(wide(x), list(zip(weights, biases, ts, bs, strict=True)))
+    return ys if dtype == torch.float32 else [y.to(dtype) for y in ys]
 
 
 def int4_matmul_dx_panel(

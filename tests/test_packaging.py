@@ -1,6 +1,7 @@
 """The wheel holds every source file of the package and nothing else; an unlisted folder would be left out silently."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -23,29 +24,41 @@ def expected():
         for path in (ROOT / folder).rglob("*.py"):
             found.add(f"{installed}/{path.relative_to(ROOT / folder)}")
     found |= {f"mebp_triton/kernels/tables/{path.name}" for path in (ROOT / "kernels" / "tables").glob("*.json")}
-    return found
+    found |= {f"mebp_triton/kernels/native/{path.name}" for path in (ROOT / "kernels" / "native").iterdir()}
+    return found | {"mebp_triton/kernels/_native.abi3.so"}
+
+
+def build(tree, out, **environment):
+    """The wheel of a copy of the tree, made in the folder ``tree``."""
+    if importlib.util.find_spec("build") is None or importlib.util.find_spec("setuptools") is None:
+        pytest.skip("build and setuptools are not installed")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for folder in (*MAPPED, "tests", "bench"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "_native*"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path)
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    if importlib.util.find_spec("build") is None or importlib.util.find_spec("setuptools") is None:
-        pytest.skip("build and setuptools are not installed")
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    for folder in (*MAPPED, "tests", "bench"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = out.glob("*.whl")
-    return zipfile.ZipFile(path)
+    return build(tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_the_tree_and_nothing_else(wheel):
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert inside == expected()
     assert len(inside) > 40
+
+
+def test_without_a_compiler_the_package_is_built_all_the_same(tmp_path):
+    (tree := tmp_path / "tree").mkdir()
+    built = build(tree, tmp_path, CC="/nowhere/cc")
+    inside = {name for name in built.namelist() if ".dist-info/" not in name}
+    assert inside == expected() - {"mebp_triton/kernels/_native.abi3.so"}
 
 
 def test_no_top_level_package_but_ours(wheel):

@@ -50,6 +50,7 @@ INLINE float *own_room(const Job *job, float *after) {
 #ifdef _OPENMP
     return after + omp_get_thread_num() * room_of(job);
 #else
+    (void)job;
     return after;
 #endif
 }
@@ -76,20 +77,17 @@ INLINE int64_t blocks_of(const Job *job, int64_t rows, int64_t block, const Weig
     return before;
 }
 
-/* The statement CALL(mode, per) for what mode and per are: each form is compiled for itself. */
-#define BY_FORM(mode, per, CALL) \
-    switch ((mode) * 8 + (per)) { \
-        case SYMMETRIC_4 * 8 + 1: CALL(SYMMETRIC_4, 1); break; \
-        case SYMMETRIC_4 * 8 + 2: CALL(SYMMETRIC_4, 2); break; \
-        case AFFINE_4 * 8 + 1: CALL(AFFINE_4, 1); break; \
-        case AFFINE_4 * 8 + 2: CALL(AFFINE_4, 2); break; \
-        case CODEBOOK_4 * 8 + 1: CALL(CODEBOOK_4, 1); break; \
-        case CODEBOOK_4 * 8 + 2: CALL(CODEBOOK_4, 2); break; \
-        case SYMMETRIC_8 * 8 + 1: CALL(SYMMETRIC_8, 1); break; \
-        case SYMMETRIC_8 * 8 + 2: CALL(SYMMETRIC_8, 2); break; \
-        case SYMMETRIC_8 * 8 + 4: CALL(SYMMETRIC_8, 4); break; \
-        case AFFINE_8 * 8 + 1: CALL(AFFINE_8, 1); break; \
-        case AFFINE_8 * 8 + 2: CALL(AFFINE_8, 2); break; \
+/* The statement CALL(mode, per) for a weight's form, where a chunk of 64 columns has at most `per` groups. */
+#define BY_FORM(w, CALL) \
+    switch ((w)->mode * 2 + ((w)->group_size < 64)) { \
+        case SYMMETRIC_4 * 2: CALL(SYMMETRIC_4, 1); break; \
+        case SYMMETRIC_4 * 2 + 1: CALL(SYMMETRIC_4, 2); break; \
+        case AFFINE_4 * 2: CALL(AFFINE_4, 1); break; \
+        case AFFINE_4 * 2 + 1: CALL(AFFINE_4, 2); break; \
+        case CODEBOOK_4 * 2: CALL(CODEBOOK_4, 1); break; \
+        case CODEBOOK_4 * 2 + 1: CALL(CODEBOOK_4, 2); break; \
+        case SYMMETRIC_8 * 2: \
+        case SYMMETRIC_8 * 2 + 1: CALL(SYMMETRIC_8, 4); break; \
         default: CALL(AFFINE_8, 4); \
     }
 

@@ -247,9 +247,8 @@ static void multiply_few(const Job *job, const Weight *w, int64_t first, int64_t
     for (int64_t token = 0; token < job->m; token += 4) {
         const float *x = job->operand + token * job->operand_stride;
         int mt = (int)(job->m - token < 4 ? job->m - token : 4);
-        int per = w->group_size < 64 ? 64 / (int)w->group_size : 1;
 #define FEW_ROWS(mode, per) few_rows(mode, per, &rows, count, mt, x, job->operand_stride, job->columns, out)
-        BY_FORM(w->mode, per, FEW_ROWS)
+        BY_FORM(w, FEW_ROWS)
         for (int m = 0; m < mt; m++)
             for (int64_t n = 0; n < count; n++) {
                 float sum = out[4 * n + m];
@@ -376,7 +375,6 @@ static void few_dx_block(const Job *job, int64_t chunk, float *room) {
     memset(sums, 0, sizeof sums);
     for (int64_t i = 0; i < job->count; i++) {
         const Weight *w = &job->weights[i];
-        int per = w->group_size < 64 ? 64 / (int)w->group_size : 1;
         for (int64_t first = 0; first < w->rows; first += BLOCK_ROWS) {
             int64_t count = w->rows - first < BLOCK_ROWS ? w->rows - first : BLOCK_ROWS;
             Rows rows = rows_of(w, first, count, chunk, chunk + 64, table_of(w, book), room);
@@ -385,7 +383,7 @@ static void few_dx_block(const Job *job, int64_t chunk, float *room) {
                 const float *dy = w->operand + token * w->operand_stride + first;
                 memset(part, 0, sizeof part);
 #define FEW_DX_TOKENS(mode, per) few_dx_tokens(mode, per, &rows, count, mt, chunk, dy, w->operand_stride, part)
-                BY_FORM(w->mode, per, FEW_DX_TOKENS)
+                BY_FORM(w, FEW_DX_TOKENS)
                 for (int64_t k = 0; k < mt * 64; k += VL)
                     STORE(sums + token * 64 + k, ADD(LOAD(sums + token * 64 + k), LOAD(part + k)));
             }
