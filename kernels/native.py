@@ -89,6 +89,19 @@ def available() -> list[str]:
     return [name for name in INSTRUCTIONS if name in ("off", best) or (name, best) == ("avx2", "avx512")]
 
 
+def described() -> str:
+    """The instruction set in use, or why there is none, in words."""
+    if _library() is None:
+        return "none: the package was installed where no C compiler was found"
+    choice = _choice()
+    if not choice.best:
+        return "none: this processor has neither AVX2 with FMA nor NEON"
+    if not choice.used:
+        return f"off, as {VARIABLE} says"
+    threads = "" if _library().mebp_has_threads() else ", in one thread: the compiler had no OpenMP"  # type: ignore[union-attr]
+    return f"{INSTRUCTIONS[choice.used]}{threads}"
+
+
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """While active, products run by the instruction set ``name``, or in plain torch with "off".

@@ -4,6 +4,7 @@
    So a thread that waits for its processor holds up no more than one block. No sum depends on how blocks are shared. */
 #include "decode.h"
 #include "products.h"
+#include "few.h"
 
 #define SLICE 128 /* columns of X that are packed together */
 

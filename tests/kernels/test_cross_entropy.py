@@ -196,6 +196,7 @@ def test_strides_of_hidden(make_weight, normal, device, view):
     torch.testing.assert_close(ours[1], truth[1])
 
 
+@pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize("factors", [CHAINS["plain"], CHAINS["softcap"]], ids=["plain", "softcap"])
 def test_no_logits_and_no_decoded_head_are_allocated(monkeypatch, make_weight, normal, device, factors):
     tokens, vocabulary, width = 64, 1000, 64

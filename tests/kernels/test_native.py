@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from allocations import Allocations
 from pairs import pairs
 
 from mebp_triton.kernels import native, reference
+from mebp_triton.kernels.cross_entropy import VOCABULARY_TILE, int4_cross_entropy_panel
 from mebp_triton.kernels.functions import int4_matmul_group
 from mebp_triton.kernels.layout import unpack
 from mebp_triton.kernels.names import FORMS
@@ -165,6 +167,14 @@ def test_scratch_memory_is_small_and_kept(compiled, make_weight, normal):
         assert memory.buffers["native", torch.float32] is first
 
 
+def test_the_loss_makes_no_logits_and_no_decoded_head(compiled, make_weight, normal):
+    tokens, vocabulary, width = 64, 8000, 64
+    weight, targets = make_weight(vocabulary, width), torch.arange(tokens)
+    with Allocations() as allocations:
+        int4_cross_entropy_panel(normal(tokens, width), weight, targets)
+    assert 0 < allocations.largest <= tokens * VOCABULARY_TILE < tokens * vocabulary // 7
+
+
 def test_layers_that_share_an_input_take_one_region(compiled, make_weight, normal, monkeypatch):
     weights, x = [make_weight(61, 200), make_weight(33, 200)], normal(4, 200)
     t, b, bias = normal(4, 6), normal(94, 3), normal(94)
@@ -183,6 +193,16 @@ def test_an_instruction_set_can_be_chosen(make_weight):
     assert native.instructions() == before
     with pytest.raises(ValueError, match="instruction set 'mmx' is not available here, only off"), native.using("mmx"):
         pass
+
+
+def test_it_says_why_there_is_no_code(monkeypatch):
+    assert native.described() == native.instructions()
+    with native.using("off"):
+        assert native.described() == "off, as MEBP_TRITON_NATIVE says"
+    monkeypatch.setattr(native._choice(), "best", 0)
+    assert native.described() == "none: this processor has neither AVX2 with FMA nor NEON"
+    monkeypatch.setattr(native, "_library", lambda: None)
+    assert native.described() == "none: the package was installed where no C compiler was found"
 
 
 @pytest.mark.parametrize(("value", "wanted"), [("off", "None"), ("avx2", "avx2"), ("sse", "ValueError")])

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from mebp_triton.kernels import functions
+from mebp_triton.kernels import functions, native
 from mebp_triton.kernels.accuracy import PRODUCT_LIMITS, random_weight
 from mebp_triton.kernels.configs import Panel
 from mebp_triton.kernels.reference import decode
@@ -51,6 +51,7 @@ def examine(
         "platform": here["platform"],
         "board": machine.tegra(root) or "no Jetson",
         "cpu_threads": torch.get_num_threads(),
+        "cpu_code": native.described(),
         **_memory(root),
         **_storage(scratch, store, root, measure),
         **_device(device, root),

@@ -20,6 +20,7 @@ SOUND = {
     "ptxas": "/triton/ptxas, release 12.8",
     "c_compiler": "/usr/bin/gcc",
     "backend": "triton",
+    "cpu_code": "avx2",
     "self_test": "int4 products passed",
     "available_memory_bytes": 32 * GIB,
     "memory_limit_bytes": None,
@@ -44,6 +45,13 @@ def complete(monkeypatch):
 
 def test_a_sound_machine_needs_no_advice(complete):
     assert advise(SOUND, {}) == []
+
+
+def test_without_compiled_code_a_cpu_is_slow(complete):
+    missing = {"cpu_code": "none: the package was installed where no C compiler was found"}
+    lines = advise(SOUND | NO_GPU | missing, {})
+    assert any("install a C compiler" in line for line in lines) and len(lines) == 2
+    assert advise(SOUND | missing, {}) == []  # a GPU does not use it
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from models import tiny_store
 
 from mebp_triton.cli.doctor import findings as findings_module
 from mebp_triton.cli.doctor.findings import examine
-from mebp_triton.kernels import functions, tables
+from mebp_triton.kernels import functions, native, tables
 from mebp_triton.system import machine
 from mebp_triton.system import storage as storage_module
 
@@ -31,6 +31,7 @@ def test_what_it_finds(monkeypatch):
     assert names <= set(findings) and "store" not in findings
     assert findings["device"] == "none: training runs on the CPU" and findings["backend"] == "panel"
     assert findings["scratch_bytes_per_second"] > 0
+    assert findings["cpu_code"].startswith(native.instructions() or "none")
     assert findings["self_test"].startswith("int4 products passed")
     assert not any("self-test failed" in line for line in findings["advice"])
 
