@@ -18,13 +18,6 @@
 
 INLINE int64_t job_groups(const Job *job) { return (job->columns + 15) / 16; }
 
-INLINE uint16_t bfloat16_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded); /* the NaN that torch makes */
-}
-
 /* The 16 values of codes of 4 bits before they are scaled. */
 INLINE const float *table_of(const Weight *w, float *book) {
     for (int i = 0; i < 16; i++)
@@ -39,10 +32,10 @@ INLINE int64_t tokens_of_block(const Job *job) {
 
 /* Floats of scratch memory that a thread has for itself. */
 INLINE int64_t room_of(const Job *job) {
-    int64_t scales = 2 * BLOCK_ROWS * job_groups(job), columns = (job->columns + 63) / 64 * 64;
+    int64_t scales = 2 * BLOCK_ROWS * job_groups(job);
     int64_t products = job->operation == MULTIPLY && job->m <= FEW_TOKENS ? 0 : BLOCK_ROWS * (tokens_of_block(job) + DEPTH);
     int64_t dx = 64 * DEPTH + 12 * 32 + 2 * BLOCK_ROWS * (64 / 16 + 1) + 64 * BLOCK_ROWS;
-    if (job->operation == DECODE) return scales + columns + 16;
+    if (job->operation == DECODE) return scales;
     return job->operation == MULTIPLY ? products + scales : dx;
 }
 

@@ -96,27 +96,48 @@ static void decode_span(
 #undef DECODE_SPAN
 }
 
+/* Weights of 16 columns of a chunk of 64, by quarters: with 4 bits the last two lie in the high nibbles of the first. */
+#define QUARTER(mode, rows, row, chunk, quarter, values, group) \
+    decode16(values, codes_at(mode, rows, row, chunk) + 16 * ((mode) <= CODEBOOK_4 ? (quarter) & 1 : (quarter)), mode, \
+             (quarter) >> 1, group)
+
+INLINE void store16(int64_t dtype, void *out, int64_t at, const V *values) {
+    for (int i = 0; i < 16 / VL; i++) {
+        if (dtype == FLOAT32) STORE((float *)out + at + i * VL, values[i]);
+        else if (dtype == BFLOAT16) store_bfloats((uint16_t *)out + at + i * VL, values[i]);
+        else store_halves((uint16_t *)out + at + i * VL, values[i]);
+    }
+}
+
+/* A row to the output's dtype. */
+INLINE void decode_row(
+    const int mode, const int per, const Rows *rows, int64_t row, int64_t columns, int64_t dtype, void *out, int64_t at) {
+    for (int64_t chunk = 0; chunk < columns; chunk += 64)
+#pragma GCC unroll 4
+        for (int quarter = 0; quarter < 4; quarter++) {
+            int64_t column = chunk + 16 * quarter, width = columns - column;
+            if (width <= 0) break;
+            V values[16 / VL];
+            Group group = group_at(mode, rows, row, chunk + quarter * per / 4 * (64 / per));
+            QUARTER(mode, rows, row, chunk, quarter, values, &group);
+            if (width >= 16) {
+                store16(dtype, out, at + column, values);
+            } else {
+                float rest[16];
+                int64_t size = dtype == FLOAT32 ? 4 : 2;
+                store16(dtype, rest, 0, values);
+                memcpy((char *)out + size * (at + column), rest, size * width);
+            }
+        }
+}
+
 /* A block of rows to the output's dtype: DECODE's unit of work. */
 static void decode_block(const Job *job, const Weight *w, int64_t first, int64_t count, float *room) {
-    float book[16], *values = room + 2 * BLOCK_ROWS * job_groups(job);
+    float book[16];
     Rows rows = rows_of(w, first, count, 0, job->columns, table_of(w, book), room);
     for (int64_t row = 0; row < count; row++) {
-        decode_span(w->mode, &rows, row, 1, 0, job->columns, values, 0, 32);
         int64_t at = (first + row) * w->operand_stride;
-        if (job->dtype == FLOAT32) {
-            memcpy(w->operand + at, values, job->columns * sizeof(float));
-            continue;
-        }
-        uint16_t *narrow = (uint16_t *)w->operand + at;
-        if (job->dtype == BFLOAT16) {
-            for (int64_t i = 0; i < job->columns; i++) narrow[i] = bfloat16_of(values[i]);
-            continue;
-        }
-        uint16_t rest[VL];
-        for (int64_t i = 0; i < job->columns; i += VL) {
-            int64_t left = job->columns - i;
-            store_halves(rest, LOAD(values + i));
-            memcpy(narrow + i, rest, (left < VL ? left : VL) * sizeof(uint16_t));
-        }
+#define DECODE_ROW(mode, per) decode_row(mode, per, &rows, row, job->columns, job->dtype, w->operand, at)
+        BY_FORM(w, DECODE_ROW)
     }
 }

@@ -1,6 +1,8 @@
 /* What Python calls: the choice of the instruction set, and the one parallel region that a job takes. */
 #include "common.h"
 
+#include <time.h>
+
 void work_avx512(const Job *job);
 void work_avx2(const Job *job);
 void work_neon(const Job *job);
@@ -29,6 +31,40 @@ int64_t mebp_scratch(int64_t operation, int64_t m, int64_t columns, int64_t rank
     return packed + threads * room_of(&job) + 16;
 }
 
+#ifdef _OPENMP
+#define WAIT 2000000          /* nanoseconds that no job waits for its threads where processors are free */
+#define NOT_CROWDED 200000000 /* nanoseconds after which other threads are tried again */
+
+/* The most multiplications in a microsecond so far: of few tokens, and of more. */
+static _Atomic int64_t best_rate[2];
+static _Atomic int64_t crowded_until;
+
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * (int64_t)1000000000 + now.tv_nsec;
+}
+
+/* Shares a job among the threads of OpenMP. They wait for each other at its end, and beside other busy processes one may
+   have to wait for its processor for many times what a small job takes. After that has happened, small jobs stay in one
+   thread for a while. */
+static void share(void (*work)(const Job *), const Job *job) {
+    int64_t rows = 0, start = nanoseconds(), many = job->operation != DECODE && job->m > FEW_TOKENS;
+    for (int64_t i = 0; i < job->count; i++) rows += job->weights[i].rows;
+    int64_t products = (job->operation == DECODE ? 1 : job->m) * rows * job->columns, rate = best_rate[many];
+    int64_t usual = rate ? products * 1000 / rate : 0;
+    if (start < crowded_until && usual * job->threads < 5 * WAIT) {
+        work(job);
+        return;
+    }
+#pragma omp parallel num_threads((int)job->threads)
+    work(job);
+    int64_t end = nanoseconds(), took = end - start + 1;
+    if (rate && took > 3 * usual + WAIT) crowded_until = end + NOT_CROWDED;
+    if (products * 1000 / took > rate) best_rate[many] = products * 1000 / took;
+}
+#endif
+
 /* Does a job by an instruction set that `mebp_best` gave, or a lesser one. Returns 0, or -1 for one not compiled in. */
 int64_t mebp_run(const Job *job, int64_t instructions) {
     void (*work)(const Job *) = 0;
@@ -40,8 +76,7 @@ int64_t mebp_run(const Job *job, int64_t instructions) {
     if (!work) return -1;
 #ifdef _OPENMP
     if (job->threads > 1) {
-#pragma omp parallel num_threads((int)job->threads)
-        work(job);
+        share(work, job);
         return 0;
     }
 #endif

@@ -1,10 +1,5 @@
 /* Products of few tokens, for one instruction set: codes are multiplied as they are decoded and kept nowhere. */
 
-/* Weights of 16 columns of a chunk of 64, by quarters: with 4 bits the last two lie in the high nibbles of the first. */
-#define QUARTER(mode, rows, row, chunk, quarter, values, group) \
-    decode16(values, codes_at(mode, rows, row, chunk) + 16 * ((mode) <= CODEBOOK_4 ? (quarter) & 1 : (quarter)), mode, \
-             (quarter) >> 1, group)
-
 /* out[nr, mt]: products of nr rows of a weight with mt rows of x, straight from the codes; `per` groups in a chunk. */
 INLINE void few_of(
     const int mode, const int per, const int nr, const int mt, const Rows *rows, int64_t row, const float *x, int64_t stride,

@@ -32,6 +32,12 @@ INLINE V bytes(const int8_t *p) {
 
 INLINE void store_halves(uint16_t *p, V v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 
+INLINE void store_bfloats(uint16_t *p, V v) {
+    uint32x4_t bits = vreinterpretq_u32_f32(v), last = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    uint16x4_t rounded = vshrn_n_u32(vaddq_u32(bits, vaddq_u32(last, vdupq_n_u32(0x7FFF))), 16);
+    vst1_u16(p, vbsl_u16(vmovn_u32(vceqq_f32(v, v)), rounded, vdup_n_u16(0x7FC0))); /* NaN is not equal to itself */
+}
+
 typedef struct {
     uint8x16x4_t table; /* the 16 floats of a codebook, scaled */
     V scale, minimum;
