@@ -18,7 +18,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 # Before torch is imported: its threads do not spin, as the command sets it, and each of several workers has one.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # In the background of a script Ctrl-C is ignored, and processes that the tests start would ignore it as well.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -210,7 +210,7 @@ def test_an_address_space_that_the_libraries_do_not_fit_into(limit):
 
 
 @pytest.mark.parametrize(
-    ("given", "found"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+    ("given", "found"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
 )
 def test_threads_do_not_spin_unless_they_are_told_to(given, found):
     """The variable is there when torch, and with it OpenMP, is first imported."""
