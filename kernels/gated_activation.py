@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import FLOAT_DTYPES, WEIGHTLESS
-from .reference import Activation
+from .reference import Activation, fits_gate
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -139,8 +139,7 @@ class _GatedActivation(torch.autograd.Function):
 
 def takes(gate: Tensor, up: Tensor) -> bool:
     """Whether the kernel can compute this."""
-    alike = gate.shape == up.shape and gate.dtype == up.dtype
-    return alike and gate.dim() > 0 and gate.dtype in FLOAT_DTYPES
+    return fits_gate(gate, up) and gate.dtype in FLOAT_DTYPES
 
 
 def gated_activation(gate: Tensor, up: Tensor, kind: Activation = "silu") -> Tensor:

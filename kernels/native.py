@@ -46,10 +46,10 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(found.origin)  # torch has loaded its OpenMP library, which this one then uses
     except OSError:  # built on another system
         return None
-    for function in (library.mebp_best, library.mebp_scratch, library.mebp_run, library.mebp_has_threads):
-        function.restype = ctypes.c_int64
+    for name in ("best", "scratch", "run", "rows", "has_threads"):
+        getattr(library, f"mebp_{name}").restype = ctypes.c_int64
     library.mebp_scratch.argtypes = [ctypes.c_int64] * 5
-    library.mebp_run.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    library.mebp_run.argtypes = library.mebp_rows.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     return library
 
 
@@ -235,6 +235,14 @@ def _run(
         len(forms) // 2,  # each in two parts
     )
     if library.mebp_run(b"".join([header, *forms]), used):
+        raise RuntimeError(f"no code was compiled for the instruction set {INSTRUCTIONS[used]}")
+
+
+def run_rows(numbers: bytes) -> None:
+    """Does a small operation, a ``RowJob`` of ``job.h``."""
+    used, library = _choice().used, _library()
+    assert library is not None
+    if library.mebp_rows(numbers, used):
         raise RuntimeError(f"no code was compiled for the instruction set {INSTRUCTIONS[used]}")
 
 

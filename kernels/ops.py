@@ -26,6 +26,7 @@ from .layout import Int4Weight
 from .panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel
 from .routing import resolve_backend, routed
 from .tables import Route
+from .workspace import is_watched
 
 # A weight in a schema: the fields of ``Int4Weight`` in their order.
 WEIGHT = (
@@ -305,20 +306,6 @@ class _MatmulDx(torch.autograd.Function):
         need_dy, need_g, need_a, _, _ = ctx.needs_input_grad
         ddy = matmul(ddx, ctx.weight, None, None, None, ctx.backend) if need_dy else None
         return ddy, *_matmul_dx_lora_gradients(ddx, g, a, need_g, need_a), None, None
-
-
-def is_watched(tensor: Tensor) -> bool:
-    """Whether something must see an operation on ``tensor`` as one.
-
-    That is a compiler, a mode, the tensor's class, or vmap, by which torch computes batched gradients too.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.is_batchedtensor(tensor)
-        or torch._C._functorch.is_legacy_batchedtensor(tensor)
-    )
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:

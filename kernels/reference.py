@@ -111,3 +111,33 @@ def gated_activation(gate: Tensor, up: Tensor, kind: Activation = "silu") -> Ten
     if kind == "silu":
         return torch.nn.functional.silu(gate) * up
     return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none") * up
+
+
+def fits_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether a kernel's RMSNorm is defined here: it has no gradient for the weight."""
+    alike = x.dim() > 0 and x.shape[-1:] == weight.shape and x.dtype == weight.dtype
+    return alike and not weight.requires_grad
+
+
+def fits_gate(gate: Tensor, up: Tensor) -> bool:
+    """Whether a kernel's gated activation is defined here."""
+    return gate.shape == up.shape and gate.dtype == up.dtype and gate.dim() > 0
+
+
+def fits_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether a kernel's rotation is defined here: it has no gradient for cos and sin."""
+    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
+        return False
+    batch, _, tokens, columns = q.shape
+    rotary = cos.shape[-1]
+    return (
+        (k.shape[0], *k.shape[2:]) == (batch, tokens, columns)
+        and cos.shape[0] in (1, batch)
+        and cos.shape[1] == tokens
+        and 0 < rotary <= columns
+        and rotary % 2 == 0
+        and q.dtype == k.dtype
+        and cos.dtype == sin.dtype
+        and cos.dtype in (q.dtype, torch.float32)
+        and not (cos.requires_grad or sin.requires_grad)
+    )

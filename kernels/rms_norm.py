@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .configs import power_of_two_at_least
 from .launch import FLOAT_DTYPES, WEIGHTLESS
-from .reference import NormStyle
+from .reference import NormStyle, fits_norm
 
 # A row is one tile: it is read once and stays in registers.
 MOST_COLUMNS = 16_384
@@ -171,14 +171,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel can compute this: ``rms_norm`` has no gradient for the weight."""
-    return (
-        x.dim() > 0
-        and x.shape[-1:] == weight.shape
-        and x.dtype == weight.dtype
-        and x.dtype in FLOAT_DTYPES
-        and weight.numel() <= MOST_COLUMNS
-        and not weight.requires_grad
-    )
+    return fits_norm(x, weight) and x.dtype in FLOAT_DTYPES and weight.numel() <= MOST_COLUMNS
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle = "twice") -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .configs import power_of_two_at_least
 from .launch import FLOAT_DTYPES, WEIGHTLESS
+from .reference import fits_rope
 
 # Elements of a program's tile, for each of the two halves that are rotated together.
 TILE = 1024
@@ -131,22 +132,7 @@ class _Rope(torch.autograd.Function):
 
 def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether the kernel can compute this: ``rope`` has no gradient for cos and sin."""
-    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
-        return False
-    batch, _, tokens, columns = q.shape
-    rotary = cos.shape[-1]
-    return (
-        (k.shape[0], *k.shape[2:]) == (batch, tokens, columns)
-        and cos.shape[0] in (1, batch)
-        and cos.shape[1] == tokens
-        and 0 < rotary <= columns
-        and rotary % 2 == 0
-        and q.dtype == k.dtype
-        and q.dtype in FLOAT_DTYPES
-        and cos.dtype == sin.dtype
-        and cos.dtype in (q.dtype, torch.float32)
-        and not (cos.requires_grad or sin.requires_grad)
-    )
+    return fits_rope(q, k, cos, sin) and q.dtype in FLOAT_DTYPES
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,3 +76,17 @@ def use_workspace(other: Workspace) -> Iterator[None]:
 def is_traced(tensor: Tensor) -> bool:
     """Whether a tensor belongs to a trace without data, on which nothing runs."""
     return isinstance(tensor, FakeTensor)
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Whether something must see an operation on ``tensor`` as one.
+
+    That is a compiler, a mode, the tensor's class, or vmap, by which torch computes batched gradients too.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.is_batchedtensor(tensor)
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )

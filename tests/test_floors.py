@@ -11,7 +11,8 @@ from sources import ROOT, SOURCES, TREES, check, imports, module_name
 # files of lower rooms, and earlier files of its own. docs/architecture.md says what each room knows.
 FLOORS = {
     "kernels": """names layout decode_bytes decode weight_tiles running_softmax reference configs bitsandbytes
-        accuracy workspace native launch softmax_tile split group_fit scales compensation quantize rounding tables
+        accuracy workspace native native_rows launch softmax_tile split group_fit scales compensation quantize rounding
+        tables
         product_tiles matmul matmul_dx expert_table expert_products embedding rms_norm rope gated_activation panel
         cross_entropy routing lora_gradients token_products ops functions""",
     "autotune": """emulator.faults emulator.floats emulator.bit_operations emulator.parser emulator.number_types
@@ -30,7 +31,8 @@ FLOORS = {
     "blocks": """options runner call leaks replay recompute static_buffers static_block static_passes graph_players
         graph_checks graphs backward row_chunks mlp_chunks hooks selection engine""",
     "models": """direct_reads experts language_part names plain_linear skeleton kept_float config generation
-        adapter_config adapter_seal adapter saving discover row_places targets build fused_operations load""",
+        adapter_config adapter_seal adapter saving discover row_places targets build operation_kernels
+        fused_operations load""",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.coded_matrix readers.gguf_header readers.gguf_parts
         readers.gguf_undo readers.gguf_keys readers.gguf_rules readers.gguf_mixtures readers.gguf_hybrids

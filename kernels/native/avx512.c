@@ -69,8 +69,10 @@ INLINE void decode16(V *out, const uint8_t *codes, int mode, int high, const Gro
 }
 
 #include "work.h"
+#include "rows.h"
 
 void work_avx512(const Job *job) { work(job); }
+void rows_avx512(const RowJob *job) { work_rows(job); }
 
 END_TARGET
 

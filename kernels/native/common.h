@@ -4,6 +4,7 @@
 
 #include "job.h"
 
+#include <math.h>
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>

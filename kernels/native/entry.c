@@ -7,6 +7,10 @@ void work_avx512(const Job *job);
 void work_avx2(const Job *job);
 void work_neon(const Job *job);
 
+void rows_avx512(const RowJob *job);
+void rows_avx2(const RowJob *job);
+void rows_neon(const RowJob *job);
+
 enum { NONE, NEON, AVX2, AVX512 };
 
 /* The best instruction set that this processor and its system have, of the enumeration above. */
@@ -77,6 +81,26 @@ int64_t mebp_run(const Job *job, int64_t instructions) {
 #ifdef _OPENMP
     if (job->threads > 1) {
         share(work, job);
+        return 0;
+    }
+#endif
+    work(job);
+    return 0;
+}
+
+/* Does a small operation; see `mebp_run`. */
+int64_t mebp_rows(const RowJob *job, int64_t instructions) {
+    void (*work)(const RowJob *) = 0;
+#if defined(__x86_64__)
+    work = instructions == AVX512 ? rows_avx512 : instructions == AVX2 ? rows_avx2 : 0;
+#elif defined(__aarch64__)
+    work = instructions == NEON ? rows_neon : 0;
+#endif
+    if (!work) return -1;
+#ifdef _OPENMP
+    if (job->threads > 1) {
+#pragma omp parallel num_threads((int)job->threads)
+        work(job);
         return 0;
     }
 #endif

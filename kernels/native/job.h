@@ -47,4 +47,20 @@ typedef struct {
     Weight weights[];
 } Job;
 
+enum { NORM, NORM_DX, GATE, GATE_BACKWARD, ROTATE };
+enum { SILU, GELU_TANH };
+
+/* A small operation on rows of `columns` numbers; `native_rows.py` fills it. Outputs are contiguous. */
+typedef struct {
+    int64_t operation, rows, columns, threads;
+    int64_t kind; /* of norms whether the factor is 1 + w, of gates the activation, of ROTATE whether it is inverse */
+    double eps;
+    const float *in[4]; /* x, w, dy; gate, up, dy; q, k, cos, sin */
+    int64_t strides[4]; /* of rows */
+    float *out[2];
+    int64_t tokens, half, heads[2]; /* of ROTATE, whose rows are tokens of all sequences, like these: */
+    int64_t head_strides[6]; /* of q and of k: from sequence to sequence, head to head, token to token */
+    int64_t table_strides[4]; /* of cos and of sin: from sequence to sequence, token to token */
+} RowJob;
+
 #endif

@@ -84,7 +84,9 @@ INLINE void decode16(V *out, const uint8_t *codes, int mode, int high, const Gro
 }
 
 #include "work.h"
+#include "rows.h"
 
 void work_neon(const Job *job) { work(job); }
+void rows_neon(const RowJob *job) { work_rows(job); }
 
 #endif

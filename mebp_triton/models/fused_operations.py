@@ -23,34 +23,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from mebp_triton.kernels import gated_activation, reference, rms_norm, rope
+from mebp_triton.kernels import reference
 from mebp_triton.kernels.reference import Activation, NormStyle
+
+from .operation_kernels import Where
 
 # Sizes of the rows that are tried: every eps in use is far below the first, and above the square of the last.
 ROW_SIZES = (100.0, 1.0, 3e-3, 1e-3, 1e-6)
 # Sizes of the rows that an MLP's linear layers give when it is tried. The last is far above the limits, such as 7 and
 # 10, to which some MLPs clamp gate and up.
 OUTPUT_SIZES = (3.0, 3.0, 30.0)
-
-
-@dataclass(frozen=True)
-class Where:
-    """The activations that kernels take: plain tensors of this kind of device and of this dtype.
-
-    Attributes:
-        kind: ``FakeTensor`` for a trace without data, in which nothing is launched.
-    """
-
-    device_type: str
-    dtype: torch.dtype
-    kind: type[Tensor] = Tensor
-
-    def holds(self, *tensors: Any) -> bool:
-        if torch.compiler.is_compiling():
-            return False
-        return all(
-            type(x) is self.kind and x.device.type == self.device_type and x.dtype == self.dtype for x in tensors
-        )
 
 
 @dataclass(frozen=True)
@@ -92,8 +74,8 @@ class FusedRMSNorm(nn.Module):
         weight = self._parameters.get(fused.weight_name)
         if len(args) == 1 and not kwargs and fused.where.holds(args[0]) and weight is not None:
             (x,) = args
-            if x.device == weight.device and rms_norm.takes(x, weight):
-                return rms_norm.rms_norm(x, weight, getattr(self, fused.eps_name), fused.style)
+            if x.device == weight.device and fused.where.kernels.takes_norm(x, weight):
+                return fused.where.kernels.norm(x, weight, getattr(self, fused.eps_name), fused.style)
         return super().forward(*args, **kwargs)
 
 
@@ -114,8 +96,9 @@ class FusedMLP(nn.Module):
         outputs = [getattr(self, name)(x) for name in fused.before]
         first, second = outputs if len(outputs) == 2 else outputs[0].tensor_split(2, dim=-1)
         gate, up = (first, second) if fused.gate_first else (second, first)
-        fits = fused.where.holds(gate, up) and gated_activation.takes(gate, up)
-        return (gated_activation if fits else reference).gated_activation(gate, up, fused.kind)
+        kernels = fused.where.kernels
+        fits = fused.where.holds(gate, up) and kernels.takes_gate(gate, up, fused.kind)
+        return (kernels.gate if fits else reference.gated_activation)(gate, up, fused.kind)
 
     def _is_watched(self) -> bool:
         """Whether the activation's module was replaced, or a hook on it waits for its output or its gradient."""
@@ -130,7 +113,7 @@ class FusedMLP(nn.Module):
 
 
 def install_fused_operations(
-    stack: nn.Module, device_type: str, dtype: torch.dtype, kind: type[Tensor] = Tensor
+    stack: nn.Module, device_type: str, dtype: torch.dtype, kind: type[Tensor] = Tensor, backend: str = "triton"
 ) -> Counter[str]:
     """Lets the modules in ``stack`` run kernels where these compute the same; weights may be absent.
 
@@ -139,12 +122,12 @@ def install_fused_operations(
     Args:
         stack: a model's blocks.
         device_type: of the devices on which kernels run.
-        dtype, kind: of activations; see ``Where``.
+        dtype, kind: of activations; see ``Where``. backend: "triton", or "panel" for compiled code.
 
     Returns:
         How many modules there are of each kind that was found.
     """
-    where, found = Where(device_type, dtype, kind), Counter[str]()
+    where, found = Where(device_type, dtype, kind, backend), Counter[str]()
     rotating = functools.cache(functools.partial(_with_kernel, where=where))
     classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -214,7 +197,7 @@ def _norm_of(module: nn.Module, where: Where) -> Norm | None:
     columns = own.shape[0]
     weight = _normal(columns, dtype=torch.float32).to(dtype)
     x = (_normal(len(ROW_SIZES), 2, columns, dtype=torch.float32) * torch.tensor(ROW_SIZES)[:, None, None]).to(dtype)
-    if not rms_norm.takes(x, weight):
+    if not where.kernels.takes_norm(x, weight):
         return None
     parameters = {name: nn.Parameter(weight, requires_grad=False)}
     results = [_run(module, x, training, _parameters=parameters) for training in (False, True)]
@@ -343,8 +326,8 @@ def _rotation(function: Callable[..., Any], where: Where) -> Callable[..., Any] 
     def rotate(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         if not args and not kwargs and where.holds(q, k) and type(cos) is type(sin) is where.kind:
             known = (cos.dtype, cos.shape[-1] != q.shape[-1]) in tried
-            if known and q.device == k.device == cos.device == sin.device and rope.takes(q, k, cos, sin):
-                return rope.rope(q, k, cos, sin)
+            if known and q.device == k.device == cos.device == sin.device and where.kernels.takes_rope(q, k, cos, sin):
+                return where.kernels.rope(q, k, cos, sin)
         return function(q, k, cos, sin, *args, **kwargs)
 
     return rotate

@@ -37,6 +37,8 @@ from mebp_triton.system.foreign_errors import one_line
 from .build import Builder, Numerics, check_adapter_dtype
 from .config import read_store_config
 from .discover import install_mlp_chunks
+from .fused_operations import install_fused_operations
+from .operation_kernels import has_kernels
 from .row_places import check_block_rows, row_places
 from .saving import ignore_in_ddp, install_saving
 from .skeleton import build_skeleton
@@ -178,10 +180,10 @@ def _numerics(
 
 
 def _fuse_small_operations(stack: torch.nn.Module, numerics: Numerics) -> None:
-    if resolve_backend(numerics.backend, numerics.device, numerics.dtype) == "triton":
-        from .fused_operations import install_fused_operations  # which needs the package triton
-
-        install_fused_operations(stack, numerics.device.type, numerics.dtype)
+    device, dtype = numerics.device.type, numerics.dtype
+    backend = resolve_backend(numerics.backend, numerics.device, dtype)
+    if has_kernels(backend, device, dtype):
+        install_fused_operations(stack, device, dtype, backend=backend)
 
 
 def _take_generation_config(model: Any, directory: Path) -> None:

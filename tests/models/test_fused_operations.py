@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from mebp_triton.blocks.runner import find_blocks
-from mebp_triton.kernels import gated_activation, reference, rms_norm, rope
+from mebp_triton.kernels import gated_activation, native, reference, rms_norm, rope
 from mebp_triton.layers.int4_module import Int4Module
 from mebp_triton.models.fused_operations import install_fused_operations
 from mebp_triton.models.skeleton import build_skeleton
@@ -290,8 +290,9 @@ def test_functions_that_are_and_are_not_the_same(kind):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Plain torch stands for the kernels. Counts what would have been launched."""
+    """Plain torch stands for the kernels. Counts what would have been launched. Models are loaded without any."""
     counts = Counter()
+    monkeypatch.setattr("mebp_triton.models.load.has_kernels", lambda *_: False)
 
     def count(module, name, function):
         def run(*args, **kwargs):
@@ -363,6 +364,19 @@ def test_a_loaded_model_runs_the_kernels(monkeypatch, shared_store, triton_kerne
         if isinstance(module, Int4Module):
             module.backend = "panel"  # the products have tests of their own, and take long
     assert_same(step(model, **examples), step(loaded(store), **examples), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi3"])
+def test_on_a_cpu_compiled_code_runs_unless_it_is_off(shared_store, architecture):
+    store = shared_store(architecture)
+    model = loaded(store)
+    found = Counter(module.fused.where.backend for module in model.modules() if hasattr(module, "fused"))
+    assert found == {"panel": sum(numbers(architecture)[:2])}
+    with native.using("off"):
+        plain = loaded(store)
+        assert not any(hasattr(module, "fused") for module in plain.modules())
+        wanted = step(plain)
+    assert_same(step(model), wanted, tolerance=1e-5)
 
 
 def test_a_copy_has_pieces_of_its_own(shared_store, launches):

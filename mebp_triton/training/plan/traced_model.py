@@ -25,6 +25,8 @@ from mebp_triton.layers.int4_module import Int4Module, Int4Table
 from mebp_triton.layers.lora_config import LoraConfig
 from mebp_triton.models.build import Builder, Numerics
 from mebp_triton.models.discover import find_mlps
+from mebp_triton.models.fused_operations import install_fused_operations
+from mebp_triton.models.operation_kernels import has_kernels
 from mebp_triton.models.row_places import find_row_places
 from mebp_triton.models.skeleton import build_skeleton, int4_sites
 from mebp_triton.models.targets import resolve_targets
@@ -116,10 +118,8 @@ class TracedModel:
             builder.fill(lambda modules: self._place_tables(store, modules))
             self.experts = {path: AnyExperts(places, store) for path, places in builder.experts.items()}
         self.loss = builder.finish(config)
-        if backend == "triton":
-            from mebp_triton.models.fused_operations import install_fused_operations  # which needs the package triton
-
-            install_fused_operations(stack, "cpu", self.dtype, FakeTensor)
+        if has_kernels(backend, settings.device, self.dtype):
+            install_fused_operations(stack, "cpu", self.dtype, FakeTensor, backend)
         self.tables = {name for name, module in builder.modules.items() if isinstance(module, Int4Table)}
         self.model.train()
         self.base = self.live.live
