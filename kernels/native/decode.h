@@ -1,37 +1,40 @@
 /* Codes and scales of rows to floats, for one instruction set. Included once for each, after its vectors. */
 
-/* Scales or minima of `count` rows as floats, [count, groups]. */
+/* Scales or minima of `count` rows as floats, [groups, BLOCK_ROWS]. */
 static void floats_of(
     const Weight *w, const void *values, int64_t stride, const uint16_t *supers, int64_t super_stride, int64_t first,
     int64_t count, int64_t first_group, int64_t groups, float *out) {
-    float line[BLOCK_ROWS + VL], super_line[BLOCK_ROWS + VL];
-    uint16_t own[BLOCK_ROWS + VL];
-    int8_t own_bytes[BLOCK_ROWS + VL];
+    const int64_t size = w->scales_kind == SCALES_TWO_LEVEL ? 1 : w->scales_kind == SCALES_HALF ? 2 : 4;
+    float super_line[BLOCK_ROWS];
+    char rest[BLOCK_ROWS * 4] = {0}, super_rest[BLOCK_ROWS * 2] = {0};
     int64_t stretch = -1;
-    for (int64_t g = 0; g < groups; g++) {
-        int64_t at = (first_group + g) * stride + first;
+    for (int64_t g = 0; g < groups; g++, out += BLOCK_ROWS) {
+        const char *from = (const char *)values + ((first_group + g) * stride + first) * size;
+        /* Rows to come: their numbers lie in another cache line for each group. */
+        __builtin_prefetch(from + 2 * BLOCK_ROWS * size);
+        if (count % VL) from = memcpy(rest, from, count * size);
         if (w->scales_kind == SCALES_FLOAT) {
-            memcpy(line, (const float *)values + at, count * sizeof(float));
-        } else if (w->scales_kind == SCALES_HALF) {
-            memcpy(own, (const uint16_t *)values + at, count * sizeof(uint16_t));
-            for (int64_t i = 0; i < count; i += VL) STORE(line + i, halves(own + i));
-        } else {
-            if ((first_group + g) * w->group_size / 256 != stretch) {
-                stretch = (first_group + g) * w->group_size / 256;
-                memcpy(own, supers + stretch * super_stride + first, count * sizeof(uint16_t));
-                for (int64_t i = 0; i < count; i += VL) STORE(super_line + i, halves(own + i));
-            }
-            memcpy(own_bytes, (const int8_t *)values + at, count);
-            for (int64_t i = 0; i < count; i += VL) STORE(line + i, MUL(bytes(own_bytes + i), LOAD(super_line + i)));
+            memcpy(out, from, count * sizeof(float));
+            continue;
         }
-        for (int64_t i = 0; i < count; i++) out[i * groups + g] = line[i];
+        if (w->scales_kind == SCALES_HALF) {
+            for (int64_t i = 0; i < count; i += VL) STORE(out + i, halves((const uint16_t *)from + i));
+            continue;
+        }
+        if ((first_group + g) * w->group_size / 256 != stretch) {
+            stretch = (first_group + g) * w->group_size / 256;
+            const uint16_t *own = supers + stretch * super_stride + first;
+            if (count % VL) own = memcpy(super_rest, own, count * sizeof(uint16_t));
+            for (int64_t i = 0; i < count; i += VL) STORE(super_line + i, halves(own + i));
+        }
+        for (int64_t i = 0; i < count; i += VL) STORE(out + i, MUL(bytes((const int8_t *)from + i), LOAD(super_line + i)));
     }
 }
 
 /* Rows `first` on, with all that decoding needs: their scales and minima of the groups from `first_group` on. */
 typedef struct {
     const uint8_t *packed;
-    int64_t packed_stride, group_size, group_shift, first_group, groups;
+    int64_t packed_stride, group_size, group_shift, first_group;
     const float *scales, *minimum, *book;
 } Rows;
 
@@ -41,17 +44,17 @@ static Rows rows_of(
     int64_t groups = (last_column + w->group_size - 1) / w->group_size - first_group;
     Rows rows = {
         w->packed + first * w->packed_stride, w->packed_stride, w->group_size, __builtin_ctzll((uint64_t)w->group_size),
-        first_group, groups, room, room + count * groups, book};
+        first_group, room, room + BLOCK_ROWS * groups, book};
     floats_of(w, w->scales, w->scales_stride, w->super_scales, w->super_scales_stride, first, count, first_group, groups, room);
     if (w->minimum)
         floats_of
         (w, w->minimum, w->minimum_stride, w->super_minimum, w->super_minimum_stride, first, count, first_group, groups,
-         room + count * groups);
+         room + BLOCK_ROWS * groups);
     return rows;
 }
 
 INLINE Group group_at(const int mode, const Rows * rows, int64_t row, int64_t column) {
-    int64_t at = row * rows->groups + (column >> rows->group_shift) - rows->first_group;
+    int64_t at = ((column >> rows->group_shift) - rows->first_group) * BLOCK_ROWS + row;
     int affine = mode == AFFINE_4 || mode == AFFINE_8;
     return group_of(mode, rows->book, rows->scales[at], affine ? rows->minimum[at] : 0.0f);
 }

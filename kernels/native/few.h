@@ -10,7 +10,9 @@ INLINE void few_of(
 #pragma GCC unroll 4
         for (int m = 0; m < mt; m++) sums[r][m][0] = sums[r][m][1] = ZERO();
     int64_t chunk = 0;
-    for (; chunk + 64 <= columns; chunk += 64)
+    for (; chunk + 64 <= columns; chunk += 64) {
+#pragma GCC unroll 2
+        for (int r = 0; r < nr; r++) __builtin_prefetch(codes_at(mode, rows, row + r, chunk) + 4096);
 #pragma GCC unroll 4
         for (int quarter = 0; quarter < 4; quarter++) {
             V values[2][16 / VL];
@@ -30,6 +32,7 @@ INLINE void few_of(
                             FMA(values[r][i], own, sums[r][m][(quarter * (16 / VL) + i) & 1]);
                 }
         }
+    }
 #pragma GCC unroll 2
     for (int r = 0; r < nr; r++)
 #pragma GCC unroll 4

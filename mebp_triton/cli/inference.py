@@ -22,7 +22,7 @@ from mebp_triton.models.config import read_config
 from mebp_triton.models.load import load
 from mebp_triton.store.reader import Store
 from mebp_triton.system.foreign_errors import one_line
-from mebp_triton.system.machine import resolve_device
+from mebp_triton.system.machine import available_memory_bytes, resolve_device
 from mebp_triton.training.evaluation import Evaluation, evaluate
 from mebp_triton.training.run_directory import run_settings_beside
 
@@ -136,8 +136,15 @@ def load_for_inference(
     dtype: str | None = None,
     backend: str = "auto",
 ) -> Any:
-    """The model of ``store`` with the adapter; weights stay in their files on a CPU, and are copied to a GPU."""
+    """The model of ``store`` with the adapter; weights stay in their files on a CPU, and are copied to a GPU.
+
+    Where the files are less than half of the memory that is available, their pages stay resident once they were read.
+    """
     device = resolve_device(device)
+    store = store if isinstance(store, Store) else Store(store)
+    if store.nbytes() < available_memory_bytes() // 2:
+        for file in store.files.values():
+            file.mapped.kept = True
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     lora = adapter.read_adapter_config(adapter_directory) if adapter_directory else None
     model = load(

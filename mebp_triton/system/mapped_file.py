@@ -31,6 +31,8 @@ class MappedFile:
 
     Attributes:
         bytes: the file as a uint8 tensor.
+        kept: whether pages stay resident once they are: ``drop`` does nothing, and what was made resident or read
+            ahead is not asked for again. The system may still take clean pages back where memory is short.
         opened: all mapped files of this process.
     """
 
@@ -38,7 +40,8 @@ class MappedFile:
 
     def __init__(self, path: Path, size: int) -> None:
         check_regular(path)
-        self.path, self.size = path, size
+        self.path, self.size, self.kept = path, size, False
+        self._asked: set[tuple[str, int, int | None]] = set()
         self._file = open(path, "rb")  # noqa: SIM115 - lives as long as the mapping
         self.check()
         # Private, since torch wants a writable buffer: what is written there cannot reach the file.
@@ -78,12 +81,16 @@ class MappedFile:
 
     def read_ahead(self, start: int = 0, stop: int | None = None) -> None:
         """Asks the system to have these bytes in its cache soon; returns at once. Resident memory does not grow."""
+        if self._has("read_ahead", start, stop):
+            return
         length = (self.size if stop is None else stop) - start
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
     def populate(self, start: int = 0, stop: int | None = None) -> None:
         """Makes the pages of these bytes resident in one call, which costs far less than a page fault each."""
+        if self._has("populate", start, stop):
+            return
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         last = self.size if stop is None else stop
         with contextlib.suppress(OSError):  # Linux before 5.14 lacks it: there pages come one by one as they are read
@@ -91,8 +98,18 @@ class MappedFile:
 
     def drop(self, start: int = 0, stop: int | None = None) -> None:
         """Gives resident pages back, all or those that lie within ``start:stop``; the next access reads them again."""
+        if self.kept:
+            return
         page = mmap.PAGESIZE
         first = -(-start // page) * page
         last = self.size if stop is None else stop // page * page
         if last > first:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _has(self, what: str, start: int, stop: int | None) -> bool:
+        """Whether pages are kept, and just this was asked for before."""
+        if not self.kept:
+            return False
+        known = (what, start, stop) in self._asked
+        self._asked.add((what, start, stop))
+        return known

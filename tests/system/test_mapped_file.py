@@ -3,6 +3,7 @@
 import mmap
 import os
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,29 @@ def test_a_mapped_file_reads_again_after_drop_and_never_writes(tmp_path):
     assert path.read_bytes() == content
     mapped.drop()
     assert bytes(mapped.bytes.numpy()) == content
+
+
+def test_pages_that_are_kept_stay_resident(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(64 * mmap.PAGESIZE))
+    mapped = MappedFile(path, 64 * mmap.PAGESIZE)
+
+    def resident():
+        """Kilobytes of the mapping that are resident."""
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        next(line for line in lines if line.endswith(str(path)))
+        return int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+
+    mapped.populate()
+    mapped.drop()
+    assert resident() == 0
+    mapped.kept = True
+    mapped.read_ahead()
+    mapped.populate()
+    mapped.populate()
+    mapped.drop()
+    mapped.drop(0, 8 * mmap.PAGESIZE)
+    assert resident() == 64 * mmap.PAGESIZE // 1024
 
 
 def test_saving_over_a_mapped_file_leaves_the_map_alone(tmp_path):
