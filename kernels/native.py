@@ -172,22 +172,36 @@ def _along_rows(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
+def _plain(tensor: Tensor) -> Tensor:
     """The tensor itself if its rows are contiguous, or a copy."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _operand(tensor: Tensor) -> bytes:
+    """What a call brings where a weight has neither bias nor LoRA: its operand."""
+    return _CALL.pack(tensor.data_ptr(), tensor.stride(0), 0, 0, 0, 0, 0, 0)
 
 
 def _form(weight: Int4Weight) -> bytes:
     """What ``job.h`` has of a weight itself, kept with the weight for as long as its tensors lie where they lay."""
-    tensors = (weight.packed, weight.scales, weight.minimum, weight.super_scales, weight.super_minimum)
-    places = [_address(tensor) for tensor in tensors]
     kept = weight.__dict__.get("native_form")
-    if kept is None or kept[0] != places:
-        numbers = [number for tensor in tensors for number in _along_rows(tensor)]
-        numbers += [_address(weight.codebook), SCALES[weight.scales.dtype], MODES[weight.scheme, weight.bits]]
-        numbers += [weight.group_size, weight.out_features]
-        kept = weight.__dict__["native_form"] = places, struct.pack("15q", *numbers)
-    return kept[1]
+    if kept is not None:
+        tensors, places, numbers = kept
+        if [tensor.data_ptr() for tensor in tensors] == places:
+            return numbers
+    given = (weight.packed, weight.scales, weight.minimum, weight.super_scales, weight.super_minimum)
+    tensors = [tensor for tensor in (*given, weight.codebook) if tensor is not None]
+    numbers = struct.pack(
+        "15q",
+        *(number for tensor in given for number in _along_rows(tensor)),
+        _address(weight.codebook),
+        SCALES[weight.scales.dtype],
+        MODES[weight.scheme, weight.bits],
+        weight.group_size,
+        weight.out_features,
+    )
+    weight.__dict__["native_form"] = tensors, [tensor.data_ptr() for tensor in tensors], numbers
+    return numbers
 
 
 @functools.lru_cache(maxsize=4096)
@@ -200,29 +214,28 @@ def _scratch_size(operation: int, m: int, columns: int, ranks: int, threads: int
 def _run(
     operation: int,
     operand: Tensor,
-    weights: Callable[[], list[bytes]],
-    shape: tuple[int, int],
+    columns: int,
+    weights: Sequence[bytes],
+    rows: int,
     ranks: int = 0,
     accumulate: bool = False,
     low: tuple[Tensor | None, Tensor | None] = (None, None),
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Does a job with weights of ``shape`` in all.
-
-    ``weights`` are made when the job is known to run: a trace without data takes scratch memory only.
-    """
-    (rows, columns), m = shape, operand.shape[0]
+    """Does a job with ``weights`` of ``rows`` rows in all. A trace without data takes the scratch memory only."""
+    m = operand.shape[0]
     threads = torch.get_num_threads() if m * rows * columns >= LEAST_SHARED else 1
     size = _scratch_size(operation, m, columns, ranks, threads)
     scratch = workspace().buffer("native", size, torch.float32, operand.device)
-    if is_traced(operand) or not operand.numel():
+    if not weights or not operand.numel():
         return
     g, a = low
-    forms, used, library = weights(), _choice().used, _library()
+    library, used = _library(), _choice().used
     assert library is not None
     header = _HEADER.pack(
         operation,
-        *_along_rows(operand),
+        operand.data_ptr(),
+        operand.stride(0),
         m,
         columns,
         threads,
@@ -232,17 +245,9 @@ def _run(
         *_along_rows(a),
         0 if a is None else a.shape[0],
         DTYPES[dtype],
-        len(forms) // 2,  # each in two parts
+        len(weights),
     )
-    if library.mebp_run(b"".join([header, *forms]), used):
-        raise RuntimeError(f"no code was compiled for the instruction set {INSTRUCTIONS[used]}")
-
-
-def run_rows(numbers: bytes) -> None:
-    """Does a small operation, a ``RowJob`` of ``job.h``."""
-    used, library = _choice().used, _library()
-    assert library is not None
-    if library.mebp_rows(numbers, used):
+    if library.mebp_run(b"".join((header, *weights)), used):
         raise RuntimeError(f"no code was compiled for the instruction set {INSTRUCTIONS[used]}")
 
 
@@ -260,23 +265,25 @@ def native_matmul(x: Tensor, members: Sequence[Member]) -> list[Tensor]:
         ``[M, N_i]`` each.
     """
     m, columns = x.shape
-    operand = _plain(x)
-    assert operand is not None
-    ys = [x.new_empty(m, weight.out_features) for weight, *_ in members]
-    given = [
-        (weight, y, _plain(bias), _plain(t), _plain(b)) for (weight, bias, t, b), y in zip(members, ys, strict=True)
-    ]
-    ranks = sum(0 if b is None else b.shape[1] for *_, b in given)
-
-    def forms() -> list[bytes]:
-        found = []
-        for weight, y, bias, t, b in given:
-            found.append(_form(weight))
-            rank = 0 if b is None else b.shape[1]
-            found.append(_CALL.pack(*_along_rows(y), _address(bias), *_along_rows(t), *_along_rows(b), rank))
-        return found
-
-    _run(MULTIPLY, operand, forms, (sum(weight.out_features for weight, *_ in members), columns), ranks)
+    x, traced = _plain(x), is_traced(x)
+    ys, weights, kept, rows, ranks = [], [], [], 0, 0
+    for weight, bias, t, b in members:
+        n, rank = weight.packed.shape[0], 0
+        y = x.new_empty(m, n)
+        ys.append(y)
+        rows += n
+        if t is not None and b is not None:
+            t, b, rank = _plain(t), _plain(b), b.shape[1]
+            ranks += rank
+            kept += t, b  # copies live until the job is done
+        if bias is not None:
+            bias = _plain(bias)
+            kept.append(bias)
+        if not traced:
+            weights.append(
+                _form(weight) + _CALL.pack(y.data_ptr(), n, _address(bias), *_along_rows(t), *_along_rows(b), rank)
+            )
+    _run(MULTIPLY, x, columns, weights, rows, ranks)
     return ys
 
 
@@ -299,13 +306,10 @@ def native_matmul_dx(
     """
     columns = weights[0].in_features
     dx = dys[0].new_empty(dys[0].shape[0], columns) if into is None else into
-    given = [(weight, _plain(dy)) for weight, dy in zip(weights, dys, strict=True)]
-
-    def forms() -> list[bytes]:
-        return [part for weight, dy in given for part in (_form(weight), _CALL.pack(*_along_rows(dy), *[0] * 6))]
-
-    shape = sum(weight.out_features for weight in weights), columns
-    _run(MULTIPLY_DX, dx, forms, shape, accumulate=into is not None, low=(_plain(g), _plain(a)))
+    dys, rows, traced = [_plain(dy) for dy in dys], sum(weight.out_features for weight in weights), is_traced(dx)
+    low = None if g is None else _plain(g), None if a is None else _plain(a)
+    forms = [] if traced else [_form(weight) + _operand(dy) for weight, dy in zip(weights, dys, strict=True)]
+    _run(MULTIPLY_DX, dx, columns, forms, rows, accumulate=into is not None, low=low)
     return dx
 
 
@@ -314,9 +318,14 @@ def native_decode(weight: Int4Weight, out: Tensor) -> Tensor:
 
     Every value is the one that plain torch decodes, bit for bit.
     """
-
-    def form() -> list[bytes]:
-        return [_form(weight), _CALL.pack(*_along_rows(out), *[0] * 6)]
-
-    _run(DECODE, out, form, weight.shape, dtype=out.dtype)
+    forms = [] if is_traced(out) else [_form(weight) + _operand(out)]
+    _run(DECODE, out, weight.in_features, forms, weight.out_features, dtype=out.dtype)
     return out
+
+
+def run_rows(numbers: bytes) -> None:
+    """Does a small operation, a ``RowJob`` of ``job.h``."""
+    used, library = _choice().used, _library()
+    assert library is not None
+    if library.mebp_rows(numbers, used):
+        raise RuntimeError(f"no code was compiled for the instruction set {INSTRUCTIONS[used]}")
