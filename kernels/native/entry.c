@@ -88,7 +88,7 @@ int64_t mebp_run(const Job *job, int64_t instructions) {
     return 0;
 }
 
-/* Does a small operation; see `mebp_run`. */
+/* Does a small operation, in one thread beside busy processes; see `mebp_run`. */
 int64_t mebp_rows(const RowJob *job, int64_t instructions) {
     void (*work)(const RowJob *) = 0;
 #if defined(__x86_64__)
@@ -98,7 +98,7 @@ int64_t mebp_rows(const RowJob *job, int64_t instructions) {
 #endif
     if (!work) return -1;
 #ifdef _OPENMP
-    if (job->threads > 1) {
+    if (job->threads > 1 && nanoseconds() >= crowded_until) {
 #pragma omp parallel num_threads((int)job->threads)
         work(job);
         return 0;
