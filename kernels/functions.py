@@ -11,10 +11,11 @@ from torch import Tensor
 from .configs import Kernel, Panel, TileConfig
 from .layout import Int4Weight
 from .native import takes
-from .ops import cross_entropy_op, embedding_op, fields_of, is_watched, matmul, matmul_dx, no_autocast, shaped
+from .ops import cross_entropy_op, embedding_op, fields_of, matmul, matmul_dx, matmul_dx_group_op, no_autocast, shaped
 from .panel import int4_matmul_dx_group_panel, int4_matmul_group_native
 from .routing import resolve_backend, routed, routed_over_experts
 from .tables import Route, architecture_of
+from .workspace import is_traced, is_watched
 
 if TYPE_CHECKING:
     from .expert_table import Experts
@@ -161,6 +162,10 @@ def _matmul_dx_group(
         return int4_matmul_dx_group_triton(dys, weights, g, a, route)
 
     if resolve_backend(backend, dys[0].device, dys[0].dtype) == "panel":
+        if takes(dys[0]) and is_watched(dys[0]) and not is_traced(dys[0]):
+            # Compiled code calls no operations of torch, so that it has to be seen as one.
+            fields = zip(*map(fields_of, weights), strict=True)
+            return matmul_dx_group_op(list(dys), *map(list, fields), g, a)
         return int4_matmul_dx_group_panel(dys, weights, g, a)
     if _alike(weights):
         return routed("matmul_dx", dys[0], weights, launch)

@@ -23,7 +23,7 @@ from torch.library import custom_op
 from .configs import Panel
 from .cross_entropy import int4_cross_entropy_panel
 from .layout import Int4Weight
-from .panel import int4_embedding_panel, int4_matmul_dx_panel, int4_matmul_panel
+from .panel import int4_embedding_panel, int4_matmul_dx_group_panel, int4_matmul_dx_panel, int4_matmul_panel
 from .routing import resolve_backend, routed
 from .tables import Route
 from .workspace import is_watched
@@ -104,6 +104,17 @@ def _run_matmul_dx(dy: Tensor, weight: Int4Weight, g: Tensor | None, a: Tensor |
     return routed("matmul_dx", dy, [weight], launch)
 
 
+@_op(
+    "int4_matmul_dx_group",
+    "(Tensor[] dys, Tensor[] packed, Tensor[] scales, SymInt[] in_features, SymInt[] group_size, Tensor?[] minimum, "
+    "Tensor?[] codebook, Tensor?[] super_scales, Tensor?[] super_minimum, Tensor? g, Tensor? a) -> Tensor",
+)
+def matmul_dx_group_op(dys: list[Tensor], *given: Any) -> Tensor:
+    """On a CPU; each field is a list of those of all weights."""
+    weights = [Int4Weight(*of_one) for of_one in zip(*given[:FIELDS], strict=True)]
+    return int4_matmul_dx_group_panel(dys, weights, *given[FIELDS:])
+
+
 @_op("int4_embedding", f"(Tensor ids, {WEIGHT}, ScalarType dtype, str backend) -> Tensor")
 def embedding_op(ids: Tensor, *given: Any) -> Tensor:
     weight, (dtype, backend) = take_weight(given)
@@ -133,6 +144,11 @@ def _(x: Tensor, *given: Any) -> Tensor:
 @matmul_dx_op.register_fake
 def _(dy: Tensor, *given: Any) -> Tensor:
     return dy.new_empty(dy.shape[0], given[IN_FEATURES])
+
+
+@matmul_dx_group_op.register_fake
+def _(dys: list[Tensor], *given: Any) -> Tensor:
+    return dys[0].new_empty(dys[0].shape[0], given[IN_FEATURES][0])
 
 
 @embedding_op.register_fake

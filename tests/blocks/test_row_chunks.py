@@ -287,7 +287,8 @@ def one_by_one(model: Any, examples: dict[str, Tensor]) -> dict[str, Tensor | No
     return our_gradients(model)
 
 
-def compare(model: Any, tolerance: float = 1e-6, **examples: Tensor) -> None:
+def compare(model: Any, tolerance: float = 2e-6, **examples: Tensor) -> None:
+    """By default to the rounding of float32: products of few tokens sum in another order."""
     model.mebp.loss.normalizer = int((examples["labels"][:, 1:] != -100).sum())
     ours = {name: None if grad is None else grad.clone() for name, grad in step(model, **examples).items()}
     assert model.mebp.engine.row_places is not None

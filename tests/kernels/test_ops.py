@@ -6,8 +6,14 @@ from pairs import pairs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mebp_triton.kernels import ops, reference
-from mebp_triton.kernels.functions import int4_cross_entropy, int4_embedding, int4_matmul, int4_matmul_dx
+from mebp_triton.kernels import functions, native, ops, reference
+from mebp_triton.kernels.functions import (
+    int4_cross_entropy,
+    int4_embedding,
+    int4_matmul,
+    int4_matmul_dx,
+    int4_matmul_dx_group,
+)
 from mebp_triton.kernels.names import FORMS
 from mebp_triton.kernels.ops import fields_of, shaped
 
@@ -210,6 +216,17 @@ def test_only_what_is_watched_goes_through_the_dispatcher(make_weight, normal, m
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert int4_matmul(mode.from_tensor(x), weight, backend=PANEL).shape == (3, 7)
     assert len(seen) == 2
+
+
+def test_what_watches_sees_the_dx_of_a_group_as_one_operation_with_the_same_bits(make_weight, normal, monkeypatch):
+    weights, dys = [make_weight(n, 200) for n in (7, 90, 20)], [normal(40, n, seed=n) for n in (7, 90, 20)]
+    g, a = normal(40, 5), normal(5, 200)
+    alone = int4_matmul_dx_group(dys, weights, g, a, PANEL)
+    called, own = [], functions.matmul_dx_group_op
+    monkeypatch.setattr(functions, "matmul_dx_group_op", lambda *given: called.append(1) or own(*given))
+    with FlopCounterMode(display=False):
+        assert torch.equal(int4_matmul_dx_group(dys, weights, g, a, PANEL), alone)
+    assert len(called) == bool(native.instructions())
 
 
 @pytest.mark.parametrize("kernel", ["matmul", "matmul_dx"])
