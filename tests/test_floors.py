@@ -49,7 +49,7 @@ FLOORS = {
         optimizers.table evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes
         plan.inventory plan.stand_ins plan.traced_model plan.expert_bytes plan.phases plan.planner course standing step
         reporting updates checkpoint interim trainer untrained finetune gradient_check""",
-    "cli": """console suggestions flags starting_adapter chat_template inference source_texts peft_baseline
+    "cli": """console lazy_compiler libraries suggestions flags starting_adapter chat_template inference source_texts peft_baseline
         streaming doctor.advice doctor.findings commands.quantize commands.verify commands.eval commands.generate
         commands.merge commands.export planning commands.plan commands.tune stops training_texts training_run
         commands.train commands.doctor commands.demo parser main __main__""",

@@ -28,9 +28,10 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -228,6 +229,8 @@ def _uncompiled() -> AbstractContextManager[None]:
 
     A compiler would keep what the layers' tapes and hooks were when it traced them, and gradients would be missing.
     """
+    if "torch._dynamo.eval_frame" not in sys.modules:  # nothing is compiled; to set the stance would load the compiler
+        return nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 

@@ -22,6 +22,7 @@ from mebp_triton.system.signals import interrupting, reporting_lost_pages
 
 from .console import silence_transformers
 from .flags import with_flags
+from .libraries import load_libraries
 from .parser import build_parser
 
 # Failures of the system that name a path which the user can mend.
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``mebp`` and returns the exit code.
 
     Args:
-        argv: the arguments; those of the process by default.
+        argv: the arguments; by default those of the process, which then serves nothing but this command.
 
     Raises:
         SystemExit: after ``--help`` or ``--version``, and with code 2 for arguments that cannot be parsed.
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             build_parser().parse_args(argv, arguments)
             warnings.showwarning = lambda message, *_: print(f"mebp: warning: {message}", file=sys.stderr)
             with reporting_lost_pages():
+                if argv is None:
+                    load_libraries(arguments.command)
                 silence_transformers()
                 arguments.run(arguments)
         return 0

@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mebp_triton.system.foreign_errors import is_out_of_memory
@@ -28,6 +29,21 @@ Role = Literal["linear", "embedding", "head", "expert"]
 
 # Names that transformers gives to the layers that choose a token's experts. Rounding them would change the choice.
 ROUTERS = ("gate", "router")
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """While active, a tensor on the meta device is not filled with random numbers: for torch that is Python and sympy."""
+
+    # By name: of Tensor, of torch.nn.init, and what transformers puts in the place of those.
+    FILLING = ("normal_", "uniform_", "kaiming_uniform_")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__name__", "") in self.FILLING:
+            tensor: Tensor = args[0] if args else named["tensor"]
+            if tensor.device.type == "meta":
+                return tensor
+        return func(*args, **named)
 
 
 @contextmanager
@@ -67,7 +83,7 @@ def build_skeleton(
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     is_whole = whole_class(config) is not None
     kind: Any = AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
-    with _parameters_on_meta():
+    with _parameters_on_meta(), _NoRandomNumbers():
         try:
             model = kind.from_config(config, dtype=dtype, trust_remote_code=False, **options)
         except Exception as error:  # modelling code meets a config that contradicts itself with any kind of error

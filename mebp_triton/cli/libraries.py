@@ -1,0 +1,60 @@
+"""The libraries of a command, imported as quickly as they can be; most of the time before a first token is theirs.
+
+Used where the process runs one command and nothing else: what is done here holds for the whole process.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
+
+from .console import silence_transformers
+from .lazy_compiler import load_compiler_late
+
+# What the commands import first that run a model.
+FIRST = {
+    "eval": "mebp_triton.cli.inference",
+    "generate": "mebp_triton.cli.inference",
+    "train": "mebp_triton.cli.training_run",
+}
+SINGLE_PROCESS = ("eval", "generate")  # they compile nothing, and no other process takes part
+
+
+def load_libraries(command: str) -> None:
+    """Imports transformers, silenced, and what ``command`` begins with."""
+    with _no_collection():
+        if command in SINGLE_PROCESS:
+            load_compiler_late()
+        with _no_processes() if command in SINGLE_PROCESS else nullcontext():
+            silence_transformers()
+            if command in FIRST:
+                importlib.import_module(FIRST[command])
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """While active, no garbage is collected; what there is at the end is never looked at again.
+
+    A collector that walks through all modules again and again takes a fifth of the time of importing them.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@contextmanager
+def _no_processes() -> Iterator[None]:
+    """While active, transformers finds no ``torch.distributed``, and leaves out tensors spread over processes."""
+    import torch
+
+    with patch.object(torch.distributed, "is_available", lambda: False):
+        yield
