@@ -30,8 +30,8 @@ FLOORS = {
         packing loading""",
     "blocks": """options runner call leaks replay recompute static_buffers static_block static_passes graph_players
         graph_checks graphs backward row_chunks mlp_chunks hooks selection engine""",
-    "models": """direct_reads experts language_part names plain_linear skeleton kept_float config generation
-        adapter_config adapter_seal adapter saving discover row_places targets build operation_kernels
+    "models": """adapter_directory direct_reads experts language_part names plain_linear skeleton kept_float config
+        generation adapter_config adapter_seal adapter saving discover row_places targets build operation_kernels
         fused_operations load""",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.coded_matrix readers.gguf_header readers.gguf_parts
@@ -49,10 +49,10 @@ FLOORS = {
         optimizers.table evaluation facts settings run_settings settings_file plots run_directory plan.live_bytes
         plan.inventory plan.stand_ins plan.traced_model plan.expert_bytes plan.phases plan.planner course standing step
         reporting updates checkpoint interim trainer untrained finetune gradient_check""",
-    "cli": """console lazy_compiler libraries suggestions flags starting_adapter chat_template inference source_texts peft_baseline
-        streaming doctor.advice doctor.findings commands.quantize commands.verify commands.eval commands.generate
-        commands.merge commands.export planning commands.plan commands.tune stops training_texts training_run
-        commands.train commands.doctor commands.demo parser main __main__""",
+    "cli": """console lazy_compiler suggestions flags starting_adapter chat_template inference source_texts
+        peft_baseline streaming doctor.advice doctor.findings commands.quantize commands.verify commands.eval
+        commands.generate commands.merge commands.export planning commands.plan commands.tune stops training_texts
+        training_run commands.train commands.doctor commands.demo parser libraries main __main__""",
 }
 ORDER = [f"mebp_triton.{room}.{file}" for room, files in FLOORS.items() for file in files.split()]
 # What each folder may import besides the standard library and the rooms below.

@@ -126,7 +126,7 @@ def add_adapter(parser: argparse.ArgumentParser, default: str = "none") -> None:
 
 
 def _adapter_directory(text: str) -> str:
-    from mebp_triton.models.adapter import find_adapter
+    from mebp_triton.models.adapter_directory import find_adapter
 
     return str(find_adapter(text))
 

@@ -8,16 +8,14 @@ none of it is used.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 NAME = "torch._dynamo"
-# What transformers takes a class from while it is imported. It needs nothing of the package around it.
-INDEPENDENT = f"{NAME}._trace_wrapped_higher_order_op"
 
 
 class LazyCompiler(ModuleType):
@@ -63,9 +61,19 @@ class LazyCompiler(ModuleType):
         self._marks.append(lambda: sys.modules[NAME].assume_constant_result(fn))
         return fn
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While active, a submodule can be imported alone. What asks for the package itself fails."""
+        self.__dict__["__path__"] = self.__dict__["__spec__"].submodule_search_locations
+        try:
+            yield
+        finally:
+            del self.__dict__["__path__"]
+
     def __getattr__(self, name: str) -> Any:
-        if name != "__path__" and name.startswith("__"):  # asked of every module, by inspect and warnings
-            raise AttributeError(name)
+        # Names with two underscores are asked of every module, by inspect and warnings.
+        if "__path__" in self.__dict__ or (name.startswith("__") and name != "__path__"):
+            raise AttributeError(f"module {NAME!r} has no attribute {name!r} yet")
         return getattr(self._load(), name)
 
     def _load(self) -> Any:
@@ -79,14 +87,19 @@ class LazyCompiler(ModuleType):
 
 
 def load_compiler_late() -> None:
-    """Puts a ``LazyCompiler`` in the place of ``torch._dynamo``, unless that is loaded."""
+    """Puts a ``LazyCompiler`` in the place of ``torch._dynamo``, unless that is loaded, or has to be.
+
+    transformers takes a class from one of its submodules while it is imported, which is imported here alone.
+    """
     import torch
 
     if NAME in sys.modules:
         return
     module = LazyCompiler()
     sys.modules[NAME] = torch._dynamo = module  # type: ignore[assignment]
-    module.__path__ = module.__spec__.submodule_search_locations  # type: ignore[union-attr]
-    importlib.import_module(INDEPENDENT)
-    if type(module) is LazyCompiler:
-        del module.__path__
+    try:
+        with module.held():
+            import torch._dynamo._trace_wrapped_higher_order_op
+    except Exception:  # it asked for the package around it
+        del sys.modules[NAME], torch._dynamo
+        sys.modules.pop(f"{NAME}._trace_wrapped_higher_order_op", None)

@@ -6,32 +6,27 @@ Used where the process runs one command and nothing else: what is done here hold
 from __future__ import annotations
 
 import gc
-import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from unittest.mock import patch
 
 from .console import silence_transformers
 from .lazy_compiler import load_compiler_late
 
-# What the commands import first that run a model.
-FIRST = {
-    "eval": "mebp_triton.cli.inference",
-    "generate": "mebp_triton.cli.inference",
-    "train": "mebp_triton.cli.training_run",
-}
 SINGLE_PROCESS = ("eval", "generate")  # they compile nothing, and no other process takes part
 
 
 def load_libraries(command: str) -> None:
-    """Imports transformers, silenced, and what ``command`` begins with."""
+    """Imports transformers, silenced, and what ``command`` begins with where it runs a model."""
     with _no_collection():
         if command in SINGLE_PROCESS:
             load_compiler_late()
-        with _no_processes() if command in SINGLE_PROCESS else nullcontext():
+            with _no_processes():
+                silence_transformers()
+                import mebp_triton.cli.inference  # noqa: F401
+        elif command == "train":
             silence_transformers()
-            if command in FIRST:
-                importlib.import_module(FIRST[command])
+            import mebp_triton.cli.training_run  # noqa: F401
 
 
 @contextmanager
@@ -54,7 +49,7 @@ def _no_collection() -> Iterator[None]:
 @contextmanager
 def _no_processes() -> Iterator[None]:
     """While active, transformers finds no ``torch.distributed``, and leaves out tensors spread over processes."""
-    import torch
+    import torch.distributed
 
     with patch.object(torch.distributed, "is_available", lambda: False):
         yield

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mebp_triton.convert.readers import state_quantization
-from mebp_triton.models.adapter import find_adapter
+from mebp_triton.models.adapter_directory import find_adapter
 from mebp_triton.store.manifest import MANIFEST
 from mebp_triton.store.reader import Store
 from mebp_triton.system.units import MIB

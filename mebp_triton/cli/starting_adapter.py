@@ -12,7 +12,8 @@ from typing import Any
 
 from mebp_triton.cli.console import say
 from mebp_triton.layers.lora_config import ALL_AND_EXPERTS, ALL_LINEAR, LoraConfig
-from mebp_triton.models.adapter import CONFIG, read_adapter_config
+from mebp_triton.models.adapter import read_adapter_config
+from mebp_triton.models.adapter_directory import CONFIG
 from mebp_triton.models.adapter_seal import base_of_adapter, other_base, read_adapter_tensors
 from mebp_triton.models.config import read_json_object
 from mebp_triton.store.reader import Store

@@ -22,7 +22,8 @@ from mebp_triton.convert.writers.gguf_adapter import write_gguf_adapter
 from mebp_triton.convert.writers.gguf_file import check_kind
 from mebp_triton.convert.writers.gguf_model import TEMPLATE, GgufModelReport, GgufModelWriter
 from mebp_triton.convert.writers.peft_adapter import rank_limit, write_served_adapter
-from mebp_triton.models.adapter import CHAT_TEMPLATE, CONFIG
+from mebp_triton.models.adapter import CHAT_TEMPLATE
+from mebp_triton.models.adapter_directory import CONFIG
 from mebp_triton.models.config import read_json_object
 from mebp_triton.models.generation import GENERATION_CONFIG, saved_stops
 from mebp_triton.models.language_part import parts_left_out

@@ -18,6 +18,7 @@ from mebp_triton.system import atomic, safetensors_file, strict_json
 from mebp_triton.system.errors import FileError
 
 from .adapter_config import adapter_layers, base_of, peft_config, with_patterns_of_weights
+from .adapter_directory import CONFIG
 from .adapter_seal import (
     other_base,
     read_adapter_tensors,
@@ -31,16 +32,9 @@ from .experts import FusedExperts
 from .generation import add_stops, saved_stops, write_stops
 from .names import enumerate_names
 
-CONFIG = "adapter_config.json"
 # Lies beside the adapter where it was trained with another chat template than the tokenizer's.
 CHAT_TEMPLATE = "chat_template.jinja"
 PREFIX = "base_model.model."
-
-
-def find_adapter(given: Path | str) -> Path:
-    """The adapter's own directory: ``given``, or ``adapter/`` in it if it is a run directory."""
-    inside = Path(given) / "adapter"
-    return inside if (inside / CONFIG).exists() and not (Path(given) / CONFIG).exists() else Path(given)
 
 
 def adapter_tensors(model: Any) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ ROUTERS = ("gate", "router")
 
 
 class _NoRandomNumbers(TorchFunctionMode):
-    """While active, a tensor on the meta device is not filled with random numbers: for torch that is Python and sympy."""
+    """While active, a tensor on the meta device is not filled with random numbers: torch imports sympy for that."""
 
     # By name: of Tensor, of torch.nn.init, and what transformers puts in the place of those.
     FILLING = ("normal_", "uniform_", "kaiming_uniform_")

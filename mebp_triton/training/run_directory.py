@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mebp_triton.data.tokenized import DataReport
-from mebp_triton.models.adapter import CHAT_TEMPLATE, CONFIG
+from mebp_triton.models.adapter import CHAT_TEMPLATE
+from mebp_triton.models.adapter_directory import CONFIG
 from mebp_triton.models.adapter_seal import WEIGHTS
 from mebp_triton.models.generation import GENERATION_CONFIG
 from mebp_triton.system import atomic, errors, reading, strict_json, temporaries

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import ARCHITECTURES, save_tiny_model, tiny_config
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -52,6 +53,22 @@ def test_building_leaves_torch_as_it_was() -> None:
     assert "\n" not in str(caught.value)
     assert nn.Module.register_parameter is before and torch.get_default_dtype() == default
     assert nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_parameters_are_not_filled_with_random_numbers() -> None:
+    with Watch() as watch:
+        build_skeleton(tiny_config("llama"), torch.float16)
+    assert "empty" in watch.seen and not watch.seen & {"normal_", "uniform_"}
 
 
 def test_attention_implementation() -> None:

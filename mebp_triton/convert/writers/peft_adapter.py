@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mebp_triton.convert.readers.merged_store import Delta
 from mebp_triton.layers.lora_config import LoraConfig
-from mebp_triton.models.adapter import CONFIG, PREFIX
+from mebp_triton.models.adapter import PREFIX
+from mebp_triton.models.adapter_directory import CONFIG
 from mebp_triton.models.adapter_seal import write_weights
 from mebp_triton.store.manifest import BaseModel
 from mebp_triton.system import strict_json
