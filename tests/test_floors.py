@@ -32,7 +32,7 @@ FLOORS = {
         graph_checks graphs backward row_chunks mlp_chunks hooks selection engine""",
     "models": """adapter_directory direct_reads experts language_part names plain_linear skeleton kept_float config
         generation adapter_config adapter_seal adapter saving discover row_places targets build operation_kernels
-        fused_operations load""",
+        fused_operations small_attention load""",
     "huggingface": "int4_config peft_layer bitsandbytes_layers model_layers quantizer replace selection_callback",
     "convert": """companions readers.source readers.coded_matrix readers.gguf_header readers.gguf_parts
         readers.gguf_undo readers.gguf_keys readers.gguf_rules readers.gguf_mixtures readers.gguf_hybrids

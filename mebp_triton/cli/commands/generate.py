@@ -164,6 +164,7 @@ def generate(
 
     from mebp_triton.cli.streaming import TextStream
     from mebp_triton.models.generation import stop_ids, stop_strings
+    from mebp_triton.models.small_attention import small_attention_in_one_thread
 
     if not 0 <= temperature <= 100 or 0 < temperature < 1e-3:
         raise ValueError(f"temperature must be 0 or in [0.001, 100], got {temperature}")
@@ -182,7 +183,7 @@ def generate(
         sampling |= {"temperature": temperature, "top_p": top_p}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     stream = TextStream(tokenizer, stops, ends, show)
-    with torch.no_grad():
+    with torch.no_grad(), small_attention_in_one_thread():
         output = model.generate(
             **encoded,
             max_new_tokens=max_new_tokens,
