@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def processor() -> str:
-    """The processor's name as Linux knows it; elsewhere what Python finds."""
+def _cpuinfo(*names: str) -> str:
+    """What Linux has of the first core under one of these names; "" if it has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except FileNotFoundError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split("\t")[0].strip() in names), "")
+
+
+def processor() -> str:
+    """The processor's name as Linux knows it; elsewhere what Python finds."""
+    return _cpuinfo("model name") or platform.processor()
+
+
+def processor_facts() -> dict[str, Any]:
+    """Name, cores and features of the processor, and the instructions of our compiled code; null without any."""
+    from mebp_triton.kernels.native import instructions
+
+    flags = _cpuinfo("flags", "Features").split()
+    return {"processor": processor(), "cpu_count": os.cpu_count(), "flags": flags, "native": instructions()}
 
 
 def git(*words: str) -> str | None:
