@@ -10,6 +10,7 @@ can be timed on one machine, ``without_avx512`` overwrites those variables. As a
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import json
 import struct
@@ -37,6 +38,7 @@ def path() -> str | None:
     return "avx512" if asked() else "scalar"
 
 
+@functools.cache
 def symbols(file: Path) -> dict[str, int]:
     """Names and addresses in the symbol table of a 64-bit ELF file; empty where it was stripped."""
     data = file.read_bytes()

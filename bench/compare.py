@@ -1,8 +1,8 @@
 """Compares `mebp train` to transformers + PEFT, dense and with bitsandbytes, in turns and in one run.
 
     python bench/compare.py --train-file valid.txt --output bench/results/NAME.json
-    python bench/compare.py --train-file valid.txt --output bench/results/NAME.json --beside 2 --steps 4 \\
-        --sides mebp float32 nf4-float32
+    python bench/compare.py --train-file valid.txt --output bench/results/NAME.json --beside 2 --steps 3 \\
+        --sides mebp nf4-float32
 
 SmolLM2-135M, r = 16 on every linear layer, gradient checkpointing. `mebp` has weights, block inputs and moments in
 files, `mebp-resident` in memory. The peers get the weights that our store decodes to. NF4 on the way that bitsandbytes

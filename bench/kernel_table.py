@@ -1,17 +1,26 @@
 """Prints, as markdown, what the compiler makes of every shipped configuration; docs/kernels.md holds the output.
 
     python bench/kernel_table.py [--target 87]
+    python bench/kernel_table.py --results bench/results/kernels-cpu.json
 
 A main loop waits for its loads from global memory, and not for its copies (``cp.async``). The last columns are clocks
 of one trip of the main loop, for one program on one multiprocessor: of the tensor cores at their nominal rate, of
 shared memory (in brackets without bank conflicts), and of the schedulers; and the largest of the three as a multiple of
 the first. A line below each table sums up that ratio over the table's entries.
+
+With `--results` it prints instead what `bench/products.py` measured on a CPU: the time of one side as a multiple of
+another's, the median over rounds with the smallest and largest.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from statistics import median
+from typing import Any
+
+from turns import in_words, ratios
 
 from mebp_triton.autotune.compile import report
 from mebp_triton.autotune.cost_model import NOMINAL, trip_clocks
@@ -90,10 +99,38 @@ def summary(kernel: str, found: list[tuple[Problem, float | None]]) -> str:
     return "; ".join(parts)
 
 
+RATIOS = (
+    ("ours", "torch"),
+    ("ours", "plain"),
+    ("ours_nf4", "bitsandbytes"),
+    ("ours_nf4", "bitsandbytes_scalar"),
+)
+
+
+def ratio_table(record: dict[str, Any]) -> list[str]:
+    """Lines of one table: the time of the first side over that of the second, for every problem measured."""
+    samples: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for entry in record["benchmarks"]:
+        problem = samples.setdefault((entry["group"], entry["problem"]), {})
+        problem[entry["side"]] = entry["samples_seconds"]
+    pairs = [pair for pair in RATIOS if any(set(pair) <= set(sides) for sides in samples.values())]
+    headings = ["", "problem", *(f"{over} / {under}" for over, under in pairs)]
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    for (group, problem), sides in samples.items():
+        cells = [in_words(ratios(sides[a], sides[b])) if {a, b} <= set(sides) else "" for a, b in pairs]
+        lines.append("| " + " | ".join((group, problem, *cells)) + " |")
+    return lines
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="all by default")
-    for target in parser.parse_args().target or TARGETS:
+    parser.add_argument("--results", type=Path, help="JSON file of bench/products.py")
+    arguments = parser.parse_args()
+    if arguments.results:
+        print("\n".join(ratio_table(json.loads(arguments.results.read_text()))))
+        return
+    for target in arguments.target or TARGETS:
         print(f"\n### sm_{target}\n\n| {HEADINGS} |\n|" + "---|" * (HEADINGS.count("|") + 1))
         found: dict[str, list[tuple[Problem, float | None]]] = {kernel: [] for kernel in TUNED}
         for (kernel, config), problems in sorted(configurations(target).items(), key=str):

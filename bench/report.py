@@ -2,7 +2,7 @@
 
     python bench/report.py bench/results/NAME.json ... --output docs/benchmarks-generated.md
 
-It takes the files of ``gpu_suite.py`` and of ``pytest bench/ --benchmark-json``; plots go beside the page.
+It takes the files of ``gpu_suite.py`` and of ``products.py``; plots go beside the page.
 """
 
 from __future__ import annotations
