@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from .native import instructions, run_rows
@@ -27,9 +28,14 @@ _JOB = struct.Struct("5qd4q4q2q4q6q4q")
 
 
 def _takes(*tensors: Tensor) -> bool:
-    """Whether compiled code can compute with these tensors. Those of vmap have no memory of their own."""
+    """Whether compiled code can compute with these tensors.
+
+    Those of torch.func have no memory of their own, and in forward mode torch's own operations pass tangents on.
+    """
     plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-    return plain and instructions() is not None and not any(map(torch._C._functorch.is_batchedtensor, tensors))
+    if not plain or instructions() is None or forward_ad._current_level >= 0:
+        return False
+    return not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
 
 
 def takes_norm(x: Tensor, weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_operations import check, results
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mebp_triton.kernels import native, native_rows, reference
@@ -141,6 +142,22 @@ def test_what_is_taken(normal):
         assert takes_norm(mode.from_tensor(x), mode.from_tensor(weight))
     with native.using("off"):
         assert not takes_norm(x, weight) and not takes_gate(x, x, "silu") and not takes_rope(q, q, cos, cos)
+
+
+def test_transforms_of_functions_and_forward_mode_are_left_to_torch(normal):
+    x, weight = normal(3, 16), normal(16)
+    taken = []
+
+    def function(x):
+        taken.append(takes_norm(x, weight) or takes_gate(x, x, "silu"))
+        return reference.rms_norm(x, weight, 1e-5)
+
+    for transformed in (torch.func.grad(lambda x: function(x).sum()), torch.func.functionalize(function)):
+        transformed(x)
+    torch.func.jvp(function, (x,), (x,))
+    with forward_ad.dual_level():
+        function(forward_ad.make_dual(x, x))
+    assert taken == [False] * 4 and takes_norm(x, weight)
 
 
 def test_the_numbers_of_the_c_code():
