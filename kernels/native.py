@@ -13,11 +13,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import math
 import os
 import struct
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -46,7 +44,7 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(found.origin)  # torch has loaded its OpenMP library, which this one then uses
     except OSError:  # built on another system
         return None
-    for name in ("best", "scratch", "run", "rows", "has_threads"):
+    for name in ("best", "scratch", "run", "rows", "has_threads", "multiplies_bfloat16"):
         getattr(library, f"mebp_{name}").restype = ctypes.c_int64
     library.mebp_scratch.argtypes = [ctypes.c_int64] * 5
     library.mebp_run.argtypes = library.mebp_rows.argtypes = [ctypes.c_char_p, ctypes.c_int64]
@@ -120,26 +118,13 @@ def using(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def _is_slower_in(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of ``dtype`` slower than compiled code does in float32: measured once.
+def _is_torch_faster_in(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of ``dtype`` faster than compiled code does in float32.
 
-    It is faster on processors with instructions for it, such as AVX512-BF16, AMX, or those of Arm.
+    It follows from the processor alone and is not timed, so that a run gives the same bits again.
     """
-    weight = Int4Weight(torch.zeros(512, 256, dtype=torch.uint8), torch.ones(8, 512), 512, 64)
-    narrow, wide = torch.ones(128, 512, dtype=dtype), torch.ones(128, 512)
-    decoded = torch.ones(512, 512, dtype=dtype)
-
-    def seconds(call: Callable[[], object]) -> float:
-        best = math.inf
-        for _ in range(4):
-            start = time.perf_counter()
-            call()
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    with torch.inference_mode():
-        ours = seconds(lambda: native_matmul(wide, [(weight, None, None, None)]))
-        return seconds(lambda: narrow @ decoded.t()) > ours
+    library = _library()
+    return dtype == torch.bfloat16 and library is not None and bool(library.mebp_multiplies_bfloat16())
 
 
 def takes(x: Tensor) -> bool:
@@ -151,7 +136,7 @@ def takes(x: Tensor) -> bool:
         return False
     if x.dtype == torch.float32:
         return True
-    return x.dtype in DTYPES and (x.shape[0] <= FEW_TOKENS or _is_slower_in(x.dtype))
+    return x.dtype in DTYPES and (x.shape[0] <= FEW_TOKENS or not _is_torch_faster_in(x.dtype))
 
 
 def decodes(weight: Int4Weight, dtype: torch.dtype) -> bool:

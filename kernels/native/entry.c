@@ -2,6 +2,9 @@
 #include "common.h"
 
 #include <time.h>
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 void work_avx512(const Job *job);
 void work_avx2(const Job *job);
@@ -106,6 +109,18 @@ int64_t mebp_rows(const RowJob *job, int64_t instructions) {
 #endif
     work(job);
     return 0;
+}
+
+/* Whether this processor has instructions that multiply bfloat16 numbers, which torch's products use. */
+int64_t mebp_multiplies_bfloat16(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#elif defined(__aarch64__) && defined(__linux__)
+    return (getauxval(AT_HWCAP2) >> 14 & 1) != 0; /* HWCAP2_BF16 */
+#else
+    return 0;
+#endif
 }
 
 /* Whether a job may be shared among threads. */

@@ -167,6 +167,28 @@ def test_scratch_memory_is_small_and_kept(compiled, make_weight, normal):
         assert memory.buffers["native", torch.float32] is first
 
 
+def test_scratch_memory_has_room_for_all_groups_of_a_run():
+    """A run of 32 columns is decoded whole, even if K has fewer: two groups of 16, each with scales and minima."""
+    tokens, rows = 32, 48
+    for columns in (1, 16, 17, 32):
+        size = native._scratch_size(native.MULTIPLY, 9, columns, 0, 1)
+        assert size >= tokens * columns + rows * (tokens + 128) + 2 * 2 * rows
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_the_processor_alone_decides_who_multiplies_many_tokens_of_16_bits(compiled, monkeypatch, multiplies):
+    class Library:
+        @staticmethod
+        def mebp_multiplies_bfloat16():
+            return multiplies
+
+    monkeypatch.setattr(native, "_library", Library)
+    monkeypatch.setattr(native, "_is_torch_faster_in", native._is_torch_faster_in.__wrapped__)
+    assert native.takes(torch.empty(33, 64, dtype=torch.bfloat16)) is not multiplies
+    assert native.takes(torch.empty(32, 64, dtype=torch.bfloat16))
+    assert native.takes(torch.empty(33, 64, dtype=torch.float16)) and native.takes(torch.empty(33, 64))
+
+
 def test_the_loss_makes_no_logits_and_no_decoded_head(compiled, make_weight, normal):
     tokens, vocabulary, width = 64, 8000, 64
     weight, targets = make_weight(vocabulary, width), torch.arange(tokens)
