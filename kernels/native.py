@@ -209,7 +209,8 @@ def _run(
 ) -> None:
     """Does a job with ``weights`` of ``rows`` rows in all. A trace without data takes the scratch memory only."""
     m = operand.shape[0]
-    threads = torch.get_num_threads() if m * rows * columns >= LEAST_SHARED else 1
+    multiplications = (1 if operation == DECODE else m) * rows * columns
+    threads = torch.get_num_threads() if multiplications >= LEAST_SHARED else 1
     size = _scratch_size(operation, m, columns, ranks, threads)
     scratch = workspace().buffer("native", size, torch.float32, operand.device)
     if not weights or not operand.numel():

@@ -42,9 +42,15 @@ int64_t mebp_scratch(int64_t operation, int64_t m, int64_t columns, int64_t rank
 #define WAIT 2000000          /* nanoseconds that no job waits for its threads where processors are free */
 #define NOT_CROWDED 200000000 /* nanoseconds after which other threads are tried again */
 
-/* The most multiplications in a microsecond so far: of few tokens, and of more. */
-static _Atomic int64_t best_rate[2];
+/* The most multiplications in a microsecond so far, by operation and tokens: each of a few, and from a power of two to the
+   next. Decoding costs the same for one token as for many, so that jobs of other sizes are no measure of each other. */
+static _Atomic int64_t best_rates[3][FEW_TOKENS + 64];
 static _Atomic int64_t crowded_until;
+
+static _Atomic int64_t *best_rate_of(const Job *job) {
+    int64_t m = job->operation == DECODE ? 0 : job->m;
+    return &best_rates[job->operation][m <= FEW_TOKENS ? m : FEW_TOKENS + 63 - __builtin_clzll((uint64_t)m)];
+}
 
 static int64_t nanoseconds(void) {
     struct timespec now;
@@ -56,11 +62,12 @@ static int64_t nanoseconds(void) {
    have to wait for its processor for many times what a small job takes. After that has happened, small jobs stay in one
    thread for a while. */
 static void share(void (*work)(const Job *), const Job *job) {
-    int64_t rows = 0, start = nanoseconds(), many = job->operation != DECODE && job->m > FEW_TOKENS;
+    _Atomic int64_t *best_rate = best_rate_of(job);
+    int64_t rows = 0, start = nanoseconds();
     for (int64_t i = 0; i < job->count; i++) rows += job->weights[i].rows;
-    int64_t products = (job->operation == DECODE ? 1 : job->m) * rows * job->columns, rate = best_rate[many];
+    int64_t products = (job->operation == DECODE ? 1 : job->m) * rows * job->columns, rate = *best_rate;
     int64_t usual = rate ? products * 1000 / rate : 0;
-    if (start < crowded_until && usual * job->threads < 5 * WAIT) {
+    if (rate && start < crowded_until && usual * job->threads < 5 * WAIT) {
         work(job);
         return;
     }
@@ -68,7 +75,7 @@ static void share(void (*work)(const Job *), const Job *job) {
     work(job);
     int64_t end = nanoseconds(), took = end - start + 1;
     if (rate && took > 3 * usual + WAIT) crowded_until = end + NOT_CROWDED;
-    if (products * 1000 / took > rate) best_rate[many] = products * 1000 / took;
+    if (products * 1000 / took > rate) *best_rate = products * 1000 / took;
 }
 #endif
 
