@@ -21,8 +21,11 @@ PEERS = ("smollm2-peers-cpu", "dropin-peers-cpu")
 LENGTHS = "memory-lengths-cpu"
 SIDES = {  # in the result files: label, colour
     "mebp": ("mebp train", "#1a66c2"),
+    "mebp-resident": ("mebp train, resident", "#1a66c2"),
     "nf4-float32+mebp": ("PEFT with our layers", "#83b3e8"),
     "nf4-float32": ("PEFT + bitsandbytes", "#a3a3a3"),
+    "nf4-float32-scalar": ("the same, no AVX-512", "#a3a3a3"),
+    "float32": ("PEFT, float32", "#c9c9c9"),
 }
 MIB = 1 << 20
 WIDTH, ROW, LEFT = 940, 24, 175  # pixels; the bars begin at LEFT
@@ -58,17 +61,40 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def speeds(summary: dict[str, Any]) -> tuple[float, float] | None:
+    """The smallest and largest tokens per second of a side's rounds; None in a file without rounds."""
+    if "seconds_per_step" not in summary:
+        return None
+    tokens = summary["tokens_per_second_median"] * summary["seconds_per_step_median"]
+    shortest, longest = summary["seconds_per_step"]["spread"]
+    return tokens / longest, tokens / shortest
+
+
+def heading(environment: dict[str, Any]) -> str:
+    """What a group of bars was measured on."""
+    words = f"{environment['processor']}, {environment['threads']} threads"
+    if "native" in environment:
+        words += f", our products by {environment['native'] or 'plain torch'}"
+    return words
+
+
 def bars(drawing: Drawing, records: Sequence[dict[str, Any]], top: float) -> float:
-    """Peak and speed of every side, a group of rows for each processor; returns where the rows end."""
+    """Peak and speed of every side, a group of rows for each file; returns where the rows end.
+
+    A thin line across a bar's end goes from the slowest round to the fastest.
+    """
     columns = {"peak_rss_mib_max": ("peak memory, MiB", LEFT), "tokens_per_second_median": ("tokens/s", LEFT + 220)}
     room = 165
-    longest = {key: max(side[key] for record in records for side in record["summary"].values()) for key in columns}
+    drawn = [record["summary"][name] for record in records for name in SIDES if name in record["summary"]]
+    longest = {key: max(side[key] for side in drawn) for key in columns}
+    longest["tokens_per_second_median"] = max(
+        (speeds(side) or (0, side["tokens_per_second_median"]))[1] for side in drawn
+    )
     for title, x in columns.values():
         drawing.text(x, top, title, colour="#555")
     y = top + 24
     for record in records:
-        environment = record["environment"]
-        drawing.text(14, y, f"{environment['processor']}, {environment['threads']} threads", size=12, colour="#555")
+        drawing.text(14, y, heading(record["environment"]), size=12, colour="#555")
         y += 8
         for name, (label, colour) in SIDES.items():
             if name not in record["summary"]:
@@ -76,8 +102,12 @@ def bars(drawing: Drawing, records: Sequence[dict[str, Any]], top: float) -> flo
             drawing.text(14, y + 13, label)
             for key, (_, x) in columns.items():
                 value = record["summary"][name][key]
-                drawing.bar(x, y, room * value / longest[key], colour)
-                drawing.text(x + room * value / longest[key] + 5, y + 13, f"{value:.0f}", size=12)
+                scale, end = room / longest[key], value
+                drawing.bar(x, y, scale * value, colour)
+                if key == "tokens_per_second_median" and (found := speeds(record["summary"][name])):
+                    end = found[1]
+                    drawing.line([(x + scale * speed, y + (ROW - 8) / 2) for speed in found], "#222", 1.5)
+                drawing.text(x + scale * end + 5, y + 13, f"{value:.0f}", size=12)
             y += ROW
         y += 22
     return y
@@ -118,6 +148,8 @@ def picture() -> str:
     commits = [record["environment"]["commit"][:7] for record in records]
     sources = " and ".join(f"{name}.json ({commit})" for name, commit in zip(PEERS, commits, strict=True))
     bar_note = f"Bars: rank {settings['lora_r']}, {settings['max_length']} tokens per step; {sources}."
+    if any(speeds(side) for record in records for side in record["summary"].values()):
+        bar_note += " Thin lines: slowest to fastest round."
     line_note = f"Lines: {lengths['environment']['threads']} CPU threads; {LENGTHS}.json ({lengths['commit'][:7]})."
     drawing.text(14, end, bar_note, size=11, colour="#555")
     line_note += " The peer is transformers + PEFT + bitsandbytes NF4."
