@@ -75,6 +75,8 @@ def heading(environment: dict[str, Any]) -> str:
     words = f"{environment['processor']}, {environment['threads']} threads"
     if "native" in environment:
         words += f", our products by {environment['native'] or 'plain torch'}"
+    if environment.get("bitsandbytes"):
+        words += f", bitsandbytes by {environment['bitsandbytes'].replace('scalar', 'scalar code')}"
     return words
 
 

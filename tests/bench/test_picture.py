@@ -18,12 +18,12 @@ def test_a_bar_has_the_spread_of_its_rounds_and_the_heading_says_what_computed(b
 
     rounds = {"rounds": [1.0, 2.0, 4.0], "median": 2.0, "spread": [1.0, 4.0]}
     side = {"seconds_per_step_median": 2.0, "tokens_per_second_median": 100.0, "peak_rss_mib_max": 500.0}
-    machine = {"processor": "A processor", "threads": 2, "native": None}
+    machine = {"processor": "A processor", "threads": 2, "native": None, "bitsandbytes": "scalar"}
     drawing = Drawing()
     summary = {"mebp": side | {"seconds_per_step": rounds}, "mebp beside 2": side | {"peak_rss_mib_max": 9999.0}}
     bars(drawing, [{"summary": summary, "environment": machine}], 54)
     svg = drawing.svg(200, "")
-    assert "A processor, 2 threads, our products by plain torch" in svg
+    assert "A processor, 2 threads, our products by plain torch, bitsandbytes by scalar code" in svg
     # 165 pixels are the fastest round's 200 tokens/s, or the largest peak that is drawn; 50 tokens/s are the slowest.
     assert [part.split('width="')[1].split('"')[0] for part in drawing.parts if part.startswith("<rect")] == [
         "165.0",
