@@ -55,8 +55,8 @@ PRODUCT_WORKSPACE, LARGE_PRODUCT_WORKSPACE = 8_519_680, 32 << 20
 # 1.3 for models of 6 to 8 blocks, 0.95 for Qwen2.5-0.5B (24), 1.7 to 2.3 for SmolLM2-135M (30), 2.0 for Qwen2.5-3B
 # (36), 2.5 and 3.1 for Gemma-3-4B (34).
 KEPT_BY_ALLOCATOR_PER_BLOCK = 0.07
-# The same where compiled code computes on a CPU, beside which activations take less: for SmolLM2-135M, 256 tokens, 610 to
-# 666 MiB were measured in thirteen runs, and 0.07 would plan 600.
+# The same where compiled code computes on a CPU, beside which activations take less: for SmolLM2-135M, 256 tokens, 610
+# to 666 MiB were measured in thirteen runs, and 0.07 would plan 600.
 KEPT_BESIDE_COMPILED_CODE = 0.2
 
 
