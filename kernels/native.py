@@ -159,6 +159,7 @@ def _along_rows(tensor: Tensor | None) -> tuple[int, int]:
 
 def _plain(tensor: Tensor) -> Tensor:
     """The tensor itself if its rows are contiguous, or a copy."""
+    tensor = tensor.resolve_neg()  # a view may say that its numbers are those in memory with the sign turned
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -122,7 +122,7 @@ class _Rope(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Tensor:
     """``x`` as rows ``[M, K]`` with contiguous columns, without a copy where its memory allows that."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.resolve_neg().reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -197,7 +197,7 @@ def _gate_rows(gate: Tensor, up: Tensor, kind: int, dy: Tensor | None) -> list[T
 
 
 def _rotate_rows(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> list[Tensor]:
-    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
+    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (x.resolve_neg() for x in (q, k, cos, sin)))
     (batch, heads, tokens, columns), heads_k = q.shape, k.shape[1]
     outs = [torch.empty((batch, tokens, count, columns), dtype=q.dtype, device=q.device) for count in (heads, heads_k)]
     places = [tokens, cos.shape[-1] // 2, heads, heads_k]

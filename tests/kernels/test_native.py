@@ -14,6 +14,7 @@ from mebp_triton.kernels.functions import int4_matmul_group
 from mebp_triton.kernels.layout import unpack
 from mebp_triton.kernels.names import FORMS
 from mebp_triton.kernels.native import native_decode, native_matmul, native_matmul_dx
+from mebp_triton.kernels.native_rows import rms_norm
 from mebp_triton.kernels.workspace import Workspace, use_workspace
 
 COMPILED = native.available()[1:]
@@ -135,6 +136,13 @@ def test_operands_of_any_strides(compiled, make_weight, normal):
     dx = native_matmul_dx([dy[:, 10:50]], [part])
     assert torch.equal(y, native_matmul(x[:, 64:192], [(part.to("cpu", copy=True), None, None, None)])[0])
     assert torch.equal(dx, native_matmul_dx([dy[:, 10:50]], [weight.rows(10, 50)])[:, 64:192])
+
+
+def test_views_that_turn_the_sign(compiled, make_weight, normal):
+    weight, x = make_weight(61, 200), normal(9, 200)
+    turned = native_matmul(torch._neg_view(x), [(weight, None, None, None)])[0]
+    assert torch.equal(turned, native_matmul(-x, [(weight, None, None, None)])[0])
+    assert torch.equal(rms_norm(torch._neg_view(x), torch.ones(200), 1e-6), rms_norm(-x, torch.ones(200), 1e-6))
 
 
 @pytest.mark.parametrize("m", [3, 40])
