@@ -1,8 +1,8 @@
 """Products and decoding of packed weights by compiled C code, on processors for which it was built.
 
-``pip install`` compiles ``native/*.c`` where there is a C compiler. Without it, or with the environment variable
-``MEBP_TRITON_NATIVE=off``, ``panel`` does the same in plain torch. A smaller instruction set than the processor's can
-be named there: ``MEBP_TRITON_NATIVE=avx2``.
+``pip install`` compiles ``native/*.c`` where there is a C compiler with OpenMP. Without it, or with the environment
+variable ``MEBP_TRITON_NATIVE=off``, ``panel`` does the same in plain torch. A smaller instruction set than the
+processor's can be named there: ``MEBP_TRITON_NATIVE=avx2``.
 
 The code runs in the threads of the OpenMP library that torch has loaded, by one parallel region for a product. Results
 do not depend on the number of threads.
@@ -67,7 +67,16 @@ class _Choice:
         name = os.environ.get(VARIABLE, "")
         if name and name not in INSTRUCTIONS:
             raise ValueError(f"{VARIABLE} must be one of {', '.join(INSTRUCTIONS)}, got {name!r}")
-        return min(self.best, INSTRUCTIONS.index(name)) if name else self.best
+        if name and name not in self.names():
+            raise ValueError(
+                f"{VARIABLE}={name} is not available here, only {', '.join(self.names())}: name one or unset it"
+            )
+        return INSTRUCTIONS.index(name) if name else self.best
+
+    def names(self) -> list[str]:
+        """The instruction sets that run here, "off" first."""
+        best = INSTRUCTIONS[self.best]
+        return [name for name in INSTRUCTIONS if name in ("off", best) or (name, best) == ("avx2", "avx512")]
 
 
 @functools.cache
@@ -83,14 +92,13 @@ def instructions() -> str | None:
 
 def available() -> list[str]:
     """All names that ``using`` takes here, "off" first."""
-    best = INSTRUCTIONS[_choice().best]
-    return [name for name in INSTRUCTIONS if name in ("off", best) or (name, best) == ("avx2", "avx512")]
+    return _choice().names()
 
 
 def described() -> str:
     """The instruction set in use, or why there is none, in words."""
     if _library() is None:
-        return "none: the package was installed where no C compiler was found"
+        return "none: the package was installed where no C compiler with OpenMP was found"
     choice = _choice()
     if not choice.best:
         return "none: this processor has neither AVX2 with FMA nor NEON"

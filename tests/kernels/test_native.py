@@ -232,7 +232,7 @@ def test_it_says_why_there_is_no_code(monkeypatch):
     monkeypatch.setattr(native._choice(), "best", 0)
     assert native.described() == "none: this processor has neither AVX2 with FMA nor NEON"
     monkeypatch.setattr(native, "_library", lambda: None)
-    assert native.described() == "none: the package was installed where no C compiler was found"
+    assert native.described() == "none: the package was installed where no C compiler with OpenMP was found"
 
 
 @pytest.mark.parametrize(("value", "wanted"), [("off", "None"), ("avx2", "avx2"), ("sse", "ValueError")])
@@ -245,6 +245,14 @@ def test_the_environment_chooses(value, wanted):
     if wanted == "ValueError":
         wanted = "MEBP_TRITON_NATIVE must be one of off, neon, avx2, avx512, got 'sse'"
     assert done.stdout.strip() == wanted
+
+
+def test_the_environment_names_only_what_is_here(monkeypatch):
+    """A lesser instruction set, or plain torch, must not take the place of one that was asked for."""
+    missing = next(name for name in ("neon", "avx2") if name not in native.available())
+    monkeypatch.setenv("MEBP_TRITON_NATIVE", missing)
+    with pytest.raises(ValueError, match=f"MEBP_TRITON_NATIVE={missing} is not available here, only off.*unset it"):
+        native._Choice()
 
 
 def test_codes_that_plain_torch_packs_are_those_that_are_decoded(compiled, make_weight):

@@ -59,7 +59,8 @@ def _device_advice(findings: dict[str, Any], environ: dict[str, str]) -> list[st
     if not has_gpu and findings["cpu_code"].startswith("none: the package"):
         advice.append(
             "no compiled code for the CPU: products run in plain torch, two to three times slower; install a C compiler"
-            " (sudo apt install gcc), then this package again: pip install --force-reinstall --no-deps ."
+            " with OpenMP (sudo apt install gcc), then this package again, in its clone:"
+            " CC=gcc pip install --force-reinstall --no-deps ."
         )
     if not has_gpu and not findings["nvidia_device"]:
         advice.append("no GPU found: a CUDA build of torch is needed to use one; training on the CPU works without one")

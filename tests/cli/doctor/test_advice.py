@@ -48,7 +48,7 @@ def test_a_sound_machine_needs_no_advice(complete):
 
 
 def test_without_compiled_code_a_cpu_is_slow(complete):
-    missing = {"cpu_code": "none: the package was installed where no C compiler was found"}
+    missing = {"cpu_code": "none: the package was installed where no C compiler with OpenMP was found"}
     lines = advise(SOUND | NO_GPU | missing, {})
     assert any("install a C compiler" in line for line in lines) and len(lines) == 2
     assert advise(SOUND | missing, {}) == []  # a GPU does not use it
