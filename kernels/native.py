@@ -30,7 +30,9 @@ INSTRUCTIONS = ("off", "neon", "avx2", "avx512")
 MODES = {("symmetric", 4): 0, ("affine", 4): 1, ("codebook", 4): 2, ("symmetric", 8): 3, ("affine", 8): 4}
 SCALES = {torch.float16: 0, torch.float32: 1, torch.int8: 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LEAST_SHARED = 1 << 18  # multiplications that are worth a second thread: some 10 microseconds
+# Multiplications that are worth a second thread, of few tokens and of more: between the products of a token, which come
+# with pauses, a waiting thread falls asleep, and waking it takes tens of microseconds.
+LEAST_SHARED_FEW, LEAST_SHARED = 1 << 20, 1 << 18
 VARIABLE = "MEBP_TRITON_NATIVE"
 FEW_TOKENS = 32  # so few that a panel would be decoded for little work
 
@@ -219,7 +221,8 @@ def _run(
     """Does a job with ``weights`` of ``rows`` rows in all. A trace without data takes the scratch memory only."""
     m = operand.shape[0]
     multiplications = (1 if operation == DECODE else m) * rows * columns
-    threads = torch.get_num_threads() if multiplications >= LEAST_SHARED else 1
+    least = LEAST_SHARED if operation == DECODE or m > FEW_TOKENS else LEAST_SHARED_FEW
+    threads = torch.get_num_threads() if multiplications >= least else 1
     size = _scratch_size(operation, m, columns, ranks, threads)
     scratch = workspace().buffer("native", size, torch.float32, operand.device)
     if not weights or not operand.numel():

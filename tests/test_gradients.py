@@ -29,6 +29,9 @@ from mebp_triton.models.adapter import PREFIX, load_adapter, read_adapter_config
 from mebp_triton.store.reader import Store
 
 TOLERANCE = 1e-5  # relative RMS, float32
+# Their linear attention magnifies roundings: with plain torch on both sides the gradients differ by 1.06e-5, with norms
+# by compiled code by 2.3e-5, while no norm's own error is above torch's (``tests/kernels/test_native_rows.py``).
+MAGNIFYING = dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), 4e-5)
 
 
 def both(store: Any, lora: dict[str, Any] | None = None, **options: Any) -> tuple[Any, Any]:
@@ -75,7 +78,7 @@ def test_equal_to_peft(shared_store: Any, architecture: str, places: tuple[Any, 
     for seed, (rows, padding) in enumerate(BATCHES):
         ours, theirs = run(model, wrapped, **batch(rows, padding=padding, seed=seed))
         assert abs(ours - theirs) <= TOLERANCE * theirs
-        assert_same_gradients(model, wrapped)
+        assert_same_gradients(model, wrapped, MAGNIFYING.get(architecture, TOLERANCE))
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, MIXTURE])
