@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PEERS = ("smollm2-peers-cpu", "dropin-peers-cpu")
+PEERS = ("smollm2-peers-cpu",)
 LENGTHS = "memory-lengths-cpu"
 SIDES = {  # in the result files: label, colour
     "mebp": ("mebp train", "#1a66c2"),
