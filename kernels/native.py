@@ -46,7 +46,7 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(found.origin)  # torch has loaded its OpenMP library, which this one then uses
     except OSError:  # built on another system
         return None
-    for name in ("best", "scratch", "run", "rows", "has_threads", "multiplies_bfloat16"):
+    for name in ("best", "scratch", "run", "rows", "multiplies_bfloat16"):
         getattr(library, f"mebp_{name}").restype = ctypes.c_int64
     library.mebp_scratch.argtypes = [ctypes.c_int64] * 5
     library.mebp_run.argtypes = library.mebp_rows.argtypes = [ctypes.c_char_p, ctypes.c_int64]
@@ -106,8 +106,7 @@ def described() -> str:
         return "none: this processor has neither AVX2 with FMA nor NEON"
     if not choice.used:
         return f"off, as {VARIABLE} says"
-    threads = "" if _library().mebp_has_threads() else ", in one thread: the compiler had no OpenMP"  # type: ignore[union-attr]
-    return f"{INSTRUCTIONS[choice.used]}{threads}"
+    return INSTRUCTIONS[choice.used]
 
 
 @contextmanager
@@ -155,7 +154,7 @@ def decodes(weight: Int4Weight, dtype: torch.dtype) -> bool:
 
 
 _HEADER = struct.Struct("15q")  # a Job of job.h up to its weights
-_CALL = struct.Struct("8q")  # of a Weight what each call brings
+_CALL = struct.Struct("8q")  # the part of a Weight that every call brings anew
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -174,12 +173,12 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _operand(tensor: Tensor) -> bytes:
-    """What a call brings where a weight has neither bias nor LoRA: its operand."""
+    """Packs the part of a Weight that a call brings, where it has an operand alone and neither bias nor LoRA."""
     return _CALL.pack(tensor.data_ptr(), tensor.stride(0), 0, 0, 0, 0, 0, 0)
 
 
 def _form(weight: Int4Weight) -> bytes:
-    """What ``job.h`` has of a weight itself, kept with the weight for as long as its tensors lie where they lay."""
+    """Packs the part of a Weight that stays, and keeps it with the weight while its tensors stay where they are."""
     kept = weight.__dict__.get("native_form")
     if kept is not None:
         tensors, places, numbers = kept

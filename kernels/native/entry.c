@@ -79,14 +79,18 @@ static void share(void (*work)(const Job *), const Job *job) {
 }
 #endif
 
+/* The function `name` of an instruction set; 0 for one not compiled in. */
+#if defined(__x86_64__)
+#define CHOSEN(name, set) ((set) == AVX512 ? name##_avx512 : (set) == AVX2 ? name##_avx2 : 0)
+#elif defined(__aarch64__)
+#define CHOSEN(name, set) ((set) == NEON ? name##_neon : 0)
+#else
+#define CHOSEN(name, set) 0
+#endif
+
 /* Does a job by an instruction set that `mebp_best` gave, or a lesser one. Returns 0, or -1 for one not compiled in. */
 int64_t mebp_run(const Job *job, int64_t instructions) {
-    void (*work)(const Job *) = 0;
-#if defined(__x86_64__)
-    work = instructions == AVX512 ? work_avx512 : instructions == AVX2 ? work_avx2 : 0;
-#elif defined(__aarch64__)
-    work = instructions == NEON ? work_neon : 0;
-#endif
+    void (*work)(const Job *) = CHOSEN(work, instructions);
     if (!work) return -1;
 #ifdef _OPENMP
     if (job->threads > 1) {
@@ -100,12 +104,7 @@ int64_t mebp_run(const Job *job, int64_t instructions) {
 
 /* Does a small operation, in one thread beside busy processes; see `mebp_run`. */
 int64_t mebp_rows(const RowJob *job, int64_t instructions) {
-    void (*work)(const RowJob *) = 0;
-#if defined(__x86_64__)
-    work = instructions == AVX512 ? rows_avx512 : instructions == AVX2 ? rows_avx2 : 0;
-#elif defined(__aarch64__)
-    work = instructions == NEON ? rows_neon : 0;
-#endif
+    void (*work)(const RowJob *) = CHOSEN(rows, instructions);
     if (!work) return -1;
 #ifdef _OPENMP
     if (job->threads > 1 && nanoseconds() >= crowded_until) {
@@ -125,15 +124,6 @@ int64_t mebp_multiplies_bfloat16(void) {
     return __builtin_cpu_supports("avx512bf16") != 0;
 #elif defined(__aarch64__) && defined(__linux__)
     return (getauxval(AT_HWCAP2) >> 14 & 1) != 0; /* HWCAP2_BF16 */
-#else
-    return 0;
-#endif
-}
-
-/* Whether a job may be shared among threads. */
-int64_t mebp_has_threads(void) {
-#ifdef _OPENMP
-    return 1;
 #else
     return 0;
 #endif
